@@ -1,0 +1,49 @@
+"""What the library asks of whoever hosts it: device, dtype, progress, cancellation, room in memory."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+log = logging.getLogger("wancore")
+
+
+class Cancelled(Exception):
+    """The user stopped the run."""
+
+
+def default_device() -> torch.device:
+    """CUDA (or ROCm), else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def _ignore_progress(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Services of the host. The default runs silently on the best device of this machine.
+
+    Attributes:
+        device: where models compute.
+        dtype: compute dtype of the models; latents and solver arithmetic are float32 whatever it is.
+        on_progress: called as (phase, done, total, latents); latents (B, 16, R + F, h, w) only while sampling.
+        check_cancelled: raises `Cancelled`, or an exception of the host, when the user wants to stop.
+        free_memory: asks the host to make room for that many bytes on `device`.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    on_progress: Callable[[str, int, int, torch.Tensor | None], None] = _ignore_progress
+    check_cancelled: Callable[[], None] = lambda: None
+    free_memory: Callable[[int], None] = lambda _: None
+
+    @classmethod
+    def default(cls, device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16) -> "Runtime":
+        return cls(device=torch.device(device) if device else default_device(), dtype=dtype)

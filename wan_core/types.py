@@ -1,0 +1,156 @@
+"""Sizes and the conditioning value that travel through every part of the library.
+
+Shape letters used everywhere: B batch, T pixel frames, F latent frames = (T - 1) / 4 + 1, H and W pixels, h = H / 8 and
+w = W / 8 latent cells, R reference latent frames in front of the video, S tokens, D model width.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .models.config import VAE_STRIDE
+
+SIZE_MULTIPLE = 16
+"""Width and height are multiples of this: 8 from the VAE, 2 from the DiT's patches."""
+
+
+@dataclass(frozen=True)
+class LatentSize:
+    """A latent video: `frames` latent frames of `height` x `width` cells."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.frames, self.height, self.width)
+
+
+@dataclass(frozen=True)
+class VideoSize:
+    """A pixel video whose sides are multiples of 16 and whose length is 4k + 1 frames.
+
+    Build one with `VideoSize.rounded` from what a user typed.
+    """
+
+    width: int
+    height: int
+    num_frames: int
+
+    @classmethod
+    def rounded(cls, width: int, height: int, num_frames: int) -> "VideoSize":
+        """The smallest valid size that is not smaller than asked for.
+
+        Raises:
+            ValueError: a side or the frame count is not a positive whole number.
+        """
+        for name, value in (("width", width), ("height", height), ("num_frames", num_frames)):
+            if isinstance(value, bool) or value != value or int(value) != value or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}.")
+        time = VAE_STRIDE[0]
+        return cls(
+            width=-(-int(width) // SIZE_MULTIPLE) * SIZE_MULTIPLE,
+            height=-(-int(height) // SIZE_MULTIPLE) * SIZE_MULTIPLE,
+            num_frames=-(-(int(num_frames) - 1) // time) * time + 1,
+        )
+
+    @property
+    def latent(self) -> LatentSize:
+        time, height, width = VAE_STRIDE
+        return LatentSize((self.num_frames - 1) // time + 1, self.height // height, self.width // width)
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}, {self.num_frames} frames"
+
+
+def frames(axis: int, *, prefixed: bool = False) -> Any:
+    """A field whose tensors follow the video along `axis`, in latent frames.
+
+    `prefixed` says that R reference frames stand in front of the video on that axis.
+    """
+    return field(default=None, metadata={"time": axis, "prefixed": prefixed})
+
+
+def whole() -> Any:
+    """A field that describes the whole clip and has no time axis."""
+    return field(default=None, metadata={"time": None, "prefixed": False})
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaceInput:
+    """One VACE input: context (B, 96, R + F, h, w) and the factor on the hints that it produces."""
+
+    context: Tensor
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """Everything that steers one sampling run besides noise. Frozen: functions return a changed copy.
+
+    Every field declares its time axis, so that cutting windows, joining batches and moving devices are loops over fields.
+    """
+
+    text: Tensor | None = whole()
+    """(B, 512, text_dim); rows after the last token are zero."""
+    negative_text: Tensor | None = whole()
+    """Like `text`, for the unconditional branch."""
+    clip: Tensor | None = whole()
+    """(B, 257 or 514, image_dim) image tokens."""
+    slots: Mapping[str, Tensor] | None = frames(2)
+    """Named latents (B, 4 or 16, F, h, w); `conditioning.slots` joins them in the order a variant wants."""
+    concat: Tensor | None = frames(2)
+    """(B, in_channels - 16, F, h, w), joined to the latents on channels."""
+    reference: Tensor | None = whole()
+    """(B, 16, h, w), becomes tokens in front of the sequence through `ref_conv`."""
+    camera: Tensor | None = frames(2)
+    """(B, 24, F, H, W), folded Plücker rays at pixel resolution."""
+    vace: tuple[VaceInput, ...] | None = frames(2, prefixed=True)
+    """VACE inputs, each with its own strength."""
+    motion_bucket: Tensor | None = whole()
+    """(B,), speed from 0 to 100."""
+
+    def negative(self) -> "Conditioning":
+        """The unconditional branch: the same conditioning with the negative text in place of the text."""
+        return dataclasses.replace(self, text=self.negative_text, negative_text=None)
+
+    def map(self, fn: Callable[[Tensor, Mapping[str, Any]], Tensor]) -> "Conditioning":
+        """A copy in which every tensor `t` of a field is `fn(t, metadata of the field)`."""
+        changed = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value is not None:
+                changed[f.name] = map_tensors(value, lambda t, meta=f.metadata: fn(t, meta))
+        return dataclasses.replace(self, **changed)
+
+    def to(self, device: torch.device) -> "Conditioning":
+        """A copy with every tensor on `device`."""
+        return self.map(lambda t, _: t.to(device))
+
+
+def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `fn` applied to every tensor inside tuples, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, tuple):
+        return tuple(map_tensors(v, fn) for v in value)
+    if isinstance(value, Mapping):
+        return {k: map_tensors(v, fn) for k, v in value.items()}
+    if dataclasses.is_dataclass(value):
+        changed = {f.name: map_tensors(getattr(value, f.name), fn) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changed)
+    return value
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where a prediction stands in its run: step `index` of `total`, and the window it covers (0 when there are none)."""
+
+    index: int
+    total: int
+    window: int = 0
