@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .models.config import VAE_STRIDE
+VAE_STRIDE = (4, 8, 8)
+"""Pixels per latent along (time, height, width)."""
 
 SIZE_MULTIPLE = 16
 """Width and height are multiples of this: 8 from the VAE, 2 from the DiT's patches."""

@@ -5,10 +5,6 @@ from dataclasses import dataclass
 HEAD_DIM = 128
 """Attention head width of every published Wan 2.1 DiT; the head count is not stored in the file, so it follows from this."""
 
-VAE_STRIDE = (4, 8, 8)
-"""Pixels per latent along (time, height, width)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
     """A Wan video transformer. The defaults are the text-to-video model of 1.3 billion parameters.

@@ -1,0 +1,1 @@
+"""WanCore: the Wan 2.1 video family as ComfyUI nodes."""
