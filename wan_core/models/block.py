@@ -1,0 +1,97 @@
+"""One transformer block of the Wan DiT: self-attention, cross-attention to text and image, feed-forward."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .attention import AttentionFn
+from .config import HEAD_DIM
+from .elementwise import add_, gated_add_, gelu_tanh_, layer_norm, may_overwrite, modulate_
+from .rope import RotaryTable, rotate_
+
+EPS = 1e-6
+FEED_FORWARD_TOKENS = 8192
+"""Tokens per pass through the feed-forward layers. Its hidden tensor would otherwise be the largest of the whole forward."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block of one branch attends to, constant over the steps of a run.
+
+    `text` (B, L, D) and `image` (B, N, D) are already projected to the model width; `rope` turns the video tokens.
+    """
+
+    text: Tensor
+    image: Tensor | None
+    rope: RotaryTable
+    attend: AttentionFn
+
+
+class SelfAttention(nn.Module):
+    """Attention among all tokens of the video, with rotary positions."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, EPS), nn.RMSNorm(dim, EPS)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        q = rotate_(_heads(self.norm_q(self.q(x))), context.rope)
+        k = rotate_(_heads(self.norm_k(self.k(x))), context.rope)
+        return self.o(context.attend(q, k, _heads(self.v(x))).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text and, in models with an image branch, to image tokens through keys and values of their own."""
+
+    def __init__(self, dim: int, has_image_input: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, EPS), nn.RMSNorm(dim, EPS)
+        if has_image_input:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = nn.RMSNorm(dim, EPS)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        q = _heads(self.norm_q(self.q(x)))
+        out = context.attend(q, _heads(self.norm_k(self.k(context.text))), _heads(self.v(context.text)))
+        if context.image is not None:
+            k, v = self.norm_k_img(self.k_img(context.image)), self.v_img(context.image)
+            out = add_(out, context.attend(q, _heads(k), _heads(v)))
+        return self.o(out.flatten(2))
+
+
+class WanBlock(nn.Module):
+    """x (B, S, D) to x (B, S, D), overwriting it when gradients are off."""
+
+    def __init__(self, dim: int, ffn_dim: int, has_image_input: bool = False) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(dim)
+        self.norm3 = nn.LayerNorm(dim, EPS)
+        self.cross_attn = CrossAttention(dim, has_image_input)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
+
+    def forward(self, x: Tensor, modulation: Tensor, context: Context) -> Tensor:
+        """`modulation` (B, 6, D), float32: shift, scale and gate of the attention, then of the feed-forward."""
+        dtype = context.text.dtype
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + modulation).chunk(6, 1)
+        attended = self.self_attn(modulate_(layer_norm(x, EPS, dtype), shift, 1 + scale), context)
+        x = gated_add_(x, attended, gate)
+        del attended
+        x = add_(x, self.cross_attn(layer_norm(x, EPS, dtype, self.norm3.weight, self.norm3.bias), context))
+        update = self._feed_forward(modulate_(layer_norm(x, EPS, dtype), ffn_shift, 1 + ffn_scale))
+        return gated_add_(x, update, ffn_gate)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        expand, _, contract = self.ffn
+        if not may_overwrite(x, *expand.parameters()) or x.shape[1] <= FEED_FORWARD_TOKENS:
+            return contract(gelu_tanh_(expand(x)))
+        for piece in x.split(FEED_FORWARD_TOKENS, 1):
+            piece.copy_(contract(gelu_tanh_(expand(piece))))
+        return x
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x.unflatten(2, (-1, HEAD_DIM))

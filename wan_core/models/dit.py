@@ -1,0 +1,259 @@
+"""The Wan 2.1 video transformer, in every published shape.
+
+A forward has four stages, so that a sampler can run each as often as it must and no oftener: `embed_time` once for all steps,
+`prepare` once per branch and window, then `embed`, `run_blocks` and `unembed` per step. Nothing of a run is kept on the module.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..types import VAE_STRIDE, Conditioning
+from .attention import AttentionFn, sdpa
+from .block import EPS, Context, WanBlock
+from .camera_adapter import CameraAdapter
+from .config import HEAD_DIM, DiTConfig
+from .elementwise import add_, layer_norm, modulate_
+from .embedders import ImageTokens, sinusoid
+from .motion_controller import MotionController
+from .rope import rotary_table
+from .vace import VaceBlock
+
+CLIP_TOKENS = 257
+"""Tokens of one image: 16 x 16 patches and the class token."""
+
+
+@dataclass(frozen=True)
+class TimeEmbedding:
+    """The time path's outputs in float32: `head` (B, D) for the output head, `blocks` (B, 6, D) for the blocks."""
+
+    head: Tensor
+    blocks: Tensor
+
+    def __getitem__(self, index: slice) -> "TimeEmbedding":
+        return TimeEmbedding(self.head[index], self.blocks[index])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything of one branch that does not change from step to step."""
+
+    context: Context
+    size: tuple[int, int, int]
+    concat: Tensor | None = None
+    camera: Tensor | None = None
+    reference: Tensor | None = None
+    motion: Tensor | None = None
+    vace: tuple[tuple[Tensor, float], ...] = ()
+
+
+@dataclass
+class TokenState:
+    """One branch on its way through the blocks; `tokens` (B, S, D) and `vace` advance in place."""
+
+    tokens: Tensor
+    time: TimeEmbedding
+    prepared: Prepared
+    vace: list[Tensor] = field(default_factory=list)
+
+
+class Head(nn.Module):
+    """The output head; its modulation uses the time embedding before the six-way projection."""
+
+    def __init__(self, dim: int, out_features: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(dim, out_features)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
+
+    def forward(self, x: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
+        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, 1)
+        return self.head(modulate_(layer_norm(x, EPS, dtype), shift, 1 + scale))
+
+
+class WanDiT(nn.Module):
+    """Noisy latents, time and conditioning to velocity.
+
+    Attributes:
+        attend: the attention kernel, see `attention.load_backend`.
+        exact: keep the residual stream in float32, as the authors do, instead of in the compute dtype.
+        motion_controller: the speed-control adapter, when one was loaded beside the model.
+    """
+
+    FLOAT32_PARAMETERS = ("modulation",)
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.dim, config.patch_size
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, patch, patch)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(
+            WanBlock(dim, config.ffn_dim, config.has_image_input) for _ in range(config.num_layers)
+        )
+        self.head = Head(dim, config.out_channels * patch[0] * patch[1] * patch[2])
+        if config.has_image_input:
+            self.img_emb = ImageTokens(config.image_dim, dim, config.image_positions)
+        if config.has_reference:
+            self.ref_conv = nn.Conv2d(config.out_channels, dim, patch[1:], patch[1:])
+        if config.camera_channels:
+            self.control_adapter = CameraAdapter(config.camera_channels, dim, patch[1:])
+        if config.vace_layers:
+            self.vace_patch_embedding = nn.Conv3d(config.vace_channels, dim, patch, patch)
+            self.vace_blocks = nn.ModuleList(
+                VaceBlock(dim, config.ffn_dim, is_first=n == 0) for n in range(len(config.vace_layers))
+            )
+        self.attend: AttentionFn = sdpa
+        self.exact = False
+        self.motion_controller: MotionController | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype; that of the patch embedding, which is never quantised."""
+        return self.patch_embedding.weight.dtype
+
+    def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
+        """The time path for timesteps (B,) in 0..1000, in float32 whatever the weights are stored in."""
+        first, _, second = self.time_embedding
+        embedding = sinusoid(timesteps.to(first.weight.device, torch.float32), self.config.freq_dim)
+        head = _linear_float32(second, F.silu(_linear_float32(first, embedding)))
+        blocks = _linear_float32(self.time_projection[1], F.silu(head))
+        return TimeEmbedding(head, blocks.unflatten(1, (6, self.config.dim)))
+
+    def prepare(self, cond: Conditioning, size: tuple[int, int, int]) -> Prepared:
+        """Project `cond` once for latents of `size` = (R + F, h, w).
+
+        Inputs that the model has a place for and `cond` lacks are zeros: the image tokens and channels of an inpainting model
+        without an image, and the reference of a control model without one, were trained that way (VideoX-Fun).
+        """
+        config, dtype, device = self.config, self.dtype, self.patch_embedding.weight.device
+        batch = cond.text.shape[0]
+        text = self.text_embedding(cond.text.to(device, dtype))
+        image = reference = camera = concat = motion = None
+        if config.has_image_input:
+            count = config.image_positions or CLIP_TOKENS
+            clip = cond.clip if cond.clip is not None else text.new_zeros(batch, count, config.image_dim)
+            image = self.img_emb(clip.to(device))
+        if config.concat_channels:
+            shape = (batch, config.concat_channels, *size)
+            concat = text.new_zeros(shape) if cond.concat is None else cond.concat.to(device, dtype)
+        if config.has_reference:
+            latent = cond.reference
+            if latent is None:
+                latent = text.new_zeros(batch, config.out_channels, *size[1:])
+            reference = self.ref_conv(latent.to(device, dtype)).flatten(2).transpose(1, 2)
+        if config.camera_channels and cond.camera is not None:
+            camera = self.control_adapter(cond.camera.to(device))
+        if self.motion_controller is not None and cond.motion_bucket is not None:
+            motion = self.motion_controller(cond.motion_bucket)
+        vace = ()
+        if config.vace_layers and cond.vace:
+            vace = tuple((_patchify(self.vace_patch_embedding, v.context.to(device, dtype)), v.strength) for v in cond.vace)
+        frames, height, width = (n // p for n, p in zip(size, config.patch_size, strict=True))
+        rope = rotary_table((frames + (reference is not None), height, width), HEAD_DIM, device)
+        context = Context(text, image, rope, self.attend)
+        return Prepared(context, size, concat, camera, reference, motion, vace)
+
+    def embed(self, x: Tensor, time: TimeEmbedding, prepared: Prepared) -> TokenState:
+        """Latents (B, 16, R + F, h, w) to tokens, with everything joined that enters before the blocks."""
+        x = x.to(prepared.context.text.dtype)
+        if prepared.concat is not None:
+            x = torch.cat((x, prepared.concat), 1)
+        tokens = _patchify(self.patch_embedding, x)
+        if prepared.camera is not None:
+            tokens = add_(tokens, prepared.camera)
+        if prepared.reference is not None:
+            tokens = torch.cat((prepared.reference, tokens), 1)
+        if self.exact:
+            tokens = tokens.float()
+        if prepared.motion is not None:
+            time = TimeEmbedding(time.head, time.blocks + prepared.motion)
+        return TokenState(tokens, time, prepared, [hidden for hidden, _ in prepared.vace])
+
+    def run_blocks(self, states: Sequence[TokenState], on_block: Callable[[int], None] | None = None) -> None:
+        """Advance every state through all blocks, each block serving all states before the next one starts.
+
+        A block whose weights are streamed from the host is thereby copied once per step, not once per branch. `on_block` is
+        called with the block's index before it runs; what it raises ends the run.
+        """
+        hints = {layer: n for n, layer in enumerate(self.config.vace_layers)}
+        for index, block in enumerate(self.blocks):
+            if on_block is not None:
+                on_block(index)
+            for state in states:
+                hint = self._hint(hints[index], state) if state.vace and index in hints else None
+                state.tokens = block(state.tokens, state.time.blocks, state.prepared.context)
+                for update, strength in hint or ():
+                    state.tokens = add_(state.tokens, update, strength)
+
+    def _hint(self, n: int, state: TokenState) -> list[tuple[Tensor, float]]:
+        hints = []
+        for i, (_, strength) in enumerate(state.prepared.vace):
+            state.vace[i], hint = self.vace_blocks[n](
+                state.vace[i], state.tokens, state.time.blocks, state.prepared.context
+            )
+            hints.append((hint, strength))
+        return hints
+
+    def unembed(self, state: TokenState) -> Tensor:
+        """Tokens to velocity (B, 16, R + F, h, w) in float32; reference tokens are dropped first."""
+        tokens, prepared = state.tokens, state.prepared
+        if prepared.reference is not None:
+            tokens = tokens[:, prepared.reference.shape[1] :]
+        return self._unpatchify(self.head(tokens, state.time.head, prepared.context.text.dtype), prepared.size)
+
+    def _unpatchify(self, tokens: Tensor, size: tuple[int, int, int]) -> Tensor:
+        patch, channels = self.config.patch_size, self.config.out_channels
+        grid = [n // p for n, p in zip(size, patch, strict=True)]
+        x = tokens.float().reshape(-1, *grid, *patch, channels)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, channels, *size)
+
+    def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        """Velocity (B, 16, R + F, h, w) for latents `x` of that shape at `timestep` (B,) in 0..1000.
+
+        Raises:
+            ValueError: a side of `x` is odd, or a conditioning tensor does not fit `x` or the model.
+        """
+        check_shapes(self.config, x, cond)
+        state = self.embed(x, self.embed_time(timestep), self.prepare(cond, tuple(x.shape[2:])))
+        self.run_blocks([state])
+        return self.unembed(state)
+
+
+def check_shapes(config: DiTConfig, x: Tensor, cond: Conditioning) -> None:
+    """Raise ValueError when a tensor cannot enter the model; everything after this trusts its inputs."""
+    batch, _, frames, height, width = x.shape
+    if height % config.patch_size[1] or width % config.patch_size[2]:
+        raise ValueError(f"Latents are {height}x{width} cells; both must be even (pixel sides are multiples of 16).")
+    if cond.text is None or cond.text.shape[-1] != config.text_dim:
+        got = None if cond.text is None else tuple(cond.text.shape)
+        raise ValueError(f"The model takes text embeddings (B, L, {config.text_dim}); got {got}.")
+    rays = (config.camera_channels, frames, height * VAE_STRIDE[1], width * VAE_STRIDE[2])
+    expected = {
+        "latents": (x, (config.out_channels, frames, height, width)),
+        "concat": (cond.concat, (config.concat_channels, frames, height, width)),
+        "reference": (cond.reference, (config.out_channels, height, width)),
+        "camera": (cond.camera, rays),
+        "clip": (cond.clip, (config.image_positions or CLIP_TOKENS, config.image_dim)),
+    }
+    for i, vace in enumerate(cond.vace or ()):
+        expected[f"vace[{i}]"] = (vace.context, (config.vace_channels, frames, height, width))
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != (batch, *shape):
+            raise ValueError(f"{name} should be {(batch, *shape)} for these latents and this model; got {tuple(tensor.shape)}.")
+
+
+def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.float(), layer.bias.float())
+
+
+def _patchify(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """`conv(x)` as tokens (B, S, D): a matrix product over patches, which leaves them in the layout that the blocks read."""
+    _, pt, ph, pw = (1, *conv.kernel_size)
+    x = x.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))
+    patches = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+    return F.linear(patches, conv.weight.flatten(1), conv.bias)

@@ -1,0 +1,53 @@
+"""The memory-bound arithmetic between matrix products: norms, modulation, gates, activations.
+
+At video lengths these are the second largest cost of the DiT after attention, so each is one or two passes over its data.
+With gradients off they write into the tensor they are given; with gradients on they return a new one. Callers always use the
+returned tensor and never the argument again.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def may_overwrite(*tensors: Tensor) -> bool:
+    """Whether no gradient can need the old values."""
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def modulate_(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`x * scale + shift` for x (B, S, D) and float32 shift and scale (B, 1, D), computed in float32, in x's dtype.
+
+    The caller folds the "1 +" of adaptive LayerNorm into `scale`, once per step instead of once per token.
+    """
+    if may_overwrite(x, shift, scale):
+        return torch.addcmul(shift, x, scale, out=x)
+    return torch.addcmul(shift, x, scale).to(x.dtype)
+
+
+def gated_add_(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """`x + update * gate` for x and update (B, S, D) and a float32 gate (B, 1, D), computed in float32, in x's dtype."""
+    if may_overwrite(x, update, gate):
+        return torch.addcmul(x, update, gate, out=x)
+    return torch.addcmul(x, update, gate).to(x.dtype)
+
+
+def add_(x: Tensor, update: Tensor, factor: float = 1.0) -> Tensor:
+    """`x + factor * update`, in x's dtype."""
+    if may_overwrite(x, update):
+        return x.add_(update, alpha=factor)
+    return torch.add(x, update, alpha=factor).to(x.dtype)
+
+
+def layer_norm(x: Tensor, eps: float, dtype: torch.dtype, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """LayerNorm over the last axis with float32 statistics, in `dtype`; the kernel itself accumulates in float32."""
+    if weight is not None and weight.dtype != x.dtype:
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)
+
+
+def gelu_tanh_(x: Tensor) -> Tensor:
+    """GELU in its tanh form, as the DiT's and the text encoder's feed-forward layers use it."""
+    if may_overwrite(x):
+        return torch.ops.aten.gelu_(x, approximate="tanh")
+    return F.gelu(x, approximate="tanh")
