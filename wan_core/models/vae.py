@@ -1,0 +1,232 @@
+"""The Wan 2.1 causal video autoencoder, streamed in time and tiled in space."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..tiling import TiledSum, TileSettings, chunk_lengths
+from ..types import VAE_STRIDE
+from .config import VAEConfig
+from .vae_blocks import CausalConv3d, ChannelNorm, Downsample, FeatureCache, ResidualBlock, SpatialAttention, Upsample, silu_
+
+WIDTHS = (1, 2, 4, 4)
+"""Channel multiples of the four resolutions, finest first."""
+
+# Per-channel statistics of the latents, from Wan-Video/Wan2.1 wan/modules/vae.py.
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+def normalise(raw: Tensor) -> Tensor:
+    """Raw VAE latents (B, 16, ...) to the unit-variance space that the DiT works in, in float32."""
+    mean, std = _statistics(raw)
+    return (raw.float() - mean) / std
+
+
+def denormalise(latents: Tensor) -> Tensor:
+    """The inverse of `normalise`: what ComfyUI's LATENT holds."""
+    mean, std = _statistics(latents)
+    return latents.float() * std + mean
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (1, -1, *(1,) * (x.ndim - 2))
+    return tuple(torch.tensor(v, device=x.device).view(shape) for v in (LATENT_MEAN, LATENT_STD))
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, T, H, W) to moments (B, 2 * latent channels, F, h, w), one chunk of frames at a time."""
+
+    def __init__(self, base: int, latent_channels: int) -> None:
+        super().__init__()
+        self.conv1 = CausalConv3d(3, base, (3, 3, 3))
+        layers: list[nn.Module] = []
+        channels = base
+        for level, multiple in enumerate(WIDTHS):
+            for _ in range(2):
+                layers.append(ResidualBlock(channels, base * multiple))
+                channels = base * multiple
+            if level < len(WIDTHS) - 1:
+                layers.append(Downsample(channels, temporal=level > 0))
+        self.downsamples = nn.Sequential(*layers)
+        self.middle = nn.Sequential(*_middle(channels))
+        self.head = nn.Sequential(ChannelNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 2 * latent_channels, (3, 3, 3)))
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        x = self.conv1(x, cache)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(x, cache)
+        return _run_head(self.head, x, cache)
+
+
+class Decoder(nn.Module):
+    """Latents (B, latent channels, F, h, w) to pixels (B, 3, T, H, W), one latent frame at a time."""
+
+    def __init__(self, base: int, latent_channels: int) -> None:
+        super().__init__()
+        channels = base * WIDTHS[-1]
+        self.conv1 = CausalConv3d(latent_channels, channels, (3, 3, 3))
+        self.middle = nn.Sequential(*_middle(channels))
+        layers: list[nn.Module] = []
+        for level, multiple in enumerate(reversed(WIDTHS)):
+            for _ in range(3):
+                layers.append(ResidualBlock(channels, base * multiple))
+                channels = base * multiple
+            if level < len(WIDTHS) - 1:
+                layers.append(Upsample(channels, temporal=level < 2))
+                channels //= 2
+        self.upsamples = nn.Sequential(*layers)
+        self.head = nn.Sequential(ChannelNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 3, (3, 3, 3)))
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        x = self.conv1(x, cache)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(x, cache)
+        return _run_head(self.head, x, cache)
+
+
+def _middle(channels: int) -> tuple[nn.Module, ...]:
+    return ResidualBlock(channels, channels), SpatialAttention(channels), ResidualBlock(channels, channels)
+
+
+def _run_head(head: nn.Sequential, x: Tensor, cache: FeatureCache) -> Tensor:
+    norm, _, conv = head
+    return conv(silu_(norm(x)), cache)
+
+
+OnChunk = Callable[[int, int], None]
+
+
+class WanVAE(nn.Module):
+    """Pixels in [-1, 1] to normalised latents and back.
+
+    `encode` takes T = 4k + 1 frames and returns k + 1 latent frames; `decode` is its counterpart. Both stream over time with
+    the memory of one chunk, and over space in tiles when `TileSettings` are given. `on_chunk(done, total)` is called after each
+    chunk of each tile; what it raises ends the pass.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        latent = config.latent_channels
+        self.encoder = Encoder(config.base_dim, latent)
+        self.conv1 = CausalConv3d(2 * latent, 2 * latent, (1, 1, 1))
+        self.conv2 = CausalConv3d(latent, latent, (1, 1, 1))
+        self.decoder = Decoder(config.base_dim, latent)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv2.weight.dtype
+
+    def use_channels_last(self) -> "WanVAE":
+        """Lay the convolution weights out as the activations are, which spares a layout change in every call."""
+        for parameter in self.parameters():
+            if parameter.ndim in (4, 5):
+                layout = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
+                parameter.data = parameter.data.contiguous(memory_format=layout)
+        return self
+
+    def encode(self, video: Tensor, tiles: TileSettings | None = None, on_chunk: OnChunk | None = None) -> Tensor:
+        """(B, 3, T, H, W) in [-1, 1] to normalised latents (B, 16, F, h, w), float32.
+
+        The mean of the posterior is used, as every reference does at inference.
+
+        Raises:
+            ValueError: T is not 4k + 1, a side is not a multiple of 8, or the tensor is not (B, 3, T, H, W).
+        """
+        time, stride, _ = VAE_STRIDE
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"The VAE encodes (B, 3, T, H, W); got {tuple(video.shape)}.")
+        batch, _, num_frames, height, width = video.shape
+        if (num_frames - 1) % time or height % stride or width % stride:
+            raise ValueError(
+                f"The VAE encodes 4k + 1 frames with sides that are multiples of {stride}; "
+                f"got {num_frames} frames of {width}x{height}."
+            )
+        size = (batch, self.config.latent_channels, (num_frames - 1) // time + 1, height // stride, width // stride)
+
+        def run(tile: Tensor) -> Iterator[Tensor]:
+            cache: FeatureCache = {}
+            for start, end in chunk_lengths(num_frames, 1, time):
+                moments = self.conv1(self.encoder(self._enter(tile[:, :, start:end]), cache), cache)
+                yield normalise(moments[:, : self.config.latent_channels])
+
+        return self._assemble(run, video, size, 1, stride, tiles, on_chunk)
+
+    def decode(self, latents: Tensor, tiles: TileSettings | None = None, on_chunk: OnChunk | None = None) -> Tensor:
+        """Normalised latents (B, 16, F, h, w) to pixels (B, 3, 4F - 3, 8h, 8w), float32 in [-1, 1].
+
+        Raises:
+            ValueError: the tensor is not (B, 16, F, h, w).
+        """
+        time, stride, _ = VAE_STRIDE
+        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(f"The VAE decodes (B, {self.config.latent_channels}, F, h, w); got {tuple(latents.shape)}.")
+        batch, _, frames, height, width = latents.shape
+        size = (batch, 3, time * (frames - 1) + 1, height * stride, width * stride)
+
+        def run(tile: Tensor) -> Iterator[Tensor]:
+            cache: FeatureCache = {}
+            for index in range(frames):
+                frame = self._enter(denormalise(tile[:, :, index : index + 1]))
+                yield self.decoder(self.conv2(frame, cache), cache)
+
+        return self._assemble(run, latents, size, stride, 1, tiles, on_chunk).clamp_(-1, 1)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        weight = self.conv2.weight
+        return x.to(weight.device, weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+
+    def _assemble(
+        self,
+        run: Callable[[Tensor], Iterator[Tensor]],
+        source: Tensor,
+        size: tuple[int, ...],
+        out_factor: int,
+        in_factor: int,
+        tiles: TileSettings | None,
+        on_chunk: OnChunk | None,
+    ) -> Tensor:
+        """Stream `run` over `source`, whole or in tiles; factors are positions per latent cell of the output and the input."""
+        height, width = size[3] // out_factor, size[4] // out_factor
+        plan = tiles.plan(height, width) if tiles else []
+        chunks = max(1, len(plan)) * (size[2] if in_factor > 1 else source.shape[2])
+        report = _Counter(chunks, on_chunk)
+        if len(plan) < 2:
+            out = source.new_empty(size, dtype=torch.float32)
+            _fill(out, run(source), report)
+            return out
+        total = TiledSum(size, source.device)
+        for row, column in plan:
+            rows, columns = row.scaled(in_factor), column.scaled(in_factor)
+            tile = source[..., rows.start : rows.end, columns.start : columns.end]
+            rows, columns = row.scaled(out_factor), column.scaled(out_factor)
+            out = source.new_empty((*size[:3], rows.length, columns.length), dtype=torch.float32)
+            _fill(out, run(tile), report)
+            total.add(out, tiles.blend(row, column, out_factor, source.device), rows, columns)
+        return total.mean()
+
+
+class _Counter:
+    def __init__(self, total: int, on_chunk: OnChunk | None) -> None:
+        self.done, self.total, self.on_chunk = 0, total, on_chunk
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.on_chunk is not None:
+            self.on_chunk(self.done, self.total)
+
+
+def _fill(out: Tensor, chunks: Iterator[Tensor], report: Callable[[], None]) -> None:
+    start = 0
+    for chunk in chunks:
+        out[:, :, start : start + chunk.shape[2]] = chunk
+        start += chunk.shape[2]
+        report()

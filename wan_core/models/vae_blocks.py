@@ -1,0 +1,160 @@
+"""Building blocks of the causal video autoencoder.
+
+Tensors are (B, C, T, H, W) in channels-last memory: channel norms then read contiguous rows, convolutions run without layout
+changes, and frames (B * T, C, H, W) are a view. Time is streamed: a convolution keeps the last frames it saw in a `FeatureCache`.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .elementwise import may_overwrite
+
+FeatureCache = dict[nn.Module, Tensor]
+"""The last input frames of each causal convolution, for one pass over one video."""
+
+
+def to_frames(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) as (B * T, C, H, W)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def from_frames(frames: Tensor, batch: int) -> Tensor:
+    """(B * T, C, H, W) as (B, C, T, H, W)."""
+    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution that sees the frames before its input and none after it; before the first frame lie zeros."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int = 1) -> None:
+        padding = (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(in_channels, out_channels, kernel, (stride, 1, 1), padding)
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        reach = self.kernel_size[0] - 1
+        if not reach:
+            return super().forward(x)
+        past = cache.get(self)
+        if past is None and x.shape[2] == 1:
+            cache[self] = x
+            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
+        pieces = [x] if past is None else [past, x]
+        missing = reach - (0 if past is None else past.shape[2])
+        if missing > 0:
+            pieces.insert(0, x.new_zeros(()).expand(*x.shape[:2], missing, *x.shape[3:]))
+        joined = torch.cat(pieces, 2).contiguous(memory_format=torch.channels_last_3d)
+        cache[self] = joined[:, :, -reach:].clone()
+        return super().forward(joined)
+
+
+class ChannelNorm(nn.Module):
+    """RMS norm over channels, `x / |x| * sqrt(C) * gamma`; `dims` is the number of axes behind the channels."""
+
+    EPS = 1e-24
+    """The official code bounds the root by 1e-12, hence its square. It only keeps all-zero pixels from becoming NaN."""
+
+    def __init__(self, channels: int, dims: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.movedim(1, -1), (x.shape[1],), self.gamma.flatten(), self.EPS).movedim(-1, 1)
+
+
+class ResidualBlock(nn.Module):
+    """Two causal 3 x 3 x 3 convolutions beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            ChannelNorm(in_channels, 3),
+            nn.SiLU(),
+            CausalConv3d(in_channels, out_channels, (3, 3, 3)),
+            ChannelNorm(out_channels, 3),
+            nn.SiLU(),
+            nn.Identity(),
+            CausalConv3d(out_channels, out_channels, (3, 3, 3)),
+        )
+        self.shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1)) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        out = conv2(silu_(norm2(conv1(silu_(norm1(x)), cache))), cache)
+        shortcut = x if self.shortcut is None else self.shortcut(x, cache)
+        return out.add_(shortcut) if may_overwrite(out, shortcut) else out + shortcut
+
+
+class SpatialAttention(nn.Module):
+    """Single-head attention among the pixels of each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, 2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        frames = to_frames(x)
+        height, width = frames.shape[2:]
+        pixels = self.norm(frames).permute(0, 2, 3, 1).flatten(1, 2)
+        qkv = F.linear(pixels, self.to_qkv.weight.flatten(1), self.to_qkv.bias)
+        q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, -1))
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        out = F.linear(out, self.proj.weight.flatten(1), self.proj.bias)
+        return x + from_frames(out.unflatten(1, (height, width)).permute(0, 3, 1, 2), x.shape[0])
+
+
+class Downsample(nn.Module):
+    """Half the height and width, then, with `temporal`, half the frames after the first one."""
+
+    def __init__(self, channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        if temporal:
+            self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), stride=2)
+        self.temporal = temporal
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        x = from_frames(self.resample(to_frames(x)), x.shape[0])
+        if not self.temporal:
+            return x
+        past = cache.get(self)
+        cache[self] = x[:, :, -1:].clone()
+        if past is None:
+            return x
+        return F.conv3d(torch.cat((past, x), 2), self.time_conv.weight, self.time_conv.bias, self.time_conv.stride)
+
+
+class Upsample(nn.Module):
+    """With `temporal` two frames for each but the first, then twice the height and width with half the channels."""
+
+    def __init__(self, channels: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
+        )
+        if temporal:
+            self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1))
+        self.temporal = temporal
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        if self.temporal:
+            x = self._double_frames(x, cache)
+        return from_frames(self.resample(to_frames(x)), x.shape[0])
+
+    def _double_frames(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """The first frame of a video passes unchanged and unseen: the history of the second one is zeros, not the first."""
+        if self not in cache:
+            cache[self] = x.new_empty(0)
+            return x
+        pairs = self.time_conv(x, cache).unflatten(1, (2, -1))
+        return pairs.movedim(1, 3).flatten(2, 3).contiguous(memory_format=torch.channels_last_3d)
+
+
+def silu_(x: Tensor) -> Tensor:
+    return F.silu(x, inplace=may_overwrite(x))
+
+

@@ -1,0 +1,103 @@
+"""Where tiles and windows lie along an axis, and how their overlaps are blended. Pure functions of sizes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions `start` to `end` (exclusive) of an axis; `first` and `last` say whether it touches the axis' ends."""
+
+    start: int
+    end: int
+    first: bool
+    last: bool
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+    def scaled(self, factor: int) -> "Span":
+        return Span(self.start * factor, self.end * factor, self.first, self.last)
+
+
+def plan_spans(length: int, size: int, stride: int) -> list[Span]:
+    """Spans of at most `size`, `stride` apart, that cover an axis of `length`.
+
+    A span is left out when the one before it already reached the end (the rule of DiffSynth-Studio's VAE and windows).
+
+    Raises:
+        ValueError: `size` or `stride` is below 1, or `stride` is above `size`, which would leave gaps.
+    """
+    if size < 1 or not 1 <= stride <= size:
+        raise ValueError(f"Tiles need a size of at least 1 and a stride from 1 to the size; got size {size}, stride {stride}.")
+    spans = []
+    for start in range(0, length, stride):
+        if start and start - stride + size >= length:
+            continue
+        end = min(start + size, length)
+        spans.append(Span(start, end, start == 0, end == length))
+    return spans
+
+
+def blend_weights(span: Span, border: int, device: torch.device | None = None) -> Tensor:
+    """Weights (length,): one, rising as (i + 1) / border over the first and last `border` positions inside the axis."""
+    weights = torch.ones(span.length, device=device)
+    border = min(border, span.length)
+    if border:
+        ramp = torch.arange(1, border + 1, device=device) / border
+        if not span.first:
+            weights[:border] = torch.minimum(weights[:border], ramp)
+        if not span.last:
+            weights[-border:] = torch.minimum(weights[-border:], ramp.flip(0))
+    return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileSettings:
+    """Spatial tiles in latent cells, as (height, width). The defaults are the reference pipeline's."""
+
+    size: tuple[int, int] = (30, 52)
+    stride: tuple[int, int] = (15, 26)
+
+    def plan(self, height: int, width: int) -> list[tuple[Span, Span]]:
+        """(rows, columns) of every tile of a latent of `height` x `width`."""
+        rows = plan_spans(height, self.size[0], self.stride[0])
+        columns = plan_spans(width, self.size[1], self.stride[1])
+        return [(row, column) for row in rows for column in columns]
+
+    def blend(self, row: Span, column: Span, factor: int, device: torch.device) -> Tensor:
+        """Weights (rows, columns) of a tile whose output has `factor` positions per latent cell."""
+        borders = ((size - stride) * factor for size, stride in zip(self.size, self.stride, strict=True))
+        down, across = (
+            blend_weights(span.scaled(factor), border, device) for span, border in zip((row, column), borders, strict=True)
+        )
+        return torch.minimum(down[:, None], across[None, :])
+
+
+class TiledSum:
+    """The weighted mean of overlapping tiles, accumulated in float32."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self._values = torch.zeros(shape, device=device)
+        self._weights = torch.zeros(shape[-2:], device=device)
+
+    def add(self, tile: Tensor, weights: Tensor, row: Span, column: Span) -> None:
+        rows, columns = slice(row.start, row.end), slice(column.start, column.end)
+        self._values[..., rows, columns] += tile.to(self._values) * weights
+        self._weights[rows, columns] += weights
+
+    def mean(self) -> Tensor:
+        return self._values.div_(self._weights)
+
+
+def chunk_lengths(total: int, first: int, rest: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of a first chunk and the equal ones after it, up to `total`."""
+    start = 0
+    while start < total:
+        end = min(start + (rest if start else first), total)
+        yield start, end
+        start = end
