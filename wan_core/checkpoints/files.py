@@ -4,7 +4,7 @@ import difflib
 import glob
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from .header import CheckpointError
@@ -108,19 +108,24 @@ def _series_names(file: Path) -> list[str]:
         numbers = [name + match["suffix"] for name in numbered]
     else:
         numbers = [file.name]
-    indices = [file] if file.name.endswith(INDEX_SUFFIX) else sorted(file.parent.glob(f"*{INDEX_SUFFIX}"))
-    for index in indices:
+    if file.name.endswith(INDEX_SUFFIX):
+        named = _indexed_names(file)
+        if not named:
+            raise CheckpointError(f"{file} is not a shard index (no readable weight_map); delete it or download it again.")
+        return sorted(named)
+    for index in sorted(file.parent.glob(f"*{INDEX_SUFFIX}")):
         named = _indexed_names(index)
-        if index == file or file.name in named:
+        if file.name in named:
             return sorted({*named, *(numbers if match else ())})
     return numbers
 
 
-def _indexed_names(index: Path) -> Iterable[str]:
+def _indexed_names(index: Path) -> set[str]:
+    """The file names in an index; empty when it is not one."""
     try:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a shard index (no readable weight_map); delete it or download it again.") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def _shown(path: PathLike | Sequence[PathLike]) -> str:
