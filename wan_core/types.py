@@ -120,6 +120,15 @@ class Conditioning:
         """The unconditional branch: the same conditioning with the negative text in place of the text."""
         return dataclasses.replace(self, text=self.negative_text, negative_text=None)
 
+    def joined(self, other: "Conditioning") -> "Conditioning":
+        """Both conditionings as one batch, `self` first. Every field that one of them has the other must have too."""
+        changed = {}
+        for f in dataclasses.fields(self):
+            first, second = getattr(self, f.name), getattr(other, f.name)
+            if first is not None and second is not None:
+                changed[f.name] = _join_tensors(first, second)
+        return dataclasses.replace(self, **changed)
+
     def map(self, fn: Callable[[Tensor, Mapping[str, Any]], Tensor]) -> "Conditioning":
         """A copy in which every tensor `t` of a field is `fn(t, metadata of the field)`."""
         changed = {}
@@ -146,6 +155,18 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         changed = {f.name: map_tensors(getattr(value, f.name), fn) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **changed)
     return value
+
+
+def _join_tensors(first: Any, second: Any) -> Any:
+    rest = iter(tensors_in(second))
+    return map_tensors(first, lambda t: torch.cat((t, next(rest))))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor inside tuples, mappings and dataclasses, in the order of `map_tensors`."""
+    found: list[Tensor] = []
+    map_tensors(value, lambda t: found.append(t) or t)
+    return found
 
 
 @dataclass(frozen=True)

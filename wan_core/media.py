@@ -1,0 +1,171 @@
+"""Pixels on their way in and out: PIL images, ComfyUI's IMAGE tensors, video files, and the (B, 3, T, H, W) of the models."""
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+log = logging.getLogger("wancore")
+
+FPS = 16
+"""Frame rate of the videos that Wan 2.1 was trained on."""
+
+Frames = Sequence[Image.Image] | Tensor | np.ndarray
+"""Frames as PIL images, or as one array (T, H, W, 3): float in [0, 1] or uint8."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds, read from its header; `num_frames` is counted when the header does not say."""
+
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    codec: str
+
+
+def pixels_to_images(pixels: Tensor) -> list[Image.Image]:
+    """One video (1, 3, T, H, W) in [-1, 1] as PIL images, rounded down as the reference does."""
+    frames = ((pixels[0] + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
+    return [Image.fromarray(frame) for frame in frames.cpu().numpy()]
+
+
+def pixels_to_frames(pixels: Tensor) -> Tensor:
+    """(B, 3, T, H, W) in [-1, 1] as ComfyUI's IMAGE (B * T, H, W, 3) in [0, 1], float32 on the CPU."""
+    return pixels.permute(0, 2, 3, 4, 1).flatten(0, 1).float().add(1).div_(2).clamp_(0, 1).cpu()
+
+
+def frames_to_pixels(frames: Tensor) -> Tensor:
+    """ComfyUI's IMAGE (T, H, W, 3) in [0, 1] as one video (1, 3, T, H, W) in [-1, 1], float32."""
+    return frames[..., :3].float().mul(2).sub_(1).permute(3, 0, 1, 2).unsqueeze(0)
+
+
+def frames_to_tensor(frames: Sequence[Image.Image]) -> Tensor:
+    """PIL images of one size as IMAGE (T, H, W, 3) in [0, 1], float32."""
+    return torch.from_numpy(np.stack([np.asarray(f.convert("RGB")) for f in frames])).float().div_(255)
+
+
+def _uint8_frames(frames: Frames) -> np.ndarray:
+    if isinstance(frames, Tensor):
+        frames = frames.detach().cpu().float().numpy() if frames.is_floating_point() else frames.cpu().numpy()
+    if isinstance(frames, np.ndarray):
+        array = frames
+        if np.issubdtype(array.dtype, np.floating):
+            array = (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
+    else:
+        if len({frame.size for frame in frames}) > 1:
+            raise ValueError(f"All frames of a video need one size; got {sorted({f.size for f in frames})}.")
+        array = np.stack([np.asarray(frame.convert("RGB")) for frame in frames]) if len(frames) else np.empty(0)
+    if array.ndim != 4 or array.shape[-1] != 3 or not len(array):
+        raise ValueError(f"A video needs at least one frame, as (T, H, W, 3); got {array.shape}.")
+    if array.shape[1] % 2 or array.shape[2] % 2:
+        raise ValueError(f"H.264 needs even sides; got {array.shape[2]}x{array.shape[1]}. Crop or resize the frames.")
+    return array
+
+
+def save_video(
+    frames: Frames,
+    path: str | Path,
+    fps: float = FPS,
+    quality: float = 5,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write an H.264 mp4 and return where it went.
+
+    A file that is already there is kept: the next free name (`video_2.mp4`) is taken instead. The file appears under its
+    name only when it is complete.
+
+    Args:
+        frames: one video.
+        path: where to write; missing folders are made.
+        fps: frames per second.
+        quality: 0 (smallest file) to 10 (best), the scale of imageio's ffmpeg writer.
+        metadata: text entries for the container.
+
+    Raises:
+        ValueError: no frames, frames of different or odd sizes, fps not above 0, or quality outside of 0 to 10.
+    """
+    import av
+
+    array = _uint8_frames(frames)
+    if not fps > 0 or not 0 <= quality <= 10:
+        raise ValueError(f"A video needs fps above 0 and quality from 0 to 10; got fps {fps}, quality {quality}.")
+    target = free_path(Path(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.stem}.partial{target.suffix or '.mp4'}")
+    crf = str(round((1 - quality / 10) * 51))
+    try:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "use_metadata_tags"}) as container:
+            container.metadata.update(metadata or {})
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.height, stream.width = array.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": crf}
+            for frame in array:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode())
+        partial.rename(target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+    return target
+
+
+def free_path(path: Path) -> Path:
+    """`path`, or the first of `path_2`, `path_3`, … that no file has, with a notice in the log."""
+    if not path.exists():
+        return path
+    number = 2
+    while (candidate := path.with_name(f"{path.stem}_{number}{path.suffix}")).exists():
+        number += 1
+    log.info("%s exists; writing %s instead.", path.name, candidate.name)
+    return candidate
+
+
+def load_video(path: str | Path) -> list[Image.Image]:
+    """Every frame of a video or animation as RGB PIL images.
+
+    Raises:
+        ValueError: the file is missing or no frame of it can be decoded.
+    """
+    import imageio.v3 as iio
+
+    try:
+        frames = [Image.fromarray(frame).convert("RGB") for frame in iio.imiter(_existing(path), plugin="pyav")]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a video: {error}") from error
+    if not frames:
+        raise ValueError(f"{path} holds no video frames.")
+    return frames
+
+
+def probe_video(path: str | Path) -> VideoInfo:
+    """Length, rate and size of a video file.
+
+    Raises:
+        ValueError: the file is missing or holds no video.
+    """
+    import av
+
+    try:
+        with av.open(str(_existing(path))) as container:
+            stream = container.streams.video[0]
+            rate = stream.average_rate or stream.guessed_rate or Fraction(FPS)
+            count = stream.frames or sum(1 for _ in container.decode(video=0))
+            return VideoInfo(count, float(rate), stream.codec_context.width, stream.codec_context.height, stream.codec.name)
+    except (OSError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read as a video: {error}") from error
+
+
+def _existing(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise ValueError(f"There is no video file at {path}.")
+    return Path(path)

@@ -1,0 +1,127 @@
+"""The UMT5 encoder: token ids to embeddings."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import sdpa
+from .config import TextEncoderConfig
+from .elementwise import add_, gelu_tanh_
+
+EPS = 1e-6
+MAX_DISTANCE = 128
+"""Relative positions beyond this share one bucket."""
+
+FLOAT16_LIMIT = 65504.0
+"""UMT5 overflows float16 after attention and feed-forward; the official code clamps there."""
+
+
+def relative_buckets(length: int, num_buckets: int, device: torch.device) -> Tensor:
+    """The bias table row of every (query, key) pair, (length, length).
+
+    Half of the buckets are for keys after the query. In each half the first half is one bucket per position, the rest grow
+    logarithmically up to `MAX_DISTANCE` (T5, bidirectional).
+    """
+    position = torch.arange(length, device=device)
+    relative = position[None, :] - position[:, None]
+    half = num_buckets // 2
+    exact = half // 2
+    distance = relative.abs()
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(MAX_DISTANCE / exact) * (half - exact)
+    far = (exact + growth.long()).clamp(max=half - 1)
+    return (relative > 0).long() * half + torch.where(distance < exact, distance, far)
+
+
+class T5Norm(nn.Module):
+    """RMS norm without mean or bias, computed in float32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, EPS)
+
+
+class RelativePosition(nn.Module):
+    """A bias per bucket and head; UMT5 has a table in every layer."""
+
+    def __init__(self, num_buckets: int, num_heads: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_buckets, num_heads)
+
+    def forward(self, buckets: Tensor) -> Tensor:
+        """(L, L) buckets to a bias (1, heads, L, L)."""
+        return self.embedding(buckets).permute(2, 0, 1)[None]
+
+
+class T5Attention(nn.Module):
+    """Self-attention without the usual scaling of the logits."""
+
+    def __init__(self, dim: int, attention_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v = (nn.Linear(dim, attention_dim, bias=False) for _ in range(3))
+        self.o = nn.Linear(attention_dim, dim, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
+        return self.o(sdpa(q, k, v, mask=bias, scale=1.0).flatten(2))
+
+
+class T5FeedForward(nn.Module):
+    """Gated GELU."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(dim, ffn_dim, bias=False), nn.GELU("tanh"))
+        self.fc1 = nn.Linear(dim, ffn_dim, bias=False)
+        self.fc2 = nn.Linear(ffn_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x) * gelu_tanh_(self.gate[0](x)))
+
+
+class T5Block(nn.Module):
+    """x (B, L, D) to x (B, L, D)."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.norm1 = T5Norm(config.dim)
+        self.attn = T5Attention(config.dim, config.attention_dim, config.num_heads)
+        self.norm2 = T5Norm(config.dim)
+        self.ffn = T5FeedForward(config.dim, config.ffn_dim)
+        self.pos_embedding = RelativePosition(config.num_buckets, config.num_heads)
+
+    def forward(self, x: Tensor, buckets: Tensor, key_mask: Tensor) -> Tensor:
+        bias = self.pos_embedding(buckets) + key_mask
+        x = _finite(add_(x, self.attn(self.norm1(x), bias)))
+        return _finite(add_(x, self.ffn(self.norm2(x))))
+
+
+class UMT5Encoder(nn.Module):
+    """Token ids (B, L) and a mask of real tokens (B, L) to embeddings (B, L, D), zero where the mask is."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.num_layers))
+        self.norm = T5Norm(config.dim)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        weight = self.token_embedding.weight
+        ids, mask = ids.to(weight.device), mask.to(weight.device).bool()
+        buckets = relative_buckets(ids.shape[1], self.config.num_buckets, weight.device)
+        key_mask = torch.zeros(mask.shape, dtype=weight.dtype, device=weight.device)
+        key_mask = key_mask.masked_fill_(~mask, torch.finfo(weight.dtype).min)[:, None, None, :]
+        x = self.token_embedding(ids)
+        for block in self.blocks:
+            x = block(x, buckets, key_mask)
+        return self.norm(x) * mask[..., None]
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.clamp_(-FLOAT16_LIMIT, FLOAT16_LIMIT) if x.dtype == torch.float16 else x
