@@ -1,0 +1,99 @@
+"""What a Wan 2.1 DiT is, told by its structure alone: which conditioning it takes and how its extra channels are filled."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .models.config import DiTConfig
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Named latents that are joined to the noise on channels.
+
+    The name says how they are made: `mask` marks known frames, `image` is a video padded with grey and encoded, `control` an
+    encoded video, `first_frame` the latent of one frame with zeros after it.
+    """
+
+    name: str
+    channels: int
+
+
+MASK, IMAGE, CONTROL, FIRST_FRAME = Slot("mask", 4), Slot("image", 16), Slot("control", 16), Slot("first_frame", 16)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One structure of the family.
+
+    Attributes:
+        name: identifies the row; it is never compared with in models, sampling or memory.
+        label: what users call it.
+        matches: whether a configuration is of this structure; the first row that matches counts.
+        slots: the channels beside the noise, in order.
+        accepts: inputs that it can use besides text.
+        requires: inputs without which its result is meaningless.
+    """
+
+    name: str
+    label: str
+    matches: Callable[[DiTConfig], bool]
+    slots: tuple[Slot, ...] = ()
+    accepts: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+
+
+VARIANTS = (
+    Variant("vace", "VACE", lambda c: bool(c.vace_layers), (), ("vace_video", "vace_video_mask", "vace_reference_image")),
+    Variant(
+        "fun_camera",
+        "Fun Control-Camera",
+        lambda c: c.camera_channels > 0,
+        (FIRST_FRAME,),
+        ("input_image", "camera"),
+        ("input_image", "camera"),
+    ),
+    Variant(
+        "fun_v1_1_control",
+        "Fun V1.1 Control",
+        lambda c: c.has_reference,
+        (CONTROL, FIRST_FRAME),
+        ("control_video", "input_image", "reference_image"),
+        ("control_video",),
+    ),
+    Variant(
+        "fun_control",
+        "Fun Control",
+        lambda c: c.in_channels == 48,
+        (CONTROL, FIRST_FRAME),
+        ("control_video", "input_image"),
+        ("control_video",),
+    ),
+    Variant(
+        "flf2v",
+        "first-last-frame to video",
+        lambda c: c.image_positions > 0,
+        (MASK, IMAGE),
+        ("input_image", "end_image"),
+        ("input_image", "end_image"),
+    ),
+    Variant(
+        "i2v",
+        "image to video or Fun InP",
+        lambda c: c.in_channels == 36,
+        (MASK, IMAGE),
+        ("input_image", "end_image"),
+    ),
+    Variant("t2v", "text to video", lambda c: c.in_channels == 16, (), ("motion_bucket_id",)),
+)
+
+
+def match_variant(config: DiTConfig) -> Variant:
+    """The row that describes a DiT of this configuration.
+
+    Raises:
+        ValueError: no row does.
+    """
+    for variant in VARIANTS:
+        if variant.matches(config):
+            return variant
+    raise ValueError(f"No Wan 2.1 model has {config.in_channels} input channels (16, 32, 36 and 48 are known).")
