@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -107,6 +109,23 @@ def accelerator() -> str:
     return "rocm" if Path("/opt/rocm").exists() else "cpu"
 
 
+@contextmanager
+def child(command: list[str], **options: object) -> Iterator[subprocess.Popen]:
+    """The running `command`, with Popen's `options`; it has ended when the block is left.
+
+    When Ctrl-C ends the block, the terminal has told the command too: it gets five seconds to tidy up, then a signal.
+    """
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        except BaseException:
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+            raise
+
+
 def run_step(what: str, command: list[str], failure: str, settings: dict[str, str] | None = None) -> None:
     """Run `command` silently, with `settings` in its environment, showing `what` it is and the seconds it takes.
 
@@ -117,18 +136,13 @@ def run_step(what: str, command: list[str], failure: str, settings: dict[str, st
     started = time.monotonic()
     print(f"{what} ...", end="", flush=True)
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env)
-        try:
+        with child(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env) as process:
             while process.poll() is None:
                 try:
                     process.wait(timeout=1)
                 except subprocess.TimeoutExpired:
                     if sys.stdout.isatty():
                         print(f"\r{what} ... {time.monotonic() - started:.0f} s", end="", flush=True)
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise
         output.seek(0)
         text = output.read().decode("utf-8", "replace")
     clear = f"\r{what} ..." if sys.stdout.isatty() else ""
@@ -160,7 +174,7 @@ def modules_of(venv: Path) -> set[str]:
     except OSError:
         done = None
     if done is None or done.returncode:
-        raise QuickstartError(f"{venv} is broken: it has no running Python of 3.10 or newer. Delete it and run this again.")
+        raise QuickstartError(f"{venv} is broken: its Python is gone or too old. Delete the folder and run this again.")
     return set(done.stdout.split())
 
 
@@ -284,9 +298,8 @@ def generate(options: argparse.Namespace) -> int:
     env = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
     video = None
     started = time.monotonic()
-    with subprocess.Popen(
-        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, encoding="utf-8", errors="replace"
-    ) as process:
+    pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+    with child(command, cwd=ROOT, env=env, **pipe) as process:
         for line in process.stdout:
             path = ROOT / line.strip()
             if path.suffix == ".mp4" and path.is_file():
@@ -307,13 +320,21 @@ def run_tests(options: argparse.Namespace) -> int:
     """pytest's exit code over the tests, on up to four cores."""
     workers = min(4, os.cpu_count() or 1)
     python = prepare(options.venv, DEV_REQUIREMENTS)
-    return subprocess.run([str(python), "-m", "pytest", "-n", str(workers), *options.pytest], cwd=ROOT).returncode
+    with child([str(python), "-m", "pytest", "-n", str(workers), *options.pytest], cwd=ROOT) as process:
+        return process.wait()
 
 
 def install(options: argparse.Namespace) -> int:
     """Install for development and print the environment's Python as the last line; 0."""
     print(prepare(options.venv, DEV_REQUIREMENTS))
     return 0
+
+
+COMMANDS = {
+    "": (generate, "Install WanCore and generate a video."),
+    "test": (run_tests, "Install for development and run the tests; further arguments go to pytest."),
+    "install": (install, "Install for development and print the environment's Python."),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -332,27 +353,20 @@ def seed_number(text: str) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line as options: `run` is the function to call, `pytest` the arguments passed on to the tests."""
-    parser = Parser(prog="quickstart.py", description="Install WanCore and generate a video.", allow_abbrev=False)
-    parser.set_defaults(run=generate)
-    parser.add_argument("--model", metavar="MODEL_ID", help="published checkpoint, downloaded; default: a tiny one")
-    parser.add_argument("--prompt", metavar="TEXT", help="what to show; default: the workflow's own")
-    parser.add_argument("--seed", type=seed_number, metavar="N", help="noise seed; default: the workflow's own")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the video; default: output/ beside this")
-    venv = {"type": Path, "metavar": "DIR", "help": "virtual environment to use or make; default: .venv beside this"}
-    parser.add_argument("--venv", **venv)
-    commands = parser.add_subparsers(title="other commands", metavar="command")
-    texts = {
-        "test": (run_tests, "install for development and run the tests; further arguments go to pytest"),
-        "install": (install, "install for development and print the environment's Python"),
-    }
-    for name, (run, text) in texts.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.set_defaults(run=run)
-        command.add_argument("--venv", **{**venv, "default": argparse.SUPPRESS})
-    options, rest = parser.parse_known_args(argv)
-    if rest and options.run is not run_tests:
-        parser.error(f"unknown argument {rest[0]}")
-    options.pytest = rest
+    name = argv[0] if argv and argv[0] in COMMANDS else ""
+    run, description = COMMANDS[name]
+    parser = Parser(prog=f"quickstart.py {name}".strip(), description=description, allow_abbrev=False)
+    if run is generate:
+        parser.epilog = "Other commands, each with its own --help: test, install."
+        parser.add_argument("--model", metavar="MODEL_ID", help="published checkpoint, downloaded; default: a tiny one")
+        parser.add_argument("--prompt", metavar="TEXT", help="what to show; default: the workflow's own")
+        parser.add_argument("--seed", type=seed_number, metavar="N", help="noise seed; default: the workflow's own")
+        parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the video; default: output/ here")
+    parser.add_argument("--venv", type=Path, metavar="DIR", help="environment to use or make; default: .venv here")
+    options, rest = parser.parse_known_args(argv[1:] if name else argv)
+    if rest and run is not run_tests:
+        parser.error(f"unknown argument {rest[0]!r}")
+    options.run, options.pytest = run, rest
     return options
 
 
