@@ -21,10 +21,10 @@ from ..models.config import (
     TextEncoderConfig,
     VAEConfig,
 )
-from .dialects import LORA, Kind
+from .dialects import Kind
 from .files import describe_files, resolve_model
 from .header import CheckpointError, Header, read_header
-from .keymap import FP8_DTYPES, Source, convert, find_dialect, strip_prefix
+from .keymap import FP8_DTYPES, LORA, Source, convert, find_dialect, strip_prefix
 
 Config = DiTConfig | MotionControllerConfig | TextEncoderConfig | VAEConfig | ImageEncoderConfig
 
@@ -115,7 +115,9 @@ def detect(header: Header) -> Component:
     names = strip_prefix(header)
     dtype = _predominant_dtype(header)
     if any(LORA.fullmatch(name) for name in names):
-        return Component(kind="lora", layout="lora", config=None, sources=MappingProxyType({}), header=header, dtype=dtype)
+        return Component(
+            kind="lora", layout="lora", config=None, sources=MappingProxyType({}), header=header, dtype=dtype
+        )
     dialect = find_dialect(names)
     if dialect is None:
         raise CheckpointError(_unknown(header, names))
@@ -186,7 +188,9 @@ def join_vace(base: Component, branch: Component) -> Component:
     require_kind(branch, "vace")
     plain = replace(base.config, vace_layers=(), vace_channels=0)
     if plain != base.config or plain.concat_channels or plain.has_image_input:
-        raise CheckpointError(f"{base.name} is not a plain text-to-video model; {branch.name} can only be added to one.")
+        raise CheckpointError(
+            f"{base.name} is not a plain text-to-video model; {branch.name} can only be added to one."
+        )
     if (base.config.dim, base.config.ffn_dim) != (branch.config.dim, branch.config.ffn_dim):
         raise CheckpointError(
             f"{branch.name} was made for a model of width {branch.config.dim}, {base.name} has width {base.config.dim}; "
@@ -321,7 +325,9 @@ def _read_text_encoder(shapes: _Shapes) -> TextEncoderConfig:
     layers = shapes.count(r"blocks\.(\d+)\.")
     tables = sum(name.endswith(".pos_embedding.embedding.weight") for name in shapes.sources)
     if layers > 2 and tables == 1:
-        raise shapes.error("is T5, with one position table for all blocks; Wan needs UMT5-XXL, which has one in every block")
+        raise shapes.error(
+            "is T5, with one position table for all blocks; Wan needs UMT5-XXL, which has one in every block"
+        )
     buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
     vocab_size, dim = shapes["token_embedding.weight"]
     return TextEncoderConfig(
@@ -376,7 +382,9 @@ def _predominant_dtype(header: Header) -> torch.dtype:
 
 
 def _unknown(header: Header, names: Mapping[str, str]) -> str:
-    guess = next((text for pattern, text in GUESSES.items() if any(re.fullmatch(pattern, name) for name in names)), None)
+    guess = next(
+        (text for pattern, text in GUESSES.items() if any(re.fullmatch(pattern, name) for name in names)), None
+    )
     return (
         f"{describe_files(header.files)} is no Wan 2.1 model: {len(header)} tensors ({_first(list(header))}), "
         f"fingerprint {fingerprint(header)}. {f'It looks like {guess}.' if guess else 'It is not a known other model either.'}"

@@ -88,7 +88,10 @@ UMT5_RULES = (
     Rule(r"^encoder\.final_layer_norm\.", "norm."),
     Rule(r"^encoder\.block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
     Rule(r"^encoder\.block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
-    Rule(r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.", r"blocks.\1.pos_embedding.embedding."),
+    Rule(
+        r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.",
+        r"blocks.\1.pos_embedding.embedding.",
+    ),
     Rule(r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.", r"blocks.\1.attn."),
     Rule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.", r"blocks.\1.ffn.gate.0."),
     Rule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.", r"blocks.\1.ffn.fc1."),
@@ -116,11 +119,13 @@ _BASE_BLOCKS = r"blocks\.\d+\..+"
 DIALECTS = (
     Dialect(
         "dit", "original",
-        (r"head\.modulation", r"blocks\.0\.self_attn\.q\.weight", r"patch_embedding\.weight", r"time_projection\.1\.weight"),
+        (r"head\.modulation", r"blocks\.0\.self_attn\.q\.weight", r"patch_embedding\.weight",
+         r"time_projection\.1\.weight"),
     ),
     Dialect(
         "dit", "diffusers",
-        (r"scale_shift_table", r"blocks\.0\.attn1\.to_q\.weight", r"patch_embedding\.weight", r"condition_embedder\.time_proj\.weight"),
+        (r"scale_shift_table", r"blocks\.0\.attn1\.to_q\.weight", r"patch_embedding\.weight",
+         r"condition_embedder\.time_proj\.weight"),
         DIT_RULES,
     ),
     Dialect(
@@ -153,8 +158,8 @@ DIALECTS = (
     ),
     Dialect(
         "vae", "original",
-        (r"conv2\.weight", r"encoder\.conv1\.weight", r"decoder\.head\.2\.weight", r"decoder\.middle\.0\.residual\.0\.gamma",
-         r"encoder\.middle\.0\.residual\.0\.gamma"),
+        (r"conv2\.weight", r"encoder\.conv1\.weight", r"decoder\.head\.2\.weight",
+         r"decoder\.middle\.0\.residual\.0\.gamma", r"encoder\.middle\.0\.residual\.0\.gamma"),
     ),
     Dialect(
         "vae", "diffusers",

@@ -63,7 +63,9 @@ def _expand(item: PathLike) -> list[Path]:
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in WEIGHT_SUFFIXES)
         if not found:
-            raise CheckpointError(f"The folder {path} holds no model file ({', '.join(WEIGHT_SUFFIXES)}).{_nearby(path)}")
+            raise CheckpointError(
+                f"The folder {path} holds no model file ({', '.join(WEIGHT_SUFFIXES)}).{_nearby(path)}"
+            )
         return found
     if path.is_file():
         return [path]
@@ -111,7 +113,9 @@ def _series_names(file: Path) -> list[str]:
     if file.name.endswith(INDEX_SUFFIX):
         named = _indexed_names(file)
         if not named:
-            raise CheckpointError(f"{file} is not a shard index (no readable weight_map); delete it or download it again.")
+            raise CheckpointError(
+                f"{file} is not a shard index (no readable weight_map); delete it or download it again."
+            )
         return sorted(named)
     for index in sorted(file.parent.glob(f"*{INDEX_SUFFIX}")):
         named = _indexed_names(index)

@@ -122,7 +122,9 @@ def is_safetensors(file: Path) -> bool:
         return False
     if start[:1] == b"\x80":
         return False
-    raise CheckpointError(f"{file} is neither a safetensors file nor a PyTorch checkpoint (it starts with {start[:8]!r}).")
+    raise CheckpointError(
+        f"{file} is neither a safetensors file nor a PyTorch checkpoint (it starts with {start[:8]!r})."
+    )
 
 
 def verify_file(file: Path) -> None:
@@ -185,14 +187,20 @@ def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, st
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         shapes = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{file} has a damaged safetensors header ({_first_line(error)}); download it again.") from error
+        raise CheckpointError(
+            f"{file} has a damaged safetensors header ({_first_line(error)}); download it again."
+        ) from error
     expected = 8 + length + end
     if actual != expected:
         state = "truncated" if actual < expected else "damaged"
-        raise CheckpointError(f"{file} is {state}: it has {actual} bytes, its header says {expected}. Download it again.")
+        raise CheckpointError(
+            f"{file} is {state}: it has {actual} bytes, its header says {expected}. Download it again."
+        )
     unknown = sorted({code for _, code in shapes.values()} - SAFETENSORS_DTYPES.keys())
     if unknown:
-        raise CheckpointError(f"{file} stores tensors as {', '.join(unknown)}, which this version of PyTorch does not know.")
+        raise CheckpointError(
+            f"{file} stores tensors as {', '.join(unknown)}, which this version of PyTorch does not know."
+        )
     return {name: TensorInfo(shape, SAFETENSORS_DTYPES[code], file) for name, (shape, code) in shapes.items()}, metadata
 
 

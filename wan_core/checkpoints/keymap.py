@@ -49,7 +49,12 @@ UNUSED = re.compile(
 )
 """Names that stand beside the weights of a model and are no parameters of it."""
 
-UNSUPPORTED = {".weight_scale_2": "NVFP4", ".pre_quant_scale": "pre-scaled", ".absmax": "bitsandbytes", ".qweight": "GPTQ"}
+UNSUPPORTED = {
+    ".weight_scale_2": "NVFP4",
+    ".pre_quant_scale": "pre-scaled",
+    ".absmax": "bitsandbytes",
+    ".qweight": "GPTQ",
+}
 """Endings that mark quantised packs this library does not read."""
 
 LORA = re.compile(r".+\.(lora_(A|B|down|up)(\.\w+)?\.weight|diff|diff_b|diff_m|hada_w[12]_[ab]|lokr_w[12](_[ab])?)")

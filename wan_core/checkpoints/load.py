@@ -63,7 +63,9 @@ def load_into(
     in_float32 = getattr(module, "FLOAT32_PARAMETERS", ())
     for name, tensor in _tensors(component):
         target = torch.float32 if dtype and name.rpartition(".")[2] in in_float32 else dtype
-        _assign(module, name, tensor.to(device, target if tensor.is_floating_point() else None, copy=True))
+        if target is None and component.sources[name].scales:
+            target = DEQUANTISED_DTYPE
+        _assign(module, name, tensor.to(device, target or tensor.dtype, copy=True))
     for name in stored - component.sources.keys():
         _assign(module, name, torch.zeros(module.get_parameter(name).shape, dtype=dtype, device=device))
     return module.requires_grad_(False).eval()
@@ -102,7 +104,9 @@ def _tensors(component: Component) -> Iterator[tuple[str, Tensor]]:
 
 def _combine(source: Source, tensors: Mapping[str, Tensor]) -> Tensor:
     scales = source.scales or (None,) * len(source.names)
-    parts = [_dequantise(tensors[n], tensors[s]) if s else tensors[n] for n, s in zip(source.names, scales, strict=True)]
+    parts = [
+        _dequantise(tensors[n], tensors[s]) if s else tensors[n] for n, s in zip(source.names, scales, strict=True)
+    ]
     if source.combine == "cat":
         return torch.cat(parts)
     if source.combine == "transpose":
