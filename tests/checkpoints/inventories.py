@@ -1,4 +1,4 @@
-"""Names and shapes of the published Wan 2.1 checkpoints at their real size, and tiny tensors for the same structures."""
+"""Names and shapes of the published Wan 2.1 checkpoints at real size, and tiny tensors of the same structures."""
 
 import json
 import zlib
@@ -43,7 +43,9 @@ def dit(size: str, channels: int = 16, *, image=False, positions=0, reference=Fa
     d, f, layers = SIZES[size]
     shapes = conv("patch_embedding", channels, d, 1, 2, 2)
     shapes |= linear("text_embedding.0", 4096, d) | linear("text_embedding.2", d, d)
-    shapes |= linear("time_embedding.0", 256, d) | linear("time_embedding.2", d, d) | linear("time_projection.1", d, 6 * d)
+    shapes |= (
+        linear("time_embedding.0", 256, d) | linear("time_embedding.2", d, d) | linear("time_projection.1", d, 6 * d)
+    )
     for i in range(layers):
         shapes |= dit_block(f"blocks.{i}", d, f, image)
     shapes |= linear("head.head", d, 64) | {"head.modulation": (1, 2, d)}
@@ -78,7 +80,9 @@ def umt5() -> Shapes:
 
 def vae_residual(name: str, inputs: int, outputs: int) -> Shapes:
     shapes: Shapes = {f"{name}.residual.0.gamma": (inputs, 1, 1, 1), f"{name}.residual.3.gamma": (outputs, 1, 1, 1)}
-    shapes |= conv(f"{name}.residual.2", inputs, outputs, 3, 3, 3) | conv(f"{name}.residual.6", outputs, outputs, 3, 3, 3)
+    shapes |= conv(f"{name}.residual.2", inputs, outputs, 3, 3, 3) | conv(
+        f"{name}.residual.6", outputs, outputs, 3, 3, 3
+    )
     return shapes | (conv(f"{name}.shortcut", inputs, outputs, 1, 1, 1) if inputs != outputs else {})
 
 
@@ -91,14 +95,25 @@ def vae_middle(side: str, c: int) -> Shapes:
 def vae(base: int = 96, latent: int = 16) -> Shapes:
     a, b, c = base, 2 * base, 4 * base
     shapes = conv("encoder.conv1", 3, a, 3, 3, 3)
-    for i, (inputs, outputs) in {0: (a, a), 1: (a, a), 3: (a, b), 4: (b, b), 6: (b, c), 7: (c, c), 9: (c, c), 10: (c, c)}.items():
+    for i, (inputs, outputs) in {
+        0: (a, a),
+        1: (a, a),
+        3: (a, b),
+        4: (b, b),
+        6: (b, c),
+        7: (c, c),
+        9: (c, c),
+        10: (c, c),
+    }.items():
         shapes |= vae_residual(f"encoder.downsamples.{i}", inputs, outputs)
     for i, width, temporal in ((2, a, False), (5, b, True), (8, c, True)):
         shapes |= conv(f"encoder.downsamples.{i}.resample.1", width, width, 3, 3)
         shapes |= conv(f"encoder.downsamples.{i}.time_conv", width, width, 3, 1, 1) if temporal else {}
     shapes |= vae_middle("encoder", c) | {"encoder.head.0.gamma": (c, 1, 1, 1)}
     shapes |= conv("encoder.head.2", c, 2 * latent, 3, 3, 3) | conv("conv1", 2 * latent, 2 * latent, 1, 1, 1)
-    shapes |= conv("conv2", latent, latent, 1, 1, 1) | conv("decoder.conv1", latent, c, 3, 3, 3) | vae_middle("decoder", c)
+    shapes |= (
+        conv("conv2", latent, latent, 1, 1, 1) | conv("decoder.conv1", latent, c, 3, 3, 3) | vae_middle("decoder", c)
+    )
     widths = {0: (c, c), 1: (c, c), 2: (c, c), 4: (b, c), 5: (c, c), 6: (c, c), 8: (b, b), 9: (b, b), 10: (b, b)}
     for i, (inputs, outputs) in (widths | {12: (a, a), 13: (a, a), 14: (a, a)}).items():
         shapes |= vae_residual(f"decoder.upsamples.{i}", inputs, outputs)
@@ -115,7 +130,9 @@ def clip_visual() -> Shapes:
     for i in range(32):
         b = f"visual.transformer.{i}"
         shapes |= norm(f"{b}.norm1", 1280) | norm(f"{b}.norm2", 1280) | linear(f"{b}.attn.to_qkv", 1280, 3840)
-        shapes |= linear(f"{b}.attn.proj", 1280, 1280) | linear(f"{b}.mlp.0", 1280, 5120) | linear(f"{b}.mlp.2", 5120, 1280)
+        shapes |= (
+            linear(f"{b}.attn.proj", 1280, 1280) | linear(f"{b}.mlp.0", 1280, 5120) | linear(f"{b}.mlp.2", 5120, 1280)
+        )
     return shapes
 
 
@@ -123,7 +140,10 @@ def clip() -> Shapes:
     """The whole published file: the vision tower, the logit scale and XLM-RoBERTa-large."""
     shapes = clip_visual() | {"log_scale": (), "textual.token_embedding.weight": (250002, 1024)}
     shapes |= {"textual.type_embedding.weight": (1, 1024), "textual.pos_embedding.weight": (514, 1024)}
-    shapes |= norm("textual.norm", 1024) | {"textual.head.0.weight": (1024, 1024), "textual.head.2.weight": (1024, 1024)}
+    shapes |= norm("textual.norm", 1024) | {
+        "textual.head.0.weight": (1024, 1024),
+        "textual.head.2.weight": (1024, 1024),
+    }
     for i in range(24):
         b = f"textual.blocks.{i}"
         shapes |= norm(f"{b}.norm1", 1024) | norm(f"{b}.norm2", 1024)
@@ -137,7 +157,9 @@ def motion_controller() -> Shapes:
     return linear("linear.0", 256, 1536) | linear("linear.2", 1536, 1536) | linear("linear.4", 1536, 9216)
 
 
-def header(shapes: Mapping[str, Iterable[int]], dtype=torch.bfloat16, file="model.safetensors", **metadata: str) -> Header:
+def header(
+    shapes: Mapping[str, Iterable[int]], dtype=torch.bfloat16, file="model.safetensors", **metadata: str
+) -> Header:
     """A header with these names and shapes, as if read from `file`."""
     path = Path(file)
     tensors = {name: TensorInfo(tuple(shape), dtype, path) for name, shape in shapes.items()}

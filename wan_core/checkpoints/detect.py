@@ -63,8 +63,8 @@ GUESSES = {
     r".*double_blocks\.0\..+": "a FLUX or HunyuanVideo model",
     r".*joint_blocks\.0\..+": "a Stable Diffusion 3 model",
     r".*input_blocks\.0\..+": "a Stable Diffusion UNet",
-    r"visual\.transformer\.resblocks\..+|transformer\.resblocks\..+": "an OpenCLIP model in its own layout; Wan uses the "
-    "published models_clip_open-clip file or clip_vision_h.safetensors",
+    r"visual\.transformer\.resblocks\..+|transformer\.resblocks\..+": "an OpenCLIP model in its own layout; "
+    "Wan uses the published models_clip_open-clip file or clip_vision_h.safetensors",
     r"text_model\.encoder\..+|.*embeddings\.token_embedding\..+": "a CLIP text encoder; Wan reads text with UMT5-XXL",
     r"(encoder|decoder)\.(up|down|mid)\..+|.*mid_block\.resnets\.0\.norm1\.weight": "the VAE of an image model",
     r"(encoder|decoder)\.\d+\..+|taesd.+": "a tiny autoencoder for previews",
@@ -78,9 +78,9 @@ GUESSES = {
 class Component:
     """A model file that was understood.
 
-    `config` is None for a LoRA; for a VACE branch alone it holds the widths and the VACE fields of the model it was made for.
-    `sources` gives each original tensor name its place in the files, `optional` the names a file of this layout may lack.
-    `dtype` is the one that most stored weights have.
+    `config` is None for a LoRA; for a VACE branch alone it holds the widths and VACE fields of the model it was made
+    for. `sources` gives each original tensor name its place in the files, `optional` the names that a file of this
+    layout may lack. `dtype` is the one that most stored weights have.
     """
 
     kind: Kind
@@ -193,7 +193,7 @@ def join_vace(base: Component, branch: Component) -> Component:
         )
     if (base.config.dim, base.config.ffn_dim) != (branch.config.dim, branch.config.ffn_dim):
         raise CheckpointError(
-            f"{branch.name} was made for a model of width {branch.config.dim}, {base.name} has width {base.config.dim}; "
+            f"{branch.name} was made for a model of width {branch.config.dim}, {base.name} has {base.config.dim}; "
             "1.3B and 14B files do not mix."
         )
     layers = vace_layers(base.config.num_layers, len(branch.config.vace_layers))
@@ -298,8 +298,8 @@ def _require_wan21(shapes: _Shapes, config: DiTConfig) -> None:
         tokens = "with" if config.has_image_input else "without"
         known = ", ".join(f"{n} {'with' if image else 'without'}" for n, image in BASE_CHANNELS.items())
         raise shapes.error(
-            f"has {config.in_channels} input and {config.out_channels} output channels {tokens} image tokens (img_emb.*); "
-            f"Wan 2.1 has 16 output channels and {known} image tokens"
+            f"has {config.in_channels} input and {config.out_channels} output channels {tokens} image tokens "
+            f"(img_emb.*); Wan 2.1 has 16 output channels and {known} image tokens"
         )
 
 
@@ -385,9 +385,10 @@ def _unknown(header: Header, names: Mapping[str, str]) -> str:
     guess = next(
         (text for pattern, text in GUESSES.items() if any(re.fullmatch(pattern, name) for name in names)), None
     )
+    likeness = f"It looks like {guess}." if guess else "It is no known other model either."
     return (
         f"{describe_files(header.files)} is no Wan 2.1 model: {len(header)} tensors ({_first(list(header))}), "
-        f"fingerprint {fingerprint(header)}. {f'It looks like {guess}.' if guess else 'It is not a known other model either.'}"
+        f"fingerprint {fingerprint(header)}. {likeness}"
     )
 
 

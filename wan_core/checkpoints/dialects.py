@@ -1,4 +1,4 @@
-"""The layouts in which Wan 2.1 weights are passed around, one row of data each: the names that mark it and rewriting rules."""
+"""The layouts in which Wan 2.1 weights are passed around, a row of data each: names that mark it, rewriting rules."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -22,8 +22,8 @@ class Rule:
 class Dialect:
     """One layout of one kind of model.
 
-    `marks` are patterns of names, most of which are present; no name matches `absent`. Names that match `ignored` are left out;
-    targets in `optional` may be missing, because nothing computes with them.
+    `marks` are patterns of names, most of which are present; no name matches `absent`. Names that match `ignored` are
+    left out; targets in `optional` may be missing, because nothing computes with them.
     """
 
     kind: Kind
@@ -62,7 +62,7 @@ DIT_RULES = (
 
 VAE_RULES = (
     Rule(r"^encoder\.down_blocks\.(\d+)\.", r"encoder.downsamples.\1."),
-    # Each of the four decoder levels is three residual blocks and, but for the last, an upsampler: four places in a flat list.
+    # A decoder level is three residual blocks and, but for the last, an upsampler: four places in the flat list.
     *(
         Rule(rf"^decoder\.up_blocks\.{level}\.{name}\.{j}\.", f"decoder.upsamples.{4 * level + place}.")
         for level in range(4)

@@ -17,7 +17,7 @@ PathLike = str | Path
 
 
 def resolve_files(path: PathLike | Sequence[PathLike]) -> list[list[Path]]:
-    """The models named by a file, a folder, a glob, or a list of these: for each its files in order, every shard present.
+    """The models named by a file, a folder, a glob, or a list of these: each with all its files in order.
 
     A single shard stands for its whole series, and an index file for the files it names.
 
@@ -70,7 +70,7 @@ def _expand(item: PathLike) -> list[Path]:
     if path.is_file():
         return [path]
     if any(mark in str(path) for mark in "*?["):
-        found = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())
+        found = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())  # noqa: PTH207 - absolute patterns
         if found:
             return found
     raise CheckpointError(f"{path} does not exist.{_nearby(path)}")
@@ -96,8 +96,8 @@ def _series(file: Path) -> list[Path]:
     missing = [name for name in names if not (file.parent / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{len(missing)} of the {len(names)} files of this model are missing in {file.parent}: {', '.join(missing)}. "
-            "Download them into the same folder."
+            f"{len(missing)} of the {len(names)} files of this model are missing: {', '.join(missing)}. "
+            f"Download them into {file.parent}."
         )
     return [file.parent / name for name in names]
 

@@ -35,7 +35,7 @@ WRAPPER_KEYS = ("state_dict", "module", "model_state", "model")
 """Top-level keys under which training frameworks store a state dict."""
 
 FOREIGN_STARTS = {
-    b"version https://git-lfs": "is a git-LFS pointer, not the weights; fetch the real file (`git lfs pull`, or download it)",
+    b"version https://git-lfs": "is a git-LFS pointer, not the weights; run `git lfs pull` or download the file",
     b"GGUF": "is a GGUF file; use the safetensors release of the model",
     b"<": "is a web page, not weights; the download went to an error or login page, so download the file again",
     b"{": "is a JSON file, not weights",
@@ -58,7 +58,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, eq=False)
 class Header(Mapping[str, TensorInfo]):
-    """The tensors of one model, over all its shards, as named in the files; `metadata` joins the files' own metadata."""
+    """The tensors of one model, over all its shards, as the files name them; `metadata` joins that of the files."""
 
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
@@ -78,8 +78,8 @@ def read_header(files: Sequence[Path]) -> Header:
     """The joint header of the files of one model.
 
     Raises:
-        CheckpointError: a file is empty, truncated, not a weights file, not readable as plain tensors, or two files hold a
-            tensor of the same name.
+        CheckpointError: a file is empty, truncated, not a weights file, not readable as plain tensors, or two files
+            hold a tensor of the same name.
     """
     if not files:
         raise CheckpointError("No model file was given; name a .safetensors or .pth file, or a folder that holds one.")
@@ -91,7 +91,7 @@ def read_header(files: Sequence[Path]) -> Header:
         double = sorted(found.keys() & tensors.keys())
         if double:
             raise CheckpointError(
-                f"{file.name} and {tensors[double[0]].file.name} both hold {double[0]!r} ({len(double)} tensors in common). "
+                f"{file.name} and {tensors[double[0]].file.name} both hold {double[0]!r} (and {len(double) - 1} more). "
                 "They are two models, or two copies of one: name the files of one model only."
             )
         tensors |= found
@@ -171,14 +171,14 @@ def _pickle_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Read the JSON that opens the file: 8 bytes of little-endian length, then names with dtype, shape and byte range."""
+    """Read the JSON that opens the file: 8 bytes of length, then names with dtype, shape and byte range."""
     actual = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length + 8 > actual:
             raise CheckpointError(
-                f"{file} is truncated or damaged: its header alone is said to take {length} bytes, the file has {actual}. "
-                "Download it again."
+                f"{file} is truncated or damaged: its header is said to take {length} bytes, the file has "
+                f"{actual}. Download it again."
             )
         raw = stream.read(length)
     try:

@@ -41,7 +41,7 @@ PREFIXES = (
 """What programs put before every name of a model. The longer of two that overlap stands first."""
 
 SCALES = (".scale_weight", ".weight_scale")
-"""Endings of FP8 scales in ComfyUI packs, the older and the newer; `X.weight` times its scale is the effective weight."""
+"""Endings of FP8 scales in older and newer ComfyUI packs; `X.weight` times its scale is the effective weight."""
 
 UNUSED = re.compile(
     r"scaled_fp8|spiece_model|log_scale|logit_scale|textual\..+|text_model\..+|text_projection\..+|.+\.position_ids"
@@ -60,9 +60,12 @@ UNSUPPORTED = {
 LORA = re.compile(r".+\.(lora_(A|B|down|up)(\.\w+)?\.weight|diff|diff_b|diff_m|hada_w[12]_[ab]|lokr_w[12](_[ab])?)")
 
 
+ADVICE = "Use the fp16, bf16 or scaled fp8 file of this model."
+
+
 @dataclass(frozen=True)
 class Source:
-    """How one original tensor is made from a file: the names to read, how they combine, the shape and stored dtype that result.
+    """How one original tensor is made: the names to read, how they combine, the resulting shape, the stored dtype.
 
     `scales` holds the FP8 scale name of each of `names`; it is empty when there are none.
     """
@@ -85,7 +88,7 @@ def strip_prefix(names: Iterable[str]) -> dict[str, str]:
 
 
 def find_dialect(names: Iterable[str]) -> Dialect | None:
-    """The layout most of whose marks are among `names` (prefixes already removed), None when no layout has more than half."""
+    """The layout whose marks are best found among `names` (without prefixes), None when fewer than half are."""
     names = [name for name in names if not UNUSED.fullmatch(name)]
 
     def likeness(dialect: Dialect) -> float:
@@ -113,7 +116,8 @@ def rename(dialect: Dialect, name: str) -> tuple[str, Combine, int, int]:
 def convert(dialect: Dialect, header: Header, names: Mapping[str, str]) -> Mapping[str, Source]:
     """The source of every original tensor that the file can give.
 
-    `names` are the names without prefixes, mapped to those in the file. A tensor of which only some parts are there is left out.
+    `names` are the names without prefixes, mapped to those in the file. A tensor that lacks some of its parts is left
+    out.
 
     Raises:
         CheckpointError: the file is quantised in a way that cannot be read.
@@ -165,8 +169,8 @@ def _scales(header: Header, names: Mapping[str, str]) -> dict[str, str]:
         info, scale = header[weight], header[stored]
         if not info.dtype.is_floating_point or prod(scale.shape) not in (1, info.shape[0]):
             raise CheckpointError(
-                f"{info.file.name} is quantised in a way that is not supported: {weight!r} is {info.dtype} {list(info.shape)} with "
-                f"a scale {list(scale.shape)}. Use the fp16, bf16 or scaled fp8 file of this model."
+                f"{info.file.name} is quantised in a way that is not supported: {weight!r} is {info.dtype} "
+                f"{list(info.shape)} with a scale {list(scale.shape)}. {ADVICE}"
             )
         scales[weight] = stored
     return scales
@@ -178,13 +182,13 @@ def _check_quantisation(header: Header, names: Mapping[str, str]) -> None:
         if method:
             raise CheckpointError(
                 f"{header[stored].file.name} is quantised ({method}: it holds {stored!r}), which is not supported. "
-                "Use the fp16, bf16 or scaled fp8 file of this model."
+                f"{ADVICE}"
             )
     for layer, value in _declared_formats(header).items():
         if value not in FP8_FORMATS:
             raise CheckpointError(
-                f"{header.files[0].name} stores {layer!r} as {value}, which is not supported; supported: {', '.join(FP8_FORMATS)}. "
-                "Use the fp16, bf16 or scaled fp8 file of this model."
+                f"{header.files[0].name} stores {layer!r} as {value}, which is not supported; only "
+                f"{' and '.join(FP8_FORMATS)} are. {ADVICE}"
             )
 
 

@@ -35,11 +35,11 @@ Read = Callable[[str], Tensor]
 def build(component: Component, *, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> nn.Module:
     """The module of `component` with its weights, in evaluation mode, no gradients.
 
-    Floating-point weights are cast to `dtype`, except those that the class lists in `FLOAT32_PARAMETERS`; None keeps the stored
+    Weights are cast to `dtype`, those that the class lists in `FLOAT32_PARAMETERS` to float32; None keeps the stored
     dtype. Scaled FP8 weights are multiplied by their scales.
 
     Raises:
-        CheckpointError: the component is not one that is built by itself, or its tensors do not fit; before weights are read.
+        CheckpointError: the component cannot be built by itself, or its tensors do not fit; no weight was read then.
     """
     require_kind(component, tuple(CLASSES))
     with torch.device("meta"):
