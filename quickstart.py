@@ -44,6 +44,7 @@ TORCH_INDEXES = {
     ("linux", "rocm"): "https://download.pytorch.org/whl/rocm6.4",
     ("win32", "cuda"): "https://download.pytorch.org/whl/cu128",
 }
+SMALLEST_VENV = 2**30  # bytes; measured: 1.4 GiB with a CPU build of torch
 DISK_FULL = "The disk is full. Free some space (pip also unpacks into TMPDIR) and run this again."
 
 
@@ -199,6 +200,9 @@ def make_venv(venv: Path) -> None:
     """Make `venv`, looking through to this interpreter's packages when torch is among them."""
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         raise QuickstartError("This Python has no venv module. On Debian or Ubuntu: apt install python3-venv")
+    place = next(path for path in (venv, *venv.parents) if path.exists())
+    if shutil.disk_usage(place).free < SMALLEST_VENV:
+        raise QuickstartError(DISK_FULL)
     share = shares_torch()
     fresh = not venv.exists()
     command = [sys.executable, "-m", "venv", *(["--system-site-packages"] if share else []), str(venv)]
