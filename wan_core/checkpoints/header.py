@@ -3,13 +3,15 @@
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 SAFETENSORS_DTYPES = {
@@ -135,6 +137,16 @@ def verify_file(file: Path) -> None:
     """
     if is_safetensors(file):
         _safetensors_header(file)
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Callable[[str], Tensor]]:
+    """A function from a tensor's name to the tensor on the CPU, which may be a view of the file while that is open."""
+    if is_safetensors(file):
+        with safe_open(file, "pt") as stream:
+            yield stream.get_tensor
+    else:
+        yield open_pickle(file, "cpu").__getitem__
 
 
 def open_pickle(file: Path, device: str) -> dict[str, Tensor]:

@@ -1,12 +1,10 @@
 """From a recognised file to a module with weights, at the memory cost of one copy and at most one shard."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..models.dit import WanDiT
@@ -15,8 +13,8 @@ from ..models.motion_controller import MotionController
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from .detect import Component, check_against, require_kind
-from .header import Header, is_safetensors, open_pickle
-from .keymap import SPIECE_MODEL, Source
+from .header import open_tensors
+from .keymap import Source
 
 CLASSES = {
     "dit": WanDiT,
@@ -28,8 +26,6 @@ CLASSES = {
 
 DEQUANTISED_DTYPE = torch.bfloat16
 """The dtype of scaled FP8 weights when no dtype is asked for: alone, the stored numbers are not the weights."""
-
-Read = Callable[[str], Tensor]
 
 
 def build(component: Component, *, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> nn.Module:
@@ -71,15 +67,6 @@ def load_into(
     return module.requires_grad_(False).eval()
 
 
-def spiece_model(header: Header) -> bytes | None:
-    """The SentencePiece model that a ComfyUI text encoder pack carries; None when there is none."""
-    name = next((name for name in header if name.rpartition(".")[2] == SPIECE_MODEL), None)
-    if name is None:
-        return None
-    with _open(header[name].file) as read:
-        return read(name).numpy().tobytes()
-
-
 def _tensors(component: Component) -> Iterator[tuple[str, Tensor]]:
     """Original names with their tensors on the CPU, file by file; a tensor may be a view of the file that is open.
 
@@ -94,7 +81,7 @@ def _tensors(component: Component) -> Iterator[tuple[str, Tensor]]:
             wanted[header[name].file][target].append(name)
     pieces: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for file, targets in wanted.items():
-        with _open(file) as read:
+        with open_tensors(file) as read:
             for target, names in targets.items():
                 whole = waiting[target] == set(names)
                 pieces[target] |= {name: read(name) if whole else read(name).clone() for name in names}
@@ -117,15 +104,6 @@ def _combine(source: Source, tensors: Mapping[str, Tensor]) -> Tensor:
 def _dequantise(weight: Tensor, scale: Tensor) -> Tensor:
     rows = scale.float().reshape(-1, *(1,) * (weight.ndim - 1))
     return weight.float() * rows
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[Read]:
-    if is_safetensors(file):
-        with safe_open(file, "pt") as stream:
-            yield stream.get_tensor
-    else:
-        yield open_pickle(file, "cpu").__getitem__
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
