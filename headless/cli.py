@@ -1,0 +1,173 @@
+"""The command line: `python -m headless run FILE ...`."""
+
+import argparse
+import importlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..wan_core.runtime import Cancelled
+from .client import run_on_server
+from .core_nodes import core_nodes
+from .events import Event, RunResult
+from .folders import Folders
+from .runner import run
+from .schema import schemas_of
+from .server import Server, ServerUnreachableError
+from .tiny import apply_tiny
+from .workflow import Workflow, apply_sets
+
+OK, FAILED, BAD_USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes; 130 is what shells give to a program that Ctrl-C ended."""
+
+STEP_INTERVAL = 0.5
+"""Seconds between two progress lines of one node."""
+
+
+RUN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "file": {"metavar": "FILE", "type": Path, "help": "workflow in API format, such as those in workflows/api"},
+    "--set": {
+        "metavar": "NODE.INPUT=VALUE",
+        "dest": "sets",
+        "action": "append",
+        "default": [],
+        "help": "override an input; NODE is a title or an id; may be given many times",
+    },
+    "--out": {"metavar": "DIR", "type": Path, "default": Path("output"), "help": "where files go (default: output)"},
+    "--input": {
+        "metavar": "DIR",
+        "type": Path,
+        "default": Path("input"),
+        "help": "where input images and videos are (default: input)",
+    },
+    "--server": {"metavar": "URL", "help": "run on this ComfyUI server instead, such as http://127.0.0.1:8188"},
+    "--tiny": {"action": "store_true", "help": "use the bundled tiny models, small sizes and few steps"},
+    "--device": {
+        "choices": ("auto", "cpu", "cuda", "mps"),
+        "help": "where models compute in this process (default: auto)",
+    },
+    "--quiet": {"action": "store_true", "help": "print only the paths of saved files, and errors"},
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: how it is declared, and what it does with the parsed arguments; it returns the exit code."""
+
+    help: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    execute: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; errors go to stderr, in one line each."""
+    parser = argparse.ArgumentParser(prog="python -m headless", description="Wan 2.1 workflows without an editor.")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        command.declare(subparser)
+        subparser.set_defaults(execute=command.execute)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    try:
+        return arguments.execute(arguments)
+    except (KeyboardInterrupt, Cancelled) as error:
+        return _fail(INTERRUPTED, str(error) or "Interrupted.")
+    except RuntimeError as error:
+        return _fail(FAILED, str(error))
+    except ServerUnreachableError as error:
+        return _fail(UNREACHABLE, str(error))
+    except ValueError as error:
+        return _fail(BAD_USAGE, str(error))
+
+
+def _fail(code: int, message: str) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+def _declare_run(parser: argparse.ArgumentParser) -> None:
+    for flag, options in RUN_ARGUMENTS.items():
+        parser.add_argument(flag, **options)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.server and arguments.device:
+        raise ValueError("--device holds for runs in this process; a server computes on its own device.")
+    if arguments.quiet:
+        logging.getLogger("wancore").setLevel(logging.ERROR)
+    workflow = Workflow.load(arguments.file)
+    folders = Folders(arguments.input, arguments.out)
+    on_event = (lambda _: None) if arguments.quiet else Progress().show
+    nodes = {**core_nodes(folders), **_pack_nodes()}
+    if arguments.tiny:
+        workflow = apply_tiny(workflow, nodes)
+    if arguments.server:
+        server = Server(arguments.server)
+        workflow = apply_sets(workflow, arguments.sets, server.schemas(workflow))
+        result = run_on_server(workflow, server, folders, on_event=on_event)
+    else:
+        workflow = apply_sets(workflow, arguments.sets, schemas_of(nodes))
+        _configure_host(arguments.device, on_event)
+        result = run(workflow, nodes, on_event=on_event, folders=folders)
+    return _print_files(result)
+
+
+def _print_files(result: RunResult) -> int:
+    for path in result.files:
+        print(path)
+    return OK
+
+
+def _pack() -> ModuleType:
+    return importlib.import_module(__package__.rpartition(".")[0])
+
+
+def _pack_nodes() -> dict[str, type]:
+    return dict(getattr(_pack(), "NODE_CLASS_MAPPINGS", {}))
+
+
+def _configure_host(device: str | None, on_event: Callable[[Event], None]) -> None:
+    try:
+        host = importlib.import_module(f"{_pack().__name__}.nodes.host")
+    except ModuleNotFoundError:
+        return
+
+    def on_progress(phase: str, done: int, total: int) -> None:
+        on_event(Event("progress", done=done, total=total, text=phase))
+
+    host.configure(device=device, on_progress=on_progress)
+
+
+class Progress:
+    """Prints events to stderr, at most one step of a node per interval, and always the last one."""
+
+    def __init__(self) -> None:
+        self.shown = 0.0
+
+    def show(self, event: Event) -> None:
+        now = time.monotonic()
+        if event.kind == "progress":
+            if event.done < event.total and now - self.shown < STEP_INTERVAL:
+                return
+            self.shown = now
+        print(self._line(event), file=sys.stderr, flush=True)
+
+    @staticmethod
+    def _line(event: Event) -> str:
+        match event.kind:
+            case "start":
+                return f"[{event.done}/{event.total}] {event.node}"
+            case "cached":
+                return f"{event.node}: reused"
+            case "progress":
+                return f"    {event.text} {event.done}/{event.total}".replace("     ", "    ")
+        return event.text
+
+
+COMMANDS = {"run": Command("Run a workflow in this process or on a ComfyUI server.", _declare_run, _run)}

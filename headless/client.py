@@ -1,0 +1,246 @@
+"""Run a workflow on a ComfyUI server: validate, upload, queue, follow, download.
+
+The outcome is always read from the server's history, so a dropped connection loses nothing; the websocket only brings
+progress and wakes the wait early. Without the optional package websocket-client the same run is followed by polling.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from pathlib import PurePosixPath
+from typing import Any
+
+from ..wan_core.runtime import Cancelled
+from .events import Event, NodeError, OnEvent, RunResult
+from .folders import ANNOTATED, Folders, file_entries
+from .schema import NodeSchema
+from .server import RefusedError, Server, ServerUnreachableError
+from .validate import Issue, ValidationError, needed_nodes, validate
+from .workflow import NodeSpec, Workflow
+
+try:
+    import websocket
+except ImportError:
+    websocket = None
+
+POLL_SECONDS = 1.0
+"""Pause between two looks at the history."""
+
+PATIENCE_SECONDS = 60.0
+"""How long a server may be out of reach, in the middle of a run, before the run is given up."""
+
+
+def run_on_server(
+    workflow: Workflow,
+    server: Server,
+    folders: Folders,
+    *,
+    schemas: Mapping[str, NodeSchema] | None = None,
+    on_event: OnEvent = lambda _: None,
+) -> RunResult:
+    """Run a workflow on a server and fetch the files it saved into the output folder, under their names there.
+
+    Files that load nodes name are uploaded when they exist here; equal files are kept once by the server. Being
+    interrupted here stops the run there.
+
+    Raises:
+        ValidationError: the workflow cannot run there; nothing has run.
+        NodeError: a node failed.
+        Cancelled: the run was interrupted on the server.
+        ServerUnreachableError: no server, or none any more.
+    """
+    schemas = server.schemas(workflow) if schemas is None else schemas
+    workflow = validate(workflow, schemas)
+    workflow = _upload_inputs(workflow, server, folders, schemas, on_event)
+    client_id = uuid.uuid4().hex
+    with closing(_Socket(server.socket_url(client_id))) as socket:
+        socket.connect()
+        prompt_id = _submit(workflow, server, client_id)
+        with _stopping(server, prompt_id):
+            record = _wait(workflow, server, socket, prompt_id, on_event)
+            _raise_failure(workflow, record)
+    ui = record.get("outputs") or {}
+    return RunResult(ui, tuple(_download(ui, server, folders)))
+
+
+def _upload_inputs(
+    workflow: Workflow, server: Server, folders: Folders, schemas: Mapping[str, NodeSchema], on_event: OnEvent
+) -> Workflow:
+    outputs = [node.id for node in workflow.nodes.values() if schemas[node.class_type].is_output]
+    missing = []
+    for node_id in needed_nodes(workflow, outputs):
+        node = workflow.nodes[node_id]
+        for name, spec in schemas[node.class_type].inputs.items():
+            value = node.inputs.get(name)
+            if not spec.takes_file or not isinstance(value, str) or ANNOTATED.fullmatch(value):
+                continue
+            if path := folders.find(value):
+                parent = PurePosixPath(value).parent
+                # A path outside of the input folder means nothing on the server: its file goes to the top there.
+                inside = not parent.is_absolute() and ".." not in parent.parts and (folders.input / value) == path
+                stored = server.upload(path, str(parent) if inside and str(parent) != "." else "")
+                on_event(Event("notice", text=f"{path} uploaded as {stored}"))
+                workflow = workflow.with_inputs(node_id, {name: stored})
+            elif value not in (spec.choices or ()):
+                details = f"{name}: '{value}' is neither in {folders.input} nor on the server"
+                missing.append(Issue("value_not_in_list", "Value not in list", details, node))
+    if missing:
+        raise ValidationError(missing)
+    return workflow
+
+
+def _submit(workflow: Workflow, server: Server, client_id: str) -> str:
+    try:
+        answer = server.submit(workflow.to_api(), client_id)
+    except RefusedError as error:
+        raise ValidationError(_issues(workflow, error.body) or [Issue("refused", str(error), "")]) from error
+    if issues := _issues(workflow, answer):
+        # The host would run the valid outputs and leave out the others; a run is all or nothing here.
+        server.stop(answer["prompt_id"])
+        raise ValidationError(issues)
+    return answer["prompt_id"]
+
+
+def _issues(workflow: Workflow, body: Mapping[str, Any]) -> list[Issue]:
+    issues = [
+        Issue(error.get("type", ""), error.get("message", ""), error.get("details", ""), workflow.nodes.get(node_id))
+        for node_id, entry in (body.get("node_errors") or {}).items()
+        for error in entry.get("errors", [])
+    ]
+    error = body.get("error")
+    if issues or not error:
+        return issues
+    if isinstance(error, str):
+        return [Issue("refused", error, "")]
+    return [Issue(error.get("type", ""), error.get("message", ""), error.get("details", ""))]
+
+
+@contextmanager
+def _stopping(server: Server, prompt_id: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        with suppress(ServerUnreachableError, RefusedError):
+            server.stop(prompt_id)
+        raise
+
+
+class _Socket:
+    """The server's event stream, as far as there is one; opened again whenever it has dropped."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.connection: Any = None
+
+    def connect(self) -> None:
+        if websocket and self.connection is None:
+            with suppress(OSError, websocket.WebSocketException):
+                self.connection = websocket.create_connection(self.url, timeout=POLL_SECONDS)
+
+    def receive(self, seconds: float) -> Iterator[dict[str, Any]]:
+        """Messages that arrive within that time, then nothing; without a connection, only the wait."""
+        end = time.monotonic() + seconds
+        self.connect()
+        while (left := end - time.monotonic()) > 0:
+            if self.connection is None:
+                time.sleep(left)
+                return
+            try:
+                self.connection.settimeout(left)
+                message = self.connection.recv()
+            except websocket.WebSocketTimeoutException:
+                return
+            except (OSError, websocket.WebSocketException):
+                self.close()
+                continue
+            # Binary messages are preview pictures.
+            if isinstance(message, str) and message:
+                yield json.loads(message)
+
+    def close(self) -> None:
+        if self.connection is not None:
+            with suppress(OSError, websocket.WebSocketException):
+                self.connection.close()
+            self.connection = None
+
+
+def _wait(workflow: Workflow, server: Server, socket: _Socket, prompt_id: str, on_event: OnEvent) -> dict[str, Any]:
+    """The history record of the run, once it has finished."""
+    follow = _Follower(workflow, prompt_id, on_event)
+    last_answer = time.monotonic()
+    while True:
+        try:
+            if record := _finished(server, prompt_id):
+                return record
+            last_answer = time.monotonic()
+        except ServerUnreachableError:
+            if time.monotonic() - last_answer > PATIENCE_SECONDS:
+                raise
+        for message in socket.receive(POLL_SECONDS):
+            if follow.message(message):
+                break
+
+
+def _finished(server: Server, prompt_id: str) -> dict[str, Any] | None:
+    if record := server.history(prompt_id):
+        return record
+    queue = server.queue()
+    if prompt_id in queue["running"] or prompt_id in queue["pending"]:
+        return None
+    # It may have finished between the two looks.
+    if record := server.history(prompt_id):
+        return record
+    raise Cancelled("The server no longer knows this run: it was taken out of the queue, or the server was restarted.")
+
+
+class _Follower:
+    """Turns the server's messages about one run into events."""
+
+    def __init__(self, workflow: Workflow, prompt_id: str, on_event: OnEvent):
+        self.workflow, self.prompt_id, self.on_event = workflow, prompt_id, on_event
+        self.started = 0
+
+    def message(self, message: Mapping[str, Any]) -> bool:
+        """Report one message; True when it says that the run is over."""
+        kind, data = message.get("type"), message.get("data") or {}
+        if data.get("prompt_id") != self.prompt_id:
+            return False
+        node = self.workflow.nodes.get(str(data.get("display_node") or data.get("node")))
+        total = len(self.workflow.nodes)
+        if kind == "execution_cached":
+            for node_id in data.get("nodes", []):
+                if node_id in self.workflow.nodes:
+                    self.started += 1
+                    self.on_event(Event("cached", self.workflow.nodes[node_id]))
+        elif kind == "executing" and node:
+            self.started += 1
+            self.on_event(Event("start", node, self.started, total))
+        elif kind == "progress":
+            self.on_event(Event("progress", node, data.get("value", 0), data.get("max", 0)))
+        return kind in ("execution_success", "execution_error", "execution_interrupted")
+
+
+def _raise_failure(workflow: Workflow, record: Mapping[str, Any]) -> None:
+    status = record.get("status") or {}
+    for kind, data in status.get("messages", []):
+        if kind == "execution_interrupted":
+            raise Cancelled("The run was interrupted on the server.")
+        if kind == "execution_error":
+            node_id = str(data.get("node_id"))
+            unknown = NodeSpec(node_id, str(data.get("node_type")), str(data.get("node_type")), {})
+            error_type = str(data.get("exception_type", "Error")).rpartition(".")[2]
+            reason = str(data.get("exception_message", "")).strip()
+            raise NodeError(workflow.nodes.get(node_id, unknown), f"{error_type}: {reason}")
+    if status.get("status_str") == "error":
+        raise RuntimeError("The server says that the run failed, and not why; see its log.")
+
+
+def _download(ui: Mapping[str, Mapping[str, Any]], server: Server, folders: Folders) -> Iterator[Any]:
+    for entry in file_entries(ui):
+        kind = entry.get("type", "output")
+        if kind in ("output", "temp"):
+            with folders.copied(entry["filename"], entry.get("subfolder", ""), kind) as draft:
+                server.download(entry, draft.temporary)
+            yield draft.path

@@ -1,0 +1,249 @@
+# ruff: noqa: N802 - the node contract's names are in capitals
+"""Stand-ins for the core ComfyUI nodes that shipped workflows use: same ids, inputs, outputs and file names."""
+
+import hashlib
+import json
+import random
+import string
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, ImageSequence
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from .folders import Folders
+from .video import Audio, Video, VideoComponents, VideoFromComponents, VideoFromFile
+
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+VIDEOS = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpeg", ".mpg", ".gif"})
+HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
+EMPTY_MASK = (64, 64)
+"""Height and width of the mask that the host gives for an image without transparency."""
+
+
+def core_nodes(folders: Folders) -> dict[str, type]:
+    """The node classes by class_type, reading from and writing to `folders`."""
+    classes = (LoadImage, LoadVideo, GetVideoComponents, CreateVideo, SaveImage, PreviewImage, SaveVideo)
+    return {cls.__name__: type(cls.__name__, (cls,), {"folders": folders}) for cls in classes}
+
+
+class _Core:
+    folders = Folders()
+
+    @classmethod
+    def _file(cls, name: str, what: str) -> Path:
+        if path := cls.folders.find(name):
+            return path
+        raise ValueError(
+            f"Invalid {what} file: {name}. Looked in {cls.folders.input}, the shipped assets, and as a path."
+        )
+
+    @classmethod
+    def _known(cls, name: str, what: str) -> bool | str:
+        try:
+            cls._file(name, what)
+        except ValueError as error:
+            return str(error)
+        return True
+
+
+class LoadImage(_Core):
+    """An image, or every frame of an animation, with its transparency as a mask."""
+
+    CATEGORY = "image"
+    RETURN_TYPES = ("IMAGE", "MASK")
+    FUNCTION = "load_image"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"image": (cls.folders.listed(IMAGES), {"image_upload": True})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, image: str) -> bool | str:
+        return cls._known(image, "image")
+
+    @classmethod
+    def IS_CHANGED(cls, image: str) -> str:
+        return hashlib.sha256(cls._file(image, "image").read_bytes()).hexdigest()
+
+    def load_image(self, image: str) -> tuple[Tensor, Tensor]:
+        images, masks = [], []
+        with Image.open(self._file(image, "image")) as file:
+            # The further pictures of an MPO are views of other sizes and purposes, not frames.
+            for frame in ImageSequence.Iterator(file) if file.format != "MPO" else (file,):
+                pixels, mask = _pixels_and_mask(ImageOps.exif_transpose(frame))
+                if not images or pixels.shape == images[0].shape:
+                    images.append(pixels)
+                    masks.append(mask)
+        return torch.cat(images), torch.cat(masks)
+
+
+def _pixels_and_mask(image: Image.Image) -> tuple[Tensor, Tensor]:
+    """(1, H, W, 3) in [0, 1] and (1, H, W), 1 where the image is transparent."""
+    if image.mode.startswith("I"):
+        # 16-bit greys; Pillow's own conversion to RGB would clip them at 255. The host divides by 255 as well.
+        image = Image.fromarray((np.asarray(image).astype(np.int64) // 255).clip(0, 255).astype(np.uint8))
+    has_alpha = "A" in image.getbands() or "transparency" in image.info
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).float().div_(255)[None]
+    if not has_alpha:
+        return pixels, torch.zeros(1, *EMPTY_MASK)
+    alpha = torch.from_numpy(np.array(image.convert("RGBA").getchannel("A"))).float().div_(255)
+    return pixels, 1 - alpha[None]
+
+
+class LoadVideo(_Core):
+    """A video file, decoded when its frames are needed."""
+
+    CATEGORY = "image/video"
+    RETURN_TYPES = ("VIDEO",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"file": (cls.folders.listed(VIDEOS), {"video_upload": True})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, file: str) -> bool | str:
+        return cls._known(file, "video")
+
+    @classmethod
+    def IS_CHANGED(cls, file: str) -> float:
+        return cls._file(file, "video").stat().st_mtime
+
+    def load(self, file: str) -> tuple[Video]:
+        return (VideoFromFile(self._file(file, "video")),)
+
+
+class GetVideoComponents(_Core):
+    """Frames, sound (None when silent) and frames per second of a video."""
+
+    CATEGORY = "image/video"
+    RETURN_TYPES = ("IMAGE", "AUDIO", "FLOAT")
+    RETURN_NAMES = ("images", "audio", "fps")
+    FUNCTION = "components"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"video": ("VIDEO",)}}
+
+    def components(self, video: Video) -> tuple[Tensor, Audio | None, float]:
+        parts = video.get_components()
+        return parts.images, parts.audio, float(parts.frame_rate)
+
+
+class CreateVideo(_Core):
+    """Images, and sound where given, as a video."""
+
+    CATEGORY = "image/video"
+    RETURN_TYPES = ("VIDEO",)
+    FUNCTION = "create"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        fps = ("FLOAT", {"default": 30.0, "min": 1.0, "max": 120.0, "step": 1.0})
+        return {"required": {"images": ("IMAGE",), "fps": fps}, "optional": {"audio": ("AUDIO",)}}
+
+    def create(self, images: Tensor, fps: float, audio: Audio | None = None) -> tuple[Video]:
+        return (VideoFromComponents(VideoComponents(images, Fraction(fps).limit_denominator(1001), audio)),)
+
+
+class _Saver(_Core):
+    OUTPUT_NODE = True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
+        try:
+            cls.folders.place(filename_prefix or "linked")
+        except ValueError as error:
+            return str(error)
+        return True
+
+
+class SaveImage(_Saver):
+    """Images as numbered PNG files that carry the workflow."""
+
+    CATEGORY = "image"
+    FUNCTION = "save_images"
+    kind = "output"
+    compress_level = 4
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        prefix = ("STRING", {"default": "ComfyUI"})
+        return {"required": {"images": ("IMAGE",), "filename_prefix": prefix}, "hidden": HIDDEN}
+
+    def save_images(
+        self,
+        images: Tensor,
+        filename_prefix: str = "ComfyUI",
+        prompt: Mapping[str, Any] | None = None,
+        extra_pnginfo: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        info = PngInfo()
+        for name, text in _metadata(prompt, extra_pnginfo).items():
+            info.add_text(name, text)
+        saved = []
+        for number, image in enumerate(images):
+            height, width = image.shape[:2]
+            prefix = filename_prefix.replace("%batch_num%", str(number))
+            pixels = image.detach().float().cpu().mul(255).clamp(0, 255).to(torch.uint8).numpy()
+            with self.folders.numbered(prefix, ".png", width, height, self.kind) as draft:
+                Image.fromarray(pixels).save(draft.temporary, pnginfo=info, compress_level=self.compress_level)
+            saved.append(draft.reported)
+        return {"ui": {"images": saved}}
+
+
+class PreviewImage(SaveImage):
+    """Images as PNG files among the temporary ones, under a name of their own in each run."""
+
+    kind = "temp"
+    compress_level = 1
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"images": ("IMAGE",)}, "hidden": HIDDEN}
+
+    def save_images(self, images: Tensor, **hidden: Any) -> dict[str, Any]:
+        run = "".join(random.choices(string.ascii_lowercase, k=5))
+        return super().save_images(images, f"ComfyUI_temp_{run}", **hidden)
+
+
+class SaveVideo(_Saver):
+    """A video as a numbered mp4 file that carries the workflow."""
+
+    CATEGORY = "image/video"
+    FUNCTION = "save"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        required = {
+            "video": ("VIDEO",),
+            "filename_prefix": ("STRING", {"default": "video/ComfyUI"}),
+            "format": (["auto", "mp4"], {"default": "auto"}),
+            "codec": (["auto", "h264"], {"default": "auto"}),
+        }
+        return {"required": required, "hidden": HIDDEN}
+
+    def save(
+        self,
+        video: Video,
+        filename_prefix: str,
+        format: str,
+        codec: str,
+        prompt: Mapping[str, Any] | None = None,
+        extra_pnginfo: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        with self.folders.numbered(filename_prefix, ".mp4", *video.get_dimensions()) as draft:
+            video.save_to(draft.temporary, _metadata(prompt, extra_pnginfo))
+        return {"ui": {"images": [draft.reported], "animated": (True,)}}
+
+
+def _metadata(prompt: Mapping[str, Any] | None, extra: Mapping[str, Any] | None) -> dict[str, str]:
+    entries = {**(extra or {}), **({"prompt": prompt} if prompt is not None else {})}
+    return {name: json.dumps(value) for name, value in entries.items()}

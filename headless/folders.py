@@ -1,0 +1,155 @@
+"""Where a run finds its input files and puts its output files, under ComfyUI's names."""
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ASSETS = Path(__file__).resolve().parents[1] / "workflows" / "assets"
+"""Input files that the shipped workflows name."""
+
+ANNOTATED = re.compile(r"(?P<name>.*?) ?\[(?P<kind>input|output|temp)\]")
+"""ComfyUI's way to name a file that is not in the input folder: `name.png [output]`."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A file being written: write to `temporary`; it becomes `path` when the block that holds it ends well."""
+
+    temporary: Path
+    path: Path
+    subfolder: str
+    kind: str
+
+    @property
+    def reported(self) -> dict[str, str]:
+        """As a node reports it to the interface."""
+        return {"filename": self.path.name, "subfolder": self.subfolder, "type": self.kind}
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The two folders of a run. Previews, ComfyUI's type "temp", go to `temp` inside the output folder."""
+
+    input: Path = Path("input")
+    output: Path = Path("output")
+
+    def of_kind(self, kind: str) -> Path:
+        return {"input": self.input, "output": self.output, "temp": self.output / "temp"}[kind]
+
+    def find(self, name: str) -> Path | None:
+        """The file a load node names: in the input folder, among the shipped assets, or as a path; None if nowhere."""
+        if match := ANNOTATED.fullmatch(name):
+            places = [self.of_kind(match["kind"]) / match["name"]]
+        else:
+            places = [self.input / name, ASSETS / name, Path(name).expanduser()]
+        return next((place for place in places if name and place.exists() and not place.is_dir()), None)
+
+    def listed(self, suffixes: frozenset[str]) -> list[str]:
+        """Names of the files with these suffixes in the input folder and among the assets, sorted."""
+        found = (path for place in (self.input, ASSETS) if place.is_dir() for path in place.iterdir())
+        return sorted({path.name for path in found if path.suffix.lower() in suffixes})
+
+    def reported(self, ui: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
+        """The files that output nodes reported, whatever key of their `ui` holds them."""
+        for entry in file_entries(ui):
+            if entry.get("type", "output") in ("output", "temp"):
+                yield self.of_kind(entry.get("type", "output")) / entry.get("subfolder", "") / entry["filename"]
+
+    @contextmanager
+    def numbered(
+        self, prefix: str, suffix: str, width: int = 0, height: int = 0, kind: str = "output"
+    ) -> Iterator[Draft]:
+        """A new file `<prefix>_00001_<suffix>` with the next number after the highest in its folder, as ComfyUI counts.
+
+        The prefix may name subfolders and hold %width%, %height%, %year%, %month%, %day%, %hour%, %minute%, %second%.
+
+        Raises:
+            ValueError: as `place`.
+        """
+        subfolder, stem = self.place(_expanded(prefix, width, height), kind)
+        folder = self.of_kind(kind) / subfolder
+        folder.mkdir(parents=True, exist_ok=True)
+        pattern = re.compile(rf"{re.escape(stem)}_(\d+)(?:_.*)?", re.IGNORECASE if os.name == "nt" else 0)
+        taken = [int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.stem))]
+        number = max(taken, default=0) + 1
+        while not (path := _claimed(folder / f"{stem}_{number:05}_{suffix}")):
+            number += 1
+        with _drafted(path, subfolder, kind) as draft:
+            yield draft
+
+    @contextmanager
+    def copied(self, filename: str, subfolder: str = "", kind: str = "output") -> Iterator[Draft]:
+        """A new file of this name, or of the next number after it when the name is taken.
+
+        Raises:
+            ValueError: as `place`.
+        """
+        subfolder, name = self.place(f"{subfolder}/{filename}".replace("\\", "/").lstrip("/"), kind)
+        folder = self.of_kind(kind) / subfolder
+        folder.mkdir(parents=True, exist_ok=True)
+        if path := _claimed(folder / name):
+            with _drafted(path, subfolder, kind) as draft:
+                yield draft
+        else:
+            counted = re.fullmatch(r"(.*)_\d+_", Path(name).stem)
+            prefix = counted[1] if counted else Path(name).stem
+            with self.numbered(str(Path(subfolder, prefix)), Path(name).suffix, kind=kind) as draft:
+                yield draft
+
+    def place(self, name: str, kind: str = "output") -> tuple[str, str]:
+        """(subfolder, file name) of a name below the output folder; nothing is made.
+
+        Raises:
+            ValueError: the name is empty or leads out of the folder.
+        """
+        subfolder, stem = os.path.split(os.path.normpath(name))
+        root = self.of_kind(kind).resolve()
+        if not (root / subfolder).resolve().is_relative_to(root):
+            raise ValueError(f"{name!r} leads out of the output folder {root}; name a place inside it.")
+        if stem in ("", ".", ".."):
+            raise ValueError(f"{name!r} names no file; write a name such as 'video/WanCore'.")
+        return subfolder, stem
+
+
+def file_entries(ui: Mapping[str, Mapping[str, Any]]) -> Iterator[Mapping[str, str]]:
+    """Everything in the nodes' ui that names a file: `images`, `gifs`, `video`, `audio` and whatever packs add."""
+    for panes in ui.values():
+        for pane in panes.values():
+            for entry in pane if isinstance(pane, (list, tuple)) else ():
+                if isinstance(entry, Mapping) and isinstance(entry.get("filename"), str):
+                    yield entry
+
+
+def _expanded(prefix: str, width: int, height: int) -> str:
+    now = time.localtime()
+    values = {"width": width, "height": height, "year": now.tm_year}
+    clock = {"month": now.tm_mon, "day": now.tm_mday, "hour": now.tm_hour, "minute": now.tm_min, "second": now.tm_sec}
+    for name, text in {**values, **{name: f"{value:02}" for name, value in clock.items()}}.items():
+        prefix = prefix.replace(f"%{name}%", str(text))
+    return prefix
+
+
+def _claimed(path: Path) -> Path | None:
+    """The path, now an empty file that no other run can claim; None when it exists."""
+    try:
+        path.open("x").close()
+    except FileExistsError:
+        return None
+    return path
+
+
+@contextmanager
+def _drafted(path: Path, subfolder: str, kind: str) -> Iterator[Draft]:
+    draft = Draft(path.with_name(f".{path.stem}.part{path.suffix}"), path, subfolder.replace(os.sep, "/"), kind)
+    try:
+        yield draft
+        draft.temporary.replace(path)
+    except BaseException:
+        draft.temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,150 @@
+"""The HTTP endpoints of a ComfyUI server, each as one call."""
+
+import http.client
+import json
+import shutil
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .schema import NodeSchema
+from .workflow import Workflow
+
+TIMEOUT = 60
+"""Seconds to wait for an answer; a server that loads a model may be slow to give one."""
+
+
+class ServerUnreachableError(ConnectionError):
+    """Nothing that behaves like a ComfyUI server answers."""
+
+
+class RefusedError(RuntimeError):
+    """The server answered with an error status; its JSON body, where it sent one, is in `body`."""
+
+    def __init__(self, message: str, body: Mapping[str, Any]):
+        self.body = body
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A ComfyUI server at `url`, such as http://127.0.0.1:8188. Every method may raise `ServerUnreachableError`."""
+
+    url: str
+
+    def __post_init__(self) -> None:
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError(f"--server {self.url!r} is not a server's address; write it as http://127.0.0.1:8188.")
+
+    def socket_url(self, client_id: str) -> str:
+        return "ws" + self._url("ws", {"clientId": client_id}).removeprefix("http")
+
+    def schemas(self, workflow: Workflow) -> dict[str, NodeSchema]:
+        """The schemas of the node classes that a workflow uses; a class that the server lacks is left out."""
+        classes = dict.fromkeys(node.class_type for node in workflow.nodes.values())
+        entries = {
+            name: self._json("GET", f"object_info/{urllib.parse.quote(name, safe='')}").get(name) for name in classes
+        }
+        return {name: NodeSchema.of_server(name, entry) for name, entry in entries.items() if entry}
+
+    def submit(self, prompt: Mapping[str, Any], client_id: str) -> dict[str, Any]:
+        """Queue a workflow. The answer holds `prompt_id`, and `node_errors` for outputs that will not run.
+
+        Raises:
+            RefusedError: nothing of the workflow can run; `error` and `node_errors` stand in its body.
+        """
+        return self._json("POST", "prompt", {"prompt": prompt, "client_id": client_id})
+
+    def history(self, prompt_id: str) -> dict[str, Any] | None:
+        """`outputs` and `status` of a finished run, None before it has finished."""
+        return self._json("GET", f"history/{prompt_id}").get(prompt_id)
+
+    def queue(self) -> dict[str, list[str]]:
+        """The ids of what is `running` and what is `pending`."""
+        answer = self._json("GET", "queue")
+        return {kind: [item[1] for item in answer.get(f"queue_{kind}", [])] for kind in ("running", "pending")}
+
+    def stop(self, prompt_id: str) -> None:
+        """Take a run out of the queue, or interrupt it when it is running; other runs are left alone."""
+        self._send("POST", "queue", {"delete": [prompt_id]})
+        # Servers before 0.3.60 or so interrupt whatever is running, whichever id they are given.
+        if prompt_id in self.queue()["running"]:
+            self._send("POST", "interrupt", {"prompt_id": prompt_id})
+
+    def upload(self, path: Path, subfolder: str = "") -> str:
+        """Put a file into the server's input folder and return the name to use for it there.
+
+        The server keeps one copy of equal files and gives another name to a different file of the same name.
+        """
+        boundary = uuid.uuid4().hex
+        name = path.name.replace('"', "%22")
+        parts = [
+            f'--{boundary}\r\nContent-Disposition: form-data; name="subfolder"\r\n\r\n{subfolder}\r\n'.encode(),
+            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'.encode(),
+            b"Content-Type: application/octet-stream\r\n\r\n" + path.read_bytes(),
+            f"\r\n--{boundary}--\r\n".encode(),
+        ]
+        content_type = f"multipart/form-data; boundary={boundary}"
+        with self._open("POST", "upload/image", b"".join(parts), content_type) as response:
+            answer = json.load(response)
+        return "/".join(part for part in (answer.get("subfolder"), answer["name"]) if part)
+
+    def download(self, entry: Mapping[str, str], target: Path) -> None:
+        """Fetch a file that a node reported."""
+        fields = {name: entry.get(name, "") for name in ("filename", "subfolder", "type")}
+        with self._open("GET", self._query("view", fields)) as response, target.open("wb") as file:
+            shutil.copyfileobj(response, file)
+
+    def _json(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        text = self._send(method, path, body)
+        try:
+            answer = json.loads(text)
+        except ValueError as error:
+            raise ServerUnreachableError(f"{self.url} answers, but not as a ComfyUI server does.") from error
+        if not isinstance(answer, dict):
+            raise ServerUnreachableError(f"{self.url} answers, but not as a ComfyUI server does.")
+        return answer
+
+    def _send(self, method: str, path: str, body: Any = None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        with self._open(method, path, data, "application/json") as response:
+            return response.read()
+
+    def _open(
+        self, method: str, path: str, data: bytes | None = None, content_type: str = ""
+    ) -> http.client.HTTPResponse:
+        headers = {"Content-Type": content_type} if data is not None else {}
+        request = urllib.request.Request(self._url(path), data, headers, method=method)
+        try:
+            return urllib.request.urlopen(request, timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            raise _refused(error, path) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise ServerUnreachableError(f"No ComfyUI server answers at {self.url}: {reason}.") from error
+
+    def _url(self, path: str, query: Mapping[str, str] | None = None) -> str:
+        return f"{self.url.rstrip('/')}/{self._query(path, query)}"
+
+    @staticmethod
+    def _query(path: str, query: Mapping[str, str] | None) -> str:
+        return f"{path}?{urllib.parse.urlencode(query)}" if query else path
+
+
+def _refused(error: urllib.error.HTTPError, path: str) -> Exception:
+    if error.code == 413:
+        return RefusedError("The file is larger than the server accepts; start it with a larger --max-upload-size.", {})
+    if error.code >= 502:
+        return ServerUnreachableError(f"The server at {error.url} is not available: {error.code} {error.reason}.")
+    try:
+        body = json.loads(error.read())
+    except ValueError:
+        body = {}
+    message = f"The server refused {path.partition('?')[0]}: {error.code} {error.reason}."
+    return RefusedError(message, body if isinstance(body, dict) else {})

@@ -1,0 +1,248 @@
+"""Check a workflow before anything runs, with ComfyUI's own rules, error types and wording.
+
+Three things are stricter than the host, which would go on with a value nobody meant: NaN and infinity are refused, text
+is not taken for a BOOLEAN, and one invalid output branch refuses the whole run instead of being left out of it.
+"""
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from .schema import InputSpec, NodeSchema
+from .workflow import Link, NodeSpec, Workflow, WorkflowError, nearest
+
+log = logging.getLogger("wancore")
+
+LONGEST_LIST = 20
+"""The host prints a combo's choices up to this many."""
+
+EDITOR_ONLY = frozenset({"upload"})
+"""Names that the editor's export writes beside the declared inputs."""
+
+
+@dataclass(frozen=True)
+class Issue:
+    """One thing wrong with the workflow; `type`, `message` and `details` are ComfyUI's. No node: the whole workflow."""
+
+    type: str
+    message: str
+    details: str
+    node: NodeSpec | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.node}: " if self.node else ""
+        return where + self.message + (f": {self.details}" if self.details else "")
+
+
+class ValidationError(WorkflowError):
+    """Everything that is wrong, in `issues`; nothing has run."""
+
+    def __init__(self, issues: Sequence[Issue]):
+        self.issues = tuple(issues)
+        super().__init__("The workflow cannot run:\n" + "\n".join(f"  - {issue}" for issue in self.issues))
+
+
+def validate(workflow: Workflow, schemas: Mapping[str, NodeSchema]) -> Workflow:
+    """The workflow with its constants converted to the declared types, where every node that an output needs is valid.
+
+    Nodes that no output needs are kept as they are, but their class must exist, as on the host.
+
+    Raises:
+        ValidationError: one or more issues, all of them at once.
+    """
+    unknown = [
+        Issue(
+            "invalid_prompt",
+            f"Cannot execute because node {node.class_type} does not exist.",
+            f"Node ID '#{node.id}'. Nearest: {', '.join(nearest(node.class_type, schemas).split(', ')[:3])}",
+            node,
+        )
+        for node in workflow.nodes.values()
+        if node.class_type not in schemas
+    ]
+    if unknown:
+        raise ValidationError(unknown)
+    outputs = [node.id for node in workflow.nodes.values() if schemas[node.class_type].is_output]
+    if not outputs:
+        raise ValidationError([Issue("prompt_no_outputs", "Prompt has no outputs", "")])
+    needed = needed_nodes(workflow, outputs)
+    issues = []
+    try:
+        dependency_order(workflow, needed)
+    except ValidationError as error:
+        issues += error.issues
+    for node_id in needed:
+        node = workflow.nodes[node_id]
+        inputs, found = _check_node(node, schemas[node.class_type], workflow, schemas)
+        issues += found
+        workflow = workflow.with_inputs(node_id, inputs)
+    if issues:
+        raise ValidationError(issues)
+    return workflow
+
+
+def needed_nodes(workflow: Workflow, outputs: Iterable[str]) -> list[str]:
+    """The ids of `outputs` and of everything upstream of them, in the order of the file."""
+    found, stack = set(), list(outputs)
+    while stack:
+        if (node_id := stack.pop()) in workflow.nodes and node_id not in found:
+            found.add(node_id)
+            stack += [link.node_id for link in workflow.nodes[node_id].links.values()]
+    return [node_id for node_id in workflow.nodes if node_id in found]
+
+
+def dependency_order(workflow: Workflow, needed: Iterable[str]) -> list[str]:
+    """The ids of `needed`, each after those it links to.
+
+    Raises:
+        ValidationError: the links form a cycle.
+    """
+    ids = list(needed)
+    known = set(ids)
+    graph = {id_: [link.node_id for link in workflow.nodes[id_].links.values() if link.node_id in known] for id_ in ids}
+    try:
+        return list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        ring = " -> ".join(f"#{node_id}" for node_id in error.args[1])
+        raise ValidationError([Issue("dependency_cycle", "Dependency cycle detected", ring)]) from error
+
+
+def _check_node(
+    node: NodeSpec, schema: NodeSchema, workflow: Workflow, schemas: Mapping[str, NodeSchema]
+) -> tuple[dict[str, Any], list[Issue]]:
+    inputs: dict[str, Any] = {}
+    issues = []
+    signature = inspect.signature(schema.validate_inputs).parameters if schema.validate_inputs else {}
+    own_checks = set(signature)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
+        own_checks |= set(schema.inputs)
+    received = {}
+    for name, spec in schema.inputs.items():
+        if name not in node.inputs:
+            if spec.required:
+                issues.append(Issue("required_input_missing", "Required input is missing", name, node))
+            continue
+        value = node.inputs[name]
+        try:
+            if isinstance(value, (Link, list)):
+                received[name] = _check_link(spec, value, workflow, schemas, check_type="input_types" not in own_checks)
+            else:
+                inputs[name] = _convert(spec, value)
+                if name not in own_checks:
+                    _check_constant(spec, inputs[name])
+        except _InvalidInputError as error:
+            issues.append(Issue(*error.args, node))
+        except Exception as error:
+            issues.append(_exception(node, f"{name}: {error}"))
+    for name in node.inputs.keys() - schema.inputs.keys() - schema.hidden.keys() - EDITOR_ONLY:
+        log.warning("%s has no input %r; it is ignored. It has: %s.", node, name, nearest(name, schema.inputs))
+    if schema.validate_inputs and not issues:
+        issues += _own_validation(node, schema.validate_inputs, own_checks, {**node.inputs, **inputs}, received)
+    return inputs, issues
+
+
+class _InvalidInputError(Exception):
+    """(type, message, details) of an issue."""
+
+
+def _check_link(
+    spec: InputSpec,
+    value: Link | list[Any],
+    workflow: Workflow,
+    schemas: Mapping[str, NodeSchema],
+    check_type: bool,
+) -> Any:
+    if not isinstance(value, Link):
+        message = "Bad linked input, must be a length-2 list of [node_id, slot_index]"
+        raise _InvalidInputError("bad_linked_input", message, f"{spec.name}: {value}")
+    source = workflow.nodes.get(value.node_id)
+    if source is None:
+        raise LookupError(f"linked to node #{value.node_id}, which is not in the workflow")
+    outputs = schemas[source.class_type].outputs
+    if not 0 <= value.slot < len(outputs):
+        raise LookupError(f"linked to output {value.slot} of {source}, which has {len(outputs)} outputs")
+    received = outputs[value.slot]
+    if check_type and not spec.accepts(received):
+        declared = list(spec.choices) if spec.choices is not None else spec.type
+        details = f"{spec.name}, received_type({received}) mismatch input_type({declared})"
+        raise _InvalidInputError("return_type_mismatch", "Return type mismatch between linked nodes", details)
+    return received
+
+
+def _finite_float(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("not a finite number")
+    return number
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, str):
+        raise ValueError("text; write true or false without quotes")
+    return bool(value)
+
+
+CONVERSIONS: Mapping[str, Callable[[Any], Any]] = {
+    "INT": int,
+    "FLOAT": _finite_float,
+    "STRING": str,
+    "BOOLEAN": _boolean,
+}
+
+
+def _convert(spec: InputSpec, value: Any) -> Any:
+    if isinstance(value, dict) and "__value__" in value:
+        value = value["__value__"]
+    convert = CONVERSIONS.get(spec.type)
+    try:
+        return convert(value) if convert else value
+    except (TypeError, ValueError, OverflowError) as error:
+        message = f"Failed to convert an input value to a {spec.type} value"
+        raise _InvalidInputError("invalid_input_type", message, f"{spec.name}, {value}, {error}") from error
+
+
+def _check_constant(spec: InputSpec, value: Any) -> None:
+    low, high = spec.options.get("min"), spec.options.get("max")
+    if low is not None and value < low:
+        raise _InvalidInputError("value_smaller_than_min", f"Value {value} smaller than min of {low}", spec.name)
+    if high is not None and value > high:
+        raise _InvalidInputError("value_bigger_than_max", f"Value {value} bigger than max of {high}", spec.name)
+    if spec.choices is None or spec.takes_file:
+        return
+    # A multi-select combo carries a list of choices.
+    chosen = value if isinstance(value, list) and spec.options.get("multiselect") else [value]
+    for item in chosen:
+        if item not in spec.choices:
+            count = len(spec.choices)
+            listed = str(list(spec.choices)) if count <= LONGEST_LIST else f"(list of length {count})"
+            raise _InvalidInputError("value_not_in_list", "Value not in list", f"{spec.name}: '{item}' not in {listed}")
+
+
+def _own_validation(
+    node: NodeSpec,
+    check: Callable[..., bool | str],
+    wanted: set[str],
+    inputs: Mapping[str, Any],
+    received: Mapping[str, Any],
+) -> list[Issue]:
+    """Call VALIDATE_INPUTS as the host does: constants it names as they are, linked inputs it names as None."""
+    arguments = {name: None if isinstance(value, Link) else value for name, value in inputs.items() if name in wanted}
+    named = ", ".join(arguments)
+    if "input_types" in wanted:
+        arguments["input_types"] = dict(received)
+    try:
+        answer = check(**arguments)
+    except Exception as error:
+        return [_exception(node, str(error))]
+    if answer is True:
+        return []
+    details = named if answer is False else f"{named} - {answer}"
+    return [Issue("custom_validation_failed", "Custom validation failed for node", details, node)]
+
+
+def _exception(node: NodeSpec, details: str) -> Issue:
+    return Issue("exception_during_validation", "Exception when validating node", details, node)

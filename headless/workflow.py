@@ -1,0 +1,232 @@
+"""A workflow in ComfyUI's API format as typed values: read from a file, changed by `--set`, written back."""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .schema import InputSpec, NodeSchema
+
+
+class WorkflowError(ValueError):
+    """The file, or an override of it, is not a workflow that can run."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """An input that takes output number `slot` of another node."""
+
+    node_id: str
+    slot: int
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """One node of a workflow. Values of `inputs` are `Link`s and constants; its title is what the editor showed."""
+
+    id: str
+    class_type: str
+    title: str
+    inputs: Mapping[str, Any]
+
+    @property
+    def links(self) -> dict[str, Link]:
+        return {name: value for name, value in self.inputs.items() if isinstance(value, Link)}
+
+    def __str__(self) -> str:
+        return f"#{self.id} {self.class_type}" + (f" '{self.title}'" if self.title != self.class_type else "")
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """Nodes by id, in the order of the file."""
+
+    nodes: Mapping[str, NodeSpec]
+
+    @classmethod
+    def from_api(cls, data: Any, source: str = "workflow") -> "Workflow":
+        """Read what `json.load` gave.
+
+        Raises:
+            WorkflowError: `data` is not in API format; a file of the editor is named as such.
+        """
+        if isinstance(data, dict) and isinstance(data.get("nodes"), list) and "links" in data:
+            raise WorkflowError(
+                f"{source} is in the editor's format. A headless run needs the API format: take its twin from "
+                "workflows/api, or export it in ComfyUI with Workflow > Export (API)."
+            )
+        if not isinstance(data, dict) or not data or not all(isinstance(node, dict) for node in data.values()):
+            raise WorkflowError(
+                f"{source} is not a ComfyUI workflow in API format: expected an object of "
+                '{"<node id>": {"class_type": ..., "inputs": {...}}}.'
+            )
+        return cls(MappingProxyType({node_id: _node(node_id, node) for node_id, node in data.items()}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Workflow":
+        """Read an API-format JSON file.
+
+        Raises:
+            WorkflowError: there is no such file, or it is not JSON, or not in API format.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise WorkflowError(f"Cannot read the workflow {path}: {error.strerror or error}.") from error
+        except UnicodeDecodeError as error:
+            raise WorkflowError(f"{path} is not a JSON file: it is not UTF-8 text.") from error
+        except json.JSONDecodeError as error:
+            raise WorkflowError(f"{path} is not valid JSON: {error}.") from error
+        return cls.from_api(data, str(path))
+
+    def to_api(self) -> dict[str, Any]:
+        """The API format again; a new object at every call."""
+        return {
+            node.id: {
+                "inputs": {name: _plain(value) for name, value in node.inputs.items()},
+                "class_type": node.class_type,
+                "_meta": {"title": node.title},
+            }
+            for node in self.nodes.values()
+        }
+
+    def with_inputs(self, node_id: str, inputs: Mapping[str, Any]) -> "Workflow":
+        """This workflow with `inputs` (constants, Links or `[node id, slot]`) laid over those of one node."""
+        node = self.nodes[node_id]
+        merged = {**node.inputs, **{name: _value(value) for name, value in inputs.items()}}
+        changed = dataclasses.replace(node, inputs=MappingProxyType(merged))
+        return Workflow(MappingProxyType({**self.nodes, node_id: changed}))
+
+
+def _node(node_id: str, data: Mapping[str, Any]) -> NodeSpec:
+    class_type, inputs = data.get("class_type"), data.get("inputs", {})
+    if not isinstance(class_type, str):
+        raise WorkflowError(f"Cannot execute because a node is missing the class_type property.: Node ID '#{node_id}'")
+    if not isinstance(inputs, dict):
+        raise WorkflowError(f"Node #{node_id} ({class_type}): inputs must be an object, not {inputs!r}.")
+    meta = data.get("_meta")
+    title = meta.get("title") if isinstance(meta, dict) else None
+    values = {name: _value(value) for name, value in inputs.items()}
+    return NodeSpec(node_id, class_type, str(title or class_type), MappingProxyType(values))
+
+
+def _value(value: Any) -> Any:
+    is_link = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
+    return Link(*value) if is_link else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Link):
+        return [value.node_id, value.slot]
+    # A bare list would be read as a link; the host's wrapper keeps a list-valued widget apart.
+    return {"__value__": value} if isinstance(value, list) else value
+
+
+def apply_sets(workflow: Workflow, sets: Iterable[str], schemas: Mapping[str, NodeSchema]) -> Workflow:
+    """The workflow with each `<node title or id>.<input>=<value>` applied, later ones over earlier ones.
+
+    A value is read as the type that the input declares; setting a linked input replaces the link.
+
+    Raises:
+        WorkflowError: a malformed override, an unknown or ambiguous node, an unknown input, an unreadable value.
+    """
+    for text in sets:
+        target, equals, value = text.partition("=")
+        if not equals or "." not in target:
+            raise WorkflowError(f"--set {text!r}: expected <node title or id>.<input>=<value>.")
+        node, name = _target(workflow, target)
+        schema = schemas.get(node.class_type)
+        spec = schema.inputs.get(name) if schema else None
+        if spec is None and name not in node.inputs:
+            known = dict.fromkeys([*(schema.inputs if schema else ()), *node.inputs])
+            raise WorkflowError(f"--set {text!r}: node {node} has no input {name!r}. It has: {nearest(name, known)}.")
+        try:
+            parsed = _parse(value, spec) if spec else _parse_like(value, node.inputs[name])
+        except WorkflowError as error:
+            raise WorkflowError(f"--set {text!r}: {error}") from error
+        workflow = workflow.with_inputs(node.id, {name: parsed})
+    return workflow
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known words joined by commas, those most like `word` first."""
+    words = list(known)
+    close = difflib.get_close_matches(word, words, n=len(words) or 1, cutoff=0.5)
+    return ", ".join([*close, *(other for other in words if other not in close)]) or "none"
+
+
+def _target(workflow: Workflow, target: str) -> tuple[NodeSpec, str]:
+    # Titles and input names may both contain dots: the longest title that names a node wins.
+    parts = target.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        if node := _find(workflow, ".".join(parts[:cut])):
+            return node, ".".join(parts[cut:])
+    word = target.rpartition(".")[0]
+    titles = nearest(word, dict.fromkeys(node.title for node in workflow.nodes.values()))
+    raise WorkflowError(f"--set {target}: no node has the title or id {word!r}. Titles: {titles}.")
+
+
+def _find(workflow: Workflow, key: str) -> NodeSpec | None:
+    if key in workflow.nodes:
+        return workflow.nodes[key]
+    for fold in (str, str.casefold):
+        found = [node for node in workflow.nodes.values() if fold(node.title) == fold(key)]
+        if len(found) > 1:
+            ids = ", ".join(node.id for node in found)
+            raise WorkflowError(f"--set {key!r}: {len(found)} nodes have this title; use one of their ids: {ids}.")
+        if found:
+            return found[0]
+    return None
+
+
+def _boolean(text: str) -> bool:
+    for answer, words in ((True, ("true", "1", "yes", "on")), (False, ("false", "0", "no", "off"))):
+        if text.strip().lower() in words:
+            return answer
+    raise ValueError
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+READERS: Mapping[str, tuple[Callable[[str], Any], str]] = {
+    "INT": (int, "a whole number"),
+    "FLOAT": (_finite, "a finite number"),
+    "BOOLEAN": (_boolean, "true or false"),
+    "STRING": (str, "text"),
+}
+
+
+def _parse(text: str, spec: InputSpec) -> Any:
+    if spec.takes_file:
+        return text
+    if spec.choices is not None:
+        for choice in spec.choices:
+            if str(choice) == text:
+                return choice
+        raise WorkflowError(f"{text!r} is not one of: {nearest(text, map(str, spec.choices))}.")
+    if spec.type == "COMBO":
+        return text
+    if spec.type not in READERS:
+        raise WorkflowError(f"{spec.name} takes a {spec.type} from another node; it cannot be typed.")
+    reader, expected = READERS[spec.type]
+    try:
+        return reader(text)
+    except ValueError:
+        raise WorkflowError(f"{spec.name} expects {expected}, not {text!r}.") from None
+
+
+def _parse_like(text: str, current: Any) -> Any:
+    kinds: Sequence[tuple[type, str]] = ((bool, "BOOLEAN"), (int, "INT"), (float, "FLOAT"))
+    kind = next((name for type_, name in kinds if isinstance(current, type_)), "STRING")
+    return _parse(text, InputSpec("it", kind, {}, required=False))

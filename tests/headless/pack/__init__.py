@@ -1,0 +1,251 @@
+"""A small node pack in ComfyUI's class-attribute form, for runs in this process and on a real server."""
+
+import time
+from pathlib import Path
+
+import torch
+
+CALLS = []
+"""(class name, arguments) of every execution since it was last cleared."""
+
+
+class Number:
+    CATEGORY = "test"
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"value": ("INT", {"default": 1, "min": 0, "max": 100})},
+            "optional": {
+                "scale": ("FLOAT", {"default": 1.0, "min": 0.5, "max": 2.0}),
+                "mode": (["plain", "double"], {"default": "plain"}),
+                "negate": ("BOOLEAN", {"default": False}),
+                "label": ("STRING", {"default": "", "multiline": True}),
+                "other": ("INT", {"forceInput": True}),
+            },
+        }
+
+    def run(self, value, scale=1.0, mode="plain", negate=False, label="absent", other=0):
+        CALLS.append(("Number", {"value": value, "scale": scale, "mode": mode, "negate": negate, "label": label}))
+        return (int(value * scale) * (2 if mode == "double" else 1) * (-1 if negate else 1) + other,)
+
+
+class Text:
+    CATEGORY = "test"
+    RETURN_TYPES = ("STRING",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING", {"default": ""})}}
+
+    def run(self, text):
+        return (text,)
+
+
+class Add:
+    CATEGORY = "test"
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"a": ("INT", {"forceInput": True}), "b": ("INT,FLOAT", {"forceInput": True})}}
+
+    def run(self, a, b):
+        CALLS.append(("Add", {"a": a, "b": b}))
+        return (a + b,)
+
+
+class CountTo:
+    """A list output: 1 ... n."""
+
+    CATEGORY = "test"
+    RETURN_TYPES = ("INT", "INT")
+    OUTPUT_IS_LIST = (True, False)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"n": ("INT", {"default": 3})}}
+
+    def run(self, n):
+        return list(range(1, n + 1)), n
+
+
+class Total:
+    """Takes lists whole."""
+
+    CATEGORY = "test"
+    RETURN_TYPES = ("INT",)
+    INPUT_IS_LIST = True
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"values": ("INT", {"forceInput": True}), "times": ("INT", {"default": 1})}}
+
+    def run(self, values, times):
+        CALLS.append(("Total", {"values": values, "times": times}))
+        return (sum(values) * times[0],)
+
+
+class Switch:
+    CATEGORY = "test"
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        lazy = ("INT", {"forceInput": True, "lazy": True})
+        return {"required": {"condition": ("BOOLEAN", {"default": True}), "on_true": lazy, "on_false": lazy}}
+
+    def check_lazy_status(self, condition, on_true=None, on_false=None):
+        wanted, value = ("on_true", on_true) if condition else ("on_false", on_false)
+        return [wanted] if value is None else []
+
+    def run(self, condition, on_true=None, on_false=None):
+        return (on_true if condition else on_false,)
+
+
+class Always:
+    """Never equal to itself."""
+
+    CATEGORY = "test"
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("INT", {"default": 1})}}
+
+    @classmethod
+    def IS_CHANGED(cls, value):
+        return float("nan")
+
+    def run(self, value):
+        CALLS.append(("Always", {"value": value}))
+        return (value,)
+
+
+class Checked:
+    """Has a say in its own validation, also about what is linked."""
+
+    CATEGORY = "test"
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"value": ("INT", {"default": 1, "max": 3})},
+            "optional": {"anything": ("INT", {"forceInput": True})},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, value, input_types):
+        if value == 13:
+            raise RuntimeError("the check itself failed")
+        if "STRING" in input_types.values():
+            return "anything may not be text"
+        return True if value < 10 else "value must be below 10"
+
+    def run(self, value, anything=None):
+        return (value,)
+
+
+class Fail:
+    CATEGORY = "test"
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"reason": ("STRING", {"default": "it broke"})}}
+
+    def run(self, reason):
+        raise KeyError(reason)
+
+
+class Slow:
+    """Reports `steps` steps of a twentieth of a second each; on a server it can be interrupted at every step."""
+
+    CATEGORY = "test"
+    RETURN_TYPES = ("INT",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"steps": ("INT", {"default": 4, "max": 100000})}}
+
+    def run(self, steps):
+        from comfy.utils import ProgressBar
+
+        bar = ProgressBar(steps)
+        for _ in range(steps):
+            time.sleep(0.05)
+            bar.update(1)
+        return (steps,)
+
+
+class Plain:
+    """An image of one grey, and its own small variant for --tiny."""
+
+    CATEGORY = "test"
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        size = ("INT", {"default": 64, "min": 2, "max": 4096})
+        level = ("FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0})
+        return {"required": {"width": size, "height": size, "frames": ("INT", {"default": 1}), "level": level}}
+
+    @classmethod
+    def tiny(cls, inputs):
+        return {"width": min(inputs["width"], 16), "height": 8}
+
+    def run(self, width, height, frames, level):
+        return (torch.full((frames, height, width, 3), level),)
+
+
+class Show:
+    """The output node: shows a value and what the host hid in its inputs."""
+
+    CATEGORY = "test"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        hidden = {"prompt": "PROMPT", "extra": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID", "graph": "DYNPROMPT"}
+        return {"required": {"value": ("INT,STRING,FLOAT", {"forceInput": True})}, "hidden": hidden}
+
+    def run(self, value, prompt, extra, unique_id, graph):
+        CALLS.append(("Show", {"value": value, "inference": torch.is_inference_mode_enabled()}))
+        classes = sorted(graph.get_node(node_id)["class_type"] for node_id in prompt)
+        return {"ui": {"values": [value], "ids": [unique_id], "classes": classes, "extra": [extra]}}
+
+
+class PassImage:
+    """Image in, the folder-free part of its contract out; used to keep a tensor alive for one more step."""
+
+    CATEGORY = "test"
+    RETURN_TYPES = ("IMAGE", "INT")
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"image": ("IMAGE",)}}
+
+    def run(self, image):
+        return image + 0, image.shape[0]
+
+
+_PREFIX = "HeadlessTest"
+_NODES = (Number, Text, Add, CountTo, Total, Switch, Always, Checked, Fail, Slow, Plain, Show, PassImage)
+NODE_CLASS_MAPPINGS = {_PREFIX + node.__name__: node for node in _NODES}
+FOLDER = Path(__file__).parent
