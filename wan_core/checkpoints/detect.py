@@ -3,9 +3,8 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -16,8 +15,8 @@ from torch import nn
 
 from .dialects import Kind
 from .files import describe_files, resolve_model
-from .header import CheckpointError, Header, open_tensors, read_header
-from .keymap import FP8_DTYPES, LORA, SPIECE_MODEL, Source, convert, find_dialect, strip_prefix
+from .header import CheckpointError, Header, read_header
+from .keymap import FP8_DTYPES, LORA, Source, convert, find_dialect, strip_prefix
 from .structure import READERS, Config, Shapes, vace_layers
 
 KINDS: Mapping[Kind, tuple[str, str]] = {
@@ -67,12 +66,6 @@ class Component:
     @property
     def name(self) -> str:
         return describe_files(self.header.files)
-
-    @property
-    def spiece_model(self) -> Callable[[], bytes] | None:
-        """Reads the SentencePiece model that ComfyUI's text encoder packs carry; None when there is none."""
-        name = next((name for name in self.header if name.rpartition(".")[2] == SPIECE_MODEL), None)
-        return None if name is None else partial(_read_bytes, self.header[name].file, name)
 
 
 def detect_files(path: str | Path | Sequence[str | Path]) -> Component:
@@ -193,11 +186,6 @@ def fingerprint(header: Mapping[str, object]) -> str:
     """DiffSynth-Studio's MD5 over names and shapes, for messages and cross-checks; independent of dtype and order."""
     shaped = [f"{name}:{'_'.join(map(str, info.shape))}" for name, info in header.items()]
     return hashlib.md5(",".join(sorted([*shaped, *header])).encode(), usedforsecurity=False).hexdigest()
-
-
-def _read_bytes(file: Path, name: str) -> bytes:
-    with open_tensors(file) as read:
-        return read(name).numpy().tobytes()
 
 
 def _predominant_dtype(header: Header) -> torch.dtype:

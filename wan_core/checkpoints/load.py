@@ -13,8 +13,8 @@ from ..models.motion_controller import MotionController
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from .detect import Component, check_against, require_kind
-from .header import open_tensors
-from .keymap import Source
+from .header import Header, open_tensors
+from .keymap import SPIECE_MODEL, Source
 
 CLASSES = {
     "dit": WanDiT,
@@ -65,6 +65,15 @@ def load_into(
     for name in stored - component.sources.keys():
         _assign(module, name, torch.zeros(module.get_parameter(name).shape, dtype=dtype, device=device))
     return module.requires_grad_(False).eval()
+
+
+def spiece_model(header: Header) -> bytes | None:
+    """The SentencePiece model that a ComfyUI text encoder pack carries; None when there is none."""
+    name = next((name for name in header if name.rpartition(".")[2] == SPIECE_MODEL), None)
+    if name is None:
+        return None
+    with open_tensors(header[name].file) as read:
+        return read(name).numpy().tobytes()
 
 
 def _tensors(component: Component) -> Iterator[tuple[str, Tensor]]:
