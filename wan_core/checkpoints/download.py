@@ -13,7 +13,9 @@ from .header import CheckpointError, verify_file
 
 BASE_PATH_VARIABLE = "DIFFSYNTH_MODEL_BASE_PATH"
 SKIP_VARIABLE = "DIFFSYNTH_SKIP_DOWNLOAD"
-"""Environment variables of DiffSynth-Studio that its users have set; they win over arguments."""
+"""Environment variables that users of DiffSynth-Studio have set; they win over arguments."""
+
+DEFAULT_FOLDER = Path("models")
 
 COMMON_FILES = {
     "models_t5_umt5-xxl-enc-bf16.pth": "Wan-AI/Wan2.1-T2V-1.3B",
@@ -31,6 +33,16 @@ OnProgress = Callable[[str, int, int], None]
 
 class DownloadError(CheckpointError):
     """Published files that are not on this machine and could not be had."""
+
+
+def models_folder(path: str | Path | None = None) -> Path:
+    """Where published models are kept: the environment's folder, else `path`, else `models` in the working directory."""
+    return Path(os.environ.get(BASE_PATH_VARIABLE) or path or DEFAULT_FOLDER).expanduser()
+
+
+def skips_download(skip: bool | None = None) -> bool:
+    """Whether downloads are switched off, by the argument or by the environment."""
+    return bool(skip) or os.environ.get(SKIP_VARIABLE, "").lower() in ("1", "true", "yes")
 
 
 def local_files(root: Path, model_id: str, pattern: str) -> list[Path]:
@@ -56,7 +68,7 @@ def local_files(root: Path, model_id: str, pattern: str) -> list[Path]:
 def redirect(model_id: str, pattern: str, root: Path) -> tuple[str, str]:
     """Where to take a file that all repositories share: its one source, unless the repository's own copy is here."""
     source = next((source for name, source in COMMON_FILES.items() if fnmatchcase(pattern, name)), None)
-    if source is None or any(local_files(folder, model_id, pattern) for folder in _roots(root)):
+    if source is None or local_files(root, model_id, pattern):
         return model_id, pattern
     return source, pattern
 
@@ -73,32 +85,23 @@ def fetch(
         ValueError: the id or the pattern is not one.
         DownloadError: the files are not here and may not be downloaded, or the download failed.
     """
-    roots = _roots(root)
-    for candidate in roots:
-        found = local_files(candidate, model_id, pattern)
-        if found and _defect(found) is None:
-            return found
-    folder = roots[0] / model_id
-    if skip_download or os.environ.get(SKIP_VARIABLE, "").lower() in ("1", "true", "yes"):
-        places = " or ".join(str(candidate / model_id) for candidate in roots)
-        defect = _defect(local_files(roots[0], model_id, pattern)) or f"nothing matches {pattern!r} in {places}"
+    found = local_files(root, model_id, pattern)
+    folder = Path(root, model_id)
+    defect = _defect(found) if found else f"nothing matches {pattern!r} in {folder}"
+    if defect is None:
+        return found
+    if skips_download(skip_download):
         raise DownloadError(f"Downloads are switched off, and {defect}. {_by_hand(model_id, pattern, folder)}")
     _download(model_id, pattern, folder, on_progress)
-    found = local_files(roots[0], model_id, pattern)
+    found = local_files(root, model_id, pattern)
     defect = _defect(found) if found else f"the repository has no file that matches {pattern!r}"
     if defect:
         raise DownloadError(f"The download of {model_id} ended, but {defect}. {_by_hand(model_id, pattern, folder)}")
     return found
 
 
-def _roots(root: Path) -> tuple[Path, ...]:
-    """Where models are looked for; the first is where they are downloaded to."""
-    base = os.environ.get(BASE_PATH_VARIABLE)
-    return (Path(base).expanduser(), Path(root)) if base else (Path(root),)
-
-
 def _defect(found: list[Path]) -> str | None:
-    """Why local files are not a complete model, None when they are or when there are none."""
+    """Why local files are not a complete model, None when they are."""
     for path in found:
         if path.is_dir():
             if not any((path / name).is_file() for name in TOKENIZER_FILES):
