@@ -1,0 +1,6 @@
+"""Wan 2.1 video models, their sampling and their memory, without ComfyUI."""
+
+from .media import load_video, save_video
+from .pipeline import ModelConfig, WanVideoPipeline
+
+__all__ = ["ModelConfig", "WanVideoPipeline", "load_video", "save_video"]

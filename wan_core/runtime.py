@@ -47,3 +47,12 @@ class Runtime:
     @classmethod
     def default(cls, device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16) -> "Runtime":
         return cls(device=torch.device(device) if device else default_device(), dtype=dtype)
+
+    def chunks(self, phase: str) -> Callable[[int, int], None]:
+        """A report for work done in pieces: progress under the name `phase`, and a chance to stop after each piece."""
+
+        def report(done: int, total: int) -> None:
+            self.on_progress(phase, done, total, None)
+            self.check_cancelled()
+
+        return report

@@ -1,0 +1,118 @@
+"""ComfyUI's services, and what takes their place when the nodes run without it. The only file that imports ComfyUI."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..wan_core.runtime import Runtime, default_device
+
+try:
+    import comfy.model_management as model_management
+    import comfy.utils as comfy_utils
+    import folder_paths
+except ImportError:
+    model_management = comfy_utils = folder_paths = None
+
+PACK_FOLDER = Path(__file__).resolve().parents[1]
+MODEL_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass
+class _Standalone:
+    """Settings of a process without ComfyUI."""
+
+    device: torch.device | None = None
+    models_dir: Path | None = None
+    on_progress: OnProgress | None = None
+
+
+_standalone = _Standalone()
+
+
+def configure(
+    *, device: str | None = None, models_dir: Path | None = None, on_progress: OnProgress | None = None
+) -> None:
+    """Set the device, the models folder and the progress report of a process that has no ComfyUI."""
+    _standalone.device = torch.device(device) if device and device != "auto" else None
+    _standalone.models_dir = models_dir
+    _standalone.on_progress = on_progress
+
+
+def device() -> torch.device:
+    """Where models compute."""
+    if model_management:
+        return model_management.get_torch_device()
+    return _standalone.device or default_device()
+
+
+def resting_device() -> torch.device:
+    """Where weights rest while another model works."""
+    if model_management:
+        return model_management.unet_offload_device()
+    return torch.device("cpu")
+
+
+def runtime(dtype: torch.dtype, phase_bytes: int = 0) -> Runtime:
+    """The host's services for one phase of work; `phase_bytes` on the device are asked for first."""
+    if not model_management:
+        return Runtime(device=device(), dtype=dtype, on_progress=_report_standalone)
+    if phase_bytes:
+        model_management.free_memory(phase_bytes, device())
+    bars: dict[str, object] = {}
+
+    def report(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
+        bar = bars.setdefault(phase, comfy_utils.ProgressBar(total))
+        bar.update_absolute(done, total)
+
+    return Runtime(
+        device=device(),
+        dtype=dtype,
+        on_progress=report,
+        check_cancelled=model_management.throw_exception_if_processing_interrupted,
+        free_memory=lambda size: model_management.free_memory(size, device()),
+    )
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a model's weights."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _report_standalone(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
+    if _standalone.on_progress:
+        _standalone.on_progress(phase, done, total)
+
+
+def models_dir() -> Path:
+    """Root of `<org>/<repo>` folders as ModelScope lays them out, and of ComfyUI's model folders."""
+    if folder_paths:
+        return Path(folder_paths.models_dir)
+    return _standalone.models_dir or PACK_FOLDER / "models"
+
+
+def list_files(folder: str) -> list[str]:
+    """Model files in ComfyUI's folder of that name (with extra_model_paths.yaml), relative to it, sorted."""
+    if folder_paths:
+        with contextlib.suppress(KeyError):
+            return list(folder_paths.get_filename_list(folder))
+        return []
+    root = models_dir() / folder
+    files = (f for f in root.rglob("*") if f.suffix.lower() in MODEL_SUFFIXES) if root.is_dir() else ()
+    return sorted(f.relative_to(root).as_posix() for f in files)
+
+
+def find_file(folder: str, name: str) -> Path:
+    """The full path of a name from `list_files`.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = folder_paths.get_full_path(folder, name) if folder_paths else models_dir() / folder / name
+    if path is None or not Path(path).is_file():
+        raise ValueError(f"There is no file {name!r} in the models folder {folder!r}.")
+    return Path(path)

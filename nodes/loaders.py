@@ -1,0 +1,225 @@
+"""Model, text encoder and VAE loaders: a catalog row or a file in ComfyUI's folders to a loaded model."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..wan_core import catalog, prepare
+from ..wan_core.checkpoints.detect import Component
+from ..wan_core.checkpoints.download import OnProgress
+from ..wan_core.models.attention import BACKENDS
+from . import host, sockets
+
+log = logging.getLogger("wancore")
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PRECISIONS = ("fast", "exact")
+
+
+def _choose_dtype(name: str, component: Component) -> torch.dtype:
+    """`auto` is bfloat16 on an accelerator that has it, else float16; on the CPU it is what the file is stored in."""
+    device = host.device()
+    if name != "auto":
+        dtype = DTYPES[name]
+        if dtype == torch.float16 and device.type == "cpu":
+            log.warning("fp16 is a hundred times slower than bf16 on a CPU; using bf16.")
+            return torch.bfloat16
+        return dtype
+    if device.type == "cpu":
+        return torch.float32 if component.dtype == torch.float32 else torch.bfloat16
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return torch.bfloat16
+
+
+class _Loader:
+    """What the loaders share: a list of catalog rows and local files, checked before a prompt starts."""
+
+    CATEGORY = "WanCore/loaders"
+    FUNCTION = "load"
+    INPUT: str
+    KIND: str
+    FOLDER: str
+    PATTERN: str
+    ROWS: tuple[str, ...]
+
+    @classmethod
+    def choices(cls) -> list[str]:
+        return [*cls.ROWS, *host.list_files(cls.FOLDER)]
+
+    @classmethod
+    def shared_inputs(cls, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The drop-down list, and the widgets that follow the loader's own."""
+        listed = sockets.choice(
+            cls.choices(),
+            cls.ROWS[0],
+            f"{what}: a published model (looked for under models/<org>/<repo>), or a file in models/{cls.FOLDER}.",
+        )
+        dtype = sockets.choice(["auto", *DTYPES], "auto", "Data type to compute in. auto: bf16 where the card has it.")
+        download = sockets.flag(False, "Fetch a published model from ModelScope when it is not on this machine.")
+        return {cls.INPUT: listed}, {"dtype": dtype, "download": download}
+
+    @classmethod
+    def files(cls, name: str, download: bool, on_download: OnProgress | None = None) -> list[Path]:
+        """The local files behind an entry of the list.
+
+        Raises:
+            ValueError: the entry is unknown, or its files are absent and may not be downloaded.
+        """
+        if name not in cls.ROWS:
+            return [host.find_file(cls.FOLDER, name)]
+        return prepare.find_files(
+            name, cls.PATTERN, models_dir=host.models_dir(), skip_download=not download, on_download=on_download
+        )
+
+    @classmethod
+    def check(cls, name: str, download: bool) -> bool | str:
+        """True, or what is wrong with an entry, from its header alone. What must first be downloaded is checked afterwards."""
+        if name not in cls.choices():
+            return f"Value not in list: {cls.INPUT}: {name!r}. Known: {', '.join(cls.choices())}"
+        if name == catalog.TINY:
+            return True
+        try:
+            prepare.inspect(cls.files(name, False), cls.KIND)
+        except ValueError as error:
+            if download and name in cls.ROWS:
+                return True
+            hint = " Set download to true to fetch it." if name in cls.ROWS else ""
+            return f"{error}{hint}"
+        return True
+
+    @classmethod
+    def fingerprint(cls, name: str, download: bool) -> str:
+        """Changes when the files behind an entry do."""
+        try:
+            files = cls.files(name, False)
+        except ValueError:
+            return f"{name}, absent"
+        return ";".join(f"{f}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
+
+    def component(self, name: str, download: bool) -> Component:
+        """What the entry is; downloads it first when that is allowed."""
+        report = host.runtime(torch.float32).on_progress
+        files = self.files(name, download, lambda file, done, total: report(f"Downloading {file}", done, total))
+        return prepare.inspect(files, self.KIND)
+
+
+class ModelLoader(_Loader):
+    """A Wan DiT."""
+
+    INPUT, KIND, FOLDER, PATTERN = "model", "dit", "diffusion_models", catalog.DIT_PATTERN
+    ROWS = tuple(row.model_id for row in (*catalog.CATALOG, catalog.TINY_ROW) if row.variant == "t2v" and not row.base)
+    DESCRIPTION = "Load a Wan 2.1 video model. What it can do is read from the file; the name only chooses recommended settings."
+    RETURN_TYPES = (sockets.MODEL,)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("The video model, for the sampler.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        listed, shared = cls.shared_inputs("The video model")
+        own = {
+            "attention": sockets.choice(
+                list(BACKENDS), "sdpa", "Attention kernel. sdpa is always there; the others need their package installed."
+            ),
+            "precision": sockets.choice(
+                list(PRECISIONS), "fast", "exact keeps the residual stream in float32, as the authors do: more memory."
+            ),
+        }
+        return {"required": listed, "optional": {**shared, **own}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model: str, download: bool = False) -> bool | str:  # noqa: N802
+        return cls.check(model, download)
+
+    @classmethod
+    def IS_CHANGED(cls, model: str, download: bool = False, **_: Any) -> str:  # noqa: N802
+        return cls.fingerprint(model, download)
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The bundled model of the same structure."""
+        return {"model": catalog.TINY, "download": False}
+
+    def load(
+        self, model: str, dtype: str = "auto", download: bool = False, attention: str = "sdpa", precision: str = "fast"
+    ) -> tuple[prepare.VideoModel]:
+        component = self.component(model, download)
+        settings = prepare.DiTSettings(
+            dtype=_choose_dtype(dtype, component), attention=attention, exact=precision == "exact"
+        )
+        return (prepare.load_dit(component, settings, host.resting_device()),)
+
+
+class TextEncoderLoader(_Loader):
+    """UMT5 with its tokenizer."""
+
+    INPUT, KIND, FOLDER, PATTERN = "text_encoder", "text_encoder", "text_encoders", catalog.TEXT_ENCODER_PATTERN
+    ROWS = (catalog.T2V_BASE, catalog.TINY)
+    DESCRIPTION = "Load the UMT5-XXL text encoder that all Wan 2.1 models share."
+    RETURN_TYPES = (sockets.TEXT_ENCODER,)
+    RETURN_NAMES = ("text_encoder",)
+    OUTPUT_TOOLTIPS = ("The text encoder, for the prompt.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        listed, shared = cls.shared_inputs("The text encoder")
+        return {"required": listed, "optional": shared}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, text_encoder: str, download: bool = False) -> bool | str:  # noqa: N802
+        return cls.check(text_encoder, download)
+
+    @classmethod
+    def IS_CHANGED(cls, text_encoder: str, download: bool = False, **_: Any) -> str:  # noqa: N802
+        return cls.fingerprint(text_encoder, download)
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The bundled text encoder."""
+        return {"text_encoder": catalog.TINY, "download": False}
+
+    def load(self, text_encoder: str, dtype: str = "auto", download: bool = False) -> tuple[prepare.TextEncoder]:
+        component = self.component(text_encoder, download)
+        tokenizer = None
+        if not prepare.has_tokenizer(component):
+            tokenizer = prepare.find_files(
+                catalog.T2V_BASE, catalog.TOKENIZER_PATTERN, models_dir=host.models_dir(), skip_download=not download
+            )[0].parent
+        return (
+            prepare.load_text_encoder(component, tokenizer, _choose_dtype(dtype, component), host.resting_device()),
+        )
+
+
+class VAELoader(_Loader):
+    """The Wan 2.1 video autoencoder."""
+
+    INPUT, KIND, FOLDER, PATTERN = "vae", "vae", "vae", catalog.VAE_PATTERN
+    ROWS = (catalog.T2V_BASE, catalog.TINY)
+    DESCRIPTION = "Load the video autoencoder that all Wan 2.1 models share."
+    RETURN_TYPES = (sockets.VAE,)
+    RETURN_NAMES = ("vae",)
+    OUTPUT_TOOLTIPS = ("The autoencoder, for encoding and decoding.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        listed, shared = cls.shared_inputs("The VAE")
+        return {"required": listed, "optional": shared}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, vae: str, download: bool = False) -> bool | str:  # noqa: N802
+        return cls.check(vae, download)
+
+    @classmethod
+    def IS_CHANGED(cls, vae: str, download: bool = False, **_: Any) -> str:  # noqa: N802
+        return cls.fingerprint(vae, download)
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The bundled autoencoder."""
+        return {"vae": catalog.TINY, "download": False}
+
+    def load(self, vae: str, dtype: str = "auto", download: bool = False) -> tuple[prepare.WanVAE]:
+        component = self.component(vae, download)
+        return (prepare.load_vae(component, _choose_dtype(dtype, component), host.resting_device()),)

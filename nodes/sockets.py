@@ -1,0 +1,65 @@
+"""Socket types of the pack, and input declarations that several nodes share.
+
+Standard ComfyUI sockets are used wherever the meaning is the same: IMAGE (T, H, W, 3) in [0, 1]; LATENT with raw, un-normalised
+VAE latents (B, 16, F, h, w) under "samples", as ComfyUI's own Wan nodes expect.
+"""
+
+from typing import Any
+
+MODEL = "WANCORE_MODEL"
+"""`prepare.VideoModel`: a DiT whose weights rest on the host's offload device."""
+
+TEXT_ENCODER = "WANCORE_TEXT_ENCODER"
+"""`conditioning.text.TextEncoder`: UMT5 and its tokenizer."""
+
+VAE = "WANCORE_VAE"
+"""`models.vae.WanVAE`."""
+
+CONDITIONING = "WANCORE_CONDITIONING"
+"""`types.Conditioning`, frozen, on the CPU; nodes return changed copies."""
+
+MAX_SIDE = 16384
+"""ComfyUI's largest image side."""
+
+Declaration = tuple[Any, dict[str, Any]]
+
+
+def socket(kind: str, tooltip: str) -> Declaration:
+    """An input that can only be linked."""
+    return kind, {"tooltip": tooltip}
+
+
+def choice(values: list[str], default: str, tooltip: str) -> Declaration:
+    """A drop-down list."""
+    return values, {"default": default, "tooltip": tooltip}
+
+
+def whole(default: int, low: int, high: int, tooltip: str, *, step: int = 1, **options: Any) -> Declaration:
+    """A whole number."""
+    return "INT", {"default": default, "min": low, "max": high, "step": step, "tooltip": tooltip, **options}
+
+
+def number(default: float, low: float, high: float, tooltip: str, *, step: float = 0.1) -> Declaration:
+    """A decimal number."""
+    return "FLOAT", {"default": default, "min": low, "max": high, "step": step, "round": 0.001, "tooltip": tooltip}
+
+
+def flag(default: bool, tooltip: str) -> Declaration:
+    """A switch."""
+    return "BOOLEAN", {"default": default, "tooltip": tooltip}
+
+
+def text(default: str, tooltip: str) -> Declaration:
+    """A text box of several lines."""
+    return "STRING", {"default": default, "multiline": True, "dynamicPrompts": True, "tooltip": tooltip}
+
+
+def tile_inputs() -> dict[str, Declaration]:
+    """The switch and the four sizes of tiled encoding and decoding, in latent cells of 8 pixels."""
+    return {
+        "tiled": flag(False, "Work in overlapping tiles: much less memory, somewhat slower."),
+        "tile_height": whole(30, 4, 2048, "Height of a tile in latent cells (8 pixels each)."),
+        "tile_width": whole(52, 4, 2048, "Width of a tile in latent cells (8 pixels each)."),
+        "stride_height": whole(15, 1, 2048, "Distance between tiles; the rest of the tile overlaps and is blended."),
+        "stride_width": whole(26, 1, 2048, "Distance between tiles; the rest of the tile overlaps and is blended."),
+    }

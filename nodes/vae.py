@@ -1,0 +1,110 @@
+"""Pixels to latents and back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..wan_core.media import frames_to_pixels, pixels_to_frames
+from ..wan_core.memory.residency import on_device
+from ..wan_core.models.vae import WanVAE, denormalise, normalise
+from ..wan_core.runtime import log
+from ..wan_core.tiling import TileSettings
+from ..wan_core.types import SIZE_MULTIPLE, VAE_STRIDE
+from . import host, sockets
+
+
+def _tiles(tiled: bool, tile_height: int, tile_width: int, stride_height: int, stride_width: int) -> TileSettings | None:
+    return TileSettings(size=(tile_height, tile_width), stride=(stride_height, stride_width)) if tiled else None
+
+
+def _fitted(frames: Tensor) -> Tensor:
+    """`frames` (T, H, W, 3) cropped at the centre to multiples of 16 and cut to 4k + 1 frames, with a notice."""
+    length, height, width = frames.shape[:3]
+    top, left = height % SIZE_MULTIPLE, width % SIZE_MULTIPLE
+    spare = (length - 1) % VAE_STRIDE[0]
+    if height < SIZE_MULTIPLE or width < SIZE_MULTIPLE:
+        raise ValueError(f"Images must be at least {SIZE_MULTIPLE}x{SIZE_MULTIPLE} pixels; got {width}x{height}.")
+    if top or left or spare:
+        log.warning(
+            "Encoding %dx%d, %d frames of a video of %dx%d, %d frames: sides are multiples of %d, lengths 4k + 1.",
+            width - left, height - top, length - spare, width, height, length, SIZE_MULTIPLE,
+        )  # fmt: skip
+    top, left = top // 2, left // 2
+    bottom, right = top + height // SIZE_MULTIPLE * SIZE_MULTIPLE, left + width // SIZE_MULTIPLE * SIZE_MULTIPLE
+    return frames[: length - spare, top:bottom, left:right]
+
+
+class VAEDecode:
+    """Latents to frames."""
+
+    CATEGORY = "WanCore/vae"
+    FUNCTION = "decode"
+    DESCRIPTION = "Decode video latents into frames."
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("images",)
+    OUTPUT_TOOLTIPS = ("The frames, for Create Video.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {
+            "required": {
+                "vae": sockets.socket(sockets.VAE, "From the VAE loader."),
+                "latent": sockets.socket("LATENT", "Raw Wan latents, from the sampler or ComfyUI's own nodes."),
+            },
+            "optional": sockets.tile_inputs(),
+        }
+
+    def decode(
+        self,
+        vae: WanVAE,
+        latent: dict[str, Tensor],
+        tiled: bool = False,
+        tile_height: int = 30,
+        tile_width: int = 52,
+        stride_height: int = 15,
+        stride_width: int = 26,
+    ) -> tuple[Tensor]:
+        tiles = _tiles(tiled, tile_height, tile_width, stride_height, stride_width)
+        runtime = host.runtime(vae.dtype, host.weight_bytes(vae))
+        with on_device(vae, runtime.device), torch.no_grad():
+            pixels = vae.decode(normalise(latent["samples"].to(runtime.device)), tiles, runtime.chunks("Decoding"))
+        return (pixels_to_frames(pixels),)
+
+
+class VAEEncode:
+    """Frames to latents."""
+
+    CATEGORY = "WanCore/vae"
+    FUNCTION = "encode"
+    DESCRIPTION = "Encode frames into video latents, to start a sampler from with denoise below 1."
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("Raw VAE latents, (1, 16, frames, height / 8, width / 8).",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        return {
+            "required": {
+                "vae": sockets.socket(sockets.VAE, "From the VAE loader."),
+                "images": sockets.socket("IMAGE", "Frames; cropped to multiples of 16 pixels and cut to 4k + 1 frames."),
+            },
+            "optional": sockets.tile_inputs(),
+        }
+
+    def encode(
+        self,
+        vae: WanVAE,
+        images: Tensor,
+        tiled: bool = False,
+        tile_height: int = 30,
+        tile_width: int = 52,
+        stride_height: int = 15,
+        stride_width: int = 26,
+    ) -> tuple[dict[str, Tensor]]:
+        tiles = _tiles(tiled, tile_height, tile_width, stride_height, stride_width)
+        pixels = frames_to_pixels(_fitted(images))
+        runtime = host.runtime(vae.dtype, host.weight_bytes(vae))
+        with on_device(vae, runtime.device), torch.no_grad():
+            latents = vae.encode(pixels.to(runtime.device), tiles, runtime.chunks("Encoding"))
+        return ({"samples": denormalise(latents).cpu()},)
