@@ -36,7 +36,7 @@ class DownloadError(CheckpointError):
 
 
 def models_folder(path: str | Path | None = None) -> Path:
-    """Where published models are kept: the environment's folder, else `path`, else `models` in the working directory."""
+    """Where published models are kept: the environment's folder, else `path`, else `models` where the program runs."""
     return Path(os.environ.get(BASE_PATH_VARIABLE) or path or DEFAULT_FOLDER).expanduser()
 
 

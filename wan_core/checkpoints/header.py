@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -121,6 +122,9 @@ def is_safetensors(file: Path) -> bool:
     if start[:4] == b"PK\x03\x04":
         if not zipfile.is_zipfile(file):
             raise CheckpointError(f"{file} is truncated: {size} bytes, and the end is missing; download it again.")
+        if file.suffix == ".safetensors":
+            # `torch.load` goes by this suffix, too.
+            raise CheckpointError(f"{file} is a PyTorch checkpoint under a wrong name; rename it to end in .pth.")
         return False
     if start[:1] == b"\x80":
         return False
@@ -160,9 +164,12 @@ def open_pickle(file: Path, device: str) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if not refused:
+            raise CheckpointError(f"{file} is a damaged PyTorch checkpoint; download it again.") from error
         raise CheckpointError(
-            f"{file} holds more than plain tensors and would run code when opened, so it is refused. "
-            f"Convert it to safetensors where you trust it. ({_first_line(error)})"
+            f"{file} is refused: it holds more than plain tensors and would run {refused[1]} when opened. "
+            "Convert it to safetensors where you trust it."
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
