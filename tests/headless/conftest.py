@@ -82,6 +82,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("bad_case", json.loads((HERE / "data" / "bad_workflows.json").read_text()))
 
 
+@pytest.fixture
+def fake_comfy(nodes):
+    """A server of the standard library that answers as ComfyUI does; see fake_comfy.py for what can be scripted."""
+    module = _load("headless_fake_comfy", HERE / "fake_comfy.py")
+    with module.served(module.FakeComfy(nodes)) as fake:
+        yield fake
+
+
 @dataclass(frozen=True)
 class ComfyServer:
     """A running ComfyUI with its base directory (`input`, `output`, `custom_nodes`)."""

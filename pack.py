@@ -1,0 +1,19 @@
+"""Load this pack without ComfyUI, the way ComfyUI does: from its folder, under a name that is not its own."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent
+NAME = "wancore"
+
+
+def load_pack() -> ModuleType:
+    """The pack as the package `wancore`; its parts are `wancore.wan_core`, `wancore.nodes` and so on, one identity of each class."""
+    if NAME not in sys.modules:
+        spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[NAME] = module
+        spec.loader.exec_module(module)
+    return sys.modules[NAME]

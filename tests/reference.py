@@ -1,0 +1,85 @@
+"""Values that the published implementations computed, and tiny models with the weights that they were computed on."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from wancore.wan_core import tiny
+from wancore.wan_core.models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig
+from wancore.wan_core.models.dit import WanDiT
+from wancore.wan_core.models.image_encoder import ImageEncoder
+from wancore.wan_core.models.motion_controller import MotionController
+from wancore.wan_core.models.text_encoder import UMT5Encoder
+from wancore.wan_core.models.vae import WanVAE
+
+DATA = Path(__file__).parent / "data"
+
+_BASE = dict(dim=256, ffn_dim=512, num_layers=4, text_dim=64, freq_dim=64)
+DITS = {
+    "t2v": DiTConfig(**_BASE),
+    "i2v": DiTConfig(**_BASE, in_channels=36, has_image_input=True),
+    "flf2v": DiTConfig(**_BASE, in_channels=36, has_image_input=True, image_positions=514),
+    "fun_control": DiTConfig(**_BASE, in_channels=48, has_image_input=True),
+    "fun_v1_1_control": DiTConfig(**_BASE, in_channels=48, has_image_input=True, has_reference=True),
+    "fun_camera": DiTConfig(**_BASE, in_channels=32, has_image_input=True, camera_channels=24),
+    "vace": DiTConfig(**_BASE, vace_layers=(0, 2), vace_channels=96),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def get(self, name: str) -> Tensor | None:
+        return self.tensors.get(name)
+
+
+def load_case(name: str, folder: str = "cases") -> Case:
+    with safe_open(DATA / folder / f"{name}.safetensors", "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return Case(tensors, metadata)
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    """The call of an end-to-end case."""
+    return json.loads(case.metadata["case"])["args"]
+
+
+def filled(module: nn.Module) -> nn.Module:
+    """`module` with the weights of the recipe."""
+    module.load_state_dict(tiny.state_dict(module))
+    return module.requires_grad_(False).eval()
+
+
+def tiny_dit(variant: str = "t2v") -> WanDiT:
+    return filled(WanDiT(DITS[variant]))
+
+
+def tiny_motion_controller() -> MotionController:
+    return filled(MotionController(MotionControllerConfig(dim=256, freq_dim=64)))
+
+
+def tiny_vae() -> WanVAE:
+    return filled(WanVAE(tiny.VAE))
+
+
+def tiny_text_encoder() -> UMT5Encoder:
+    return filled(UMT5Encoder(tiny.TEXT_ENCODER))
+
+
+def tiny_image_encoder() -> ImageEncoder:
+    return filled(ImageEncoder(ImageEncoderConfig(dim=160, mlp_dim=640, num_layers=3, out_dim=64)))
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    return (torch.linalg.vector_norm(got.float() - expected.float()) / torch.linalg.vector_norm(expected.float())).item()

@@ -1,0 +1,41 @@
+"""`python -m workflows.build`, from the pack's folder: write every workflow in both formats."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pack import NAME, ROOT, load_pack
+
+from .descriptions import WORKFLOWS
+from .graph import to_api, to_ui
+
+
+def version() -> str:
+    """The pack's version, from pyproject.toml."""
+    return re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+def files() -> dict[Path, dict[str, Any]]:
+    """Every workflow file's path, relative to this folder, and what it holds."""
+    pack = load_pack()
+    core, folders = (importlib.import_module(f"{NAME}.headless.{name}") for name in ("core_nodes", "folders"))
+    classes = {**core.core_nodes(folders.Folders()), **pack.NODE_CLASS_MAPPINGS}
+    built = {}
+    for describe in WORKFLOWS:
+        graph = describe()
+        built[Path(f"{graph.name}.json")] = to_ui(graph, classes, NAME, version())
+        built[Path("api", f"{graph.name}.json")] = to_api(graph, classes)
+    return built
+
+
+def write(folder: Path) -> None:
+    for path, content in files().items():
+        target = folder / path
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(__file__).resolve().parent)

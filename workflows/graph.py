@@ -1,0 +1,201 @@
+"""A workflow described once, written in both of ComfyUI's formats: the editor's and the API's."""
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN")
+NODE_WIDTH, ROW_HEIGHT, HEADER_HEIGHT, TEXT_HEIGHT = 320, 26, 40, 120
+COLUMN_STEP, ROW_GAP, GROUP_MARGIN, GROUP_TITLE = 380, 40, 20, 50
+
+Out = tuple[str, int]
+"""A link: the title of the node that it comes from, and the index of its output."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node: its title (unique in the graph), class, and inputs that differ from their defaults; links are `Out`."""
+
+    title: str
+    class_type: str
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    models: Sequence[Mapping[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A titled column of the graph."""
+
+    title: str
+    steps: Sequence[Step]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A whole workflow, with a note for its reader."""
+
+    name: str
+    note: str
+    stages: Sequence[Stage]
+
+    @property
+    def steps(self) -> list[Step]:
+        return [step for stage in self.stages for step in stage.steps]
+
+
+def declared_inputs(cls: type) -> dict[str, tuple[Any, dict[str, Any], bool]]:
+    """name -> (type, options, is optional), in the order in which the editor saves widget values."""
+    declared = cls.INPUT_TYPES()
+    found = {}
+    for section in ("required", "optional"):
+        for name, (kind, *options) in declared.get(section, {}).items():
+            found[name] = (kind, options[0] if options else {}, section == "optional")
+    return found
+
+
+def is_widget(kind: Any) -> bool:
+    return isinstance(kind, list) or kind in WIDGET_TYPES
+
+
+def _default(kind: Any, options: Mapping[str, Any]) -> Any:
+    return options.get("default", kind[0] if isinstance(kind, list) else None)
+
+
+def to_api(graph: Graph, classes: Mapping[str, type]) -> dict[str, Any]:
+    """The API format: every widget with its value, every link."""
+    ids = {step.title: str(i) for i, step in enumerate(graph.steps, 1)}
+    nodes = {}
+    for step in graph.steps:
+        inputs = {}
+        for name, (kind, options, _) in declared_inputs(classes[step.class_type]).items():
+            value = step.inputs.get(name)
+            if isinstance(value, tuple):
+                inputs[name] = [ids[value[0]], value[1]]
+            elif is_widget(kind):
+                inputs[name] = _default(kind, options) if value is None else value
+        nodes[ids[step.title]] = {"class_type": step.class_type, "inputs": inputs, "_meta": {"title": step.title}}
+    return nodes
+
+
+def to_ui(graph: Graph, classes: Mapping[str, type], pack: str, version: str) -> dict[str, Any]:
+    """The editor's format (0.4), laid out in one column per stage."""
+    return _Layout(graph, classes, pack, version).workflow()
+
+
+class _Layout:
+    def __init__(self, graph: Graph, classes: Mapping[str, type], pack: str, version: str) -> None:
+        self.graph, self.classes, self.pack, self.version = graph, classes, pack, version
+        self.ids = {step.title: i for i, step in enumerate(graph.steps, 1)}
+        self.links: list[list[Any]] = []
+        self.nodes: dict[str, dict[str, Any]] = {}
+
+    def workflow(self) -> dict[str, Any]:
+        note = self._note(len(self.ids) + 1)
+        groups = [self._column(i, stage) for i, stage in enumerate(self.graph.stages)]
+        self._connect()
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.pack}/{self.graph.name}")),
+            "revision": 0,
+            "last_node_id": note["id"],
+            "last_link_id": len(self.links),
+            "nodes": [note, *self.nodes.values()],
+            "links": self.links,
+            "groups": groups,
+            "config": {},
+            "extra": {"ds": {"scale": 0.8, "offset": [COLUMN_STEP + 80, 120]}},
+            "version": 0.4,
+        }
+
+    def _note(self, node_id: int) -> dict[str, Any]:
+        return {
+            "id": node_id,
+            "type": "MarkdownNote",
+            "title": "About this workflow",
+            "pos": [-COLUMN_STEP, 0],
+            "size": [NODE_WIDTH, 320],
+            "flags": {},
+            "order": 0,
+            "mode": 0,
+            "inputs": [],
+            "outputs": [],
+            "properties": {},
+            "widgets_values": [self.graph.note],
+            "color": "#432",
+            "bgcolor": "#653",
+        }
+
+    def _column(self, index: int, stage: Stage) -> dict[str, Any]:
+        x, y = index * COLUMN_STEP, 0
+        for step in stage.steps:
+            node = self._node(step, [x, y])
+            self.nodes[step.title] = node
+            y += node["size"][1] + HEADER_HEIGHT + ROW_GAP
+        top, width = -GROUP_TITLE - HEADER_HEIGHT, NODE_WIDTH + 2 * GROUP_MARGIN
+        return {
+            "id": index + 1,
+            "title": stage.title,
+            "bounding": [x - GROUP_MARGIN, top, width, y - top],
+            "color": "#3f789e",
+            "font_size": 24,
+            "flags": {},
+        }
+
+    def _node(self, step: Step, position: list[int]) -> dict[str, Any]:
+        cls = self.classes[step.class_type]
+        inputs, values, height = [], [], HEADER_HEIGHT
+        for name, (kind, options, optional) in declared_inputs(cls).items():
+            entry: dict[str, Any] = {"name": name, "type": "COMBO" if isinstance(kind, list) else kind, "link": None}
+            if is_widget(kind):
+                entry["widget"] = {"name": name}
+                value = step.inputs.get(name)
+                values.append(_default(kind, options) if value is None or isinstance(value, tuple) else value)
+                if options.get("control_after_generate"):
+                    values.append("fixed")
+                    height += ROW_HEIGHT
+                height += TEXT_HEIGHT if options.get("multiline") else ROW_HEIGHT
+            else:
+                height += ROW_HEIGHT
+            if optional:
+                entry["shape"] = 7
+            inputs.append(entry)
+        outputs = [
+            {"name": name, "type": kind, "links": []}
+            for name, kind in zip(getattr(cls, "RETURN_NAMES", cls.RETURN_TYPES), cls.RETURN_TYPES, strict=True)
+        ]
+        ours = step.class_type.startswith("WanCore")
+        properties: dict[str, Any] = {
+            "cnr_id": self.pack if ours else "comfy-core",
+            "ver": self.version if ours else "0.3.64",
+            "Node name for S&R": step.class_type,
+        }
+        if step.models:
+            properties["models"] = [dict(model) for model in step.models]
+        return {
+            "id": self.ids[step.title],
+            "type": step.class_type,
+            "title": step.title,
+            "pos": position,
+            "size": [NODE_WIDTH, height],
+            "flags": {},
+            "order": self.ids[step.title],
+            "mode": 0,
+            "inputs": inputs,
+            "outputs": outputs,
+            "properties": properties,
+            "widgets_values": values,
+        }
+
+    def _connect(self) -> None:
+        for step in self.graph.steps:
+            target = self.nodes[step.title]
+            for slot, entry in enumerate(target["inputs"]):
+                value = step.inputs.get(entry["name"])
+                if not isinstance(value, tuple):
+                    continue
+                source = self.nodes[value[0]]
+                output = source["outputs"][value[1]]
+                link = len(self.links) + 1
+                entry["link"] = link
+                output["links"].append(link)
+                self.links.append([link, source["id"], value[1], target["id"], slot, output["type"]])
