@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -167,7 +168,12 @@ def header(
 
 
 def tiny(name: str) -> dict[str, Tensor]:
-    """Random float32 tensors of the tiny checkpoint `name`, drawn per key."""
+    """Random float32 tensors of the tiny checkpoint `name`, drawn per key; a new dictionary of shared tensors."""
+    return dict(_drawn(name))
+
+
+@cache
+def _drawn(name: str) -> dict[str, Tensor]:
     return draw(json.loads((MANIFESTS / f"{name}.json").read_text()))
 
 

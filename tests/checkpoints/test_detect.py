@@ -67,7 +67,9 @@ DITS = {
     "VACE-1.3B": row(
         "S", "a61453409b67cd3246cf0c3bebad47ba", 2.1540, {"vace_layers": VACE_S, "vace_channels": 96}, vace=15
     ),
-    "VACE-14B": row("L", "7a513e1f257a861512b1afd387a8ecd9", 17.3376, {"vace_layers": VACE_L, "vace_channels": 96}, vace=8),
+    "VACE-14B": row(
+        "L", "7a513e1f257a861512b1afd387a8ecd9", 17.3376, {"vace_layers": VACE_L, "vace_channels": 96}, vace=8
+    ),
 }  # fmt: skip
 OTHERS = {
     "motion controller": (
@@ -234,7 +236,7 @@ REFUSED = {
     "Wan 2.2 S2V": (T2V | {"casual_audio_encoder.weights": (4,)}, "Wan 2.2 S2V"),
     "camera without adapter": (without(CAMERA, "control_adapter"), r"lacks 'control_adapter\.conv\.weight'"),
     "20 channels": (T2V | {"patch_embedding.weight": (256, 20, 1, 2, 2)}, "20 input and 16 output channels without"),
-    "image tokens on 16": (I2V | {"patch_embedding.weight": (256, 16, 1, 2, 2)}, "16 input and 16 output channels with "),
+    "images on 16": (I2V | {"patch_embedding.weight": (256, 16, 1, 2, 2)}, "16 input and 16 output channels with i"),
     "odd width": ({k: tuple(200 if n == 256 else n for n in s) for k, s in T2V.items()}, "width 200"),
     "T5": (without(UMT5, r"blocks\.[1-9]\.pos_embedding"), "is T5"),
     "CLIP ViT-L": (HALF_CLIP, "width 1024; Wan 2.1 needs CLIP ViT-H/14"),
@@ -271,7 +273,8 @@ def test_unknown_files(name, guess):
 LORA_NAMES = (
     "blocks.0.self_attn.q.lora_A.default.weight", "base_model.model.blocks.0.self_attn.q.lora_A.weight",
     "transformer.blocks.0.attn1.to_q.lora_B.weight", "diffusion_model.blocks.0.self_attn.q.lora_down.weight",
-    "lora_unet__blocks_0_self_attn_q.lora_up.weight", "diffusion_model.head.head.diff", "diffusion_model.blocks.0.ffn.0.diff_b",
+    "lora_unet__blocks_0_self_attn_q.lora_up.weight", "diffusion_model.head.head.diff",
+    "diffusion_model.blocks.0.ffn.0.diff_b",
     "lycoris_blocks_0_self_attn_q.hada_w1_a", "lycoris_blocks_0_self_attn_q.lokr_w1",
 )  # fmt: skip
 

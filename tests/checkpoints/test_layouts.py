@@ -13,6 +13,7 @@ import transformers
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from safetensors.torch import save_file
 from torch import nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from wancore.wan_core.checkpoints.detect import check_against, detect, detect_files
 from wancore.wan_core.checkpoints.files import resolve_files
 from wancore.wan_core.checkpoints.header import read_header
@@ -22,7 +23,7 @@ from . import inventories as inv
 
 DITS = ("t2v", "i2v", "flf2v", "fun_control", "fun_v1_1_control", "fun_camera", "vace")
 FILES = {f"dit_{name}": "dit" for name in DITS} | {
-    "motion_controller": "motion_controller", "umt5": "text_encoder", "vae": "vae", "clip_1280": "image_encoder",
+    "motion_controller": "motion_controller", "umt5": "text_encoder", "vae": "vae", "clip": "image_encoder",
 }  # fmt: skip
 
 
@@ -45,14 +46,16 @@ def load(path, dtype=None):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "module."])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_original_names_with_prefixes(tmp_path, name, prefix):
     tensors = inv.tiny(name)
     same(load(write({prefix + k: t for k, t in tensors.items()}, tmp_path)), tensors)
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "module", "model_state", "model"])
+@pytest.mark.parametrize(
+    ("name", "wrapper"),
+    [(name, None) for name in FILES] + [("umt5", key) for key in ("state_dict", "module", "model_state", "model")],
+)
 def test_pickles(tmp_path, name, wrapper):
     tensors = inv.tiny(name)
     torch.save({wrapper: tensors, "step": 1} if wrapper else tensors, tmp_path / "model.pth")
@@ -83,10 +86,13 @@ def test_shards_in_any_order_and_two_models_in_one_list(tmp_path):
 def test_diffusers_transformer(tmp_path, name):
     tensors = inv.tiny(f"dit_{name}")
     converted = convert_wan_transformer_to_diffusers(dict(tensors))
+    if name == "flf2v":
+        # The converter has no rule for this one; the name is that of the class.
+        converted["condition_embedder.image_embedder.pos_embed"] = converted.pop("img_emb.emb_pos")
     image = name != "t2v"
     model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=128, in_channels=tensors["patch_embedding.weight"].shape[1], text_dim=64,
-        freq_dim=64, ffn_dim=512, num_layers=4, image_dim=1280 if image else None,
+        num_attention_heads=2, attention_head_dim=128, text_dim=64, freq_dim=64,
+        in_channels=tensors["patch_embedding.weight"].shape[1], ffn_dim=512, num_layers=4, image_dim=1280 if image else None,
         added_kv_proj_dim=256 if image else None, pos_embed_seq_len=514 if name == "flf2v" else None,
     )  # fmt: skip
     model.load_state_dict(converted, strict=True)
@@ -106,8 +112,8 @@ def test_diffusers_vace(tmp_path):
     tensors = inv.tiny("dit_vace")
     converted = convert_wan_transformer_to_diffusers(dict(tensors))
     model = diffusers.WanVACETransformer3DModel(
-        num_attention_heads=2, attention_head_dim=128, in_channels=16, text_dim=64, freq_dim=64, ffn_dim=512, num_layers=4,
-        vace_layers=[0, 2], vace_in_channels=96,
+        num_attention_heads=2, attention_head_dim=128, in_channels=16, text_dim=64, freq_dim=64, ffn_dim=512,
+        num_layers=4, vace_layers=[0, 2], vace_in_channels=96,
     )  # fmt: skip
     model.load_state_dict(converted, strict=True)
     same(load(write(model.state_dict(), tmp_path)), tensors)
@@ -234,14 +240,7 @@ def test_loaded_clip_computes_what_transformers_does(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path)
     pixels = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mean, std = (
-        (torch.tensor(v).view(1, 3, 1, 1) for v in (model.config_mean(), model.config_std()))
-        if hasattr(model, "config_mean")
-        else (
-            torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1),
-            torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1),
-        )
-    )
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     with torch.no_grad():
         hidden = model((pixels * 0.5 + 0.5 - mean) / std, output_hidden_states=True).hidden_states
         torch.testing.assert_close(loaded(pixels), hidden[-2], rtol=1e-3, atol=1e-3)
@@ -251,7 +250,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
-@pytest.mark.parametrize("name", ["dit_t2v", "umt5", "clip_1280"])
+@pytest.mark.parametrize("name", ["dit_t2v", "umt5", "clip"])
 def test_plain_fp8(tmp_path, name, dtype):
     tensors = {k: t.to(dtype) if t.ndim == 2 else t for k, t in inv.tiny(name).items()}
     component = detect_files(write(tensors, tmp_path))
@@ -336,9 +335,6 @@ def own_name(tensors, key):
 def test_scaled_fp8_parts_across_shards(tmp_path):
     """CLIP's q, k and v are joined, each with its own scale, and lie in different files than the scales."""
     state = clip_model(transformers.CLIPVisionModelWithProjection).state_dict()
-    state = {k: t for k, t in state.items() if "embedding" not in k or "patch" not in k} | {
-        k: t for k, t in state.items() if "patch" in k
-    }
     attention = {k: t for k, t in state.items() if re.search(r"[qkv]_proj\.weight", k)}
     weights, scales, expected = scaled(attention, "scalar")
     stored = state | weights | {f"{layer}.weight_scale": scale for layer, scale in scales.items()}

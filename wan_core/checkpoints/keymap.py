@@ -89,13 +89,15 @@ def strip_prefix(names: Iterable[str]) -> dict[str, str]:
 
 def find_dialect(names: Iterable[str]) -> Dialect | None:
     """The layout whose marks are best found among `names` (without prefixes), None when fewer than half are."""
-    names = [name for name in names if not UNUSED.fullmatch(name)]
+    text = "\n".join(name for name in names if not UNUSED.fullmatch(name))
+
+    def has(pattern: str) -> bool:
+        return re.search(rf"^(?:{pattern})$", text, re.MULTILINE) is not None
 
     def likeness(dialect: Dialect) -> float:
-        if dialect.absent and any(re.fullmatch(dialect.absent, name) for name in names):
+        if dialect.absent and has(dialect.absent):
             return 0.0
-        hits = sum(any(re.fullmatch(mark, name) for name in names) for mark in dialect.marks)
-        return hits / len(dialect.marks)
+        return sum(map(has, dialect.marks)) / len(dialect.marks)
 
     best = max(DIALECTS, key=likeness)
     return best if likeness(best) > 0.5 else None
