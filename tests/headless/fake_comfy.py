@@ -36,7 +36,9 @@ class FakeComfy:
             return {}
         node = self.nodes[name]
         output = list(node.RETURN_TYPES)
-        return {name: {"input": node.INPUT_TYPES(), "output": output, "output_node": getattr(node, "OUTPUT_NODE", False)}}
+        return {
+            name: {"input": node.INPUT_TYPES(), "output": output, "output_node": getattr(node, "OUTPUT_NODE", False)}
+        }
 
     def history(self) -> dict:
         self.polls += 1
@@ -112,7 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
         if "Sec-WebSocket-Key" not in self.headers:
             self._answer(400, b"")
             return
-        digest = hashlib.sha1((self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
+        digest = hashlib.sha1(
+            (self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()
+        ).digest()
         self.send_response(101)
         self.send_header("Upgrade", "websocket")
         self.send_header("Connection", "Upgrade")

@@ -41,7 +41,9 @@ def go(fake_comfy, folders, graph):
     """Runs a small workflow on the fake server: go(events=None, image="a.png")."""
 
     def run(on_event=lambda _: None, image="a.png"):
-        workflow = graph(n1=("LoadImage", {"image": image}), n2=("SaveImage", {"images": ["1", 0], "filename_prefix": "x"}))
+        workflow = graph(
+            n1=("LoadImage", {"image": image}), n2=("SaveImage", {"images": ["1", 0], "filename_prefix": "x"})
+        )
         return run_on_server(workflow, Server(fake_comfy.url), folders, on_event=on_event)
 
     Image.new("RGB", (4, 4)).save(folders.input / "a.png")
@@ -125,13 +127,19 @@ def test_the_servers_schemas_decide(fake_comfy, go):
     assert fake_comfy.posted == [] and fake_comfy.uploads == {}
 
 
-ERRORS = {"2": {"class_type": "SaveImage", "errors": [{"type": "t", "message": "Value not in list", "details": "d: 1"}]}}
+ERRORS = {
+    "2": {"class_type": "SaveImage", "errors": [{"type": "t", "message": "Value not in list", "details": "d: 1"}]}
+}
 
 
 @pytest.mark.parametrize(
     ("status", "answer", "words"),
     [
-        (400, {"error": {"type": "p", "message": "Outputs failed", "details": ""}, "node_errors": ERRORS}, "#2 SaveImage: Value not in list: d: 1"),
+        (
+            400,
+            {"error": {"type": "p", "message": "Outputs failed", "details": ""}, "node_errors": ERRORS},
+            "#2 SaveImage: Value not in list: d: 1",
+        ),
         (400, {"error": {"type": "p", "message": "Bad", "details": "why"}, "node_errors": {}}, "Bad: why"),
         (400, {"error": "Bad"}, "Bad"),
         (500, {}, "The server refused prompt: 500"),
@@ -151,7 +159,15 @@ def test_refusal_is_put_in_words_and_nothing_keeps_running(fake_comfy, go, statu
     ("message", "error", "words"),
     [
         (
-            ["execution_error", {"node_id": "2", "node_type": "SaveImage", "exception_type": "a.b.DiskError", "exception_message": "full\n\n"}],
+            [
+                "execution_error",
+                {
+                    "node_id": "2",
+                    "node_type": "SaveImage",
+                    "exception_type": "a.b.DiskError",
+                    "exception_message": "full\n\n",
+                },
+            ],
             NodeError,
             "Node #2 SaveImage failed: DiskError: full$",
         ),
@@ -212,7 +228,11 @@ def test_an_address_must_be_one(url):
 def start(fake_comfy, folders, tmp_path, *arguments):
     prompt = {
         "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x"}, "_meta": {"title": "Save"}},
+        "2": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["1", 0], "filename_prefix": "x"},
+            "_meta": {"title": "Save"},
+        },
     }
     Image.new("RGB", (4, 4)).save(folders.input / "a.png")
     (tmp_path / "w.json").write_text(json.dumps(prompt))

@@ -151,7 +151,9 @@ def test_png_carries_the_workflow(folders, nodes, graph):
 
 
 def test_previews_go_to_the_temporary_files(folders, nodes, graph):
-    workflow = graph(n1=("Plain", {"width": 8, "height": 8, "frames": 1, "level": 1.0}), n2=("PreviewImage", {"images": ["1", 0]}))
+    workflow = graph(
+        n1=("Plain", {"width": 8, "height": 8, "frames": 1, "level": 1.0}), n2=("PreviewImage", {"images": ["1", 0]})
+    )
     (path,) = run(workflow, nodes, folders=folders).files
     assert path.parent == folders.output / "temp" and path.exists()
 
