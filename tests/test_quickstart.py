@@ -263,6 +263,15 @@ def test_a_python_without_venv_is_told_what_to_install(pack: Path) -> None:
     assert not (pack / "env").exists()
 
 
+def test_a_half_made_environment_is_taken_away(pack: Path) -> None:
+    (pack / "venv.py").write_text("import os, sys\nos.makedirs(sys.argv[-1] + '/bin')\nsys.exit('no room for bin')\n")
+    done = run(pack, "--venv", str(pack / "env"), PYTHONPATH=str(pack))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "no room for bin"
+    assert done.stderr.splitlines()[1:] == [f"quickstart: Python could not make {pack / 'env'}; its own words are above."]
+    assert not (pack / "env").exists()
+
+
 def test_from_nothing_to_a_film_and_again_without_pip(pack: Path) -> None:
     (pack / "requirements.txt").write_text("torch>=2.4\nstand_in>=1\n")
     make_wheel(pack.parent, "torch", "2.5")
