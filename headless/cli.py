@@ -1,16 +1,15 @@
 """The command line: `python -m headless run FILE ...`."""
 
 import argparse
-import importlib
 import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from ..nodes import NODE_CLASS_MAPPINGS, host
 from ..wan_core.runtime import Cancelled
 from .client import run_on_server
 from .core_nodes import core_nodes
@@ -73,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.declare(subparser)
         subparser.set_defaults(execute=command.execute)
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    level = logging.ERROR if getattr(arguments, "quiet", False) else logging.INFO
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s")
     try:
         return arguments.execute(arguments)
     except (KeyboardInterrupt, Cancelled) as error:
@@ -99,12 +99,10 @@ def _declare_run(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.server and arguments.device:
         raise ValueError("--device holds for runs in this process; a server computes on its own device.")
-    if arguments.quiet:
-        logging.getLogger("wancore").setLevel(logging.ERROR)
     workflow = Workflow.load(arguments.file)
     folders = Folders(arguments.input, arguments.out)
     on_event = (lambda _: None) if arguments.quiet else Progress().show
-    nodes = {**core_nodes(folders), **_pack_nodes()}
+    nodes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
     if arguments.tiny:
         workflow = apply_tiny(workflow, nodes)
     if arguments.server:
@@ -124,20 +122,7 @@ def _print_files(result: RunResult) -> int:
     return OK
 
 
-def _pack() -> ModuleType:
-    return importlib.import_module(__package__.rpartition(".")[0])
-
-
-def _pack_nodes() -> dict[str, type]:
-    return dict(getattr(_pack(), "NODE_CLASS_MAPPINGS", {}))
-
-
 def _configure_host(device: str | None, on_event: Callable[[Event], None]) -> None:
-    try:
-        host = importlib.import_module(f"{_pack().__name__}.nodes.host")
-    except ModuleNotFoundError:
-        return
-
     def on_progress(phase: str, done: int, total: int) -> None:
         on_event(Event("progress", done=done, total=total, text=phase))
 

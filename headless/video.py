@@ -109,7 +109,8 @@ def remux(source: Path, target: Path, metadata: Mapping[str, str], audio: Audio 
         kinds = ("video",) if audio else ("video", "audio")
         streams = [stream for stream in given.streams if stream.type in kinds]
         copies = {stream: written.add_stream_from_template(stream) for stream in streams}
-        track = written.add_stream("aac", rate=int(audio["sample_rate"])) if audio else None
+        layout = "mono" if audio and audio["waveform"].shape[1] == 1 else "stereo"
+        track = written.add_stream("aac", rate=int(audio["sample_rate"]), layout=layout) if audio else None
         for packet in given.demux(list(copies)):
             if packet.dts is not None:
                 packet.stream = copies[packet.stream]
@@ -117,8 +118,6 @@ def remux(source: Path, target: Path, metadata: Mapping[str, str], audio: Audio 
         if track and audio:
             seconds = float(given.duration or 0) / av.time_base
             samples = audio["waveform"][0, :2, : round(seconds * audio["sample_rate"])].float().cpu().numpy()
-            layout = "mono" if len(samples) == 1 else "stereo"
-            track.layout = layout
             frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)
             frame.sample_rate, frame.pts = int(audio["sample_rate"]), 0
             written.mux(track.encode(frame))

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 PROMPT_ID = "11111111-2222-3333-4444-555555555555"
+SOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+"""The constant of RFC 6455."""
 
 
 class FakeComfy:
@@ -114,9 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "Sec-WebSocket-Key" not in self.headers:
             self._answer(400, b"")
             return
-        digest = hashlib.sha1(
-            (self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()
-        ).digest()
+        digest = hashlib.sha1((self.headers["Sec-WebSocket-Key"] + SOCKET_GUID).encode()).digest()
         self.send_response(101)
         self.send_header("Upgrade", "websocket")
         self.send_header("Connection", "Upgrade")

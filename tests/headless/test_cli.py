@@ -10,7 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from wancore.headless import cli
+from wancore.headless.cli import main
+from wancore.nodes import host
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +50,15 @@ def test_run_prints_paths_and_progress(place):
         assert image.getpixel((0, 0)) == (255, 0, 0)
 
 
+def test_a_failed_node_is_one_line_and_exit_code_1(place):
+    done = headless(place, "--set", "Picture.image=broken.png")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[1:] == [
+        "Node #1 LoadImage 'Picture' failed: UnidentifiedImageError: "
+        f"cannot identify image file '{place / 'in' / 'broken.png'}'"
+    ]
+
+
 def test_quiet_prints_only_paths(place):
     done = headless(place, "--quiet")
     assert (done.returncode, done.stderr) == (0, "") and len(done.stdout.splitlines()) == 1
@@ -54,7 +67,6 @@ def test_quiet_prints_only_paths(place):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--set", "Picture.image=broken.png"], 1, "Node #1 LoadImage 'Picture' failed: UnidentifiedImageError"),
         (["--set", "Picture.image=none.png"], 2, "image - Invalid image file: none.png"),
         (["--set", "Pictur.image=a.png"], 2, "no node has the title or id 'Pictur'. Titles: Picture, SaveImage"),
         (["--tiny"], 2, "no node of this workflow has a tiny form"),
@@ -64,22 +76,58 @@ def test_quiet_prints_only_paths(place):
         (["--server", "http://127.0.0.1:9", "--device", "cpu"], 2, "--device holds for runs in this process"),
     ],
 )
-def test_exit_codes(place, arguments, code, words):
-    done = headless(place, *arguments)
-    assert (done.returncode, done.stdout) == (code, "")
-    assert words in done.stderr and "Traceback" not in done.stderr
+def test_exit_codes(place, capsys, arguments, code, words):
+    assert exit_code(place, *arguments) == code
+    out, err = capsys.readouterr()
+    assert words in err and out == ""
     assert not (place / "out").exists()
 
 
-def test_the_editors_format_is_named(place):
+def exit_code(place: Path, *arguments: str) -> int:
+    try:
+        return main(command(place, *arguments)[3:])
+    except SystemExit as stopped:
+        return stopped.code
+
+
+def test_the_editors_format_is_named(place, capsys):
     (place / "copy.json").write_text('{"nodes": [], "links": []}')
-    done = headless(place)
-    assert done.returncode == 2 and "editor's format" in done.stderr
+    assert exit_code(place) == 2
+    assert "editor's format" in capsys.readouterr().err
 
 
-def test_no_command_is_bad_usage():
-    done = subprocess.run([sys.executable, "-m", "headless"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "required: COMMAND" in done.stderr
+def test_no_command_is_bad_usage(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2 and "required: COMMAND" in capsys.readouterr().err
+
+
+def test_tiny_and_set_reach_the_nodes_with_set_on_top(place, capsys, monkeypatch, pack):
+    monkeypatch.setattr(cli, "NODE_CLASS_MAPPINGS", pack.NODE_CLASS_MAPPINGS)
+    plain = {"width": 64, "height": 64, "frames": 1, "level": 0.5}
+    prompt = COPY | {"1": {"class_type": "HeadlessTestPlain", "inputs": plain, "_meta": {"title": "Picture"}}}
+    (place / "copy.json").write_text(json.dumps(prompt))
+    assert exit_code(place, "--tiny", "--set", "Picture.height=24", "--quiet") == 0
+    with Image.open(capsys.readouterr().out.strip()) as image:
+        assert image.size == (16, 24)
+
+
+def test_a_node_may_report_progress(place, capsys, monkeypatch, pack):
+    class Reporting(pack.NODE_CLASS_MAPPINGS["HeadlessTestPlain"]):
+        def run(self, **inputs):
+            runtime = host.runtime(torch.float32)
+            assert runtime.device == torch.device("cpu")
+            for step in range(1, 1001):
+                runtime.on_progress("sampling", step, 1000, None)
+            return super().run(**inputs)
+
+    monkeypatch.setattr(cli, "NODE_CLASS_MAPPINGS", {"Reporting": Reporting})
+    plain = {"width": 8, "height": 8, "frames": 1, "level": 0.5}
+    (place / "copy.json").write_text(json.dumps(COPY | {"1": {"class_type": "Reporting", "inputs": plain}}))
+    assert exit_code(place, "--device", "cpu") == 0
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    assert lines[0] == "[1/2] #1 Reporting" and lines[-2:] == ["sampling 1000/1000", "[2/2] #2 SaveImage"]
+    assert len(lines) < 20
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -112,7 +112,7 @@ def test_a_file_only_the_server_has_is_left_to_it(fake_comfy, go, nodes):
     go(image="there.png")
     go(image="anything.png [output]")
     assert fake_comfy.uploads == {}
-    with pytest.raises(ValidationError, match="image: 'gone.png' is neither in"):
+    with pytest.raises(ValidationError, match=r"image: 'gone.png' is neither in"):
         go(image="gone.png")
 
 
@@ -200,7 +200,7 @@ def test_a_long_outage_is_not(fake_comfy, go, transport):
 @pytest.mark.parametrize(("filename", "subfolder"), [("x.png", "../.."), ("../../x.png", ""), ("..", "")])
 def test_the_server_cannot_write_outside_of_the_output_folder(fake_comfy, go, folders, filename, subfolder):
     fake_comfy.outputs = {"2": {"images": [{"filename": filename, "subfolder": subfolder, "type": "output"}]}}
-    with pytest.raises(ValueError, match="leads out of|names no file"):
+    with pytest.raises(ValueError, match=r"leads out of|names no file"):
         go()
     assert not folders.output.exists()
 
