@@ -44,11 +44,11 @@ def pack(tmp_path: Path) -> Path:
     return folder
 
 
-def run(pack: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+def run(pack: Path, *arguments: str, python: str = sys.executable, **env: str) -> subprocess.CompletedProcess:
     """quickstart.py of `pack`, run from elsewhere, with pip cut off from the network and from its settings."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "WANCORE_"))}
     offline = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(pack.parent)}
-    command = [sys.executable, str(pack / "quickstart.py"), *arguments]
+    command = [python, str(pack / "quickstart.py"), *arguments]
     settings = {"env": {**kept, **offline, **env}, "cwd": pack.parent, "stdin": subprocess.DEVNULL}
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, **settings)
 
@@ -266,9 +266,9 @@ def test_a_python_without_venv_is_told_what_to_install(pack: Path) -> None:
 def test_a_half_made_environment_is_taken_away(pack: Path) -> None:
     (pack / "venv.py").write_text("import os, sys\nos.makedirs(sys.argv[-1] + '/bin')\nsys.exit('no room for bin')\n")
     done = run(pack, "--venv", str(pack / "env"), PYTHONPATH=str(pack))
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[0] == "no room for bin"
-    assert done.stderr.splitlines()[1:] == [f"quickstart: Python could not make {pack / 'env'}; its own words are above."]
+    tail, line = done.stderr.splitlines()
+    assert (done.returncode, tail) == (1, "no room for bin")
+    assert line == f"quickstart: Python could not make {pack / 'env'}; its own words are above."
     assert not (pack / "env").exists()
 
 
@@ -299,6 +299,24 @@ def test_from_nothing_to_a_film_and_again_without_pip(pack: Path) -> None:
     assert third.stderr.splitlines()[-1].startswith("quickstart: pip could not install requirements.txt")
     assert "No matching distribution found for stand_in>=2" in third.stderr
     assert "Traceback" not in third.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the user's site folder is laid out differently on Windows")
+def test_a_torch_outside_of_environments_is_kept(pack: Path) -> None:
+    (pack / "requirements.txt").write_text("torch>=2.4\nstand_in>=1\n")
+    make_wheel(pack.parent, "stand_in", "1.0")
+    make_wheel(pack, "torch", "2.6")
+    python, home = sys._base_executable, str(pack / "home")
+    find_site = [python, "-m", "site", "--user-site"]
+    site = subprocess.run(find_site, env={**os.environ, "PYTHONUSERBASE": home}, capture_output=True, encoding="utf-8")
+    with zipfile.ZipFile(pack / "torch-2.6-py3-none-any.whl") as wheel:
+        wheel.extractall(site.stdout.strip())
+
+    done = run(pack, python=python, PYTHONUSERBASE=home)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "around the torch you have" in done.stdout.splitlines()[0]
+    assert [path.name for path in (pack / ".venv").rglob("torch*")] == []
+    assert list((pack / ".venv").rglob("stand_in.py"))
 
 
 def test_an_index_out_of_reach_falls_back_at_once(
