@@ -10,9 +10,11 @@ NAME = "wancore"
 
 
 def load_pack() -> ModuleType:
-    """The pack as the package `wancore`; its parts are `wancore.wan_core`, `wancore.nodes` and so on, one identity of each class."""
+    """The pack as the package `wancore`, with `wancore.wan_core`, `wancore.nodes` and so on inside it."""
     if NAME not in sys.modules:
-        spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        spec = importlib.util.spec_from_file_location(
+            NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
         module = importlib.util.module_from_spec(spec)
         sys.modules[NAME] = module
         spec.loader.exec_module(module)

@@ -76,7 +76,7 @@ class _Loader:
 
     @classmethod
     def check(cls, name: str, download: bool) -> bool | str:
-        """True, or what is wrong with an entry, from its header alone. What must first be downloaded is checked afterwards."""
+        """True, or what is wrong with an entry by its header; what must be downloaded first is checked later."""
         if name not in cls.choices():
             return f"Value not in list: {cls.INPUT}: {name!r}. Known: {', '.join(cls.choices())}"
         if name == catalog.TINY:
@@ -111,17 +111,21 @@ class ModelLoader(_Loader):
 
     INPUT, KIND, FOLDER, PATTERN = "model", "dit", "diffusion_models", catalog.DIT_PATTERN
     ROWS = tuple(row.model_id for row in (*catalog.CATALOG, catalog.TINY_ROW) if row.variant == "t2v" and not row.base)
-    DESCRIPTION = "Load a Wan 2.1 video model. What it can do is read from the file; the name only chooses recommended settings."
+    DESCRIPTION = (
+        "Load a Wan 2.1 video model. What it can do is read from the file; the name only chooses recommended settings."
+    )
     RETURN_TYPES = (sockets.MODEL,)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The video model, for the sampler.",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         listed, shared = cls.shared_inputs("The video model")
         own = {
             "attention": sockets.choice(
-                list(BACKENDS), "sdpa", "Attention kernel. sdpa is always there; the others need their package installed."
+                list(BACKENDS),
+                "sdpa",
+                "Attention kernel. sdpa is always there; the others need their package installed.",
             ),
             "precision": sockets.choice(
                 list(PRECISIONS), "fast", "exact keeps the residual stream in float32, as the authors do: more memory."
@@ -130,11 +134,11 @@ class ModelLoader(_Loader):
         return {"required": listed, "optional": {**shared, **own}}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model: str, download: bool = False) -> bool | str:  # noqa: N802
+    def VALIDATE_INPUTS(cls, model: str, download: bool = False) -> bool | str:
         return cls.check(model, download)
 
     @classmethod
-    def IS_CHANGED(cls, model: str, download: bool = False, **_: Any) -> str:  # noqa: N802
+    def IS_CHANGED(cls, model: str, download: bool = False, **_: Any) -> str:
         return cls.fingerprint(model, download)
 
     @classmethod
@@ -163,16 +167,16 @@ class TextEncoderLoader(_Loader):
     OUTPUT_TOOLTIPS = ("The text encoder, for the prompt.",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         listed, shared = cls.shared_inputs("The text encoder")
         return {"required": listed, "optional": shared}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, text_encoder: str, download: bool = False) -> bool | str:  # noqa: N802
+    def VALIDATE_INPUTS(cls, text_encoder: str, download: bool = False) -> bool | str:
         return cls.check(text_encoder, download)
 
     @classmethod
-    def IS_CHANGED(cls, text_encoder: str, download: bool = False, **_: Any) -> str:  # noqa: N802
+    def IS_CHANGED(cls, text_encoder: str, download: bool = False, **_: Any) -> str:
         return cls.fingerprint(text_encoder, download)
 
     @classmethod
@@ -203,16 +207,16 @@ class VAELoader(_Loader):
     OUTPUT_TOOLTIPS = ("The autoencoder, for encoding and decoding.",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         listed, shared = cls.shared_inputs("The VAE")
         return {"required": listed, "optional": shared}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, vae: str, download: bool = False) -> bool | str:  # noqa: N802
+    def VALIDATE_INPUTS(cls, vae: str, download: bool = False) -> bool | str:
         return cls.check(vae, download)
 
     @classmethod
-    def IS_CHANGED(cls, vae: str, download: bool = False, **_: Any) -> str:  # noqa: N802
+    def IS_CHANGED(cls, vae: str, download: bool = False, **_: Any) -> str:
         return cls.fingerprint(vae, download)
 
     @classmethod

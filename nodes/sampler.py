@@ -25,7 +25,7 @@ class Sampler:
     OUTPUT_TOOLTIPS = ("Raw VAE latents, (B, 16, frames, height / 8, width / 8).",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         side = {"step": 16}
         return {
             "required": {
@@ -35,15 +35,25 @@ class Sampler:
                     0, 0, MAX_SEED, "The same seed gives the same video on every machine.", control_after_generate=True
                 ),
                 "steps": sockets.whole(50, 1, 1000, "More steps: finer and slower."),
-                "cfg": sockets.number(5.0, 0.0, 100.0, "How closely to follow the prompt. 1 ignores the negative prompt, twice as fast."),
-                "shift": sockets.number(5.0, 0.01, 100.0, "Moves the schedule towards high noise: 3 for image to video at 480p, 5 usually."),
+                "cfg": sockets.number(
+                    5.0, 0.0, 100.0, "How closely to follow the prompt. 1 ignores the negative prompt, twice as fast."
+                ),
+                "shift": sockets.number(
+                    5.0, 0.01, 100.0, "Moves the schedule towards high noise: 3 for image to video at 480p, 5 usually."
+                ),
                 "solver": sockets.choice(list(SOLVER_NAMES), "euler", "How a step is taken."),
                 "width": sockets.whole(832, 16, sockets.MAX_SIDE, "In pixels; rounded up to a multiple of 16.", **side),
-                "height": sockets.whole(480, 16, sockets.MAX_SIDE, "In pixels; rounded up to a multiple of 16.", **side),
-                "num_frames": sockets.whole(81, 1, 10001, "Rounded up to 4k + 1; 81 is five seconds, 1 a still.", step=4),
+                "height": sockets.whole(
+                    480, 16, sockets.MAX_SIDE, "In pixels; rounded up to a multiple of 16.", **side
+                ),
+                "num_frames": sockets.whole(
+                    81, 1, 10001, "Rounded up to 4k + 1; 81 is five seconds, 1 a still.", step=4
+                ),
             },
             "optional": {
-                "denoise": sockets.number(1.0, 0.0, 1.0, "Below 1 starts from the latent input with that much noise.", step=0.01),
+                "denoise": sockets.number(
+                    1.0, 0.0, 1.0, "Below 1 starts from the latent input with that much noise.", step=0.01
+                ),
                 "cfg_mode": sockets.choice(
                     list(CFG_MODES), "sequential", "How the two branches of guidance run; the result is the same."
                 ),

@@ -1,7 +1,7 @@
 """Socket types of the pack, and input declarations that several nodes share.
 
-Standard ComfyUI sockets are used wherever the meaning is the same: IMAGE (T, H, W, 3) in [0, 1]; LATENT with raw, un-normalised
-VAE latents (B, 16, F, h, w) under "samples", as ComfyUI's own Wan nodes expect.
+Standard ComfyUI sockets are used wherever the meaning is the same: IMAGE (T, H, W, 3) in [0, 1]; LATENT with raw,
+un-normalised VAE latents (B, 16, F, h, w) under "samples", as ComfyUI's own Wan nodes expect.
 """
 
 from typing import Any

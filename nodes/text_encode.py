@@ -20,7 +20,7 @@ class TextEncode:
     OUTPUT_TOOLTIPS = ("Conditioning with the text of both prompts, for the sampler.",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
                 "text_encoder": sockets.socket(sockets.TEXT_ENCODER, "From the text encoder loader."),

@@ -14,7 +14,9 @@ from ..wan_core.types import SIZE_MULTIPLE, VAE_STRIDE
 from . import host, sockets
 
 
-def _tiles(tiled: bool, tile_height: int, tile_width: int, stride_height: int, stride_width: int) -> TileSettings | None:
+def _tiles(
+    tiled: bool, tile_height: int, tile_width: int, stride_height: int, stride_width: int
+) -> TileSettings | None:
     return TileSettings(size=(tile_height, tile_width), stride=(stride_height, stride_width)) if tiled else None
 
 
@@ -46,7 +48,7 @@ class VAEDecode:
     OUTPUT_TOOLTIPS = ("The frames, for Create Video.",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
                 "vae": sockets.socket(sockets.VAE, "From the VAE loader."),
@@ -83,11 +85,13 @@ class VAEEncode:
     OUTPUT_TOOLTIPS = ("Raw VAE latents, (1, 16, frames, height / 8, width / 8).",)
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
                 "vae": sockets.socket(sockets.VAE, "From the VAE loader."),
-                "images": sockets.socket("IMAGE", "Frames; cropped to multiples of 16 pixels and cut to 4k + 1 frames."),
+                "images": sockets.socket(
+                    "IMAGE", "Frames; cropped to multiples of 16 pixels and cut to 4k + 1 frames."
+                ),
             },
             "optional": sockets.tile_inputs(),
         }

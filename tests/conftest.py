@@ -1,4 +1,4 @@
-"""Tests import the pack through its alias (`from wancore.wan_core...`), so that there is one identity of every class."""
+"""Tests import the pack through its alias (`from wancore.wan_core...`): one identity of every class."""
 
 from pack import load_pack
 

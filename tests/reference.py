@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def arguments(case: Case) -> dict[str, Any]:
     return json.loads(case.metadata["case"])["args"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _drawn(key: str, shape: tuple[int, ...]) -> Tensor:
     return tiny.draw(key, shape)
 
@@ -91,4 +91,6 @@ def tiny_image_encoder() -> ImageEncoder:
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     assert got.shape == expected.shape
-    return (torch.linalg.vector_norm(got.float() - expected.float()) / torch.linalg.vector_norm(expected.float())).item()
+    return (
+        torch.linalg.vector_norm(got.float() - expected.float()) / torch.linalg.vector_norm(expected.float())
+    ).item()

@@ -60,8 +60,8 @@ class CatalogRow:
     needs_image_encoder: bool = False
 
 
-# Wan-Video/Wan2.1 generate.py and README for steps, cfg and shift; VideoX-Fun's examples for the Fun rows; TeaCache templates by
-# the sizes they were fitted on, with the nearest one for the rows that their authors do not list.
+# Wan-Video/Wan2.1 generate.py and README for steps, cfg and shift; VideoX-Fun's examples for the Fun rows; TeaCache
+# templates by the sizes they were fitted on, with the nearest one for the rows that their authors do not list.
 _T2V_S = Preset(cfg=6.0, shift=8.0, teacache="Wan2.1-T2V-1.3B")
 _T2V_L = Preset(teacache="Wan2.1-T2V-14B")
 _I2V_480 = Preset(steps=40, shift=3.0, negative_prompt="镜头晃动，" + NEGATIVE_PROMPT, teacache="Wan2.1-I2V-14B-480P")
@@ -133,7 +133,8 @@ TINY_ROW = CatalogRow(
     size="tiny",
     preset=Preset(steps=4, width=96, height=64, num_frames=9, negative_prompt=""),
 )
-"""A model of random weights that this pack makes by itself. It draws abstract patterns, and lets every workflow run anywhere."""
+"""A model of random weights that this pack makes by itself. It draws abstract patterns, and lets every workflow run
+anywhere."""
 
 
 def find_row(model_id: str) -> CatalogRow | None:

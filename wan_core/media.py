@@ -1,4 +1,4 @@
-"""Pixels on their way in and out: PIL images, ComfyUI's IMAGE tensors, video files, and the (B, 3, T, H, W) of the models."""
+"""Pixels on their way in and out: PIL images, IMAGE tensors, video files, and the models' (B, 3, T, H, W)."""
 
 import contextlib
 import logging
@@ -80,8 +80,8 @@ def save_video(
 ) -> Path:
     """Write an H.264 mp4 and return where it went.
 
-    A file that is already there is kept: the next free name (`video_2.mp4`) is taken instead. The file appears under its
-    name only when it is complete.
+    A file that is already there is kept: the next free name (`video_2.mp4`) is taken instead. The file appears under
+    its name only when it is complete.
 
     Args:
         frames: one video.
@@ -160,7 +160,9 @@ def probe_video(path: str | Path) -> VideoInfo:
             stream = container.streams.video[0]
             rate = stream.average_rate or stream.guessed_rate or Fraction(FPS)
             count = stream.frames or sum(1 for _ in container.decode(video=0))
-            return VideoInfo(count, float(rate), stream.codec_context.width, stream.codec_context.height, stream.codec.name)
+            return VideoInfo(
+                count, float(rate), stream.codec_context.width, stream.codec_context.height, stream.codec.name
+            )
     except (OSError, IndexError) as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from error
 

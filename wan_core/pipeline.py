@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,6 @@ class WanVideoPipeline:
     model: prepare.VideoModel
     text_encoder: TextEncoder
     vae: WanVAE
-    _tiles: TileSettings = field(default_factory=TileSettings)
 
     @property
     def dit(self) -> torch.nn.Module:
@@ -116,8 +115,8 @@ class WanVideoPipeline:
     ) -> "WanVideoPipeline":
         """Find, check and load the models.
 
-        Every file's header is read and checked before the first weight is. The tokenizer is looked for in the text encoder's
-        file and beside it, then in `tokenizer_config`, by default google/umt5-xxl of Wan-AI/Wan2.1-T2V-1.3B.
+        Every file's header is read and checked before the first weight is. The tokenizer is looked for in the text
+        encoder's file and beside it, then in `tokenizer_config`, by default google/umt5-xxl of Wan-AI/Wan2.1-T2V-1.3B.
 
         Raises:
             ValueError: a model is missing, given twice, unknown or broken.
@@ -129,7 +128,9 @@ class WanVideoPipeline:
             for group in resolve_files(config.files(redirect_common_files)):
                 component = detect_files(group)
                 if component.kind in found:
-                    raise ValueError(f"Two models of one kind were given: {found[component.kind][0].name} and {component.name}.")
+                    raise ValueError(
+                        f"Two models of one kind were given: {found[component.kind][0].name} and {component.name}."
+                    )
                 found[component.kind] = (component, config)
         for kind, what in (("dit", "a DiT"), ("text_encoder", "a text encoder"), ("vae", "a VAE")):
             if kind not in found:
@@ -138,7 +139,9 @@ class WanVideoPipeline:
             if kind not in ("dit", "text_encoder", "vae"):
                 raise ValueError(f"{component.name} ({kind}) cannot be used by this version of the pipeline.")
             if config.offload_dtype not in (None, torch_dtype):
-                raise ValueError(f"offload_dtype {config.offload_dtype} other than torch_dtype is not available in this version.")
+                raise ValueError(
+                    f"offload_dtype {config.offload_dtype} other than torch_dtype is not available in this version."
+                )
         rest = {kind: config.offload_device or device for kind, (_, config) in found.items()}
         text_component = found["text_encoder"][0]
         tokenizer = _tokenizer_folder(text_component, tokenizer_config, local_model_path, skip_download)
@@ -159,8 +162,8 @@ class WanVideoPipeline:
     ) -> None:
         """Not part of this version; `ModelConfig(offload_device="cpu")` keeps idle models off the card."""
         raise ValueError(
-            "enable_vram_management is not part of this version. Use ModelConfig(offload_device='cpu') to keep models that are "
-            "not at work off the card."
+            "enable_vram_management is not part of this version. Use ModelConfig(offload_device='cpu') to keep models "
+            "that are not at work off the card."
         )
 
     def load_lora(self, module: torch.nn.Module, path: PathLike, alpha: float = 1.0) -> None:
@@ -205,8 +208,8 @@ class WanVideoPipeline:
             solver: see `SamplerSettings`.
             tiled, tile_size, tile_stride: decode in tiles of that many latent cells (height, width).
             progress_bar_cmd: wraps the steps, such as `tqdm` (the default).
-            output_type: `pil` for a list of images, `tensor` for pixels (B, 3, T, H, W) in [-1, 1], `latent` for normalised
-                latents (B, 16, F, h, w).
+            output_type: `pil` for a list of images, `tensor` for pixels (B, 3, T, H, W) in [-1, 1], `latent` for
+                normalised latents (B, 16, F, h, w).
 
         Raises:
             ValueError: an argument is out of range or not supported by this version.
@@ -223,11 +226,12 @@ class WanVideoPipeline:
             guidance=GuidanceSettings(scale=cfg_scale, mode="batched" if cfg_merge else "sequential"),
         )
         tiles = TileSettings(size=tuple(tile_size), stride=tuple(tile_stride)) if tiled else None
-        runtime = self._runtime(progress_bar_cmd, num_inference_steps)
         with on_device(self.text_encoder.model, self.device):
             cond = text_conditioning(self.text_encoder, prompt, negative_prompt)
         with on_device(self.dit, self.device):
-            latents = sample(self.dit, cond, size.latent, settings, runtime)
+            latents = sample(
+                self.dit, cond, size.latent, settings, self._runtime(progress_bar_cmd, num_inference_steps)
+            )
         if output_type == "latent":
             return latents
         with on_device(self.vae, self.device), torch.no_grad():
@@ -243,7 +247,9 @@ class WanVideoPipeline:
         bar = iter(progress_bar_cmd(range(steps)))
         next(bar, None)
         return Runtime(
-            device=self.device, dtype=self.torch_dtype, on_progress=lambda phase, done, total, latents=None: next(bar, None)
+            device=self.device,
+            dtype=self.torch_dtype,
+            on_progress=lambda phase, done, total, latents=None: next(bar, None),
         )
 
 
@@ -258,7 +264,7 @@ def _with_defaults(config: ModelConfig, local_model_path: PathLike | None, skip_
 def _tokenizer_folder(
     component: Component, config: ModelConfig | None, local_model_path: PathLike | None, skip_download: bool | None
 ) -> Path | None:
-    """The folder to read the tokenizer from; None when the text encoder's file or folder has one and none was asked for."""
+    """The tokenizer's folder; None when the text encoder brings one and no other was asked for."""
     if config is None:
         if prepare.has_tokenizer(component):
             return None

@@ -23,6 +23,7 @@ log = logging.getLogger("wancore")
 
 PathLike = str | Path
 
+
 @dataclass(frozen=True, kw_only=True)
 class DiTSettings:
     """How a DiT computes.
@@ -108,8 +109,8 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The text encoder of `component` with its tokenizer.
 
-    The tokenizer comes from the folder `tokenizer`, else from the file itself (ComfyUI's packages carry it), else from the
-    folder google/umt5-xxl beside the file.
+    The tokenizer comes from the folder `tokenizer`, else from the file itself (ComfyUI's packages carry it), else from
+    the folder google/umt5-xxl beside the file.
 
     Raises:
         ValueError: there is no tokenizer, or it knows more tokens than the encoder.
@@ -117,8 +118,8 @@ def load_text_encoder(
     found = find_tokenizer(component, tokenizer)
     if found.vocab_size > component.config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {found.vocab_size} tokens, but the text encoder only {component.config.vocab_size}: they do "
-            "not belong together."
+            f"The tokenizer has {found.vocab_size} tokens, but the text encoder only {component.config.vocab_size}: they "
+            "do not belong together."
         )
     return TextEncoder(build(component, dtype=dtype, device=device), found)
 

@@ -15,9 +15,9 @@ class GuidanceSettings:
 
     Attributes:
         scale: 1 runs the conditional branch alone; larger follows the prompt more closely.
-        mode: `sequential` runs the branches one after the other, `interleaved` takes both through each block before the next
-            (one copy of a streamed block serves both), `batched` joins them into one batch (fewer, larger kernels, twice the
-            activations). All give the same result.
+        mode: `sequential` runs the branches one after the other, `interleaved` takes both through each block before the
+            next (one copy of a streamed block serves both), `batched` joins them into one batch (fewer, larger kernels,
+            twice the activations). All give the same result.
     """
 
     scale: float = 5.0

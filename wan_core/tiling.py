@@ -32,8 +32,7 @@ def plan_spans(length: int, size: int, stride: int) -> list[Span]:
     Raises:
         ValueError: `size` or `stride` is below 1, or `stride` is above `size`, which would leave gaps.
     """
-    if size < 1 or not 1 <= stride <= size:
-        raise ValueError(f"Tiles need a size of at least 1 and a stride from 1 to the size; got size {size}, stride {stride}.")
+    _check_spans(size, stride)
     spans = []
     for start in range(0, length, stride):
         if start and start - stride + size >= length:
@@ -41,6 +40,11 @@ def plan_spans(length: int, size: int, stride: int) -> list[Span]:
         end = min(start + size, length)
         spans.append(Span(start, end, start == 0, end == length))
     return spans
+
+
+def _check_spans(size: int, stride: int) -> None:
+    if size < 1 or not 1 <= stride <= size:
+        raise ValueError(f"Tiles need a size of at least 1 and a stride from 1 to the size; got {size} and {stride}.")
 
 
 def blend_weights(span: Span, border: int, device: torch.device | None = None) -> Tensor:
@@ -58,10 +62,18 @@ def blend_weights(span: Span, border: int, device: torch.device | None = None) -
 
 @dataclass(frozen=True, kw_only=True)
 class TileSettings:
-    """Spatial tiles in latent cells, as (height, width). The defaults are the reference pipeline's."""
+    """Spatial tiles in latent cells, as (height, width). The defaults are the reference pipeline's.
+
+    Raises:
+        ValueError: a stride is below 1 or above its size.
+    """
 
     size: tuple[int, int] = (30, 52)
     stride: tuple[int, int] = (15, 26)
+
+    def __post_init__(self) -> None:
+        for size, stride in zip(self.size, self.stride, strict=True):
+            _check_spans(size, stride)
 
     def plan(self, height: int, width: int) -> list[tuple[Span, Span]]:
         """(rows, columns) of every tile of a latent of `height` x `width`."""
@@ -73,7 +85,8 @@ class TileSettings:
         """Weights (rows, columns) of a tile whose output has `factor` positions per latent cell."""
         borders = ((size - stride) * factor for size, stride in zip(self.size, self.stride, strict=True))
         down, across = (
-            blend_weights(span.scaled(factor), border, device) for span, border in zip((row, column), borders, strict=True)
+            blend_weights(span.scaled(factor), border, device)
+            for span, border in zip((row, column), borders, strict=True)
         )
         return torch.minimum(down[:, None], across[None, :])
 

@@ -45,9 +45,7 @@ WORDS = (
 
 LETTERS = "\u2581abcdefghijklmnopqrstuvwxyz0123456789,.!?-'"
 
-TEXT_ENCODER = TextEncoderConfig(
-    vocab_size=320, dim=64, attention_dim=128, ffn_dim=160, num_heads=2, num_layers=3
-)
+TEXT_ENCODER = TextEncoderConfig(vocab_size=320, dim=64, attention_dim=128, ffn_dim=160, num_heads=2, num_layers=3)
 VAE = VAEConfig(base_dim=8)
 DIT = DiTConfig(dim=256, ffn_dim=512, num_layers=4, text_dim=64, freq_dim=64)
 VARIANT_DITS: dict[str, DiTConfig] = {"t2v": DIT}

@@ -94,7 +94,8 @@ class VaceInput:
 class Conditioning:
     """Everything that steers one sampling run besides noise. Frozen: functions return a changed copy.
 
-    Every field declares its time axis, so that cutting windows, joining batches and moving devices are loops over fields.
+    Every field declares its time axis, so that cutting windows, joining batches and moving devices are loops over
+    fields.
     """
 
     text: Tensor | None = whole()
@@ -171,7 +172,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Where a prediction stands in its run: step `index` of `total`, and the window it covers (0 when there are none)."""
+    """Where a prediction stands in its run: step `index` of `total`, in window number `window`."""
 
     index: int
     total: int

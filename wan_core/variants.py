@@ -1,4 +1,6 @@
-"""What a Wan 2.1 DiT is, told by its structure alone: which conditioning it takes and how its extra channels are filled."""
+"""What a Wan 2.1 DiT is, told by its structure alone: which conditioning it takes and how its extra channels are
+filled.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +12,8 @@ from .models.config import DiTConfig
 class Slot:
     """Named latents that are joined to the noise on channels.
 
-    The name says how they are made: `mask` marks known frames, `image` is a video padded with grey and encoded, `control` an
-    encoded video, `first_frame` the latent of one frame with zeros after it.
+    The name says how they are made: `mask` marks known frames, `image` is a video padded with grey and encoded,
+    `control` an encoded video, `first_frame` the latent of one frame with zeros after it.
     """
 
     name: str
@@ -43,7 +45,9 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("vace", "VACE", lambda c: bool(c.vace_layers), (), ("vace_video", "vace_video_mask", "vace_reference_image")),
+    Variant(
+        "vace", "VACE", lambda c: bool(c.vace_layers), (), ("vace_video", "vace_video_mask", "vace_reference_image")
+    ),
     Variant(
         "fun_camera",
         "Fun Control-Camera",

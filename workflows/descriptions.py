@@ -34,7 +34,12 @@ def _save(name: str) -> Stage:
             Step(
                 "Save video",
                 "SaveVideo",
-                {"video": ("Create video", 0), "filename_prefix": f"video/wancore_{name}", "format": "mp4", "codec": "h264"},
+                {
+                    "video": ("Create video", 0),
+                    "filename_prefix": f"video/wancore_{name}",
+                    "format": "mp4",
+                    "codec": "h264",
+                },
             ),
         ],
     )

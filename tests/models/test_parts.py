@@ -19,7 +19,8 @@ def test_rotation_depends_on_the_distance_alone():
 
     def score(a, b):
         turned = [
-            rope.rotate_(t.clone(), rope.RotaryTable(table.cos[i : i + 1], table.sin[i : i + 1])) for t, i in ((q, a), (k, b))
+            rope.rotate_(t.clone(), rope.RotaryTable(table.cos[i : i + 1], table.sin[i : i + 1]))
+            for t, i in ((q, a), (k, b))
         ]
         return (turned[0] * turned[1]).sum().item()
 

@@ -15,7 +15,9 @@ from tests.reference import load_case, relative_error, tiny_vae
 def case_tiles(case):
     if "tile_size" not in case.metadata:
         return None
-    return TileSettings(size=tuple(json.loads(case.metadata["tile_size"])), stride=tuple(json.loads(case.metadata["tile_stride"])))
+    return TileSettings(
+        size=tuple(json.loads(case.metadata["tile_size"])), stride=tuple(json.loads(case.metadata["tile_stride"]))
+    )
 
 
 @pytest.mark.parametrize("name", ["vae_1f", "vae_5f", "vae_13f", "vae_tiled"])
@@ -57,7 +59,9 @@ def test_streamed_convolution_equals_the_whole_one(first, rest):
 
 def test_streamed_downsampling_equals_the_closed_form():
     down = initialised(Downsample(4, temporal=True))
-    spatial = torch.stack([F.conv2d(F.pad(f, (0, 1, 0, 1)), *down.resample[1].parameters(), stride=2) for f in X.unbind(2)], 2)
+    spatial = torch.stack(
+        [F.conv2d(F.pad(f, (0, 1, 0, 1)), *down.resample[1].parameters(), stride=2) for f in X.unbind(2)], 2
+    )
     later = F.conv3d(spatial, down.time_conv.weight, down.time_conv.bias, (2, 1, 1))
     assert relative_error(stream(down, X, 1, 4), torch.cat((spatial[:, :, :1], later), 2)) < 1e-5
 

@@ -27,7 +27,11 @@ def conditioning(batch: int = 1, **fields) -> Conditioning:
 @pytest.mark.parametrize("name", ["50_5.0_1.0", "20_3.0_1.0", "4_8.0_1.0", "8_5.0_0.6"])
 def test_schedule_equals_the_published_one(name):
     case = load_case(f"schedule_{name}")
-    steps, shift, strength = int(case.metadata["steps"]), float(case.metadata["shift"]), float(case.metadata["denoising_strength"])
+    steps, shift, strength = (
+        int(case.metadata["steps"]),
+        float(case.metadata["shift"]),
+        float(case.metadata["denoising_strength"]),
+    )
     sigmas = shifted_sigmas(steps, shift, strength)
     assert relative_error(sigmas[:-1], case["sigmas"]) < 1e-5
     assert sigmas[-1] == 0
@@ -145,7 +149,9 @@ def test_cancel_is_honoured_within_a_block():
             raise Cancelled("enough")
 
     with pytest.raises(Cancelled):
-        sample(tiny_dit(), conditioning(), SIZE, SamplerSettings(), dataclasses.replace(RUNTIME, check_cancelled=cancel))
+        sample(
+            tiny_dit(), conditioning(), SIZE, SamplerSettings(), dataclasses.replace(RUNTIME, check_cancelled=cancel)
+        )
     assert len(checks) == 7
 
 

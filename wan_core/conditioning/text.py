@@ -14,16 +14,19 @@ from ..models.text_encoder import UMT5Encoder
 from ..types import Conditioning
 
 TEXT_TOKENS = 512
-"""Rows of a text embedding. The DiT attends to all of them, also to the zero rows after the text: it was trained that way."""
+"""Rows of a text embedding. The DiT attends to all of them, also to the zero rows after the text: it was trained that
+way.
+"""
 
 Prompt = str | Sequence[str]
 
 
 def clean_prompt(prompt: str) -> str:
-    """`prompt` as Wan's tokenizer prepares it: repaired, HTML entities resolved twice, runs of white space as one space.
+    """`prompt` as Wan's tokenizer prepares it: repaired, HTML entities resolved twice, runs of white space as one
+    space.
 
-    `ftfy` repairs mis-decoded text when it is installed; otherwise the text is brought to Unicode NFC, which is all that ftfy does
-    to intact text of interest here.
+    `ftfy` repairs mis-decoded text when it is installed; otherwise the text is brought to Unicode NFC, which is all
+    that ftfy does to intact text of interest here.
     """
     try:
         from ftfy import fix_text

@@ -1,7 +1,7 @@
 """Scaled dot-product attention behind one function, with a choice of kernels.
 
-`sdpa` is PyTorch's own and always there. The others are used only when their package is installed and its result agrees with
-sdpa on random data: some builds of them produce noise on some cards, and a video full of noise is a slow way to find out.
+`sdpa` is PyTorch's own and always there. The others are used only when their package is installed and agrees with sdpa
+on random data: some builds of them produce noise on some cards, and a video full of noise is a slow way to find out.
 """
 
 import importlib
@@ -20,7 +20,7 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """PyTorch's attention on (B, S, heads, width) tensors. `mask` is added to the logits, (B or 1, heads or 1, Sq, Sk)."""
+    """PyTorch's attention on (B, S, heads, width); `mask`, added to the logits, spreads to (B, heads, Sq, Sk)."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
     )
@@ -71,12 +71,14 @@ def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
     try:
         candidate = _LOADERS[name]()
     except ImportError as error:
-        raise ValueError(f"Attention backend {name!r} is not installed ({error}). Install it or choose 'sdpa'.") from error
+        raise ValueError(
+            f"Attention backend {name!r} is not installed ({error}). Install it or choose 'sdpa'."
+        ) from error
     error = _self_test(candidate, device, dtype)
     if not error < MAX_SELF_TEST_ERROR:
         raise ValueError(
-            f"Attention backend {name!r} gives wrong results on this machine: relative error {error:.3g} against sdpa, at "
-            f"most {MAX_SELF_TEST_ERROR} expected. Choose 'sdpa'."
+            f"Attention backend {name!r} gives wrong results on this machine: relative error {error:.3g} against sdpa, "
+            f"at most {MAX_SELF_TEST_ERROR} expected. Choose 'sdpa'."
         )
     log.info("attention: %s (relative error %.2g against sdpa)", name, error)
     return candidate

@@ -12,7 +12,7 @@ from .rope import RotaryTable, rotate_
 
 EPS = 1e-6
 FEED_FORWARD_TOKENS = 8192
-"""Tokens per pass through the feed-forward layers. Its hidden tensor would otherwise be the largest of the whole forward."""
+"""Tokens per pass through the feed-forward layers, whose hidden tensor would else be the largest of all."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text and, in models with an image branch, to image tokens through keys and values of their own."""
+    """Attention to the text and, with an image branch, to image tokens through keys and values of their own."""
 
     def __init__(self, dim: int, has_image_input: bool) -> None:
         super().__init__()

@@ -20,7 +20,10 @@ class CameraResidualBlock(nn.Module):
 
 
 class CameraAdapter(nn.Module):
-    """Folded rays (B, 24, F, H, W) to tokens (B, F * h/2 * w/2, D), added to the patch embedding (VideoX-Fun `SimpleAdapter`)."""
+    """Folded rays (B, 24, F, H, W) to tokens (B, F * h/2 * w/2, D) that are added to the patch embedding.
+
+    The structure is that of VideoX-Fun's `SimpleAdapter`.
+    """
 
     def __init__(self, channels: int, dim: int, patch: tuple[int, int], num_blocks: int = 1) -> None:
         super().__init__()
@@ -28,7 +31,7 @@ class CameraAdapter(nn.Module):
         self.residual_blocks = nn.Sequential(*(CameraResidualBlock(dim) for _ in range(num_blocks)))
 
     def forward(self, rays: Tensor) -> Tensor:
-        batch, _, frames, _, _ = rays.shape
+        batch = rays.shape[0]
         rays = rays.transpose(1, 2).flatten(0, 1).to(self.conv.weight.dtype)
         features = self.residual_blocks(self.conv(F.pixel_unshuffle(rays, RAY_STRIDE)))
         return features.flatten(2).transpose(1, 2).reshape(batch, -1, features.shape[1])

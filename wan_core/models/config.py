@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 
 HEAD_DIM = 128
-"""Attention head width of every published Wan 2.1 DiT; the head count is not stored in the file, so it follows from this."""
+"""Attention head width of every published Wan 2.1 DiT; the head count is not stored in the file, so it follows from
+this.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:

@@ -1,7 +1,8 @@
 """The Wan 2.1 video transformer, in every published shape.
 
-A forward has four stages, so that a sampler can run each as often as it must and no oftener: `embed_time` once for all steps,
-`prepare` once per branch and window, then `embed`, `run_blocks` and `unembed` per step. Nothing of a run is kept on the module.
+A forward has four stages, so that a sampler can run each as often as it must and no oftener: `embed_time` once for all
+steps, `prepare` once per branch and window, then `embed`, `run_blocks` and `unembed` per step. Nothing of a run is kept
+on the module.
 """
 
 from collections.abc import Callable, Sequence
@@ -127,8 +128,8 @@ class WanDiT(nn.Module):
     def prepare(self, cond: Conditioning, size: tuple[int, int, int]) -> Prepared:
         """Project `cond` once for latents of `size` = (R + F, h, w).
 
-        Inputs that the model has a place for and `cond` lacks are zeros: the image tokens and channels of an inpainting model
-        without an image, and the reference of a control model without one, were trained that way (VideoX-Fun).
+        Inputs that the model has a place for and `cond` lacks are zeros: the image tokens and channels of an inpainting
+        model without an image, and the reference of a control model without one, were trained that way (VideoX-Fun).
         """
         config, dtype, device = self.config, self.dtype, self.patch_embedding.weight.device
         batch = cond.text.shape[0]
@@ -152,7 +153,9 @@ class WanDiT(nn.Module):
             motion = self.motion_controller(cond.motion_bucket)
         vace = ()
         if config.vace_layers and cond.vace:
-            vace = tuple((_patchify(self.vace_patch_embedding, v.context.to(device, dtype)), v.strength) for v in cond.vace)
+            vace = tuple(
+                (_patchify(self.vace_patch_embedding, v.context.to(device, dtype)), v.strength) for v in cond.vace
+            )
         frames, height, width = (n // p for n, p in zip(size, config.patch_size, strict=True))
         rope = rotary_table((frames + (reference is not None), height, width), HEAD_DIM, device)
         context = Context(text, image, rope, self.attend)
@@ -177,8 +180,8 @@ class WanDiT(nn.Module):
     def run_blocks(self, states: Sequence[TokenState], on_block: Callable[[int], None] | None = None) -> None:
         """Advance every state through all blocks, each block serving all states before the next one starts.
 
-        A block whose weights are streamed from the host is thereby copied once per step, not once per branch. `on_block` is
-        called with the block's index before it runs; what it raises ends the run.
+        A block whose weights are streamed from the host is thereby copied once per step, not once per branch.
+        `on_block` is called with the block's index before it runs; what it raises ends the run.
         """
         hints = {layer: n for n, layer in enumerate(self.config.vace_layers)}
         for index, block in enumerate(self.blocks):
@@ -244,7 +247,9 @@ def check_shapes(config: DiTConfig, x: Tensor, cond: Conditioning) -> None:
         expected[f"vace[{i}]"] = (vace.context, (config.vace_channels, frames, height, width))
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != (batch, *shape):
-            raise ValueError(f"{name} should be {(batch, *shape)} for these latents and this model; got {tuple(tensor.shape)}.")
+            raise ValueError(
+                f"{name} should be {(batch, *shape)} for these latents and this model; got {tuple(tensor.shape)}."
+            )
 
 
 def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -252,7 +257,7 @@ def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _patchify(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """`conv(x)` as tokens (B, S, D): a matrix product over patches, which leaves them in the layout that the blocks read."""
+    """`conv(x)` as tokens (B, S, D), by a matrix product that leaves them in the layout the blocks read."""
     _, pt, ph, pw = (1, *conv.kernel_size)
     x = x.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))
     patches = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)

@@ -1,8 +1,8 @@
 """The memory-bound arithmetic between matrix products: norms, modulation, gates, activations.
 
-At video lengths these are the second largest cost of the DiT after attention, so each is one or two passes over its data.
-With gradients off they write into the tensor they are given; with gradients on they return a new one. Callers always use the
-returned tensor and never the argument again.
+At video lengths these are the second largest cost of the DiT after attention, so each is one or two passes over its
+data. With gradients off they write into the tensor they are given; with gradients on they return a new one. Callers
+always use the returned tensor and never the argument again.
 """
 
 import torch
@@ -26,7 +26,7 @@ def modulate_(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gated_add_(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """`x + update * gate` for x and update (B, S, D) and a float32 gate (B, 1, D), computed in float32, in x's dtype."""
+    """`x + update * gate` for x, update (B, S, D) and a float32 gate (B, 1, D), in float32, stored as x's dtype."""
     if may_overwrite(x, update, gate):
         return torch.addcmul(x, update, gate, out=x)
     return torch.addcmul(x, update, gate).to(x.dtype)
@@ -39,7 +39,9 @@ def add_(x: Tensor, update: Tensor, factor: float = 1.0) -> Tensor:
     return torch.add(x, update, alpha=factor).to(x.dtype)
 
 
-def layer_norm(x: Tensor, eps: float, dtype: torch.dtype, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def layer_norm(
+    x: Tensor, eps: float, dtype: torch.dtype, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """LayerNorm over the last axis with float32 statistics, in `dtype`; the kernel itself accumulates in float32."""
     if weight is not None and weight.dtype != x.dtype:
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)

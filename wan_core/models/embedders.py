@@ -9,8 +9,8 @@ from torch import Tensor, nn
 def sinusoid(position: Tensor, width: int) -> Tensor:
     """Cosines then sines of `position` (B,), (B, width) in float32.
 
-    Angles are computed in float64 where the device has it, as Wan-Video/Wan2.1 `sinusoidal_embedding_1d` does; bfloat16 would
-    already round timestep 937.5 to 936.
+    Angles are computed in float64 where the device has it, as Wan-Video/Wan2.1 `sinusoidal_embedding_1d` does; bfloat16
+    would already round timestep 937.5 to 936.
     """
     precise = torch.float32 if position.device.type == "mps" else torch.float64
     half = torch.arange(width // 2, dtype=precise, device=position.device)
@@ -24,7 +24,11 @@ class ImageTokens(nn.Module):
     def __init__(self, image_dim: int, dim: int, positions: int) -> None:
         super().__init__()
         self.proj = nn.Sequential(
-            nn.LayerNorm(image_dim), nn.Linear(image_dim, image_dim), nn.GELU(), nn.Linear(image_dim, dim), nn.LayerNorm(dim)
+            nn.LayerNorm(image_dim),
+            nn.Linear(image_dim, image_dim),
+            nn.GELU(),
+            nn.Linear(image_dim, dim),
+            nn.LayerNorm(dim),
         )
         self.emb_pos = nn.Parameter(torch.zeros(1, positions, image_dim)) if positions else None
 

@@ -65,8 +65,8 @@ class VisionTransformer(nn.Module):
 class ImageEncoder(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] of any size to tokens (B, 257, 1280).
 
-    Images are stretched to 224 x 224 with a bicubic filter and no antialiasing, as Wan-Video/Wan2.1 wan/modules/clip.py does;
-    the output is what the last layer but one leaves, without a final norm.
+    Images are stretched to 224 x 224 with a bicubic filter and no antialiasing, as Wan-Video/Wan2.1 wan/modules/clip.py
+    does; the output is what the last layer but one leaves, without a final norm.
     """
 
     def __init__(self, config: ImageEncoderConfig) -> None:

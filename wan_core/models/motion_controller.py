@@ -7,7 +7,9 @@ from .config import MotionControllerConfig
 from .embedders import sinusoid
 
 BUCKET_SCALE = 10.0
-"""The bucket 0..100 is stretched to the range of a timestep before its sinusoid (DiffSynth-Studio `wan_video_motion_controller`)."""
+"""The bucket 0..100 is stretched to the range of a timestep before its sinusoid (DiffSynth-Studio
+`wan_video_motion_controller`).
+"""
 
 
 class MotionController(nn.Module):

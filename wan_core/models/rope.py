@@ -31,8 +31,8 @@ def rotary_table(
 ) -> RotaryTable:
     """The rotation of every token of a (frames, rows, columns) grid, tokens ordered with columns fastest.
 
-    Pair j of an axis of width D turns by `position * theta ** (-2j / D)`. Angles are computed in float64 on the CPU, one short
-    vector per axis, and only then spread over the grid (Wan-Video/Wan2.1 `rope_params`).
+    Pair j of an axis of width D turns by `position * theta ** (-2j / D)`. Angles are computed in float64 on the CPU,
+    one short vector per axis, and only then spread over the grid (Wan-Video/Wan2.1 `rope_params`).
     """
     angles = []
     for axis, (length, width) in enumerate(zip(grid, axis_widths(head_dim), strict=True)):
@@ -46,7 +46,7 @@ def rotary_table(
 
 
 def rotate_(x: Tensor, table: RotaryTable) -> Tensor:
-    """`x` (B, S, heads, head_dim) turned by `table`, computed in float32, in x's dtype; in place when gradients are off."""
+    """`x` (B, S, heads, head_dim) turned by `table` in float32, stored as x's dtype; in place without gradients."""
     if not may_overwrite(x):
         return _rotated(x, table)
     for chunk, cos, sin in zip(

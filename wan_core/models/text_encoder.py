@@ -21,8 +21,8 @@ FLOAT16_LIMIT = 65504.0
 def relative_buckets(length: int, num_buckets: int, device: torch.device) -> Tensor:
     """The bias table row of every (query, key) pair, (length, length).
 
-    Half of the buckets are for keys after the query. In each half the first half is one bucket per position, the rest grow
-    logarithmically up to `MAX_DISTANCE` (T5, bidirectional).
+    Half of the buckets are for keys after the query. In each half the first half is one bucket per position, the rest
+    grow logarithmically up to `MAX_DISTANCE` (T5, bidirectional).
     """
     position = torch.arange(length, device=device)
     relative = position[None, :] - position[:, None]

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from ..tiling import TiledSum, TileSettings, chunk_lengths
 from ..types import VAE_STRIDE
 from .config import VAEConfig
-from .vae_blocks import CausalConv3d, ChannelNorm, Downsample, FeatureCache, ResidualBlock, SpatialAttention, Upsample, silu_
+from .vae_blocks import (
+    CausalConv3d,
+    ChannelNorm,
+    Downsample,
+    FeatureCache,
+    ResidualBlock,
+    SpatialAttention,
+    Upsample,
+    silu_,
+)
 
 WIDTHS = (1, 2, 4, 4)
 """Channel multiples of the four resolutions, finest first."""
@@ -57,7 +66,9 @@ class Encoder(nn.Module):
                 layers.append(Downsample(channels, temporal=level > 0))
         self.downsamples = nn.Sequential(*layers)
         self.middle = nn.Sequential(*_middle(channels))
-        self.head = nn.Sequential(ChannelNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 2 * latent_channels, (3, 3, 3)))
+        self.head = nn.Sequential(
+            ChannelNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 2 * latent_channels, (3, 3, 3))
+        )
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = self.conv1(x, cache)
@@ -107,9 +118,9 @@ OnChunk = Callable[[int, int], None]
 class WanVAE(nn.Module):
     """Pixels in [-1, 1] to normalised latents and back.
 
-    `encode` takes T = 4k + 1 frames and returns k + 1 latent frames; `decode` is its counterpart. Both stream over time with
-    the memory of one chunk, and over space in tiles when `TileSettings` are given. `on_chunk(done, total)` is called after each
-    chunk of each tile; what it raises ends the pass.
+    `encode` takes T = 4k + 1 frames and returns k + 1 latent frames; `decode` is its counterpart. Both stream over time
+    with the memory of one chunk, and over space in tiles when `TileSettings` are given. `on_chunk(done, total)` is
+    called after each chunk of each tile; what it raises ends the pass.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -168,7 +179,9 @@ class WanVAE(nn.Module):
         """
         time, stride, _ = VAE_STRIDE
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
-            raise ValueError(f"The VAE decodes (B, {self.config.latent_channels}, F, h, w); got {tuple(latents.shape)}.")
+            raise ValueError(
+                f"The VAE decodes (B, {self.config.latent_channels}, F, h, w); got {tuple(latents.shape)}."
+            )
         batch, _, frames, height, width = latents.shape
         size = (batch, 3, time * (frames - 1) + 1, height * stride, width * stride)
 
@@ -194,7 +207,7 @@ class WanVAE(nn.Module):
         tiles: TileSettings | None,
         on_chunk: OnChunk | None,
     ) -> Tensor:
-        """Stream `run` over `source`, whole or in tiles; factors are positions per latent cell of the output and the input."""
+        """Stream `run` over `source`, whole or in tiles; the factors are positions per latent cell, out and in."""
         height, width = size[3] // out_factor, size[4] // out_factor
         plan = tiles.plan(height, width) if tiles else []
         chunks = max(1, len(plan)) * (size[2] if in_factor > 1 else source.shape[2])

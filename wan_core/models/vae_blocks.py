@@ -1,10 +1,9 @@
 """Building blocks of the causal video autoencoder.
 
-Tensors are (B, C, T, H, W) in channels-last memory: channel norms then read contiguous rows, convolutions run without layout
-changes, and frames (B * T, C, H, W) are a view. Time is streamed: a convolution keeps the last frames it saw in a `FeatureCache`.
+Tensors are (B, C, T, H, W) in channels-last memory: channel norms then read contiguous rows, convolutions run without
+layout changes, and frames (B * T, C, H, W) are a view. Time is streamed: a convolution keeps the last frames it saw in
+a `FeatureCache`.
 """
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +145,7 @@ class Upsample(nn.Module):
         return from_frames(self.resample(to_frames(x)), x.shape[0])
 
     def _double_frames(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """The first frame of a video passes unchanged and unseen: the history of the second one is zeros, not the first."""
+        """The first frame of a video passes unchanged and unseen: before the second one lie zeros."""
         if self not in cache:
             cache[self] = x.new_empty(0)
             return x
@@ -156,5 +155,3 @@ class Upsample(nn.Module):
 
 def silu_(x: Tensor) -> Tensor:
     return F.silu(x, inplace=may_overwrite(x))
-
-

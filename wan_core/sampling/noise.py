@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 
-def initial_noise(
-    shape: tuple[int, ...], seed: int, rand_device: torch.device | str, device: torch.device
-) -> Tensor:
+def initial_noise(shape: tuple[int, ...], seed: int, rand_device: torch.device | str, device: torch.device) -> Tensor:
     """Standard normal noise in float32, drawn on `rand_device` and moved to `device`.
 
     Drawn on the CPU it is the same on every machine, and equal to ComfyUI's for the same shape and seed.

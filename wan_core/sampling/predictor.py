@@ -11,7 +11,7 @@ from ..types import Conditioning, StepInfo
 
 
 class Predictor(Protocol):
-    """Velocity (B, 16, R + F, h, w) of latents `x` of that shape at timestep `t`. Features wrap one another through this call."""
+    """Velocity of latents `x` (B, 16, R + F, h, w) at timestep `t`. Features wrap one another through this call."""
 
     def __call__(self, x: Tensor, t: float, cond: Conditioning, info: StepInfo) -> Tensor: ...
 
@@ -25,8 +25,8 @@ class BranchPredictor(Protocol):
 class ModelPredictor:
     """Runs a DiT for one sampling run and owns what of it does not change between steps.
 
-    The time path is evaluated once for all `timesteps`; text, image tokens, camera, reference and VACE inputs are projected once
-    per (branch, window). A run has one conditioning, so these stay valid for its length.
+    The time path is evaluated once for all `timesteps`; text, image tokens, camera, reference and VACE inputs are
+    projected once per (branch, window). A run has one conditioning, so these stay valid for its length.
     """
 
     def __init__(self, dit: WanDiT, timesteps: Tensor, runtime: Runtime) -> None:

@@ -1,6 +1,7 @@
 """Noise levels of rectified flow, and Euler's method on them.
 
-`x = (1 - sigma) * clean + sigma * noise`; the model predicts the velocity `noise - clean`; its timestep is `1000 * sigma`.
+`x = (1 - sigma) * clean + sigma * noise`; the model predicts the velocity `noise - clean`; its timestep is `1000 *
+sigma`.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +16,16 @@ NUM_TRAIN_TIMESTEPS = 1000
 def shifted_sigmas(steps: int, shift: float, denoise: float = 1.0) -> Tensor:
     """Noise levels (steps + 1,) in float32, from the highest down to a final 0.
 
-    `u` falls evenly from `denoise`, and `sigma = shift * u / (1 + (shift - 1) * u)` (DiffSynth-Studio `FlowMatchScheduler`).
+    `u` falls evenly from `denoise`, and `sigma = shift * u / (1 + (shift - 1) * u)` (DiffSynth-Studio
+    `FlowMatchScheduler`).
     """
     u = torch.linspace(denoise, 0, steps + 1)
     return shift * u / (1 + (shift - 1) * u)
 
 
 def training_weights(shift: float = 5.0) -> Tensor:
-    """Loss weight of each of the 1000 training timesteps, (1000,), of mean 1: a bell around timestep 500, zero at its lowest.
+    """Loss weight of each of the 1000 training timesteps, (1000,), of mean 1: a bell around timestep 500, zero at its
+    lowest.
 
     Index 0 is the noisiest. It makes up for the points that the shift crowds at high noise (DiffSynth-Studio).
     """
