@@ -42,8 +42,9 @@ def run_on_server(
 ) -> RunResult:
     """Run a workflow on a server and fetch the files it saved into the output folder, under their names there.
 
-    Files that load nodes name are uploaded when they exist here; equal files are kept once by the server. Being
-    interrupted here stops the run there.
+    Ranges and choices are checked by the server, which knows its nodes' own checks, before it queues anything. Files
+    that load nodes name are uploaded when they exist here; equal files are kept once by the server. Being interrupted
+    here stops the run there.
 
     Raises:
         ValidationError: the workflow cannot run there; nothing has run.

@@ -1,11 +1,15 @@
 """What a node declares, in one form for a class in this process and for an `/object_info` entry of a server."""
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 UPLOADS = ("image_upload", "video_upload", "audio_upload", "file_upload")
 """Options that say that a combo names a file of the input folder, which may be brought along with the workflow."""
+
+INPUT_TYPES = "input_types"
+"""The parameter of VALIDATE_INPUTS that receives the types of the linked inputs."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ class InputSpec:
 class NodeSchema:
     """One node class. `hidden` maps parameter names to what the host puts there (PROMPT, UNIQUE_ID, ...).
 
-    `validate_inputs` is the class's own check where the class lives in this process.
+    `validate_inputs` is the class's own check where the class lives in this process. The host leaves range, choices and
+    link type of the inputs in `own_checks` to that check; for a class on a server these are all of them, because only
+    the server knows its checks.
     """
 
     class_type: str
@@ -54,29 +60,46 @@ class NodeSchema:
     hidden: Mapping[str, str]
     outputs: tuple[Any, ...]
     is_output: bool
+    own_checks: frozenset[str]
     validate_inputs: Callable[..., bool | str] | None = None
 
     @classmethod
     def of_class(cls, class_type: str, node: type) -> "NodeSchema":
+        declared = node.INPUT_TYPES()
+        inputs, check = _inputs(declared), getattr(node, "VALIDATE_INPUTS", None)
         return cls(
             class_type,
-            _inputs(declared := node.INPUT_TYPES()),
+            inputs,
             dict(declared.get("hidden") or {}),
             tuple(node.RETURN_TYPES),
             getattr(node, "OUTPUT_NODE", False) is True,
-            getattr(node, "VALIDATE_INPUTS", None),
+            _named(check, inputs) if check else frozenset(),
+            check,
         )
 
     @classmethod
     def of_server(cls, class_type: str, info: Mapping[str, Any]) -> "NodeSchema":
         declared = info["input"]
-        hidden = dict(declared.get("hidden") or {})
-        return cls(class_type, _inputs(declared), hidden, tuple(info["output"]), info.get("output_node") is True)
+        inputs = _inputs(declared)
+        return cls(
+            class_type,
+            inputs,
+            dict(declared.get("hidden") or {}),
+            tuple(info["output"]),
+            info.get("output_node") is True,
+            frozenset({*inputs, INPUT_TYPES}),
+        )
 
 
 def schemas_of(nodes: Mapping[str, type]) -> dict[str, NodeSchema]:
     """The schema of each node class in this process."""
     return {class_type: NodeSchema.of_class(class_type, node) for class_type, node in nodes.items()}
+
+
+def _named(check: Callable[..., bool | str], inputs: Iterable[str]) -> frozenset[str]:
+    parameters = inspect.signature(check).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return frozenset({*parameters, *(inputs if takes_all else ())})
 
 
 def _inputs(declared: Mapping[str, Any]) -> dict[str, InputSpec]:

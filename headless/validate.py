@@ -4,7 +4,6 @@ Three things are stricter than the host, which would go on with a value nobody m
 is not taken for a BOOLEAN, and one invalid output branch refuses the whole run instead of being left out of it.
 """
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from .schema import InputSpec, NodeSchema
+from .schema import INPUT_TYPES, InputSpec, NodeSchema
 from .workflow import Link, NodeSpec, Workflow, WorkflowError, nearest
 
 log = logging.getLogger("wancore")
@@ -116,10 +115,6 @@ def _check_node(
 ) -> tuple[dict[str, Any], list[Issue]]:
     inputs: dict[str, Any] = {}
     issues = []
-    signature = inspect.signature(schema.validate_inputs).parameters if schema.validate_inputs else {}
-    own_checks = set(signature)
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
-        own_checks |= set(schema.inputs)
     received = {}
     for name, spec in schema.inputs.items():
         if name not in node.inputs:
@@ -129,10 +124,12 @@ def _check_node(
         value = node.inputs[name]
         try:
             if isinstance(value, (Link, list)):
-                received[name] = _check_link(spec, value, workflow, schemas, check_type="input_types" not in own_checks)
+                received[name] = _check_link(
+                    spec, value, workflow, schemas, check_type=INPUT_TYPES not in schema.own_checks
+                )
             else:
                 inputs[name] = _convert(spec, value)
-                if name not in own_checks:
+                if name not in schema.own_checks:
                     _check_constant(spec, inputs[name])
         except _InvalidInputError as error:
             issues.append(Issue(*error.args, node))
@@ -141,7 +138,7 @@ def _check_node(
     for name in node.inputs.keys() - schema.inputs.keys() - schema.hidden.keys() - EDITOR_ONLY:
         log.warning("%s has no input %r; it is ignored. It has: %s.", node, name, nearest(name, schema.inputs))
     if schema.validate_inputs and not issues:
-        issues += _own_validation(node, schema.validate_inputs, own_checks, {**node.inputs, **inputs}, received)
+        issues += _own_validation(node, schema, {**node.inputs, **inputs}, received)
     return inputs, issues
 
 
@@ -223,19 +220,16 @@ def _check_constant(spec: InputSpec, value: Any) -> None:
 
 
 def _own_validation(
-    node: NodeSpec,
-    check: Callable[..., bool | str],
-    wanted: set[str],
-    inputs: Mapping[str, Any],
-    received: Mapping[str, Any],
+    node: NodeSpec, schema: NodeSchema, inputs: Mapping[str, Any], received: Mapping[str, Any]
 ) -> list[Issue]:
     """Call VALIDATE_INPUTS as the host does: constants it names as they are, linked inputs it names as None."""
+    wanted = schema.own_checks
     arguments = {name: None if isinstance(value, Link) else value for name, value in inputs.items() if name in wanted}
     named = ", ".join(arguments)
-    if "input_types" in wanted:
-        arguments["input_types"] = dict(received)
+    if INPUT_TYPES in wanted:
+        arguments[INPUT_TYPES] = dict(received)
     try:
-        answer = check(**arguments)
+        answer = schema.validate_inputs(**arguments)
     except Exception as error:
         return [_exception(node, str(error))]
     if answer is True:

@@ -147,7 +147,10 @@ def apply_sets(workflow: Workflow, sets: Iterable[str], schemas: Mapping[str, No
             known = dict.fromkeys([*(schema.inputs if schema else ()), *node.inputs])
             raise WorkflowError(f"--set {text!r}: node {node} has no input {name!r}. It has: {nearest(name, known)}.")
         try:
-            parsed = _parse(value, spec) if spec else _parse_like(value, node.inputs[name])
+            if spec:
+                parsed = _parse(value, spec, any_choice=name in schema.own_checks)
+            else:
+                parsed = _parse_like(value, node.inputs[name])
         except WorkflowError as error:
             raise WorkflowError(f"--set {text!r}: {error}") from error
         workflow = workflow.with_inputs(node.id, {name: parsed})
@@ -207,16 +210,14 @@ READERS: Mapping[str, tuple[Callable[[str], Any], str]] = {
 }
 
 
-def _parse(text: str, spec: InputSpec) -> Any:
-    if spec.takes_file:
-        return text
-    if spec.choices is not None:
-        for choice in spec.choices:
+def _parse(text: str, spec: InputSpec, any_choice: bool = False) -> Any:
+    if spec.type == "COMBO":
+        for choice in spec.choices or ():
             if str(choice) == text:
                 return choice
+        if any_choice or spec.takes_file or spec.choices is None:
+            return text
         raise WorkflowError(f"{text!r} is not one of: {nearest(text, map(str, spec.choices))}.")
-    if spec.type == "COMBO":
-        return text
     if spec.type not in READERS:
         raise WorkflowError(f"{spec.name} takes a {spec.type} from another node; it cannot be typed.")
     reader, expected = READERS[spec.type]

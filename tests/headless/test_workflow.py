@@ -14,6 +14,7 @@ PROMPT = {
     "4": {"class_type": "HeadlessTestShow", "inputs": {"value": ["2", 0]}, "_meta": {"title": "Same"}},
     "5": {"class_type": "HeadlessTestShow", "inputs": {"value": ["3", 0]}, "_meta": {"title": "Same"}},
     "6": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+    "8": {"class_type": "HeadlessTestChecked", "inputs": {"value": 1}},
     "7": {"class_type": "NotInstalled", "inputs": {"nested.size": 4, "ratio": 0.5, "on": True, "name": "x"}},
 }
 
@@ -69,6 +70,7 @@ def test_unreadable_files_are_named_for_what_they_are(tmp_path, content, words):
         ("1.label=a=b.c\n", "1", "label", "a=b.c\n"),
         ("1.label=", "1", "label", ""),
         ("LoadImage.image=not there.png", "6", "image", "not there.png"),
+        ("8.kind=a model that its own check knows", "8", "kind", "a model that its own check knows"),
         ("7.nested.size=8", "7", "nested.size", 8),
         ("7.ratio=2", "7", "ratio", 2.0),
         ("7.on=off", "7", "on", False),

@@ -141,18 +141,18 @@ class Checked:
     def INPUT_TYPES(cls):
         return {
             "required": {"value": ("INT", {"default": 1, "max": 3})},
-            "optional": {"anything": ("INT", {"forceInput": True})},
+            "optional": {"anything": ("INT", {"forceInput": True}), "kind": (["a"], {})},
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, value, input_types):
+    def VALIDATE_INPUTS(cls, value, input_types, kind="a"):
         if value == 13:
             raise RuntimeError("the check itself failed")
         if "STRING" in input_types.values():
             return "anything may not be text"
         return True if value < 10 else "value must be below 10"
 
-    def run(self, value, anything=None):
+    def run(self, value, anything=None, kind="a"):
         return (value,)
 
 
