@@ -118,7 +118,7 @@ def load_text_encoder(
     found = find_tokenizer(component, tokenizer)
     if found.vocab_size > component.config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {found.vocab_size} tokens, but the text encoder only {component.config.vocab_size}: they "
+            f"The tokenizer has {found.vocab_size} tokens, the text encoder only {component.config.vocab_size}: they "
             "do not belong together."
         )
     return TextEncoder(build(component, dtype=dtype, device=device), found)

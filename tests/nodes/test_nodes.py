@@ -1,0 +1,225 @@
+"""The nodes as ComfyUI calls them: their declarations, their work on the bundled model, what they refuse."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import wancore
+from safetensors.torch import save_file
+from wancore.nodes import host
+from wancore.wan_core import catalog, tiny
+from wancore.wan_core.models.vae import normalise
+
+from tests.reference import arguments, load_case, relative_error
+
+NODES = wancore.NODE_CLASS_MAPPINGS
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    tiny.write_model(root / catalog.TINY)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def configured(models):
+    host.configure(device="cpu", models_dir=models)
+    yield
+    host.configure()
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_declarations_are_complete(node_id):
+    cls = NODES[node_id]
+    assert node_id.startswith("WanCore")
+    assert wancore.NODE_DISPLAY_NAME_MAPPINGS[node_id]
+    assert cls.CATEGORY.startswith("WanCore/")
+    assert cls.DESCRIPTION
+    assert callable(getattr(cls, cls.FUNCTION))
+    assert len(cls.RETURN_TYPES) == len(cls.RETURN_NAMES) == len(cls.OUTPUT_TOOLTIPS)
+    for section in cls.INPUT_TYPES().values():
+        for name, (kind, options) in section.items():
+            assert options["tooltip"], name
+            if isinstance(kind, list):
+                assert options["default"] in kind
+            if kind in ("INT", "FLOAT"):
+                assert options["min"] <= options["default"] <= options["max"]
+
+
+def run(node_id: str, **inputs):
+    cls = NODES[node_id]
+    with torch.inference_mode():
+        return getattr(cls(), cls.FUNCTION)(**inputs)[0]
+
+
+@pytest.fixture(scope="module")
+def loaded(models):
+    host.configure(device="cpu", models_dir=models)
+    return {
+        "model": run("WanCoreModelLoader", model=catalog.TINY),
+        "text_encoder": run("WanCoreTextEncoderLoader", text_encoder=catalog.TINY),
+        "vae": run("WanCoreVAELoader", vae=catalog.TINY),
+    }
+
+
+def prompt(loaded, **changes):
+    return run("WanCoreTextEncode", text_encoder=loaded["text_encoder"], **{"prompt": "a dog", **changes})
+
+
+def sampled(loaded, cond, **changes):
+    settings = {
+        "seed": 1, "steps": 2, "cfg": 5.0, "shift": 5.0, "solver": "euler", "width": 32, "height": 48, "num_frames": 5,
+    }  # fmt: skip
+    return run("WanCoreSampler", model=loaded["model"], conditioning=cond, **{**settings, **changes})
+
+
+def test_the_published_call_through_the_nodes(loaded):
+    case = load_case("t2v", "e2e")
+    call = arguments(case)
+    cond = prompt(loaded, prompt=call["prompt"], negative_prompt=call["negative_prompt"])
+    size = {name: call[name] for name in ("seed", "width", "height", "num_frames")}
+    latent = sampled(loaded, cond, **size, steps=call["num_inference_steps"])
+    assert relative_error(normalise(latent["samples"]), case["latents"]) < 1e-4
+    images = run("WanCoreVAEDecode", vae=loaded["vae"], latent=latent)
+    expected = case["frames"].float() / 255
+    assert images.shape == expected.shape
+    assert (images - expected).abs().mean() * 255 < 0.75  # the reference rounds down to whole grey levels, IMAGE does not
+
+
+def test_images_survive_encoding_of_odd_sizes(loaded, caplog):
+    latent = run("WanCoreVAEEncode", vae=loaded["vae"], images=torch.rand(7, 50, 35, 3))
+    assert latent["samples"].shape == (1, 16, 2, 6, 4)
+    assert "Encoding 32x48, 5 frames" in caplog.text
+    images = run("WanCoreVAEDecode", vae=loaded["vae"], latent=latent)
+    assert images.shape == (5, 48, 32, 3)
+    assert 0 <= images.min() <= images.max() <= 1
+
+
+def test_tiled_decoding_with_one_tile_changes_nothing(loaded):
+    latent = {"samples": torch.randn(1, 16, 2, 6, 4)}
+    whole = run("WanCoreVAEDecode", vae=loaded["vae"], latent=latent)
+    assert torch.equal(run("WanCoreVAEDecode", vae=loaded["vae"], latent=latent, tiled=True), whole)
+    sizes = {"tile_height": 4, "tile_width": 4, "stride_height": 3, "stride_width": 3}
+    assert not torch.equal(run("WanCoreVAEDecode", vae=loaded["vae"], latent=latent, tiled=True, **sizes), whole)
+
+
+def test_denoise_starts_from_the_latent(loaded):
+    cond, start = prompt(loaded), {"samples": torch.randn(1, 16, 2, 6, 4)}
+    assert relative_error(sampled(loaded, cond, latent=start, denoise=0.0)["samples"], start["samples"]) < 1e-5
+    near = sampled(loaded, cond, latent=start, denoise=0.05)["samples"]
+    far = sampled(loaded, cond, latent=start, denoise=0.9)["samples"]
+    assert relative_error(near, start["samples"]) < relative_error(far, start["samples"])
+    with pytest.raises(ValueError, match="give one"):
+        sampled(loaded, cond, denoise=0.5)
+
+
+def test_progress_is_reported(loaded, models):
+    seen = []
+    host.configure(device="cpu", models_dir=models, on_progress=lambda *report: seen.append(report))
+    latent = sampled(loaded, prompt(loaded))
+    run("WanCoreVAEDecode", vae=loaded["vae"], latent=latent)
+    assert seen == [("Sampling", 1, 2), ("Sampling", 2, 2), ("Decoding", 1, 2), ("Decoding", 2, 2)]
+
+
+def test_weights_are_back_where_they_rest_after_an_error(loaded, monkeypatch):
+    dit = loaded["model"].dit
+    before = [p.data_ptr() for p in dit.parameters()]
+    with pytest.raises(ValueError, match="text embeddings"):
+        sampled(loaded, prompt(loaded).map(lambda t, _: t[..., :8]))
+    assert [p.data_ptr() for p in dit.parameters()] == before
+
+
+def test_loaders_list_files_of_the_models_folders(models):
+    folder = models / "diffusion_models" / "wan"
+    folder.mkdir(parents=True)
+    shutil.copy(models / catalog.TINY / "diffusion_pytorch_model.safetensors", folder / "mine.safetensors")
+    choices = NODES["WanCoreModelLoader"].INPUT_TYPES()["required"]["model"][0]
+    assert choices[-1] == "wan/mine.safetensors"
+    assert "Wan-AI/Wan2.1-T2V-14B" in choices
+    assert NODES["WanCoreModelLoader"].VALIDATE_INPUTS(model="wan/mine.safetensors") is True
+    assert run("WanCoreModelLoader", model="wan/mine.safetensors").variant.name == "t2v"
+
+
+def test_a_replaced_file_is_loaded_again(models):
+    file = models / "vae" / "mine.pth"
+    file.parent.mkdir(exist_ok=True)
+    shutil.copy(models / catalog.TINY / catalog.VAE_PATTERN, file)
+    changed = NODES["WanCoreVAELoader"].IS_CHANGED
+    before = changed(vae="mine.pth")
+    assert changed(vae="mine.pth") == before
+    shutil.copy(models / catalog.TINY / catalog.TEXT_ENCODER_PATTERN, file)
+    assert changed(vae="mine.pth") != before
+
+
+def lora(path: Path) -> None:
+    save_file({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 256)}, path)
+
+
+def wan22(path: Path) -> None:
+    weights = tiny.state_dict(tiny.WanDiT(tiny.DIT))
+    save_file({**weights, "patch_embedding.weight": torch.zeros(256, 36, 1, 2, 2)}, path)
+
+
+def truncated(path: Path) -> None:
+    whole = (host.models_dir() / catalog.TINY / "diffusion_pytorch_model.safetensors").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def copy_of(name: str):
+    return lambda path: shutil.copy(host.models_dir() / catalog.TINY / name, path)
+
+
+WRONG = {
+    "vae.safetensors": (lambda path: save_file(tiny.state_dict(tiny.WanVAE(tiny.VAE)), path), "is a Wan VAE"),
+    "t5.pth": (copy_of(catalog.TEXT_ENCODER_PATTERN), "is a UMT5 text encoder"),
+    "lora.safetensors": (lora, "LoRA"),
+    "wan22.safetensors": (wan22, "Wan 2.2"),
+    "truncated.safetensors": (truncated, "truncated|bytes"),
+    "pointer.safetensors": (pointer, "git-LFS"),
+    "shard-00001-of-00002.safetensors": (copy_of("diffusion_pytorch_model.safetensors"), "shard-00002-of-00002"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_file_is_refused_before_the_prompt_starts(models, name):
+    make, words = WRONG[name]
+    path = models / "diffusion_models" / name
+    path.parent.mkdir(exist_ok=True)
+    make(path)
+    try:
+        answer = NODES["WanCoreModelLoader"].VALIDATE_INPUTS(model=name)
+        assert isinstance(answer, str)
+        with pytest.raises(ValueError, match=words):
+            run("WanCoreModelLoader", model=name)
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("node_id", "inputs", "words"),
+    [
+        ("WanCoreModelLoader", {"model": "Wan-AI/Wan2.1-T2V-14B"}, "Set download to true"),
+        ("WanCoreTextEncoderLoader", {"text_encoder": "Wan-AI/Wan2.1-T2V-1.3B"}, "Set download to true"),
+        ("WanCoreVAELoader", {"vae": "gone.safetensors"}, "Value not in list"),
+    ],
+)
+def test_an_absent_model_is_refused_before_the_prompt_starts(node_id, inputs, words):
+    assert words in NODES[node_id].VALIDATE_INPUTS(**inputs)
+
+
+def test_a_vae_loader_says_what_it_was_given(models):
+    shutil.copy(models / catalog.TINY / "diffusion_pytorch_model.safetensors", models / "vae" / "dit.safetensors")
+    assert "is a Wan DiT" in NODES["WanCoreVAELoader"].VALIDATE_INPUTS(vae="dit.safetensors")
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.bfloat16)])
+def test_dtypes_on_the_cpu(dtype, expected):
+    dit = run("WanCoreModelLoader", model=catalog.TINY, dtype=dtype).dit
+    assert dit.dtype == expected
+    assert dit.blocks[0].modulation.dtype == torch.float32
