@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code; errors go to stderr, in one line each."""
+    """Run one command and return the exit code; errors go to stderr."""
     parser = argparse.ArgumentParser(prog="python -m headless", description="Wan 2.1 workflows without an editor.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
@@ -79,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Cancelled) as error:
         return _fail(INTERRUPTED, str(error) or "Interrupted.")
     except RuntimeError as error:
+        # A node's ValueError is a mistake of the user and says what to do; anything else is worth its origin.
+        if error.__cause__ and not isinstance(error.__cause__, ValueError):
+            traceback.print_exception(error.__cause__)
         return _fail(FAILED, str(error))
     except ServerUnreachableError as error:
         return _fail(UNREACHABLE, str(error))
@@ -151,7 +155,7 @@ class Progress:
             case "cached":
                 return f"{event.node}: reused"
             case "progress":
-                return f"    {event.text} {event.done}/{event.total}".replace("     ", "    ")
+                return f"    {event.text or 'step'} {event.done}/{event.total}"
         return event.text
 
 

@@ -193,7 +193,7 @@ def _finished(server: Server, prompt_id: str) -> dict[str, Any] | None:
     # It may have finished between the two looks.
     if record := server.history(prompt_id):
         return record
-    raise Cancelled("The server no longer knows this run: it was taken out of the queue, or the server was restarted.")
+    raise RuntimeError("The server no longer knows this run: it was restarted, or the run was taken out of its queue.")
 
 
 class _Follower:
@@ -232,8 +232,8 @@ def _raise_failure(workflow: Workflow, record: Mapping[str, Any]) -> None:
             node_id = str(data.get("node_id"))
             unknown = NodeSpec(node_id, str(data.get("node_type")), str(data.get("node_type")), {})
             error_type = str(data.get("exception_type", "Error")).rpartition(".")[2]
-            reason = str(data.get("exception_message", "")).strip()
-            raise NodeError(workflow.nodes.get(node_id, unknown), f"{error_type}: {reason}")
+            message = str(data.get("exception_message", "")).strip()
+            raise NodeError(workflow.nodes.get(node_id, unknown), error_type, message)
     if status.get("status_str") == "error":
         raise RuntimeError("The server says that the run failed, and not why; see its log.")
 

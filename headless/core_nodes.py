@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -73,7 +73,7 @@ class LoadImage(_Core):
 
     def load_image(self, image: str) -> tuple[Tensor, Tensor]:
         images, masks = [], []
-        with Image.open(self._file(image, "image")) as file:
+        with _opened(self._file(image, "image")) as file:
             # The further pictures of an MPO are views of other sizes and purposes, not frames.
             for frame in ImageSequence.Iterator(file) if file.format != "MPO" else (file,):
                 pixels, mask = _pixels_and_mask(ImageOps.exif_transpose(frame))
@@ -81,6 +81,13 @@ class LoadImage(_Core):
                     images.append(pixels)
                     masks.append(mask)
         return torch.cat(images), torch.cat(masks)
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image that can be read.") from error
 
 
 def _pixels_and_mask(image: Image.Image) -> tuple[Tensor, Tensor]:

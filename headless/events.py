@@ -32,8 +32,11 @@ class RunResult:
 
 
 class NodeError(RuntimeError):
-    """A node failed while it ran; the message names it, and the exception of the node is chained."""
+    """A node failed while it ran; the message names it, and in this process the exception of the node is chained.
 
-    def __init__(self, node: NodeSpec, reason: str):
+    The `kind` of exception is left out for a ValueError, whose message speaks to the user.
+    """
+
+    def __init__(self, node: NodeSpec, kind: str, message: str):
         self.node = node
-        super().__init__(f"Node {node} failed: {reason}")
+        super().__init__(f"Node {node} failed: " + (message if kind == "ValueError" else f"{kind}: {message}"))

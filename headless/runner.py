@@ -167,4 +167,4 @@ def _blamed_on(node: NodeSpec) -> Iterator[None]:
     except Cancelled:
         raise
     except Exception as error:
-        raise NodeError(node, f"{type(error).__name__}: {error}") from error
+        raise NodeError(node, type(error).__name__, str(error)) from error

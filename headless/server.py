@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -43,7 +42,8 @@ class Server:
             raise ValueError(f"--server {self.url!r} is not a server's address; write it as http://127.0.0.1:8188.")
 
     def socket_url(self, client_id: str) -> str:
-        return "ws" + self._url("ws", {"clientId": client_id}).removeprefix("http")
+        base = "ws" + self.url.rstrip("/").removeprefix("http")
+        return f"{base}/{_with_query('ws', {'clientId': client_id})}"
 
     def schemas(self, workflow: Workflow) -> dict[str, NodeSchema]:
         """The schemas of the node classes that a workflow uses; a class that the server lacks is left out."""
@@ -73,7 +73,7 @@ class Server:
     def stop(self, prompt_id: str) -> None:
         """Take a run out of the queue, or interrupt it when it is running; other runs are left alone."""
         self._send("POST", "queue", {"delete": [prompt_id]})
-        # Servers before 0.3.60 or so interrupt whatever is running, whichever id they are given.
+        # Older servers interrupt whatever is running, whichever id they are given.
         if prompt_id in self.queue()["running"]:
             self._send("POST", "interrupt", {"prompt_id": prompt_id})
 
@@ -91,50 +91,40 @@ class Server:
             f"\r\n--{boundary}--\r\n".encode(),
         ]
         content_type = f"multipart/form-data; boundary={boundary}"
-        with self._open("POST", "upload/image", b"".join(parts), content_type) as response:
-            answer = json.load(response)
+        answer = self._json("POST", "upload/image", b"".join(parts), content_type)
         return "/".join(part for part in (answer.get("subfolder"), answer["name"]) if part)
 
     def download(self, entry: Mapping[str, str], target: Path) -> None:
         """Fetch a file that a node reported."""
         fields = {name: entry.get(name, "") for name in ("filename", "subfolder", "type")}
-        with self._open("GET", self._query("view", fields)) as response, target.open("wb") as file:
-            shutil.copyfileobj(response, file)
+        target.write_bytes(self._send("GET", _with_query("view", fields)))
 
-    def _json(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        text = self._send(method, path, body)
+    def _json(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> dict[str, Any]:
+        text = self._send(method, path, body, content_type)
         try:
             answer = json.loads(text)
-        except ValueError as error:
-            raise ServerUnreachableError(f"{self.url} answers, but not as a ComfyUI server does.") from error
+        except ValueError:
+            answer = None
         if not isinstance(answer, dict):
             raise ServerUnreachableError(f"{self.url} answers, but not as a ComfyUI server does.")
         return answer
 
-    def _send(self, method: str, path: str, body: Any = None) -> bytes:
-        data = None if body is None else json.dumps(body).encode()
-        with self._open(method, path, data, "application/json") as response:
-            return response.read()
-
-    def _open(
-        self, method: str, path: str, data: bytes | None = None, content_type: str = ""
-    ) -> http.client.HTTPResponse:
+    def _send(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> bytes:
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": content_type} if data is not None else {}
-        request = urllib.request.Request(self._url(path), data, headers, method=method)
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/{path}", data, headers, method=method)
         try:
-            return urllib.request.urlopen(request, timeout=TIMEOUT)
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                return response.read()
         except urllib.error.HTTPError as error:
             raise _refused(error, path) from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise ServerUnreachableError(f"No ComfyUI server answers at {self.url}: {reason}.") from error
 
-    def _url(self, path: str, query: Mapping[str, str] | None = None) -> str:
-        return f"{self.url.rstrip('/')}/{self._query(path, query)}"
 
-    @staticmethod
-    def _query(path: str, query: Mapping[str, str] | None) -> str:
-        return f"{path}?{urllib.parse.urlencode(query)}" if query else path
+def _with_query(path: str, query: Mapping[str, str]) -> str:
+    return f"{path}?{urllib.parse.urlencode(query)}"
 
 
 def _refused(error: urllib.error.HTTPError, path: str) -> Exception:

@@ -54,8 +54,7 @@ def test_a_failed_node_is_one_line_and_exit_code_1(place):
     done = headless(place, "--set", "Picture.image=broken.png")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[1:] == [
-        "Node #1 LoadImage 'Picture' failed: UnidentifiedImageError: "
-        f"cannot identify image file '{place / 'in' / 'broken.png'}'"
+        f"Node #1 LoadImage 'Picture' failed: {place / 'in' / 'broken.png'} is not an image that can be read."
     ]
 
 
@@ -100,6 +99,17 @@ def test_no_command_is_bad_usage(capsys):
     with pytest.raises(SystemExit) as stopped:
         main([])
     assert stopped.value.code == 2 and "required: COMMAND" in capsys.readouterr().err
+
+
+def test_a_nodes_defect_shows_where_it_arose(place, capsys, monkeypatch, pack):
+    monkeypatch.setattr(cli, "NODE_CLASS_MAPPINGS", pack.NODE_CLASS_MAPPINGS)
+    fail = {"class_type": "HeadlessTestFail", "inputs": {"reason": "no luck"}}
+    show = {"class_type": "HeadlessTestShow", "inputs": {"value": ["1", 0]}}
+    (place / "copy.json").write_text(json.dumps({"1": fail, "2": show}))
+    assert exit_code(place) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert "    raise KeyError(reason)" in lines
+    assert lines[-1] == "Node #1 HeadlessTestFail failed: KeyError: 'no luck'"
 
 
 def test_tiny_and_set_reach_the_nodes_with_set_on_top(place, capsys, monkeypatch, pack):

@@ -182,7 +182,7 @@ def test_failure_is_read_from_the_history(fake_comfy, go, transport, message, er
 
 def test_a_run_that_the_server_forgot_is_over(fake_comfy, go, transport):
     fake_comfy.known = False
-    with pytest.raises(Cancelled, match="no longer knows this run"):
+    with pytest.raises(RuntimeError, match="no longer knows this run"):
         go()
 
 

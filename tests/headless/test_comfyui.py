@@ -49,6 +49,8 @@ def test_bad_workflows_are_refused_in_the_same_words(bad_case, bad_workflows, se
         (node_id, error["type"], error["message"], error["details"])
         for node_id, entry in answer["node_errors"].items()
         for error in entry["errors"]
+        # The host repeats a class's own error for every parameter of its check.
+        if not error["details"].startswith("input_types - ")
     } or {(None, *(answer["error"][key] for key in ("type", "message", "details")))}
     expected = {tuple(error) for error in case["errors"]}
     if case.get("host"):

@@ -175,7 +175,7 @@ def test_stopping_is_not_a_nodes_failure(graph, nodes, stop):
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
-        ((1, 2), "it returned 2 values for its 1 outputs"),
+        ((1, 2), "failed: it returned 2 values for its 1 outputs"),
         (None, "it returned 0 values for its 1 outputs"),
         (5, "it returned int for its 1 outputs"),
         ({"ui": {}}, "it returned 0 values for its 1 outputs"),
