@@ -163,7 +163,7 @@ def probe_video(path: str | Path) -> VideoInfo:
             return VideoInfo(
                 count, float(rate), stream.codec_context.width, stream.codec_context.height, stream.codec.name
             )
-    except (OSError, IndexError) as error:
+    except (av.FFmpegError, OSError, IndexError) as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from error
 
 

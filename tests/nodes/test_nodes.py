@@ -85,7 +85,9 @@ def test_the_published_call_through_the_nodes(loaded):
     images = run("WanCoreVAEDecode", vae=loaded["vae"], latent=latent)
     expected = case["frames"].float() / 255
     assert images.shape == expected.shape
-    assert (images - expected).abs().mean() * 255 < 0.75  # the reference rounds down to whole grey levels, IMAGE does not
+    assert (
+        images - expected
+    ).abs().mean() * 255 < 0.75  # the reference rounds down to whole grey levels, IMAGE does not
 
 
 def test_images_survive_encoding_of_odd_sizes(loaded, caplog):
@@ -218,7 +220,9 @@ def test_a_vae_loader_says_what_it_was_given(models):
     assert "is a Wan DiT" in NODES["WanCoreVAELoader"].VALIDATE_INPUTS(vae="dit.safetensors")
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("auto", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.bfloat16)]
+)
 def test_dtypes_on_the_cpu(dtype, expected):
     dit = run("WanCoreModelLoader", model=catalog.TINY, dtype=dtype).dit
     assert dit.dtype == expected

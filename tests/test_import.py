@@ -1,0 +1,51 @@
+"""The pack loads quickly and anywhere."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+LOAD = """
+import importlib.util, sys, time
+import torch
+root = sys.argv[1]
+started = time.perf_counter()
+spec = importlib.util.spec_from_file_location("custom_nodes_x_pack", root + "/__init__.py", submodule_search_locations=[root])
+pack = importlib.util.module_from_spec(spec)
+sys.modules["custom_nodes_x_pack"] = pack
+spec.loader.exec_module(pack)
+print(time.perf_counter() - started, len(pack.NODE_CLASS_MAPPINGS))
+foreign = {"nodes", "wan_core", "server", "transformers", "modelscope", "imageio", "av", "diffusers"} & set(sys.modules)
+assert not foreign, foreign
+"""
+
+
+def load(folder: Path) -> tuple[float, int]:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", LOAD, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=env, check=False)
+    assert not done.returncode, done.stderr
+    seconds, count = done.stdout.split()
+    return float(seconds), int(count)
+
+
+def test_import_is_quick_once_torch_is_there():
+    load(ROOT)  # writes the bytecode files
+    assert min(load(ROOT)[0] for _ in range(3)) < 0.5
+
+
+def test_a_folder_name_with_a_hyphen(tmp_path):
+    folder = tmp_path / "ComfyUI-Wan-Core"
+    for part in ("nodes", "wan_core"):
+        shutil.copytree(ROOT / part, folder / part)
+    shutil.copy(ROOT / "__init__.py", folder)
+    assert load(folder)[1] == load(ROOT)[1] > 0
+
+
+def test_the_library_stands_alone(tmp_path):
+    shutil.copytree(ROOT / "wan_core", tmp_path / "wan_core")
+    code = "from wan_core import WanVideoPipeline, ModelConfig, save_video, load_video; import sys; assert 'comfy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

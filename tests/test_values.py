@@ -1,0 +1,165 @@
+"""Sizes, conditioning, tiles and media."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from wancore.wan_core import media
+from wancore.wan_core.conditioning.text import clean_prompt
+from wancore.wan_core.tiling import TiledSum, TileSettings, blend_weights, plan_spans
+from wancore.wan_core.types import Conditioning, LatentSize, VaceInput, VideoSize, tensors_in
+
+
+@pytest.mark.parametrize(
+    ("asked", "rounded", "latent"),
+    [
+        ((832, 480, 81), (832, 480, 81), (21, 60, 104)),
+        ((831, 465, 80), (832, 480, 81), (21, 60, 104)),
+        ((1, 1, 1), (16, 16, 1), (1, 2, 2)),
+        ((17, 16, 2), (32, 16, 5), (2, 2, 4)),
+    ],
+)
+def test_sizes_round_up(asked, rounded, latent):
+    size = VideoSize.rounded(*asked)
+    assert size == VideoSize(*rounded)
+    assert size.latent == LatentSize(*latent)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, float("nan"), True])
+def test_sizes_must_be_positive_whole_numbers(bad):
+    with pytest.raises(ValueError, match="num_frames must be"):
+        VideoSize.rounded(16, 16, bad)
+
+
+def full() -> Conditioning:
+    vace = (VaceInput(context=torch.zeros(1, 96, 3, 2, 2), strength=0.5),)
+    values = {f.name: torch.full((1, 2), 3.0) for f in dataclasses.fields(Conditioning)}
+    return Conditioning(**{**values, "vace": vace, "slots": {"mask": torch.ones(1, 4, 3, 2, 2)}})
+
+
+def test_every_field_is_mapped_joined_and_moved():
+    cond = full()
+    count = len(dataclasses.fields(Conditioning))
+    doubled = cond.map(lambda t, meta: t * 2)
+    for field in dataclasses.fields(Conditioning):
+        for before, after in zip(*(tensors_in(getattr(c, field.name)) for c in (cond, doubled)), strict=True):
+            assert torch.equal(after, before * 2)
+    joined = cond.joined(doubled)
+    assert sum(len(tensors_in(getattr(joined, f.name))) for f in dataclasses.fields(Conditioning)) == count
+    assert joined.vace[0].context.shape[0] == 2
+    assert joined.vace[0].strength == 0.5
+    assert all(t.device.type == "meta" for t in tensors_in(cond.to(torch.device("meta"))))
+
+
+def test_the_negative_branch_differs_in_its_text_alone():
+    cond = full()
+    negative = dataclasses.replace(cond, negative_text=torch.full((1, 2), 7.0)).negative()
+    assert negative.text[0, 0] == 7
+    assert negative.negative_text is None
+    assert negative.vace is cond.vace
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "stride", "spans"),
+    [
+        (10, 4, 3, [(0, 4), (3, 7), (6, 10)]),
+        (10, 4, 2, [(0, 4), (2, 6), (4, 8), (6, 10)]),
+        (4, 4, 1, [(0, 4)]),
+        (3, 8, 8, [(0, 3)]),
+        (5, 2, 2, [(0, 2), (2, 4), (4, 5)]),
+        (8, 5, 3, [(0, 5), (3, 8)]),
+    ],
+)
+def test_spans_cover_an_axis(length, size, stride, spans):
+    assert [(s.start, s.end) for s in plan_spans(length, size, stride)] == spans
+    assert set().union(*(range(s.start, s.end) for s in plan_spans(length, size, stride))) == set(range(length))
+
+
+def test_weights_rise_inside_and_stay_one_at_the_ends():
+    first, middle, last = plan_spans(10, 4, 3)
+    assert blend_weights(first, 2).tolist() == [1, 1, 1, 0.5]
+    assert blend_weights(middle, 2).tolist() == [0.5, 1, 1, 0.5]
+    assert blend_weights(last, 2).tolist() == [0.5, 1, 1, 1]
+
+
+def test_tiles_of_a_constant_field_are_constant():
+    tiles = TileSettings(size=(4, 5), stride=(3, 3))
+    total = TiledSum((1, 2, 20, 26), torch.device("cpu"))
+    for row, column in tiles.plan(10, 13):
+        rows, columns = row.scaled(2), column.scaled(2)
+        weights = tiles.blend(row, column, 2, torch.device("cpu"))
+        total.add(torch.full((1, 2, rows.length, columns.length), 3.0), weights, rows, columns)
+    assert torch.allclose(total.mean(), torch.full((1, 2, 20, 26), 3.0))
+
+
+@pytest.mark.parametrize(("size", "stride"), [((4, 4), (5, 4)), ((4, 4), (4, 0)), ((0, 4), (1, 4))])
+def test_tiles_that_leave_gaps_are_refused(size, stride):
+    with pytest.raises(ValueError, match="Tiles need"):
+        TileSettings(size=size, stride=stride)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "clean"),
+    [("  a  dog\n runs ", "a dog runs"), ("&amp;lt;b&amp;gt;", "<b>"), ("Cafe\u0301", "Café"), ("", "")],
+)
+def test_prompts_are_cleaned(prompt, clean):
+    assert clean_prompt(prompt) == clean
+
+
+def test_pixels_and_frames_convert_both_ways():
+    frames = torch.rand(5, 4, 6, 3)
+    assert torch.allclose(media.pixels_to_frames(media.frames_to_pixels(frames)), frames, atol=1e-6)
+    images = media.pixels_to_images(media.frames_to_pixels(frames))
+    assert (np.asarray(images[2]) == (frames[2] * 255).to(torch.uint8).numpy()).mean() > 0.99
+    assert torch.allclose(media.frames_to_tensor(images), frames, atol=1 / 254)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "images"])
+def test_a_video_survives_its_file(tmp_path, kind):
+    ramp = torch.linspace(0, 1, 7)[:, None, None, None].expand(7, 32, 48, 3)
+    frames = {
+        "tensor": ramp,
+        "array": (ramp.numpy() * 255).astype(np.uint8),
+        "images": [Image.fromarray((f.numpy() * 255).astype(np.uint8)) for f in ramp],
+    }[kind]
+    path = media.save_video(frames, tmp_path / "deep" / "a.mp4", fps=12, quality=9, metadata={"prompt": '{"a": 1}'})
+    info = media.probe_video(path)
+    assert (info.num_frames, info.fps, info.width, info.height, info.codec) == (7, 12.0, 48, 32, "h264")
+    back = media.frames_to_tensor(media.load_video(path))
+    assert (back - ramp).abs().mean() < 0.02
+    assert [p.name for p in path.parent.iterdir()] == ["a.mp4"]
+
+
+def test_a_video_is_never_overwritten(tmp_path, caplog):
+    frames = torch.rand(1, 16, 16, 3)
+    paths = [media.save_video(frames, tmp_path / "a.mp4") for _ in range(3)]
+    assert [p.name for p in paths] == ["a.mp4", "a_2.mp4", "a_3.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "options", "words"),
+    [
+        (torch.rand(0, 16, 16, 3), {}, "at least one frame"),
+        ([], {}, "at least one frame"),
+        (torch.rand(2, 15, 16, 3), {}, "even sides"),
+        (torch.rand(2, 16, 16, 3), {"fps": 0}, "fps above 0"),
+        (torch.rand(2, 16, 16, 3), {"quality": 11}, "quality from 0 to 10"),
+        ([Image.new("RGB", (16, 16)), Image.new("RGB", (32, 16))], {}, "one size"),
+    ],
+)
+def test_videos_that_cannot_be_written_leave_no_file(tmp_path, frames, options, words):
+    with pytest.raises(ValueError, match=words):
+        media.save_video(frames, tmp_path / "a.mp4", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_no_videos(tmp_path):
+    text = tmp_path / "a.mp4"
+    text.write_text("not a video")
+    for read in (media.load_video, media.probe_video):
+        with pytest.raises(ValueError, match="cannot be read as a video"):
+            read(text)
+        with pytest.raises(ValueError, match="no video file"):
+            read(tmp_path / "b.mp4")
