@@ -291,9 +291,9 @@ def new_dialect(scales):
 
 
 @pytest.mark.parametrize("dialect", [old_dialect, new_dialect])
-@pytest.mark.parametrize("shape", ["scalar", "one", "rows"])
-def test_scaled_fp8_dit(tmp_path, dialect, shape):
-    weights, scales, expected = scaled(inv.tiny("dit_t2v"), shape)
+@pytest.mark.parametrize(("name", "shape"), [("dit_t2v", "scalar"), ("umt5", "one"), ("umt5", "rows")])
+def test_scaled_fp8(tmp_path, dialect, name, shape):
+    weights, scales, expected = scaled(inv.tiny(name), shape)
     stored = weights | dialect(scales)
     component = detect_files(write({f"model.diffusion_model.{k}": t for k, t in stored.items()}, tmp_path))
     assert component.fp8 == "scaled"
