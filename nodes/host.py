@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..wan_core.checkpoints.download import models_folder
 from ..wan_core.runtime import Runtime, default_device
 
 try:
@@ -92,7 +93,7 @@ def models_dir() -> Path:
     """Root of `<org>/<repo>` folders as ModelScope lays them out, and of ComfyUI's model folders."""
     if folder_paths:
         return Path(folder_paths.models_dir)
-    return _standalone.models_dir or PACK_FOLDER / "models"
+    return models_folder(_standalone.models_dir or PACK_FOLDER / "models")
 
 
 def list_files(folder: str) -> list[str]:

@@ -13,9 +13,10 @@ import importlib.util, sys, time
 import torch
 root = sys.argv[1]
 started = time.perf_counter()
-spec = importlib.util.spec_from_file_location("custom_nodes_x_pack", root + "/__init__.py", submodule_search_locations=[root])
+name = "custom_nodes_x_pack"
+spec = importlib.util.spec_from_file_location(name, root + "/__init__.py", submodule_search_locations=[root])
 pack = importlib.util.module_from_spec(spec)
-sys.modules["custom_nodes_x_pack"] = pack
+sys.modules[name] = pack
 spec.loader.exec_module(pack)
 print(time.perf_counter() - started, len(pack.NODE_CLASS_MAPPINGS))
 foreign = {"nodes", "wan_core", "server", "transformers", "modelscope", "imageio", "av", "diffusers"} & set(sys.modules)
@@ -47,5 +48,6 @@ def test_a_folder_name_with_a_hyphen(tmp_path):
 
 def test_the_library_stands_alone(tmp_path):
     shutil.copytree(ROOT / "wan_core", tmp_path / "wan_core")
-    code = "from wan_core import WanVideoPipeline, ModelConfig, save_video, load_video; import sys; assert 'comfy' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    code = "from wan_core import WanVideoPipeline, ModelConfig, save_video, load_video"
+    check = "import sys; assert not {'comfy', 'nodes', 'folder_paths'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", f"{code}; {check}"], cwd=tmp_path, check=True)

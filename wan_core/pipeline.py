@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import catalog, prepare
 from .checkpoints.detect import Component, detect_files
+from .checkpoints.download import models_folder
 from .checkpoints.files import resolve_files
 from .conditioning.text import Prompt, TextEncoder, text_conditioning
 from .media import pixels_to_images
@@ -23,7 +24,6 @@ from .settings import GuidanceSettings, SamplerSettings, check_choice
 from .tiling import TileSettings
 from .types import VideoSize
 
-DEFAULT_MODELS_DIR = "./models"
 OUTPUT_TYPES = ("pil", "tensor", "latent")
 PathLike = str | Path
 
@@ -63,7 +63,7 @@ class ModelConfig:
         return prepare.find_files(
             self.model_id,
             self.origin_file_pattern,
-            models_dir=Path(self.local_model_path or DEFAULT_MODELS_DIR),
+            models_dir=models_folder(self.local_model_path),
             skip_download=bool(self.skip_download),
             redirect_common_files=redirect_common_files,
         )
