@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..wan_core.media import frames_to_tensor, load_video, probe_video, save_video
 
+HOST_QUALITY = 5.5
+"""Gives libx264's own default, CRF 23, which the host leaves in place."""
+
 Audio = Mapping[str, Any]
 """`waveform` (B, channels, samples) float in [-1, 1] and `sample_rate`."""
 
@@ -54,11 +57,11 @@ class VideoFromComponents:
     def save_to(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         parts, path = self.components, Path(path)
         if parts.audio is None:
-            save_video(parts.images[..., :3], path, fps=float(parts.frame_rate), metadata=metadata)
+            save_video(parts.images[..., :3], path, float(parts.frame_rate), HOST_QUALITY, metadata)
             return
         silent = path.with_name(f"{path.stem}.silent{path.suffix}")
         try:
-            save_video(parts.images[..., :3], silent, fps=float(parts.frame_rate))
+            save_video(parts.images[..., :3], silent, float(parts.frame_rate), HOST_QUALITY)
             remux(silent, path, metadata or {}, parts.audio)
         finally:
             silent.unlink(missing_ok=True)
