@@ -9,7 +9,7 @@ from PIL import Image
 from wancore.wan_core import media
 from wancore.wan_core.conditioning.text import clean_prompt
 from wancore.wan_core.tiling import TiledSum, TileSettings, blend_weights, plan_spans
-from wancore.wan_core.types import Conditioning, LatentSize, VaceInput, VideoSize, tensors_in
+from wancore.wan_core.types import Conditioning, Curve, LatentSize, VaceInput, VideoSize, tensors_in
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,14 @@ def test_sizes_must_be_positive_whole_numbers(bad):
 
 
 def full() -> Conditioning:
-    vace = (VaceInput(context=torch.zeros(1, 96, 3, 2, 2), strength=0.5),)
-    values = {f.name: torch.full((1, 2), 3.0) for f in dataclasses.fields(Conditioning)}
+    vace = (VaceInput(context=torch.zeros(1, 96, 3, 2, 2), strength=Curve.of(0.5)),)
+    values = {f.name: torch.full((1, 2), 3.0) for f in dataclasses.fields(Conditioning) if f.name != "inputs"}
     return Conditioning(**{**values, "vace": vace, "slots": {"mask": torch.ones(1, 4, 3, 2, 2)}})
 
 
 def test_every_field_is_mapped_joined_and_moved():
     cond = full()
-    count = len(dataclasses.fields(Conditioning))
+    count = len(dataclasses.fields(Conditioning)) - 1  # all but the names of the inputs
     doubled = cond.map(lambda t, meta: t * 2)
     for field in dataclasses.fields(Conditioning):
         for before, after in zip(*(tensors_in(getattr(c, field.name)) for c in (cond, doubled)), strict=True):
@@ -49,8 +49,38 @@ def test_every_field_is_mapped_joined_and_moved():
     joined = cond.joined(doubled)
     assert sum(len(tensors_in(getattr(joined, f.name))) for f in dataclasses.fields(Conditioning)) == count
     assert joined.vace[0].context.shape[0] == 2
-    assert joined.vace[0].strength == 0.5
+    assert joined.vace[0].strength == Curve.of(0.5)
     assert all(t.device.type == "meta" for t in tensors_in(cond.to(torch.device("meta"))))
+
+
+@pytest.mark.parametrize(
+    ("curve", "numbers"),
+    [
+        (Curve.of(0.7), [0.7] * 5),
+        (Curve.of([0.0, 1.0]), [0, 0.25, 0.5, 0.75, 1]),
+        (Curve.of([1.0, 0.0, 1.0]), [1, 0.5, 0, 0.5, 1]),
+        (Curve.of(2.0, start=0.25, end=0.75), [0, 2, 2, 2, 0]),
+        (Curve.of([0.0, 1.0], start=0.5, outside=9.0), [9, 9, 0, 0.5, 1]),
+        (Curve.of(3.0, end=0.0, outside=1.0), [3, 1, 1, 1, 1]),
+    ],
+)
+def test_curves_over_steps(curve, numbers):
+    assert [curve.at(i, 5) for i in range(5)] == pytest.approx(numbers)
+    assert curve.at(0, 1) == pytest.approx(numbers[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "changes"), [([], {}), ([float("nan")], {}), ([1.0], {"start": 0.6, "end": 0.5}), ([1.0], {"end": 1.5})]
+)
+def test_curves_that_cannot_be_read(values, changes):
+    with pytest.raises(ValueError, match="A curve needs"):
+        Curve.of(values, **changes)
+
+
+def test_the_inputs_that_conditioning_was_made_from_are_named_once():
+    cond = Conditioning().given("input_image", reference=torch.zeros(1)).given("input_image", "end_image")
+    assert cond.inputs == ("input_image", "end_image")
+    assert cond.reference is not None
 
 
 def test_the_negative_branch_differs_in_its_text_alone():
@@ -102,7 +132,13 @@ def test_tiles_that_leave_gaps_are_refused(size, stride):
 
 @pytest.mark.parametrize(
     ("prompt", "clean"),
-    [("  a  dog\n runs ", "a dog runs"), ("&amp;lt;b&amp;gt;", "<b>"), ("Cafe\u0301", "Café"), ("", "")],
+    [
+        ("  a  dog\n runs ", "a dog runs"),
+        ("&amp;lt;b&amp;gt;", "<b>"),
+        ("Cafe\u0301", "Café"),
+        ("过曝，静态", "过曝,静态"),
+        ("", ""),
+    ],
 )
 def test_prompts_are_cleaned(prompt, clean):
     assert clean_prompt(prompt) == clean

@@ -5,7 +5,8 @@ w = W / 8 latent cells, R reference latent frames in front of the video, S token
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,12 +83,53 @@ def whole() -> Any:
     return field(default=None, metadata={"time": None, "prefixed": False})
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A number that may change over the steps of a run.
+
+    `values` are spread evenly over the steps from fraction `start` to fraction `end` of the run and interpolated
+    between; outside of that range the number is `outside`. One value is a constant.
+
+    Raises:
+        ValueError: no values, one that is not finite, or not 0 <= start <= end <= 1.
+    """
+
+    values: tuple[float, ...]
+    start: float = 0.0
+    end: float = 1.0
+    outside: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.values or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in self.values):
+            raise ValueError(f"A curve needs at least one finite number; got {self.values}.")
+        if not 0 <= self.start <= self.end <= 1:
+            raise ValueError(f"A curve needs 0 <= start <= end <= 1; got start {self.start}, end {self.end}.")
+
+    @classmethod
+    def of(cls, value: "float | Sequence[float] | Curve", **changes: float) -> "Curve":
+        """A number, a list of numbers or a curve as a curve."""
+        if isinstance(value, Curve):
+            return dataclasses.replace(value, **changes)
+        return cls((value,) if isinstance(value, (int, float)) else tuple(value), **changes)
+
+    def at(self, index: int, total: int) -> float:
+        """The number at step `index` of `total`; the first step is at fraction 0 and the last at 1."""
+        fraction = index / (total - 1) if total > 1 else 0.0
+        if not self.start <= fraction <= self.end:
+            return self.outside
+        span = self.end - self.start
+        place = (fraction - self.start) / span * (len(self.values) - 1) if span else 0.0
+        low = min(int(place), len(self.values) - 1)
+        high = min(low + 1, len(self.values) - 1)
+        return self.values[low] + (place - low) * (self.values[high] - self.values[low])
+
+
 @dataclass(frozen=True, kw_only=True)
 class VaceInput:
     """One VACE input: context (B, 96, R + F, h, w) and the factor on the hints that it produces."""
 
     context: Tensor
-    strength: float = 1.0
+    strength: Curve = Curve((1.0,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +158,13 @@ class Conditioning:
     """VACE inputs, each with its own strength."""
     motion_bucket: Tensor | None = whole()
     """(B,), speed from 0 to 100."""
+    inputs: tuple[str, ...] | None = whole()
+    """Names of the user's inputs that this was made from, besides text; `variants.check` speaks of them."""
+
+    def given(self, *names: str, **changes: Any) -> "Conditioning":
+        """A copy with the changed fields, and `names` among the inputs that it was made from."""
+        inputs = dict.fromkeys((*(self.inputs or ()), *names))
+        return dataclasses.replace(self, inputs=tuple(inputs), **changes)
 
     def negative(self) -> "Conditioning":
         """The unconditional branch: the same conditioning with the negative text in place of the text."""
@@ -152,7 +201,7 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         return tuple(map_tensors(v, fn) for v in value)
     if isinstance(value, Mapping):
         return {k: map_tensors(v, fn) for k, v in value.items()}
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, Curve):
         changed = {f.name: map_tensors(getattr(value, f.name), fn) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **changed)
     return value

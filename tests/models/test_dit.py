@@ -3,15 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.types import Conditioning, VaceInput
+from wancore.wan_core.models.dit import WanDiT, vace_strengths
+from wancore.wan_core.types import Conditioning, Curve, VaceInput
 
 from tests.reference import DITS, load_case, relative_error, tiny_dit, tiny_motion_controller
 
 CASES = {
     "t2v": "t2v", "i2v": "i2v", "flf2v": "flf2v", "fun_control": "fun_control", "fun_v1_1_control": "fun_v1_1_control",
-    "fun_camera": "fun_camera", "vace_scale0.6": "vace", "vace_scale1.0": "vace", "speed_0": "t2v", "speed_37": "t2v",
-    "speed_100": "t2v",
+    "fun_camera": "fun_camera", "vace_scale0.6": "vace", "vace_scale1.0": "vace",
 }  # fmt: skip
 
 
@@ -22,10 +21,8 @@ def case_inputs(name: str):
     if "reference_latents" in case.tensors:
         inputs["reference"] = case["reference_latents"][:, :, 0]
     if "vace_context" in case.tensors:
-        inputs["vace"] = (VaceInput(context=case["vace_context"], strength=float(case.metadata["vace_scale"])),)
-    if name.startswith("speed"):
-        dit.motion_controller = tiny_motion_controller()
-        inputs["motion_bucket"] = torch.tensor([float(case.metadata["motion_bucket_id"])])
+        strength = Curve.of(float(case.metadata["vace_scale"]))
+        inputs["vace"] = (VaceInput(context=case["vace_context"], strength=strength),)
     text = F.pad(case["context"], (0, 0, 0, 512 - case["context"].shape[1]))
     return dit, case["latents"], case["timestep"], Conditioning(text=text, **inputs), case["output"]
 
@@ -56,7 +53,8 @@ def test_two_states_through_the_blocks_together_equal_each_alone():
     with torch.no_grad():
         alone = [dit(latents, timestep, c) for c in (cond, other)]
         time = dit.embed_time(timestep)
-        states = [dit.embed(latents, time, dit.prepare(c, tuple(latents.shape[2:]))) for c in (cond, other)]
+        size = tuple(latents.shape[2:])
+        states = [dit.embed(latents, time, dit.prepare(c, size), vace_strengths(c)) for c in (cond, other)]
         order = []
         dit.run_blocks(states, order.append)
         together = [dit.unembed(state) for state in states]
@@ -69,7 +67,7 @@ def test_prepared_inputs_survive_a_run():
     with torch.no_grad():
         time, prepared = dit.embed_time(timestep), dit.prepare(cond, tuple(latents.shape[2:]))
         for _ in range(2):
-            state = dit.embed(latents, time, prepared)
+            state = dit.embed(latents, time, prepared, [1.0])
             dit.run_blocks([state])
             assert relative_error(dit.unembed(state), expected) < 1e-5
 
@@ -88,18 +86,28 @@ def test_identities_of_the_injection_points():
     """A zero adapter, a zero strength and a zero controller each leave text to video."""
     dit, latents, timestep, cond, _ = case_inputs("vace_scale1.0")
     plain = Conditioning(text=cond.text)
-    off = Conditioning(text=cond.text, vace=(VaceInput(context=cond.vace[0].context, strength=0.0),))
+    off = Conditioning(text=cond.text, vace=(VaceInput(context=cond.vace[0].context, strength=Curve.of(0.0)),))
     with torch.no_grad():
         assert torch.equal(dit(latents, timestep, off), dit(latents, timestep, plain))
-        dit, latents, timestep, cond, _ = case_inputs("speed_100")
-        for parameter in dit.motion_controller.linear[4].parameters():
+        controller = tiny_motion_controller()
+        for parameter in controller.linear[4].parameters():
             parameter.zero_()
-        assert torch.equal(dit(latents, timestep, cond), dit(latents, timestep, Conditioning(text=cond.text)))
+        dit, latents, timestep, cond, _ = case_inputs("t2v")
+        assert torch.equal(dit(latents, timestep, cond, controller(torch.tensor([50.0]))), dit(latents, timestep, cond))
         dit, latents, timestep, cond, _ = case_inputs("fun_camera")
         for parameter in dit.control_adapter.parameters():
             parameter.zero_()
         without = Conditioning(text=cond.text, clip=cond.clip, concat=cond.concat)
         assert torch.equal(dit(latents, timestep, cond), dit(latents, timestep, without))
+
+
+@pytest.mark.parametrize("bucket", [0, 37, 100])
+def test_speed_control_equals_the_published_code(bucket):
+    case = load_case(f"dit_speed_{bucket}")
+    dit, latents, timestep, cond, _ = case_inputs("t2v")
+    with torch.no_grad():
+        out = dit(latents, timestep, cond, tiny_motion_controller()(torch.tensor([float(bucket)])))
+    assert relative_error(out, case["output"]) < 1e-5
 
 
 def test_what_a_model_expects_and_is_not_given_is_zeros():

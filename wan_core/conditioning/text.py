@@ -1,12 +1,12 @@
 """Prompts to text conditioning."""
 
 import html
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from ftfy import fix_text
 from torch import Tensor
 
 from ..checkpoints.tokenizer import Tokenizer
@@ -22,19 +22,12 @@ Prompt = str | Sequence[str]
 
 
 def clean_prompt(prompt: str) -> str:
-    """`prompt` as Wan's tokenizer prepares it: repaired, HTML entities resolved twice, runs of white space as one
-    space.
+    """`prompt` as Wan's tokenizer prepares it: repaired, HTML entities resolved twice, white space as single spaces.
 
-    `ftfy` repairs mis-decoded text when it is installed; otherwise the text is brought to Unicode NFC, which is all
-    that ftfy does to intact text of interest here.
+    The repair is part of what the models were trained on: it also turns full-width punctuation, which the authors' own
+    negative prompt is full of, into ASCII (Wan-Video/Wan2.1 wan/modules/tokenizers.py, ftfy's defaults).
     """
-    try:
-        from ftfy import fix_text
-    except ImportError:
-        prompt = unicodedata.normalize("NFC", prompt)
-    else:
-        prompt = fix_text(prompt)
-    return " ".join(html.unescape(html.unescape(prompt)).split())
+    return " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
 
 
 @dataclass(frozen=True)

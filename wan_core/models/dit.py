@@ -6,7 +6,7 @@ on the module.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from .camera_adapter import CameraAdapter
 from .config import HEAD_DIM, DiTConfig
 from .elementwise import add_, layer_norm, modulate_
 from .embedders import ImageTokens, sinusoid
-from .motion_controller import MotionController
 from .rope import rotary_table
 from .vace import VaceBlock
 
@@ -48,17 +47,20 @@ class Prepared:
     camera: Tensor | None = None
     reference: Tensor | None = None
     motion: Tensor | None = None
-    vace: tuple[tuple[Tensor, float], ...] = ()
+    vace: tuple[Tensor, ...] = ()
 
 
 @dataclass
 class TokenState:
-    """One branch on its way through the blocks; `tokens` (B, S, D) and `vace` advance in place."""
+    """One branch on its way through the blocks; `tokens` (B, S, D) and `vace` advance in place.
+
+    `vace` holds the hidden state of each VACE input that counts in this step, with its strength.
+    """
 
     tokens: Tensor
     time: TimeEmbedding
     prepared: Prepared
-    vace: list[Tensor] = field(default_factory=list)
+    vace: list[tuple[Tensor, float]]
 
 
 class Head(nn.Module):
@@ -80,7 +82,6 @@ class WanDiT(nn.Module):
     Attributes:
         attend: the attention kernel, see `attention.load_backend`.
         exact: keep the residual stream in float32, as the authors do, instead of in the compute dtype.
-        motion_controller: the speed-control adapter, when one was loaded beside the model.
     """
 
     FLOAT32_PARAMETERS = ("modulation",)
@@ -110,7 +111,6 @@ class WanDiT(nn.Module):
             )
         self.attend: AttentionFn = sdpa
         self.exact = False
-        self.motion_controller: MotionController | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,8 +125,9 @@ class WanDiT(nn.Module):
         blocks = _linear_float32(self.time_projection[1], F.silu(head))
         return TimeEmbedding(head, blocks.unflatten(1, (6, self.config.dim)))
 
-    def prepare(self, cond: Conditioning, size: tuple[int, int, int]) -> Prepared:
-        """Project `cond` once for latents of `size` = (R + F, h, w).
+    def prepare(self, cond: Conditioning, size: tuple[int, int, int], motion: Tensor | None = None) -> Prepared:
+        """Project `cond` once for latents of `size` = (R + F, h, w); `motion` (B, 6, D) is the motion controller's
+        output.
 
         Inputs that the model has a place for and `cond` lacks are zeros: the image tokens and channels of an inpainting
         model without an image, and the reference of a control model without one, were trained that way (VideoX-Fun).
@@ -134,7 +135,7 @@ class WanDiT(nn.Module):
         config, dtype, device = self.config, self.dtype, self.patch_embedding.weight.device
         batch = cond.text.shape[0]
         text = self.text_embedding(cond.text.to(device, dtype))
-        image = reference = camera = concat = motion = None
+        image = reference = camera = concat = None
         if config.has_image_input:
             count = config.image_positions or CLIP_TOKENS
             clip = cond.clip if cond.clip is not None else text.new_zeros(batch, count, config.image_dim)
@@ -149,20 +150,21 @@ class WanDiT(nn.Module):
             reference = self.ref_conv(latent.to(device, dtype)).flatten(2).transpose(1, 2)
         if config.camera_channels and cond.camera is not None:
             camera = self.control_adapter(cond.camera.to(device))
-        if self.motion_controller is not None and cond.motion_bucket is not None:
-            motion = self.motion_controller(cond.motion_bucket)
         vace = ()
         if config.vace_layers and cond.vace:
-            vace = tuple(
-                (_patchify(self.vace_patch_embedding, v.context.to(device, dtype)), v.strength) for v in cond.vace
-            )
+            vace = tuple(_patchify(self.vace_patch_embedding, v.context.to(device, dtype)) for v in cond.vace)
         frames, height, width = (n // p for n, p in zip(size, config.patch_size, strict=True))
         rope = rotary_table((frames + (reference is not None), height, width), HEAD_DIM, device)
         context = Context(text, image, rope, self.attend)
         return Prepared(context, size, concat, camera, reference, motion, vace)
 
-    def embed(self, x: Tensor, time: TimeEmbedding, prepared: Prepared) -> TokenState:
-        """Latents (B, 16, R + F, h, w) to tokens, with everything joined that enters before the blocks."""
+    def embed(
+        self, x: Tensor, time: TimeEmbedding, prepared: Prepared, vace_strengths: Sequence[float] = ()
+    ) -> TokenState:
+        """Latents (B, 16, R + F, h, w) to tokens, with everything joined that enters before the blocks.
+
+        VACE inputs of strength 0 cost nothing in this step.
+        """
         x = x.to(prepared.context.text.dtype)
         if prepared.concat is not None:
             x = torch.cat((x, prepared.concat), 1)
@@ -175,7 +177,8 @@ class WanDiT(nn.Module):
             tokens = tokens.float()
         if prepared.motion is not None:
             time = TimeEmbedding(time.head, time.blocks + prepared.motion)
-        return TokenState(tokens, time, prepared, [hidden for hidden, _ in prepared.vace])
+        vace = [(hidden, factor) for hidden, factor in zip(prepared.vace, vace_strengths, strict=True) if factor]
+        return TokenState(tokens, time, prepared, vace)
 
     def run_blocks(self, states: Sequence[TokenState], on_block: Callable[[int], None] | None = None) -> None:
         """Advance every state through all blocks, each block serving all states before the next one starts.
@@ -195,10 +198,9 @@ class WanDiT(nn.Module):
 
     def _hint(self, n: int, state: TokenState) -> list[tuple[Tensor, float]]:
         hints = []
-        for i, (_, strength) in enumerate(state.prepared.vace):
-            state.vace[i], hint = self.vace_blocks[n](
-                state.vace[i], state.tokens, state.time.blocks, state.prepared.context
-            )
+        for i, (hidden, strength) in enumerate(state.vace):
+            hidden, hint = self.vace_blocks[n](hidden, state.tokens, state.time.blocks, state.prepared.context)
+            state.vace[i] = (hidden, strength)
             hints.append((hint, strength))
         return hints
 
@@ -215,16 +217,22 @@ class WanDiT(nn.Module):
         x = tokens.float().reshape(-1, *grid, *patch, channels)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, channels, *size)
 
-    def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning, motion: Tensor | None = None) -> Tensor:
         """Velocity (B, 16, R + F, h, w) for latents `x` of that shape at `timestep` (B,) in 0..1000.
 
         Raises:
             ValueError: a side of `x` is odd, or a conditioning tensor does not fit `x` or the model.
         """
         check_shapes(self.config, x, cond)
-        state = self.embed(x, self.embed_time(timestep), self.prepare(cond, tuple(x.shape[2:])))
+        prepared = self.prepare(cond, tuple(x.shape[2:]), motion)
+        state = self.embed(x, self.embed_time(timestep), prepared, vace_strengths(cond))
         self.run_blocks([state])
         return self.unembed(state)
+
+
+def vace_strengths(cond: Conditioning, index: int = 0, total: int = 1) -> list[float]:
+    """The factor of each VACE input at step `index` of `total`."""
+    return [vace.strength.at(index, total) for vace in cond.vace or ()]
 
 
 def check_shapes(config: DiTConfig, x: Tensor, cond: Conditioning) -> None:
