@@ -179,6 +179,18 @@ class Conditioning:
                 changed[f.name] = _join_tensors(first, second)
         return dataclasses.replace(self, **changed)
 
+    def prefix_frames(self, frames: int) -> int:
+        """R, the reference latent frames that stand in front of a video of `frames` latent frames."""
+        for f in dataclasses.fields(self):
+            if f.metadata["prefixed"]:
+                for tensor in tensors_in(getattr(self, f.name)):
+                    return tensor.shape[f.metadata["time"]] - frames
+        return 0
+
+    def expanded(self, batch: int) -> "Conditioning":
+        """A copy in which what describes one video describes each of `batch`."""
+        return self.map(lambda t, _: t.expand(batch, *t.shape[1:]) if len(t) == 1 else t)
+
     def map(self, fn: Callable[[Tensor, Mapping[str, Any]], Tensor]) -> "Conditioning":
         """A copy in which every tensor `t` of a field is `fn(t, metadata of the field)`."""
         changed = {}

@@ -3,6 +3,7 @@
 import torch
 
 from ..models.dit import WanDiT
+from ..models.motion_controller import MotionController
 from ..runtime import Runtime
 from ..settings import SamplerSettings
 from .guidance import Guided
@@ -14,6 +15,13 @@ def build_solver(settings: SamplerSettings) -> Solver:
     return SOLVERS[settings.solver](shifted_sigmas(settings.steps, settings.shift, settings.denoise))
 
 
-def build_predictor(dit: WanDiT, solver: Solver, settings: SamplerSettings, runtime: Runtime) -> Predictor:
+def build_predictor(
+    dit: WanDiT,
+    solver: Solver,
+    settings: SamplerSettings,
+    runtime: Runtime,
+    motion_controller: MotionController | None = None,
+) -> Predictor:
     timesteps = torch.tensor(solver.sigmas[:-1]) * NUM_TRAIN_TIMESTEPS
-    return Guided(ModelPredictor(dit, timesteps, runtime), settings.guidance)
+    model = ModelPredictor(dit, timesteps, runtime, motion_controller=motion_controller)
+    return Guided(model, settings.guidance)

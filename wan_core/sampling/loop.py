@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..models.dit import WanDiT
+from ..models.motion_controller import MotionController
 from ..runtime import Runtime
 from ..settings import SamplerSettings
 from ..types import Conditioning, LatentSize, StepInfo
@@ -11,6 +12,9 @@ from .compose import build_predictor, build_solver
 from .noise import initial_noise
 from .predictor import Predictor
 from .schedule import NUM_TRAIN_TIMESTEPS, Solver, add_noise
+
+
+LATENT_CHANNELS = 16
 
 
 def denoise(predict: Predictor, solver: Solver, x: Tensor, cond: Conditioning, runtime: Runtime) -> Tensor:
@@ -32,11 +36,14 @@ def sample(
     settings: SamplerSettings,
     runtime: Runtime,
     start: Tensor | None = None,
+    motion_controller: MotionController | None = None,
 ) -> Tensor:
     """Normalised latents (B, 16, F, h, w) in float32, drawn from noise or from `start`.
 
+    Reference frames that conditioning puts in front of the video are denoised with it and left out of the result.
+
     Args:
-        cond: its tensors may lie on any device.
+        cond: fitted to the model (`conditioning.slots.fit`); its tensors may lie on any device.
         start: normalised latents of that size for `settings.denoise` below 1; ignored at 1.
 
     Raises:
@@ -50,8 +57,17 @@ def sample(
     if settings.denoise == 0:
         return start.float()
     solver = build_solver(settings)
-    x = initial_noise(shape, settings.seed, settings.rand_device, runtime.device)
+    prefix = cond.prefix_frames(size.frames)
+    x = initial_noise(shape, settings.seed, settings.rand_device, runtime.device, prefix)
     if settings.denoise < 1:
-        x = add_noise(start.to(x), x, solver.sigmas[0])
-    predict = build_predictor(dit, solver, settings, runtime)
-    return denoise(predict, solver, x, cond, runtime)
+        start = start.to(x)
+        if prefix:
+            start = torch.cat((reference_latents(cond, prefix).to(x), start), 2)
+        x = add_noise(start, x, solver.sigmas[0])
+    predict = build_predictor(dit, solver, settings, runtime, motion_controller)
+    return denoise(predict, solver, x, cond, runtime)[:, :, prefix:]
+
+
+def reference_latents(cond: Conditioning, prefix: int) -> Tensor:
+    """The clean latents (B, 16, R, h, w) of the reference frames; each lies in the inactive part of one VACE input."""
+    return sum(vace.context[:, :LATENT_CHANNELS, :prefix] for vace in cond.vace)
