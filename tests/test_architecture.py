@@ -21,7 +21,7 @@ ALLOWED = {"wan_core": set(), "nodes": {"wan_core"}, "headless": {"wan_core", "n
 # Inside wan_core a room imports from itself and from rooms of lower levels; rooms of one level do not know each other.
 LEVELS = {
     "types": 0, "settings": 0, "runtime": 0, "media": 0, "tiling": 0,
-    "models": 1, "memory": 1, "lora": 1,
+    "fitting": 1, "models": 1, "memory": 1, "lora": 1,
     "variants": 2, "catalog": 2, "checkpoints": 2,
     "tiny": 3, "conditioning": 3, "sampling": 3,
     "prepare": 4,

@@ -2,7 +2,7 @@
 filled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .models.config import DiTConfig
@@ -21,6 +21,9 @@ class Slot:
 
 
 MASK, IMAGE, CONTROL, FIRST_FRAME = Slot("mask", 4), Slot("image", 16), Slot("control", 16), Slot("first_frame", 16)
+
+
+SPEED = "motion_bucket_id"
 
 
 @dataclass(frozen=True)
@@ -46,48 +49,51 @@ class Variant:
 
 VARIANTS = (
     Variant(
-        "vace", "VACE", lambda c: bool(c.vace_layers), (), ("vace_video", "vace_video_mask", "vace_reference_image")
+        "vace",
+        "VACE",
+        lambda c: bool(c.vace_layers),
+        accepts=("vace_video", "vace_video_mask", "vace_reference_image"),
     ),
     Variant(
         "fun_camera",
         "Fun Control-Camera",
         lambda c: c.camera_channels > 0,
         (FIRST_FRAME,),
-        ("input_image", "camera"),
-        ("input_image", "camera"),
+        accepts=("input_image", "camera"),
+        requires=("input_image", "camera"),
     ),
     Variant(
         "fun_v1_1_control",
         "Fun V1.1 Control",
         lambda c: c.has_reference,
         (CONTROL, FIRST_FRAME),
-        ("control_video", "input_image", "reference_image"),
-        ("control_video",),
+        accepts=("control_video", "input_image", "reference_image"),
+        requires=("control_video",),
     ),
     Variant(
         "fun_control",
         "Fun Control",
         lambda c: c.in_channels == 48,
         (CONTROL, FIRST_FRAME),
-        ("control_video", "input_image"),
-        ("control_video",),
+        accepts=("control_video", "input_image"),
+        requires=("control_video",),
     ),
     Variant(
         "flf2v",
         "first-last-frame to video",
         lambda c: c.image_positions > 0,
         (MASK, IMAGE),
-        ("input_image", "end_image"),
-        ("input_image", "end_image"),
+        accepts=("input_image", "end_image"),
+        requires=("input_image", "end_image"),
     ),
     Variant(
         "i2v",
         "image to video or Fun InP",
         lambda c: c.in_channels == 36,
         (MASK, IMAGE),
-        ("input_image", "end_image"),
+        accepts=("input_image", "end_image", "inpaint_video"),
     ),
-    Variant("t2v", "text to video", lambda c: c.in_channels == 16, (), ("motion_bucket_id",)),
+    Variant("t2v", "text to video", lambda c: c.in_channels == 16, accepts=(SPEED,)),
 )
 
 
@@ -101,3 +107,23 @@ def match_variant(config: DiTConfig) -> Variant:
         if variant.matches(config):
             return variant
     raise ValueError(f"No Wan 2.1 model has {config.in_channels} input channels (16, 32, 36 and 48 are known).")
+
+
+def check(variant: Variant, inputs: Sequence[str], label: str, has_motion_controller: bool = False) -> None:
+    """Raise ValueError when a model of this structure, called `label`, cannot use `inputs` or lacks one that it
+    needs.
+    """
+    strange = [name for name in inputs if name not in variant.accepts]
+    if strange:
+        takers = sorted({v.label for v in VARIANTS if set(strange) <= set(v.accepts)})
+        hint = f", or load a model that takes it ({' or '.join(takers)})" if takers else ""
+        raise ValueError(f"{label} takes {_listed(variant.accepts)}, but got {_listed(strange)}. Remove it{hint}.")
+    missing = [name for name in variant.requires if name not in inputs]
+    if missing:
+        raise ValueError(f"{label} ({variant.label}) needs {_listed(missing)}; got {_listed(inputs)}.")
+    if SPEED in inputs and not has_motion_controller:
+        raise ValueError(f"{SPEED} needs the speed-control adapter beside {label}; load it with the model.")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:]))) or "nothing besides text"

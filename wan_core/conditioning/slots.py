@@ -1,0 +1,63 @@
+"""Conditioning fitted to a model: checked against what it takes, and its named latents joined as it was trained."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.config import DiTConfig
+from ..models.dit import CLIP_TOKENS
+from ..types import Conditioning
+from ..variants import FIRST_FRAME, IMAGE, Slot, Variant, check
+
+
+def fit(
+    cond: Conditioning, variant: Variant, config: DiTConfig, label: str, has_motion_controller: bool = False
+) -> Conditioning:
+    """`cond` as the model `label` takes it: `concat` assembled, image tokens counted, one video's inputs for a whole
+    batch.
+
+    Raises:
+        ValueError: an input is missing or is not one that the model takes.
+    """
+    check(variant, cond.inputs or (), label, has_motion_controller)
+    clip = cond.clip
+    if clip is not None and config.has_image_input:
+        wanted = config.image_positions or CLIP_TOKENS
+        if clip.shape[1] < wanted:
+            raise ValueError(f"{label} reads the image tokens of a start and an end image; give both images.")
+        clip = clip[:, :wanted]
+    concat = assemble_concat(cond.slots, variant.slots) if cond.slots else cond.concat
+    return dataclasses.replace(cond, clip=clip, concat=concat, slots=None).expanded(cond.text.shape[0])
+
+
+def assemble_concat(slots: Mapping[str, Tensor], layout: Sequence[Slot]) -> Tensor | None:
+    """Named latents joined on channels in the order of `layout`, (B, sum of channels, F, h, w).
+
+    What the user did not give is zeros, as the models were trained to see it.
+    """
+    if not layout:
+        return None
+    slots = dict(slots)
+    if FIRST_FRAME.name not in slots and IMAGE.name in slots:
+        slots[FIRST_FRAME.name] = first_frame(slots[IMAGE.name])
+    like = next(iter(slots.values()))
+    parts = []
+    for slot in layout:
+        part = slots.get(slot.name)
+        parts.append(like.new_zeros(len(like), slot.channels, *like.shape[2:]) if part is None else part)
+    return torch.cat(parts, 1)
+
+
+def first_frame(latents: Tensor, frames: int | None = None) -> Tensor:
+    """Latents (B, 16, F, h, w) that hold the first frame of `latents` and zeros after it.
+
+    The VAE is causal: the first latent frame of a clip is the latent of its first picture alone. A video of one latent
+    frame gets zeros only, as VideoX-Fun prepares it.
+    """
+    frames = frames or latents.shape[2]
+    out = latents.new_zeros(*latents.shape[:2], frames, *latents.shape[3:])
+    if frames > 1:
+        out[:, :, 0] = latents[:, :, 0]
+    return out

@@ -1,0 +1,117 @@
+"""Pictures and clips of any size and length, brought to the size and length of a video by one stated rule."""
+
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .media import frames_to_tensor
+
+log = logging.getLogger("wancore")
+
+Aspect = Literal["stretch", "crop", "letterbox"]
+ASPECTS: tuple[str, ...] = ("crop", "stretch", "letterbox")
+"""`crop` fills the video and cuts what stands over at the centre, `stretch` distorts, `letterbox` shows all on
+white.
+"""
+
+LengthPolicy = Literal["repeat last", "loop", "error"]
+LENGTH_POLICIES: tuple[str, ...] = ("repeat last", "loop", "error")
+"""What is done when a clip is too short."""
+
+Pictures = Image.Image | Sequence[Image.Image] | Tensor | np.ndarray
+"""One picture or a clip: PIL images, or an array (T, H, W, C) or (H, W, C), float in [0, 1] or uint8."""
+
+
+def as_frames(value: Pictures, name: str) -> Tensor:
+    """`value` as frames (T, H, W, 3) in [0, 1], float32 on the CPU.
+
+    Raises:
+        ValueError: there is no frame, or it is neither pictures nor an array of that shape.
+    """
+    if isinstance(value, Image.Image):
+        value = [value]
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, Image.Image) for v in value):
+        if len({v.size for v in value}) > 1:
+            raise ValueError(f"{name}: all frames of a clip need one size; got {sorted({v.size for v in value})}.")
+        return frames_to_tensor(value)
+    if isinstance(value, (Tensor, np.ndarray)):
+        frames = torch.as_tensor(value)
+        frames = frames.float() / 255 if frames.dtype == torch.uint8 else frames.float()
+        frames = frames[None] if frames.ndim == 3 else frames
+        if frames.ndim == 4 and len(frames) and frames.shape[-1] in (1, 3, 4):
+            return frames[..., :3].expand(*frames.shape[:3], 3).cpu()
+    shape = tuple(value.shape) if hasattr(value, "shape") else type(value).__name__
+    raise ValueError(f"{name} must be a picture, a list of pictures, or an array (T, H, W, 3); got {shape}.")
+
+
+def as_masks(value: Pictures, name: str) -> Tensor:
+    """`value` as masks (T, H, W) in [0, 1], float32 on the CPU: the first channel of pictures, or ComfyUI's MASK.
+
+    Raises:
+        ValueError: as `as_frames`.
+    """
+    if isinstance(value, (Tensor, np.ndarray)):
+        array = torch.as_tensor(value)
+        if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+            value = array.reshape(-1, *array.shape[-2:], 1)
+    return as_frames(value, name)[..., 0]
+
+
+def fit_size(frames: Tensor, width: int, height: int, aspect: Aspect) -> Tensor:
+    """`frames` (T, H, W, C) in [0, 1] as (T, height, width, C), by an antialiased bicubic filter.
+
+    Letter-boxed frames are filtered bilinearly onto a white canvas, as VACE's authors prepare reference pictures.
+    """
+    old_height, old_width = frames.shape[1:3]
+    if (old_width, old_height) == (width, height):
+        return frames
+    ratios = (width / old_width, height / old_height)
+    scale = {"crop": max(ratios), "letterbox": min(ratios)}.get(aspect)
+    if scale is None:
+        inner = (height, width)
+    elif aspect == "crop":
+        inner = (max(height, round(old_height * scale)), max(width, round(old_width * scale)))
+    else:
+        inner = (max(1, int(old_height * scale)), max(1, int(old_width * scale)))
+    images = frames.permute(0, 3, 1, 2)
+    if aspect == "letterbox":
+        images = F.interpolate(images, inner, mode="bilinear", align_corners=False)
+    else:
+        images = F.interpolate(images, inner, mode="bicubic", align_corners=False, antialias=True)
+    images = images.clamp(0, 1)
+    top, left = abs(height - inner[0]) // 2, abs(width - inner[1]) // 2
+    if aspect == "letterbox":
+        canvas = images.new_ones(*images.shape[:2], height, width)
+        canvas[:, :, top : top + inner[0], left : left + inner[1]] = images
+        images = canvas
+    return images[:, :, top * (aspect == "crop") :, left * (aspect == "crop") :][..., :height, :width].permute(
+        0, 2, 3, 1
+    )
+
+
+def fit_length(frames: Tensor, num_frames: int, policy: LengthPolicy, name: str) -> Tensor:
+    """`frames` (T, ...) as (num_frames, ...): too long is cut, too short is filled by `policy`, each with a notice.
+
+    Raises:
+        ValueError: it is too short and the policy is `error`.
+    """
+    count = len(frames)
+    if count >= num_frames:
+        if count > num_frames:
+            log.warning("%s has %d frames; the first %d are used.", name, count, num_frames)
+        return frames[:num_frames]
+    if policy == "error":
+        raise ValueError(
+            f"{name} has {count} frames, but the video needs {num_frames}. Give more, or fewer num_frames."
+        )
+    index = torch.arange(num_frames)
+    index = index % count if policy == "loop" else index.clamp(max=count - 1)
+    what = "it is repeated from the start" if policy == "loop" else "its last frame is repeated"
+    log.warning("%s has %d frames, the video %d: %s.", name, count, num_frames, what)
+    return frames[index]
