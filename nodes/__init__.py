@@ -1,15 +1,25 @@
 """The node classes by the ids that workflows save. Ids never change."""
 
-from .loaders import ModelLoader, TextEncoderLoader, VAELoader
+from .control_encode import ControlEncode
+from .image_encode import ImageEncode
+from .loaders import ImageEncoderLoader, ModelLoader, TextEncoderLoader, VAELoader
 from .sampler import Sampler
+from .speed import SpeedControl
 from .text_encode import TextEncode
+from .vace_encode import VaceEncode, VaceReferences
 from .vae import VAEDecode, VAEEncode
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
     "WanCoreModelLoader": ModelLoader,
     "WanCoreTextEncoderLoader": TextEncoderLoader,
     "WanCoreVAELoader": VAELoader,
+    "WanCoreImageEncoderLoader": ImageEncoderLoader,
     "WanCoreTextEncode": TextEncode,
+    "WanCoreImageEncode": ImageEncode,
+    "WanCoreControlEncode": ControlEncode,
+    "WanCoreVaceEncode": VaceEncode,
+    "WanCoreVaceReferences": VaceReferences,
+    "WanCoreSpeedControl": SpeedControl,
     "WanCoreSampler": Sampler,
     "WanCoreVAEEncode": VAEEncode,
     "WanCoreVAEDecode": VAEDecode,
@@ -19,7 +29,13 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreModelLoader": "Load Model (WanCore)",
     "WanCoreTextEncoderLoader": "Load Text Encoder (WanCore)",
     "WanCoreVAELoader": "Load VAE (WanCore)",
+    "WanCoreImageEncoderLoader": "Load Image Encoder (WanCore)",
     "WanCoreTextEncode": "Prompt (WanCore)",
+    "WanCoreImageEncode": "Image Encode (WanCore)",
+    "WanCoreControlEncode": "Control Encode (WanCore)",
+    "WanCoreVaceEncode": "VACE Encode (WanCore)",
+    "WanCoreVaceReferences": "VACE References (WanCore)",
+    "WanCoreSpeedControl": "Speed Control (WanCore)",
     "WanCoreSampler": "Sampler (WanCore)",
     "WanCoreVAEEncode": "VAE Encode (WanCore)",
     "WanCoreVAEDecode": "VAE Decode (WanCore)",

@@ -1,6 +1,7 @@
 """ComfyUI's services, and what takes their place when the nodes run without it. The only file that imports ComfyUI."""
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,11 @@ except ImportError:
     model_management = comfy_utils = folder_paths = None
 
 PACK_FOLDER = Path(__file__).resolve().parents[1]
+ASSETS = PACK_FOLDER / "workflows" / "assets"
 MODEL_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
+
+TINY_SIZE = {"width": 96, "height": 64, "num_frames": 17}
+"""What `--tiny` makes of every node's size: a second of work on any machine."""
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -29,6 +34,7 @@ class _Standalone:
 
     device: torch.device | None = None
     models_dir: Path | None = None
+    input_dir: Path = Path("input")
     on_progress: OnProgress | None = None
 
 
@@ -36,11 +42,19 @@ _standalone = _Standalone()
 
 
 def configure(
-    *, device: str | None = None, models_dir: Path | None = None, on_progress: OnProgress | None = None
+    *,
+    device: str | None = None,
+    models_dir: Path | None = None,
+    input_dir: Path | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
-    """Set the device, the models folder and the progress report of a process that has no ComfyUI."""
+    """Set the device, the folders and the progress report of a process that has no ComfyUI.
+
+    Input files are looked for in `input` of the current folder when `input_dir` is None.
+    """
     _standalone.device = torch.device(device) if device and device != "auto" else None
     _standalone.models_dir = models_dir
+    _standalone.input_dir = input_dir or Path("input")
     _standalone.on_progress = on_progress
 
 
@@ -117,3 +131,32 @@ def find_file(folder: str, name: str) -> Path:
     if path is None or not Path(path).is_file():
         raise ValueError(f"There is no file {name!r} in the models folder {folder!r}.")
     return Path(path)
+
+
+def list_input_files(suffixes: tuple[str, ...]) -> list[str]:
+    """Names of the files with these suffixes in the input folder and among the shipped assets, sorted."""
+    folder = Path(folder_paths.get_input_directory()) if folder_paths else _standalone.input_dir
+    found = (file for place in (folder, ASSETS) if place.is_dir() for file in place.iterdir())
+    return sorted({file.name for file in found if file.suffix.lower() in suffixes})
+
+
+def input_file(name: str) -> Path:
+    """The file of that name: in the input folder, then among the assets that come with the workflows.
+
+    In ComfyUI `name [output]` and `name [temp]` are files of those folders, and no name leads out of its folder;
+    without it, `name` may also be any path.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if folder_paths:
+        plain, folder = folder_paths.annotated_filepath(name)
+        folder = Path(folder or folder_paths.get_input_directory()).absolute()
+        inside = Path(os.path.normpath(folder / plain)).is_relative_to(folder)
+        places = [folder / plain, ASSETS / Path(plain).name] if inside else []
+    else:
+        places = [_standalone.input_dir / name, ASSETS / name, Path(name).expanduser()]
+    for place in places:
+        if name and place.is_file():
+            return place
+    raise ValueError(f"There is no input file {name!r}. Put it into ComfyUI's input folder, or check the name.")

@@ -16,6 +16,7 @@ log = logging.getLogger("wancore")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = ("fast", "exact")
+NONE, AUTO = "none", "auto"
 
 
 def _choose_dtype(name: str, component: Component) -> torch.dtype:
@@ -34,7 +35,7 @@ def _choose_dtype(name: str, component: Component) -> torch.dtype:
     return torch.bfloat16
 
 
-class _Loader:
+class Loader:
     """What the loaders share: a list of catalog rows and local files, checked before a prompt starts."""
 
     CATEGORY = "WanCore/loaders"
@@ -79,7 +80,7 @@ class _Loader:
         """True, or what is wrong with an entry by its header; what must be downloaded first is checked later."""
         if name not in cls.choices():
             return f"Value not in list: {cls.INPUT}: {name!r}. Known: {', '.join(cls.choices())}"
-        if name == catalog.TINY:
+        if name in prepare.BUNDLED:
             return True
         try:
             prepare.inspect(cls.files(name, False), cls.KIND)
@@ -106,11 +107,11 @@ class _Loader:
         return prepare.inspect(files, self.KIND)
 
 
-class ModelLoader(_Loader):
+class ModelLoader(Loader):
     """A Wan DiT."""
 
     INPUT, KIND, FOLDER, PATTERN = "model", "dit", "diffusion_models", catalog.DIT_PATTERN
-    ROWS = tuple(row.model_id for row in (*catalog.CATALOG, catalog.TINY_ROW) if row.variant == "t2v" and not row.base)
+    ROWS = tuple(row.model_id for row in (*catalog.CATALOG, *catalog.TINY_ROWS) if not row.base)
     DESCRIPTION = (
         "Load a Wan 2.1 video model. What it can do is read from the file; the name only chooses recommended settings."
     )
@@ -130,6 +131,14 @@ class ModelLoader(_Loader):
             "precision": sockets.choice(
                 list(PRECISIONS), "fast", "exact keeps the residual stream in float32, as the authors do: more memory."
             ),
+            "vace_module": sockets.choice(
+                [NONE, *host.list_files(cls.FOLDER)],
+                NONE,
+                "A VACE branch from a file of its own, for a T2V base of its size.",
+            ),
+            "preset": sockets.choice(
+                [AUTO, *cls.ROWS], AUTO, "Whose recommended settings to use; auto goes by structure and name."
+            ),
         }
         return {"required": listed, "optional": {**shared, **own}}
 
@@ -144,19 +153,31 @@ class ModelLoader(_Loader):
     @classmethod
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
         """The bundled model of the same structure."""
-        return {"model": catalog.TINY, "download": False}
+        row = catalog.find_row(inputs.get("model", ""))
+        return {"model": catalog.tiny_id(row.variant if row else "t2v"), "download": False, "vace_module": NONE}
 
     def load(
-        self, model: str, dtype: str = "auto", download: bool = False, attention: str = "sdpa", precision: str = "fast"
+        self,
+        model: str,
+        dtype: str = "auto",
+        download: bool = False,
+        attention: str = "sdpa",
+        precision: str = "fast",
+        vace_module: str = NONE,
+        preset: str = AUTO,
     ) -> tuple[prepare.VideoModel]:
         component = self.component(model, download)
+        vace = None
+        if vace_module != NONE:
+            vace = prepare.inspect(host.find_file(self.FOLDER, vace_module), "vace")
         settings = prepare.DiTSettings(
             dtype=_choose_dtype(dtype, component), attention=attention, exact=precision == "exact"
         )
-        return (prepare.load_dit(component, settings, host.resting_device()),)
+        chosen = None if preset == AUTO else preset
+        return (prepare.load_dit(component, settings, host.resting_device(), vace=vace, preset=chosen),)
 
 
-class TextEncoderLoader(_Loader):
+class TextEncoderLoader(Loader):
     """UMT5 with its tokenizer."""
 
     INPUT, KIND, FOLDER, PATTERN = "text_encoder", "text_encoder", "text_encoders", catalog.TEXT_ENCODER_PATTERN
@@ -196,7 +217,7 @@ class TextEncoderLoader(_Loader):
         )
 
 
-class VAELoader(_Loader):
+class VAELoader(Loader):
     """The Wan 2.1 video autoencoder."""
 
     INPUT, KIND, FOLDER, PATTERN = "vae", "vae", "vae", catalog.VAE_PATTERN
@@ -227,3 +248,36 @@ class VAELoader(_Loader):
     def load(self, vae: str, dtype: str = "auto", download: bool = False) -> tuple[prepare.WanVAE]:
         component = self.component(vae, download)
         return (prepare.load_vae(component, _choose_dtype(dtype, component), host.resting_device()),)
+
+
+class ImageEncoderLoader(Loader):
+    """CLIP's vision tower."""
+
+    INPUT, KIND, FOLDER, PATTERN = "image_encoder", "image_encoder", "clip_vision", catalog.IMAGE_ENCODER_PATTERN
+    ROWS = (catalog.IMAGE_ENCODER_SOURCE, catalog.TINY)
+    DESCRIPTION = "Load the CLIP image encoder (ViT-H/14) that image, control and camera models read pictures with."
+    RETURN_TYPES = (sockets.IMAGE_ENCODER,)
+    RETURN_NAMES = ("image_encoder",)
+    OUTPUT_TOOLTIPS = ("The image encoder, for start, end and reference images.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        listed, shared = cls.shared_inputs("The image encoder")
+        return {"required": listed, "optional": shared}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, image_encoder: str, download: bool = False) -> bool | str:
+        return cls.check(image_encoder, download)
+
+    @classmethod
+    def IS_CHANGED(cls, image_encoder: str, download: bool = False, **_: Any) -> str:
+        return cls.fingerprint(image_encoder, download)
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The bundled image encoder."""
+        return {"image_encoder": catalog.TINY, "download": False}
+
+    def load(self, image_encoder: str, dtype: str = "auto", download: bool = False) -> tuple[prepare.ImageEncoder]:
+        component = self.component(image_encoder, download)
+        return (prepare.load_image_encoder(component, _choose_dtype(dtype, component), host.resting_device()),)

@@ -7,7 +7,6 @@ from torch import Tensor
 from ..wan_core.memory.residency import on_device
 from ..wan_core.models.vae import denormalise, normalise
 from ..wan_core.prepare import VideoModel
-from ..wan_core.runtime import log
 from ..wan_core.sampling.loop import sample
 from ..wan_core.settings import CFG_MODES, MAX_SEED, SOLVER_NAMES, GuidanceSettings, SamplerSettings
 from ..wan_core.types import Conditioning, LatentSize, VideoSize
@@ -64,7 +63,7 @@ class Sampler:
     @classmethod
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
         """Sizes and steps that take a second on any machine."""
-        return {"width": 96, "height": 64, "num_frames": 17, "steps": 4}
+        return {**host.TINY_SIZE, "steps": 4}
 
     def sample(
         self,
@@ -88,14 +87,14 @@ class Sampler:
         )
         start = None
         size = VideoSize.rounded(width, height, num_frames)
-        if (size.width, size.height, size.num_frames) != (width, height, num_frames):
-            log.warning("Rounded up to %s (asked for %dx%d, %d frames).", size, width, height, num_frames)
-        latent_size = size.latent
         if latent is not None and denoise < 1:
             start = normalise(latent["samples"])
-            latent_size = LatentSize(*start.shape[2:])
+            size = VideoSize.of_latent(LatentSize(*start.shape[2:]))
+        cond = model.fit(conditioning, size)
         dit = model.dit
         runtime = host.runtime(dit.dtype, host.weight_bytes(dit))
         with on_device(dit, runtime.device):
-            latents = sample(dit, conditioning, latent_size, settings, runtime, start)
+            latents = sample(
+                dit, cond.to(runtime.device), size.latent, settings, runtime, start, model.motion_controller
+            )
         return ({"samples": denormalise(latents).cpu()},)

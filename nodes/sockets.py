@@ -6,11 +6,22 @@ un-normalised VAE latents (B, 16, F, h, w) under "samples", as ComfyUI's own Wan
 
 from typing import Any
 
+from ..wan_core.fitting import ASPECTS, LENGTH_POLICIES
+
 MODEL = "WANCORE_MODEL"
 """`prepare.VideoModel`: a DiT whose weights rest on the host's offload device."""
 
 TEXT_ENCODER = "WANCORE_TEXT_ENCODER"
 """`conditioning.text.TextEncoder`: UMT5 and its tokenizer."""
+
+IMAGE_ENCODER = "WANCORE_IMAGE_ENCODER"
+"""`models.image_encoder.ImageEncoder`: CLIP's vision tower."""
+
+REFERENCES = "WANCORE_REFERENCES"
+"""A tuple of IMAGE batches, each of its own size; every image of them is a reference."""
+
+CAMERA_PATH = "WANCORE_CAMERA_PATH"
+"""`conditioning.camera_path.CameraPath`: the camera's pose in every frame, frozen."""
 
 VAE = "WANCORE_VAE"
 """`models.vae.WanVAE`."""
@@ -63,3 +74,23 @@ def tile_inputs() -> dict[str, Declaration]:
         "stride_height": whole(15, 1, 2048, "Distance between tiles; the rest of the tile overlaps and is blended."),
         "stride_width": whole(26, 1, 2048, "Distance between tiles; the rest of the tile overlaps and is blended."),
     }
+
+
+def size_inputs() -> dict[str, Declaration]:
+    """Width, height and length of the video; they must be the sampler's."""
+    return {
+        "width": whole(832, 16, MAX_SIDE, "Width of the video, as in the sampler.", step=16),
+        "height": whole(480, 16, MAX_SIDE, "Height of the video, as in the sampler.", step=16),
+        "num_frames": whole(81, 1, 10001, "Length of the video, as in the sampler.", step=4),
+    }
+
+
+def fit_inputs(*, clips: bool) -> dict[str, Declaration]:
+    """How pictures, and with `clips` also their number, are brought to the size of the video."""
+    aspect = "crop fills the video and cuts the rest, stretch distorts, letterbox shows all on white."
+    declared = {"aspect": choice(list(ASPECTS), "crop", aspect)}
+    if clips:
+        declared["too_short"] = choice(
+            list(LENGTH_POLICIES), "repeat last", "What to do with a clip that is shorter than the video."
+        )
+    return declared

@@ -9,15 +9,9 @@ from ..wan_core.media import frames_to_pixels, pixels_to_frames
 from ..wan_core.memory.residency import on_device
 from ..wan_core.models.vae import WanVAE, denormalise, normalise
 from ..wan_core.runtime import log
-from ..wan_core.tiling import TileSettings
 from ..wan_core.types import SIZE_MULTIPLE, VAE_STRIDE
 from . import host, sockets
-
-
-def _tiles(
-    tiled: bool, tile_height: int, tile_width: int, stride_height: int, stride_width: int
-) -> TileSettings | None:
-    return TileSettings(size=(tile_height, tile_width), stride=(stride_height, stride_width)) if tiled else None
+from .encoding import tile_settings
 
 
 def _fitted(frames: Tensor) -> Tensor:
@@ -61,16 +55,12 @@ class VAEDecode:
         self,
         vae: WanVAE,
         latent: dict[str, Tensor],
-        tiled: bool = False,
-        tile_height: int = 30,
-        tile_width: int = 52,
-        stride_height: int = 15,
-        stride_width: int = 26,
+        **tiles: Any,
     ) -> tuple[Tensor]:
-        tiles = _tiles(tiled, tile_height, tile_width, stride_height, stride_width)
+        settings = tile_settings(**tiles)
         runtime = host.runtime(vae.dtype, host.weight_bytes(vae))
         with on_device(vae, runtime.device), torch.no_grad():
-            pixels = vae.decode(normalise(latent["samples"].to(runtime.device)), tiles, runtime.chunks("Decoding"))
+            pixels = vae.decode(normalise(latent["samples"].to(runtime.device)), settings, runtime.chunks("Decoding"))
         return (pixels_to_frames(pixels),)
 
 
@@ -100,15 +90,11 @@ class VAEEncode:
         self,
         vae: WanVAE,
         images: Tensor,
-        tiled: bool = False,
-        tile_height: int = 30,
-        tile_width: int = 52,
-        stride_height: int = 15,
-        stride_width: int = 26,
+        **tiles: Any,
     ) -> tuple[dict[str, Tensor]]:
-        tiles = _tiles(tiled, tile_height, tile_width, stride_height, stride_width)
+        settings = tile_settings(**tiles)
         pixels = frames_to_pixels(_fitted(images))
         runtime = host.runtime(vae.dtype, host.weight_bytes(vae))
         with on_device(vae, runtime.device), torch.no_grad():
-            latents = vae.encode(pixels.to(runtime.device), tiles, runtime.chunks("Encoding"))
+            latents = vae.encode(pixels.to(runtime.device), settings, runtime.chunks("Encoding"))
         return ({"samples": denormalise(latents).cpu()},)

@@ -25,8 +25,9 @@ LEVELS = {
     "variants": 2, "catalog": 2, "checkpoints": 2,
     "tiny": 3, "conditioning": 3, "sampling": 3,
     "prepare": 4,
-    "pipeline": 5,
-    "__init__": 6,
+    "model_config": 5,
+    "pipeline": 6,
+    "__init__": 7,
 }  # fmt: skip
 
 MAX_FILE, MAX_FUNCTION = 400, 60

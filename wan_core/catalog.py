@@ -5,6 +5,7 @@ A row says what is recommended, never what a file is: that is read from the file
 
 from dataclasses import dataclass, replace
 
+DIT_FILE = "diffusion_pytorch_model.safetensors"
 DIT_PATTERN = "diffusion_pytorch_model*.safetensors"
 TEXT_ENCODER_PATTERN = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_PATTERN = "Wan2.1_VAE.pth"
@@ -13,6 +14,8 @@ TOKENIZER_PATTERN = "google/umt5-xxl/"
 MOTION_CONTROLLER_PATTERN = "model.safetensors"
 
 T2V_BASE = "Wan-AI/Wan2.1-T2V-1.3B"
+IMAGE_ENCODER_SOURCE = "Wan-AI/Wan2.1-I2V-14B-480P"
+SPEED_CONTROL = "DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1"
 TINY = "WanCore/tiny"
 
 NEGATIVE_PROMPT = (
@@ -116,8 +119,8 @@ CATALOG: tuple[CatalogRow, ...] = (
     _wan("VACE-1.3B", "vace", "1.3B", _VACE_S),
     _wan("VACE-14B", "vace", "14B", _VACE_L),
     CatalogRow(
-        model_id="DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1",
-        huggingface_id="DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1",
+        model_id=SPEED_CONTROL,
+        huggingface_id=SPEED_CONTROL,
         variant="t2v",
         size="1.3B",
         preset=_T2V_S,
@@ -126,17 +129,51 @@ CATALOG: tuple[CatalogRow, ...] = (
     ),
 )
 
-TINY_ROW = CatalogRow(
-    model_id=TINY,
-    huggingface_id=TINY,
-    variant="t2v",
-    size="tiny",
-    preset=Preset(steps=4, width=96, height=64, num_frames=9, negative_prompt=""),
+
+def tiny_id(variant: str) -> str:
+    """The id of the bundled model of that structure."""
+    return TINY if variant == "t2v" else f"{TINY}-{variant.replace('_', '-')}"
+
+
+TINY_ROWS: tuple[CatalogRow, ...] = tuple(
+    CatalogRow(
+        model_id=tiny_id(variant),
+        huggingface_id=tiny_id(variant),
+        variant=variant,
+        size="tiny",
+        preset=Preset(steps=4, width=96, height=64, num_frames=9, negative_prompt="", teacache="Wan2.1-T2V-1.3B"),
+        needs_image_encoder=variant not in ("t2v", "vace"),
+    )
+    for variant in dict.fromkeys(row.variant for row in CATALOG)
 )
-"""A model of random weights that this pack makes by itself. It draws abstract patterns, and lets every workflow run
-anywhere."""
+"""Models of random weights that this pack makes by itself, one of each structure. They draw abstract patterns, and let
+every workflow run anywhere."""
+
+SIZES = {1536: "1.3B", 5120: "14B", 256: "tiny"}
+"""Model width to size, of the published models and the bundled ones."""
 
 
 def find_row(model_id: str) -> CatalogRow | None:
     """The row of that id, or None."""
-    return next((row for row in (*CATALOG, TINY_ROW) if row.model_id == model_id), None)
+    return next((row for row in (*CATALOG, *TINY_ROWS) if row.model_id == model_id), None)
+
+
+HINTS = ("fun", "inp", "480", "720", "v1.1", "preview")
+"""Words in names that tell apart checkpoints of one structure and size."""
+
+
+def guess_row(name: str, variant: str, size: str) -> CatalogRow | None:
+    """The row that a file or folder called `name` most likely comes from, among those of its structure and size.
+
+    An id inside the name settles it, else the words of `HINTS` do; with none of them the first row counts. The row only
+    recommends settings.
+    """
+    name = name.lower()
+    rows = [row for row in (*CATALOG, *TINY_ROWS) if (row.variant, row.size) == (variant, size) and not row.base]
+    found = _hints(name)
+    by_id = [row for row in rows if row.model_id.lower() in name]
+    return max(by_id or rows, key=lambda row: -len(_hints(row.model_id.lower()) ^ found), default=None)
+
+
+def _hints(name: str) -> set[str]:
+    return {hint for hint in HINTS if hint in name}

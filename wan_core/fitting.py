@@ -71,28 +71,22 @@ def fit_size(frames: Tensor, width: int, height: int, aspect: Aspect) -> Tensor:
     old_height, old_width = frames.shape[1:3]
     if (old_width, old_height) == (width, height):
         return frames
-    ratios = (width / old_width, height / old_height)
-    scale = {"crop": max(ratios), "letterbox": min(ratios)}.get(aspect)
-    if scale is None:
-        inner = (height, width)
-    elif aspect == "crop":
-        inner = (max(height, round(old_height * scale)), max(width, round(old_width * scale)))
-    else:
-        inner = (max(1, int(old_height * scale)), max(1, int(old_width * scale)))
     images = frames.permute(0, 3, 1, 2)
     if aspect == "letterbox":
-        images = F.interpolate(images, inner, mode="bilinear", align_corners=False)
-    else:
-        images = F.interpolate(images, inner, mode="bicubic", align_corners=False, antialias=True)
-    images = images.clamp(0, 1)
-    top, left = abs(height - inner[0]) // 2, abs(width - inner[1]) // 2
-    if aspect == "letterbox":
+        scale = min(width / old_width, height / old_height)
+        inner = (max(1, int(old_height * scale)), max(1, int(old_width * scale)))
         canvas = images.new_ones(*images.shape[:2], height, width)
-        canvas[:, :, top : top + inner[0], left : left + inner[1]] = images
-        images = canvas
-    return images[:, :, top * (aspect == "crop") :, left * (aspect == "crop") :][..., :height, :width].permute(
-        0, 2, 3, 1
-    )
+        top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+        scaled = F.interpolate(images, inner, mode="bilinear", align_corners=False)
+        canvas[:, :, top : top + inner[0], left : left + inner[1]] = scaled
+        return canvas.permute(0, 2, 3, 1)
+    inner = (height, width)
+    if aspect == "crop":
+        scale = max(width / old_width, height / old_height)
+        inner = (max(height, round(old_height * scale)), max(width, round(old_width * scale)))
+    scaled = F.interpolate(images, inner, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    top, left = (inner[0] - height) // 2, (inner[1] - width) // 2
+    return scaled[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1)
 
 
 def fit_length(frames: Tensor, num_frames: int, policy: LengthPolicy, name: str) -> Tensor:

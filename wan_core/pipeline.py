@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,80 +11,35 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import catalog, prepare
-from .checkpoints.detect import Component, detect_files
-from .checkpoints.download import models_folder
-from .checkpoints.files import resolve_files
-from .conditioning.text import Prompt, TextEncoder, text_conditioning
+from . import prepare
+from .conditioning.camera_path import CameraPath
+from .conditioning.encoders import Fit, LatentEncoder
+from .conditioning.inputs import VideoInputs, condition
+from .conditioning.text import Prompt, TextEncoder, as_prompts, text_conditioning
+from .fitting import Pictures, as_frames, as_masks
 from .media import pixels_to_images
 from .memory.residency import on_device
+from .model_config import ModelConfig, find_models, tokenizer_folder
+from .models.image_encoder import ImageEncoder
 from .models.vae import WanVAE
-from .runtime import Runtime, default_device, log
+from .runtime import Runtime, default_device
 from .sampling.loop import sample
 from .settings import GuidanceSettings, SamplerSettings, check_choice
 from .tiling import TileSettings
-from .types import VideoSize
+from .types import Conditioning, Curve, VideoSize
+from .variants import check
 
 OUTPUT_TYPES = ("pil", "tensor", "latent")
-PathLike = str | Path
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Where one model of a pipeline is, and where its weights rest.
-
-    Attributes:
-        path: a file, a folder, a glob or a list of shards; wins over `model_id`.
-        model_id: a repository on ModelScope, or "WanCore/tiny".
-        origin_file_pattern: a glob inside that repository.
-        offload_device: where the weights rest while another model works; None keeps them on the pipeline's device.
-        offload_dtype: in which dtype they rest; None is the pipeline's.
-        local_model_path: root of the downloaded models, "./models" when None.
-        skip_download: use local files only.
-    """
-
-    path: PathLike | Sequence[PathLike] | None = None
-    model_id: str | None = None
-    origin_file_pattern: str | None = None
-    offload_device: str | torch.device | None = None
-    offload_dtype: torch.dtype | None = None
-    local_model_path: PathLike | None = None
-    skip_download: bool | None = None
-
-    def files(self, redirect_common_files: bool = True) -> list[Path]:
-        """The local files, downloaded first when they are absent and that is allowed.
-
-        Raises:
-            ValueError: neither a path nor a repository with a pattern is given, or nothing is found.
-        """
-        if self.path is not None:
-            return [file for group in resolve_files(self.path) for file in group]
-        if not self.model_id or not self.origin_file_pattern:
-            raise ValueError(f"ModelConfig needs `path`, or `model_id` with `origin_file_pattern`; got {self}.")
-        return prepare.find_files(
-            self.model_id,
-            self.origin_file_pattern,
-            models_dir=models_folder(self.local_model_path),
-            skip_download=bool(self.skip_download),
-            redirect_common_files=redirect_common_files,
-        )
-
-
-TOKENIZER_CONFIG = ModelConfig(model_id=catalog.T2V_BASE, origin_file_pattern=catalog.TOKENIZER_PATTERN)
 
 # Parameters of the reference that a later part of the library brings, with the value that means "not used".
 _LATER: dict[str, Any] = {
-    "input_image": None, "end_image": None, "input_video": None, "control_video": None, "reference_image": None,
-    "camera_control_direction": None, "camera_control_speed": 1 / 54, "camera_control_origin": None,
-    "vace_video": None, "vace_video_mask": None, "vace_reference_image": None, "vace_scale": 1.0,
-    "denoising_strength": 1.0, "motion_bucket_id": None, "sliding_window_size": None, "sliding_window_stride": None,
-    "tea_cache_l1_thresh": None, "tea_cache_model_id": "",
+    "sliding_window_size": None, "sliding_window_stride": None, "tea_cache_l1_thresh": None, "tea_cache_model_id": "",
 }  # fmt: skip
 
 
 @dataclass(eq=False)
 class WanVideoPipeline:
-    """Text to video in one object. Build it with `from_pretrained`, then call it.
+    """Every Wan 2.1 model in one object. Build it with `from_pretrained`, then call it.
 
     Models whose `offload_device` differs from `device` are on `device` only while they work.
     """
@@ -93,6 +49,7 @@ class WanVideoPipeline:
     model: prepare.VideoModel
     text_encoder: TextEncoder
     vae: WanVAE
+    image_encoder: ImageEncoder | None = None
 
     @property
     def dit(self) -> torch.nn.Module:
@@ -102,6 +59,10 @@ class WanVideoPipeline:
     def tokenizer(self) -> Any:
         return self.text_encoder.tokenizer
 
+    @property
+    def motion_controller(self) -> torch.nn.Module | None:
+        return self.model.motion_controller
+
     @classmethod
     def from_pretrained(
         cls,
@@ -109,7 +70,7 @@ class WanVideoPipeline:
         device: str | torch.device | None = None,
         model_configs: Sequence[ModelConfig] = (),
         tokenizer_config: ModelConfig | None = None,
-        local_model_path: PathLike | None = None,
+        local_model_path: str | Path | None = None,
         skip_download: bool | None = None,
         redirect_common_files: bool = True,
     ) -> "WanVideoPipeline":
@@ -122,36 +83,26 @@ class WanVideoPipeline:
             ValueError: a model is missing, given twice, unknown or broken.
         """
         device = torch.device(device) if device is not None else default_device()
-        found: dict[str, tuple[Component, ModelConfig]] = {}
-        for config in model_configs:
-            config = _with_defaults(config, local_model_path, skip_download)
-            for group in resolve_files(config.files(redirect_common_files)):
-                component = detect_files(group)
-                if component.kind in found:
-                    raise ValueError(
-                        f"Two models of one kind were given: {found[component.kind][0].name} and {component.name}."
-                    )
-                found[component.kind] = (component, config)
-        for kind, what in (("dit", "a DiT"), ("text_encoder", "a text encoder"), ("vae", "a VAE")):
-            if kind not in found:
-                raise ValueError(f"model_configs lacks {what}; it has {', '.join(found) or 'nothing'}.")
-        for kind, (component, config) in found.items():
-            if kind not in ("dit", "text_encoder", "vae"):
-                raise ValueError(f"{component.name} ({kind}) cannot be used by this version of the pipeline.")
-            if config.offload_dtype not in (None, torch_dtype):
-                raise ValueError(
-                    f"offload_dtype {config.offload_dtype} other than torch_dtype is not available in this version."
-                )
-        rest = {kind: config.offload_device or device for kind, (_, config) in found.items()}
-        text_component = found["text_encoder"][0]
-        tokenizer = _tokenizer_folder(text_component, tokenizer_config, local_model_path, skip_download)
+        defaults = ModelConfig(local_model_path=local_model_path, skip_download=skip_download)
+        configs = [config.filled_from(defaults) for config in model_configs]
+        found = find_models(configs, torch_dtype, redirect_common_files)
+        component = {kind: model.component for kind, model in found.items()}
+        rest = {kind: model.config.offload_device or device for kind, model in found.items()}
+        tokenizer = tokenizer_folder(component["text_encoder"], tokenizer_config, defaults)
         settings = prepare.DiTSettings(dtype=torch_dtype)
+        model = prepare.load_dit(component["dit"], settings, rest["dit"], vace=component.get("vace"))
+        if "motion_controller" in found:
+            model = prepare.with_speed_control(model, component["motion_controller"], device)
+        image_encoder = None
+        if "image_encoder" in found:
+            image_encoder = prepare.load_image_encoder(component["image_encoder"], torch_dtype, rest["image_encoder"])
         return cls(
             device,
             torch_dtype,
-            prepare.load_dit(found["dit"][0], settings, rest["dit"]),
-            prepare.load_text_encoder(text_component, tokenizer, torch_dtype, rest["text_encoder"]),
-            prepare.load_vae(found["vae"][0], torch_dtype, rest["vae"]),
+            model,
+            prepare.load_text_encoder(component["text_encoder"], tokenizer, torch_dtype, rest["text_encoder"]),
+            prepare.load_vae(component["vae"], torch_dtype, rest["vae"]),
+            image_encoder,
         )
 
     def enable_vram_management(
@@ -166,7 +117,7 @@ class WanVideoPipeline:
             "that are not at work off the card."
         )
 
-    def load_lora(self, module: torch.nn.Module, path: PathLike, alpha: float = 1.0) -> None:
+    def load_lora(self, module: torch.nn.Module, path: str | Path, alpha: float = 1.0) -> None:
         """Not part of this version."""
         raise ValueError(f"LoRA files are not supported by this version; {path} was not loaded.")
 
@@ -175,6 +126,24 @@ class WanVideoPipeline:
         prompt: Prompt = "",
         negative_prompt: Prompt = "",
         *,
+        input_image: Pictures | None = None,
+        end_image: Pictures | None = None,
+        input_video: Pictures | None = None,
+        denoising_strength: float = 1.0,
+        inpaint_video: Pictures | None = None,
+        inpaint_mask: Pictures | None = None,
+        control_video: Pictures | None = None,
+        reference_image: Pictures | None = None,
+        camera_control_direction: str | None = None,
+        camera_control_speed: float = 1 / 54,
+        camera_control_origin: Sequence[float] | None = None,
+        camera_path: CameraPath | None = None,
+        vace_video: Pictures | None = None,
+        vace_video_mask: Pictures | None = None,
+        vace_reference_image: Pictures | None = None,
+        vace_scale: float | Sequence[float] | Curve = 1.0,
+        motion_bucket_id: float | None = None,
+        fit: Fit | None = None,
         seed: int | None = None,
         rand_device: str = "cpu",
         height: int = 480,
@@ -194,9 +163,21 @@ class WanVideoPipeline:
     ) -> list[Image.Image] | list[list[Image.Image]] | Tensor:
         """Generate a video.
 
+        Which inputs a model takes is decided by its structure; one that it cannot use is refused before anything runs.
+        Pictures and clips may have any size and length (see `fit`).
+
         Args:
             prompt: what to show; a list makes one video of each.
             negative_prompt: what to avoid.
+            input_image, end_image: first and last frame.
+            input_video, denoising_strength: a video to start from, with that much noise; all steps are run.
+            inpaint_video, inpaint_mask: a video of which the parts where the mask is white are drawn anew (Fun InP).
+            control_video, reference_image: for the Fun control models.
+            camera_control_direction, camera_control_speed, camera_control_origin: a camera move, or
+            camera_path: any path (`conditioning.camera_path`).
+            vace_video, vace_video_mask, vace_reference_image, vace_scale: a VACE input; several references make a list.
+            motion_bucket_id: speed from 0 to 100, with the speed-control adapter.
+            fit: how pictures and clips are brought to the size of the video; cropped and, if short, held by default.
             seed: of the noise; None draws one.
             rand_device: where noise is drawn; on the CPU it is the same everywhere.
             height, width: in pixels, rounded up to multiples of 16.
@@ -206,32 +187,89 @@ class WanVideoPipeline:
             num_inference_steps: model evaluations per branch.
             sigma_shift: shift of the noise schedule.
             solver: see `SamplerSettings`.
-            tiled, tile_size, tile_stride: decode in tiles of that many latent cells (height, width).
+            tiled, tile_size, tile_stride: encode and decode in tiles of that many latent cells (height, width).
             progress_bar_cmd: wraps the steps, such as `tqdm` (the default).
             output_type: `pil` for a list of images, `tensor` for pixels (B, 3, T, H, W) in [-1, 1], `latent` for
                 normalised latents (B, 16, F, h, w).
 
         Raises:
-            ValueError: an argument is out of range or not supported by this version.
+            ValueError: an argument is out of range, or not supported by this version or this model.
         """
         _refuse_later(later)
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        size = _rounded(width, height, num_frames)
+        size = VideoSize.rounded(width, height, num_frames)
+        if camera_path is None and camera_control_direction is not None:
+            camera_path = CameraPath.from_direction(
+                camera_control_direction, size.num_frames, camera_control_speed, camera_control_origin
+            )
+        inputs = VideoInputs(
+            input_image=_frames(input_image, "input_image"),
+            end_image=_frames(end_image, "end_image"),
+            inpaint_video=_frames(inpaint_video, "inpaint_video"),
+            inpaint_mask=None if inpaint_mask is None else as_masks(inpaint_mask, "inpaint_mask"),
+            control_video=_frames(control_video, "control_video"),
+            reference_image=_frames(reference_image, "reference_image"),
+            camera=camera_path,
+            vace_video=_frames(vace_video, "vace_video"),
+            vace_video_mask=None if vace_video_mask is None else as_masks(vace_video_mask, "vace_video_mask"),
+            vace_reference_image=_references(vace_reference_image),
+            motion_bucket_id=motion_bucket_id,
+            vace_scale=Curve.of(vace_scale),
+        )
         settings = SamplerSettings(
             seed=random.getrandbits(32) if seed is None else seed,
             steps=num_inference_steps,
             shift=sigma_shift,
+            denoise=denoising_strength if input_video is not None else 1.0,
             solver=solver,
             rand_device=rand_device,
             guidance=GuidanceSettings(scale=cfg_scale, mode="batched" if cfg_merge else "sequential"),
         )
         tiles = TileSettings(size=tuple(tile_size), stride=tuple(tile_stride)) if tiled else None
+        start = _frames(input_video, "input_video")
+        self._check(inputs, prompt, negative_prompt)
         with on_device(self.text_encoder.model, self.device):
             cond = text_conditioning(self.text_encoder, prompt, negative_prompt)
+        cond, latents = self._encode(cond, inputs, start, size, tiles, fit or Fit())
+        cond = self.model.fit(cond.to(self.device), size)
         with on_device(self.dit, self.device):
-            latents = sample(
-                self.dit, cond, size.latent, settings, self._runtime(progress_bar_cmd, num_inference_steps)
+            runtime = self._runtime(progress_bar_cmd, num_inference_steps)
+            latents = sample(self.dit, cond, size.latent, settings, runtime, latents, self.model.motion_controller)
+        return self._output(latents, tiles, output_type)
+
+    def _check(self, inputs: VideoInputs, prompt: Prompt, negative_prompt: Prompt) -> None:
+        as_prompts(prompt), as_prompts(negative_prompt, "negative_prompt")
+        check(self.model.variant, inputs.given(), self.model.name, self.model.motion_controller is not None)
+        pictures = [n for n in ("input_image", "end_image", "reference_image") if getattr(inputs, n) is not None]
+        if pictures and self.image_encoder is None:
+            raise ValueError(
+                f"{self.model.name} reads {' and '.join(pictures)} through the CLIP image encoder too; add "
+                "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth to model_configs."
             )
+
+    def _encode(
+        self,
+        cond: Conditioning,
+        inputs: VideoInputs,
+        start: Tensor | None,
+        size: VideoSize,
+        tiles: TileSettings | None,
+        fit: Fit,
+    ) -> tuple[Conditioning, Tensor | None]:
+        """Conditioning with all inputs, and the latents of the video to start from."""
+        if not inputs.given() and start is None:
+            return cond, None
+        with ExitStack() as stack:
+            for module in filter(None, (self.vae, self.image_encoder)):
+                stack.enter_context(on_device(module, self.device))
+            encoder = LatentEncoder(vae=self.vae, tiles=tiles)
+            cond = condition(cond, inputs, self.model.variant, size, encoder, self.image_encoder, fit)
+            latents = None if start is None else encoder.frames(fit.clip(start, size, "input_video"))
+        if latents is not None:
+            latents = latents.expand(cond.text.shape[0], -1, -1, -1, -1)
+        return cond, latents
+
+    def _output(self, latents: Tensor, tiles: TileSettings | None, output_type: str) -> Any:
         if output_type == "latent":
             return latents
         with on_device(self.vae, self.device), torch.no_grad():
@@ -253,26 +291,16 @@ class WanVideoPipeline:
         )
 
 
-def _with_defaults(config: ModelConfig, local_model_path: PathLike | None, skip_download: bool | None) -> ModelConfig:
-    return replace(
-        config,
-        local_model_path=local_model_path if config.local_model_path is None else config.local_model_path,
-        skip_download=skip_download if config.skip_download is None else config.skip_download,
-    )
+def _frames(value: Pictures | None, name: str) -> Tensor | None:
+    return None if value is None else as_frames(value, name)
 
 
-def _tokenizer_folder(
-    component: Component, config: ModelConfig | None, local_model_path: PathLike | None, skip_download: bool | None
-) -> Path | None:
-    """The tokenizer's folder; None when the text encoder brings one and no other was asked for."""
-    if config is None:
-        if prepare.has_tokenizer(component):
-            return None
-        config = TOKENIZER_CONFIG
-    if config.path is not None:
-        return Path(config.path)
-    files = _with_defaults(config, local_model_path, skip_download).files()
-    return files[0] if files[0].is_dir() else files[0].parent
+def _references(value: Pictures | None) -> tuple[Tensor, ...] | None:
+    """Reference pictures, each of its own size."""
+    if value is None:
+        return None
+    several = isinstance(value, (list, tuple)) and len(value)
+    return tuple(as_frames(v, "vace_reference_image") for v in (value if several else [value]))
 
 
 def _refuse_later(arguments: dict[str, Any]) -> None:
@@ -281,10 +309,3 @@ def _refuse_later(arguments: dict[str, Any]) -> None:
             raise TypeError(f"WanVideoPipeline has no parameter {name!r}.")
         if value != _LATER[name]:
             raise ValueError(f"{name} is not supported by this version of the pipeline; leave it out.")
-
-
-def _rounded(width: int, height: int, num_frames: int) -> VideoSize:
-    size = VideoSize.rounded(width, height, num_frames)
-    if (size.width, size.height, size.num_frames) != (width, height, num_frames):
-        log.warning("Rounded up to %s (asked for %sx%s, %s frames).", size, width, height, num_frames)
-    return size

@@ -2,26 +2,31 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from . import catalog, tiny
-from .checkpoints.detect import Component, detect_files, require_kind
+from .checkpoints.detect import Component, detect_files, join_vace, require_kind
 from .checkpoints.download import OnProgress, fetch, redirect
 from .checkpoints.keymap import SPIECE_MODEL
 from .checkpoints.load import build, spiece_model
 from .checkpoints.tokenizer import Tokenizer
+from .conditioning.slots import fit
 from .conditioning.text import TextEncoder
 from .models.attention import load_backend
 from .models.dit import WanDiT
+from .models.image_encoder import ImageEncoder
+from .models.motion_controller import MotionController
 from .models.vae import WanVAE
+from .types import Conditioning, VideoSize
 from .variants import Variant, match_variant
 
 log = logging.getLogger("wancore")
 
 PathLike = str | Path
+BUNDLED = frozenset(row.model_id for row in catalog.TINY_ROWS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +46,29 @@ class DiTSettings:
 
 @dataclass(frozen=True)
 class VideoModel:
-    """A DiT with what is known of it: its structure's row, and the catalog row that its name points to, if any."""
+    """A DiT with what is known of it.
+
+    Attributes:
+        dit: the transformer, its weights where they rest.
+        variant: its structure's row.
+        row: the catalog row whose settings are recommended, if its name or structure points to one.
+        name: what to call it in messages.
+        motion_controller: the speed-control adapter that was loaded beside it.
+    """
 
     dit: WanDiT
     variant: Variant
     row: catalog.CatalogRow | None
+    name: str
+    motion_controller: MotionController | None = None
+
+    def fit(self, cond: Conditioning, size: VideoSize | None = None) -> Conditioning:
+        """`cond` as this model takes it, for a video of `size`.
+
+        Raises:
+            ValueError: an input is missing, is not one that the model takes, or was made for another size.
+        """
+        return fit(cond, self.variant, self.dit.config, self.name, size, self.motion_controller is not None)
 
 
 def find_files(
@@ -64,8 +87,8 @@ def find_files(
     Raises:
         ValueError: nothing matches, a file is broken or missing, or the download failed.
     """
-    if model_id == catalog.TINY:
-        tiny.write_model(models_dir / model_id)
+    if model_id in BUNDLED:
+        tiny.write_model(models_dir, model_id)
         skip_download = True
     elif redirect_common_files:
         model_id, pattern = redirect(model_id, pattern, models_dir)
@@ -83,25 +106,68 @@ def inspect(path: PathLike | Sequence[PathLike], kind: str) -> Component:
     return component
 
 
-def load_dit(component: Component, settings: DiTSettings, device: torch.device | str) -> VideoModel:
+def load_dit(
+    component: Component,
+    settings: DiTSettings,
+    device: torch.device | str,
+    *,
+    vace: Component | None = None,
+    preset: str | None = None,
+) -> VideoModel:
     """The DiT of `component`, its weights resting on `device`.
 
+    Args:
+        vace: a VACE branch from a file of its own, joined to the model.
+        preset: the catalog row whose settings are recommended, instead of the one that the file's name points to.
+
     Raises:
-        ValueError: keys are missing, unexpected or misshapen, or the attention backend is not usable.
+        ValueError: keys are missing, unexpected or misshapen, the branch is of another size, or the attention backend
+            is not usable.
     """
+    if vace is not None:
+        component = join_vace(component, vace)
     variant = match_variant(component.config)
     dit: WanDiT = build(component, dtype=settings.dtype, device=device)
     dit.attend = load_backend(settings.attention, torch.device(device), settings.dtype)
     dit.exact = settings.exact
-    row = hinted_row(component)
-    log.info("DiT: %s, %s", variant.label, row.model_id if row else "not in the catalog")
-    return VideoModel(dit, variant, row)
+    row = catalog.find_row(preset) if preset else recommended_row(component, variant)
+    name = row.model_id if row and _names(row, component) else component.name
+    log.info("%s: %s; recommended settings of %s.", name, variant.label, row.model_id if row else "no published model")
+    return VideoModel(dit, variant, row, name)
 
 
-def hinted_row(component: Component) -> catalog.CatalogRow | None:
-    """The catalog row named by the folder that the files lie in; it chooses recommended settings, nothing else."""
-    path = component.header.files[0].resolve()
-    return catalog.find_row("/".join(path.parts[-3:-1]))
+def recommended_row(component: Component, variant: Variant) -> catalog.CatalogRow | None:
+    """The catalog row that a file's structure, size and, where these leave a choice, its name point to."""
+    size = catalog.SIZES.get(component.config.dim, "")
+    return catalog.guess_row(_place(component), variant.name, size)
+
+
+def _names(row: catalog.CatalogRow, component: Component) -> bool:
+    return row.model_id.lower() in _place(component).lower()
+
+
+def _place(component: Component) -> str:
+    return component.header.files[0].resolve().as_posix()
+
+
+def load_image_encoder(component: Component, dtype: torch.dtype, device: torch.device | str) -> ImageEncoder:
+    """The CLIP image encoder of `component`."""
+    return build(component, dtype=dtype, device=device)
+
+
+def with_speed_control(model: VideoModel, component: Component, device: torch.device | str) -> VideoModel:
+    """`model` with the speed-control adapter of `component` beside it; the model that was given stays as it is.
+
+    Raises:
+        ValueError: the adapter is for models of another width.
+    """
+    width, own = component.config.dim, model.dit.config.dim
+    if width != own:
+        raise ValueError(
+            f"{component.name} controls models of width {width}, but {model.name} has width {own}. The published "
+            f"adapter is for {catalog.T2V_BASE}."
+        )
+    return replace(model, motion_controller=build(component, dtype=model.dit.dtype, device=device))
 
 
 def load_text_encoder(

@@ -6,6 +6,7 @@ They draw abstract patterns, not films. They exist so that every workflow can ru
 import contextlib
 import tempfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import catalog
-from .models.config import DiTConfig, TextEncoderConfig, VAEConfig
+from .models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
 from .models.dit import WanDiT
+from .models.image_encoder import ImageEncoder
+from .models.motion_controller import MotionController
 from .models.text_encoder import UMT5Encoder
 from .models.vae import WanVAE
 
@@ -47,8 +50,19 @@ LETTERS = "\u2581abcdefghijklmnopqrstuvwxyz0123456789,.!?-'"
 
 TEXT_ENCODER = TextEncoderConfig(vocab_size=320, dim=64, attention_dim=128, ffn_dim=160, num_heads=2, num_layers=3)
 VAE = VAEConfig(base_dim=8)
-DIT = DiTConfig(dim=256, ffn_dim=512, num_layers=4, text_dim=64, freq_dim=64)
-VARIANT_DITS: dict[str, DiTConfig] = {"t2v": DIT}
+IMAGE_ENCODER = ImageEncoderConfig(dim=160, mlp_dim=640, num_layers=4, out_dim=64)
+MOTION_CONTROLLER = MotionControllerConfig(dim=256, freq_dim=64)
+DIT = DiTConfig(dim=256, ffn_dim=512, num_layers=4, text_dim=64, freq_dim=64, image_dim=IMAGE_ENCODER.dim)
+DITS: dict[str, DiTConfig] = {
+    "t2v": DIT,
+    "i2v": replace(DIT, in_channels=36, has_image_input=True),
+    "flf2v": replace(DIT, in_channels=36, has_image_input=True, image_positions=514),
+    "fun_control": replace(DIT, in_channels=48, has_image_input=True),
+    "fun_v1_1_control": replace(DIT, in_channels=48, has_image_input=True, has_reference=True),
+    "fun_camera": replace(DIT, in_channels=32, has_image_input=True, camera_channels=24),
+    "vace": replace(DIT, vace_layers=(0, 2), vace_channels=96),
+}
+"""One structure of each kind, by the name of its variant."""
 
 
 def state_dict(module: nn.Module) -> dict[str, Tensor]:
@@ -71,23 +85,32 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def write_model(folder: Path, variant: str = "t2v") -> Path:
-    """Make the tiny model of `variant` in `folder`, in the original file layout, unless it is already there.
+def write_model(root: Path, model_id: str) -> Path:
+    """Make the bundled model `model_id` under the models folder `root`, in the original file layout, unless it is
+    there.
 
-    The files are written beside the folder first and appear under it all at once.
+    The text-to-video model brings the encoders and the speed-control adapter that all of them share. The files are
+    written beside the folder first and appear under it all at once.
     """
+    folder = root / model_id
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        dit, text_encoder, vae = WanDiT(VARIANT_DITS[variant]), UMT5Encoder(TEXT_ENCODER), WanVAE(VAE)
+        weights = {catalog.DIT_FILE: WanDiT(DITS[catalog.find_row(model_id).variant])}
+        if model_id == catalog.TINY:
+            weights[catalog.TEXT_ENCODER_PATTERN] = UMT5Encoder(TEXT_ENCODER)
+            weights[catalog.VAE_PATTERN] = WanVAE(VAE)
+            weights[catalog.IMAGE_ENCODER_PATTERN] = ImageEncoder(IMAGE_ENCODER)
+            weights[catalog.MOTION_CONTROLLER_PATTERN] = MotionController(MOTION_CONTROLLER)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         draft = Path(temporary) / "model"
         draft.mkdir()
-        save_file(state_dict(dit), draft / "diffusion_pytorch_model.safetensors")
-        torch.save(state_dict(text_encoder), draft / catalog.TEXT_ENCODER_PATTERN)
-        torch.save(state_dict(vae), draft / catalog.VAE_PATTERN)
-        write_tokenizer(draft / catalog.TOKENIZER_PATTERN)
+        for name, module in weights.items():
+            save = save_file if name.endswith(".safetensors") else torch.save
+            save(state_dict(module), draft / name)
+        if model_id == catalog.TINY:
+            write_tokenizer(draft / catalog.TOKENIZER_PATTERN)
         with contextlib.suppress(OSError):  # another process was faster; its files are the same
             draft.rename(folder)
     return folder

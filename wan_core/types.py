@@ -5,6 +5,7 @@ w = W / 8 latent cells, R reference latent frames in front of the video, S token
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("wancore")
 
 VAE_STRIDE = (4, 8, 8)
 """Pixels per latent along (time, height, width)."""
@@ -46,7 +49,7 @@ class VideoSize:
 
     @classmethod
     def rounded(cls, width: int, height: int, num_frames: int) -> "VideoSize":
-        """The smallest valid size that is not smaller than asked for.
+        """The smallest valid size that is not smaller than asked for, with a notice when it is larger.
 
         Raises:
             ValueError: a side or the frame count is not a positive whole number.
@@ -55,11 +58,20 @@ class VideoSize:
             if isinstance(value, bool) or value != value or int(value) != value or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}.")
         time = VAE_STRIDE[0]
-        return cls(
+        size = cls(
             width=-(-int(width) // SIZE_MULTIPLE) * SIZE_MULTIPLE,
             height=-(-int(height) // SIZE_MULTIPLE) * SIZE_MULTIPLE,
             num_frames=-(-(int(num_frames) - 1) // time) * time + 1,
         )
+        if (size.width, size.height, size.num_frames) != (width, height, num_frames):
+            log.warning("Rounded up to %s (asked for %dx%d, %d frames).", size, width, height, num_frames)
+        return size
+
+    @classmethod
+    def of_latent(cls, size: LatentSize) -> "VideoSize":
+        """The video that decodes from a latent of `size`."""
+        time, height, width = VAE_STRIDE
+        return cls(size.width * width, size.height * height, (size.frames - 1) * time + 1)
 
     @property
     def latent(self) -> LatentSize:
@@ -158,13 +170,21 @@ class Conditioning:
     """VACE inputs, each with its own strength."""
     motion_bucket: Tensor | None = whole()
     """(B,), speed from 0 to 100."""
+    size: VideoSize | None = whole()
+    """The video that the inputs were made for; None when only text was given."""
     inputs: tuple[str, ...] | None = whole()
     """Names of the user's inputs that this was made from, besides text; `variants.check` speaks of them."""
 
-    def given(self, *names: str, **changes: Any) -> "Conditioning":
-        """A copy with the changed fields, and `names` among the inputs that it was made from."""
+    def given(self, *names: str, size: VideoSize | None = None, **changes: Any) -> "Conditioning":
+        """A copy with the changed fields, and `names` among the inputs that it was made from.
+
+        Raises:
+            ValueError: `size` is not that of the inputs before.
+        """
+        if size and self.size and size != self.size:
+            raise ValueError(f"{', '.join(names)} is made for {size}, but {', '.join(self.inputs)} for {self.size}.")
         inputs = dict.fromkeys((*(self.inputs or ()), *names))
-        return dataclasses.replace(self, inputs=tuple(inputs), **changes)
+        return dataclasses.replace(self, inputs=tuple(inputs), size=size or self.size, **changes)
 
     def negative(self) -> "Conditioning":
         """The unconditional branch: the same conditioning with the negative text in place of the text."""
@@ -213,7 +233,7 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         return tuple(map_tensors(v, fn) for v in value)
     if isinstance(value, Mapping):
         return {k: map_tensors(v, fn) for k, v in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, Curve):
+    if dataclasses.is_dataclass(value) and not isinstance(value, (Curve, VideoSize)):
         changed = {f.name: map_tensors(getattr(value, f.name), fn) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **changed)
     return value

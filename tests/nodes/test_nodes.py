@@ -19,7 +19,7 @@ NODES = wancore.NODE_CLASS_MAPPINGS
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    tiny.write_model(root / catalog.TINY)
+    tiny.write_model(root, catalog.TINY)
     return root
 
 

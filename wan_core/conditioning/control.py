@@ -13,7 +13,7 @@ def control_conditioning(
 ) -> Conditioning:
     """`cond` with a control video (T, H, W, 3) in [0, 1]: edges, depth, poses and the like, encoded like any video."""
     latents = encoder.frames((fit or Fit()).clip(video, size, "control_video"))
-    return cond.given("control_video", slots={**(cond.slots or {}), CONTROL.name: latents})
+    return cond.given("control_video", size=size, slots={**(cond.slots or {}), CONTROL.name: latents})
 
 
 def reference_conditioning(
@@ -33,4 +33,6 @@ def reference_conditioning(
     if image_encoder is None:
         raise ValueError("A reference image needs the CLIP image encoder; load it (open-clip XLM-RoBERTa ViT-H/14).")
     latents = encoder.frames((fit or Fit()).picture(reference, size))
-    return cond.given("reference_image", reference=latents[:, :, 0], clip=image_tokens(image_encoder, reference))
+    return cond.given(
+        "reference_image", size=size, reference=latents[:, :, 0], clip=image_tokens(image_encoder, reference)
+    )

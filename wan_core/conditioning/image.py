@@ -51,7 +51,7 @@ def image_conditioning(
     clip = image_tokens(image_encoder, *pictures) if start is not None else cond.clip
     given = {"input_image": start, "end_image": end, "inpaint_video": video}
     names = [name for name, value in given.items() if value is not None]
-    return cond.given(*names, slots=slots, clip=clip)
+    return cond.given(*names, size=size, slots=slots, clip=clip)
 
 
 def _known_pixels(
@@ -107,7 +107,7 @@ def first_frame_conditioning(
         raise ValueError("A start image needs the CLIP image encoder; load it (open-clip XLM-RoBERTa ViT-H/14).")
     latents = encoder.frames((fit or Fit()).picture(start, size))
     slots = {**(cond.slots or {}), FIRST_FRAME.name: first_frame(latents, size.latent.frames)}
-    return cond.given("input_image", slots=slots, clip=image_tokens(image_encoder, start))
+    return cond.given("input_image", size=size, slots=slots, clip=image_tokens(image_encoder, start))
 
 
 def matched_end(start: Tensor, end: Tensor) -> Tensor:

@@ -8,19 +8,29 @@ from torch import Tensor
 
 from ..models.config import DiTConfig
 from ..models.dit import CLIP_TOKENS
-from ..types import Conditioning
+from ..types import Conditioning, VideoSize
 from ..variants import FIRST_FRAME, IMAGE, Slot, Variant, check
 
 
 def fit(
-    cond: Conditioning, variant: Variant, config: DiTConfig, label: str, has_motion_controller: bool = False
+    cond: Conditioning,
+    variant: Variant,
+    config: DiTConfig,
+    label: str,
+    size: VideoSize | None = None,
+    has_motion_controller: bool = False,
 ) -> Conditioning:
-    """`cond` as the model `label` takes it: `concat` assembled, image tokens counted, one video's inputs for a whole
-    batch.
+    """`cond` as the model `label` takes it for a video of `size`.
+
+    `concat` is assembled, image tokens are counted, and what describes one video describes each of the batch.
 
     Raises:
-        ValueError: an input is missing or is not one that the model takes.
+        ValueError: an input is missing, is not one that the model takes, or was made for another size.
     """
+    if size and cond.size and size != cond.size:
+        raise ValueError(
+            f"{', '.join(cond.inputs)} was made for {cond.size}, but the video is {size}: make them equal."
+        )
     check(variant, cond.inputs or (), label, has_motion_controller)
     clip = cond.clip
     if clip is not None and config.has_image_input:
@@ -29,7 +39,7 @@ def fit(
             raise ValueError(f"{label} reads the image tokens of a start and an end image; give both images.")
         clip = clip[:, :wanted]
     concat = assemble_concat(cond.slots, variant.slots) if cond.slots else cond.concat
-    return dataclasses.replace(cond, clip=clip, concat=concat, slots=None).expanded(cond.text.shape[0])
+    return dataclasses.replace(cond, clip=clip, concat=concat, slots=None, size=None).expanded(cond.text.shape[0])
 
 
 def assemble_concat(slots: Mapping[str, Tensor], layout: Sequence[Slot]) -> Tensor | None:

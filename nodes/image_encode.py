@@ -1,0 +1,75 @@
+"""Start image, end image, and a video with a mask to conditioning."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..wan_core.conditioning.encoders import Fit
+from ..wan_core.conditioning.image import image_conditioning
+from ..wan_core.models.image_encoder import ImageEncoder
+from ..wan_core.models.vae import WanVAE
+from ..wan_core.types import Conditioning, VideoSize
+from . import host, sockets
+from .encoding import encoders, tile_settings
+
+
+class ImageEncode:
+    """What is known of the video: its first and last frame, or all but a masked part."""
+
+    CATEGORY = "WanCore/conditioning"
+    FUNCTION = "encode"
+    DESCRIPTION = (
+        "Give an image-to-video, first-last-frame or Fun InP model its pictures: a start image, an end image, or a "
+        "video and a mask of what to draw anew."
+    )
+    RETURN_TYPES = (sockets.CONDITIONING,)
+    RETURN_NAMES = ("conditioning",)
+    OUTPUT_TOOLTIPS = ("The conditioning with the pictures.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "conditioning": sockets.socket(sockets.CONDITIONING, "From the prompt."),
+                "vae": sockets.socket(sockets.VAE, "From the VAE loader."),
+                **sockets.size_inputs(),
+            },
+            "optional": {
+                "image_encoder": sockets.socket(sockets.IMAGE_ENCODER, "Needed for start and end images."),
+                "start_image": sockets.socket("IMAGE", "The first frame."),
+                "end_image": sockets.socket("IMAGE", "The last frame."),
+                "video": sockets.socket("IMAGE", "A video to change in part."),
+                "mask": sockets.socket("MASK", "White where the video is drawn anew; one mask or one per frame."),
+                **sockets.fit_inputs(clips=True),
+                **sockets.tile_inputs(),
+            },
+        }
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The size of every node's tiny form."""
+        return dict(host.TINY_SIZE)
+
+    def encode(
+        self,
+        conditioning: Conditioning,
+        vae: WanVAE,
+        width: int,
+        height: int,
+        num_frames: int,
+        image_encoder: ImageEncoder | None = None,
+        start_image: Tensor | None = None,
+        end_image: Tensor | None = None,
+        video: Tensor | None = None,
+        mask: Tensor | None = None,
+        aspect: str = "crop",
+        too_short: str = "repeat last",
+        **tiles: Any,
+    ) -> tuple[Conditioning]:
+        size = VideoSize.rounded(width, height, num_frames)
+        pictures = {"start": start_image, "end": end_image, "video": video, "mask": mask}
+        with encoders(vae, image_encoder, tile_settings(**tiles)) as encoder:
+            cond = image_conditioning(
+                conditioning, size, encoder, image_encoder, **pictures, fit=Fit(aspect=aspect, length=too_short)
+            )
+        return (cond.to(host.resting_device()),)

@@ -1,0 +1,91 @@
+"""Everything a user can give a model besides text, as one value, and the way from it to conditioning."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..models.image_encoder import ImageEncoder
+from ..types import Conditioning, Curve, VideoSize
+from ..variants import FIRST_FRAME, Variant
+from .camera import camera_conditioning
+from .camera_path import CameraPath
+from .control import control_conditioning, reference_conditioning
+from .encoders import Fit, LatentEncoder
+from .image import first_frame_conditioning, image_conditioning
+from .speed import speed_conditioning
+from .vace import vace_conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoInputs:
+    """A user's inputs: pictures and clips as frames (T, H, W, 3) in [0, 1] and masks (T, H, W), at their own sizes.
+
+    The field names are those that messages and `variants` use.
+    """
+
+    input_image: Tensor | None = None
+    end_image: Tensor | None = None
+    inpaint_video: Tensor | None = None
+    inpaint_mask: Tensor | None = None
+    control_video: Tensor | None = None
+    reference_image: Tensor | None = None
+    camera: CameraPath | None = None
+    vace_video: Tensor | None = None
+    vace_video_mask: Tensor | None = None
+    vace_reference_image: tuple[Tensor, ...] | None = None
+    motion_bucket_id: float | None = None
+    vace_scale: float | Sequence[float] | Curve = 1.0
+
+    def given(self) -> tuple[str, ...]:
+        """The names of the inputs that are there; a mask counts with its video."""
+        settings = ("vace_scale", "inpaint_mask")
+        names = (f.name for f in dataclasses.fields(self) if f.name not in settings)
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    @property
+    def uses_vace(self) -> bool:
+        return any(v is not None for v in (self.vace_video, self.vace_video_mask, self.vace_reference_image))
+
+
+def condition(
+    cond: Conditioning,
+    inputs: VideoInputs,
+    variant: Variant,
+    size: VideoSize,
+    encoder: LatentEncoder,
+    image_encoder: ImageEncoder | None,
+    fit: Fit | None = None,
+) -> Conditioning:
+    """`cond` with all `inputs`, in the form that models of `variant` take them. Encoders stand on their devices.
+
+    Raises:
+        ValueError: an input cannot be used as it is; `variants.check` tells beforehand which inputs a model takes.
+    """
+    start = inputs.input_image
+    if start is not None and FIRST_FRAME in variant.slots:
+        cond = first_frame_conditioning(cond, size, encoder, image_encoder, start, fit)
+    elif any(v is not None for v in (start, inputs.end_image, inputs.inpaint_video, inputs.inpaint_mask)):
+        pictures = {"start": start, "end": inputs.end_image, "video": inputs.inpaint_video, "mask": inputs.inpaint_mask}
+        cond = image_conditioning(cond, size, encoder, image_encoder, **pictures, fit=fit)
+    if inputs.control_video is not None:
+        cond = control_conditioning(cond, size, encoder, inputs.control_video, fit)
+    if inputs.reference_image is not None:
+        cond = reference_conditioning(cond, size, encoder, image_encoder, inputs.reference_image, fit)
+    if inputs.camera is not None:
+        cond = camera_conditioning(cond, inputs.camera, size)
+    if inputs.uses_vace:
+        cond = vace_conditioning(
+            cond,
+            size,
+            encoder,
+            video=inputs.vace_video,
+            mask=inputs.vace_video_mask,
+            references=inputs.vace_reference_image or (),
+            strength=inputs.vace_scale,
+            fit=fit,
+        )
+    if inputs.motion_bucket_id is not None:
+        cond = speed_conditioning(cond, inputs.motion_bucket_id)
+    return cond
