@@ -28,7 +28,7 @@ EMPTY_MASK = (64, 64)
 
 def core_nodes(folders: Folders) -> dict[str, type]:
     """The node classes by class_type, reading from and writing to `folders`."""
-    classes = (LoadImage, LoadVideo, GetVideoComponents, CreateVideo, SaveImage, PreviewImage, SaveVideo)
+    classes = (LoadImage, LoadVideo, GetVideoComponents, ImageToMask, CreateVideo, SaveImage, PreviewImage, SaveVideo)
     return {cls.__name__: type(cls.__name__, (cls,), {"folders": folders}) for cls in classes}
 
 
@@ -141,6 +141,22 @@ class GetVideoComponents(_Core):
     def components(self, video: Video) -> tuple[Tensor, Audio | None, float]:
         parts = video.get_components()
         return parts.images, parts.audio, float(parts.frame_rate)
+
+
+class ImageToMask(_Core):
+    """One channel of images as a mask."""
+
+    CATEGORY = "mask"
+    RETURN_TYPES = ("MASK",)
+    FUNCTION = "image_to_mask"
+    CHANNELS = ("red", "green", "blue", "alpha")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"image": ("IMAGE",), "channel": (list(cls.CHANNELS), {})}}
+
+    def image_to_mask(self, image: Tensor, channel: str) -> tuple[Tensor]:
+        return (image[..., self.CHANNELS.index(channel)],)
 
 
 class CreateVideo(_Core):

@@ -8,7 +8,7 @@ from typing import Any
 
 from pack import NAME, ROOT, load_pack
 
-from .descriptions import WORKFLOWS
+from .descriptions import WORKFLOWS, describe
 from .graph import to_api, to_ui
 
 
@@ -20,11 +20,12 @@ def version() -> str:
 def files() -> dict[Path, dict[str, Any]]:
     """Every workflow file's path, relative to this folder, and what it holds."""
     pack = load_pack()
-    core, folders = (importlib.import_module(f"{NAME}.headless.{name}") for name in ("core_nodes", "folders"))
+    parts = ("headless.core_nodes", "headless.folders", "wan_core.catalog")
+    core, folders, catalog = (importlib.import_module(f"{NAME}.{part}") for part in parts)
     classes = {**core.core_nodes(folders.Folders()), **pack.NODE_CLASS_MAPPINGS}
     built = {}
-    for describe in WORKFLOWS:
-        graph = describe()
+    for name in WORKFLOWS:
+        graph = describe(name, catalog.find_row)
         built[Path(f"{graph.name}.json")] = to_ui(graph, classes, NAME, version())
         built[Path("api", f"{graph.name}.json")] = to_api(graph, classes)
     return built
