@@ -1,0 +1,205 @@
+"""Camera moves to conditioning."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..wan_core.conditioning.camera import camera_conditioning
+from ..wan_core.conditioning.camera_path import DEFAULT_SPEED, MODES, MOVES, CameraPath
+from ..wan_core.conditioning.camera_picture import trajectory_picture
+from ..wan_core.conditioning.pose_rows import origin_from_text
+from ..wan_core.media import frames_to_tensor
+from ..wan_core.types import Conditioning, VideoSize
+from . import host, sockets
+
+NO_FILE = "None"
+
+
+class _Path:
+    """What the nodes that make a camera path share: their outputs, and the move that they continue."""
+
+    CATEGORY = "WanCore/conditioning"
+    FUNCTION = "build"
+    RETURN_TYPES = (sockets.CAMERA_PATH, "IMAGE")
+    RETURN_NAMES = ("camera_path", "picture")
+    OUTPUT_TOOLTIPS = (
+        "The pose of the camera in every frame, for Camera Encode or for the next move.",
+        "The path from above, from behind and from the side.",
+    )
+    PREVIOUS = sockets.socket(sockets.CAMERA_PATH, "A path that comes first: this one starts where, and as, it ends.")
+
+    @staticmethod
+    def outputs(path: CameraPath, previous: CameraPath | None) -> tuple[CameraPath, Tensor]:
+        whole = previous.then(path) if previous else path
+        return whole, frames_to_tensor([trajectory_picture(whole)])
+
+
+class MovePath(_Path):
+    """A named move of the camera."""
+
+    DESCRIPTION = "Move the camera in one direction. Link paths one after another for a longer journey."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "direction": sockets.choice(
+                    list(MOVES), "Left", "Where the camera goes; CW and ACW roll it. None keeps it still."
+                ),
+                "speed": (
+                    "FLOAT",
+                    {
+                        "default": DEFAULT_SPEED,
+                        "min": -10.0,
+                        "max": 10.0,
+                        "step": 0.001,
+                        "round": False,
+                        "tooltip": "Way per frame; the models were trained on 1/54. Below 0 goes the other way.",
+                    },
+                ),
+                "num_frames": sockets.whole(
+                    81, 1, 10001, "Length of this move; a path of moves is stretched over the video.", step=4
+                ),
+            },
+            "optional": {
+                "previous": cls.PREVIOUS,
+                "origin": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "First pose as 19 numbers: frame, fx, fy, cx, cy, 0, 0, world-to-camera 3 x 4. "
+                        "Empty is the camera that the models were trained on.",
+                    },
+                ),
+                "mode": sockets.choice(
+                    list(MODES), "official", "official moves the camera. diffsynth is for LoRAs trained with its paths."
+                ),
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls, direction: str | None = None, mode: str | None = None, origin: str | None = None
+    ) -> bool | str:
+        try:
+            _move(direction or "None", 1, DEFAULT_SPEED, origin or "", mode or MODES[0])
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The length of every node's tiny form."""
+        return {"num_frames": host.TINY_SIZE["num_frames"]}
+
+    def build(
+        self,
+        direction: str,
+        speed: float,
+        num_frames: int,
+        previous: CameraPath | None = None,
+        origin: str = "",
+        mode: str = MODES[0],
+    ) -> tuple[CameraPath, Tensor]:
+        return self.outputs(_move(direction, num_frames, speed, origin, mode), previous)
+
+
+class RowsPath(_Path):
+    """A path from pose rows, pasted or in a file."""
+
+    DESCRIPTION = "Read a camera path: 19 numbers per frame, as in the pose files of VideoX-Fun and RealEstate10K."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        files = [NO_FILE, *host.list_input_files((".txt",))]
+        tooltip = "A pose file in the input folder; leave poses empty then."
+        return {
+            "required": {
+                "poses": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "multiline": True,
+                        "tooltip": "One line per frame: frame, fx, fy, cx, cy, 0, 0, world-to-camera 3 x 4.",
+                    },
+                ),
+            },
+            "optional": {
+                "file": (files, {"default": NO_FILE, "tooltip": tooltip, "file_upload": True}),
+                "previous": cls.PREVIOUS,
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, poses: str | None = None, file: str | None = NO_FILE) -> bool | str:
+        if poses is None or file is None:
+            return True
+        try:
+            _rows(poses, file)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, poses: str | None = None, file: str | None = NO_FILE, **_: Any) -> str:
+        try:
+            path = _file(file)
+        except ValueError as error:
+            return str(error)
+        return f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" if path else ""
+
+    def build(self, poses: str, file: str = NO_FILE, previous: CameraPath | None = None) -> tuple[CameraPath, Tensor]:
+        return self.outputs(_rows(poses, file), previous)
+
+
+class CameraEncode:
+    """A camera path to the rays that a camera checkpoint sees by."""
+
+    CATEGORY = "WanCore/conditioning"
+    FUNCTION = "encode"
+    DESCRIPTION = "Give a camera path to a Control-Camera model. It also needs a start image."
+    RETURN_TYPES = (sockets.CONDITIONING,)
+    RETURN_NAMES = ("conditioning",)
+    OUTPUT_TOOLTIPS = ("The conditioning with the camera's path, for the sampler.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "conditioning": sockets.socket(sockets.CONDITIONING, "From the prompt."),
+                "camera_path": sockets.socket(
+                    sockets.CAMERA_PATH, "A path of another length is stretched over the video."
+                ),
+                **sockets.size_inputs(),
+            },
+        }
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The size of every node's tiny form."""
+        return dict(host.TINY_SIZE)
+
+    def encode(
+        self, conditioning: Conditioning, camera_path: CameraPath, width: int, height: int, num_frames: int
+    ) -> tuple[Conditioning]:
+        return (camera_conditioning(conditioning, camera_path, VideoSize.rounded(width, height, num_frames)),)
+
+
+def _move(direction: str, num_frames: int, speed: float, origin: str, mode: str) -> CameraPath:
+    return CameraPath.from_direction(direction, num_frames, speed, origin_from_text(origin), mode)
+
+
+def _file(name: str | None) -> Path | None:
+    return None if name in (None, "", NO_FILE) else host.input_file(name)
+
+
+def _rows(poses: str, file: str) -> CameraPath:
+    path = _file(file)
+    if path and poses.strip():
+        raise ValueError(f"Give poses or a pose file, not both: clear the text, or set file to {NO_FILE}.")
+    if path:
+        return CameraPath.from_file(path)
+    if not poses.strip():
+        raise ValueError("A camera path needs pose rows: paste them into poses, or choose a file.")
+    return CameraPath.from_text(poses)
