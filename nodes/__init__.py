@@ -1,5 +1,6 @@
 """The node classes by the ids that workflows save. Ids never change."""
 
+from .camera import CameraEncode, MovePath, RowsPath
 from .control_encode import ControlEncode
 from .image_encode import ImageEncode
 from .loaders import ImageEncoderLoader, ModelLoader, TextEncoderLoader, VAELoader
@@ -17,6 +18,9 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "WanCoreTextEncode": TextEncode,
     "WanCoreImageEncode": ImageEncode,
     "WanCoreControlEncode": ControlEncode,
+    "WanCoreCameraPath": MovePath,
+    "WanCoreCameraPathFile": RowsPath,
+    "WanCoreCameraEncode": CameraEncode,
     "WanCoreVaceEncode": VaceEncode,
     "WanCoreVaceReferences": VaceReferences,
     "WanCoreSpeedControl": SpeedControl,
@@ -33,6 +37,9 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreTextEncode": "Prompt (WanCore)",
     "WanCoreImageEncode": "Image Encode (WanCore)",
     "WanCoreControlEncode": "Control Encode (WanCore)",
+    "WanCoreCameraPath": "Camera Path (WanCore)",
+    "WanCoreCameraPathFile": "Camera Path from Poses (WanCore)",
+    "WanCoreCameraEncode": "Camera Encode (WanCore)",
     "WanCoreVaceEncode": "VACE Encode (WanCore)",
     "WanCoreVaceReferences": "VACE References (WanCore)",
     "WanCoreSpeedControl": "Speed Control (WanCore)",

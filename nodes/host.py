@@ -153,7 +153,7 @@ def input_file(name: str) -> Path:
         plain, folder = folder_paths.annotated_filepath(name)
         folder = Path(folder or folder_paths.get_input_directory()).absolute()
         inside = Path(os.path.normpath(folder / plain)).is_relative_to(folder)
-        places = [folder / plain, ASSETS / Path(plain).name] if inside else []
+        places = [folder / plain, ASSETS / plain] if inside else []
     else:
         places = [_standalone.input_dir / name, ASSETS / name, Path(name).expanduser()]
     for place in places:

@@ -80,7 +80,7 @@ def _frames(path: CameraPath, width: int, height: int) -> Iterator[Tensor]:
 def _directions(lens: Tensor, width: int, height: int) -> Tensor:
     """Unit vectors (3, H * W) from the camera through the pixels' centres, in float32."""
     fx, fy, cx, cy = lens.tolist()[:4]
-    if POSE_ASPECT > width / height:
+    if width / height < POSE_ASPECT:
         fx *= POSE_ASPECT * height / width
     else:
         fy *= width / POSE_ASPECT / height

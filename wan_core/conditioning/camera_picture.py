@@ -1,6 +1,7 @@
 """A drawing of a camera path, so that one can see a move before paying for a video."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -93,7 +94,7 @@ def _draw_view(
 ) -> None:
     last = max(len(eyes) - 1, 1)
     track = place(eyes)
-    for index, line in enumerate(zip(track, track[1:], strict=False)):
+    for index, line in enumerate(pairwise(track)):
         draw.line(line, _colour(index / last), round(2 * unit))
     for frame, pyramid in zip(shown, pyramids, strict=True):
         eye, *corners = place(pyramid)
