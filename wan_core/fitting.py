@@ -53,13 +53,13 @@ def as_frames(value: Pictures, name: str) -> Tensor:
 def as_masks(value: Pictures, name: str) -> Tensor:
     """`value` as masks (T, H, W) in [0, 1], float32 on the CPU: the first channel of pictures, or ComfyUI's MASK.
 
+    An array of two or three axes is (H, W) or (T, H, W); one of four has channels.
+
     Raises:
         ValueError: as `as_frames`.
     """
-    if isinstance(value, (Tensor, np.ndarray)):
-        array = torch.as_tensor(value)
-        if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
-            value = array.reshape(-1, *array.shape[-2:], 1)
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim in (2, 3):
+        value = torch.as_tensor(value).reshape(-1, *value.shape[-2:], 1)
     return as_frames(value, name)[..., 0]
 
 

@@ -118,9 +118,8 @@ def check(variant: Variant, inputs: Sequence[str], label: str, has_motion_contro
         takers = sorted({v.label for v in VARIANTS if set(strange) <= set(v.accepts)})
         hint = f", or load a model that takes it ({' or '.join(takers)})" if takers else ""
         raise ValueError(f"{label} takes {_listed(variant.accepts)}, but got {_listed(strange)}. Remove it{hint}.")
-    missing = [name for name in variant.requires if name not in inputs]
-    if missing:
-        raise ValueError(f"{label} ({variant.label}) needs {_listed(missing)}; got {_listed(inputs)}.")
+    if not set(variant.requires) <= set(inputs):
+        raise ValueError(f"{label} ({variant.label}) needs {_listed(variant.requires)}; got {_listed(inputs)}.")
     if SPEED in inputs and not has_motion_controller:
         raise ValueError(f"{SPEED} needs the speed-control adapter beside {label}; load it with the model.")
 

@@ -35,7 +35,7 @@ def link(repository: str, file: str, directory: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Kind:
-    """How the workflows of one kind of checkpoint are built: its title, prompt, and the steps between prompt and sampler."""
+    """How the workflows of one kind of checkpoint are built."""
 
     title: str
     what: str
@@ -232,8 +232,8 @@ def _note(kind: Kind, row: Any) -> str:
             "**Files** (fetched when `download` is on in a loader, or put them there yourself):",
             *(f"- `{file}`" for file in files),
             "",
-            "Files that you already have in ComfyUI's own folders appear in the lists too. The pictures and clips are in the "
-            "pack's folder `workflows/assets`; choose your own. `WanCore/tiny…` models need no file: they draw abstract "
-            "patterns, to try the graph out.",
+            "Files that you already have in ComfyUI's own folders appear in the lists too. The pictures and clips are in "
+            "the pack's folder `workflows/assets`; choose your own. `WanCore/tiny…` models need no file: they draw "
+            "abstract patterns, to try the graph out.",
         ]
     )

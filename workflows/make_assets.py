@@ -1,6 +1,7 @@
 """`python -m workflows.make_assets`, from the pack's folder: draw the demo pictures and clips of the shipped workflows.
 
-A red ball rolls over hills. Small and simple on purpose: each workflow runs as it is, and its reader puts in something better.
+A red ball rolls over hills. Small and simple on purpose: each workflow runs as it is, and its reader puts in something
+better.
 """
 
 import importlib

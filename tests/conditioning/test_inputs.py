@@ -123,7 +123,7 @@ def test_vace_context_channel_by_channel(encoder):
     assert torch.equal(context[0, 32:, 1:], folded)
     canvas = torch.ones(1, 32, 48, 3)
     canvas[:, 8:24] = reference
-    assert torch.equal(context[:, :16, :1], encoded(encoder, video_pixels(canvas)))
+    assert relative_error(context[:, :16, :1], encoded(encoder, video_pixels(canvas))) < 1e-5
     assert context[:, 16:, :1].eq(0).all()
     assert cond.vace[0].strength.at(0, 1) == 0.5
 
@@ -304,10 +304,12 @@ def test_aspects():
 
 
 def test_resizing_is_that_of_pillow():
-    picture = clip_of(1, 60, 80)
-    theirs = Image.fromarray((picture[0] * 255).byte().numpy()).resize((48, 32), Image.Resampling.BICUBIC)
+    picture = clip_of(1, 60, 80).mul(255).round().div(255)
+    theirs = Image.fromarray((picture[0] * 255).round().byte().numpy()).resize((48, 32), Image.Resampling.BICUBIC)
     ours = fitting.fit_size(picture, 48, 32, "stretch")
-    assert (ours - fitting.as_frames(theirs, "picture")).abs().max() < 3 / 255
+    difference = (ours - fitting.as_frames(theirs, "picture")).abs()
+    assert difference.mean() < 0.5 / 255
+    assert difference.max() < 6 / 255  # Pillow rounds and clips between its two passes
 
 
 def test_pictures_of_every_kind_become_frames():
