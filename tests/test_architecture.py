@@ -23,7 +23,7 @@ LEVELS = {
     "types": 0, "settings": 0, "runtime": 0, "media": 0, "tiling": 0,
     "fitting": 1, "models": 1, "memory": 1, "lora": 1,
     "variants": 2, "catalog": 2, "checkpoints": 2,
-    "tiny": 3, "conditioning": 3, "sampling": 3,
+    "tiny": 3, "conditioning": 3, "sampling": 3, "adapters": 3,
     "prepare": 4,
     "model_config": 5,
     "pipeline": 6,

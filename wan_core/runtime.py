@@ -13,6 +13,25 @@ class Cancelled(Exception):
     """The user stopped the run."""
 
 
+class OutOfMemoryError(ValueError):
+    """The device is too small for the work; the message says what to change.
+
+    Attributes:
+        latents: what was done until then, on the CPU, or None.
+    """
+
+    def __init__(self, message: str, latents: torch.Tensor | None = None) -> None:
+        super().__init__(message)
+        self.latents = latents
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device said that it has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    )
+
+
 def default_device() -> torch.device:
     """CUDA (or ROCm), else Apple's MPS, else the CPU."""
     if torch.cuda.is_available():
@@ -33,7 +52,8 @@ class Runtime:
     Attributes:
         device: where models compute.
         dtype: compute dtype of the models; latents and solver arithmetic are float32 whatever it is.
-        on_progress: called as (phase, done, total, latents); latents (B, 16, R + F, h, w) only while sampling.
+        on_progress: called as (phase, done, total, latents); while sampling, latents (B, 16, F, h, w) are the clean
+            ones that the run points at so far, else None.
         check_cancelled: raises `Cancelled`, or an exception of the host, when the user wants to stop.
         free_memory: asks the host to make room for that many bytes on `device`.
     """

@@ -1,11 +1,14 @@
 """Settings of a run as frozen values. Each checks itself, so a wrong value is refused where it is typed."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal
 
-SOLVER_NAMES = ("euler",)
+SOLVER_NAMES = ("euler", "unipc", "dpm++", "lcm")
 CFG_MODES = ("sequential", "interleaved", "batched")
+WINDOW_MODES = ("blend", "chain")
+TEACACHE_TEMPLATES = ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P")
 MAX_SEED = 2**64 - 1
 
 
@@ -14,18 +17,128 @@ class GuidanceSettings:
     """Classifier-free guidance.
 
     Attributes:
-        scale: 1 runs the conditional branch alone; larger follows the prompt more closely.
+        scale: 1 runs the conditional branch alone; larger follows the prompt more closely. Several numbers are a curve,
+            spread evenly from `start` to `end`.
         mode: `sequential` runs the branches one after the other, `interleaved` takes both through each block before the
             next (one copy of a streamed block serves both), `batched` joins them into one batch (fewer, larger kernels,
             twice the activations). All give the same result.
+        start, end: the part of the run, in fractions of its steps, outside of which the conditional branch runs alone.
+        zero_star: scale the unconditional velocity to the conditional one before they are combined (CFG-Zero*, Fan et
+            al. 2025).
+        zero_steps: steps at the beginning that leave the latents as they are, the other half of CFG-Zero*.
     """
 
-    scale: float = 5.0
+    scale: float | tuple[float, ...] = 5.0
     mode: Literal["sequential", "interleaved", "batched"] = "sequential"
+    start: float = 0.0
+    end: float = 1.0
+    zero_star: bool = False
+    zero_steps: int = 0
 
     def __post_init__(self) -> None:
-        check_number("cfg_scale", self.scale, low=0, high=100)
+        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
+        if not scales:
+            raise ValueError("A cfg_scale curve needs at least one number.")
+        for scale in scales:
+            check_number("cfg_scale", scale, low=0, high=100)
         check_choice("cfg mode", self.mode, CFG_MODES)
+        _check_interval("guidance", self.start, self.end)
+        check_whole("zero_steps", self.zero_steps, low=0, high=10000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeaCacheSettings:
+    """Steps left out by a plan that is made before the first one (TeaCache, Liu et al. 2024).
+
+    Attributes:
+        threshold: how much change may add up before the blocks run again; 0 leaves out nothing.
+        speedup: look for the threshold that makes the run this many times faster, in place of giving one.
+        template: whose coefficients, of `TEACACHE_TEMPLATES`; `auto` is replaced by what the catalog recommends.
+        start_step: steps at the beginning that always run; the authors advise 5.
+        residual_on_cpu: keep what a step changed in host memory, and bring it back when it is needed.
+    """
+
+    threshold: float | None = 0.1
+    speedup: float | None = None
+    template: str = "auto"
+    start_step: int = 0
+    residual_on_cpu: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.threshold is None) == (self.speedup is None):
+            raise ValueError("TeaCache needs either a threshold or a speed-up to look for, and not both.")
+        if self.threshold is not None:
+            check_number("TeaCache threshold", self.threshold, low=0, high=1000)
+        if self.speedup is not None:
+            check_number("TeaCache speed-up", self.speedup, low=1, high=1000)
+        check_choice("TeaCache template", self.template, ("auto", *TEACACHE_TEMPLATES))
+        check_whole("TeaCache start_step", self.start_step, low=0, high=10000)
+
+    def with_template(self, recommended: str | None) -> "TeaCacheSettings":
+        """A copy in which `auto` is the template that the model's catalog row recommends.
+
+        Raises:
+            ValueError: the template is `auto` and nothing is recommended; none is guessed.
+        """
+        if self.template != "auto":
+            return self
+        if recommended is None:
+            raise ValueError(
+                "This model is not a published one that TeaCache has coefficients for; choose the template of the "
+                f"nearest one: {', '.join(TEACACHE_TEMPLATES)}."
+            )
+        return replace(self, template=recommended)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EasyCacheSettings:
+    """Steps left out while the model changes its input at a steady rate, judged during the run (EasyCache, Zhou et al.
+    2025). Needs no coefficients.
+
+    Attributes:
+        threshold: how much change may add up, relative to the output, before the blocks run again.
+        start_step: steps at the beginning that always run.
+        residual_on_cpu: as for `TeaCacheSettings`.
+    """
+
+    threshold: float = 0.05
+    start_step: int = 10
+    residual_on_cpu: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("EasyCache threshold", self.threshold, low=0, high=1000)
+        check_whole("EasyCache start_step", self.start_step, low=0, high=10000)
+
+
+CacheSettings = TeaCacheSettings | EasyCacheSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSettings:
+    """A long video in windows of `size` latent frames, `stride` apart.
+
+    Attributes:
+        mode: `blend` runs every window at every step and mixes where they overlap; `chain` finishes one clip after the
+            other, each held to the last frames of the one before.
+        colour_limit: `chain` only: how far each clip's channels may be pulled back to the mean and contrast of the
+            first, in latent units and as a factor; 0 leaves colours alone.
+    """
+
+    size: int = 21
+    stride: int = 15
+    mode: Literal["blend", "chain"] = "blend"
+    colour_limit: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_whole("sliding_window_size", self.size, low=1, high=100000)
+        check_choice("window mode", self.mode, WINDOW_MODES)
+        check_number("colour_limit", self.colour_limit, low=0, high=1)
+        longest = self.size - (self.mode == "chain")
+        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or not 1 <= self.stride <= longest:
+            why = (
+                "so that a clip can begin with frames of the one before" if self.mode == "chain" else "to leave no gap"
+            )
+            raise ValueError(f"sliding_window_stride must be from 1 to {longest}, {why}; got {self.stride!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +152,12 @@ class SamplerSettings:
         denoise: 1 starts from noise; below 1 starts from a video with that much noise. All steps are run either way.
         solver: how a velocity becomes the next latents.
         rand_device: where the noise is drawn. `cpu` gives the same numbers on every machine.
+        guidance: how the two branches are run and combined.
+        sigmas: noise levels in place of the solver's own schedule, falling from at most 1; replaces steps, shift and
+            denoise.
+        start_step, end_step: run only these steps of the schedule, the last one excluded, so that a run can be split.
+        cache: steps to leave out.
+        windows: for videos longer than the model was trained on.
     """
 
     seed: int = 0
@@ -48,6 +167,11 @@ class SamplerSettings:
     solver: str = "euler"
     rand_device: str = "cpu"
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
+    sigmas: tuple[float, ...] | None = None
+    start_step: int = 0
+    end_step: int | None = None
+    cache: CacheSettings | None = None
+    windows: WindowSettings | None = None
 
     def __post_init__(self) -> None:
         check_whole("seed", self.seed, low=0, high=MAX_SEED)
@@ -55,6 +179,45 @@ class SamplerSettings:
         check_number("shift", self.shift, low=0.01, high=1000)
         check_number("denoise", self.denoise, low=0, high=1)
         check_choice("solver", self.solver, SOLVER_NAMES)
+        if self.sigmas is not None:
+            _check_sigmas(self.sigmas)
+        check_whole("end_step", self.last_step, low=1, high=self.total_steps)
+        check_whole("start_step", self.start_step, low=0, high=self.last_step - 1)
+        if self.is_part and self.windows is not None and self.windows.mode == "chain":
+            raise ValueError("A chain of clips finishes each before the next, so it cannot be split by start_step.")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole schedule, whatever part of it is run."""
+        return self.steps if self.sigmas is None else len(self.sigmas) - 1
+
+    @property
+    def last_step(self) -> int:
+        return self.total_steps if self.end_step is None else self.end_step
+
+    @property
+    def is_part(self) -> bool:
+        """Whether only a part of the schedule is run."""
+        return (self.start_step, self.last_step) != (0, self.total_steps)
+
+    @property
+    def starts_clean(self) -> bool:
+        """Whether the run starts from a video that is given noise, and not from noise alone."""
+        return self.start_step == 0 and (self.denoise if self.sigmas is None else self.sigmas[0]) < 1
+
+
+def _check_sigmas(sigmas: tuple[float, ...]) -> None:
+    for sigma in sigmas:
+        check_number("sigmas", sigma, low=0, high=1)
+    if len(sigmas) < 2 or any(low >= high for high, low in pairwise(sigmas)):
+        raise ValueError(f"sigmas must be at least two falling numbers from at most 1 to at least 0; got {sigmas}.")
+
+
+def _check_interval(name: str, start: float, end: float) -> None:
+    check_number(f"{name} start", start, low=0, high=1)
+    check_number(f"{name} end", end, low=0, high=1)
+    if start > end:
+        raise ValueError(f"{name} must not start after its end; got {start:g} to {end:g}.")
 
 
 def check_number(name: str, value: Any, *, low: float, high: float) -> None:

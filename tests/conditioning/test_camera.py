@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from PIL import ImageColor
 from wancore.wan_core.conditioning.camera import camera_conditioning, camera_embedding, plucker_rays
 from wancore.wan_core.conditioning.camera_path import MOVES, CameraPath
-from wancore.wan_core.conditioning.camera_picture import trajectory_picture
+from wancore.wan_core.conditioning.camera_picture import END, START, trajectory_picture
 from wancore.wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
 from wancore.wan_core.media import frames_to_tensor
 from wancore.wan_core.types import Conditioning, VideoSize
@@ -149,3 +150,20 @@ def test_pictures_of_the_odd_paths():
         assert pixels(path).std() > 0.01
     with pytest.raises(ValueError, match="at least 96; got 95x96"):
         trajectory_picture(move("None", 1), 95, 96)
+
+
+@pytest.mark.parametrize(
+    ("direction", "panel", "offset"),
+    [("Left", (0, 0), (-1, 0)), ("In", (0, 0), (0, -1)), ("Right", (1, 0), (1, 0)), ("Up", (1, 0), (0, -1)),
+     ("Down", (0, 1), (0, 1)), ("Out", (0, 1), (-1, 0))],
+)  # fmt: skip
+def test_the_picture_shows_which_way_the_camera_goes(direction, panel, offset):
+    column, row = panel
+    picture = pixels(move(direction, 81), 512, 512)[row * 256 : row * 256 + 256, column * 256 : column * 256 + 256]
+
+    def place(colour: str) -> torch.Tensor:
+        wanted = torch.tensor(ImageColor.getrgb(colour)) / 255
+        return ((picture - wanted).abs().amax(-1) < 0.02).nonzero().float().mean(0).flip(0)
+
+    way = place(END) - place(START)
+    assert way.div(50).trunc().sign().tolist() == list(offset)

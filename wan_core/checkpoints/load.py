@@ -1,7 +1,8 @@
 """From a recognised file to a module with weights, at the memory cost of one copy and at most one shard."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -74,6 +75,20 @@ def spiece_model(header: Header) -> bytes | None:
         return None
     with open_tensors(header[name].file) as read:
         return read(name).numpy().tobytes()
+
+
+@contextmanager
+def open_component(component: Component) -> Iterator[Callable[[str], Tensor]]:
+    """A function from an original name to its tensor on the CPU, which may be a view of the file while that is open."""
+    with ExitStack() as stack:
+        readers = {file: stack.enter_context(open_tensors(file)) for file in component.header.files}
+
+        def read(name: str) -> Tensor:
+            source = component.sources[name]
+            stored = {n: readers[component.header[n].file](n) for n in (*source.names, *source.scales) if n}
+            return _combine(source, stored)
+
+        yield read
 
 
 def _tensors(component: Component) -> Iterator[tuple[str, Tensor]]:

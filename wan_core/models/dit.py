@@ -19,7 +19,7 @@ from .camera_adapter import CameraAdapter
 from .config import HEAD_DIM, DiTConfig
 from .elementwise import add_, layer_norm, modulate_
 from .embedders import ImageTokens, sinusoid
-from .rope import rotary_table
+from .rope import RotaryTable, rotary_table
 from .vace import VaceBlock
 
 CLIP_TOKENS = 257
@@ -125,9 +125,15 @@ class WanDiT(nn.Module):
         blocks = _linear_float32(self.time_projection[1], F.silu(head))
         return TimeEmbedding(head, blocks.unflatten(1, (6, self.config.dim)))
 
-    def prepare(self, cond: Conditioning, size: tuple[int, int, int], motion: Tensor | None = None) -> Prepared:
+    def prepare(
+        self,
+        cond: Conditioning,
+        size: tuple[int, int, int],
+        motion: Tensor | None = None,
+        rope: RotaryTable | None = None,
+    ) -> Prepared:
         """Project `cond` once for latents of `size` = (R + F, h, w); `motion` (B, 6, D) is the motion controller's
-        output.
+        output, `rope` the rotation of an earlier preparation of this size.
 
         Inputs that the model has a place for and `cond` lacks are zeros: the image tokens and channels of an inpainting
         model without an image, and the reference of a control model without one, were trained that way (VideoX-Fun).
@@ -154,7 +160,8 @@ class WanDiT(nn.Module):
         if config.vace_layers and cond.vace:
             vace = tuple(_patchify(self.vace_patch_embedding, v.context.to(device, dtype)) for v in cond.vace)
         frames, height, width = (n // p for n, p in zip(size, config.patch_size, strict=True))
-        rope = rotary_table((frames + (reference is not None), height, width), HEAD_DIM, device)
+        if rope is None:
+            rope = rotary_table((frames + (reference is not None), height, width), HEAD_DIM, device)
         context = Context(text, image, rope, self.attend)
         return Prepared(context, size, concat, camera, reference, motion, vace)
 

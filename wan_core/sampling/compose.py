@@ -1,27 +1,84 @@
 """From settings to a predictor: the only place that knows which feature wraps which."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import torch
 
-from ..models.dit import WanDiT
+from ..models.dit import TimeEmbedding, WanDiT
 from ..models.motion_controller import MotionController
-from ..runtime import Runtime
-from ..settings import SamplerSettings
-from .guidance import Guided
-from .predictor import ModelPredictor, Predictor
-from .schedule import NUM_TRAIN_TIMESTEPS, SOLVERS, Solver, shifted_sigmas
+from ..runtime import Runtime, log
+from ..settings import EasyCacheSettings, SamplerSettings, TeaCacheSettings
+from ..types import Conditioning
+from . import teacache
+from .cache import CachedBlocks, SkipRule
+from .easycache import EasyCache
+from .guidance import Guided, first_steps
+from .predictor import AllBlocks, BlockRunner, ModelPredictor, Predictor, motion_offset
+from .solver import Solver
+from .state import HasMemory
+from .windows import Windowed
+
+FEWEST_CACHED_STEPS = 4
+"""Shorter runs change so much from step to step that none can be left out."""
 
 
-def build_solver(settings: SamplerSettings) -> Solver:
-    return SOLVERS[settings.solver](shifted_sigmas(settings.steps, settings.shift, settings.denoise))
+@dataclass(frozen=True)
+class Composed:
+    """A predictor, and the parts of it that remember something from step to step."""
+
+    predict: Predictor
+    memories: Mapping[str, HasMemory]
 
 
-def build_predictor(
+def compose(
     dit: WanDiT,
     solver: Solver,
+    cond: Conditioning,
+    frames: int,
     settings: SamplerSettings,
     runtime: Runtime,
     motion_controller: MotionController | None = None,
-) -> Predictor:
-    timesteps = torch.tensor(solver.sigmas[:-1]) * NUM_TRAIN_TIMESTEPS
-    model = ModelPredictor(dit, timesteps, runtime, motion_controller=motion_controller)
-    return Guided(model, settings.guidance)
+    prompts: Sequence[Conditioning] = (),
+) -> Composed:
+    """The predictor of one run: model, step cache, guidance, windows, from the inside out.
+
+    Args:
+        cond: what the run is conditioned on; `prompts` replace its text, one window after the other.
+        frames: latent frames of the video, without reference frames.
+    """
+    time = dit.embed_time(torch.tensor(solver.timesteps))
+    blocks: BlockRunner = AllBlocks(dit, runtime)
+    memories: dict[str, HasMemory] = {"solver": solver}
+    windows = settings.windows if settings.windows and settings.windows.mode == "blend" else None
+    windows = windows if windows and windows.size < frames else None
+    rule = _skip_rule(settings, time, motion_controller, cond)
+    if rule is not None:
+        # One residual per window would grow with the video's length, so they rest in host memory.
+        on_cpu = settings.cache.residual_on_cpu or windows is not None
+        blocks = memories["cache"] = CachedBlocks(blocks, rule, dit.dtype, on_cpu=on_cpu)
+    predict: Predictor = Guided(ModelPredictor(dit, time, blocks, motion_controller), settings.guidance)
+    if windows is not None:
+        predict = Windowed(predict, windows, frames, prompts)
+    return Composed(predict, memories)
+
+
+def _skip_rule(
+    settings: SamplerSettings, time: TimeEmbedding, controller: MotionController | None, cond: Conditioning
+) -> SkipRule | None:
+    steps, cache = settings.total_steps, settings.cache
+    if cache is None:
+        return None
+    if steps < FEWEST_CACHED_STEPS:
+        log.warning("The step cache is off: it needs at least %d steps, this run has %d.", FEWEST_CACHED_STEPS, steps)
+        return None
+    forced = first_steps(settings.guidance, steps)
+    match cache:
+        case EasyCacheSettings():
+            return EasyCache(cache, steps, forced)
+        case TeaCacheSettings():
+            motion = motion_offset(controller, cond)
+            modulations = time.blocks[:, None] if motion is None else time.blocks[:, None] + motion.to(time.blocks)
+            plan = teacache.plan(modulations, cache, forced)
+            log.info("TeaCache (%s, threshold %.4g) %s.", cache.template, plan.threshold, plan.summary())
+            return plan

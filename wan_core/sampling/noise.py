@@ -9,8 +9,8 @@ def initial_noise(
 ) -> Tensor:
     """Standard normal noise (B, C, prefix + F, h, w) in float32 for `shape` = (B, C, F, h, w), drawn on `rand_device`.
 
-    Drawn on the CPU it is the same on every machine, and without a prefix equal to ComfyUI's for the same shape and seed. The
-    noise of the prefix frames is drawn after that of the video, so the video's does not depend on them.
+    Drawn on the CPU it is the same on every machine, and without a prefix equal to ComfyUI's for the same shape and
+    seed. The noise of the prefix frames is drawn after that of the video, so the video's does not depend on them.
     """
     generator = torch.Generator(rand_device).manual_seed(seed)
 

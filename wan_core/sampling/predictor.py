@@ -1,14 +1,16 @@
 """The seam between a model and everything that samples from it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from ..models.dit import Prepared, TokenState, WanDiT, check_shapes, vace_strengths
+from ..models.dit import Prepared, TimeEmbedding, TokenState, WanDiT, check_shapes, vace_strengths
 from ..models.motion_controller import MotionController
+from ..models.rope import RotaryTable
 from ..runtime import Runtime
 from ..types import Conditioning, StepInfo
+from .finite import is_finite, locate
 
 
 class Predictor(Protocol):
@@ -26,54 +28,93 @@ class BranchPredictor(Protocol):
 class BlockRunner(Protocol):
     """Takes token states through the blocks of a model, all of them or none; step caches are built on this seam.
 
-    `keys` names each state's (branch, window); a runner that remembers anything keeps it apart by them.
+    `keys` names each state's (branch, window); a runner that remembers anything keeps it apart by them. A state whose
+    batch joins several branches bears all their names, see `branches_of`.
     """
 
     def __call__(self, states: Sequence[TokenState], keys: Sequence[tuple[str, int]], info: StepInfo) -> None: ...
 
 
+def joined_branches(names: Iterable[str]) -> str:
+    """The name of a batch that holds these branches, one after the other and of equal size."""
+    return "+".join(names)
+
+
+def branches_of(name: str) -> list[str]:
+    """The branches that a batch of this name holds."""
+    return name.split("+")
+
+
+class AllBlocks:
+    """The plain block runner; asks for cancellation before every block."""
+
+    def __init__(self, dit: WanDiT, runtime: Runtime) -> None:
+        self._dit, self._runtime = dit, runtime
+
+    def __call__(self, states: Sequence[TokenState], keys: Sequence[tuple[str, int]], info: StepInfo) -> None:
+        self._dit.run_blocks(states, lambda _: self._runtime.check_cancelled())
+
+
 class ModelPredictor:
     """Runs a DiT for one sampling run and owns what of it does not change between steps.
 
-    The time path is evaluated once for all `timesteps`; text, image tokens, camera, reference and VACE inputs are
-    projected once per (branch, window). A run has one conditioning, so these stay valid for its length.
+    `time` is the time path for all steps. Text, image tokens, camera, reference and VACE inputs are projected once per
+    (branch, window) and kept until another window comes, so that memory does not grow with the number of windows. A run
+    has one conditioning, so these stay valid for its length.
     """
 
     def __init__(
         self,
         dit: WanDiT,
-        timesteps: Tensor,
-        runtime: Runtime,
-        *,
+        time: TimeEmbedding,
+        run_blocks: BlockRunner,
         motion_controller: MotionController | None = None,
-        run_blocks: BlockRunner | None = None,
     ) -> None:
         self._dit = dit
-        self._runtime = runtime
+        self._time = time
+        self._run_blocks = run_blocks
         self._motion_controller = motion_controller
-        self._run_blocks = run_blocks or self.run_all_blocks
-        self.time = dit.embed_time(timesteps)
-        self._prepared: dict[tuple[str, int], Prepared] = {}
+        self._window = 0
+        self._prepared: dict[str, Prepared] = {}
+        self._rotations: dict[tuple[int, int, int], RotaryTable] = {}
 
     def __call__(self, x: Tensor, t: float, branches: Mapping[str, Conditioning], info: StepInfo) -> list[Tensor]:
-        time = self.time[info.index : info.index + 1]
-        keys = [(name, info.window) for name in branches]
-        states = []
-        for key, cond in zip(keys, branches.values(), strict=True):
-            prepared = self._prepare(key, cond, x)
-            states.append(self._dit.embed(x, time, prepared, vace_strengths(cond, info.index, info.total)))
-        self._run_blocks(states, keys, info)
-        return [self._dit.unembed(state) for state in states]
+        """Raises:
+        ValueError: a tensor does not fit the model, or the velocity is not finite; then the block is named.
+        """
+        states = self._embedded(x, branches, info)
+        self._run_blocks(states, [(name, info.window) for name in branches], info)
+        velocities = [self._dit.unembed(state) for state in states]
+        for (name, cond), velocity in zip(branches.items(), velocities, strict=True):
+            if not is_finite(velocity):
+                raise locate(self._dit, x, cond, self._embedded(x, {name: cond}, info), info)
+        return velocities
 
-    def run_all_blocks(self, states: Sequence[TokenState], keys: Sequence[tuple[str, int]], info: StepInfo) -> None:
-        """The plain block runner; asks for cancellation before every block."""
-        self._dit.run_blocks(states, lambda _: self._runtime.check_cancelled())
+    def _embedded(self, x: Tensor, branches: Mapping[str, Conditioning], info: StepInfo) -> list[TokenState]:
+        if info.window != self._window:
+            self._prepared.clear()
+            self._window = info.window
+        time = self._time[info.index : info.index + 1]
+        return [
+            self._dit.embed(x, time, self._prepare(name, cond, x), vace_strengths(cond, info.index, info.total))
+            for name, cond in branches.items()
+        ]
 
-    def _prepare(self, key: tuple[str, int], cond: Conditioning, x: Tensor) -> Prepared:
-        if key not in self._prepared:
+    def _prepare(self, branch: str, cond: Conditioning, x: Tensor) -> Prepared:
+        if branch not in self._prepared:
             check_shapes(self._dit.config, x, cond)
-            motion = None
-            if self._motion_controller is not None and cond.motion_bucket is not None:
-                motion = self._motion_controller(cond.motion_bucket).to(x.device)
-            self._prepared[key] = self._dit.prepare(cond, tuple(x.shape[2:]), motion)
-        return self._prepared[key]
+            size = tuple(x.shape[2:])
+            motion = motion_offset(self._motion_controller, cond)
+            prepared = self._dit.prepare(
+                cond, size, None if motion is None else motion.to(x.device), self._rotations.get(size)
+            )
+            self._prepared[branch] = prepared
+            self._rotations[size] = prepared.context.rope
+        return self._prepared[branch]
+
+
+def motion_offset(controller: MotionController | None, cond: Conditioning) -> Tensor | None:
+    """What speed control adds to the time modulation, (B, 6, D), or None without it."""
+    if controller is None or cond.motion_bucket is None:
+        return None
+    return controller(cond.motion_bucket)

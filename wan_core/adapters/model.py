@@ -1,0 +1,307 @@
+"""LoRAs and the Wan models: what a LoRA was made for, whether it fits, how it is applied, all of it said in words."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ..checkpoints.detect import Component
+from ..checkpoints.diffusers_names import diffusers_name
+from ..checkpoints.load import open_component
+from ..lora.apply import MODES, Layout, LoraRun, LoraUse, applied
+from ..lora.bind import EVERYWHERE, BlockStrengths, Bound, Misfit, Shapes, bind, module_names, parameter_shapes
+from ..lora.naming import Spellings
+from ..lora.patches import Patch
+from ..lora.read import Lora, Skipped
+from ..lora.report import Report, describe, estimated_norm, grouped
+from ..models.config import DiTConfig, MotionControllerConfig
+from ..models.dit import WanDiT
+from ..models.motion_controller import MotionController
+from ..settings import check_choice
+from ..types import Curve
+from .open import PathLike, open_lora
+
+SIZES = {1536: "Wan 2.1 1.3B", 5120: "Wan 2.1 14B"}
+"""Published models by width."""
+
+WIDTHS = (
+    (r".*self_attn\.[qkvo]\.weight", 1),
+    (r".*cross_attn\.[qkvo]\.weight", 0),
+    (r".*ffn\.0\.weight", 1),
+    (r".*ffn\.2\.weight", 0),
+    (r".*norm_[qk]\.weight", 0),
+    (r".*(?:vace_)?patch_embedding\.weight", 0),
+    (r"linear\.[02]\.weight", 0),
+)
+"""Where a patch shows the width of the model it was made for: parameter and axis."""
+
+IMAGE_BRANCH = re.compile(r"img_emb\.|.*(k_img|v_img)\b|.*(add_[kv]_proj|norm_added_k|image_embedder)|.*_img(_|$)")
+
+OTHER_MODELS = {
+    r".*double_blocks.*": "FLUX or HunyuanVideo",
+    r".*single_transformer_blocks.*": "FLUX",
+    r".*joint_blocks.*": "Stable Diffusion 3",
+    r".*(input_blocks|down_blocks|mid_block).*": "Stable Diffusion",
+    r".*transformer_blocks.*": "LTX-Video, CogVideoX or another diffusers transformer",
+    r".*layers\.\d+\..*": "a language model or Lumina",
+}
+
+
+def _layout_block(name: str) -> str | None:
+    match = re.match(r"(?:vace_)?blocks\.\d+(?=\.)", name)
+    return match and match[0]
+
+
+LAYOUT = Layout(
+    block=_layout_block,
+    once=lambda name: _layout_block(name) is None and not name.startswith(("patch_embedding.", "head.")),
+)
+"""The DiT reads weights of its embedders before the first step; inputs that no step changes are projected once."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that LoRAs are matched with: its name, the shapes of its parameters, the norm of each where known."""
+
+    name: str
+    shapes: Shapes
+    norm: Callable[[str], float | None] = lambda name: None
+
+    @classmethod
+    def of_modules(cls, name: str, modules: Sequence[nn.Module]) -> "Target":
+        """A loaded model, with the parts that belong to it."""
+        found = {n: t for module in modules for n, t in module.state_dict(keep_vars=True).items()}
+
+        def norm(parameter: str) -> float | None:
+            tensor = found[parameter]
+            return estimated_norm(tensor) if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+
+        return cls(name, parameter_shapes(modules), norm)
+
+    @classmethod
+    @contextmanager
+    def of_file(cls, component: Component) -> Iterator["Target"]:
+        """A model file, which is open inside the block; only weights that are asked for are read."""
+        with open_component(component) as read:
+            shapes = {name: source.shape for name, source in component.sources.items()}
+            yield cls(component.name, shapes, lambda name: estimated_norm(read(name)))
+
+    @property
+    def width(self) -> int:
+        return width_of((name, shape) for name, shape in self.shapes.items()) or 0
+
+    @property
+    def blocks(self) -> int:
+        return _block_count(self.shapes)
+
+    @property
+    def takes_images(self) -> bool:
+        return any(name.startswith("img_emb.") for name in self.shapes)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({size_in_words(self.width, self.blocks)})"
+
+
+def width_of(shapes: "Iterator[tuple[str, tuple[int, ...]]]") -> int | None:
+    """The model width that most parameters show; None when none does."""
+    votes: Counter[int] = Counter()
+    for name, shape in shapes:
+        axis = next((axis for pattern, axis in WIDTHS if re.fullmatch(pattern, name)), None)
+        if axis is not None and axis < len(shape):
+            votes[shape[axis]] += 1
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def _block_count(names: Shapes | Sequence[str]) -> int:
+    found = (re.match(r"blocks\.(\d+)\.", name) for name in names)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def size_in_words(width: int | None, blocks: int) -> str:
+    """The published model of that width, with the width and the number of blocks."""
+    if not width:
+        return "a size that its shapes do not tell"
+    counted = f", {blocks} blocks" if blocks else ""
+    return f"{SIZES.get(width, 'a Wan model of its own size')}: width {width}{counted}"
+
+
+@cache
+def all_names() -> tuple[str, ...]:
+    """Every module and parameter name that a Wan 2.1 model can have."""
+    config = DiTConfig(
+        num_layers=40, in_channels=36, has_image_input=True, image_positions=514, has_reference=True,
+        camera_channels=24, vace_layers=tuple(range(40)), vace_channels=96,
+    )  # fmt: skip
+    with torch.device("meta"):
+        modules = (WanDiT(config), MotionController(MotionControllerConfig()))
+    return tuple(module_names(parameter_shapes(modules)))
+
+
+def _aliases(path: str) -> tuple[str, ...]:
+    return (diffusers_name(path),)
+
+
+@cache
+def all_spellings() -> Spellings:
+    """Spellings of `all_names`."""
+    return Spellings.of(all_names(), _aliases)
+
+
+def canonical(lora: Lora) -> tuple[tuple[tuple[str, Patch], ...], tuple[Skipped, ...]]:
+    """The patches of `lora` under the original names of Wan 2.1 without a model at hand, and what has no such name."""
+    patches, skipped = [], list(lora.skipped)
+    for layer in lora.layers:
+        target = all_spellings().find(layer.path, layer.joined)
+        if target is None:
+            skipped.append(Skipped(layer.path, "names no part of Wan 2.1"))
+            continue
+        bare = target.rpartition(".")[2] in ("modulation", "emb_pos")
+        patches += [(target if bare else f"{target}.{leaf}", patch) for leaf, patch in layer.patches]
+    return tuple(patches), tuple(skipped)
+
+
+def made_for(patches: Sequence[tuple[str, Patch]]) -> str:
+    """In words the model that patches of these names and shapes were trained on."""
+    names = [name for name, _ in patches]
+    words = [size_in_words(width_of((name, patch.shape) for name, patch in patches), _block_count(names))]
+    words += ["with image input"] * any(IMAGE_BRANCH.match(name) for name in names)
+    words += ["VACE branch"] * any(name.startswith("vace_") for name in names)
+    words += ["motion controller"] * any(name.startswith("linear.") for name in names)
+    return ", ".join(words)
+
+
+def fit_to(lora: Lora, target: Target) -> Bound:
+    """`lora` tied to `target`.
+
+    Raises:
+        ValueError: nothing matches, or the LoRA was made for a model of another size.
+    """
+    bound = bind(lora, target.shapes, Spellings.of(module_names(target.shapes), _aliases))
+    named, _ = canonical(lora)
+    width = width_of((name, patch.shape) for name, patch in named)
+    if bound.misfits and width and width != target.width:
+        raise ValueError(
+            f"{lora.name} was made for {made_for(named)}, but {target} is another size. LoRAs do not carry over "
+            "between sizes; use one that was trained on this size."
+        )
+    skipped = (*bound.skipped, *(Skipped(m.name, _misfit_reason(m)) for m in bound.misfits))
+    skipped = tuple(Skipped(s.name, _reason(s, target)) for s in skipped)
+    if not bound.patches:
+        raise ValueError(_nothing_matches(lora, named, skipped, target))
+    return Bound(lora, bound.patches, skipped)
+
+
+def _misfit_reason(misfit: Misfit) -> str:
+    return f"made for shape {list(misfit.made_for)}, the model has {list(misfit.found)}"
+
+
+def _reason(skipped: Skipped, target: Target) -> str:
+    if not skipped.reason.startswith("the model has no such"):
+        return skipped.reason
+    if IMAGE_BRANCH.match(skipped.name) and not target.takes_images:
+        return "image branch, which this text-to-video model does not have"
+    block = re.match(r"blocks[._](\d+)", skipped.name)
+    if block and int(block[1]) >= target.blocks:
+        return f"the model has only {target.blocks} blocks"
+    return skipped.reason
+
+
+def _nothing_matches(lora: Lora, named: Sequence[tuple[str, Patch]], skipped: Sequence[Skipped], target: Target) -> str:
+    names = "\n".join(layer.path for layer in lora.layers)
+    guess = next((model for pattern, model in OTHER_MODELS.items() if re.search(pattern, names)), None)
+    if guess and not named:
+        likeness = f"It looks like a LoRA for {guess}."
+    elif named:
+        likeness = f"It was made for {made_for(named)}."
+    else:
+        likeness = f"Dialect: {', '.join(lora.dialects)}."
+    examples = ", ".join(s.name for s in skipped[:3])
+    reasons = "; ".join(dict.fromkeys(s.reason for s in skipped))
+    return f"Nothing in {lora.name} matches {target}: {examples} ({reasons}). {likeness}"
+
+
+def _notes(bound: Bound, target: Target) -> list[str]:
+    notes = []
+    reasons = Counter(s.reason for s in bound.skipped)
+    images = sum(count for reason, count in reasons.items() if reason.startswith("image branch"))
+    if images:
+        notes.append(
+            f"An image-to-video LoRA on a text-to-video model: {images} names of its image branch are left out, the "
+            "rest applies."
+        )
+    others = sum(reasons.values()) - images
+    if others:
+        notes.append(f"{others} names are not used; they are listed with the reason.")
+    if "PEFT" in bound.lora.dialects and bound.lora.alpha.startswith("no alpha"):
+        notes.append("PEFT keeps alpha in adapter_config.json, which is not beside the file; factor 1 is assumed.")
+    if bound.lora.kinds.get("replacement"):
+        notes.append(f"Trained weights: {bound.lora.kinds['replacement']} parameters take the place of the model's.")
+    declared = bound.lora.metadata.get("ss_network_alpha")
+    if declared and bound.lora.alpha.startswith("no alpha"):
+        notes.append(f"The metadata say alpha {declared}, but there are no alpha tensors: taken as folded in.")
+    return notes
+
+
+def use_lora(
+    source: PathLike | Lora,
+    target: Target,
+    *,
+    strength: float | Sequence[float] | Curve = 1.0,
+    blocks: BlockStrengths = EVERYWHERE,
+    mode: Literal["auto", "fold", "side"] = "auto",
+) -> LoraUse:
+    """The LoRA, or the trained weights, at `source`, ready to be applied to `target`.
+
+    Raises:
+        ValueError: the file cannot be read, nothing in it matches, it was made for another size, or a setting is wrong.
+    """
+    check_choice("LoRA mode", mode, MODES)
+    lora = source if isinstance(source, Lora) else open_lora(Path(source))
+    curve = Curve.of(strength)
+    return LoraUse(bound=fit_to(lora, target), strength=curve, blocks=blocks, mode=mode)
+
+
+def report(use: LoraUse, target: Target, stacked: Sequence[LoraUse] = ()) -> Report:
+    """What `use` does to `target`, beside the LoRAs that are `stacked` under it."""
+    named, _ = canonical(use.bound.lora)
+    return describe(
+        use.bound.lora,
+        made_for(named),
+        target=str(target),
+        patches=use.bound.patches,
+        skipped=use.bound.skipped,
+        notes=_notes(use.bound, target),
+        stacked=(*stacked, use),
+        blocks=use.blocks,
+        base_norm=target.norm,
+    )
+
+
+def report_alone(lora: Lora) -> Report:
+    """What `lora` is, without a model."""
+    patches, skipped = canonical(lora)
+    return describe(lora, made_for(patches), patches=patches, skipped=skipped)
+
+
+@contextmanager
+def adapted(
+    modules: Sequence[nn.Module],
+    loras: Sequence[LoraUse],
+    *,
+    steps: int,
+    device: torch.device | None = None,
+    streamed: bool = False,
+) -> Iterator[LoraRun]:
+    """The DiT and its motion controller with `loras` on them inside the block; see `lora.apply.applied`."""
+    with applied(modules, loras, LAYOUT, steps=steps, device=device, streamed=streamed) as run:
+        yield run
+
+
+__all__ = ["LoraUse", "Report", "Target", "adapted", "grouped", "open_lora", "report", "report_alone", "use_lora"]

@@ -1,0 +1,88 @@
+"""Files that change a model, read for what they are: a LoRA of any dialect, or trained weights of the whole model."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+from ..checkpoints.detect import Component, detect
+from ..checkpoints.files import describe_files, resolve_model
+from ..checkpoints.header import CheckpointError, Header, open_tensors, read_header
+from ..checkpoints.load import open_component
+from ..lora.naming import take_apart
+from ..lora.patches import Replacement
+from ..lora.read import AdapterConfig, Layer, Lora, read_lora
+
+PathLike = str | Path
+
+PEFT_FILE = "adapter_model"
+"""PEFT's fixed file name; the configuration with alpha lies beside it."""
+PEFT_CONFIG = "adapter_config.json"
+
+SHARED_ROLES = {"set_weight", "set_bias", "base"}
+"""Roles whose keys end like those of a whole model."""
+
+REPLACING_KINDS = ("dit", "vace", "motion_controller")
+
+
+def open_lora(path: PathLike) -> Lora:
+    """The LoRA at `path`, its tensors in host memory; a checkpoint of trained weights comes as replacements.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or it holds neither.
+    """
+    files = resolve_model(path)
+    header = read_header(files)
+    name = describe_files(files)
+    if not is_lora(header):
+        return replacing(detect(header))
+    with ExitStack() as stack:
+        readers = {file: stack.enter_context(open_tensors(file)) for file in files}
+        config = peft_config(files[0])
+        return read_lora(name, header, lambda key: readers[header[key].file](key).clone(), header.metadata, config)
+
+
+def is_lora(header: Header) -> bool:
+    """Whether any key can only belong to a LoRA."""
+    parts = (take_apart(key) for key in header)
+    return any(part is not None and part.role not in SHARED_ROLES for part in parts)
+
+
+def peft_config(file: Path) -> AdapterConfig | None:
+    """PEFT's configuration beside `file`, None when the file is not PEFT's or alone.
+
+    Raises:
+        ValueError: the configuration is no JSON object.
+    """
+    config = file.with_name(PEFT_CONFIG)
+    if file.stem != PEFT_FILE or not config.is_file():
+        return None
+    try:
+        return AdapterConfig(dict(json.loads(config.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{config} is no JSON object ({error}); save the adapter again.") from error
+
+
+def replacing(component: Component) -> Lora:
+    """Trained weights of a DiT, a VACE branch or a motion controller as replacements of every parameter.
+
+    Raises:
+        CheckpointError: the file is a model of another kind.
+    """
+    if component.kind not in REPLACING_KINDS:
+        raise CheckpointError(
+            f"{component.name} is no LoRA and no trained video model, VACE branch or motion controller, but a "
+            f"{component.kind.replace('_', ' ')}; load it with the loader of that kind."
+        )
+    layers = []
+    with open_component(component) as read:
+        for name in component.sources:
+            owner, _, leaf = name.rpartition(".")
+            layers.append(Layer(owner, False, ((leaf, Replacement(read(name).clone())),)))
+    dialect = f"trained weights ({component.layout} names)"
+    return Lora(
+        component.name,
+        tuple(layers),
+        dialects={dialect: len(layers)},
+        alpha="none: whole weights",
+        metadata=component.header.metadata,
+    )

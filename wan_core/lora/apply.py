@@ -1,0 +1,341 @@
+"""LoRAs on a model for the length of one run: folded into the weights, or as branches beside the linear layers.
+
+Nothing stays behind: the base holds the same tensors after the run as before it.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime import Runtime
+from ..types import Curve
+from .bind import EVERYWHERE, BlockStrengths, Bound
+from .patches import Decomposed, LowRank, Patch, Replacement
+
+Mode = Literal["auto", "fold", "side"]
+MODES: tuple[Mode, ...] = ("auto", "fold", "side")
+
+PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Weights of other dtypes are quantised: they are never folded into, so that no second rounding arises."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoraUse:
+    """A LoRA as it is to be applied to one model.
+
+    Attributes:
+        bound: its patches by parameter.
+        strength: the factor on all of them, a number or a curve over the steps of the run.
+        blocks: factors by block on top of it.
+        mode: `fold` changes weights for the run, `side` computes beside them, `auto` folds where that costs nothing:
+            plain weights that rest where the run computes, at constant strength.
+    """
+
+    bound: Bound
+    strength: Curve = Curve((1.0,))
+    blocks: BlockStrengths = EVERYWHERE
+    mode: Mode = "auto"
+
+    @property
+    def constant(self) -> bool:
+        """Whether the strength is the same in every step."""
+        curve = self.strength
+        whole = (curve.start, curve.end) == (0, 1) or curve.outside == curve.values[0]
+        return whole and len(set(curve.values)) == 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What must be known of a model's code.
+
+    Attributes:
+        block: the path of the block that calls the module of a parameter, None for parameters outside of blocks.
+        once: whether a parameter is only read before the first step.
+    """
+
+    block: Callable[[str], str | None]
+    once: Callable[[str], bool]
+
+
+@dataclass(eq=False)
+class _Part:
+    """One patch of one parameter, with its strength at the present step."""
+
+    patch: Patch
+    use: LoraUse
+    factor: float
+    strength: float = 0.0
+
+    def set_step(self, index: int, total: int) -> None:
+        self.strength = self.factor * self.use.strength.at(index, total)
+
+    def set_mean(self, total: int) -> None:
+        self.strength = self.factor * sum(self.use.strength.at(i, total) for i in range(total)) / total
+
+
+@dataclass(eq=False)
+class _Place:
+    """A parameter and all that changes it."""
+
+    name: str
+    owner: nn.Module
+    leaf: str
+    parts: list[_Part]
+
+    @property
+    def tensor(self) -> Tensor:
+        return getattr(self.owner, self.leaf)
+
+    @property
+    def is_linear_weight(self) -> bool:
+        return self.leaf == "weight" and self.tensor.ndim == 2 and not isinstance(self.owner, nn.Embedding)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.tensor.dtype in PLAIN_DTYPES
+
+    def folded(self, base: Tensor, device: torch.device) -> Tensor:
+        """`base` with all parts at their present strength, in its dtype on its device, computed on `device`."""
+        active = [part for part in self.parts if part.strength]
+        if len(active) == 1 and isinstance(active[0].patch, Replacement) and active[0].strength == 1:
+            return active[0].patch.value.to(base.device, base.dtype).reshape(base.shape)
+        if not active:
+            return base
+        start = base.to(device, torch.float32)
+        total = start.clone()
+        for part in active:
+            patch = part.patch.to(device, torch.float32)
+            total.add_(patch.delta(start).reshape(base.shape), alpha=part.strength)
+        return total.to(base.device, base.dtype)
+
+
+class LoraRun:
+    """The LoRAs of one run. Strengths stand at step 0 until `step` moves them."""
+
+    def __init__(self, steps: int, device: torch.device | None) -> None:
+        self.steps = steps
+        self.device = device
+        self.stepwise: list[_Part] = []
+        self.refolded: list[tuple[_Place, Tensor]] = []
+
+    def step(self, index: int) -> None:
+        """Set every strength to its value at step `index`."""
+        for part in self.stepwise:
+            part.set_step(index, self.steps)
+        for place, base in self.refolded:
+            place.tensor.data = place.folded(base, self.device or base.device).to(place.tensor.device)
+
+    def follow(self, runtime: Runtime) -> Runtime:
+        """`runtime`, whose progress reports now also move the strengths to the step that comes next."""
+        if all(part.use.constant for part in self.stepwise):
+            return runtime
+
+        def report(phase: str, done: int, total: int, latents: Tensor | None = None) -> None:
+            if latents is not None and done < total:
+                self.step(done)
+            runtime.on_progress(phase, done, total, latents)
+
+        return dataclasses.replace(runtime, on_progress=report)
+
+
+@contextmanager
+def applied(
+    modules: Sequence[nn.Module],
+    uses: Sequence[LoraUse],
+    layout: Layout,
+    *,
+    steps: int = 1,
+    device: torch.device | None = None,
+    streamed: bool = False,
+) -> Iterator[LoraRun]:
+    """`modules` with `uses` on them inside the block, and bit for bit as they were after it.
+
+    Enter it before weights are moved to the device, so that folded weights move with the others. LoRA factors of side
+    branches go where the activations are and are dropped at the end.
+
+    Args:
+        modules: the parts of one model; their parameter names do not collide.
+        steps: the length of the run, for strengths that follow a curve. A parameter that is only read before the first
+            step gets the mean of the curve.
+        device: where the run computes; None is where each weight rests.
+        streamed: blocks fetch their weights when their turn comes, so that nothing can be folded into them before.
+
+    Raises:
+        ValueError: `mode="fold"` was asked of a LoRA that cannot be folded; nothing is changed then.
+    """
+    run = LoraRun(steps, device)
+    places = _places(modules, uses)
+    ways = [(place, _way(place, layout, device, streamed)) for place in places]
+    with ExitStack() as stack:
+        swapped: dict[str, list[_Place]] = defaultdict(list)
+        for place, way in ways:
+            once = layout.once(place.name)
+            for part in place.parts:
+                part.set_mean(steps) if once else part.set_step(0, steps)
+            run.stepwise += [] if once else place.parts
+            if way == "branch":
+                stack.callback(place.owner.register_forward_hook(_branch_hook(place)).remove)
+            elif way == "swap":
+                swapped[layout.block(place.name)].append(place)
+            else:
+                _fold(place, run, stack, stepwise=not once and not all(part.use.constant for part in place.parts))
+        for path, block_places in swapped.items():
+            _swap_while_running(_submodule(modules, path), block_places, stack)
+        yield run
+
+
+def _places(modules: Sequence[nn.Module], uses: Sequence[LoraUse]) -> list[_Place]:
+    places: dict[str, _Place] = {}
+    for use in uses:
+        for name, patch in use.bound.patches:
+            factor = use.blocks.factor(name)
+            if not factor or not any((*use.strength.values, use.strength.outside)):
+                continue
+            if name not in places:
+                path, _, leaf = name.rpartition(".")
+                places[name] = _Place(name, _submodule(modules, path), leaf, [])
+            places[name].parts.append(_Part(patch, use, factor))
+    return list(places.values())
+
+
+def _submodule(modules: Sequence[nn.Module], path: str) -> nn.Module:
+    for module in modules:
+        try:
+            return module.get_submodule(path)
+        except AttributeError:
+            continue
+    raise ValueError(f"The model has no part {path!r}; the LoRA was prepared for another model.")
+
+
+def _way(
+    place: _Place, layout: Layout, device: torch.device | None, streamed: bool
+) -> Literal["fold", "branch", "swap"]:
+    """How a parameter is changed; see `LoraUse.mode`."""
+    replaces = any(isinstance(part.patch, Replacement) for part in place.parts)
+    in_block = layout.block(place.name) is not None
+    if not place.is_plain and (replaces or not in_block):
+        advice = "Load that checkpoint itself as the model." if replaces else "Load the model without quantising it."
+        raise ValueError(
+            f"{place.parts[0].use.bound.lora.name} changes {place.name}, which this model holds as "
+            f"{place.tensor.dtype}. {advice}"
+        )
+    if not in_block:
+        return "fold"
+    elsewhere = device is not None and place.tensor.device != device
+    folds = all(_folds(part, place, streamed, elsewhere) for part in place.parts)
+    if folds:
+        return "fold"
+    return "branch" if place.is_linear_weight and not replaces else "swap"
+
+
+def _folds(part: _Part, place: _Place, streamed: bool, elsewhere: bool) -> bool:
+    use = part.use
+    obstacle = (
+        "its strength follows a curve" if not use.constant
+        else "the weights are quantised" if not place.is_plain
+        else "the weights are streamed" if streamed
+        else None
+    )  # fmt: skip
+    if use.mode == "fold" and obstacle:
+        raise ValueError(f"{use.bound.lora.name} cannot be folded: {obstacle}. Choose mode 'side' or 'auto'.")
+    if use.mode == "auto":
+        return obstacle is None and (not elsewhere or isinstance(part.patch, Replacement))
+    return use.mode == "fold"
+
+
+def _fold(place: _Place, run: LoraRun, stack: ExitStack, *, stepwise: bool) -> None:
+    """Change a parameter for the run. The base waits in host memory meanwhile."""
+    tensor = place.tensor
+    resting, base = tensor.device, tensor.data.cpu()
+
+    def restore() -> None:
+        tensor.data = base.to(resting)
+
+    stack.callback(restore)
+    tensor.data = place.folded(tensor.data, run.device or resting)
+    if stepwise:
+        run.refolded.append((place, base))
+
+
+def _swap_while_running(block: nn.Module, places: Sequence[_Place], stack: ExitStack) -> None:
+    """Change parameters only while `block` runs, wherever their weights are by then."""
+    changed: list[tuple[Tensor, Tensor, int]] = []
+
+    def before(*_: object) -> None:
+        for place in places:
+            tensor, base = place.tensor, place.tensor.data
+            tensor.data = place.folded(base, base.device)
+            changed.append((tensor, base, tensor.data_ptr()))
+
+    def after(*_: object) -> None:
+        for tensor, base, pointer in changed:
+            # After an interruption whoever moves weights may have put back the base already.
+            if tensor.data_ptr() == pointer:
+                tensor.data = base
+        changed.clear()
+
+    stack.callback(after)
+    stack.callback(block.register_forward_pre_hook(before).remove)
+    stack.callback(block.register_forward_hook(after, always_call=True).remove)
+
+
+def _branch_hook(place: _Place) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook of a linear layer that adds what the parts of its weight contribute."""
+    factors: dict[tuple[int, torch.device, torch.dtype], Patch] = {}
+    gains: dict[tuple[int, torch.device], Tensor] = {}
+
+    def gain(index: int, patch: Decomposed, module: nn.Module, device: torch.device) -> Tensor:
+        if (index, device) not in gains:
+            gains[index, device] = patch.to(device, torch.float32).gain(base_weight(module).to(device))
+        return gains[index, device]
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        x, plain = args[0], out
+        if len(place.parts) > 1 and any(isinstance(part.patch, Decomposed) for part in place.parts):
+            plain = out.clone()
+        for index, part in enumerate(place.parts):
+            if not part.strength:
+                continue
+            key = (index, x.device, x.dtype)
+            if key not in factors:
+                factors[key] = part.patch.to(x.device, x.dtype)
+            patch = factors[key]
+            if isinstance(patch, Decomposed):
+                change = _decomposed_branch(patch, gain(index, part.patch, module, x.device), module, x, plain)
+                out = out.add_(change, alpha=part.strength)
+            elif isinstance(patch, LowRank) and out.is_contiguous():
+                hidden = nn.functional.linear(x, patch.down.flatten(1)).flatten(0, -2)
+                alpha = part.strength * patch.scale
+                out.view(-1, out.shape[-1]).addmm_(hidden, patch.up.flatten(1).T, alpha=alpha)
+            else:
+                out = out.add_(patch.branch(x), alpha=part.strength)
+        return out
+
+    return hook
+
+
+def _decomposed_branch(patch: Decomposed, gain: Tensor, module: nn.Module, x: Tensor, plain: Tensor) -> Tensor:
+    """What a DoRA adds to the output `plain` of `module`, without touching the weight."""
+    bias = 0 if module.bias is None else module.bias.to(x.dtype)
+    if patch.by_row:
+        gain = gain.to(x.dtype)
+        return (plain - bias) * (gain - 1) + patch.inner.branch(x) * gain
+    scaled = x * gain.to(x.dtype)
+    return module.forward(scaled - x) - bias + patch.inner.branch(scaled)
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """The weight that `module` computes with, in float32; quantised modules tell it through `dequantised()`."""
+    dequantised = getattr(module, "dequantised", None)
+    return dequantised().float() if dequantised is not None else module.weight.float()
+
+
+def strengthened(use: LoraUse, strength: float | Curve) -> LoraUse:
+    """The same LoRA at another strength; nothing is read again."""
+    return replace(use, strength=Curve.of(strength))

@@ -1,0 +1,121 @@
+"""A LoRA tied to a model: which parameter each patch changes, and what has no place in the model."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .naming import Spellings
+from .patches import Patch, fits
+from .read import Lora, Skipped
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes by parameter name."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A parameter whose shape in the model is not the one that the LoRA was made for."""
+
+    name: str
+    made_for: tuple[int, ...]
+    found: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """Patches with the names of the parameters they change; `skipped` has all that is left, misfits excepted."""
+
+    lora: Lora
+    patches: tuple[tuple[str, Patch], ...]
+    skipped: tuple[Skipped, ...] = ()
+    misfits: tuple[Misfit, ...] = ()
+
+
+def parameter_shapes(modules: Sequence[nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Shapes of everything that a patch could change in `modules`, whose names must not collide."""
+    return {name: tuple(t.shape) for module in modules for name, t in module.state_dict(keep_vars=True).items()}
+
+
+def module_names(shapes: Shapes) -> list[str]:
+    """The names that a LoRA can speak of: modules, and parameters that are no weight or bias."""
+    names = {}
+    for name in shapes:
+        owner, _, leaf = name.rpartition(".")
+        names[owner] = names[owner if leaf in ("weight", "bias") else name] = None
+    return [name for name in names if name]
+
+
+def bind(lora: Lora, shapes: Shapes, spellings: Spellings) -> Bound:
+    """The patches of `lora` that have a place among parameters of these `shapes`."""
+    patches: list[tuple[str, Patch]] = []
+    skipped: list[Skipped] = []
+    misfits: list[Misfit] = []
+    for layer in lora.layers:
+        target = spellings.find(layer.path, layer.joined)
+        if target is None:
+            skipped.append(Skipped(layer.path, "the model has no such part"))
+            continue
+        for leaf, patch in layer.patches:
+            name = target if target in shapes else f"{target}.{leaf}"
+            if name not in shapes:
+                skipped.append(Skipped(name, "the model has no such parameter"))
+            elif not fits(patch, shapes[name]):
+                misfits.append(Misfit(name, patch.shape, shapes[name]))
+            else:
+                patches.append((name, patch))
+    return Bound(lora, tuple(patches), (*lora.skipped, *skipped), tuple(misfits))
+
+
+@dataclass(frozen=True)
+class BlockStrengths:
+    """Factors on the strength by block.
+
+    Attributes:
+        ranges: (container, first, last, factor); the first range that holds a block counts.
+        rest: the factor of every parameter that no range names.
+    """
+
+    ranges: tuple[tuple[str, int, int, float], ...] = ()
+    rest: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "BlockStrengths":
+        """From text such as "0-9, 20-29=0.5, vace_blocks.0-7, other=1"; empty text means everything at 1.
+
+        Blocks and parameters that the text does not name get nothing.
+
+        Raises:
+            ValueError: a piece is neither a block, a range nor `other`.
+        """
+        if not text.strip():
+            return cls()
+        ranges, rest = [], 0.0
+        for piece in filter(None, re.split(r"[,;\s]+(?![=-])", text.strip())):
+            match = re.fullmatch(r"(?:(other)|(?:(\w+)\.)?(\d+)(?:-(\d+))?)(?:[=:](-?\d*\.?\d+))?", piece)
+            first, last = (int(match[3]), int(match[4] or match[3])) if match and match[3] else (0, 0)
+            if match is None or last < first:
+                raise ValueError(
+                    f"Blocks are given as '0-9, 20-29=0.5, other=1' (a range, its factor, everything outside of the "
+                    f"blocks); {piece!r} cannot be read."
+                )
+            factor = float(match[5] or 1)
+            if match[1]:
+                rest = factor
+            else:
+                ranges.append((match[2] or "blocks", first, last, factor))
+        return cls(tuple(ranges), rest)
+
+    def factor(self, name: str) -> float:
+        """The factor of the parameter `name`; one in a block that no range names gets 0 when there are ranges."""
+        match = re.match(r"(\w+)\.(\d+)\.", name)
+        for container, first, last, factor in self.ranges:
+            if match and match[1] == container and first <= int(match[2]) <= last:
+                return factor
+        in_named_container = match and any(match[1] == container for container, *_ in self.ranges)
+        return 0.0 if in_named_container else self.rest
+
+
+EVERYWHERE = BlockStrengths()
+"""Every parameter at factor 1."""

@@ -1,0 +1,127 @@
+"""How LoRA files name things: who wrote a key, which module it means, and what part of the change it holds."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+Aliases = Callable[[str], Iterable[str]]
+"""Other spellings of a dotted module path, such as the path of the same module in another library."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way to name the module of a key.
+
+    `joined` says that the dots of the path are written as underscores. `foreign` names the model that keys with this
+    prefix belong to when that is not the video transformer.
+    """
+
+    name: str
+    prefix: str
+    joined: bool = False
+    foreign: str | None = None
+
+
+DIALECTS = (
+    Dialect("VideoX-Fun", "lora_unet__", joined=True),
+    Dialect("kohya", "lora_unet_", joined=True),
+    Dialect("LyCORIS", "lycoris_", joined=True),
+    Dialect("OneTrainer", "lora_transformer_", joined=True),
+    Dialect("kohya", "lora_te", joined=True, foreign="the text encoder"),
+    Dialect("diffusers", "text_encoder.", foreign="the text encoder"),
+    Dialect("ComfyUI", "text_encoders.", foreign="the text encoder"),
+    Dialect("PEFT", "base_model.model."),
+    Dialect("ComfyUI", "model.diffusion_model."),
+    Dialect("ComfyUI", "diffusion_model."),
+    Dialect("diffusers", "transformer."),
+    Dialect("DiffSynth", "pipe.dit."),
+    Dialect("DiffSynth", "pipe.vace."),
+    Dialect("DiffSynth", "pipe.motion_controller."),
+    Dialect("bare", ""),
+)
+"""Every dialect found in the wild, in the order of trial: of two prefixes that overlap, the longer stands first.
+
+The spelling of the path behind a prefix is looked up among the model's own names and their aliases, so that diffusers'
+names are understood behind every prefix. Bare keys are DiffSynth's when they name their adapter (`lora_A.default`).
+"""
+
+_ADAPTER = r"(?:\.(?!weight|bias)\w+)?"
+
+ROLES: Mapping[str, str] = MappingProxyType(
+    {
+        "down": rf"lora_(?:A|down){_ADAPTER}\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight",
+        "up": rf"lora_(?:B|up){_ADAPTER}\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight",
+        "mid": r"lora_mid\.weight",
+        "up_bias": rf"lora_(?:B|up){_ADAPTER}\.bias",
+        "alpha": r"alpha",
+        "scalar": r"scalar",
+        "magnitude": r"dora_scale|lora_magnitude_vector(?:\.\w+)*",
+        "diff": r"diff|w_norm",
+        "diff_b": r"diff_b|b_norm",
+        "diff_m": r"diff_m",
+        **{
+            name: rf"{name}{_ADAPTER}"
+            for name in (
+                *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+                *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+            )
+        },
+        "base": r"base_layer\.(?:weight|bias)|original_module\.(?:weight|bias)",
+        "set_weight": rf"(?:modules_to_save{_ADAPTER}\.)?weight|set_weight",
+        "set_bias": rf"(?:modules_to_save{_ADAPTER}\.)?bias",
+        "reshape": r"reshape_weight",
+    }
+)
+"""What a key holds, and how its last part is written."""
+
+_KEY = re.compile(r"(?P<path>.+?)\.(?:" + "|".join(f"(?P<{role}>{text})" for role, text in ROLES.items()) + ")")
+
+
+@dataclass(frozen=True)
+class KeyName:
+    """A key of a LoRA file taken apart: `path` is the module as the file spells it, without its prefix."""
+
+    dialect: Dialect
+    path: str
+    role: str
+
+
+def take_apart(key: str) -> KeyName | None:
+    """`key` in its parts; None when it ends in nothing that a LoRA holds."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    path, outer = match["path"], None
+    while True:
+        dialect = next(dialect for dialect in DIALECTS if path.startswith(dialect.prefix))
+        outer = outer or dialect
+        if not dialect.prefix or dialect.joined or dialect.foreign:
+            break
+        path = path.removeprefix(dialect.prefix)
+    if not outer.prefix and ".default." in key:
+        outer = next(dialect for dialect in DIALECTS if dialect.name == "DiffSynth")
+    if dialect.joined or dialect.foreign:
+        outer, path = dialect, path.removeprefix(dialect.prefix)
+    return KeyName(outer, path, match.lastgroup)
+
+
+@dataclass(frozen=True)
+class Spellings:
+    """Finds the module or parameter that a path of a file means, by the model's own names.
+
+    The table is built forward from the names: underscores cannot be split again (`self_attn`, `k_img`).
+    """
+
+    dotted: Mapping[str, str]
+    joined: Mapping[str, str]
+
+    @classmethod
+    def of(cls, names: Iterable[str], aliases: Aliases = lambda name: ()) -> "Spellings":
+        """Spellings of `names`, which are dotted paths of modules and parameters."""
+        dotted = {alias: name for name in names for alias in aliases(name)} | {name: name for name in names}
+        return cls(dotted, {spelling.replace(".", "_"): name for spelling, name in dotted.items()})
+
+    def find(self, path: str, joined: bool) -> str | None:
+        """The name that `path` means, None when there is none."""
+        return (self.joined if joined else self.dotted).get(path)

@@ -1,0 +1,245 @@
+"""From the tensors of a LoRA file to patches by module, with the scale that its dialect means."""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .naming import Dialect, take_apart
+from .patches import Decomposed, Difference, Hadamard, Kronecker, LowRank, Patch, Replacement
+
+ADAPTER_METADATA = "lora_adapter_metadata"
+"""Metadata key under which diffusers keeps the PEFT configuration as JSON, each name behind its component's."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A key, or the name of a parameter, that was not used, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What a file holds for one module, or for a parameter that is no weight or bias.
+
+    `path` is spelled as in the file, with underscores for dots when `joined`. `patches` come with the name of the
+    parameter of the module that they change.
+    """
+
+    path: str
+    joined: bool
+    patches: tuple[tuple[str, Patch], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A LoRA file, read but not yet tied to a model.
+
+    Attributes:
+        name: what to call it in messages.
+        layers: in the order of the file.
+        skipped: keys that could not be used, whatever the model.
+        dialects: how many keys each dialect has.
+        alpha: the rule that gave the scales, in words.
+        metadata: the file's own.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    skipped: tuple[Skipped, ...] = ()
+    dialects: Mapping[str, int] = field(default_factory=dict)
+    alpha: str = "none"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that occur, ascending."""
+        return tuple(sorted({p.rank for layer in self.layers for _, p in layer.patches if p.rank}))
+
+    @property
+    def kinds(self) -> Mapping[str, int]:
+        """How many patches there are of each kind."""
+        return Counter(patch.label for layer in self.layers for _, patch in layer.patches)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What PEFT's configuration says of scales: it keeps alpha beside the tensors, not among them."""
+
+    values: Mapping[str, Any]
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> "AdapterConfig | None":
+        """The configuration that diffusers writes into a file's metadata, None when there is none.
+
+        Raises:
+            ValueError: it is no JSON object.
+        """
+        if ADAPTER_METADATA not in metadata:
+            return None
+        try:
+            values = json.loads(metadata[ADAPTER_METADATA])
+            return cls({name.removeprefix("transformer."): value for name, value in values.items()})
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"The metadata {ADAPTER_METADATA!r} of the LoRA is no JSON object ({error}).") from error
+
+    def scale(self, path: str) -> float | None:
+        """The factor on the product of the factors of the module that the file calls `path`; None when not said."""
+        rank = self._of("rank_pattern", path, self.values.get("r"))
+        alpha = self._of("alpha_pattern", path, self.values.get("lora_alpha", self.values.get("alpha")))
+        if not rank or alpha is None:
+            return None
+        return alpha / (rank**0.5 if self.values.get("use_rslora") else rank)
+
+    def _of(self, table: str, path: str, default: Any) -> Any:
+        patterns = self.values.get(table) or {}
+        return next((v for k, v in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{k})", path)), default)
+
+    def rule(self) -> str:
+        """The rule in words."""
+        alpha = self.values.get("lora_alpha", self.values.get("alpha"))
+        root = "the root of " if self.values.get("use_rslora") else ""
+        return f"PEFT configuration: alpha {alpha} over {root}rank {self.values.get('r')}"
+
+
+def read_lora(
+    name: str,
+    keys: Iterable[str],
+    tensor: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    config: AdapterConfig | None = None,
+) -> Lora:
+    """The LoRA that a file's `keys` spell, each read with `tensor`.
+
+    Raises:
+        ValueError: none of the keys belongs to a LoRA, or the factors of a module do not fit each other.
+    """
+    config = config or AdapterConfig.from_metadata(metadata)
+    groups: dict[tuple[Dialect, str], dict[str, str]] = defaultdict(dict)
+    skipped: list[Skipped] = []
+    dialects: Counter[str] = Counter()
+    for key in keys:
+        parts = take_apart(key)
+        reason = "no key of a LoRA" if parts is None else UNUSED.get(parts.role)
+        if parts is not None and parts.dialect.foreign:
+            reason = f"belongs to {parts.dialect.foreign}"
+        if reason:
+            skipped.append(Skipped(key, reason))
+            continue
+        dialects[parts.dialect.name] += 1
+        groups[parts.dialect, parts.path][parts.role] = key
+    layers: list[Layer] = []
+    rules: Counter[str] = Counter()
+    for (dialect, path), roles in groups.items():
+        patches, used, rule = _patches(path, {role: tensor(key) for role, key in roles.items()}, config)
+        skipped += [Skipped(roles[r], "its counterpart is missing from the file") for r in roles.keys() - used]
+        rules.update([rule] if rule else [])
+        if patches:
+            layers.append(Layer(path, dialect.joined, tuple(patches)))
+    if not layers:
+        why = f"{skipped[0].name}: {skipped[0].reason}" if skipped else "it is empty"
+        raise ValueError(f"{name} holds no LoRA that can be read ({why}).")
+    alpha = "; ".join(rule for rule, _ in rules.most_common()) or "no factors, so no alpha"
+    return Lora(name, tuple(layers), tuple(skipped), dict(dialects.most_common()), alpha, dict(metadata))
+
+
+Stored = Mapping[str, Tensor]
+"""The tensors of one module by role."""
+
+UNUSED = {
+    "base": "a weight of the base model, which adapters leave as it is",
+    "reshape": "changes the number of input channels, which is not supported",
+}
+"""Roles that change nothing here, and why."""
+
+WHOLE: Mapping[str, tuple[str, Callable[[Tensor], Patch]]] = {
+    "diff": ("weight", Difference),
+    "diff_b": ("bias", Difference),
+    "diff_m": ("modulation", Difference),
+    "set_weight": ("weight", Replacement),
+    "set_bias": ("bias", Replacement),
+}
+"""Roles that hold a whole tensor: the parameter they change, and how."""
+
+
+def _low_rank(t: Stored) -> tuple[Patch, set[str]] | None:
+    if not {"down", "up"} <= t.keys():
+        return None
+    if t["down"].shape[0] != t["up"].shape[1]:
+        raise ValueError(f"lora_A {list(t['down'].shape)} and lora_B {list(t['up'].shape)} have different ranks")
+    return LowRank(t["down"], t["up"], mid=t.get("mid")), {"down", "up", "mid"}
+
+
+def _hadamard(t: Stored) -> tuple[Patch, set[str]] | None:
+    names = ("w1_a", "w1_b", "w2_a", "w2_b")
+    if not all(f"hada_{name}" in t for name in names):
+        return None
+    factors = {name: t[f"hada_{name}"] for name in names}
+    return Hadamard(**factors, t1=t.get("hada_t1"), t2=t.get("hada_t2")), {f"hada_{n}" for n in (*names, "t1", "t2")}
+
+
+def _kronecker(t: Stored) -> tuple[Patch, set[str]] | None:
+    first, second = (_kronecker_factor(t, name) for name in ("lokr_w1", "lokr_w2"))
+    if first is None or second is None:
+        return None
+    rank = next((t[name].shape[0] for name in ("lokr_w1_b", "lokr_w2_b") if name in t), None)
+    return Kronecker(first, second, dim=rank), {name for name in t if name.startswith("lokr_")}
+
+
+def _kronecker_factor(t: Stored, name: str) -> Tensor | None:
+    if name in t:
+        return t[name]
+    if f"{name}_a" not in t or f"{name}_b" not in t:
+        return None
+    a, b, core = t[f"{name}_a"].float(), t[f"{name}_b"].float(), t.get("lokr_t2")
+    if core is not None and name == "lokr_w2":
+        return torch.einsum("st...,so,ti->oi...", core.float(), a, b)
+    return (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:])
+
+
+BUILDERS = (_low_rank, _hadamard, _kronecker)
+"""From a module's tensors to its weight's patch and the roles that went into it; None when it is of another kind."""
+
+
+def _patches(
+    path: str, stored: Stored, config: AdapterConfig | None
+) -> tuple[list[tuple[str, Patch]], set[str], str | None]:
+    """The patches of one module, the roles that they use, and the rule of the scale."""
+    whole = WHOLE.keys() & stored.keys()
+    patches = [(WHOLE[role][0], WHOLE[role][1](stored[role])) for role in sorted(whole)]
+    try:
+        built = next((found for build in BUILDERS if (found := build(stored))), None)
+    except ValueError as error:
+        raise ValueError(f"The LoRA is damaged at {path}: {error}.") from error
+    if built is None:
+        return patches, whole, None
+    weight, roles = built
+    scale, rule = _scale(weight, path, stored, config)
+    scale *= stored["scalar"].item() if "scalar" in stored else 1.0
+    weight = replace(weight, scale=scale)
+    if "magnitude" in stored:
+        weight = Decomposed(weight, stored["magnitude"])
+    patches.append(("weight", weight))
+    if "up_bias" in stored:
+        patches.append(("bias", Difference(stored["up_bias"], scale)))
+    return patches, whole | roles | {"alpha", "scalar", "magnitude", "up_bias"}, rule
+
+
+def _scale(weight: Patch, path: str, stored: Stored, config: AdapterConfig | None) -> tuple[float, str]:
+    """The factor on the product of the factors, and the rule behind it.
+
+    LyCORIS ignores the alpha of a LoKr whose factors are both stored whole. `ss_network_alpha` of the metadata is not
+    read: writers that fold alpha into the factors keep it there too.
+    """
+    if "alpha" in stored:
+        return (stored["alpha"].float().item() / weight.rank if weight.rank else 1.0), "alpha tensor over rank"
+    if config and (scale := config.scale(path)) is not None:
+        return scale, config.rule()
+    return 1.0, "no alpha, so factor 1"

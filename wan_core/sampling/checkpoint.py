@@ -1,0 +1,118 @@
+"""Unfinished runs and finished latents on disk. A file appears under its name only when it is complete."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..runtime import log
+from .state import RunState
+
+LATENT_FORMAT = "latent_tensor"
+"""The key of raw latents in a file, as ComfyUI's own SaveLatent and LoadLatent use it."""
+
+FORMAT_MARK = "latent_format_version_0"
+"""An empty tensor that tells ComfyUI's LoadLatent not to rescale."""
+
+
+class Checkpoint:
+    """The place where unfinished runs are kept, one file per run, named after its digest."""
+
+    def __init__(self, folder: Path, every: int = 0) -> None:
+        """`every` this many steps a run is written down; 0 only when it runs out of memory."""
+        self._folder, self.every = folder, every
+
+    def path(self, run: str) -> Path:
+        return self._folder / f"unfinished_{run[:16]}.safetensors"
+
+    def save(self, state: RunState) -> Path:
+        """Write `state` down in place of what is there of the same run."""
+        tensors = {f"memory.{key}": value for key, value in state.memory.items()} | {"latents": state.latents}
+        if state.done is not None:
+            tensors["done"] = state.done
+        numbers = {"prefix": state.prefix, "step": state.step, "clip": state.clip}
+        metadata = {key: str(value) for key, value in numbers.items()} | {"run": state.run, "schedule": state.schedule}
+        return write_tensors(self.path(state.run), tensors, metadata)
+
+    def load(self, run: str) -> RunState | None:
+        """The kept state of the run with this digest, or None; a file that cannot be read counts as none."""
+        if not self.path(run).is_file():
+            return None
+        try:
+            tensors, metadata = read_tensors(self.path(run))
+        except ValueError as error:
+            log.warning("%s Starting from the beginning.", error)
+            return None
+        if metadata["run"] != run:
+            return None
+        memory = {key.removeprefix("memory."): value for key, value in tensors.items() if key.startswith("memory.")}
+        numbers = {key: int(metadata[key]) for key in ("prefix", "step", "clip")}
+        return RunState(
+            latents=tensors["latents"], memory=memory, done=tensors.get("done"),
+            run=run, schedule=metadata["schedule"], **numbers,
+        )  # fmt: skip
+
+    def remove(self, run: str) -> None:
+        """Forget the run, once it is finished."""
+        self.path(run).unlink(missing_ok=True)
+
+
+def save_latents(folder: Path, name: str, raw: Tensor, manifest: Mapping[str, Any]) -> Path:
+    """Write raw latents (B, 16, F, h, w) and a manifest into a new file `<name>_00001_.latent` and return its path.
+
+    The file is the one that ComfyUI's own LoadLatent reads. The manifest is JSON in its metadata, under "wancore".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (path := folder / f"{name}_{number:05}_.latent").exists():
+        number += 1
+    tensors = {LATENT_FORMAT: raw.cpu(), FORMAT_MARK: torch.zeros(0)}
+    return write_tensors(path, tensors, {"wancore": json.dumps(manifest)})
+
+
+def load_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """The raw latents (B, 16, F, h, w) and the manifest of a file that `save_latents` or ComfyUI wrote.
+
+    Raises:
+        ValueError: the file is missing, broken, or holds no video latents.
+    """
+    tensors, metadata = read_tensors(path)
+    raw = tensors.get(LATENT_FORMAT)
+    if raw is None or raw.ndim != 5:
+        raise ValueError(f"{path} holds no video latents; expected {LATENT_FORMAT!r} of shape (B, 16, F, h, w).")
+    return raw.float(), json.loads(metadata.get("wancore", "{}"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file that appears under its name all at once, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, draft, dict(metadata))
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            draft.unlink()
+    return path
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ValueError: the file is missing or broken.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
