@@ -12,6 +12,7 @@ from typing import Any
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
 from ..wan_core.runtime import Cancelled
+from . import info_command
 from .client import run_on_server
 from .core_nodes import core_nodes
 from .events import Event, RunResult
@@ -115,7 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
         result = run_on_server(workflow, server, folders, on_event=on_event)
     else:
         workflow = apply_sets(workflow, arguments.sets, schemas_of(nodes))
-        _configure_host(arguments.device, on_event)
+        _configure_host(arguments, on_event)
         result = run(workflow, nodes, on_event=on_event, folders=folders)
     return _print_files(result)
 
@@ -126,11 +127,11 @@ def _print_files(result: RunResult) -> int:
     return OK
 
 
-def _configure_host(device: str | None, on_event: Callable[[Event], None]) -> None:
+def _configure_host(arguments: argparse.Namespace, on_event: Callable[[Event], None]) -> None:
     def on_progress(phase: str, done: int, total: int) -> None:
         on_event(Event("progress", done=done, total=total, text=phase))
 
-    host.configure(device=device, on_progress=on_progress)
+    host.configure(device=arguments.device, input_dir=arguments.input, on_progress=on_progress)
 
 
 class Progress:
@@ -159,4 +160,7 @@ class Progress:
         return event.text
 
 
-COMMANDS = {"run": Command("Run a workflow in this process or on a ComfyUI server.", _declare_run, _run)}
+COMMANDS = {
+    "run": Command("Run a workflow in this process or on a ComfyUI server.", _declare_run, _run),
+    "info": Command("Say what model files are, from their headers.", info_command.declare, info_command.execute),
+}

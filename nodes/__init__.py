@@ -3,6 +3,7 @@
 from .camera import CameraEncode, MovePath, RowsPath
 from .control_encode import ControlEncode
 from .image_encode import ImageEncode
+from .info import CheckpointInfo
 from .loaders import ImageEncoderLoader, ModelLoader, TextEncoderLoader, VAELoader
 from .sampler import Sampler
 from .speed import SpeedControl
@@ -15,6 +16,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "WanCoreTextEncoderLoader": TextEncoderLoader,
     "WanCoreVAELoader": VAELoader,
     "WanCoreImageEncoderLoader": ImageEncoderLoader,
+    "WanCoreCheckpointInfo": CheckpointInfo,
     "WanCoreTextEncode": TextEncode,
     "WanCoreImageEncode": ImageEncode,
     "WanCoreControlEncode": ControlEncode,
@@ -34,6 +36,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreTextEncoderLoader": "Load Text Encoder (WanCore)",
     "WanCoreVAELoader": "Load VAE (WanCore)",
     "WanCoreImageEncoderLoader": "Load Image Encoder (WanCore)",
+    "WanCoreCheckpointInfo": "Checkpoint Info (WanCore)",
     "WanCoreTextEncode": "Prompt (WanCore)",
     "WanCoreImageEncode": "Image Encode (WanCore)",
     "WanCoreControlEncode": "Control Encode (WanCore)",

@@ -25,7 +25,7 @@ LEVELS = {
     "variants": 2, "catalog": 2, "checkpoints": 2,
     "tiny": 3, "conditioning": 3, "sampling": 3, "adapters": 3,
     "prepare": 4,
-    "model_config": 5,
+    "model_config": 5, "inspection": 5,
     "pipeline": 6,
     "__init__": 7,
 }  # fmt: skip

@@ -9,10 +9,13 @@ import pytest
 import wancore
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
+from wancore.headless.runner import run
 from wancore.headless.schema import schemas_of
+from wancore.headless.tiny import apply_tiny
 from wancore.headless.validate import validate
 from wancore.headless.workflow import Workflow
-from wancore.wan_core.media import probe_video
+from wancore.nodes import host
+from wancore.wan_core.media import load_video, probe_video
 
 from workflows import build
 from workflows.graph import declared_inputs, is_widget
@@ -75,27 +78,79 @@ def test_both_forms_are_the_same_workflow(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_api_form_is_valid(name):
-    workflow = Workflow.load(FOLDER / "api" / f"{name}.json")
-    for node_id in workflow.nodes:
-        tiny = getattr(CLASSES[workflow.nodes[node_id].class_type], "tiny", None)
-        if tiny:
-            workflow = workflow.with_inputs(node_id, tiny({}))
+    workflow = apply_tiny(Workflow.load(FOLDER / "api" / f"{name}.json"), CLASSES)
     validate(workflow, schemas_of(CLASSES))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_runs_to_a_playable_video(name, tmp_path):
-    """Twice, into the same folder: the second run takes the next number."""
-    command = [sys.executable, "-m", "headless", "run", f"workflows/api/{name}.json", "--tiny", "--out", str(tmp_path)]
+def test_the_command_runs_twice_into_numbered_videos(tmp_path):
+    command = [sys.executable, "-m", "headless", "run", "workflows/api/t2v.json", "--tiny", "--out", str(tmp_path)]
     command += ["--device", "cpu", "--quiet", "--set", "Sampler.steps=2"]
     videos = []
     for seed in (1, 2):
-        done = subprocess.run(
-            [*command, "--set", f"Sampler.seed={seed}"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        set_seed = ["--set", f"Sampler.seed={seed}"]
+        done = subprocess.run([*command, *set_seed], cwd=ROOT, capture_output=True, text=True, check=False)
         assert not done.returncode, done.stderr
         videos.append(Path(done.stdout.strip()))
-    assert [v.name for v in videos] == [f"wancore_{name}_0000{i}_.mp4" for i in (1, 2)]
-    info = probe_video(videos[0])
-    assert (info.codec, info.fps, info.num_frames, info.width, info.height) == ("h264", 16.0, 17, 96, 64)
+    assert [v.name for v in videos] == ["wancore_t2v_00001_.mp4", "wancore_t2v_00002_.mp4"]
+    check_video(videos[0])
     assert videos[0].read_bytes() != videos[1].read_bytes()
+
+
+def check_video(path: Path) -> None:
+    info = probe_video(path)
+    assert (info.codec, info.fps, info.num_frames, info.width, info.height) == ("h264", 16.0, 17, 96, 64)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def run_tiny(models, tmp_path):
+    """Runs a shipped workflow on tiny models with changes {title: {input: value}}; returns the video's path."""
+
+    def execute(name: str, changes: dict[str, dict] | None = None) -> Path:
+        host.configure(device="cpu", models_dir=models)
+        folders = Folders(tmp_path / "in", tmp_path / "out")
+        nodes = {**core_nodes(folders), **wancore.NODE_CLASS_MAPPINGS}
+        workflow = apply_tiny(Workflow.load(FOLDER / "api" / f"{name}.json"), nodes)
+        for title, inputs in {"Sampler": {"steps": 2, "cfg": 1.5}, **(changes or {})}.items():
+            node = next(node for node in workflow.nodes.values() if node.title == title)
+            workflow = workflow.with_inputs(node.id, inputs)
+        return run(workflow, nodes, folders=folders, on_event=lambda _: None).files[-1]
+
+    yield execute
+    host.configure()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_to_a_playable_video(name, run_tiny):
+    check_video(run_tiny(name))
+
+
+# What each input of a workflow of a kind can be changed to.
+CHANGES = {
+    "t2v_1.3b": [{"Prompt": {"prompt": "rain"}}, {"Prompt": {"negative_prompt": "snow"}}],
+    "i2v_480p": [{"Start image": {"image": "end.png"}}],
+    "flf2v_720p": [{"Start image": {"image": "end.png"}}, {"End image": {"image": "start.png"}}],
+    "fun_inp_1.3b": [{"Start image": {"image": "reference.png"}}, {"End image": {"image": "reference.png"}}],
+    "fun_control_1.3b": [{"Control video": {"file": "source.mp4"}}],
+    "fun_v1.1_control_1.3b": [{"Control video": {"file": "mask.mp4"}}, {"Reference image": {"image": "start.png"}}],
+    "fun_v1.1_camera_1.3b": [{"Camera path": {"direction": "In"}}, {"Start image": {"image": "end.png"}}],
+    "vace_1.3b": [
+        {"Source video": {"file": "control.mp4"}},
+        {"Mask video": {"file": "control.mp4"}},
+        {"Reference image": {"image": "start.png"}},
+        {"VACE encode": {"strength": 0.5}},
+    ],
+    "speed_1.3b": [{"Speed control": {"motion_bucket_id": 0.0}}],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_input_changes_the_video(name, run_tiny):
+    before = load_video(run_tiny(name))
+    assert load_video(run_tiny(name)) == before
+    for change in CHANGES[name]:
+        assert load_video(run_tiny(name, change)) != before, change

@@ -110,7 +110,9 @@ def save_video(
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": crf}
             for frame in array:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                # Left to the encoder, this conversion gives other bytes once in fifty runs (PyAV 18).
+                container.mux(stream.encode(picture.reformat(format="yuv420p")))
             container.mux(stream.encode())
         partial.rename(target)
     finally:
