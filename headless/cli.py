@@ -12,6 +12,7 @@ from typing import Any
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
 from ..wan_core.runtime import Cancelled
+from . import lora_command
 from .client import run_on_server
 from .core_nodes import core_nodes
 from .events import Event, RunResult
@@ -159,4 +160,12 @@ class Progress:
         return event.text
 
 
-COMMANDS = {"run": Command("Run a workflow in this process or on a ComfyUI server.", _declare_run, _run)}
+def _lora(arguments: argparse.Namespace) -> int:
+    print(lora_command.answer(arguments))
+    return OK
+
+
+COMMANDS = {
+    "run": Command("Run a workflow in this process or on a ComfyUI server.", _declare_run, _run),
+    "lora": Command(lora_command.HELP, lora_command.declare, _lora),
+}
