@@ -12,7 +12,7 @@ from typing import Any
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
 from ..wan_core.runtime import Cancelled
-from . import info_command
+from . import info_command, lora_command
 from .client import run_on_server
 from .core_nodes import core_nodes
 from .events import Event, RunResult
@@ -160,7 +160,18 @@ class Progress:
         return event.text
 
 
+def _printed(answer: Callable[[argparse.Namespace], str]) -> Callable[[argparse.Namespace], int]:
+    """A command that prints what `answer` says."""
+
+    def execute(arguments: argparse.Namespace) -> int:
+        print(answer(arguments))
+        return OK
+
+    return execute
+
+
 COMMANDS = {
     "run": Command("Run a workflow in this process or on a ComfyUI server.", _declare_run, _run),
-    "info": Command("Say what model files are, from their headers.", info_command.declare, info_command.execute),
+    "info": Command(info_command.HELP, info_command.declare, _printed(info_command.answer)),
+    "lora": Command(lora_command.HELP, lora_command.declare, _printed(lora_command.answer)),
 }

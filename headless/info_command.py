@@ -5,13 +5,13 @@ from pathlib import Path
 
 from ..wan_core.inspection import report
 
+HELP = "Say what model files are, what they need and which settings are recommended, from their headers."
+
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files", metavar="FILE", type=Path, nargs="+", help="a file, a folder, or one shard of a series"
-    )
+    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="a file, a folder, or one shard of a series")
 
 
-def execute(arguments: argparse.Namespace) -> int:
-    print("\n\n".join(str(report(path)) for path in arguments.files))
-    return 0
+def answer(arguments: argparse.Namespace) -> str:
+    """The reports of all files, one after the other."""
+    return "\n\n".join(str(report(path)) for path in arguments.files)

@@ -2,12 +2,15 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from . import catalog, tiny
+from .adapters.model import LAYOUT, Target, report, use_lora
 from .checkpoints.detect import Component, detect_files, join_vace, require_kind
 from .checkpoints.download import OnProgress, fetch, redirect
 from .checkpoints.keymap import SPIECE_MODEL
@@ -15,12 +18,16 @@ from .checkpoints.load import build, spiece_model
 from .checkpoints.tokenizer import Tokenizer
 from .conditioning.slots import fit
 from .conditioning.text import TextEncoder
+from .lora.apply import LoraRun, LoraUse, Mode, applied
+from .lora.bind import EVERYWHERE, BlockStrengths
+from .lora.read import Lora
+from .lora.report import Report
 from .models.attention import load_backend
 from .models.dit import WanDiT
 from .models.image_encoder import ImageEncoder
 from .models.motion_controller import MotionController
 from .models.vae import WanVAE
-from .types import Conditioning, VideoSize
+from .types import Conditioning, Curve, VideoSize
 from .variants import Variant, match_variant
 
 log = logging.getLogger("wancore")
@@ -54,6 +61,7 @@ class VideoModel:
         row: the catalog row whose settings are recommended, if its name or structure points to one.
         name: what to call it in messages.
         motion_controller: the speed-control adapter that was loaded beside it.
+        loras: what is applied to both for the length of a run; the weights themselves stay as they are.
     """
 
     dit: WanDiT
@@ -61,6 +69,34 @@ class VideoModel:
     row: catalog.CatalogRow | None
     name: str
     motion_controller: MotionController | None = None
+    loras: tuple[LoraUse, ...] = ()
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The parts that a LoRA can change."""
+        return tuple(module for module in (self.dit, self.motion_controller) if module is not None)
+
+    def with_lora(
+        self,
+        source: PathLike | Lora,
+        *,
+        strength: float | Sequence[float] | Curve = 1.0,
+        blocks: BlockStrengths = EVERYWHERE,
+        mode: Mode = "auto",
+    ) -> tuple["VideoModel", Report]:
+        """A handle on the same weights with one LoRA, or checkpoint of trained weights, more; and what it does to them.
+
+        Raises:
+            ValueError: the file cannot be read, nothing in it matches, it was made for another size, or a setting is
+                wrong.
+        """
+        target = Target.of_modules(self.name, self.modules)
+        use = use_lora(source, target, strength=strength, blocks=blocks, mode=mode)
+        return replace(self, loras=(*self.loras, use)), report(use, target, self.loras)
+
+    def adapted(self, steps: int, device: torch.device) -> AbstractContextManager[LoraRun]:
+        """The LoRAs applied for a run of `steps` on `device`; enter it before weights are moved, see `lora.apply`."""
+        return applied(self.modules, self.loras, LAYOUT, steps=steps, device=device)
 
     def fit(self, cond: Conditioning, size: VideoSize | None = None) -> Conditioning:
         """`cond` as this model takes it, for a video of `size`.

@@ -47,12 +47,13 @@ def _check_spans(size: int, stride: int) -> None:
         raise ValueError(f"Tiles need a size of at least 1 and a stride from 1 to the size; got {size} and {stride}.")
 
 
-def blend_weights(span: Span, border: int, device: torch.device | None = None) -> Tensor:
-    """Weights (length,): one, rising as (i + 1) / border over the first and last `border` positions inside the axis."""
+def blend_weights(span: Span, border: int, device: torch.device | None = None, offset: float = 1.0) -> Tensor:
+    """Weights (length,): one, rising as (i + offset) / border over the first and last `border` positions inside the
+    axis."""
     weights = torch.ones(span.length, device=device)
     border = min(border, span.length)
     if border:
-        ramp = torch.arange(1, border + 1, device=device) / border
+        ramp = (torch.arange(border, device=device) + offset) / border
         if not span.first:
             weights[:border] = torch.minimum(weights[:border], ramp)
         if not span.last:

@@ -232,8 +232,8 @@ def _note(kind: Kind, row: Any) -> str:
             "**Files** (fetched when `download` is on in a loader, or put them there yourself):",
             *(f"- `{file}`" for file in files),
             "",
-            "Files that you already have in ComfyUI's own folders appear in the lists too. The pictures and clips are in "
-            "the pack's folder `workflows/assets`; choose your own. `WanCore/tiny…` models need no file: they draw "
+            "Files that you already have in ComfyUI's own folders appear in the lists too. The pictures and clips are "
+            "in the pack's folder `workflows/assets`; choose your own. `WanCore/tiny…` models need no file: they draw "
             "abstract patterns, to try the graph out.",
         ]
     )

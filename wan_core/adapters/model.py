@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -15,12 +14,12 @@ from torch import nn
 from ..checkpoints.detect import Component
 from ..checkpoints.diffusers_names import diffusers_name
 from ..checkpoints.load import open_component
-from ..lora.apply import MODES, Layout, LoraRun, LoraUse, applied
+from ..lora.apply import MODES, Layout, LoraUse, Mode
 from ..lora.bind import EVERYWHERE, BlockStrengths, Bound, Misfit, Shapes, bind, module_names, parameter_shapes
 from ..lora.naming import Spellings
 from ..lora.patches import Patch
 from ..lora.read import Lora, Skipped
-from ..lora.report import Report, describe, estimated_norm, grouped
+from ..lora.report import Report, describe, estimated_norm
 from ..models.config import DiTConfig, MotionControllerConfig
 from ..models.dit import WanDiT
 from ..models.motion_controller import MotionController
@@ -255,7 +254,7 @@ def use_lora(
     *,
     strength: float | Sequence[float] | Curve = 1.0,
     blocks: BlockStrengths = EVERYWHERE,
-    mode: Literal["auto", "fold", "side"] = "auto",
+    mode: Mode = "auto",
 ) -> LoraUse:
     """The LoRA, or the trained weights, at `source`, ready to be applied to `target`.
 
@@ -288,20 +287,3 @@ def report_alone(lora: Lora) -> Report:
     """What `lora` is, without a model."""
     patches, skipped = canonical(lora)
     return describe(lora, made_for(patches), patches=patches, skipped=skipped)
-
-
-@contextmanager
-def adapted(
-    modules: Sequence[nn.Module],
-    loras: Sequence[LoraUse],
-    *,
-    steps: int,
-    device: torch.device | None = None,
-    streamed: bool = False,
-) -> Iterator[LoraRun]:
-    """The DiT and its motion controller with `loras` on them inside the block; see `lora.apply.applied`."""
-    with applied(modules, loras, LAYOUT, steps=steps, device=device, streamed=streamed) as run:
-        yield run
-
-
-__all__ = ["LoraUse", "Report", "Target", "adapted", "grouped", "open_lora", "report", "report_alone", "use_lora"]

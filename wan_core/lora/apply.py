@@ -7,7 +7,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -334,8 +334,3 @@ def base_weight(module: nn.Module) -> Tensor:
     """The weight that `module` computes with, in float32; quantised modules tell it through `dequantised()`."""
     dequantised = getattr(module, "dequantised", None)
     return dequantised().float() if dequantised is not None else module.weight.float()
-
-
-def strengthened(use: LoraUse, strength: float | Curve) -> LoraUse:
-    """The same LoRA at another strength; nothing is read again."""
-    return replace(use, strength=Curve.of(strength))

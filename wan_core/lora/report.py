@@ -66,6 +66,14 @@ class Report:
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
+    @property
+    def summary(self) -> str:
+        """The report in one line."""
+        ranks = "/".join(map(str, self.ranks)) or "none"
+        told = [f"{self.name}: {', '.join(self.dialects)}, rank {ranks}, {self.alpha}"]
+        told.append(f"{len(self.applied)} parameters changed, {len(self.skipped)} names skipped")
+        return "; ".join((*told, *self.notes, *self.conflicts))
+
     def lines(self) -> list[str]:
         """The report as lines of text."""
         lines = [

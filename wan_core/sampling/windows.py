@@ -12,6 +12,9 @@ from ..tiling import Span, blend_weights, plan_spans
 from ..types import Conditioning, StepInfo
 from .predictor import Predictor
 
+RAMP_OFFSET = 0.5
+"""Weights rise as (i + 0.5) / overlap, so that two windows add up to one (DiffSynth-Studio 2.1.12)."""
+
 
 class Windowed:
     """A predictor that runs another in windows and blends what they say where they overlap.
@@ -34,7 +37,7 @@ class Windowed:
         for number, span in enumerate(self._spans):
             inside = with_text(window_of(cond, span, prefix), self._prompts, number)
             velocity = self._predict(cut(x, span, prefix, 2), t, inside, dataclasses.replace(info, window=number))
-            share = torch.cat((x.new_ones(prefix), blend_weights(span, self._border, x.device)))
+            share = torch.cat((x.new_ones(prefix), blend_weights(span, self._border, x.device, RAMP_OFFSET)))
             velocity *= share.view(-1, 1, 1)
             for part, place in ((slice(prefix), slice(prefix)), (slice(prefix, None), _place(span, prefix))):
                 total[:, :, place] += velocity[:, :, part]

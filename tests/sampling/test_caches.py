@@ -1,0 +1,198 @@
+"""Step caches: the published decisions, the plan, what is skipped and what is kept."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from wancore.wan_core.catalog import CATALOG
+from wancore.wan_core.runtime import Runtime
+from wancore.wan_core.sampling import teacache
+from wancore.wan_core.sampling.compose import compose
+from wancore.wan_core.sampling.loop import sample
+from wancore.wan_core.sampling.solvers import build_solver
+from wancore.wan_core.sampling.steps import denoise
+from wancore.wan_core.settings import (
+    TEACACHE_TEMPLATES,
+    EasyCacheSettings,
+    GuidanceSettings,
+    SamplerSettings,
+    TeaCacheSettings,
+    WindowSettings,
+)
+from wancore.wan_core.types import Conditioning, LatentSize, VaceInput
+
+from tests.reference import load_case, relative_error, tiny_dit
+
+RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+SIZE = LatentSize(3, 4, 6)
+CASE = load_case("teacache")
+FLAGS = [name for name in CASE.tensors if "@" in name]
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_decisions_equal_the_published_ones(name):
+    template, threshold = name.split("@")
+    expected, modulations = CASE[name].tolist(), CASE["t_mod"]
+    settings = TeaCacheSettings(template=template, threshold=float(threshold))
+    assert list(teacache.plan(modulations, settings).skipped) == expected
+    rule = teacache.OnlineRule(teacache.COEFFICIENTS[template], float(threshold), len(expected))
+    online = [rule.skips(i, teacache.changes(modulations[max(i - 1, 0) : i + 1] if i else modulations[:2])[0])
+              for i in range(len(expected))]  # fmt: skip
+    assert online == expected
+
+
+def test_there_is_a_case_for_every_template_and_a_template_for_every_published_model():
+    assert {name.split("@")[0] for name in FLAGS} == set(TEACACHE_TEMPLATES) == set(teacache.COEFFICIENTS)
+    assert {row.preset.teacache for row in CATALOG} <= set(TEACACHE_TEMPLATES)
+
+
+@pytest.mark.parametrize("template", TEACACHE_TEMPLATES)
+def test_thresholds_from_nothing_to_everything(template):
+    def computed(threshold, **changes):
+        plan = teacache.plan(CASE["t_mod"], TeaCacheSettings(template=template, threshold=threshold, **changes))
+        assert plan.skipped[0] is plan.skipped[-1] is False
+        return plan
+
+    assert computed(0.0).computed_steps == 30
+    everything = computed(1000.0)
+    assert everything.computed_steps == 2
+    assert "computes 2 of 30 steps, about 13.2x faster" in everything.summary()
+    assert computed(1000.0, start_step=5).skipped == (*[False] * 5, *[True] * 24, False)
+
+
+@pytest.mark.parametrize("speedup", [1.0, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("template", TEACACHE_TEMPLATES)
+def test_a_target_speedup_is_solved_for(template, speedup):
+    def planned(**changes):
+        return teacache.plan(CASE["t_mod"], TeaCacheSettings(template=template, **changes))
+
+    plan = planned(threshold=None, speedup=speedup)
+    assert plan.speedup >= speedup
+    assert plan == planned(threshold=plan.threshold)
+    assert plan.threshold == 0 or planned(threshold=plan.threshold * 0.999).speedup < plan.speedup
+
+
+def test_impossible_wishes_are_refused():
+    with pytest.raises(ValueError, match=r"cannot make this run 50x faster; .* computes 2 of 30"):
+        teacache.plan(CASE["t_mod"], TeaCacheSettings(template=TEACACHE_TEMPLATES[0], threshold=None, speedup=50.0))
+    with pytest.raises(ValueError, match="not both"):
+        TeaCacheSettings(threshold=0.1, speedup=2.0)
+    with pytest.raises(ValueError, match="not a published one"):
+        TeaCacheSettings().with_template(None)
+    assert TeaCacheSettings().with_template("Wan2.1-T2V-14B").template == "Wan2.1-T2V-14B"
+    with pytest.raises(ValueError, match="template must be one of"):
+        teacache.plan(CASE["t_mod"], TeaCacheSettings())
+
+
+def conditioning(**fields) -> Conditioning:
+    text, negative = torch.randn(2, 1, 512, 64, generator=torch.Generator().manual_seed(5))
+    return Conditioning(text=text, negative_text=negative, **fields)
+
+
+def counted(dit) -> list[int]:
+    """A list that grows by the index of every block that runs."""
+    ran = []
+    for index, block in enumerate(dit.blocks):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    for block in getattr(dit, "vace_blocks", ()):
+        block.register_forward_hook(lambda *_: ran.append("vace"))
+    return ran
+
+
+def run(dit, cond, **changes):
+    settings = {"steps": 8, "seed": 1} | changes
+    return sample(dit, cond, SIZE, SamplerSettings(**settings), RUNTIME)
+
+
+EVERYTHING = TeaCacheSettings(threshold=1000.0, template="Wan2.1-T2V-1.3B")
+
+
+def test_skipped_steps_run_no_block_and_no_vace_block(caplog):
+    dit = tiny_dit("vace")
+    cond = conditioning(vace=(VaceInput(context=torch.randn(1, 96, *SIZE.shape)),))
+    ran = counted(dit)
+    with caplog.at_level(logging.INFO, "wancore"):
+        run(dit, cond, cache=EVERYTHING)
+    assert "computes 2 of 8 steps, about 3.9x faster" in caplog.text
+    assert ran.count(0) == 2 * 2
+    assert ran.count("vace") == 2 * 2 * len(dit.vace_blocks)
+
+
+def test_a_skipped_step_adds_what_the_last_computed_one_changed():
+    dit, cond = tiny_dit(), conditioning()
+    seen = []
+    original = type(dit).unembed
+
+    class Watched(type(dit)):
+        def unembed(self, state):
+            seen.append(state.tokens.clone())
+            return original(self, state)
+
+        def embed(self, *args):
+            state = super().embed(*args)
+            seen.append(state.tokens.clone())
+            return state
+
+    dit.__class__ = Watched
+    run(dit, cond, cache=EVERYTHING, guidance=GuidanceSettings(scale=1.0))
+    first_in, first_out, second_in, second_out = seen[:4]
+    assert torch.allclose(second_out - second_in, first_out - first_in, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cache", [dataclasses.replace(EVERYTHING, threshold=0.0), EasyCacheSettings(threshold=0.0, start_step=2)]
+)
+def test_threshold_zero_is_off(cache):
+    dit, cond = tiny_dit(), conditioning()
+    assert torch.equal(run(dit, cond, cache=cache), run(dit, cond))
+
+
+def test_too_few_steps_switch_the_cache_off_and_say_so(caplog):
+    dit, cond = tiny_dit(), conditioning()
+    assert torch.equal(run(dit, cond, steps=3, cache=EVERYTHING), run(dit, cond, steps=3))
+    assert "at least 4 steps, this run has 3" in caplog.text
+
+
+def test_branches_and_windows_have_a_state_each():
+    dit, cond, windows = tiny_dit(), conditioning(), WindowSettings(size=2, stride=1)
+    settings = SamplerSettings(steps=5, cache=EVERYTHING, windows=windows)
+    solver = build_solver(settings)
+    parts = compose(dit, solver, cond, SIZE.frames, settings, RUNTIME)
+    with torch.no_grad():
+        denoise(parts.predict, solver, torch.randn(1, 16, *SIZE.shape), cond, RUNTIME, steps=range(3))
+    names = {f"residual.{branch}.{window}" for branch in ("positive", "negative") for window in (0, 1)}
+    assert set(parts.memories["cache"].memory) == names
+    values = list(parts.memories["cache"].memory.values())
+    assert not any(torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_residuals_have_the_compute_dtype_and_the_place_that_was_asked_for(on_cpu):
+    dit = tiny_dit().to(torch.bfloat16)
+    dit.exact = True
+    settings = SamplerSettings(steps=5, cache=dataclasses.replace(EVERYTHING, residual_on_cpu=on_cpu))
+    solver, cond = build_solver(settings), conditioning()
+    parts = compose(dit, solver, cond, SIZE.frames, settings, RUNTIME)
+    with torch.no_grad():
+        denoise(parts.predict, solver, torch.randn(1, 16, *SIZE.shape), cond, RUNTIME, steps=range(2))
+    kept = parts.memories["cache"].memory
+    assert {value.dtype for value in kept.values()} == {torch.bfloat16}
+    assert {value.device.type for value in kept.values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("threshold", [0.02, 1000.0])
+def test_easycache_skips_more_with_a_higher_threshold(threshold):
+    dit, cond = tiny_dit(), conditioning()
+    ran = counted(dit)
+    run(dit, cond, steps=12, cache=EasyCacheSettings(threshold=threshold, start_step=3))
+    computed = ran.count(0) // 2
+    assert computed == 4 if threshold > 1 else 4 < computed <= 12
+
+
+def test_caches_stay_near_the_full_result():
+    dit, cond = tiny_dit(), conditioning()
+    full = run(dit, cond, steps=20)
+    few = run(dit, cond, steps=4)
+    cached = run(dit, cond, steps=20, cache=EasyCacheSettings(threshold=0.05, start_step=4))
+    assert relative_error(cached, full) < relative_error(few, full)

@@ -1,0 +1,36 @@
+"""A conditioning for every tiny model, of any length."""
+
+import torch
+from torch import Tensor
+from wancore.wan_core.models.config import DiTConfig
+from wancore.wan_core.types import Conditioning, LatentSize, VaceInput
+
+from tests.reference import DITS
+
+REFERENCES = 1
+"""Reference frames in front of the video where a model takes VACE inputs."""
+
+
+def conditioning(variant: str, size: LatentSize, seed: int = 5, references: int = REFERENCES) -> Conditioning:
+    """Random values for every input that the model of this structure has."""
+    config: DiTConfig = DITS[variant]
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=generator)
+
+    fields: dict = {"text": draw(512, 64), "negative_text": draw(512, 64)}
+    if config.has_image_input:
+        fields["clip"] = draw(config.image_positions or 257, 1280)
+    if config.concat_channels:
+        fields["concat"] = draw(config.concat_channels, *size.shape)
+    if config.has_reference:
+        fields["reference"] = draw(16, size.height, size.width)
+    if config.camera_channels:
+        fields["camera"] = draw(24, size.frames, size.height * 8, size.width * 8)
+    if config.vace_layers:
+        frames = (references + size.frames, size.height, size.width)
+        fields["vace"] = (VaceInput(context=draw(96, *frames)),)
+    if variant == "t2v":
+        fields["motion_bucket"] = torch.tensor([40.0])
+    return Conditioning(**fields)

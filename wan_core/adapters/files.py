@@ -1,0 +1,224 @@
+"""New LoRA files: converted, merged, extracted. A file that exists is never touched."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoints.detect import Component, detect_files, require_kind
+from ..checkpoints.diffusers_names import diffusers_name
+from ..checkpoints.load import open_component
+from ..lora.patches import LowRank
+from ..lora.read import ADAPTER_METADATA, Skipped
+from ..lora.report import grouped
+from ..lora.write import Merged, Named, encode, extract, merge
+from ..settings import check_choice, check_whole
+from .model import IMAGE_BRANCH, SIZES, canonical, made_for, width_of
+from .open import PEFT_CONFIG, PEFT_FILE, PathLike, open_lora
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_RANK = 4096
+
+OWN_METADATA = (ADAPTER_METADATA, "ss_network_dim", "ss_network_alpha", "ss_network_module", "sshs_model_hash")
+"""Metadata of a source that no longer hold for what is written from it."""
+
+
+@dataclass(frozen=True)
+class LoraFormat:
+    """How a LoRA is stored: in the names of which program (`lora.write.FORMATS`), and in which dtype."""
+
+    names: str = "comfyui"
+    dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        check_choice("LoRA dtype", self.dtype, tuple(DTYPES))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file that was written: what is in it, what of the sources is not, and the share that a lower rank lost."""
+
+    path: Path
+    patches: int
+    ranks: tuple[int, ...]
+    error: float
+    skipped: tuple[Skipped, ...] = ()
+
+    def __str__(self) -> str:
+        rank = "/".join(map(str, self.ranks)) or "none"
+        lines = [f"{self.path}", f"  changes   {self.patches} parameters, rank {rank}"]
+        if self.error:
+            lines.append(f"  lost      {100 * self.error:.3g} % of the change, by the limited rank")
+        if self.skipped:
+            lines.append(f"  left out  {len(self.skipped)}")
+            lines += [f"    {name}" for name in grouped(s.name for s in self.skipped)]
+        return "\n".join(lines)
+
+
+def convert(
+    sources: Sequence[tuple[PathLike, float]], out: PathLike, form: LoraFormat, *, rank: int | None = None
+) -> Saved:
+    """One LoRA file at `out` that does what `sources`, each at its strength, do together.
+
+    One source is converted as it is. Several are joined exactly, which adds up their ranks, unless `rank` limits it.
+
+    Raises:
+        ValueError: `out` exists or cannot be written, a source cannot be read or merged, or the format cannot hold it.
+    """
+    _check_rank(rank)
+    _check_free(out, form)
+    loras = [(open_lora(path), strength) for path, strength in sources]
+    if not loras:
+        raise ValueError("No LoRA was given; name at least one file.")
+    named = [canonical(lora) for lora, _ in loras]
+    for (lora, _), (patches, _) in zip(loras, named, strict=True):
+        if not patches:
+            raise ValueError(f"{lora.name} names no part of Wan 2.1; there is nothing to convert.")
+    widths = [width_of((name, patch.shape) for name, patch in patches) for patches, _ in named]
+    if len(set(widths) - {None}) > 1:
+        sizes = ", ".join(f"{lora.name} (width {width})" for (lora, _), width in zip(loras, widths, strict=True))
+        raise ValueError(f"LoRAs of models of different sizes cannot be merged: {sizes}.")
+    merged = merge([(patches, strength) for (patches, _), (_, strength) in zip(named, loras, strict=True)], rank)
+    kept = {k: v for k, v in loras[0][0].metadata.items() if k not in OWN_METADATA} if len(loras) == 1 else {}
+    origin = {"sources": [{"name": lora.name, "strength": strength} for lora, strength in loras]}
+    skipped = tuple(s for _, left in named for s in left)
+    return save(merged, out, form, kept, origin, skipped)
+
+
+def extract_lora(base: PathLike, tuned: PathLike, out: PathLike, form: LoraFormat, *, rank: int) -> Saved:
+    """The difference between the checkpoints `tuned` and `base` as a LoRA of `rank` at `out`.
+
+    Vectors and modulations are stored exactly, matrices to that rank.
+
+    Raises:
+        ValueError: `out` exists, the checkpoints are no DiTs of one structure, or hold the same weights.
+    """
+    _check_rank(rank)
+    _check_free(out, form)
+    first, second = (require_kind(detect_files(path), "dit") for path in (base, tuned))
+    if first.config != second.config:
+        raise ValueError(
+            f"{first.name} and {second.name} are models of different structure; extract from a fine-tune of that base."
+        )
+    with open_component(first) as read_base, open_component(second) as read_tuned:
+        merged = extract(_pairs(first, second, read_base, read_tuned), rank)
+    return save(merged, out, form, {}, {"base": first.name, "tuned": second.name, "extracted_rank": rank})
+
+
+def _pairs(
+    base: Component, tuned: Component, read_base: Callable[[str], Tensor], read_tuned: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name in tuned.sources:
+        if name in base.sources:
+            yield name, read_base(name), read_tuned(name)
+
+
+def save(
+    merged: Merged,
+    out: PathLike,
+    form: LoraFormat,
+    metadata: Mapping[str, str],
+    origin: Mapping[str, object],
+    skipped: tuple[Skipped, ...] = (),
+) -> Saved:
+    """Write `merged` to `out`: a new file, for `peft` a new folder with its configuration.
+
+    Raises:
+        ValueError: `out` exists or cannot be written, or the format cannot hold one of the patches.
+    """
+    target = _check_free(out, form)
+    tensors = encode(merged.patches, form.names, DTYPES[form.dtype], diffusers_name)
+    ranks = tuple(sorted({p.rank for _, p in merged.patches if p.rank}))
+    told = {
+        **lora_metadata(merged.patches, Path(out).stem),
+        **metadata,
+        "wancore": json.dumps({**origin, "names": form.names, "lost": round(merged.error, 6)}),
+    }
+    _write(target, tensors, told)
+    if form.names == "peft":
+        _write_peft_config(target.with_name(PEFT_CONFIG), merged.patches)
+    return Saved(Path(out), len(merged.patches), ranks, merged.error, skipped)
+
+
+def lora_metadata(patches: Named, title: str) -> dict[str, str]:
+    """The metadata that LoRA tools look for: base model, rank, alpha (folded in, so equal to the rank), title."""
+    size = SIZES.get(width_of((name, patch.shape) for name, patch in patches) or 0, "")
+    task = "i2v" if any(IMAGE_BRANCH.match(name) for name, _ in patches) else "t2v"
+    rank = str(max((patch.rank for _, patch in patches if patch.rank), default=0))
+    told = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "wan2.1/lora",
+        "modelspec.title": title,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "wancore.made_for": made_for(patches),
+    }
+    if size:
+        told["ss_base_model_version"] = f"wan2.1_{task}_{size.rpartition(' ')[2]}"
+    return told
+
+
+def free_path(folder: Path, stem: str) -> Path:
+    """`<stem>_00001.safetensors` in `folder`, or the next number that is not taken."""
+    number = 1
+    while (path := folder / f"{stem}_{number:05}.safetensors").exists():
+        number += 1
+    return path
+
+
+def _check_rank(rank: int | None) -> None:
+    if rank is not None:
+        check_whole("rank", rank, low=1, high=MAX_RANK)
+
+
+def _check_free(out: PathLike, form: LoraFormat) -> Path:
+    """The file that will hold the tensors."""
+    path = Path(out).expanduser()
+    if path.exists():
+        raise ValueError(f"{path} exists already; nothing is overwritten. Choose another name or move it away.")
+    if form.names == "peft":
+        return path / f"{PEFT_FILE}.safetensors"
+    if path.suffix != ".safetensors":
+        raise ValueError(f"LoRAs are written as .safetensors; got the name {path.name!r}.")
+    return path
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """The name is claimed first, the file written beside it, and put in its place when it is whole."""
+    draft = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("x").close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error}).") from error
+    try:
+        save_file(dict(tensors), draft, dict(metadata))
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _write_peft_config(path: Path, patches: Named) -> None:
+    """PEFT's configuration for factors with their scale folded in: alpha is the rank of every module."""
+    ranks = {name.rpartition(".")[0]: patch.rank for name, patch in patches if isinstance(patch, LowRank)}
+    usual = max(ranks.values(), key=list(ranks.values()).count)
+    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    config = {
+        "peft_type": "LORA",
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
