@@ -9,7 +9,7 @@ HELP = "Say what model files are, what they need and which settings are recommen
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="a file, a folder, or one shard of a series")
+    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="a file, a folder or one shard")
 
 
 def answer(arguments: argparse.Namespace) -> str:

@@ -1,5 +1,8 @@
 """The pipeline through files on disk: the published end-to-end call, its parameters, and what it refuses."""
 
+import dataclasses
+import functools
+import json
 import re
 import shutil
 from pathlib import Path
@@ -7,14 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from wancore.wan_core import ModelConfig, WanVideoPipeline, load_video, save_video
+from wancore.wan_core.catalog import tiny_id
 from wancore.wan_core.checkpoints.download import DownloadError
+from wancore.wan_core.models.config import ImageEncoderConfig
+from wancore.wan_core.models.image_encoder import ImageEncoder
+from wancore.wan_core.prepare import VideoModel
+from wancore.wan_core.variants import match_variant
 
-from tests.reference import arguments, load_case, relative_error
+from tests.pictures import materialised
+from tests.reference import DITS, arguments, filled, load_case, relative_error, tiny_dit
 
 PATTERNS = ("diffusion_pytorch_model*.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth")
 DIT, TEXT, VAE = range(3)
+PICTURE = Image.new("RGB", (40, 30), "red")
+SMALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "seed": 1}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +51,138 @@ def pipe(models) -> WanVideoPipeline:
     return load(models)
 
 
-def test_equals_the_published_call(pipe, tmp_path):
+def reference_pipeline(pipe: WanVideoPipeline, variant: str) -> WanVideoPipeline:
+    """A pipeline with the reference's tiny DiT of that variant, and CLIP at its real width."""
+    config = DITS[variant]
+    model = VideoModel(tiny_dit(variant), match_variant(config), None, variant)
+    encoder = None
+    if config.has_image_input:
+        encoder = filled(ImageEncoder, ImageEncoderConfig(dim=1280, mlp_dim=5120, num_layers=2, out_dim=64))
+    return dataclasses.replace(pipe, model=model, image_encoder=encoder)
+
+
+@pytest.mark.parametrize("name", ["t2v", "i2v", "fun_control", "vace_video"])
+def test_equals_the_published_calls(pipe, name):
+    case = load_case(name, "e2e")
+    variant = json.loads(case.metadata["case"])["variant"]
+    frames = reference_pipeline(pipe, variant)(**materialised(arguments(case)))
+    difference = np.abs(np.stack([np.asarray(f) for f in frames]).astype(int) - case["frames"].numpy().astype(int))
+    assert difference.mean() <= 0.25
+    assert difference.max() <= 6
+
+
+def test_the_tokens_of_a_start_image_are_those_of_the_picture_as_it_is(pipe):
+    """The reference call resized the picture before CLIP saw it; given such a picture, ours is the same to rounding."""
+    case = load_case("i2v", "e2e")
+    call = materialised(arguments(case))
+    call["input_image"] = call["input_image"].resize((96, 64))
+    latents = reference_pipeline(pipe, "i2v")(**call, output_type="latent")
+    assert relative_error(latents, case["latents"]) < 1e-4
+
+
+INPUTS = {
+    "i2v": {"input_image": PICTURE, "end_image": PICTURE},
+    "flf2v": {"input_image": PICTURE, "end_image": PICTURE},
+    "fun_control": {"control_video": [PICTURE] * 5, "input_image": PICTURE},
+    "fun_v1_1_control": {"control_video": [PICTURE] * 5, "reference_image": PICTURE},
+    "fun_camera": {"input_image": PICTURE, "camera_control_direction": "Left"},
+    "vace": {"vace_video": [PICTURE] * 5, "vace_reference_image": [PICTURE, PICTURE.resize((20, 50))]},
+}
+
+
+@pytest.fixture(scope="module")
+def bundled(models):
+    """The bundled pipeline of a variant."""
+
+    @functools.cache
+    def pipeline(variant: str) -> WanVideoPipeline:
+        dit = ModelConfig(model_id=tiny_id(variant), origin_file_pattern=PATTERNS[DIT])
+        image = ModelConfig(model_id="WanCore/tiny", origin_file_pattern="models_clip*.pth")
+        return load(models, [dit, *configs(models)[1:], *([image] if DITS[variant].has_image_input else [])])
+
+    return pipeline
+
+
+@pytest.mark.parametrize("variant", INPUTS)
+def test_every_input_reaches_the_video(bundled, variant):
+    pipe, inputs = bundled(variant), INPUTS[variant]
+    whole = pipe("a dog", **SMALL, **inputs, output_type="latent")
+    assert whole.shape == (1, 16, 2, 4, 4)
+    for name in inputs:
+        changed = {"camera_control_direction": "In"}.get(
+            name, PICTURE.resize((30, 40)).transpose(Image.Transpose.ROTATE_90)
+        )
+        changed = Image.new("RGB", (50, 50), "blue") if isinstance(changed, Image.Image) else changed
+        other = pipe("a dog", **SMALL, **{**inputs, name: changed}, output_type="latent")
+        assert relative_error(other, whole) > 1e-4, name
+
+
+@pytest.mark.parametrize("variant", INPUTS)
+def test_video_to_video_on_every_row(bundled, variant):
+    pipe, inputs = bundled(variant), INPUTS[variant]
+    video = [Image.new("RGB", (32, 32), (i * 40, 90, 200)) for i in range(5)]
+    start = pipe("a dog", **SMALL, **inputs, input_video=video, denoising_strength=0.0, output_type="latent")
+    near = pipe("a dog", **SMALL, **inputs, input_video=video, denoising_strength=0.1, output_type="latent")
+    far = pipe("a dog", **SMALL, **inputs, input_video=video, denoising_strength=0.8, output_type="latent")
+    assert start.shape == (1, 16, 2, 4, 4)
+    assert relative_error(near, start) < relative_error(far, start)
+
+
+def test_an_inpainting_model_without_an_image_makes_video_of_text(bundled):
+    assert bundled("i2v")("a dog", **SMALL, output_type="tensor").shape == (1, 3, 5, 32, 32)
+
+
+@pytest.mark.parametrize("variant", ["i2v", "vace"])
+def test_a_batch_shares_its_inputs(bundled, variant):
+    pipe, inputs = bundled(variant), INPUTS[variant]
+    both = pipe(["a dog", "a dog"], **SMALL, **inputs, output_type="latent")
+    assert both.shape[0] == 2
+
+
+def test_vace_of_strength_zero_is_text_to_video(bundled):
+    pipe = bundled("vace")
+    video = {"vace_video": [PICTURE] * 5}
+    plain = pipe("a dog", **SMALL, output_type="latent")
+    assert torch.equal(pipe("a dog", **SMALL, **video, vace_scale=0.0, output_type="latent"), plain)
+    assert not torch.equal(pipe("a dog", **SMALL, **video, output_type="latent"), plain)
+
+
+def test_references_leave_the_noise_of_the_video_alone(bundled):
+    """With strength zero the reference frames are denoised beside the video; the video starts from the same noise."""
+    pipe, noise = bundled("vace"), {"num_inference_steps": 1, "cfg_scale": 1.0, "sigma_shift": 0.01}
+    with_references = {"vace_reference_image": [PICTURE]}
+    a = pipe("a dog", **{**SMALL, **noise}, **with_references, vace_scale=0.0, output_type="latent")
+    b = pipe("a dog", **{**SMALL, **noise}, output_type="latent")
+    assert relative_error(a, b) < 0.9
+
+
+def test_pictures_without_the_image_encoder_are_refused_before_anything_runs(models):
+    dit = ModelConfig(model_id=tiny_id("i2v"), origin_file_pattern=PATTERNS[DIT])
+    pipe = load(models, [dit, *configs(models)[1:]])
+    with pytest.raises(ValueError, match="reads input_image through the CLIP image encoder too; add models_clip"):
+        pipe("a dog", **SMALL, input_image=PICTURE)
+
+
+def test_speed_control(models):
+    controller = ModelConfig(model_id="WanCore/tiny", origin_file_pattern="model.safetensors")
+    pipe = load(models, [*configs(models), controller])
+    slow, fast, none = (pipe("a dog", **SMALL, motion_bucket_id=m, output_type="latent") for m in (0, 100.0, None))
+    assert relative_error(slow, fast) > 1e-3
+    assert relative_error(slow, none) > 1e-3
+
+
+def test_a_vace_branch_from_a_file_of_its_own(models, bundled, tmp_path):
+    weights = load_file(models / tiny_id("vace") / "diffusion_pytorch_model.safetensors")
+    branch, base = tmp_path / "branch.safetensors", tmp_path / "base.safetensors"
+    save_file({n: t for n, t in weights.items() if n.startswith("vace")}, branch)
+    save_file({n: t for n, t in weights.items() if not n.startswith("vace")}, base)
+    joined = load(models, [ModelConfig(path=base), ModelConfig(path=branch), *configs(models)[1:]])
+    whole = bundled("vace")
+    call = {**SMALL, **INPUTS["vace"], "output_type": "latent"}
+    assert torch.equal(joined("a dog", **call), whole("a dog", **call))
+
+
+def test_the_published_call_as_a_file(pipe, tmp_path):
     case = load_case("t2v", "e2e")
     latents = pipe(**arguments(case), output_type="latent")
     assert relative_error(latents, case["latents"]) < 1e-4
@@ -49,9 +192,6 @@ def test_equals_the_published_call(pipe, tmp_path):
     assert difference.max() <= 6
     path = save_video(frames, tmp_path / "video.mp4", fps=15, quality=5)
     assert [f.size for f in load_video(path)] == [(96, 64)] * 9
-
-
-SMALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "seed": 1}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +267,11 @@ def test_rounding_is_said(pipe, caplog):
         ({"seed": -1}, "seed must be"),
         ({"tiled": True, "tile_size": (4, 4), "tile_stride": (5, 4)}, "Tiles need"),
         ({"output_type": "gif"}, "output_type must be"),
-        ({"input_image": object()}, "input_image is not supported"),
+        ({"input_image": object()}, "input_image must be a picture"),
+        ({"input_image": PICTURE}, r"WanCore/tiny takes motion_bucket_id, but got input_image\. Remove it, or load"),
+        ({"motion_bucket_id": 50}, "needs the speed-control adapter"),
+        ({"camera_control_direction": "Left"}, "but got camera"),
+        ({"vace_video": [PICTURE], "vace_scale": float("nan")}, "curve needs at least one finite number"),
         ({"tea_cache_l1_thresh": 0.1}, "tea_cache_l1_thresh is not supported"),
     ],
 )
