@@ -13,7 +13,7 @@ from wancore.wan_core.checkpoints.header import Header, TensorInfo
 
 Shapes = dict[str, tuple[int, ...]]
 MANIFESTS = Path(__file__).resolve().parents[1] / "data" / "manifests"
-SIZES = {"S": (1536, 8960, 30), "L": (5120, 13824, 40)}
+HEADERS = MANIFESTS.parent / "headers"
 
 
 def linear(name: str, inputs: int, outputs: int) -> Shapes:
@@ -28,43 +28,13 @@ def conv(name: str, inputs: int, outputs: int, *kernel: int) -> Shapes:
     return {f"{name}.weight": (outputs, inputs, *kernel), f"{name}.bias": (outputs,)}
 
 
-def dit_block(name: str, d: int, f: int, image: bool) -> Shapes:
-    shapes: Shapes = {f"{name}.modulation": (1, 6, d)} | norm(f"{name}.norm3", d)
-    for attention in ("self_attn", "cross_attn"):
-        for part in "qkvo":
-            shapes |= linear(f"{name}.{attention}.{part}", d, d)
-        shapes |= {f"{name}.{attention}.norm_q.weight": (d,), f"{name}.{attention}.norm_k.weight": (d,)}
-    if image:
-        shapes |= linear(f"{name}.cross_attn.k_img", d, d) | linear(f"{name}.cross_attn.v_img", d, d)
-        shapes |= {f"{name}.cross_attn.norm_k_img.weight": (d,)}
-    return shapes | linear(f"{name}.ffn.0", d, f) | linear(f"{name}.ffn.2", f, d)
-
-
-def dit(size: str, channels: int = 16, *, image=False, positions=0, reference=False, camera=0, vace=0) -> Shapes:
-    d, f, layers = SIZES[size]
-    shapes = conv("patch_embedding", channels, d, 1, 2, 2)
-    shapes |= linear("text_embedding.0", 4096, d) | linear("text_embedding.2", d, d)
-    shapes |= (
-        linear("time_embedding.0", 256, d) | linear("time_embedding.2", d, d) | linear("time_projection.1", d, 6 * d)
-    )
-    for i in range(layers):
-        shapes |= dit_block(f"blocks.{i}", d, f, image)
-    shapes |= linear("head.head", d, 64) | {"head.modulation": (1, 2, d)}
-    if image:
-        shapes |= norm("img_emb.proj.0", 1280) | linear("img_emb.proj.1", 1280, 1280)
-        shapes |= linear("img_emb.proj.3", 1280, d) | norm("img_emb.proj.4", d)
-    if positions:
-        shapes["img_emb.emb_pos"] = (1, positions, 1280)
-    if reference:
-        shapes |= conv("ref_conv", 16, d, 2, 2)
-    if camera:
-        shapes |= conv("control_adapter.conv", 64 * camera, d, 2, 2)
-        for part in ("conv1", "conv2"):
-            shapes |= conv(f"control_adapter.residual_blocks.0.{part}", d, d, 3, 3)
-    if vace:
-        shapes |= conv("vace_patch_embedding", 96, d, 1, 2, 2) | linear("vace_blocks.0.before_proj", d, d)
-        for i in range(vace):
-            shapes |= dit_block(f"vace_blocks.{i}", d, f, False) | linear(f"vace_blocks.{i}.after_proj", d, d)
+def dit(name: str) -> Shapes:
+    """A published DiT from `tests/data/headers`; a name with `*` stands for each of its repeated blocks."""
+    stored = json.loads((HEADERS / f"{name}.json").read_text())
+    shapes: Shapes = {}
+    for key, shape in stored["tensors"].items():
+        count = stored["repeated"][key.partition(".")[0]] if "*" in key else 1
+        shapes |= {key.replace("*", str(i)): tuple(shape) for i in range(count)}
     return shapes
 
 

@@ -25,52 +25,30 @@ S, L = DiTConfig(), DiTConfig(dim=5120, ffn_dim=13824, num_layers=40)
 VACE_S, VACE_L = tuple(range(0, 30, 2)), tuple(range(0, 40, 5))
 
 
-def row(size, digest, parameters, config, **parts):
-    """A DiT of the model table: its fingerprint, its size in billions and the changes to its config."""
-    base = S if size == "S" else L
-    return (
-        inv.dit(size, config.get("in_channels", 16), **parts),
-        digest,
-        parameters,
-        dataclasses.replace(base, **config),
-    )
-
-
 IMAGE = {"has_image_input": True}
+REFERENCE = {"has_reference": True}
+CAMERA = IMAGE | {"in_channels": 32, "camera_channels": 24}
+
+# The model table: fingerprint, billions of parameters, base, and what differs from it.
+TABLE = {
+    "T2V-1.3B": ("9269f8db9040a9d860eaca435be61814", 1.4190, S, {}),
+    "T2V-14B": ("aafcfd9672c3a2456dc46e1cb6e52c70", 14.2885, L, {}),
+    "I2V-14B": ("6bfcfb3b342cb286ce886889d519a77e", 16.3949, L, IMAGE | {"in_channels": 36}),
+    "Fun-1.3B-InP": ("6d6ccde6845b95ad9114ab993d917893", 1.5644, S, IMAGE | {"in_channels": 36}),
+    "FLF2V-14B": ("3ef3b1f8e1dab83d5b71fd7b617f859f", 16.3955, L, IMAGE | {"in_channels": 36, "image_positions": 514}),
+    "Fun-1.3B-Control": ("349723183fc063b2bfc10bb2835cf677", 1.5645, S, IMAGE | {"in_channels": 48}),
+    "Fun-14B-Control": ("efa44cddf936c70abd0ea28b6cbe946c", 16.3951, L, IMAGE | {"in_channels": 48}),
+    "V1.1-1.3B-Control": ("70ddad9d3a133785da5ea371aae09504", 1.5646, S, IMAGE | REFERENCE | {"in_channels": 48}),
+    "V1.1-14B-Control": ("26bde73488a92e64cc20b0a7485b9e5b", 16.3955, L, IMAGE | REFERENCE | {"in_channels": 48}),
+    "V1.1-1.3B-Camera": ("ac6a5aa74f4a0aab6f64eb9a72f19901", 1.6163, S, CAMERA),
+    "V1.1-14B-Camera": ("b61c605c2adbd23124d152ed28e049ae", 16.8981, L, CAMERA),
+    "VACE-1.3B": ("a61453409b67cd3246cf0c3bebad47ba", 2.1540, S, {"vace_layers": VACE_S, "vace_channels": 96}),
+    "VACE-14B": ("7a513e1f257a861512b1afd387a8ecd9", 17.3376, L, {"vace_layers": VACE_L, "vace_channels": 96}),
+}
 DITS = {
-    "T2V-1.3B": row("S", "9269f8db9040a9d860eaca435be61814", 1.4190, {}),
-    "T2V-14B": row("L", "aafcfd9672c3a2456dc46e1cb6e52c70", 14.2885, {}),
-    "I2V-14B": row("L", "6bfcfb3b342cb286ce886889d519a77e", 16.3949, IMAGE | {"in_channels": 36}, image=True),
-    "Fun-1.3B-InP": row("S", "6d6ccde6845b95ad9114ab993d917893", 1.5644, IMAGE | {"in_channels": 36}, image=True),
-    "FLF2V-14B": row(
-        "L", "3ef3b1f8e1dab83d5b71fd7b617f859f", 16.3955, IMAGE | {"in_channels": 36, "image_positions": 514},
-        image=True, positions=514,
-    ),
-    "Fun-1.3B-Control": row("S", "349723183fc063b2bfc10bb2835cf677", 1.5645, IMAGE | {"in_channels": 48}, image=True),
-    "Fun-14B-Control": row("L", "efa44cddf936c70abd0ea28b6cbe946c", 16.3951, IMAGE | {"in_channels": 48}, image=True),
-    "V1.1-1.3B-Control": row(
-        "S", "70ddad9d3a133785da5ea371aae09504", 1.5646, IMAGE | {"in_channels": 48, "has_reference": True},
-        image=True, reference=True,
-    ),
-    "V1.1-14B-Control": row(
-        "L", "26bde73488a92e64cc20b0a7485b9e5b", 16.3955, IMAGE | {"in_channels": 48, "has_reference": True},
-        image=True, reference=True,
-    ),
-    "V1.1-1.3B-Camera": row(
-        "S", "ac6a5aa74f4a0aab6f64eb9a72f19901", 1.6163, IMAGE | {"in_channels": 32, "camera_channels": 24},
-        image=True, camera=24,
-    ),
-    "V1.1-14B-Camera": row(
-        "L", "b61c605c2adbd23124d152ed28e049ae", 16.8981, IMAGE | {"in_channels": 32, "camera_channels": 24},
-        image=True, camera=24,
-    ),
-    "VACE-1.3B": row(
-        "S", "a61453409b67cd3246cf0c3bebad47ba", 2.1540, {"vace_layers": VACE_S, "vace_channels": 96}, vace=15
-    ),
-    "VACE-14B": row(
-        "L", "7a513e1f257a861512b1afd387a8ecd9", 17.3376, {"vace_layers": VACE_L, "vace_channels": 96}, vace=8
-    ),
-}  # fmt: skip
+    name: (inv.dit(name), digest, billions, dataclasses.replace(base, **changes))
+    for name, (digest, billions, base, changes) in TABLE.items()
+}
 OTHERS = {
     "motion controller": (
         inv.motion_controller(),
@@ -317,7 +295,7 @@ def test_wrong_kind_in_words():
 
 @pytest.mark.parametrize(("size", "count"), [("S", 15), ("L", 8)])
 def test_vace_branch_and_base_make_the_whole(size, count):
-    whole = inv.dit(size, vace=count)
+    whole = inv.dit({"S": "VACE-1.3B", "L": "VACE-14B"}[size])
     base = detect(header({k: v for k, v in whole.items() if not k.startswith("vace_")}, file="t2v.safetensors"))
     branch = detect(header({k: v for k, v in whole.items() if k.startswith("vace_")}, file="vace.safetensors"))
     assert branch.kind == "vace" and len(branch.config.vace_layers) == count
@@ -325,9 +303,9 @@ def test_vace_branch_and_base_make_the_whole(size, count):
     assert joined.config == detect(header(whole)).config and len(joined.header.files) == 2
     check_against(joined, module_for(joined))
     with pytest.raises(CheckpointError, match="not a plain text-to-video"):
-        join_vace(detect(header(inv.dit("S", 36, image=True))), branch)
+        join_vace(detect(header(inv.dit("Fun-1.3B-InP"))), branch)
     with pytest.raises(CheckpointError, match="do not mix"):
-        join_vace(detect(header(inv.dit("L" if size == "S" else "S"))), branch)
+        join_vace(detect(header(inv.dit("T2V-14B" if size == "S" else "T2V-1.3B"))), branch)
 
 
 def test_vace_layers():

@@ -60,7 +60,7 @@ def test_misfits_are_found_before_weights_are_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["style.lora_A.weight", "vace"])
 def test_what_cannot_stand_alone(name):
-    shapes = {name: (4, 8)} if name != "vace" else {k: v for k, v in inv.dit("S", vace=15).items() if k[:4] == "vace"}
+    shapes = {name: (4, 8)} if name != "vace" else {k: v for k, v in inv.dit("VACE-1.3B").items() if k[:4] == "vace"}
     with pytest.raises(CheckpointError, match="but the model loader needs"):
         build(detect(inv.header(shapes)), dtype=None)
 
@@ -125,7 +125,7 @@ print(peak() - before, size)
 ])  # fmt: skip
 def test_peak_memory_is_the_model_and_one_shard(tmp_path, monkeypatch, stored, asked, suffix):
     monkeypatch.setitem(inv.SIZES, "S", (1024, 8192, 12 if stored == torch.bfloat16 else 6))
-    shapes = list(inv.dit("S").items())
+    shapes = list(inv.dit("T2V-1.3B").items())
     count = 6
     for i in range(count):
         shard = {k: torch.full(v, 0.5, dtype=stored) for k, v in shapes[i::count]}

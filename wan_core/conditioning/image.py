@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fitting import fit_size
 from ..models.image_encoder import ImageEncoder
 from ..types import VAE_STRIDE, Conditioning, VideoSize
 from ..variants import FIRST_FRAME, IMAGE, MASK
@@ -108,8 +107,3 @@ def first_frame_conditioning(
     latents = encoder.frames((fit or Fit()).picture(start, size))
     slots = {**(cond.slots or {}), FIRST_FRAME.name: first_frame(latents, size.latent.frames)}
     return cond.given("input_image", size=size, slots=slots, clip=image_tokens(image_encoder, start))
-
-
-def matched_end(start: Tensor, end: Tensor) -> Tensor:
-    """`end` (T, H, W, 3) scaled and cut at the centre to the size of `start`, the intent of the authors' FLF2V code."""
-    return fit_size(end[:1], start.shape[2], start.shape[1], "crop")
