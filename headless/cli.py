@@ -116,7 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
         result = run_on_server(workflow, server, folders, on_event=on_event)
     else:
         workflow = apply_sets(workflow, arguments.sets, schemas_of(nodes))
-        _configure_host(arguments.device, on_event)
+        _configure_host(arguments, on_event)
         result = run(workflow, nodes, on_event=on_event, folders=folders)
     return _print_files(result)
 
@@ -127,11 +127,13 @@ def _print_files(result: RunResult) -> int:
     return OK
 
 
-def _configure_host(device: str | None, on_event: Callable[[Event], None]) -> None:
+def _configure_host(arguments: argparse.Namespace, on_event: Callable[[Event], None]) -> None:
     def on_progress(phase: str, done: int, total: int) -> None:
         on_event(Event("progress", done=done, total=total, text=phase))
 
-    host.configure(device=device, on_progress=on_progress)
+    host.configure(
+        device=arguments.device, input_dir=arguments.input, output_dir=arguments.out, on_progress=on_progress
+    )
 
 
 class Progress:
