@@ -131,7 +131,9 @@ def _configure_host(arguments: argparse.Namespace, on_event: Callable[[Event], N
     def on_progress(phase: str, done: int, total: int) -> None:
         on_event(Event("progress", done=done, total=total, text=phase))
 
-    host.configure(device=arguments.device, input_dir=arguments.input, on_progress=on_progress)
+    host.configure(
+        device=arguments.device, input_dir=arguments.input, output_dir=arguments.out, on_progress=on_progress
+    )
 
 
 class Progress:

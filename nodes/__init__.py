@@ -5,6 +5,7 @@ from .control_encode import ControlEncode
 from .image_encode import ImageEncode
 from .info import CheckpointInfo
 from .loaders import ImageEncoderLoader, ModelLoader, TextEncoderLoader, VAELoader
+from .lora import LoraInfo, LoraLoader, LoraSave
 from .sampler import Sampler
 from .speed import SpeedControl
 from .text_encode import TextEncode
@@ -26,6 +27,9 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "WanCoreVaceEncode": VaceEncode,
     "WanCoreVaceReferences": VaceReferences,
     "WanCoreSpeedControl": SpeedControl,
+    "WanCoreLoraLoader": LoraLoader,
+    "WanCoreLoraInfo": LoraInfo,
+    "WanCoreLoraSave": LoraSave,
     "WanCoreSampler": Sampler,
     "WanCoreVAEEncode": VAEEncode,
     "WanCoreVAEDecode": VAEDecode,
@@ -46,6 +50,9 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreVaceEncode": "VACE Encode (WanCore)",
     "WanCoreVaceReferences": "VACE References (WanCore)",
     "WanCoreSpeedControl": "Speed Control (WanCore)",
+    "WanCoreLoraLoader": "Load LoRA (WanCore)",
+    "WanCoreLoraInfo": "LoRA Info (WanCore)",
+    "WanCoreLoraSave": "Save LoRA (WanCore)",
     "WanCoreSampler": "Sampler (WanCore)",
     "WanCoreVAEEncode": "VAE Encode (WanCore)",
     "WanCoreVAEDecode": "VAE Decode (WanCore)",

@@ -35,6 +35,7 @@ class _Standalone:
     device: torch.device | None = None
     models_dir: Path | None = None
     input_dir: Path = Path("input")
+    output_dir: Path = Path("output")
     on_progress: OnProgress | None = None
 
 
@@ -46,15 +47,17 @@ def configure(
     device: str | None = None,
     models_dir: Path | None = None,
     input_dir: Path | None = None,
+    output_dir: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Set the device, the folders and the progress report of a process that has no ComfyUI.
 
-    Input files are looked for in `input` of the current folder when `input_dir` is None.
+    Input files are looked for in `input` of the current folder when `input_dir` is None; `output` is alike.
     """
     _standalone.device = torch.device(device) if device and device != "auto" else None
     _standalone.models_dir = models_dir
     _standalone.input_dir = input_dir or Path("input")
+    _standalone.output_dir = output_dir or Path("output")
     _standalone.on_progress = on_progress
 
 
@@ -108,6 +111,11 @@ def models_dir() -> Path:
     if folder_paths:
         return Path(folder_paths.models_dir)
     return models_folder(_standalone.models_dir or PACK_FOLDER / "models")
+
+
+def output_dir() -> Path:
+    """The folder that results go to."""
+    return Path(folder_paths.get_output_directory()) if folder_paths else _standalone.output_dir
 
 
 def list_files(folder: str) -> list[str]:

@@ -93,8 +93,8 @@ class Sampler:
         cond = model.fit(conditioning, size)
         dit = model.dit
         runtime = host.runtime(dit.dtype, host.weight_bytes(dit))
-        with on_device(dit, runtime.device):
+        with model.adapted(steps, runtime.device) as run, on_device(dit, runtime.device):
             latents = sample(
-                dit, cond.to(runtime.device), size.latent, settings, runtime, start, model.motion_controller
+                dit, cond.to(runtime.device), size.latent, settings, run.follow(runtime), start, model.motion_controller
             )
         return ({"samples": denormalise(latents).cpu()},)

@@ -65,6 +65,11 @@ def text(default: str, tooltip: str) -> Declaration:
     return "STRING", {"default": default, "multiline": True, "dynamicPrompts": True, "tooltip": tooltip}
 
 
+def line(default: str, tooltip: str) -> Declaration:
+    """A text box of one line."""
+    return "STRING", {"default": default, "multiline": False, "tooltip": tooltip}
+
+
 def tile_inputs() -> dict[str, Declaration]:
     """The switch and the four sizes of tiled encoding and decoding, in latent cells of 8 pixels."""
     return {

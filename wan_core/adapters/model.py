@@ -15,7 +15,17 @@ from ..checkpoints.detect import Component
 from ..checkpoints.diffusers_names import diffusers_name
 from ..checkpoints.load import open_component
 from ..lora.apply import MODES, Layout, LoraUse, Mode
-from ..lora.bind import EVERYWHERE, BlockStrengths, Bound, Misfit, Shapes, bind, module_names, parameter_shapes
+from ..lora.bind import (
+    EVERYWHERE,
+    NO_SUCH_PART,
+    BlockStrengths,
+    Bound,
+    Misfit,
+    Shapes,
+    bind,
+    module_names,
+    parameter_shapes,
+)
 from ..lora.naming import Spellings
 from ..lora.patches import Patch
 from ..lora.read import Lora, Skipped
@@ -41,7 +51,8 @@ WIDTHS = (
 )
 """Where a patch shows the width of the model it was made for: parameter and axis."""
 
-IMAGE_BRANCH = re.compile(r"img_emb\.|.*(k_img|v_img)\b|.*(add_[kv]_proj|norm_added_k|image_embedder)|.*_img(_|$)")
+IMAGE_BRANCH = re.compile(r"img_emb\.|.*\.(k_img|v_img|norm_k_img)\b")
+"""Names that only models with image input have."""
 
 OTHER_MODELS = {
     r".*double_blocks.*": "FLUX or HunyuanVideo",
@@ -191,7 +202,7 @@ def fit_to(lora: Lora, target: Target) -> Bound:
             "between sizes; use one that was trained on this size."
         )
     skipped = (*bound.skipped, *(Skipped(m.name, _misfit_reason(m)) for m in bound.misfits))
-    skipped = tuple(Skipped(s.name, _reason(s, target)) for s in skipped)
+    skipped = tuple(_explained(s, target) for s in skipped)
     if not bound.patches:
         raise ValueError(_nothing_matches(lora, named, skipped, target))
     return Bound(lora, bound.patches, skipped)
@@ -201,15 +212,18 @@ def _misfit_reason(misfit: Misfit) -> str:
     return f"made for shape {list(misfit.made_for)}, the model has {list(misfit.found)}"
 
 
-def _reason(skipped: Skipped, target: Target) -> str:
-    if not skipped.reason.startswith("the model has no such"):
-        return skipped.reason
-    if IMAGE_BRANCH.match(skipped.name) and not target.takes_images:
-        return "image branch, which this text-to-video model does not have"
-    block = re.match(r"blocks[._](\d+)", skipped.name)
-    if block and int(block[1]) >= target.blocks:
-        return f"the model has only {target.blocks} blocks"
-    return skipped.reason
+def _explained(skipped: Skipped, target: Target) -> Skipped:
+    """`skipped` under its original name, where there is one, with the reason that this model gives."""
+    spellings = all_spellings()
+    name = spellings.find(skipped.name, False) or spellings.find(skipped.name, True) or skipped.name
+    reason = skipped.reason
+    if reason == NO_SUCH_PART:
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if IMAGE_BRANCH.match(name) and not target.takes_images:
+            reason = "image branch, which this text-to-video model does not have"
+        elif block and int(block[1]) >= target.blocks:
+            reason = f"the model has only {target.blocks} blocks"
+    return Skipped(name, reason)
 
 
 def _nothing_matches(lora: Lora, named: Sequence[tuple[str, Patch]], skipped: Sequence[Skipped], target: Target) -> str:

@@ -18,7 +18,7 @@ PEFT_FILE = "adapter_model"
 """PEFT's fixed file name; the configuration with alpha lies beside it."""
 PEFT_CONFIG = "adapter_config.json"
 
-SHARED_ROLES = {"set_weight", "set_bias", "base"}
+SHARED_ROLES = {"set_weight", "set_bias", "base", "base_bias"}
 """Roles whose keys end like those of a whole model."""
 
 REPLACING_KINDS = ("dit", "vace", "motion_controller")

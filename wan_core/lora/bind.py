@@ -13,6 +13,8 @@ from .read import Lora, Skipped
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes by parameter name."""
 
+NO_SUCH_PART = "the model has no such part"
+
 
 @dataclass(frozen=True)
 class Misfit:
@@ -55,7 +57,7 @@ def bind(lora: Lora, shapes: Shapes, spellings: Spellings) -> Bound:
     for layer in lora.layers:
         target = spellings.find(layer.path, layer.joined)
         if target is None:
-            skipped.append(Skipped(layer.path, "the model has no such part"))
+            skipped.append(Skipped(layer.path, NO_SUCH_PART))
             continue
         for leaf, patch in layer.patches:
             name = target if target in shapes else f"{target}.{leaf}"

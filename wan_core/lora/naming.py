@@ -67,7 +67,8 @@ ROLES: Mapping[str, str] = MappingProxyType(
                 *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
             )
         },
-        "base": r"base_layer\.(?:weight|bias)|original_module\.(?:weight|bias)",
+        "base": r"base_layer\.weight|original_module\.(?:weight|bias)",
+        "base_bias": r"base_layer\.bias",
         "set_weight": rf"(?:modules_to_save{_ADAPTER}\.)?weight|set_weight",
         "set_bias": rf"(?:modules_to_save{_ADAPTER}\.)?bias",
         "reshape": r"reshape_weight",

@@ -102,6 +102,11 @@ class AdapterConfig:
         patterns = self.values.get(table) or {}
         return next((v for k, v in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{k})", path)), default)
 
+    @property
+    def trains_biases(self) -> bool:
+        """Whether the biases in the file are trained ones."""
+        return self.values.get("bias", "none") != "none"
+
     def rule(self) -> str:
         """The rule in words."""
         alpha = self.values.get("lora_alpha", self.values.get("alpha"))
@@ -128,6 +133,8 @@ def read_lora(
     for key in keys:
         parts = take_apart(key)
         reason = "no key of a LoRA" if parts is None else UNUSED.get(parts.role)
+        if parts is not None and parts.role == "base_bias" and not (config and config.trains_biases):
+            reason = UNUSED["base"]
         if parts is not None and parts.dialect.foreign:
             reason = f"belongs to {parts.dialect.foreign}"
         if reason:
@@ -165,6 +172,7 @@ WHOLE: Mapping[str, tuple[str, Callable[[Tensor], Patch]]] = {
     "diff_m": ("modulation", Difference),
     "set_weight": ("weight", Replacement),
     "set_bias": ("bias", Replacement),
+    "base_bias": ("bias", Replacement),
 }
 """Roles that hold a whole tensor: the parameter they change, and how."""
 

@@ -194,7 +194,7 @@ def decompose(change: Tensor, rank: int) -> tuple[LowRank, float]:
     root = sizes[:rank].sqrt()
     kernel = change.shape[2:]
     up, down = u[:, :rank] * root, root[:, None] * vh[:rank]
-    lost = max(matrix.square().sum().item() - sizes[:rank].square().sum().item(), 0.0) ** 0.5
+    lost = torch.linalg.vector_norm(matrix - up @ down).item()
     return LowRank(down.reshape(rank, -1, *kernel), up.reshape(*up.shape, *(1,) * len(kernel))), lost
 
 
