@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .conditioning.encoders import Fit, LatentEncoder
 from .conditioning.inputs import VideoInputs, condition
 from .conditioning.text import Prompt, TextEncoder, as_prompts, text_conditioning
 from .fitting import Pictures, as_frames, as_masks
+from .lora.report import Report
 from .media import pixels_to_images
 from .memory.residency import on_device
 from .model_config import ModelConfig, find_models, tokenizer_folder
@@ -24,17 +25,12 @@ from .models.image_encoder import ImageEncoder
 from .models.vae import WanVAE
 from .runtime import Runtime, default_device
 from .sampling.loop import sample
-from .settings import GuidanceSettings, SamplerSettings, check_choice
+from .settings import GuidanceSettings, SamplerSettings, TeaCacheSettings, WindowSettings, check_choice
 from .tiling import TileSettings
 from .types import Conditioning, Curve, VideoSize
 from .variants import check
 
 OUTPUT_TYPES = ("pil", "tensor", "latent")
-
-# Parameters of the reference that a later part of the library brings, with the value that means "not used".
-_LATER: dict[str, Any] = {
-    "sliding_window_size": None, "sliding_window_stride": None, "tea_cache_l1_thresh": None, "tea_cache_model_id": "",
-}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -117,9 +113,28 @@ class WanVideoPipeline:
             "that are not at work off the card."
         )
 
-    def load_lora(self, module: torch.nn.Module, path: str | Path, alpha: float = 1.0) -> None:
-        """Not part of this version."""
-        raise ValueError(f"LoRA files are not supported by this version; {path} was not loaded.")
+    def load_lora(
+        self, module: torch.nn.Module, path: str | Path, alpha: float | Sequence[float] | Curve = 1.0
+    ) -> Report:
+        """Apply a LoRA, or a checkpoint of trained weights, in every call from now on; say what it does.
+
+        Args:
+            module: `pipe.dit` or `pipe.motion_controller`, as the reference's scripts name it; the file's own names
+                tell which of its tensors belong where.
+            path: in any dialect.
+            alpha: its strength, a number or a curve over the steps.
+
+        Raises:
+            ValueError: `module` is not one that can be adapted, or nothing in the file matches.
+        """
+        if not any(module is part for part in self.model.modules):
+            raise ValueError(f"A LoRA is applied to pipe.dit or pipe.motion_controller; got {type(module).__name__}.")
+        self.model, report = self.model.with_lora(path, strength=alpha)
+        return report
+
+    def clear_lora(self) -> None:
+        """Leave all LoRAs out again; the weights were never changed."""
+        self.model = replace(self.model, loras=())
 
     def __call__(
         self,
@@ -149,7 +164,7 @@ class WanVideoPipeline:
         height: int = 480,
         width: int = 832,
         num_frames: int = 81,
-        cfg_scale: float = 5.0,
+        cfg_scale: float | Sequence[float] = 5.0,
         cfg_merge: bool = False,
         num_inference_steps: int = 50,
         sigma_shift: float = 5.0,
@@ -157,9 +172,12 @@ class WanVideoPipeline:
         tiled: bool = False,
         tile_size: tuple[int, int] = (30, 52),
         tile_stride: tuple[int, int] = (15, 26),
+        sliding_window_size: int | None = None,
+        sliding_window_stride: int | None = None,
+        tea_cache_l1_thresh: float | None = None,
+        tea_cache_model_id: str = "",
         progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = None,
         output_type: str = "pil",
-        **later: Any,
     ) -> list[Image.Image] | list[list[Image.Image]] | Tensor:
         """Generate a video.
 
@@ -182,20 +200,23 @@ class WanVideoPipeline:
             rand_device: where noise is drawn; on the CPU it is the same everywhere.
             height, width: in pixels, rounded up to multiples of 16.
             num_frames: rounded up to 4k + 1; 1 makes a still picture.
-            cfg_scale: guidance; 1 leaves the negative prompt out and takes half the time.
+            cfg_scale: guidance; 1 leaves the negative prompt out and takes half the time. Several numbers are a curve
+                over the steps.
             cfg_merge: run both branches as one batch.
             num_inference_steps: model evaluations per branch.
             sigma_shift: shift of the noise schedule.
             solver: see `SamplerSettings`.
             tiled, tile_size, tile_stride: encode and decode in tiles of that many latent cells (height, width).
+            sliding_window_size, sliding_window_stride: windows over a long video, in latent frames; both or none.
+            tea_cache_l1_thresh, tea_cache_model_id: leave out steps (TeaCache); the template is that of the model's
+                catalog row unless one is named.
             progress_bar_cmd: wraps the steps, such as `tqdm` (the default).
             output_type: `pil` for a list of images, `tensor` for pixels (B, 3, T, H, W) in [-1, 1], `latent` for
                 normalised latents (B, 16, F, h, w).
 
         Raises:
-            ValueError: an argument is out of range, or not supported by this version or this model.
+            ValueError: an argument is out of range, or is not one that this model can use.
         """
-        _refuse_later(later)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         size = VideoSize.rounded(width, height, num_frames)
         if camera_path is None and camera_control_direction is not None:
@@ -223,7 +244,12 @@ class WanVideoPipeline:
             denoise=denoising_strength if input_video is not None else 1.0,
             solver=solver,
             rand_device=rand_device,
-            guidance=GuidanceSettings(scale=cfg_scale, mode="batched" if cfg_merge else "sequential"),
+            guidance=GuidanceSettings(
+                scale=cfg_scale if isinstance(cfg_scale, (int, float)) else tuple(cfg_scale),
+                mode="batched" if cfg_merge else "sequential",
+            ),
+            cache=self._cache(tea_cache_l1_thresh, tea_cache_model_id),
+            windows=_windows(sliding_window_size, sliding_window_stride),
         )
         tiles = TileSettings(size=tuple(tile_size), stride=tuple(tile_stride)) if tiled else None
         start = _frames(input_video, "input_video")
@@ -232,10 +258,18 @@ class WanVideoPipeline:
             cond = text_conditioning(self.text_encoder, prompt, negative_prompt)
         cond, latents = self._encode(cond, inputs, start, size, tiles, fit or Fit())
         cond = self.model.fit(cond.to(self.device), size)
-        with on_device(self.dit, self.device):
-            runtime = self._runtime(progress_bar_cmd, num_inference_steps)
+        with self.model.adapted(num_inference_steps, self.device) as run, on_device(self.dit, self.device):
+            runtime = run.follow(self._runtime(progress_bar_cmd, num_inference_steps))
             latents = sample(self.dit, cond, size.latent, settings, runtime, latents, self.model.motion_controller)
         return self._output(latents, tiles, output_type)
+
+    def _cache(self, threshold: float | None, template: str) -> TeaCacheSettings | None:
+        if threshold is None:
+            return None
+        row = self.model.row
+        return TeaCacheSettings(threshold=threshold, template=template or "auto").with_template(
+            row and row.preset.teacache
+        )
 
     def _check(self, inputs: VideoInputs, prompt: Prompt, negative_prompt: Prompt) -> None:
         as_prompts(prompt), as_prompts(negative_prompt, "negative_prompt")
@@ -303,9 +337,7 @@ def _references(value: Pictures | None) -> tuple[Tensor, ...] | None:
     return tuple(as_frames(v, "vace_reference_image") for v in (value if several else [value]))
 
 
-def _refuse_later(arguments: dict[str, Any]) -> None:
-    for name, value in arguments.items():
-        if name not in _LATER:
-            raise TypeError(f"WanVideoPipeline has no parameter {name!r}.")
-        if value != _LATER[name]:
-            raise ValueError(f"{name} is not supported by this version of the pipeline; leave it out.")
+def _windows(size: int | None, stride: int | None) -> WindowSettings | None:
+    if (size is None) != (stride is None):
+        raise ValueError("sliding_window_size and sliding_window_stride go together; give both or none.")
+    return None if size is None else WindowSettings(size=size, stride=stride)

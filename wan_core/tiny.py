@@ -3,11 +3,13 @@
 They draw abstract patterns, not films. They exist so that every workflow can run on any machine without a download.
 """
 
-import contextlib
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +48,7 @@ WORDS = (
 )
 """The whole vocabulary besides single letters."""
 
+TOKENIZER_FILE = "tokenizer.json"
 LETTERS = "\u2581abcdefghijklmnopqrstuvwxyz0123456789,.!?-'"
 
 TEXT_ENCODER = TextEncoderConfig(vocab_size=320, dim=64, attention_dim=128, ffn_dim=160, num_heads=2, num_layers=3)
@@ -70,8 +73,8 @@ def state_dict(module: nn.Module) -> dict[str, Tensor]:
     return {key: draw(key, tuple(tensor.shape)) for key, tensor in module.state_dict().items()}
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer over a fixed word list, in the layout of google/umt5-xxl."""
+def write_tokenizer(path: Path) -> None:
+    """A tokenizer over a fixed word list, in the format of google/umt5-xxl's tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
@@ -81,36 +84,45 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(path))
 
 
 def write_model(root: Path, model_id: str) -> Path:
-    """Make the bundled model `model_id` under the models folder `root`, in the original file layout, unless it is
-    there.
+    """Make what is missing of the bundled model `model_id` under the models folder `root`, in the original file layout.
 
-    The text-to-video model brings the encoders and the speed-control adapter that all of them share. The files are
-    written beside the folder first and appear under it all at once.
+    The text-to-video model brings the encoders and the speed-control adapter that all of them share. A file appears under
+    its name only when it is complete.
     """
     folder = root / model_id
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
-        weights = {catalog.DIT_FILE: WanDiT(DITS[catalog.find_row(model_id).variant])}
-        if model_id == catalog.TINY:
-            weights[catalog.TEXT_ENCODER_PATTERN] = UMT5Encoder(TEXT_ENCODER)
-            weights[catalog.VAE_PATTERN] = WanVAE(VAE)
-            weights[catalog.IMAGE_ENCODER_PATTERN] = ImageEncoder(IMAGE_ENCODER)
-            weights[catalog.MOTION_CONTROLLER_PATTERN] = MotionController(MOTION_CONTROLLER)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        draft = Path(temporary) / "model"
-        draft.mkdir()
-        for name, module in weights.items():
-            save = save_file if name.endswith(".safetensors") else torch.save
-            save(state_dict(module), draft / name)
-        if model_id == catalog.TINY:
-            write_tokenizer(draft / catalog.TOKENIZER_PATTERN)
-        with contextlib.suppress(OSError):  # another process was faster; its files are the same
-            draft.rename(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (cls, config) in _files(model_id).items():
+        if not (folder / name).exists():
+            with torch.device("meta"):
+                module = cls(config)
+            with _drafted(folder / name) as draft:
+                (save_file if draft.suffix == ".safetensors" else torch.save)(state_dict(module), draft)
+    if model_id == catalog.TINY and not (folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE).exists():
+        (folder / catalog.TOKENIZER_PATTERN).mkdir(parents=True, exist_ok=True)
+        with _drafted(folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE) as draft:
+            write_tokenizer(draft)
     return folder
+
+
+def _files(model_id: str) -> dict[str, tuple[type[nn.Module], Any]]:
+    """What a bundled model's files hold, by name."""
+    files = {catalog.DIT_FILE: (WanDiT, DITS[catalog.find_row(model_id).variant])}
+    if model_id == catalog.TINY:
+        files[catalog.TEXT_ENCODER_PATTERN] = (UMT5Encoder, TEXT_ENCODER)
+        files[catalog.VAE_PATTERN] = (WanVAE, VAE)
+        files[catalog.IMAGE_ENCODER_PATTERN] = (ImageEncoder, IMAGE_ENCODER)
+        files[catalog.MOTION_CONTROLLER_PATTERN] = (MotionController, MOTION_CONTROLLER)
+    return files
+
+
+@contextmanager
+def _drafted(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which becomes `path` at the end."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+        draft = Path(temporary) / path.name
+        yield draft
+        draft.replace(path)

@@ -183,11 +183,17 @@ def describe(name: str, find_row: Callable[[str], Any]) -> Graph:
     stages = [
         Stage("Models", _loaders(row, kind)),
         Stage("Prompt", [encode]),
-        *([Stage("Inputs", inputs)] if inputs else []),
+        *(Stage(title, steps) for title, steps in _split(inputs).items() if steps),
         Stage("Sampling", [Step("Sampler", "WanCoreSampler", {**links, **settings})]),
         Stage("Video", _save(name)),
     ]
     return Graph(name, _note(kind, row), stages)
+
+
+def _split(steps: list[Step]) -> dict[str, list[Step]]:
+    """What brings pictures and clips, and what makes conditioning of them."""
+    ours = [step for step in steps if step.class_type.startswith("WanCore")]
+    return {"Inputs": [step for step in steps if step not in ours], "Conditioning": ours}
 
 
 def _loaders(row: Any, kind: Kind) -> list[Step]:

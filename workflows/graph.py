@@ -7,6 +7,8 @@ from typing import Any
 
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN")
 NODE_WIDTH, ROW_HEIGHT, HEADER_HEIGHT, TEXT_HEIGHT = 320, 26, 40, 120
+PREVIEW_HEIGHTS = {"LoadImage": 250, "LoadVideo": 250, "WanCoreCameraPath": 300}
+"""Room for the picture that the editor shows in a node."""
 COLUMN_STEP, ROW_GAP, GROUP_MARGIN, GROUP_TITLE = 380, 40, 20, 50
 
 Out = tuple[str, int]
@@ -143,7 +145,7 @@ class _Layout:
 
     def _node(self, step: Step, position: list[int]) -> dict[str, Any]:
         cls = self.classes[step.class_type]
-        inputs, values, height = [], [], HEADER_HEIGHT
+        inputs, values, height = [], [], HEADER_HEIGHT + PREVIEW_HEIGHTS.get(step.class_type, 0)
         for name, (kind, options, optional) in declared_inputs(cls).items():
             entry: dict[str, Any] = {"name": name, "type": "COMBO" if isinstance(kind, list) else kind, "link": None}
             if is_widget(kind):
