@@ -90,8 +90,8 @@ def write_tokenizer(path: Path) -> None:
 def write_model(root: Path, model_id: str) -> Path:
     """Make what is missing of the bundled model `model_id` under the models folder `root`, in the original file layout.
 
-    The text-to-video model brings the encoders and the speed-control adapter that all of them share. A file appears under
-    its name only when it is complete.
+    The text-to-video model brings the encoders and the speed-control adapter that all of them share. A file appears
+    under its name only when it is complete.
     """
     folder = root / model_id
     folder.mkdir(parents=True, exist_ok=True)

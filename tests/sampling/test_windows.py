@@ -29,7 +29,7 @@ def encoder(tmp_path_factory) -> TextEncoder:
     from wancore.wan_core.checkpoints.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    tiny.write_tokenizer(folder)
+    tiny.write_tokenizer(folder / "tokenizer.json")
     return TextEncoder(tiny_text_encoder(), Tokenizer.from_folder(folder))
 
 
