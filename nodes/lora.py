@@ -29,8 +29,8 @@ def strength_curve(strength: float, text: str) -> Curve:
     """
     if not text.strip():
         return Curve((strength,))
-    numbers, _, part = text.partition("@")
-    bounds = re.fullmatch(r"\s*(\d*\.?\d+)\s*-\s*(\d*\.?\d+)\s*", part or "0-1")
+    numbers, sign, part = text.partition("@")
+    bounds = re.fullmatch(r"\s*(\d*\.?\d+)\s*-\s*(\d*\.?\d+)\s*", part if sign else "0-1")
     try:
         values = tuple(strength * float(number) for number in re.split(r"[,;\s]+", numbers.strip(" ,;\n\t")))
     except ValueError:

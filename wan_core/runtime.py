@@ -1,6 +1,7 @@
 """What the library asks of whoever hosts it: device, dtype, progress, cancellation, room in memory."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,6 +44,24 @@ def default_device() -> torch.device:
 
 def _ignore_progress(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
     pass
+
+
+class Pace:
+    """How long the rest of a phase will take, judged by what is done of it."""
+
+    def __init__(self) -> None:
+        self._started: dict[str, tuple[float, int]] = {}
+
+    def left(self, phase: str, done: int, total: int) -> str:
+        """Such as ", about 3 min left"; empty before there is anything to judge by, and at the end."""
+        now = time.monotonic()
+        since, first = self._started.setdefault(phase, (now, done))
+        if done < first:
+            self._started[phase] = (now, done)
+        if done <= first or done >= total:
+            return ""
+        seconds = (now - since) / (done - first) * (total - done)
+        return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"
 
 
 @dataclass(frozen=True, kw_only=True)

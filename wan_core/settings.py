@@ -142,6 +142,39 @@ class WindowSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a long run leaves on disk.
+
+    Attributes:
+        checkpoint_every: write the run down each so many steps; 0 only when it runs out of memory.
+        keep_latents: save the final latents with a manifest, before they are decoded.
+        name: of the file that they are saved in.
+    """
+
+    checkpoint_every: int = 5
+    keep_latents: bool = True
+    name: str = "wancore"
+
+    def __post_init__(self) -> None:
+        check_whole("checkpoint_every", self.checkpoint_every, low=0, high=10000)
+        if not self.name or set(self.name) & set('/\\:*?"<>|') or self.name.startswith("."):
+            raise ValueError(f"name must be a plain file name without folders; got {self.name!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """The part of `SamplerSettings` that says which noise levels are run; see there."""
+
+    sigmas: tuple[float, ...] | None = None
+    start_step: int = 0
+    end_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sigmas is not None:
+            _check_sigmas(self.sigmas)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
     """How latents are drawn and denoised.
 

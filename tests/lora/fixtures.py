@@ -1,6 +1,7 @@
 """One change of the tiny model, written by hand in every dialect, independently of the code under test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,33 @@ def factors(module: nn.Module, paths: list[str], rank: int = RANK, seed: int = 0
         rows, columns = module.get_submodule(path).weight.flatten(1).shape
         made[path] = (draw(rank, columns) * columns**-0.5, draw(rows, rank) * scale)
     return made
+
+
+@contextmanager
+def streaming(dit: nn.Module) -> Iterator[nn.Module]:
+    """`dit` with blocks that hold nothing but while they run: weights come just before and are dropped after it."""
+    handles, kept = [], []
+    for block in [*dit.blocks, *getattr(dit, "vace_blocks", ())]:
+        stored = [(p, p.data) for p in block.parameters()]
+        kept += stored
+
+        def fetch(*_: object, stored: list = stored) -> None:
+            for p, data in stored:
+                p.data = data.clone()
+
+        def drop(*_: object, stored: list = stored) -> None:
+            for p, data in stored:
+                p.data = torch.full_like(data, torch.nan)
+
+        handles += [block.register_forward_pre_hook(fetch), block.register_forward_hook(drop)]
+        drop()
+    try:
+        yield dit
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, data in kept:
+            p.data = data
 
 
 def joined(path: str) -> str:

@@ -1,6 +1,7 @@
 """Every dialect of one change gives the same output: folded and beside the layers, resident, moved and in bf16."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from wancore.wan_core.lora.apply import applied
 from wancore.wan_core.memory.residency import on_device
 from wancore.wan_core.types import Conditioning
 
-from tests.lora.fixtures import DEFAULT, RANK, WRITERS, factors, joined, linear_paths, pairs
+from tests.lora.fixtures import DEFAULT, RANK, WRITERS, factors, joined, linear_paths, pairs, streaming
 from tests.reference import relative_error, tiny_dit, tiny_motion_controller
 
 TOLERANCE = 1e-6
@@ -75,6 +76,8 @@ def test_every_dialect_is_the_same_change(tmp_path, cases, name, variant):
         use = used(file, dit, mode=mode)
         assert len(use.bound.patches) == len(made) and not use.bound.skipped
         assert relative_error(with_loras(dit, use), expected) < TOLERANCE
+    with streaming(dit):
+        assert relative_error(with_loras(dit, used(file, dit), streamed=True), expected) < TOLERANCE
     assert torch.equal(output(dit), base)
 
 
@@ -213,7 +216,7 @@ def test_whole_tensor_differences(tmp_path, mode, streamed, prefix):
     base = clip_output(dit)
     use = used(tmp_path / "lora.safetensors", dit, mode=mode)
     assert len(use.bound.patches) == len(changes)
-    with applied([dit], [use], LAYOUT, streamed=streamed):
+    with streaming(dit) if streamed else nullcontext(), applied([dit], [use], LAYOUT, streamed=streamed):
         got = clip_output(dit)
     assert relative_error(got, clip_output(changed)) < TOLERANCE
     assert torch.equal(clip_output(dit), base)

@@ -10,6 +10,9 @@ from tests.reference import DITS
 REFERENCES = 1
 """Reference frames in front of the video where a model takes VACE inputs."""
 
+TEXT = 24
+"""Rows of text; the models take any number, and few are fast."""
+
 
 def conditioning(variant: str, size: LatentSize, seed: int = 5, references: int = REFERENCES) -> Conditioning:
     """Random values for every input that the model of this structure has."""
@@ -19,7 +22,7 @@ def conditioning(variant: str, size: LatentSize, seed: int = 5, references: int 
     def draw(*shape: int) -> Tensor:
         return torch.randn(1, *shape, generator=generator)
 
-    fields: dict = {"text": draw(512, 64), "negative_text": draw(512, 64)}
+    fields: dict = {"text": draw(TEXT, 64), "negative_text": draw(TEXT, 64)}
     if config.has_image_input:
         fields["clip"] = draw(config.image_positions or 257, 1280)
     if config.concat_channels:

@@ -165,6 +165,7 @@ def applied(
             step gets the mean of the curve.
         device: where the run computes; None is where each weight rests.
         streamed: blocks fetch their weights when their turn comes, so that nothing can be folded into them before.
+            Whoever fetches them does it before the block's forward hooks of this function run.
 
     Raises:
         ValueError: `mode="fold"` was asked of a LoRA that cannot be folded; nothing is changed then.

@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+NORM_ROWS = 256
+"""Rows from which a norm is estimated that would otherwise need the whole matrix."""
+
+
 @dataclass(frozen=True, eq=False)
 class Patch:
     """A change of one parameter.
@@ -121,6 +125,14 @@ class Hadamard(Patch):
     def delta(self, base: Tensor | None = None) -> Tensor:
         first = _product(self.w1_a, self.w1_b, self.t1)
         return first * _product(self.w2_a, self.w2_b, self.t2) * self.scale
+
+    def norm(self) -> float:
+        """Estimated from evenly spaced rows: unlike a LoRA's, the exact norm needs the whole matrix."""
+        if self.t1 is not None:
+            return super().norm()
+        stride = max(1, self.shape[0] // NORM_ROWS)
+        sampled = replace(self, w1_a=self.w1_a[::stride], w2_a=self.w2_a[::stride])
+        return torch.linalg.vector_norm(sampled.delta()).item() * (self.shape[0] / sampled.shape[0]) ** 0.5
 
 
 @dataclass(frozen=True, eq=False)

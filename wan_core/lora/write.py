@@ -12,11 +12,8 @@ from .patches import Decomposed, Difference, Hadamard, Kronecker, LowRank, Patch
 Named = Sequence[tuple[str, Patch]]
 """Patches with the names of the parameters they change."""
 
-FULL_SVD_SIDE = 1024
-"""Matrices with no side longer than this are decomposed exactly, larger ones by random projection."""
-
 OVERSAMPLING, POWER_ITERATIONS = 16, 4
-"""Of the random projection; more of either comes closer to the exact decomposition."""
+"""Of the random projection that finds a low rank in a large matrix; more of either comes closer to the exact result."""
 
 
 @dataclass(frozen=True)
@@ -185,11 +182,13 @@ def decompose(change: Tensor, rank: int) -> tuple[LowRank, float]:
     """The LoRA of `rank` that comes nearest to `change` (out, in, ...); the norm of what it leaves out."""
     matrix = change.float().flatten(1)
     rank = min(rank, *matrix.shape)
-    if max(matrix.shape) <= FULL_SVD_SIDE:
+    width = rank + OVERSAMPLING
+    if 4 * width > min(matrix.shape):
         u, sizes, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        width = min(rank + OVERSAMPLING, *matrix.shape)
-        u, sizes, v = torch.svd_lowrank(matrix, width, POWER_ITERATIONS)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, sizes, v = torch.svd_lowrank(matrix, width, POWER_ITERATIONS)
         vh = v.T
     root = sizes[:rank].sqrt()
     kernel = change.shape[2:]

@@ -61,7 +61,8 @@ class CachedBlocks:
             part, key = name.split(".", 1)
             parts[part][key] = value
         self._residuals = {key: value.cpu() if self._on_cpu else value for key, value in parts["residual"].items()}
-        self._rule.memory = parts["rule"]
+        self._rule.memory.clear()
+        self._rule.memory.update(parts["rule"])
 
     def __call__(self, states: Sequence[TokenState], keys: Sequence[tuple[str, int]], info: StepInfo) -> None:
         names = [[f"{branch}.{window}" for branch in branches_of(name)] for name, window in keys]

@@ -29,6 +29,11 @@ class Checkpoint:
         """`every` this many steps a run is written down; 0 only when it runs out of memory."""
         self._folder, self.every = folder, every
 
+    @property
+    def in_use(self) -> bool:
+        """Whether runs are written down regularly, or one is kept from before."""
+        return bool(self.every) or any(self._folder.glob("unfinished_*.safetensors"))
+
     def path(self, run: str) -> Path:
         return self._folder / f"unfinished_{run[:16]}.safetensors"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def sample(
     state = sample_state(
         dit, cond, size, settings, runtime, start, motion_controller, prompts=prompts, checkpoint=checkpoint
     )
-    if checkpoint is not None:
+    if checkpoint is not None and state.run:
         checkpoint.remove(state.run)
     return state.video.to(runtime.device)
 
@@ -113,8 +114,7 @@ class _Run:
         self.spans = [Span(0, size.frames, True, True)]
         if windows is not None:
             self.spans = plan_spans(size.frames, windows.size, windows.stride)
-        self.digest = self.schedule = ""
-        self.steps_done = 0
+        self.start: Tensor | None = None
 
     def check(self, start: Tensor | None, earlier: RunState | None) -> None:
         """Refuse what cannot run, before anything long."""
@@ -131,16 +131,21 @@ class _Run:
             strength = settings.denoise if settings.sigmas is None else settings.sigmas[0]
             raise ValueError(f"denoise {strength:g} starts from a video; give one, or set denoise to 1.")
 
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that decides the result. Reads all of the conditioning, so only for runs that are kept."""
+        controller = None if self.motion_controller is None else self.motion_controller.state_dict()
+        return digest_run(
+            self.dit, self.cond, self.size, self.settings, self.prompts, self.start, controller, self.runtime.dtype
+        )
+
+    @cached_property
+    def schedule(self) -> str:
+        return digest(self.settings.solver, build_solver(self.settings).sigmas)
+
     def execute(self, start: Tensor | None, earlier: RunState | None) -> RunState:
-        solver = build_solver(self.settings)
-        if self.checkpoint is not None or self.settings.is_part:
-            start_given = None if earlier is not None or not self.uses_start else start
-            controller = None if self.motion_controller is None else self.motion_controller.state_dict()
-            self.digest = digest_run(
-                self.dit, self.cond, self.size, self.settings, self.prompts, start_given, controller, self.runtime.dtype
-            )
-            self.schedule = digest(self.settings.solver, solver.sigmas)
-        kept = self.checkpoint.load(self.digest) if self.checkpoint is not None else None
+        self.start = start if earlier is None and self.settings.starts_clean else None
+        kept = self.checkpoint.load(self.digest) if self.checkpoint is not None and self.checkpoint.in_use else None
         if kept is not None:
             log.info("Going on with an unfinished run after %d of its steps.", self._count(kept))
         noise = initial_noise(
@@ -154,6 +159,11 @@ class _Run:
             for report in window_reports(state.video, self.spans):
                 log.info("Window, latent %s", report)
         return state
+
+    @property
+    def _is_kept(self) -> bool:
+        """Whether another run may go on from a state of this one."""
+        return self.settings.is_part or (self.checkpoint is not None and self.checkpoint.in_use)
 
     @property
     def uses_start(self) -> bool:
@@ -244,7 +254,8 @@ class _Run:
             memory = memory_of({name: parts.memories[name] for name in names or parts.memories})
             return dataclasses.replace(
                 before, latents=latents.float().cpu(), step=step, memory=memory,
-                done=None if before.done is None else before.done.cpu(), run=self.digest, schedule=self.schedule,
+                done=None if before.done is None else before.done.cpu(),
+                run=self.digest if self._is_kept else "", schedule=self.schedule,
             )  # fmt: skip
 
         def on_step(done: int, latents: Tensor, clean: Tensor) -> None:
@@ -277,7 +288,7 @@ class _Run:
     def _out_of_memory(self, problem: str, state: RunState) -> OutOfMemoryError:
         kept = ""
         if self.checkpoint is not None:
-            path = self.checkpoint.save(state)
+            path = self.checkpoint.save(dataclasses.replace(state, run=self.digest))
             kept = f" The {self._count(state)} steps done are kept in {path}; the same settings go on from there."
         mode = self.settings.guidance.mode
         advice = ["lower width, height or num_frames", "connect a Windows node"]

@@ -1,0 +1,80 @@
+"""Memory of a run at the published size, counted on the meta device. Nothing is allocated."""
+
+import weakref
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+from wancore.wan_core.models.config import DiTConfig
+from wancore.wan_core.models.dit import WanDiT
+from wancore.wan_core.runtime import Runtime
+from wancore.wan_core.sampling import loop, predictor
+from wancore.wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
+from wancore.wan_core.types import Conditioning, VideoSize, tensors_in
+
+META = torch.device("meta")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are made inside it and alive, and their peak; `given` do not count."""
+
+    def __init__(self, given: list[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+        for tensor in given:
+            self.known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and x.device == META:
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage) -> None:
+        if storage not in self.known:
+            size = storage.nbytes()
+            self.known[storage] = True
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+@pytest.fixture(autouse=True)
+def nothing_reads_values(monkeypatch):
+    monkeypatch.setattr(predictor, "is_finite", lambda _: True)
+    monkeypatch.setattr(loop, "check_latents", lambda *_: None)
+    monkeypatch.setattr(loop, "window_reports", lambda *_: [])
+    monkeypatch.setattr(Tensor, "cpu", lambda self: self)
+
+
+@cache
+def peak_bytes(num_frames: int, windows: WindowSettings | None, mode: str) -> int:
+    """Peak of everything but weights and conditioning in one step of T2V-1.3B at 832x480, in bfloat16."""
+    with META:
+        dit = WanDiT(DiTConfig()).requires_grad_(False).to(torch.bfloat16)
+        cond = Conditioning(text=torch.empty(1, 512, 4096), negative_text=torch.empty(1, 512, 4096))
+    dit.attend = lambda q, k, v: torch.empty_like(q)
+    settings = SamplerSettings(steps=1, windows=windows, guidance=GuidanceSettings(mode=mode))
+    size = VideoSize.rounded(832, 480, num_frames).latent
+    given = [*dit.parameters(), *tensors_in(cond)]
+    with LiveBytes(given) as counter:
+        loop.sample(dit, cond, size, settings, Runtime(device=META, dtype=torch.bfloat16))
+    return counter.peak
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("blend", "sequential"), ("blend", "interleaved"), ("chain", "sequential")])
+def test_a_long_video_in_windows_needs_the_memory_of_one(kind, mode):
+    one = peak_bytes(81, None, mode)
+    assert peak_bytes(257, WindowSettings(size=21, stride=15, mode=kind), mode) == pytest.approx(one, rel=0.1)
+
+
+def test_a_long_video_in_one_piece_needs_more():
+    assert peak_bytes(257, None, "sequential") > 2.5 * peak_bytes(81, None, "sequential")
