@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 from wancore.wan_core.adapters.model import LAYOUT, Target, report, use_lora
 from wancore.wan_core.adapters.open import open_lora
-from wancore.wan_core.lora.apply import applied
+from wancore.wan_core.lora.apply import _same_device, applied
 from wancore.wan_core.lora.bind import BlockStrengths
 from wancore.wan_core.runtime import Runtime
 from wancore.wan_core.sampling.loop import sample
@@ -243,6 +243,14 @@ def test_two_samplers_on_one_model_do_not_meet(loras, mode):
         assert torch.equal(sampled(shared, use), alone[name])
         assert torch.equal(sampled(shared), base)
         assert_untouched(shared, before)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [("cuda", "cuda:0", True), ("cuda:0", "cuda:1", False), ("cpu", "cuda", False), ("cpu", "cpu", True)],
+)
+def test_names_of_one_device(first, second, same):
+    assert _same_device(torch.device(first), torch.device(second)) is same
 
 
 def test_modes(loras):

@@ -228,11 +228,16 @@ def _way(
         )
     if not in_block:
         return "fold"
-    elsewhere = device is not None and place.tensor.device != device
+    elsewhere = device is not None and not _same_device(place.tensor.device, device)
     folds = all(_folds(part, place, streamed, elsewhere) for part in place.parts)
     if folds:
         return "fold"
     return "branch" if place.is_linear_weight and not replaces else "swap"
+
+
+def _same_device(first: torch.device, second: torch.device) -> bool:
+    """Whether both name one device; a name without a number is the first that matches."""
+    return first.type == second.type and (None in (first.index, second.index) or first.index == second.index)
 
 
 def _folds(part: _Part, place: _Place, streamed: bool, elsewhere: bool) -> bool:
