@@ -73,6 +73,7 @@ class Runtime:
         dtype: compute dtype of the models; latents and solver arithmetic are float32 whatever it is.
         on_progress: called as (phase, done, total, latents); while sampling, latents (B, 16, F, h, w) are the clean
             ones that the run points at so far, else None.
+        before_step: called as (index, total) before every step of a sampling run, wherever the run begins.
         check_cancelled: raises `Cancelled`, or an exception of the host, when the user wants to stop.
         free_memory: asks the host to make room for that many bytes on `device`.
     """
@@ -80,6 +81,7 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     on_progress: Callable[[str, int, int, torch.Tensor | None], None] = _ignore_progress
+    before_step: Callable[[int, int], None] = lambda index, total: None
     check_cancelled: Callable[[], None] = lambda: None
     free_memory: Callable[[int], None] = lambda _: None
 
