@@ -56,9 +56,10 @@ class Pace:
         """Such as ", about 3 min left"; empty before there is anything to judge by, and at the end."""
         now = time.monotonic()
         since, first = self._started.setdefault(phase, (now, done))
-        if done < first:
+        if done <= first:
             self._started[phase] = (now, done)
-        if done <= first or done >= total:
+            return ""
+        if done >= total:
             return ""
         seconds = (now - since) / (done - first) * (total - done)
         return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"
