@@ -1,57 +1,31 @@
-"""The reference pipeline's call parameters as sampler settings."""
+"""The reference pipeline's call parameters as parts of the sampler's settings."""
 
-from collections.abc import Sequence
-
-from ..settings import CacheSettings, GuidanceSettings, SamplerSettings, TeaCacheSettings, WindowSettings
+from ..settings import CacheSettings, TeaCacheSettings, WindowSettings
 
 
-def settings_of_call(
-    *,
-    seed: int,
-    num_inference_steps: int,
-    sigma_shift: float,
-    cfg_scale: float | Sequence[float],
-    cfg_merge: bool,
-    denoising_strength: float = 1.0,
-    solver: str = "euler",
-    rand_device: str = "cpu",
-    tea_cache_l1_thresh: float | None = None,
-    tea_cache_model_id: str = "",
-    recommended_template: str | None = None,
-    sliding_window_size: int | None = None,
-    sliding_window_stride: int | None = None,
-) -> SamplerSettings:
-    """Settings that do what the reference does with these arguments.
+def cache_of_call(
+    tea_cache_l1_thresh: float | None, tea_cache_model_id: str, recommended: str | None
+) -> CacheSettings | None:
+    """TeaCache as the reference's arguments ask for it, or None without a threshold.
 
-    Args:
-        cfg_scale: a number, or several that are spread over the steps.
-        tea_cache_model_id: whose coefficients; "" takes `recommended_template`, that of the model's catalog row.
+    An empty `tea_cache_model_id` takes the `recommended` template, that of the model's catalog row.
 
     Raises:
-        ValueError: an argument is out of range, a threshold has no template, or only one of the two window arguments
-            is given.
+        ValueError: the threshold is out of range, or there is no such template, or none is recommended.
     """
-    scale = cfg_scale if isinstance(cfg_scale, (int, float)) else tuple(cfg_scale)
-    return SamplerSettings(
-        seed=seed,
-        steps=num_inference_steps,
-        shift=sigma_shift,
-        denoise=denoising_strength,
-        solver=solver,
-        rand_device=rand_device,
-        guidance=GuidanceSettings(scale=scale, mode="batched" if cfg_merge else "sequential"),
-        cache=_cache(tea_cache_l1_thresh, tea_cache_model_id, recommended_template),
-        windows=_windows(sliding_window_size, sliding_window_stride),
-    )
-
-
-def _cache(threshold: float | None, template: str, recommended: str | None) -> CacheSettings | None:
-    if threshold is None:
+    if tea_cache_l1_thresh is None:
         return None
-    return TeaCacheSettings(threshold=threshold, template=template or "auto").with_template(recommended)
+    asked = TeaCacheSettings(threshold=tea_cache_l1_thresh, template=tea_cache_model_id or "auto")
+    return asked.with_template(recommended)
 
 
-def _windows(size: int | None, stride: int | None) -> WindowSettings | None:
+def windows_of_call(sliding_window_size: int | None, sliding_window_stride: int | None) -> WindowSettings | None:
+    """Blended windows of that many latent frames, or None when neither argument is given.
+
+    Raises:
+        ValueError: only one is given, or they are out of range.
+    """
+    size, stride = sliding_window_size, sliding_window_stride
     if size is None and stride is None:
         return None
     if size is None or stride is None:
