@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
-from ..wan_core.runtime import Cancelled
+from ..wan_core import catalog
+from ..wan_core.runtime import Cancelled, Pace
 from . import info_command, lora_command
 from .client import run_on_server
 from .core_nodes import core_nodes
@@ -51,6 +52,12 @@ RUN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "--device": {
         "choices": ("auto", "cpu", "cuda", "mps"),
         "help": "where models compute in this process (default: auto)",
+    },
+    "--preview-every": {
+        "metavar": "N",
+        "type": int,
+        "default": 0,
+        "help": "write a preview into DIR/previews each N steps of a sampler (default: none)",
     },
     "--quiet": {"action": "store_true", "help": "print only the paths of saved files, and errors"},
 }
@@ -102,6 +109,8 @@ def _declare_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.preview_every < 0:
+        raise ValueError(f"--preview-every is a number of steps, or 0 for none; got {arguments.preview_every}.")
     if arguments.server and arguments.device:
         raise ValueError("--device holds for runs in this process; a server computes on its own device.")
     workflow = Workflow.load(arguments.file)
@@ -117,8 +126,47 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         workflow = apply_sets(workflow, arguments.sets, schemas_of(nodes))
         _configure_host(arguments, on_event)
-        result = run(workflow, nodes, on_event=on_event, folders=folders)
+        result = run(workflow, nodes, on_event=on_event, folders=folders, extra_pnginfo={})
     return _print_files(result)
+
+
+DECODE_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "file": {"metavar": "FILE", "type": Path, "help": "a .latent file that a sampler kept"},
+    "--vae": {"default": catalog.T2V_BASE, "help": f"as the VAE loader lists it (default: {catalog.T2V_BASE})"},
+    "--fps": {"type": float, "default": 16.0, "help": "frames per second (default: 16)"},
+    "--tiled": {"action": "store_true", "help": "decode in tiles from the beginning"},
+    "--name": {"default": "video/wancore", "help": "name of the video below DIR (default: video/wancore)"},
+}
+
+
+def _declare_decode(parser: argparse.ArgumentParser) -> None:
+    for flag, options in DECODE_ARGUMENTS.items():
+        parser.add_argument(flag, **options)
+    for flag in ("--out", "--input", "--tiny", "--device", "--quiet"):
+        parser.add_argument(flag, **RUN_ARGUMENTS[flag])
+
+
+def _decode(arguments: argparse.Namespace) -> int:
+    folders = Folders(arguments.input, arguments.out)
+    on_event = (lambda _: None) if arguments.quiet else Progress().show
+    nodes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
+    steps = {
+        "Load latents": ("WanCoreLoadLatents", {"file": str(arguments.file.absolute())}),
+        "Load VAE": ("WanCoreVAELoader", {"vae": catalog.TINY if arguments.tiny else arguments.vae}),
+        "Decode": (
+            "WanCoreVAEDecode",
+            {"vae": ["Load VAE", 0], "latent": ["Load latents", 0], "tiled": arguments.tiled},
+        ),
+        "Create video": ("CreateVideo", {"images": ["Decode", 0], "fps": arguments.fps}),
+        "Save video": (
+            "SaveVideo",
+            {"video": ["Create video", 0], "filename_prefix": arguments.name, "format": "mp4", "codec": "h264"},
+        ),
+    }
+    prompt = {title: {"class_type": cls, "inputs": inputs} for title, (cls, inputs) in steps.items()}
+    _configure_host(arguments, on_event)
+    workflow = Workflow.from_api(prompt)
+    return _print_files(run(workflow, nodes, on_event=on_event, folders=folders, extra_pnginfo={}))
 
 
 def _print_files(result: RunResult) -> int:
@@ -132,7 +180,11 @@ def _configure_host(arguments: argparse.Namespace, on_event: Callable[[Event], N
         on_event(Event("progress", done=done, total=total, text=phase))
 
     host.configure(
-        device=arguments.device, input_dir=arguments.input, output_dir=arguments.out, on_progress=on_progress
+        device=arguments.device,
+        input_dir=arguments.input,
+        output_dir=arguments.out,
+        on_progress=on_progress,
+        preview_every=getattr(arguments, "preview_every", 0),
     )
 
 
@@ -141,14 +193,17 @@ class Progress:
 
     def __init__(self) -> None:
         self.shown = 0.0
+        self.pace = Pace()
 
     def show(self, event: Event) -> None:
         now = time.monotonic()
+        left = ""
         if event.kind == "progress":
+            left = self.pace.left(event.text, event.done, event.total)
             if event.done < event.total and now - self.shown < STEP_INTERVAL:
                 return
             self.shown = now
-        print(self._line(event), file=sys.stderr, flush=True)
+        print(self._line(event) + left, file=sys.stderr, flush=True)
 
     @staticmethod
     def _line(event: Event) -> str:
@@ -174,6 +229,7 @@ def _printed(answer: Callable[[argparse.Namespace], str]) -> Callable[[argparse.
 
 COMMANDS = {
     "run": Command("Run a workflow in this process or on a ComfyUI server.", _declare_run, _run),
+    "decode": Command("Decode latents that a run kept into a video.", _declare_decode, _decode),
     "info": Command(info_command.HELP, info_command.declare, _printed(info_command.answer)),
     "lora": Command(lora_command.HELP, lora_command.declare, _printed(lora_command.answer)),
 }

@@ -6,7 +6,8 @@ from .image_encode import ImageEncode
 from .info import CheckpointInfo
 from .loaders import ImageEncoderLoader, ModelLoader, TextEncoderLoader, VAELoader
 from .lora import LoraInfo, LoraLoader, LoraSave
-from .sampler import Sampler
+from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, WindowPrompts, Windows
+from .sampler import LoadLatents, Sampler
 from .speed import SpeedControl
 from .text_encode import TextEncode
 from .vace_encode import VaceEncode, VaceReferences
@@ -30,7 +31,15 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "WanCoreLoraLoader": LoraLoader,
     "WanCoreLoraInfo": LoraInfo,
     "WanCoreLoraSave": LoraSave,
+    "WanCoreTeaCache": TeaCache,
+    "WanCoreEasyCache": EasyCache,
+    "WanCoreWindows": Windows,
+    "WanCoreWindowPrompts": WindowPrompts,
+    "WanCoreGuidance": Guidance,
+    "WanCoreSchedule": Schedule,
+    "WanCoreLongRun": LongRun,
     "WanCoreSampler": Sampler,
+    "WanCoreLoadLatents": LoadLatents,
     "WanCoreVAEEncode": VAEEncode,
     "WanCoreVAEDecode": VAEDecode,
 }
@@ -53,7 +62,15 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreLoraLoader": "Load LoRA (WanCore)",
     "WanCoreLoraInfo": "LoRA Info (WanCore)",
     "WanCoreLoraSave": "Save LoRA (WanCore)",
+    "WanCoreTeaCache": "TeaCache (WanCore)",
+    "WanCoreEasyCache": "EasyCache (WanCore)",
+    "WanCoreWindows": "Windows (WanCore)",
+    "WanCoreWindowPrompts": "Window Prompts (WanCore)",
+    "WanCoreGuidance": "Guidance (WanCore)",
+    "WanCoreSchedule": "Schedule (WanCore)",
+    "WanCoreLongRun": "Long Run (WanCore)",
     "WanCoreSampler": "Sampler (WanCore)",
+    "WanCoreLoadLatents": "Load Latents (WanCore)",
     "WanCoreVAEEncode": "VAE Encode (WanCore)",
     "WanCoreVAEDecode": "VAE Decode (WanCore)",
 }

@@ -2,21 +2,26 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..wan_core.checkpoints.download import models_folder
-from ..wan_core.runtime import Runtime, default_device
+from ..wan_core.runtime import Pace, Runtime, default_device, log
+from ..wan_core.sampling.preview import middle_frame
+from . import previews
 
 try:
+    import comfy.latent_formats as latent_formats
     import comfy.model_management as model_management
     import comfy.utils as comfy_utils
     import folder_paths
+    import latent_preview
 except ImportError:
-    model_management = comfy_utils = folder_paths = None
+    model_management = comfy_utils = folder_paths = latent_preview = latent_formats = None
 
 PACK_FOLDER = Path(__file__).resolve().parents[1]
 ASSETS = PACK_FOLDER / "workflows" / "assets"
@@ -24,6 +29,8 @@ MODEL_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
 
 TINY_SIZE = {"width": 96, "height": 64, "num_frames": 17}
 """What `--tiny` makes of every node's size: a second of work on any machine."""
+
+SECONDS_BETWEEN_NOTICES = 30
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -37,6 +44,7 @@ class _Standalone:
     input_dir: Path = Path("input")
     output_dir: Path = Path("output")
     on_progress: OnProgress | None = None
+    preview_every: int = 0
 
 
 _standalone = _Standalone()
@@ -49,16 +57,19 @@ def configure(
     input_dir: Path | None = None,
     output_dir: Path | None = None,
     on_progress: OnProgress | None = None,
+    preview_every: int = 0,
 ) -> None:
     """Set the device, the folders and the progress report of a process that has no ComfyUI.
 
-    Input files are looked for in `input` of the current folder when `input_dir` is None; `output` is alike.
+    Input files are looked for in `input` of the current folder when `input_dir` is None; `output` is alike. Every
+    `preview_every` steps of a sampler a preview goes into `previews` of the output folder; 0 makes none.
     """
     _standalone.device = torch.device(device) if device and device != "auto" else None
     _standalone.models_dir = models_dir
     _standalone.input_dir = input_dir or Path("input")
     _standalone.output_dir = output_dir or Path("output")
     _standalone.on_progress = on_progress
+    _standalone.preview_every = preview_every
 
 
 def device() -> torch.device:
@@ -81,16 +92,10 @@ def runtime(dtype: torch.dtype, phase_bytes: int = 0) -> Runtime:
         return Runtime(device=device(), dtype=dtype, on_progress=_report_standalone)
     if phase_bytes:
         model_management.free_memory(phase_bytes, device())
-    bars: dict[str, object] = {}
-
-    def report(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
-        bar = bars.setdefault(phase, comfy_utils.ProgressBar(total))
-        bar.update_absolute(done, total)
-
     return Runtime(
         device=device(),
         dtype=dtype,
-        on_progress=report,
+        on_progress=_comfyui_report(),
         check_cancelled=model_management.throw_exception_if_processing_interrupted,
         free_memory=lambda size: model_management.free_memory(size, device()),
     )
@@ -104,6 +109,48 @@ def weight_bytes(module: torch.nn.Module) -> int:
 def _report_standalone(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
     if _standalone.on_progress:
         _standalone.on_progress(phase, done, total)
+    every = _standalone.preview_every
+    if latents is not None and every and (done % every == 0 or done == total):
+        with _previews_never_fail():
+            previews.write(latents, _standalone.output_dir / "previews", done)
+
+
+def _comfyui_report() -> Callable[[str, int, int, torch.Tensor | None], None]:
+    """Progress for ComfyUI's bar, with its own previewer's picture while sampling, and the time left in the log."""
+    bars: dict[str, object] = {}
+    pace, said = Pace(), time.monotonic()
+    previewer = None
+    with _previews_never_fail():
+        previewer = latent_preview.get_previewer(device(), latent_formats.Wan21())
+
+    def report(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
+        nonlocal said
+        picture = None
+        if latents is not None and previewer is not None:
+            with _previews_never_fail():
+                picture = previewer.decode_latent_to_preview_image("JPEG", _shown(previewer, latents))
+        bars.setdefault(phase, comfy_utils.ProgressBar(total)).update_absolute(done, total, picture)
+        left = pace.left(phase, done, total)
+        if left and time.monotonic() - said > SECONDS_BETWEEN_NOTICES:
+            said = time.monotonic()
+            log.info("%s %d/%d%s", phase, done, total, left)
+
+    return report
+
+
+def _shown(previewer: object, latents: torch.Tensor) -> torch.Tensor:
+    """What a previewer is given: ComfyUI's own shows the first frame it sees, others play the whole strip."""
+    own = type(previewer).__module__ == latent_preview.__name__
+    return middle_frame(latents) if own else latents
+
+
+@contextlib.contextmanager
+def _previews_never_fail() -> Iterator[None]:
+    """A preview that goes wrong is left out; the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("No preview: %s", error)
 
 
 def models_dir() -> Path:
@@ -116,6 +163,17 @@ def models_dir() -> Path:
 def output_dir() -> Path:
     """The folder that results go to."""
     return Path(folder_paths.get_output_directory()) if folder_paths else _standalone.output_dir
+
+
+def saved_file(name: str) -> Path:
+    """The file of that name below the output folder, else as `input_file`.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    root = output_dir().absolute()
+    path = Path(os.path.normpath(root / name))
+    return path if name and path.is_relative_to(root) and path.is_file() else input_file(name)
 
 
 def list_files(folder: str) -> list[str]:

@@ -1,16 +1,38 @@
-"""The sampler: model and conditioning to latents."""
+"""The sampler: model and conditioning to latents, and latents that it kept."""
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..wan_core.memory.residency import on_device
 from ..wan_core.models.vae import denormalise, normalise
 from ..wan_core.prepare import VideoModel
-from ..wan_core.sampling.loop import sample
-from ..wan_core.settings import CFG_MODES, MAX_SEED, SOLVER_NAMES, GuidanceSettings, SamplerSettings
+from ..wan_core.runtime import log
+from ..wan_core.sampling.checkpoint import Checkpoint, load_latents, save_latents
+from ..wan_core.sampling.loop import sample_state
+from ..wan_core.sampling.state import RunState, manifest
+from ..wan_core.settings import (
+    CFG_MODES,
+    MAX_SEED,
+    SOLVER_NAMES,
+    CacheSettings,
+    GuidanceSettings,
+    RunSettings,
+    SamplerSettings,
+    ScheduleSettings,
+    TeaCacheSettings,
+    WindowSettings,
+)
 from ..wan_core.types import Conditioning, LatentSize, VideoSize
 from . import host, sockets
+
+FOLDER = "wancore"
+"""Below the output folder: latents that were kept, and unfinished runs."""
+
+STATE = "wancore_state"
+"""The key of a LATENT under which a sampler that ran a part of the steps leaves its state to the next."""
 
 
 class Sampler:
@@ -57,7 +79,14 @@ class Sampler:
                     list(CFG_MODES), "sequential", "How the two branches of guidance run; the result is the same."
                 ),
                 "latent": sockets.socket("LATENT", "A video to start from when denoise is below 1; its size counts."),
+                "cache": sockets.socket(sockets.CACHE, "Steps to leave out, from TeaCache or EasyCache."),
+                "windows": sockets.socket(sockets.WINDOWS, "A long video in pieces."),
+                "prompts": sockets.socket(sockets.PROMPTS, "A prompt for each window, in place of the conditioning's."),
+                "guidance": sockets.socket(sockets.GUIDANCE, "Guidance that changes over the steps, in place of cfg."),
+                "schedule": sockets.socket(sockets.SCHEDULE, "Noise levels of your own, or a part of the steps."),
+                "run": sockets.socket(sockets.RUN, "What a long run leaves on disk."),
             },
+            "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"},
         }
 
     @classmethod
@@ -79,22 +108,106 @@ class Sampler:
         num_frames: int,
         denoise: float = 1.0,
         cfg_mode: str = "sequential",
-        latent: dict[str, Tensor] | None = None,
-    ) -> tuple[dict[str, Tensor]]:
-        guidance = GuidanceSettings(scale=cfg, mode=cfg_mode)
+        latent: dict[str, Any] | None = None,
+        cache: CacheSettings | None = None,
+        windows: WindowSettings | None = None,
+        prompts: tuple[Conditioning, ...] = (),
+        guidance: GuidanceSettings | None = None,
+        schedule: ScheduleSettings | None = None,
+        run: RunSettings | None = None,
+        extra_pnginfo: dict[str, Any] | None = None,
+    ) -> tuple[dict[str, Any]]:
+        schedule = schedule or ScheduleSettings()
         settings = SamplerSettings(
-            seed=seed, steps=steps, shift=shift, denoise=denoise, solver=solver, guidance=guidance
-        )
-        start = None
-        size = VideoSize.rounded(width, height, num_frames)
-        if latent is not None and denoise < 1:
+            seed=seed, steps=steps, shift=shift, denoise=denoise, solver=solver,
+            guidance=replace(guidance or GuidanceSettings(scale=cfg), mode=cfg_mode),
+            sigmas=schedule.sigmas, start_step=schedule.start_step, end_step=schedule.end_step,
+            cache=_with_template(cache, model), windows=windows,
+        )  # fmt: skip
+        start, size = None, VideoSize.rounded(width, height, num_frames)
+        if latent is not None and (settings.starts_clean or settings.start_step):
             start = normalise(latent["samples"])
             size = VideoSize.of_latent(LatentSize(*start.shape[2:]))
-        cond = model.fit(conditioning, size)
-        dit = model.dit
+        run = run or RunSettings(checkpoint_every=0, keep_latents=False)
+        checkpoint = Checkpoint(host.output_dir() / FOLDER, run.checkpoint_every)
+        cond, dit = model.fit(conditioning, size), model.dit
         runtime = host.runtime(dit.dtype, host.weight_bytes(dit))
-        with model.adapted(steps, runtime.device) as run, on_device(dit, runtime.device):
-            latents = sample(
-                dit, cond.to(runtime.device), size.latent, settings, run.follow(runtime), start, model.motion_controller
-            )
-        return ({"samples": denormalise(latents).cpu()},)
+        with model.adapted(settings.total_steps, runtime.device) as adapted, on_device(dit, runtime.device):
+            state = sample_state(
+                dit, cond.to(runtime.device), size.latent, settings, adapted.follow(runtime), start,
+                model.motion_controller, prompts=prompts, checkpoint=checkpoint, earlier=_earlier(latent, settings),
+            )  # fmt: skip
+        return (_finished(state, settings, size, run, checkpoint, extra_pnginfo),)
+
+
+def _with_template(cache: CacheSettings | None, model: VideoModel) -> CacheSettings | None:
+    if isinstance(cache, TeaCacheSettings):
+        return cache.with_template(model.row.preset.teacache if model.row else None)
+    return cache
+
+
+def _earlier(latent: dict[str, Any] | None, settings: SamplerSettings) -> RunState | None:
+    """The state that came with the latents of an earlier sampler, if they are still the ones that it left."""
+    state = (latent or {}).get(STATE)
+    if not settings.start_step or state is None:
+        return None
+    if state.step != settings.start_step:
+        raise ValueError(f"The sampler before ended at step {state.step}; start_step is {settings.start_step}.")
+    return state if torch.equal(denormalise(state.video), latent["samples"]) else None
+
+
+def _finished(
+    state: RunState,
+    settings: SamplerSettings,
+    size: VideoSize,
+    run: RunSettings,
+    checkpoint: Checkpoint,
+    extra_pnginfo: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The LATENT of a state. What made it goes into the metadata of the files that the host saves."""
+    raw = denormalise(state.video)
+    record = manifest(settings, size, state.video)
+    if run.keep_latents:
+        log.info("Latents are kept in %s.", save_latents(host.output_dir() / FOLDER, run.name, raw, record))
+    if state.run and state.step == settings.total_steps:
+        checkpoint.remove(state.run)
+    if extra_pnginfo is not None:
+        extra_pnginfo.setdefault("wancore", []).append(record)
+    return {"samples": raw, STATE: state} if settings.is_part else {"samples": raw}
+
+
+class LoadLatents:
+    """Latents of an earlier run."""
+
+    CATEGORY = "WanCore/sampling"
+    FUNCTION = "load"
+    DESCRIPTION = "Load latents that a sampler with Long Run kept, to decode them or go on from them."
+    RETURN_TYPES = ("LATENT",)
+    RETURN_NAMES = ("latent",)
+    OUTPUT_TOOLTIPS = ("Raw VAE latents, (B, 16, frames, height / 8, width / 8).",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "file": sockets.line("wancore/wancore_00001_.latent", "A .latent file in the output or input folder."),
+            },
+            "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, file: str | None = None) -> bool | str:
+        try:
+            return file is None or bool(host.saved_file(file))
+        except ValueError as error:
+            return str(error)
+
+    @classmethod
+    def IS_CHANGED(cls, file: str) -> float:
+        return host.saved_file(file).stat().st_mtime
+
+    def load(self, file: str, extra_pnginfo: dict[str, Any] | None = None) -> tuple[dict[str, Tensor]]:
+        raw, record = load_latents(host.saved_file(file))
+        if extra_pnginfo is not None and record:
+            extra_pnginfo.setdefault("wancore", []).append(record)
+        return ({"samples": raw},)

@@ -29,6 +29,24 @@ VAE = "WANCORE_VAE"
 CONDITIONING = "WANCORE_CONDITIONING"
 """`types.Conditioning`, frozen, on the CPU; nodes return changed copies."""
 
+CACHE = "WANCORE_CACHE"
+"""`settings.CacheSettings`: steps to leave out."""
+
+WINDOWS = "WANCORE_WINDOWS"
+"""`settings.WindowSettings`: a long video in pieces."""
+
+PROMPTS = "WANCORE_PROMPTS"
+"""A tuple of `types.Conditioning` with nothing but text, one per window, on the CPU."""
+
+GUIDANCE = "WANCORE_GUIDANCE"
+"""`settings.GuidanceSettings`; the sampler's own cfg_mode is laid over it."""
+
+SCHEDULE = "WANCORE_SCHEDULE"
+"""`settings.ScheduleSettings`: noise levels, and which of the steps to run."""
+
+RUN = "WANCORE_RUN"
+"""`settings.RunSettings`: what a run leaves on disk."""
+
 MAX_SIDE = 16384
 """ComfyUI's largest image side."""
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..wan_core.decode import decode
 from ..wan_core.media import frames_to_pixels, pixels_to_frames
 from ..wan_core.memory.residency import on_device
 from ..wan_core.models.vae import WanVAE, denormalise, normalise
@@ -59,8 +60,8 @@ class VAEDecode:
     ) -> tuple[Tensor]:
         settings = tile_settings(**tiles)
         runtime = host.runtime(vae.dtype, host.weight_bytes(vae))
-        with on_device(vae, runtime.device), torch.no_grad():
-            pixels = vae.decode(normalise(latent["samples"].to(runtime.device)), settings, runtime.chunks("Decoding"))
+        with on_device(vae, runtime.device):
+            pixels = decode(vae, normalise(latent["samples"]), settings, runtime)
         return (pixels_to_frames(pixels),)
 
 

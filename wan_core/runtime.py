@@ -56,9 +56,10 @@ class Pace:
         """Such as ", about 3 min left"; empty before there is anything to judge by, and at the end."""
         now = time.monotonic()
         since, first = self._started.setdefault(phase, (now, done))
-        if done < first:
+        if done <= first:
             self._started[phase] = (now, done)
-        if done <= first or done >= total:
+            return ""
+        if done >= total:
             return ""
         seconds = (now - since) / (done - first) * (total - done)
         return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"
@@ -73,6 +74,7 @@ class Runtime:
         dtype: compute dtype of the models; latents and solver arithmetic are float32 whatever it is.
         on_progress: called as (phase, done, total, latents); while sampling, latents (B, 16, F, h, w) are the clean
             ones that the run points at so far, else None.
+        before_step: called as (index, total) before every step of a sampling run, wherever the run begins.
         check_cancelled: raises `Cancelled`, or an exception of the host, when the user wants to stop.
         free_memory: asks the host to make room for that many bytes on `device`.
     """
@@ -80,6 +82,7 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     on_progress: Callable[[str, int, int, torch.Tensor | None], None] = _ignore_progress
+    before_step: Callable[[int, int], None] = lambda index, total: None
     check_cancelled: Callable[[], None] = lambda: None
     free_memory: Callable[[int], None] = lambda _: None
 

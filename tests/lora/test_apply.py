@@ -1,15 +1,18 @@
 """LoRAs come and go without a trace, stack, follow curves and blocks, and never reach a neighbour."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from wancore.wan_core.adapters.model import LAYOUT, Target, report, use_lora
 from wancore.wan_core.adapters.open import open_lora
-from wancore.wan_core.lora.apply import applied
+from wancore.wan_core.lora.apply import _same_device, applied
 from wancore.wan_core.lora.bind import BlockStrengths
 from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling.loop import sample
+from wancore.wan_core.sampling.loop import sample, sample_state
+from wancore.wan_core.sampling.state import RunState
 from wancore.wan_core.settings import GuidanceSettings, SamplerSettings
 from wancore.wan_core.types import Conditioning, Curve, LatentSize
 
@@ -228,6 +231,38 @@ def test_sampling_follows_the_curve(loras):
     assert torch.equal(never[-1], base[-1])
 
 
+def test_a_run_that_begins_in_the_middle_follows_the_curve(loras):
+    """Both halves of a schedule, one after the other, give what the whole gives."""
+    dit, path = tiny_dit("t2v"), loras["first"][1]
+    use = used(path, dit, strength=[1.0, -1.0], blocks=BlockStrengths.parse("0-3"))
+    text = torch.randn(1, 8, dit.config.text_dim, generator=torch.Generator().manual_seed(3))
+    cond = Conditioning(text=text, negative_text=-text)
+    runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+    whole = SamplerSettings(seed=1, steps=STEPS)
+
+    def part(settings: SamplerSettings, **start) -> RunState:
+        with applied([dit], [use], LAYOUT, steps=STEPS) as run:
+            return sample_state(dit, cond, LatentSize(2, 4, 6), settings, run.follow(runtime), **start)
+
+    first = part(replace(whole, end_step=2))
+    second = part(replace(whole, start_step=2), earlier=first)
+    assert torch.equal(second.latents, part(whole).latents)
+    assert not torch.equal(second.latents, sample_state(dit, cond, LatentSize(2, 4, 6), whole, runtime).latents)
+
+
+def test_fingerprints_tell_what_decides_the_result(loras):
+    dit, path = tiny_dit("t2v"), loras["first"][1]
+    copies = [used(path, dit).fingerprint, used(path, dit, mode="side").fingerprint]
+    assert len(set(copies)) == 1
+    others = [
+        used(loras["second"][1], dit),
+        used(path, dit, strength=0.5),
+        used(path, dit, strength=[1.0, 0.5]),
+        used(path, dit, blocks=BlockStrengths.parse("0-1")),
+    ]
+    assert len({*copies, *(use.fingerprint for use in others)}) == 5
+
+
 @pytest.mark.parametrize("mode", ["fold", "side"])
 def test_two_samplers_on_one_model_do_not_meet(loras, mode):
     """Interleaved or not, each sampler gets what it would get alone on its own copy."""
@@ -243,6 +278,14 @@ def test_two_samplers_on_one_model_do_not_meet(loras, mode):
         assert torch.equal(sampled(shared, use), alone[name])
         assert torch.equal(sampled(shared), base)
         assert_untouched(shared, before)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [("cuda", "cuda:0", True), ("cuda:0", "cuda:1", False), ("cpu", "cuda", False), ("cpu", "cpu", True)],
+)
+def test_names_of_one_device(first, second, same):
+    assert _same_device(torch.device(first), torch.device(second)) is same
 
 
 def test_modes(loras):

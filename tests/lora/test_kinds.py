@@ -11,6 +11,7 @@ from torch import nn
 from wancore.wan_core.adapters.files import LoraFormat, convert
 from wancore.wan_core.adapters.model import LAYOUT, Target, use_lora
 from wancore.wan_core.lora.apply import applied
+from wancore.wan_core.lora.patches import Hadamard, Kronecker, LowRank
 
 from tests.lora.fixtures import RANK, WRITERS, factors, linear_paths
 from tests.lora.test_dialects import inputs, output, used, with_loras
@@ -203,3 +204,20 @@ def test_image_branch_of_what_peft_wrote_is_left_out_of_a_text_model(tmp_path):
     assert {s.reason for s in use.bound.skipped} == {"image branch, which this text-to-video model does not have"}
     assert not torch.equal(with_loras(dit, use), output(dit))
     assert inputs(dit)[2].clip is None
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (2048, 32)])
+def test_norms_of_reports_are_those_of_the_changes(shape):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    rows, columns = shape
+    low = LowRank(draw(4, columns), draw(rows, 4), 0.3)
+    hadamard = Hadamard(draw(rows, 3), draw(3, columns), draw(rows, 3), draw(3, columns), scale=0.3)
+    kronecker = Kronecker(draw(rows // 8, columns // 4), draw(8, 4), 0.3)
+    for patch, tolerance in ((low, 1e-5), (hadamard, 0.1), (kronecker, 1e-5)):
+        assert patch.norm() == pytest.approx(patch.delta().norm().item(), rel=tolerance)
+        x = draw(2, 5, columns)
+        assert relative_error(patch.branch(x), x @ patch.delta().T) < 1e-5

@@ -39,8 +39,9 @@ def test_declarations_are_complete(node_id):
     assert cls.DESCRIPTION
     assert callable(getattr(cls, cls.FUNCTION))
     assert len(cls.RETURN_TYPES) == len(cls.RETURN_NAMES) == len(cls.OUTPUT_TOOLTIPS)
-    for section in cls.INPUT_TYPES().values():
-        for name, (kind, options) in section.items():
+    declared = cls.INPUT_TYPES()
+    for section in ("required", "optional"):
+        for name, (kind, options) in declared.get(section, {}).items():
             assert options["tooltip"], name
             if isinstance(kind, list):
                 assert options["default"] in kind

@@ -59,7 +59,9 @@ def test_caches_windows_and_guidance_go_together(variant, cache, windows):
     (cached, uncached), (cut, whole) = CACHES[cache], WINDOWS[windows]
 
     def result(cache, windows, mode="sequential", **guidance):
-        return run(variant, dit, cache=cache, windows=windows, guidance=GuidanceSettings(scale=3.0, mode=mode, **guidance))
+        return run(
+            variant, dit, cache=cache, windows=windows, guidance=GuidanceSettings(scale=3.0, mode=mode, **guidance)
+        )
 
     plain = result(cached, cut)
     assert plain.shape == (1, 16, *SIZE.shape)

@@ -3,11 +3,10 @@
 Nothing stays behind: the base holds the same tensors after the run as before it.
 """
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -41,6 +40,11 @@ class LoraUse:
     strength: Curve = Curve((1.0,))
     blocks: BlockStrengths = EVERYWHERE
     mode: Mode = "auto"
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything that decides what this does to a model, as text; for digests of runs."""
+        return f"{self.bound.lora.digest} {self.strength} {self.blocks}"
 
     @property
     def constant(self) -> bool:
@@ -132,16 +136,15 @@ class LoraRun:
             place.tensor.data = place.folded(base, self.device or base.device).to(place.tensor.device)
 
     def follow(self, runtime: Runtime) -> Runtime:
-        """`runtime`, whose progress reports now also move the strengths to the step that comes next."""
+        """`runtime`, which now also moves the strengths before every step."""
         if all(part.use.constant for part in self.stepwise):
             return runtime
 
-        def report(phase: str, done: int, total: int, latents: Tensor | None = None) -> None:
-            if latents is not None and done < total:
-                self.step(done)
-            runtime.on_progress(phase, done, total, latents)
+        def before_step(index: int, total: int) -> None:
+            runtime.before_step(index, total)
+            self.step(index)
 
-        return dataclasses.replace(runtime, on_progress=report)
+        return replace(runtime, before_step=before_step)
 
 
 @contextmanager
@@ -228,11 +231,16 @@ def _way(
         )
     if not in_block:
         return "fold"
-    elsewhere = device is not None and place.tensor.device != device
+    elsewhere = device is not None and not _same_device(place.tensor.device, device)
     folds = all(_folds(part, place, streamed, elsewhere) for part in place.parts)
     if folds:
         return "fold"
     return "branch" if place.is_linear_weight and not replaces else "swap"
+
+
+def _same_device(first: torch.device, second: torch.device) -> bool:
+    """Whether both name one device; a name without a number is the first that matches."""
+    return first.type == second.type and (None in (first.index, second.index) or first.index == second.index)
 
 
 def _folds(part: _Part, place: _Place, streamed: bool, elsewhere: bool) -> bool:

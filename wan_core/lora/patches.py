@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 NORM_ROWS = 256
 """Rows from which a norm is estimated that would otherwise need the whole matrix."""
 

@@ -1,10 +1,12 @@
 """From the tensors of a LoRA file to patches by module, with the scale that its dialect means."""
 
+import hashlib
 import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,6 +64,16 @@ class Lora:
     def ranks(self) -> tuple[int, ...]:
         """The ranks that occur, ascending."""
         return tuple(sorted({p.rank for layer in self.layers for _, p in layer.patches if p.rank}))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over every patch, whatever the file is called."""
+        total = hashlib.sha256()
+        for layer in self.layers:
+            for leaf, patch in layer.patches:
+                total.update(f"{layer.path} {leaf}".encode())
+                _digest_patch(patch, total.update)
+        return total.hexdigest()
 
     @property
     def kinds(self) -> Mapping[str, int]:
@@ -155,6 +167,19 @@ def read_lora(
         raise ValueError(f"{name} holds no LoRA that can be read ({why}).")
     alpha = "; ".join(rule for rule, _ in rules.most_common()) or "no factors, so no alpha"
     return Lora(name, tuple(layers), tuple(skipped), dict(dialects.most_common()), alpha, dict(metadata))
+
+
+def _digest_patch(patch: Patch, update: Callable[[bytes], None]) -> None:
+    update(patch.label.encode())
+    for f in fields(patch):
+        value = getattr(patch, f.name)
+        if isinstance(value, Patch):
+            _digest_patch(value, update)
+        elif isinstance(value, Tensor):
+            update(f"{f.name} {value.dtype} {tuple(value.shape)}".encode())
+            update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            update(f"{f.name} {value}".encode())
 
 
 Stored = Mapping[str, Tensor]

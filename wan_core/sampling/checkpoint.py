@@ -65,8 +65,9 @@ class Checkpoint:
         )  # fmt: skip
 
     def remove(self, run: str) -> None:
-        """Forget the run, once it is finished."""
-        self.path(run).unlink(missing_ok=True)
+        """Forget the run, once it is finished, with what a kill left of its drafts."""
+        for file in (self.path(run), *self._folder.glob(f".{self.path(run).name}.*.part")):
+            file.unlink(missing_ok=True)
 
 
 def save_latents(folder: Path, name: str, raw: Tensor, manifest: Mapping[str, Any]) -> Path:
@@ -100,7 +101,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, draft, dict(metadata))
+        save_file(
+            {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()},
+            draft,
+            dict(metadata),
+        )
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(path)

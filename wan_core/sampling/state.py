@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..settings import SamplerSettings
-from ..types import Conditioning, LatentSize, map_tensors
+from ..types import Conditioning, LatentSize, VideoSize, map_tensors
 
 WEIGHT_SAMPLE = 16
 """Values of each weight that tell one model from another; reading all would take as long as loading it."""
@@ -73,6 +74,15 @@ def digest_run(dit: nn.Module, cond: Conditioning, size: LatentSize, settings: S
     weights = [weight.detach().reshape(-1)[:WEIGHT_SAMPLE].float().cpu() for weight in dit.parameters()]
     names = tuple((name, tuple(weight.shape), str(weight.dtype)) for name, weight in dit.named_parameters())
     return digest(names, torch.cat(weights) if weights else None, cond, size, settings, *others)
+
+
+def manifest(settings: SamplerSettings, size: VideoSize, latents: Tensor) -> dict[str, Any]:
+    """What made these normalised latents, and their digest, as values that JSON can hold."""
+    return {
+        "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
+        "size": dataclasses.asdict(size),
+        "latents": {"shape": list(latents.shape), "sha256": digest(latents.float())},
+    }
 
 
 def digest(*values: Any) -> str:

@@ -27,6 +27,7 @@ def denoise(
     total = len(solver.sigmas) - 1
     for index in range(total) if steps is None else steps:
         runtime.check_cancelled()
+        runtime.before_step(index, total)
         velocity = predict(x, solver.timesteps[index], cond, StepInfo(index, total))
         clean = solver.clean(velocity, index, x) if on_step else x
         x = solver.step(velocity, index, x)

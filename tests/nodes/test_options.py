@@ -1,0 +1,222 @@
+"""The sampler's optional sockets: each option node's settings, what the sampler does with them, and what is kept."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import wancore
+from PIL import Image
+from wancore.nodes import host
+from wancore.nodes.sampler import STATE
+from wancore.wan_core import catalog, tiny
+from wancore.wan_core.media import probe_video
+from wancore.wan_core.sampling.checkpoint import load_latents
+from wancore.wan_core.settings import (
+    EasyCacheSettings,
+    GuidanceSettings,
+    RunSettings,
+    ScheduleSettings,
+    TeaCacheSettings,
+    WindowSettings,
+)
+
+ROOT = Path(__file__).parents[2]
+NODES = wancore.NODE_CLASS_MAPPINGS
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    tiny.write_model(root, catalog.TINY)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def configured(models, tmp_path):
+    host.configure(device="cpu", models_dir=models, output_dir=tmp_path / "out")
+    yield
+    host.configure()
+
+
+def run(node_id: str, **inputs):
+    cls = NODES[node_id]
+    with torch.inference_mode():
+        return getattr(cls(), cls.FUNCTION)(**inputs)[0]
+
+
+@pytest.fixture(scope="module")
+def loaded(models):
+    host.configure(device="cpu", models_dir=models)
+    text_encoder = run("WanCoreTextEncoderLoader", text_encoder=catalog.TINY)
+    return {
+        "model": run("WanCoreModelLoader", model=catalog.TINY),
+        "text_encoder": text_encoder,
+        "conditioning": run("WanCoreTextEncode", text_encoder=text_encoder, prompt="a dog"),
+        "vae": run("WanCoreVAELoader", vae=catalog.TINY),
+    }
+
+
+def sampled(loaded, **changes):
+    settings = {
+        "seed": 1, "steps": 4, "cfg": 5.0, "shift": 5.0, "solver": "unipc", "width": 32, "height": 32, "num_frames": 9,
+    }  # fmt: skip
+    inputs = {name: loaded[name] for name in ("model", "conditioning")}
+    return run("WanCoreSampler", **inputs, **{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "expected"),
+    [
+        ("TeaCache", {"threshold": 0.2}, TeaCacheSettings(threshold=0.2)),
+        ("TeaCache", {"threshold": 0.2, "speedup": 2.0}, TeaCacheSettings(threshold=None, speedup=2.0)),
+        ("EasyCache", {"threshold": 0.1, "start_step": 5}, EasyCacheSettings(threshold=0.1, start_step=5)),
+        (
+            "Windows",
+            {"sliding_window_size": 9, "sliding_window_stride": 6, "mode": "chain"},
+            WindowSettings(size=9, stride=6, mode="chain"),
+        ),
+        ("Guidance", {"cfg": "6, 4 2", "end": 0.8}, GuidanceSettings(scale=(6.0, 4.0, 2.0), end=0.8)),
+        ("Schedule", {"start_step": 0, "end_step": 0}, ScheduleSettings()),
+        ("Schedule", {"start_step": 2, "end_step": 4}, ScheduleSettings(start_step=2, end_step=4)),
+        (
+            "Schedule",
+            {"start_step": 0, "end_step": 0, "sigmas": torch.tensor([1.0, 0.5, 0.0])},
+            ScheduleSettings(sigmas=(1.0, 0.5, 0.0)),
+        ),
+        (
+            "Schedule",
+            {"start_step": 0, "end_step": 0, "sigma_list": "1, 0.5 0"},
+            ScheduleSettings(sigmas=(1.0, 0.5, 0.0)),
+        ),
+        (
+            "LongRun",
+            {"checkpoint_every": 3, "keep_latents": False},
+            RunSettings(checkpoint_every=3, keep_latents=False),
+        ),
+    ],
+)
+def test_option_nodes_give_frozen_settings(node, inputs, expected):
+    assert run(f"WanCore{node}", **inputs) == expected
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "words"),
+    [
+        ("Windows", {"sliding_window_size": 4, "sliding_window_stride": 5}, "from 1 to 4"),
+        ("Guidance", {"cfg": "six"}, "list of numbers"),
+        ("Guidance", {"cfg": "6", "start": 0.8, "end": 0.2}, "not start after its end"),
+        ("Schedule", {"sigma_list": "0, 1"}, "falling"),
+        ("LongRun", {"name": "../mine"}, "plain file name"),
+        ("WindowPrompts", {"prompts": " \n "}, "at least one line"),
+        ("LoadLatents", {"file": "gone.latent"}, "no input file"),
+    ],
+)
+def test_bad_options_are_refused_before_the_prompt_starts(node, inputs, words):
+    assert words in NODES[f"WanCore{node}"].VALIDATE_INPUTS(**inputs)
+
+
+def test_nothing_connected_is_the_default(loaded):
+    plain = sampled(loaded)
+    assert set(plain) == {"samples"}
+    assert torch.equal(sampled(loaded, guidance=GuidanceSettings(scale=5.0))["samples"], plain["samples"])
+    assert torch.equal(sampled(loaded, schedule=ScheduleSettings())["samples"], plain["samples"])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"cache": TeaCacheSettings(threshold=1000.0, template="Wan2.1-T2V-1.3B")},
+        {"cache": EasyCacheSettings(threshold=1000.0, start_step=2)},
+        {"windows": WindowSettings(size=2, stride=1)},
+        {"guidance": GuidanceSettings(scale=(8.0, 2.0))},
+        {"schedule": ScheduleSettings(sigmas=(1.0, 0.5, 0.0))},
+    ],
+    ids=lambda option: type(*option.values()).__name__,
+)
+def test_every_option_reaches_the_run(loaded, option):
+    assert not torch.equal(sampled(loaded, **option)["samples"], sampled(loaded)["samples"])
+
+
+def test_auto_needs_a_published_model(loaded):
+    unknown = dataclasses.replace(loaded["model"], row=None)
+    with pytest.raises(ValueError, match="not a published one that TeaCache has coefficients for"):
+        sampled({**loaded, "model": unknown}, cache=TeaCacheSettings())
+
+
+def test_two_samplers_give_what_one_gives(loaded):
+    whole = sampled(loaded)["samples"]
+    first = sampled(loaded, schedule=ScheduleSettings(end_step=2))
+    rest = ScheduleSettings(start_step=2)
+    assert torch.equal(sampled(loaded, schedule=rest, latent=first)["samples"], whole)
+    with pytest.raises(ValueError, match="ended at step 2; start_step is 3"):
+        sampled(loaded, schedule=ScheduleSettings(start_step=3), latent=first)
+    changed = {**first, "samples": first["samples"] + 0.5}
+    assert not torch.equal(sampled(loaded, schedule=rest, latent=changed)["samples"], whole)
+    assert STATE in first
+
+
+def test_windows_take_a_prompt_each(loaded):
+    prompts = run("WanCoreWindowPrompts", text_encoder=loaded["text_encoder"], prompts="a dog\n\na cat\n")
+    assert len(prompts) == 2
+    windows = WindowSettings(size=2, stride=1)
+    with_one = sampled(loaded, windows=windows)["samples"]
+    assert not torch.equal(sampled(loaded, windows=windows, prompts=prompts)["samples"], with_one)
+
+
+def test_latents_are_kept_with_what_made_them(loaded, tmp_path):
+    metadata = {}
+    latent = sampled(loaded, run=RunSettings(checkpoint_every=1, name="mine"), extra_pnginfo=metadata)
+    kept = tmp_path / "out" / "wancore" / "mine_00001_.latent"
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    raw, record = load_latents(kept)
+    assert torch.equal(raw, latent["samples"])
+    assert metadata == {"wancore": [record]}
+    assert record["settings"]["solver"] == "unipc"
+    again = {}
+    assert torch.equal(run("WanCoreLoadLatents", file=f"wancore/{kept.name}", extra_pnginfo=again)["samples"], raw)
+    assert again == metadata
+
+
+def test_previews_are_written_every_few_steps(loaded, models, tmp_path):
+    host.configure(device="cpu", models_dir=models, output_dir=tmp_path, preview_every=3)
+    plain = sampled(loaded)["samples"]
+    names = sorted(path.name for path in (tmp_path / "previews").iterdir())
+    assert names == ["step_0003.png", "step_0003_strip.png", "step_0004.png", "step_0004_strip.png"]
+    with Image.open(tmp_path / "previews" / "step_0003.png") as still:
+        assert still.size == (4, 4)
+    with Image.open(tmp_path / "previews" / "step_0003_strip.png") as strip:
+        assert strip.n_frames == 3
+    host.configure(device="cpu", models_dir=models)
+    assert torch.equal(sampled(loaded)["samples"], plain)
+
+
+def test_a_preview_that_fails_does_not_stop_the_run(loaded, models, tmp_path, caplog):
+    (tmp_path / "previews").write_text("in the way")
+    host.configure(device="cpu", models_dir=models, output_dir=tmp_path, preview_every=1)
+    assert sampled(loaded)["samples"].isfinite().all()
+    assert "No preview" in caplog.text
+
+
+def test_the_command_decodes_kept_latents(loaded, tmp_path):
+    sampled(loaded, run=RunSettings())
+    command = [
+        sys.executable, "-m", "headless", "decode", tmp_path / "out" / "wancore" / "wancore_00001_.latent",
+        "--out", tmp_path / "videos", "--tiny", "--device", "cpu", "--quiet",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = Path(done.stdout.strip())
+    info = probe_video(path)
+    assert (info.num_frames, info.width, info.height, info.fps) == (9, 32, 32, 16.0)
+    import av
+
+    with av.open(str(path)) as container:
+        (record,) = json.loads(container.metadata["wancore"])
+    assert record["settings"]["steps"] == 4
+    missing = subprocess.run([*command[:4], tmp_path / "no.latent", *command[5:]], cwd=ROOT, capture_output=True)
+    assert missing.returncode == 2
+    assert b"no input file" in missing.stderr

@@ -1,0 +1,39 @@
+"""A run for a process of its own, which says on every line which step it has done."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from wancore.wan_core.runtime import Runtime
+from wancore.wan_core.sampling.checkpoint import Checkpoint
+from wancore.wan_core.sampling.loop import sample
+from wancore.wan_core.settings import EasyCacheSettings, SamplerSettings, TeaCacheSettings, WindowSettings
+from wancore.wan_core.types import LatentSize
+
+from tests.reference import tiny_dit
+from tests.sampling.variants import conditioning
+
+SIZE = LatentSize(5, 2, 4)
+CACHES = {
+    "none": None,
+    "teacache": TeaCacheSettings(threshold=1000.0, template="Wan2.1-T2V-14B", start_step=2),
+    "easycache": EasyCacheSettings(threshold=0.2, start_step=2),
+}
+WINDOWS = {
+    "none": None,
+    "blend": WindowSettings(size=3, stride=2),
+    "chain": WindowSettings(size=3, stride=2, mode="chain"),
+}
+
+
+def run(folder: Path | None, solver: str, cache: str, windows: str) -> torch.Tensor:
+    settings = SamplerSettings(steps=7, seed=4, solver=solver, cache=CACHES[cache], windows=WINDOWS[windows])
+    report = lambda phase, done, total, latents: print(done, flush=True)  # noqa: E731
+    runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32, on_progress=report)
+    checkpoint = Checkpoint(folder, every=1) if folder else None
+    return sample(tiny_dit("vace"), conditioning("vace", SIZE), SIZE, settings, runtime, checkpoint=checkpoint)
+
+
+def main(folder: str, solver: str, cache: str, windows: str, result: str) -> None:
+    torch.set_num_threads(1)
+    save_file({"latents": run(Path(folder), solver, cache, windows).contiguous()}, result)

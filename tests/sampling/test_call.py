@@ -1,0 +1,31 @@
+"""The reference pipeline's arguments as settings."""
+
+import pytest
+from wancore.wan_core.sampling.call import cache_of_call, windows_of_call
+from wancore.wan_core.settings import TeaCacheSettings, WindowSettings
+
+LARGE, SMALL = "Wan2.1-T2V-14B", "Wan2.1-T2V-1.3B"
+
+
+def test_arguments_become_settings():
+    assert cache_of_call(None, "", None) is None
+    assert cache_of_call(None, SMALL, LARGE) is None
+    assert cache_of_call(0.05, "", LARGE) == TeaCacheSettings(threshold=0.05, template=LARGE)
+    assert cache_of_call(0.05, SMALL, LARGE) == TeaCacheSettings(threshold=0.05, template=SMALL)
+    assert windows_of_call(None, None) is None
+    assert windows_of_call(9, 5) == WindowSettings(size=9, stride=5)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "words"),
+    [
+        (windows_of_call, (9, None), "belong together; got 9 and None"),
+        (windows_of_call, (4, 9), "from 1 to 4"),
+        (cache_of_call, (0.1, "", None), "not a published one"),
+        (cache_of_call, (0.1, "Wan2.2", None), "template must be one of"),
+        (cache_of_call, (-0.1, LARGE, None), "threshold must be from 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(function, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        function(*arguments)
