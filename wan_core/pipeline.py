@@ -23,9 +23,10 @@ from .memory.residency import on_device
 from .model_config import ModelConfig, find_models, tokenizer_folder
 from .models.image_encoder import ImageEncoder
 from .models.vae import WanVAE
-from .runtime import Runtime, default_device
+from .runtime import Runtime, default_device, log
+from .sampling.call import cache_of_call, windows_of_call
 from .sampling.loop import sample
-from .settings import GuidanceSettings, SamplerSettings, TeaCacheSettings, WindowSettings, check_choice
+from .settings import GuidanceSettings, SamplerSettings, check_choice
 from .tiling import TileSettings
 from .types import Conditioning, Curve, VideoSize
 from .variants import check
@@ -130,6 +131,7 @@ class WanVideoPipeline:
         if not any(module is part for part in self.model.modules):
             raise ValueError(f"A LoRA is applied to pipe.dit or pipe.motion_controller; got {type(module).__name__}.")
         self.model, report = self.model.with_lora(path, strength=alpha)
+        log.info("%s", report.summary)
         return report
 
     def clear_lora(self) -> None:
@@ -248,8 +250,10 @@ class WanVideoPipeline:
                 scale=cfg_scale if isinstance(cfg_scale, (int, float)) else tuple(cfg_scale),
                 mode="batched" if cfg_merge else "sequential",
             ),
-            cache=self._cache(tea_cache_l1_thresh, tea_cache_model_id),
-            windows=_windows(sliding_window_size, sliding_window_stride),
+            cache=cache_of_call(
+                tea_cache_l1_thresh, tea_cache_model_id, self.model.row and self.model.row.preset.teacache
+            ),
+            windows=windows_of_call(sliding_window_size, sliding_window_stride),
         )
         tiles = TileSettings(size=tuple(tile_size), stride=tuple(tile_stride)) if tiled else None
         start = _frames(input_video, "input_video")
@@ -258,18 +262,10 @@ class WanVideoPipeline:
             cond = text_conditioning(self.text_encoder, prompt, negative_prompt)
         cond, latents = self._encode(cond, inputs, start, size, tiles, fit or Fit())
         cond = self.model.fit(cond.to(self.device), size)
-        with self.model.adapted(num_inference_steps, self.device) as run, on_device(self.dit, self.device):
+        with self.model.adapted(settings.total_steps, self.device) as run, on_device(self.dit, self.device):
             runtime = run.follow(self._runtime(progress_bar_cmd, num_inference_steps))
             latents = sample(self.dit, cond, size.latent, settings, runtime, latents, self.model.motion_controller)
         return self._output(latents, tiles, output_type)
-
-    def _cache(self, threshold: float | None, template: str) -> TeaCacheSettings | None:
-        if threshold is None:
-            return None
-        row = self.model.row
-        return TeaCacheSettings(threshold=threshold, template=template or "auto").with_template(
-            row and row.preset.teacache
-        )
 
     def _check(self, inputs: VideoInputs, prompt: Prompt, negative_prompt: Prompt) -> None:
         as_prompts(prompt), as_prompts(negative_prompt, "negative_prompt")
@@ -335,9 +331,3 @@ def _references(value: Pictures | None) -> tuple[Tensor, ...] | None:
         return None
     several = isinstance(value, (list, tuple)) and len(value)
     return tuple(as_frames(v, "vace_reference_image") for v in (value if several else [value]))
-
-
-def _windows(size: int | None, stride: int | None) -> WindowSettings | None:
-    if (size is None) != (stride is None):
-        raise ValueError("sliding_window_size and sliding_window_stride go together; give both or none.")
-    return None if size is None else WindowSettings(size=size, stride=stride)
