@@ -31,17 +31,14 @@ class ControlEncode:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "conditioning": sockets.socket(sockets.CONDITIONING, "From the prompt."),
-                "vae": sockets.socket(sockets.VAE, "From the VAE loader."),
-                **sockets.size_inputs(),
+                **sockets.encode_inputs(),
             },
             "optional": {
                 "image_encoder": sockets.socket(sockets.IMAGE_ENCODER, "Needed for start and reference images."),
                 "control_video": sockets.socket("IMAGE", "What steers the video, frame by frame."),
                 "start_image": sockets.socket("IMAGE", "The first frame."),
                 "reference_image": sockets.socket("IMAGE", "What the subject looks like (V1.1 control models)."),
-                **sockets.fit_inputs(clips=True),
-                **sockets.tile_inputs(),
+                **sockets.encode_settings(),
             },
         }
 

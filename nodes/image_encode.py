@@ -30,9 +30,7 @@ class ImageEncode:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "conditioning": sockets.socket(sockets.CONDITIONING, "From the prompt."),
-                "vae": sockets.socket(sockets.VAE, "From the VAE loader."),
-                **sockets.size_inputs(),
+                **sockets.encode_inputs(),
             },
             "optional": {
                 "image_encoder": sockets.socket(sockets.IMAGE_ENCODER, "Needed for start and end images."),
@@ -40,8 +38,7 @@ class ImageEncode:
                 "end_image": sockets.socket("IMAGE", "The last frame."),
                 "video": sockets.socket("IMAGE", "A video to change in part."),
                 "mask": sockets.socket("MASK", "White where the video is drawn anew; one mask or one per frame."),
-                **sockets.fit_inputs(clips=True),
-                **sockets.tile_inputs(),
+                **sockets.encode_settings(),
             },
         }
 

@@ -174,7 +174,10 @@ class ModelLoader(Loader):
             dtype=_choose_dtype(dtype, component), attention=attention, exact=precision == "exact"
         )
         chosen = None if preset == AUTO else preset
-        return (prepare.load_dit(component, settings, host.resting_device(), vace=vace, preset=chosen),)
+        model = prepare.load_dit(
+            component, settings, host.resting_device(), vace=vace, preset=chosen, compute_device=host.device()
+        )
+        return (model,)
 
 
 class TextEncoderLoader(Loader):

@@ -108,12 +108,25 @@ def size_inputs() -> dict[str, Declaration]:
     }
 
 
-def fit_inputs(*, clips: bool) -> dict[str, Declaration]:
-    """How pictures, and with `clips` also their number, are brought to the size of the video."""
+def fit_inputs() -> dict[str, Declaration]:
+    """How pictures and clips are brought to the size and length of the video."""
     aspect = "crop fills the video and cuts the rest, stretch distorts, letterbox shows all on white."
-    declared = {"aspect": choice(list(ASPECTS), "crop", aspect)}
-    if clips:
-        declared["too_short"] = choice(
-            list(LENGTH_POLICIES), "repeat last", "What to do with a clip that is shorter than the video."
-        )
-    return declared
+    too_short = "What to do with a clip that is shorter than the video."
+    return {
+        "aspect": choice(list(ASPECTS), "crop", aspect),
+        "too_short": choice(list(LENGTH_POLICIES), "repeat last", too_short),
+    }
+
+
+def encode_inputs() -> dict[str, Declaration]:
+    """What every node needs that adds pictures or clips to conditioning."""
+    return {
+        "conditioning": socket(CONDITIONING, "From the prompt, or from another node that adds to it."),
+        "vae": socket(VAE, "From the VAE loader."),
+        **size_inputs(),
+    }
+
+
+def encode_settings() -> dict[str, Declaration]:
+    """How such a node fits and encodes what it is given; the last of its inputs."""
+    return {**fit_inputs(), **tile_inputs()}

@@ -51,9 +51,7 @@ class VaceEncode:
         part = "Fraction of the steps"
         return {
             "required": {
-                "conditioning": sockets.socket(sockets.CONDITIONING, "From the prompt, or from another VACE Encode."),
-                "vae": sockets.socket(sockets.VAE, "From the VAE loader."),
-                **sockets.size_inputs(),
+                **sockets.encode_inputs(),
                 "strength": sockets.number(1.0, 0.0, 10.0, "How strongly this input counts.", step=0.05),
             },
             "optional": {
@@ -70,8 +68,7 @@ class VaceEncode:
                 "mask": sockets.socket("MASK", "White where the model draws; all white when absent."),
                 "reference_images": sockets.socket("IMAGE", "Pictures of what appears; each is fitted on white."),
                 "references": sockets.socket(sockets.REFERENCES, "More references, of other sizes."),
-                **sockets.fit_inputs(clips=True),
-                **sockets.tile_inputs(),
+                **sockets.encode_settings(),
             },
         }
 

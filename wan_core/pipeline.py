@@ -87,7 +87,9 @@ class WanVideoPipeline:
         rest = {kind: model.config.offload_device or device for kind, model in found.items()}
         tokenizer = tokenizer_folder(component["text_encoder"], tokenizer_config, defaults)
         settings = prepare.DiTSettings(dtype=torch_dtype)
-        model = prepare.load_dit(component["dit"], settings, rest["dit"], vace=component.get("vace"))
+        model = prepare.load_dit(
+            component["dit"], settings, rest["dit"], vace=component.get("vace"), compute_device=device
+        )
         if "motion_controller" in found:
             model = prepare.with_speed_control(model, component["motion_controller"], device)
         image_encoder = None

@@ -149,10 +149,12 @@ def load_dit(
     *,
     vace: Component | None = None,
     preset: str | None = None,
+    compute_device: torch.device | str | None = None,
 ) -> VideoModel:
     """The DiT of `component`, its weights resting on `device`.
 
     Args:
+        compute_device: where it will compute and where the attention backend is tried out; `device` if None.
         vace: a VACE branch from a file of its own, joined to the model.
         preset: the catalog row whose settings are recommended, instead of the one that the file's name points to.
 
@@ -163,8 +165,9 @@ def load_dit(
     if vace is not None:
         component = join_vace(component, vace)
     variant = match_variant(component.config)
+    attend = load_backend(settings.attention, torch.device(compute_device or device), settings.dtype)
     dit: WanDiT = build(component, dtype=settings.dtype, device=device)
-    dit.attend = load_backend(settings.attention, torch.device(device), settings.dtype)
+    dit.attend = attend
     dit.exact = settings.exact
     row = catalog.find_row(preset) if preset else recommended_row(component, variant)
     name = row.model_id if row and _names(row, component) else component.name
