@@ -136,6 +136,7 @@ class Sampler:
             state = sample_state(
                 dit, cond.to(runtime.device), size.latent, settings, adapted.follow(runtime), start,
                 model.motion_controller, prompts=prompts, checkpoint=checkpoint, earlier=_earlier(latent, settings),
+                adapters=[lora.fingerprint for lora in model.loras],
             )  # fmt: skip
         return (_finished(state, settings, size, run, checkpoint, extra_pnginfo),)
 

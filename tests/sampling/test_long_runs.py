@@ -13,7 +13,7 @@ from wancore.wan_core.decode import decode
 from wancore.wan_core.runtime import Cancelled, OutOfMemoryError, Pace, Runtime
 from wancore.wan_core.sampling.checkpoint import Checkpoint, load_latents, save_latents
 from wancore.wan_core.sampling.finite import NonFiniteError
-from wancore.wan_core.sampling.loop import sample
+from wancore.wan_core.sampling.loop import sample, sample_state
 from wancore.wan_core.sampling.state import RunState, digest_run, manifest
 from wancore.wan_core.settings import GuidanceSettings, SamplerSettings
 from wancore.wan_core.tiling import TileSettings
@@ -199,3 +199,17 @@ def test_the_pace_tells_how_long_the_rest_takes(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: next(now))
     said = [pace.left("Sampling", done, total) for done, total in ((1, 4), (2, 4), (3, 4), (4, 4), (1, 3), (2, 3))]
     assert said == ["", ", about 20 s left", ", about 10 s left", "", "", ", about 7 min left"]
+
+
+def test_a_run_under_another_lora_is_another_run(tmp_path):
+    """A kept run must not go on with weights that were changed in another way."""
+    settings = SamplerSettings(steps=2)
+
+    def kept(*adapters: str) -> str:
+        state = sample_state(
+            tiny_dit(), conditioning("t2v", SIZE), SIZE, settings, RUNTIME,
+            checkpoint=Checkpoint(tmp_path, 1), adapters=adapters,
+        )  # fmt: skip
+        return state.run
+
+    assert len({kept(), kept("style 1.0"), kept("style 0.5"), kept("style 1.0")}) == 3

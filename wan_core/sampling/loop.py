@@ -66,6 +66,7 @@ def sample_state(
     prompts: Sequence[Conditioning] = (),
     checkpoint: Checkpoint | None = None,
     earlier: RunState | None = None,
+    adapters: Sequence[str] = (),
 ) -> RunState:
     """Run the steps that `settings` name and return the state after them, on the CPU.
 
@@ -78,13 +79,14 @@ def sample_state(
         prompts: conditioning whose text each window gets in place of that of `cond`, the last one for all after.
         checkpoint: where the run is written down as it goes on. A run that was cut off goes on from there.
         earlier: the state that an earlier part of this schedule ended with, in place of `start`.
+        adapters: fingerprints of what changes the model for this run; a kept run goes on only with the same ones.
 
     Raises:
         ValueError: an input does not fit the model or the size, latents to start from are missing, or the model gave
             something else than numbers.
         OutOfMemoryError: the device is too small; what is done is kept in `checkpoint`.
     """
-    run = _Run(dit, cond, size, settings, runtime, motion_controller, tuple(prompts), checkpoint)
+    run = _Run(dit, cond, size, settings, runtime, motion_controller, tuple(prompts), checkpoint, tuple(adapters))
     run.check(start, earlier)
     if settings.sigmas is None and settings.denoise == 0:
         return RunState(latents=start.float().cpu(), prefix=0, step=settings.total_steps)
@@ -104,7 +106,9 @@ class _Run:
         motion_controller: MotionController | None,
         prompts: tuple[Conditioning, ...],
         checkpoint: Checkpoint | None,
+        adapters: tuple[str, ...],
     ) -> None:
+        self.adapters = adapters
         self.dit, self.cond, self.size, self.settings, self.runtime = dit, cond, size, settings, runtime
         self.motion_controller, self.prompts, self.checkpoint = motion_controller, prompts, checkpoint
         self.shape = (cond.text.shape[0], dit.config.out_channels, *size.shape)
@@ -135,9 +139,8 @@ class _Run:
     def digest(self) -> str:
         """Of everything that decides the result. Reads all of the conditioning, so only for runs that are kept."""
         controller = None if self.motion_controller is None else self.motion_controller.state_dict()
-        return digest_run(
-            self.dit, self.cond, self.size, self.settings, self.prompts, self.start, controller, self.runtime.dtype
-        )
+        others = (self.prompts, self.start, controller, self.runtime.dtype, self.adapters)
+        return digest_run(self.dit, self.cond, self.size, self.settings, *others)
 
     @cached_property
     def schedule(self) -> str:
