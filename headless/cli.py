@@ -126,7 +126,7 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         workflow = apply_sets(workflow, arguments.sets, schemas_of(nodes))
         _configure_host(arguments, on_event)
-        result = run(workflow, nodes, on_event=on_event, folders=folders, extra_pnginfo={})
+        result = run(workflow, nodes, on_event=on_event, folders=folders)
     return _print_files(result)
 
 
@@ -166,7 +166,7 @@ def _decode(arguments: argparse.Namespace) -> int:
     prompt = {title: {"class_type": cls, "inputs": inputs} for title, (cls, inputs) in steps.items()}
     _configure_host(arguments, on_event)
     workflow = Workflow.from_api(prompt)
-    return _print_files(run(workflow, nodes, on_event=on_event, folders=folders, extra_pnginfo={}))
+    return _print_files(run(workflow, nodes, on_event=on_event, folders=folders))
 
 
 def _print_files(result: RunResult) -> int:

@@ -53,7 +53,8 @@ def run(
     Args:
         nodes: node classes by class_type, in ComfyUI's class-attribute form.
         folders: where the files that nodes report lie; without it the result names no files.
-        extra_pnginfo: what nodes receive as the hidden input EXTRA_PNGINFO, to be written into files.
+        extra_pnginfo: what nodes receive as the hidden input EXTRA_PNGINFO, to be written into files; a node may add to
+            it.
 
     Raises:
         ValidationError: the workflow cannot run; nothing has run.
@@ -63,7 +64,7 @@ def run(
     schemas = schemas_of(nodes)
     workflow = validate(workflow, schemas)
     prompt = workflow.to_api()
-    hidden = {"PROMPT": prompt, "DYNPROMPT": DynamicPrompt(prompt), "EXTRA_PNGINFO": extra_pnginfo}
+    hidden = {"PROMPT": prompt, "DYNPROMPT": DynamicPrompt(prompt), "EXTRA_PNGINFO": dict(extra_pnginfo or {})}
     with torch.inference_mode():
         plan = Plan.of(workflow, nodes, schemas)
         for node_id, kept in plan.same_as.items():

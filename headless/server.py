@@ -56,10 +56,13 @@ class Server:
     def submit(self, prompt: Mapping[str, Any], client_id: str) -> dict[str, Any]:
         """Queue a workflow. The answer holds `prompt_id`, and `node_errors` for outputs that will not run.
 
+        Nodes are given an empty place for what they want to have written into saved files.
+
         Raises:
             RefusedError: nothing of the workflow can run; `error` and `node_errors` stand in its body.
         """
-        return self._json("POST", "prompt", {"prompt": prompt, "client_id": client_id})
+        body = {"prompt": prompt, "client_id": client_id, "extra_data": {"extra_pnginfo": {}}}
+        return self._json("POST", "prompt", body)
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
         """`outputs` and `status` of a finished run, None before it has finished."""

@@ -118,6 +118,7 @@ def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServ
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", "--disable-api-nodes"]
+    command += ["--preview-method", "latent2rgb"]
     command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--port", str(port)]
     log = base / "log.txt"
     with log.open("w") as file:
