@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
 import wancore
 from wancore.headless.core_nodes import core_nodes
@@ -15,7 +16,7 @@ from wancore.headless.tiny import apply_tiny
 from wancore.headless.validate import validate
 from wancore.headless.workflow import Workflow
 from wancore.nodes import host
-from wancore.wan_core.media import load_video, probe_video
+from wancore.wan_core.media import probe_video
 
 from workflows import build
 from workflows.graph import declared_inputs, is_widget
@@ -148,9 +149,18 @@ CHANGES = {
 }
 
 
+def latents_of(path: Path) -> str:
+    """The digest of the latents that a video was decoded from, as its metadata tells it.
+
+    Pixels of the file do not serve: libx264 writes other bytes for the same frames once in a hundred runs.
+    """
+    with av.open(str(path)) as container:
+        return json.loads(container.metadata["wancore"])[0]["latents"]["sha256"]
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_input_changes_the_video(name, run_tiny):
-    before = load_video(run_tiny(name))
-    assert load_video(run_tiny(name)) == before
+    before = latents_of(run_tiny(name))
+    assert latents_of(run_tiny(name)) == before
     for change in CHANGES[name]:
-        assert load_video(run_tiny(name, change)) != before, change
+        assert latents_of(run_tiny(name, change)) != before, change

@@ -110,9 +110,7 @@ def save_video(
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": crf}
             for frame in array:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                # Left to the encoder, this conversion gives other bytes once in fifty runs (PyAV 18).
-                container.mux(stream.encode(picture.reformat(format="yuv420p")))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
             container.mux(stream.encode())
         partial.rename(target)
     finally:
