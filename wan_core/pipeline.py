@@ -16,6 +16,7 @@ from .conditioning.camera_path import CameraPath
 from .conditioning.encoders import Fit, LatentEncoder
 from .conditioning.inputs import VideoInputs, condition
 from .conditioning.text import Prompt, TextEncoder, as_prompts, text_conditioning
+from .decode import decode
 from .fitting import Pictures, as_frames, as_masks
 from .lora.report import Report
 from .media import pixels_to_images
@@ -267,7 +268,7 @@ class WanVideoPipeline:
         with self.model.adapted(settings.total_steps, self.device) as run, on_device(self.dit, self.device):
             runtime = run.follow(self._runtime(progress_bar_cmd, num_inference_steps))
             latents = sample(self.dit, cond, size.latent, settings, runtime, latents, self.model.motion_controller)
-        return self._output(latents, tiles, output_type)
+        return self._output(latents, tiles, output_type, runtime)
 
     def _check(self, inputs: VideoInputs, prompt: Prompt, negative_prompt: Prompt) -> None:
         as_prompts(prompt), as_prompts(negative_prompt, "negative_prompt")
@@ -301,11 +302,11 @@ class WanVideoPipeline:
             latents = latents.expand(cond.text.shape[0], -1, -1, -1, -1)
         return cond, latents
 
-    def _output(self, latents: Tensor, tiles: TileSettings | None, output_type: str) -> Any:
+    def _output(self, latents: Tensor, tiles: TileSettings | None, output_type: str, runtime: Runtime) -> Any:
         if output_type == "latent":
             return latents
         with on_device(self.vae, self.device), torch.no_grad():
-            pixels = self.vae.decode(latents, tiles)
+            pixels = decode(self.vae, latents, tiles, runtime)
         if output_type == "tensor":
             return pixels
         videos = [pixels_to_images(video[None]) for video in pixels]
