@@ -147,6 +147,7 @@ def test_ctrl_c_exits_with_130(place):
     arguments = command(place, "--set", "Picture.image=pipe.png")
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     writer = _open_once_read(place / "in" / "pipe.png")
+    time.sleep(1)  # a signal between opening and reading would not wake the read
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     os.close(writer)
