@@ -90,6 +90,19 @@ class Sampler:
         }
 
     @classmethod
+    def VALIDATE_INPUTS(
+        cls, cfg: float | None = None, shift: float | None = None, denoise: float | None = None
+    ) -> bool | str:
+        """Numbers that are none (NaN) pass a host's check of least and most; linked ones (None) are checked later."""
+        given = {"shift": shift, "denoise": denoise}
+        try:
+            SamplerSettings(**{name: value for name, value in given.items() if value is not None})
+            GuidanceSettings(scale=1.0 if cfg is None else cfg)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
         """Sizes and steps that take a second on any machine."""
         return {**host.TINY_SIZE, "steps": 4}

@@ -228,3 +228,11 @@ def test_dtypes_on_the_cpu(dtype, expected):
     dit = run("WanCoreModelLoader", model=catalog.TINY, dtype=dtype).dit
     assert dit.dtype == expected
     assert dit.blocks[0].modulation.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["cfg", "shift", "denoise"])
+def test_a_widget_that_holds_no_number_is_refused_before_the_prompt_starts(name):
+    check = NODES["WanCoreSampler"].VALIDATE_INPUTS
+    assert check(cfg=5.0, shift=None, denoise=1.0) is True
+    assert "must be" in check(**{name: float("nan")})
+    assert "must be" in check(**{name: -1.0})
