@@ -11,21 +11,16 @@ from ..wan_core.models.image_encoder import ImageEncoder
 from ..wan_core.models.vae import WanVAE
 from ..wan_core.types import Conditioning, VideoSize
 from . import host, sockets
-from .encoding import encoders, tile_settings
+from .encoding import Encode, encoders, tile_settings
 
 
-class ControlEncode:
+class ControlEncode(Encode):
     """Inputs of the Fun control and camera models."""
 
-    CATEGORY = "WanCore/conditioning"
-    FUNCTION = "encode"
     DESCRIPTION = (
         "Give a Fun control model its control video (edges, depth, poses), a Fun control or camera model its start "
         "image, and a V1.1 control model its reference image."
     )
-    RETURN_TYPES = (sockets.CONDITIONING,)
-    RETURN_NAMES = ("conditioning",)
-    OUTPUT_TOOLTIPS = ("The conditioning with the pictures.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -41,11 +36,6 @@ class ControlEncode:
                 **sockets.encode_settings(),
             },
         }
-
-    @classmethod
-    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The size of every node's tiny form."""
-        return dict(host.TINY_SIZE)
 
     def encode(
         self,

@@ -1,14 +1,30 @@
-"""Encoders on their device for the length of one node's work."""
+"""What the nodes share that encode pictures and clips, and their encoders on the device while they work."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from ..wan_core.conditioning.encoders import LatentEncoder
 from ..wan_core.memory.residency import on_device
 from ..wan_core.models.image_encoder import ImageEncoder
 from ..wan_core.models.vae import WanVAE
 from ..wan_core.tiling import TileSettings
-from . import host
+from . import host, sockets
+
+
+class Encode:
+    """A node that adds pictures or clips to conditioning."""
+
+    CATEGORY = "WanCore/conditioning"
+    FUNCTION = "encode"
+    RETURN_TYPES = (sockets.CONDITIONING,)
+    RETURN_NAMES = ("conditioning",)
+    OUTPUT_TOOLTIPS = ("The conditioning with the pictures.",)
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The size of every node's tiny form."""
+        return dict(host.TINY_SIZE)
 
 
 def tile_settings(

@@ -10,21 +10,16 @@ from ..wan_core.models.image_encoder import ImageEncoder
 from ..wan_core.models.vae import WanVAE
 from ..wan_core.types import Conditioning, VideoSize
 from . import host, sockets
-from .encoding import encoders, tile_settings
+from .encoding import Encode, encoders, tile_settings
 
 
-class ImageEncode:
+class ImageEncode(Encode):
     """What is known of the video: its first and last frame, or all but a masked part."""
 
-    CATEGORY = "WanCore/conditioning"
-    FUNCTION = "encode"
     DESCRIPTION = (
         "Give an image-to-video, first-last-frame or Fun InP model its pictures: a start image, an end image, or a "
         "video and a mask of what to draw anew."
     )
-    RETURN_TYPES = (sockets.CONDITIONING,)
-    RETURN_NAMES = ("conditioning",)
-    OUTPUT_TOOLTIPS = ("The conditioning with the pictures.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -41,11 +36,6 @@ class ImageEncode:
                 **sockets.encode_settings(),
             },
         }
-
-    @classmethod
-    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The size of every node's tiny form."""
-        return dict(host.TINY_SIZE)
 
     def encode(
         self,

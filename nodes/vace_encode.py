@@ -9,7 +9,7 @@ from ..wan_core.conditioning.vace import vace_conditioning
 from ..wan_core.models.vae import WanVAE
 from ..wan_core.types import Conditioning, Curve, VideoSize
 from . import host, sockets
-from .encoding import encoders, tile_settings
+from .encoding import Encode, encoders, tile_settings
 
 
 class VaceReferences:
@@ -33,17 +33,13 @@ class VaceReferences:
         return ((*references, images),)
 
 
-class VaceEncode:
+class VaceEncode(Encode):
     """One VACE input; several are chained."""
 
-    CATEGORY = "WanCore/conditioning"
-    FUNCTION = "encode"
     DESCRIPTION = (
         "Give a VACE model a source video, a mask of what to draw, and reference images. Chain several for several "
         "inputs; reference frames are trimmed by the sampler."
     )
-    RETURN_TYPES = (sockets.CONDITIONING,)
-    RETURN_NAMES = ("conditioning",)
     OUTPUT_TOOLTIPS = ("The conditioning with one more VACE input.",)
 
     @classmethod
@@ -71,11 +67,6 @@ class VaceEncode:
                 **sockets.encode_settings(),
             },
         }
-
-    @classmethod
-    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The size of every node's tiny form."""
-        return dict(host.TINY_SIZE)
 
     def encode(
         self,

@@ -7,7 +7,6 @@ on random data: some builds of them produce noise on some cards, and a video ful
 import importlib
 import logging
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ from torch import Tensor
 
 log = logging.getLogger("wancore")
 
-Backend = Literal["sdpa", "flash", "sage", "xformers"]
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
