@@ -25,15 +25,13 @@ class ControlEncode(Encode):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
-            "required": {
-                **sockets.encode_inputs(),
-            },
+            "required": sockets.encode_inputs(),
             "optional": {
                 "image_encoder": sockets.socket(sockets.IMAGE_ENCODER, "Needed for start and reference images."),
                 "control_video": sockets.socket("IMAGE", "What steers the video, frame by frame."),
                 "start_image": sockets.socket("IMAGE", "The first frame."),
                 "reference_image": sockets.socket("IMAGE", "What the subject looks like (V1.1 control models)."),
-                **sockets.encode_settings(),
+                **sockets.encode_settings("stretch"),
             },
         }
 
@@ -48,7 +46,7 @@ class ControlEncode(Encode):
         control_video: Tensor | None = None,
         start_image: Tensor | None = None,
         reference_image: Tensor | None = None,
-        aspect: str = "crop",
+        aspect: str = "stretch",
         too_short: str = "repeat last",
         **tiles: Any,
     ) -> tuple[Conditioning]:

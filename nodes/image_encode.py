@@ -24,9 +24,7 @@ class ImageEncode(Encode):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
-            "required": {
-                **sockets.encode_inputs(),
-            },
+            "required": sockets.encode_inputs(),
             "optional": {
                 "image_encoder": sockets.socket(sockets.IMAGE_ENCODER, "Needed for start and end images."),
                 "start_image": sockets.socket("IMAGE", "The first frame."),

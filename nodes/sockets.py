@@ -108,12 +108,14 @@ def size_inputs() -> dict[str, Declaration]:
     }
 
 
-def fit_inputs() -> dict[str, Declaration]:
-    """How pictures and clips are brought to the size and length of the video."""
-    aspect = "crop fills the video and cuts the rest, stretch distorts, letterbox shows all on white."
+def fit_inputs(aspect: str) -> dict[str, Declaration]:
+    """How pictures and clips are brought to the size and length of the video; `aspect` is the authors' rule for
+    them.
+    """
+    aspects = "crop fills the video and cuts the rest, stretch distorts, letterbox shows all on white."
     too_short = "What to do with a clip that is shorter than the video."
     return {
-        "aspect": choice(list(ASPECTS), "crop", aspect),
+        "aspect": choice(list(ASPECTS), aspect, aspects),
         "too_short": choice(list(LENGTH_POLICIES), "repeat last", too_short),
     }
 
@@ -127,6 +129,6 @@ def encode_inputs() -> dict[str, Declaration]:
     }
 
 
-def encode_settings() -> dict[str, Declaration]:
+def encode_settings(aspect: str = "crop") -> dict[str, Declaration]:
     """How such a node fits and encodes what it is given; the last of its inputs."""
-    return {**fit_inputs(), **tile_inputs()}
+    return {**fit_inputs(aspect), **tile_inputs()}

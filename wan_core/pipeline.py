@@ -200,7 +200,8 @@ class WanVideoPipeline:
             camera_path: any path (`conditioning.camera_path`).
             vace_video, vace_video_mask, vace_reference_image, vace_scale: a VACE input; several references make a list.
             motion_bucket_id: speed from 0 to 100, with the speed-control adapter.
-            fit: how pictures and clips are brought to the size of the video; cropped and, if short, held by default.
+            fit: how pictures and clips are brought to the size of the video. By default the authors' rule for each:
+                stretched for the Fun control and camera models, cropped for the others; a short clip is held.
             seed: of the noise; None draws one.
             rand_device: where noise is drawn; on the CPU it is the same everywhere.
             height, width: in pixels, rounded up to multiples of 16.
@@ -263,7 +264,7 @@ class WanVideoPipeline:
         self._check(inputs, prompt, negative_prompt)
         with on_device(self.text_encoder.model, self.device):
             cond = text_conditioning(self.text_encoder, prompt, negative_prompt)
-        cond, latents = self._encode(cond, inputs, start, size, tiles, fit or Fit())
+        cond, latents = self._encode(cond, inputs, start, size, tiles, fit)
         cond = self.model.fit(cond.to(self.device), size)
         with self.model.adapted(settings.total_steps, self.device) as run, on_device(self.dit, self.device):
             runtime = run.follow(self._runtime(progress_bar_cmd, num_inference_steps))
@@ -287,7 +288,7 @@ class WanVideoPipeline:
         start: Tensor | None,
         size: VideoSize,
         tiles: TileSettings | None,
-        fit: Fit,
+        fit: Fit | None,
     ) -> tuple[Conditioning, Tensor | None]:
         """Conditioning with all inputs, and the latents of the video to start from."""
         if not inputs.given() and start is None:
@@ -297,7 +298,7 @@ class WanVideoPipeline:
                 stack.enter_context(on_device(module, self.device))
             encoder = LatentEncoder(vae=self.vae, tiles=tiles)
             cond = condition(cond, inputs, self.model.variant, size, encoder, self.image_encoder, fit)
-            latents = None if start is None else encoder.frames(fit.clip(start, size, "input_video"))
+            latents = None if start is None else encoder.frames((fit or Fit()).clip(start, size, "input_video"))
         if latents is not None:
             latents = latents.expand(cond.text.shape[0], -1, -1, -1, -1)
         return cond, latents

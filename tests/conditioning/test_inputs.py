@@ -303,6 +303,22 @@ def test_aspects():
     assert fitting.fit_size(quadrants(), 40, 20, "crop").equal(quadrants())
 
 
+def test_a_picture_of_another_shape_is_fitted_with_a_notice(caplog):
+    fitting.fit_size(quadrants(), 20, 20, "crop")
+    assert "A picture of 40x20 is brought to 20x20 (crop)" in caplog.text
+
+
+def test_control_models_stretch_and_image_models_crop(encoder, clip):
+    """The authors' rules where the user states none."""
+    picture = torch.cat((clip_of(1, 32, 48), torch.zeros(1, 32, 48, 3)), 2)
+    stretched = Fit(aspect="stretch").picture(picture, SIZE)
+    control = first_frame_conditioning(TEXT, SIZE, encoder, clip, picture)
+    assert relative_error(control.slots["first_frame"][:, :, :1], encoded(encoder, video_pixels(stretched))) < 1e-5
+    cropped = Fit(aspect="crop").picture(picture, SIZE)
+    image = image_conditioning(TEXT, SIZE, encoder, clip, start=picture)
+    assert relative_error(image.slots["image"][:, :, :1], encoded(encoder, video_pixels(cropped))) < 1e-5
+
+
 def test_resizing_is_that_of_pillow():
     picture = clip_of(1, 60, 80).mul(255).round().div(255)
     theirs = Image.fromarray((picture[0] * 255).round().byte().numpy()).resize((48, 32), Image.Resampling.BICUBIC)

@@ -5,14 +5,14 @@ from torch import Tensor
 from ..models.image_encoder import ImageEncoder
 from ..types import Conditioning, VideoSize
 from ..variants import CONTROL
-from .encoders import Fit, LatentEncoder, image_tokens
+from .encoders import FUN_FIT, Fit, LatentEncoder, image_tokens
 
 
 def control_conditioning(
     cond: Conditioning, size: VideoSize, encoder: LatentEncoder, video: Tensor, fit: Fit | None = None
 ) -> Conditioning:
     """`cond` with a control video (T, H, W, 3) in [0, 1]: edges, depth, poses and the like, encoded like any video."""
-    latents = encoder.frames((fit or Fit()).clip(video, size, "control_video"))
+    latents = encoder.frames((fit or FUN_FIT).clip(video, size, "control_video"))
     return cond.given("control_video", size=size, slots={**(cond.slots or {}), CONTROL.name: latents})
 
 
@@ -32,7 +32,7 @@ def reference_conditioning(
     """
     if image_encoder is None:
         raise ValueError("A reference image needs the CLIP image encoder; load it (open-clip XLM-RoBERTa ViT-H/14).")
-    latents = encoder.frames((fit or Fit()).picture(reference, size))
+    latents = encoder.frames((fit or FUN_FIT).picture(reference, size))
     return cond.given(
         "reference_image", size=size, reference=latents[:, :, 0], clip=image_tokens(image_encoder, reference)
     )

@@ -34,6 +34,10 @@ class Fit:
         return fit_size(frames[:1], size.width, size.height, self.aspect)
 
 
+FUN_FIT = Fit(aspect="stretch")
+"""How VideoX-Fun fits control videos, start and reference images of its control and camera models."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentEncoder:
     """A VAE on its device with the way to run it: frames in [0, 1] in, normalised latents out."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..models.image_encoder import ImageEncoder
 from ..types import VAE_STRIDE, Conditioning, VideoSize
 from ..variants import FIRST_FRAME, IMAGE, MASK
-from .encoders import Fit, LatentEncoder, image_tokens
+from .encoders import FUN_FIT, Fit, LatentEncoder, image_tokens
 from .slots import first_frame
 
 
@@ -104,6 +104,6 @@ def first_frame_conditioning(
     """
     if image_encoder is None:
         raise ValueError("A start image needs the CLIP image encoder; load it (open-clip XLM-RoBERTa ViT-H/14).")
-    latents = encoder.frames((fit or Fit()).picture(start, size))
+    latents = encoder.frames((fit or FUN_FIT).picture(start, size))
     slots = {**(cond.slots or {}), FIRST_FRAME.name: first_frame(latents, size.latent.frames)}
     return cond.given("input_image", size=size, slots=slots, clip=image_tokens(image_encoder, start))
