@@ -1,13 +1,11 @@
 """Memory of a run at the published size, counted on the meta device. Nothing is allocated."""
 
-import weakref
 from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
+from wancore.wan_core.memory.count import LiveBytes
 from wancore.wan_core.models.config import DiTConfig
 from wancore.wan_core.models.dit import WanDiT
 from wancore.wan_core.runtime import Runtime
@@ -16,35 +14,6 @@ from wancore.wan_core.settings import GuidanceSettings, SamplerSettings, WindowS
 from wancore.wan_core.types import Conditioning, VideoSize, tensors_in
 
 META = torch.device("meta")
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are made inside it and alive, and their peak; `given` do not count."""
-
-    def __init__(self, given: list[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = WeakIdKeyDictionary()
-        for tensor in given:
-            self.known[tensor.untyped_storage()] = True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor) and x.device == META:
-                self._count(x.untyped_storage())
-        return out
-
-    def _count(self, storage) -> None:
-        if storage not in self.known:
-            size = storage.nbytes()
-            self.known[storage] = True
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._release, size)
-
-    def _release(self, size: int) -> None:
-        self.live -= size
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +34,7 @@ def peak_bytes(num_frames: int, windows: WindowSettings | None, mode: str) -> in
     settings = SamplerSettings(steps=1, windows=windows, guidance=GuidanceSettings(mode=mode))
     size = VideoSize.rounded(832, 480, num_frames).latent
     given = [*dit.parameters(), *tensors_in(cond)]
-    with LiveBytes(given) as counter:
+    with LiveBytes(given=given) as counter:
         loop.sample(dit, cond, size, settings, Runtime(device=META, dtype=torch.bfloat16))
     return counter.peak
 
