@@ -197,11 +197,20 @@ class WanDiT(nn.Module):
         for index, block in enumerate(self.blocks):
             if on_block is not None:
                 on_block(index)
-            for state in states:
-                hint = self._hint(hints[index], state) if state.vace and index in hints else None
+            given = [self._hint(hints[index], state) if index in hints else [] for state in states]
+            for state, updates in zip(states, given, strict=True):
                 state.tokens = block(state.tokens, state.time.blocks, state.prepared.context)
-                for update, strength in hint or ():
-                    state.tokens = add_(state.tokens, update, strength)
+                while updates:
+                    state.tokens = add_(state.tokens, *updates.pop(0))
+
+    def block_order(self, with_vace: bool) -> list[str]:
+        """The paths of the blocks as `run_blocks` calls them, with or without a VACE input."""
+        order = []
+        for index in range(len(self.blocks)):
+            if with_vace and index in self.config.vace_layers:
+                order.append(f"vace_blocks.{self.config.vace_layers.index(index)}")
+            order.append(f"blocks.{index}")
+        return order
 
     def _hint(self, n: int, state: TokenState) -> list[tuple[Tensor, float]]:
         hints = []
