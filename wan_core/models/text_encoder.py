@@ -1,6 +1,7 @@
 """The UMT5 encoder: token ids to embeddings."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -95,14 +96,18 @@ class T5Block(nn.Module):
         self.ffn = T5FeedForward(config.dim, config.ffn_dim)
         self.pos_embedding = RelativePosition(config.num_buckets, config.num_heads)
 
-    def forward(self, x: Tensor, buckets: Tensor, key_mask: Tensor) -> Tensor:
-        bias = self.pos_embedding(buckets) + key_mask
-        x = _finite(add_(x, self.attn(self.norm1(x), bias)))
+    def forward(self, x: Tensor, buckets: Tensor) -> Tensor:
+        x = _finite(add_(x, self.attn(self.norm1(x), self.pos_embedding(buckets))))
         return _finite(add_(x, self.ffn(self.norm2(x))))
 
 
 class UMT5Encoder(nn.Module):
-    """Token ids (B, L) and a mask of real tokens (B, L) to embeddings (B, L, D), zero where the mask is."""
+    """Token ids (B, L) and a mask of real tokens (B, L) to embeddings (B, L, D), zero where the mask is.
+
+    Every text passes by itself, at its own length: its rows are the same bits whatever else is in the batch. Layer i
+    sees all texts before layer i + 1 sees one, so that weights which are streamed are copied once. The table of token
+    embeddings may lie on another device than the layers: only the rows that are looked up travel.
+    """
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -112,15 +117,22 @@ class UMT5Encoder(nn.Module):
         self.norm = T5Norm(config.dim)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        weight = self.token_embedding.weight
-        ids, mask = ids.to(weight.device), mask.to(weight.device).bool()
-        buckets = relative_buckets(ids.shape[1], self.config.num_buckets, weight.device)
-        key_mask = torch.zeros(mask.shape, dtype=weight.dtype, device=weight.device)
-        key_mask = key_mask.masked_fill_(~mask, torch.finfo(weight.dtype).min)[:, None, None, :]
-        x = self.token_embedding(ids)
+        """Real tokens stand before padding."""
+        lengths = mask.sum(1).tolist()
+        rows = self.encode([text[:length] for text, length in zip(ids, lengths, strict=True)])
+        out = rows[0].new_zeros(*ids.shape, self.config.dim)
+        for target, row in zip(out, rows, strict=True):
+            target[: len(row)] = row
+        return out
+
+    def encode(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """Token ids (L,) of several texts to their embeddings (L, D)."""
+        table, weight = self.token_embedding.weight, self.norm.weight
+        states = [self.token_embedding(ids[None].to(table.device)).to(weight.device, weight.dtype) for ids in texts]
+        buckets = {x.shape[1]: relative_buckets(x.shape[1], self.config.num_buckets, weight.device) for x in states}
         for block in self.blocks:
-            x = block(x, buckets, key_mask)
-        return self.norm(x) * mask[..., None]
+            states = [block(x, buckets[x.shape[1]]) for x in states]
+        return [self.norm(x)[0] for x in states]
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -162,14 +162,7 @@ class WanVAE(nn.Module):
                 f"got {num_frames} frames of {width}x{height}."
             )
         size = (batch, self.config.latent_channels, (num_frames - 1) // time + 1, height // stride, width // stride)
-
-        def run(tile: Tensor) -> Iterator[Tensor]:
-            cache: FeatureCache = {}
-            for start, end in chunk_lengths(num_frames, 1, time):
-                moments = self.conv1(self.encoder(self._enter(tile[:, :, start:end]), cache), cache)
-                yield normalise(moments[:, : self.config.latent_channels])
-
-        return self._assemble(run, video, size, 1, stride, tiles, on_chunk)
+        return self._assemble(self.encode_chunks, video, size, 1, stride, tiles, on_chunk)
 
     def decode(self, latents: Tensor, tiles: TileSettings | None = None, on_chunk: OnChunk | None = None) -> Tensor:
         """Normalised latents (B, 16, F, h, w) to pixels (B, 3, 4F - 3, 8h, 8w), float32 in [-1, 1].
@@ -184,14 +177,21 @@ class WanVAE(nn.Module):
             )
         batch, _, frames, height, width = latents.shape
         size = (batch, 3, time * (frames - 1) + 1, height * stride, width * stride)
+        return self._assemble(self.decode_chunks, latents, size, stride, 1, tiles, on_chunk).clamp_(-1, 1)
 
-        def run(tile: Tensor) -> Iterator[Tensor]:
-            cache: FeatureCache = {}
-            for index in range(frames):
-                frame = self._enter(denormalise(tile[:, :, index : index + 1]))
-                yield self.decoder(self.conv2(frame, cache), cache)
+    def encode_chunks(self, video: Tensor) -> Iterator[Tensor]:
+        """Normalised latents of one latent frame after another, on the VAE's device."""
+        cache: FeatureCache = {}
+        for start, end in chunk_lengths(video.shape[2], 1, VAE_STRIDE[0]):
+            moments = self.conv1(self.encoder(self._enter(video[:, :, start:end]), cache), cache)
+            yield normalise(moments[:, : self.config.latent_channels])
 
-        return self._assemble(run, latents, size, stride, 1, tiles, on_chunk).clamp_(-1, 1)
+    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+        """Pixels of one latent frame after another, 1 frame and then 4 each, on the VAE's device and in its dtype."""
+        cache: FeatureCache = {}
+        for index in range(latents.shape[2]):
+            frame = self._enter(denormalise(latents[:, :, index : index + 1]))
+            yield self.decoder(self.conv2(frame, cache), cache)
 
     def _enter(self, x: Tensor) -> Tensor:
         weight = self.conv2.weight

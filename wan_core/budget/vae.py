@@ -1,0 +1,158 @@
+"""Device memory of encoding and decoding, and the tiles that keep it within a budget."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..models.config import VAEConfig
+from ..models.vae import WanVAE
+from ..runtime import OutOfMemoryError
+from ..tiling import TileSettings
+from ..types import VAE_STRIDE, LatentSize
+from .counting import META, counted
+
+What = Literal["decode", "encode"]
+
+WORKSPACE_BYTES = 256 * 2**20
+"""Allowed beside the counted tensors, whatever the size: cuBLAS keeps up to 32 MiB for itself, cuDNN's implicit-GEMM
+convolutions of channels-last tensors ask for some tens, and the caching allocator rounds blocks of this size up to
+2 MiB. An allowance and not a measurement; when it is too little, `decode` falls back to smaller tiles.
+"""
+
+STEADY_FRAMES = 3
+"""Latent frames after which the peak is reached: the first meets no past, the second leaves half-filled caches, and
+from the third on each is like the one before.
+"""
+
+OVERLAP = 8
+"""Latent cells (64 pixels) that neighbouring tiles share at least. A tile's border is wrong where the padding of its
+edge reaches: up to 11 convolutions at latent resolution and 2 cells' worth at the finer ones, most of it from the
+nearest few, and blending gives the outermost cells the least weight. ComfyUI's tiled decoder shares as many.
+"""
+
+LEAST_STRIP = 3 * OVERLAP
+"""Rows of the lowest strip: below it more than half of the rows would be computed twice, and tiles cost less."""
+
+LEAST_TILE = 2 * OVERLAP
+"""Cells of the smallest tile's sides: below it every cell lies in an overlap."""
+
+_SAMPLE_SIDE = 32
+"""Cells of the square on which memory per cell is counted."""
+
+
+def peak_bytes(
+    config: VAEConfig,
+    dtype: torch.dtype,
+    latent_size: LatentSize,
+    tiles: TileSettings | None = None,
+    what: What = "decode",
+    batch: int = 1,
+) -> int:
+    """Peak bytes on the device of one pass over `batch` videos, beside the weights.
+
+    The video itself stays in host memory, where the pieces are gathered (`wan_core.decode`). Attention is counted as
+    fused kernels run it. Every tensor of a pass grows with the area, so memory per cell is counted once.
+    """
+    height, width = latent_size.height, latent_size.width
+    if tiles is not None:
+        height, width = min(height, tiles.size[0]), min(width, tiles.size[1])
+    return int(_bytes_per_cell(config, dtype, min(latent_size.frames, STEADY_FRAMES), what) * height * width * batch) + (
+        WORKSPACE_BYTES
+    )
+
+
+@cache
+def _bytes_per_cell(config: VAEConfig, dtype: torch.dtype, frames: int, what: What) -> float:
+    size = LatentSize(frames, _SAMPLE_SIDE, _SAMPLE_SIDE)
+    return counted_bytes(config, dtype, size, what) / _SAMPLE_SIDE**2
+
+
+def counted_bytes(config: VAEConfig, dtype: torch.dtype, latent_size: LatentSize, what: What) -> int:
+    """Peak bytes of the tensors of one untiled pass, by running it on the meta device."""
+    frames, height, width = latent_size.shape
+    time, stride, _ = VAE_STRIDE
+    with META:
+        vae = WanVAE(config).requires_grad_(False).to(dtype).use_channels_last()
+        latents = torch.empty(1, config.latent_channels, frames, height, width)
+        video = torch.empty(1, 3, time * (frames - 1) + 1, stride * height, stride * width)
+    passes: dict[What, Callable[[], Iterator[Tensor]]] = {
+        "decode": lambda: vae.decode_chunks(latents),
+        "encode": lambda: vae.encode_chunks(video),
+    }
+    with counted(*vae.parameters(), latents, video) as counter:
+        for _ in passes[what]():
+            pass
+    return counter.peak
+
+
+def choose_tiles(
+    config: VAEConfig,
+    dtype: torch.dtype,
+    size: LatentSize,
+    budget_bytes: int,
+    what: What = "decode",
+    batch: int = 1,
+) -> TileSettings | None:
+    """The cheapest way to run a pass within `budget_bytes` beside the weights.
+
+    None, the whole at once, where it fits; else the fewest strips of full width, whose seams run in one direction only;
+    else the tiles that compute the least area twice.
+
+    Raises:
+        OutOfMemoryError: the smallest tiles need more; the message says how much. It is a ValueError.
+    """
+
+    def fits(tiles: TileSettings | None) -> bool:
+        return peak_bytes(config, dtype, size, tiles, what, batch) <= budget_bytes
+
+    if fits(None):
+        return None
+    for parts in _parts(size.height, LEAST_STRIP):
+        strips = _grid(size, parts, 1)
+        if fits(strips):
+            return strips
+    grids = (_grid(size, rows, columns) for rows in (1, *_parts(size.height)) for columns in (1, *_parts(size.width)))
+    fitting = [tiles for tiles in grids if fits(tiles)]
+    if fitting:
+        return min(fitting, key=lambda tiles: computed_cells(tiles, size))
+    needed = peak_bytes(config, dtype, size, smallest_tiles(size), what, batch)
+    raise OutOfMemoryError(
+        f"To {what} {size.width * VAE_STRIDE[2]}x{size.height * VAE_STRIDE[1]} even in the smallest tiles takes "
+        f"{needed / 1e9:.2f} GB beside the VAE's weights; the budget is {budget_bytes / 1e9:.2f} GB, "
+        f"{(needed - budget_bytes) / 1e9:.2f} GB short."
+    )
+
+
+def smallest_tiles(size: LatentSize) -> TileSettings:
+    """The tiles of a latent of that size that take the least memory."""
+    last = (([1, *_parts(side)])[-1] for side in (size.height, size.width))
+    return _grid(size, *last)
+
+
+def computed_cells(tiles: TileSettings | None, size: LatentSize) -> int:
+    """Cells of one latent frame that are computed, those in overlaps as often as they are."""
+    if tiles is None:
+        return size.height * size.width
+    return sum(row.length * column.length for row, column in tiles.plan(size.height, size.width))
+
+
+def _parts(length: int, least: int = LEAST_TILE) -> list[int]:
+    """Into how many parts of at least `least` cells an axis can be cut; empty when it is too short to be cut."""
+    counts = []
+    while _part(length, len(counts) + 2) >= least:
+        counts.append(len(counts) + 2)
+    return counts
+
+
+def _part(length: int, parts: int) -> int:
+    """The length of one of `parts` equal spans that share `OVERLAP` cells with their neighbours."""
+    return -(-(length + (parts - 1) * OVERLAP) // parts)
+
+
+def _grid(size: LatentSize, rows: int, columns: int) -> TileSettings:
+    sides = _part(size.height, rows), _part(size.width, columns)
+    strides = (side - (OVERLAP if parts > 1 else 0) for side, parts in zip(sides, (rows, columns), strict=True))
+    return TileSettings(size=sides, stride=tuple(strides))
