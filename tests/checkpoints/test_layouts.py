@@ -42,7 +42,7 @@ def same(module: nn.Module, tensors, ignored=r"textual\.|log_scale"):
 
 
 def load(path, dtype=None):
-    return build(detect_files(path), dtype=dtype)
+    return build(detect_files(path), dtype=dtype, weights="plain")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -256,8 +256,8 @@ def test_plain_fp8(tmp_path, name, dtype):
     tensors = {k: t.to(dtype) if t.ndim == 2 else t for k, t in inv.tiny(name).items()}
     component = detect_files(write(tensors, tmp_path))
     assert component.fp8 == "plain" and component.dtype == dtype
-    same(build(component, dtype=None), tensors)
-    same(build(component, dtype=torch.float32), {k: t.float() for k, t in tensors.items()})
+    same(build(component, dtype=None, weights="plain"), tensors)
+    same(build(component, dtype=torch.float32, weights="plain"), {k: t.float() for k, t in tensors.items()})
 
 
 def linears(tensors):
@@ -298,9 +298,9 @@ def test_scaled_fp8(tmp_path, dialect, name, shape):
     component = detect_files(write({f"model.diffusion_model.{k}": t for k, t in stored.items()}, tmp_path))
     assert component.fp8 == "scaled"
     check_against(component, inv.StandIn({k: t.shape for k, t in expected.items()}))
-    same(build(component, dtype=torch.float32), expected)
+    same(build(component, dtype=torch.float32, weights="plain"), expected)
     kept = {k: t.bfloat16() if k.removesuffix(".weight") in scales else t for k, t in expected.items()}
-    same(build(component, dtype=None), kept)
+    same(build(component, dtype=None, weights="plain"), kept)
 
 
 def test_scaled_fp8_declared_in_metadata(tmp_path):
@@ -350,7 +350,7 @@ def test_scaled_fp8_parts_across_shards(tmp_path):
 def test_load_into_a_module_that_has_weights(tmp_path):
     tensors = inv.tiny("vae")
     component = detect_files(write(tensors, tmp_path))
-    module = build(component, dtype=None)
+    module = build(component, dtype=None, weights="plain")
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()

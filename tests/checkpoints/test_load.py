@@ -53,7 +53,7 @@ def test_misfits_are_found_before_weights_are_read(tmp_path, monkeypatch):
     del tensors["encoder.downsamples.5.time_conv.bias"]
     save_file(tensors, tmp_path / "vae.safetensors")
     component = detect_files(tmp_path)
-    monkeypatch.setattr(load_module, "open_tensors", lambda file: pytest.fail("weights were read"))
+    monkeypatch.setattr(load_module, "TensorFiles", lambda header: pytest.fail("weights were read"))
     with pytest.raises(CheckpointError, match=r"1 missing: encoder\.downsamples\.5\.time_conv\.bias"):
         build(component, dtype=None)
 

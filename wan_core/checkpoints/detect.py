@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ..memory.quant import FP8_DTYPES
 from .dialects import Kind
 from .files import describe_files, resolve_model
 from .header import CheckpointError, Header, read_header
-from .keymap import FP8_DTYPES, LORA, Source, convert, find_dialect, strip_prefix
+from .keymap import LORA, Source, convert, find_dialect, strip_prefix
 from .structure import READERS, Config, Shapes, vace_layers
 
 KINDS: Mapping[Kind, tuple[str, str]] = {

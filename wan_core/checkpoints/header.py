@@ -52,11 +52,15 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header tells about one tensor."""
+    """What a file's header tells about one tensor.
+
+    `offset` is where its bytes begin in a safetensors file; None in a PyTorch checkpoint, which must be unpickled.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
+    offset: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +208,10 @@ def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, st
         entries: dict[str, Any] = json.loads(raw)
         metadata = entries.pop("__metadata__", None) or {}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        shapes = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
+        found = {
+            name: (tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"{file} has a damaged safetensors header ({_first_line(error)}); download it again."
@@ -215,12 +222,14 @@ def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, st
         raise CheckpointError(
             f"{file} is {state}: it has {actual} bytes, its header says {expected}. Download it again."
         )
-    unknown = sorted({code for _, code in shapes.values()} - SAFETENSORS_DTYPES.keys())
+    unknown = sorted({code for _, code, _ in found.values()} - SAFETENSORS_DTYPES.keys())
     if unknown:
         raise CheckpointError(
             f"{file} stores tensors as {', '.join(unknown)}, which this version of PyTorch does not know."
         )
-    return {name: TensorInfo(shape, SAFETENSORS_DTYPES[code], file) for name, (shape, code) in shapes.items()}, metadata
+    return {
+        name: TensorInfo(shape, SAFETENSORS_DTYPES[code], file, offset) for name, (shape, code, offset) in found.items()
+    }, metadata
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,6 @@ import torch
 from .dialects import DIALECTS, Combine, Dialect
 from .header import CheckpointError, Header
 
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 """Formats of ComfyUI's quantisation metadata that are a weight times one scale per tensor or row."""
 

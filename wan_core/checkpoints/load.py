@@ -1,21 +1,29 @@
-"""From a recognised file to a module with weights, at the memory cost of one copy and at most one shard."""
+"""From a recognised file to a module with weights, at the memory cost of one copy and at most one tensor."""
 
-from collections import defaultdict
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..memory.pieces import blocks_of
+from ..memory.quant import FP8_DTYPES, FP8Linear, big_linears, replace_layer, to_fp8
+from ..memory.residency import Residency
 from ..models.dit import WanDiT
 from ..models.image_encoder import ImageEncoder
 from ..models.motion_controller import MotionController
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
+from ..settings import check_choice
 from .detect import Component, check_against, require_kind
-from .header import Header, open_tensors
+from .header import Header, is_safetensors, open_tensors
 from .keymap import SPIECE_MODEL, Source
+from .read import TensorFiles
+
+Weights = Literal["auto", "fp8", "plain"]
+WEIGHTS: tuple[Weights, ...] = ("auto", "fp8", "plain")
 
 CLASSES = {
     "dit": WanDiT,
@@ -29,40 +37,65 @@ DEQUANTISED_DTYPE = torch.bfloat16
 """The dtype of scaled FP8 weights when no dtype is asked for: alone, the stored numbers are not the weights."""
 
 
-def build(component: Component, *, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> nn.Module:
-    """The module of `component` with its weights, in evaluation mode, no gradients.
-
-    Weights are cast to `dtype`, those that the class lists in `FLOAT32_PARAMETERS` to float32; None keeps the stored
-    dtype. Scaled FP8 weights are multiplied by their scales.
+def build(
+    component: Component,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    weights: Weights = "auto",
+    mapped: bool = False,
+) -> nn.Module:
+    """The module of `component` with its weights, in evaluation mode, no gradients; see `load_into`.
 
     Raises:
         CheckpointError: the component cannot be built by itself, or its tensors do not fit; no weight was read then.
+        ValueError: the settings do not fit the file.
     """
     require_kind(component, tuple(CLASSES))
     with torch.device("meta"):
         module = CLASSES[component.kind](component.config)
-    return load_into(module, component, dtype, device)
+    return load_into(module, component, dtype, device, weights=weights, mapped=mapped)
 
 
 def load_into(
-    module: nn.Module, component: Component, dtype: torch.dtype | None, device: torch.device | str = "cpu"
+    module: nn.Module,
+    component: Component,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    *,
+    weights: Weights = "auto",
+    mapped: bool = False,
 ) -> nn.Module:
     """Give every parameter of `module` the weights of `component`; `module` may stand on the meta device. Returns it.
 
+    Weights are cast to `dtype`, those that the class lists in `FLOAT32_PARAMETERS` to float32; None keeps the stored
+    dtype. Every tensor goes from the file to its place by itself, so that memory holds the model and at most one tensor
+    more.
+
+    Args:
+        weights: `auto` leaves linear layers of blocks that are stored in FP8 as they are, as `FP8Linear`; `fp8` also
+            quantises those that are not; `plain` makes all of them `dtype`. FP8 weights elsewhere become `dtype`.
+        mapped: do not read the weights inside of blocks: they are views of the file in their stored dtype, and
+            `Residency.of(module).work_dtypes` says in which one they are to work. The rest is read.
+
     Raises:
         CheckpointError: names or shapes differ; `module` is unchanged then.
+        ValueError: the weights cannot stay in their file as asked.
         AssertionError: `module` holds a buffer on the meta device that no file can fill.
     """
+    check_choice("weights", weights, WEIGHTS)
     check_against(component, module)
     stored = module.state_dict().keys()
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in stored]
     assert not lost, f"{type(module).__name__} makes buffers that are not stored on the meta device: {', '.join(lost)}"
-    in_float32 = getattr(module, "FLOAT32_PARAMETERS", ())
-    for name, tensor in _tensors(component):
-        target = torch.float32 if dtype and name.rpartition(".")[2] in in_float32 else dtype
-        if target is None and component.sources[name].scales:
-            target = DEQUANTISED_DTYPE
-        _assign(module, name, tensor.to(device, target or tensor.dtype, copy=True))
+    filling = _Filling(module, component, dtype, torch.device(device), weights)
+    if mapped:
+        filling.require_mappable()
+    inside = tuple(f"{path}." for path in blocks_of(module))
+    with TensorFiles(component.header) as files:
+        for name in sorted(component.sources, key=filling.place):
+            if not (mapped and name.startswith(inside) and filling.map(name, files)):
+                filling.read(name, files)
     for name in stored - component.sources.keys():
         _assign(module, name, torch.zeros(module.get_parameter(name).shape, dtype=dtype, device=device))
     return module.requires_grad_(False).eval()
@@ -91,26 +124,95 @@ def open_component(component: Component) -> Iterator[Callable[[str], Tensor]]:
         yield read
 
 
-def _tensors(component: Component) -> Iterator[tuple[str, Tensor]]:
-    """Original names with their tensors on the CPU, file by file; a tensor may be a view of the file that is open.
+class _Filling:
+    """How the tensors of a component become the weights of a module."""
 
-    Parts that lie in different files are kept until the last of them comes.
-    """
-    header = component.header
-    waiting: dict[str, set[str]] = {}
-    wanted: dict[Path, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for target, source in component.sources.items():
-        waiting[target] = {name for name in (*source.names, *source.scales) if name}
-        for name in waiting[target]:
-            wanted[header[name].file][target].append(name)
-    pieces: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for file, targets in wanted.items():
-        with open_tensors(file) as read:
-            for target, names in targets.items():
-                whole = waiting[target] == set(names)
-                pieces[target] |= {name: read(name) if whole else read(name).clone() for name in names}
-                if pieces[target].keys() == waiting[target]:
-                    yield target, _combine(component.sources[target], pieces.pop(target))
+    def __init__(
+        self, module: nn.Module, component: Component, dtype: torch.dtype | None, device: torch.device, weights: Weights
+    ) -> None:
+        self.module, self.component, self.device, self.weights = module, component, device, weights
+        self.dtype = dtype
+        self.in_float32 = getattr(module, "FLOAT32_PARAMETERS", ())
+        self.linears = {f"{path}.weight": layer for path, layer in big_linears(module).items()}
+        self.order = {file: number for number, file in enumerate(component.header.files)}
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Where in the files a tensor begins, so that they can be read from front to back."""
+        info = self.component.header[self.component.sources[name].names[0]]
+        return self.order[info.file], info.offset or 0
+
+    def read(self, name: str, files: TensorFiles) -> None:
+        """Give the parameter `name` memory of its own."""
+        source = self.component.sources[name]
+        if self._stays_fp8(name):
+            weight = files.read(source.names[0]).reshape(source.shape).to(self.device)
+            self._assign_fp8(name, weight, self._scale(source, files))
+            return
+        stored = {n: files.read(n) for n in (*source.names, *source.scales) if n}
+        tensor = _combine(source, stored).to(self.device)
+        if self.weights == "fp8" and name in self.linears:
+            self._assign_fp8(name, *to_fp8(tensor.float()))
+        else:
+            _assign(self.module, name, tensor.to(self._work_dtype(name)))
+
+    def map(self, name: str, files: TensorFiles) -> bool:
+        """Make the parameter `name` a view of its file, where that is possible."""
+        source = self.component.sources[name]
+        stays = self._stays_fp8(name)
+        if source.combine not in ("identity", "reshape") or (source.scales and not stays):
+            return False
+        view = files.map(source.names[0])
+        if view is None:
+            return False
+        view = view.reshape(source.shape)
+        Residency.of(self.module).mapped.add(name)
+        if stays:
+            self._assign_fp8(name, view, self._scale(source, files))
+            return True
+        _assign(self.module, name, view)
+        if self._work_dtype(name) != view.dtype:
+            Residency.of(self.module).work_dtypes[name] = self._work_dtype(name)
+        return True
+
+    def require_mappable(self) -> None:
+        """Raise ValueError when what was asked for needs other numbers than those in the file."""
+        file = self.component.name
+        if self.device.type != "cpu":
+            raise ValueError(f"{file}: weights that stay in their file rest on the CPU, not on {self.device}.")
+        if not all(is_safetensors(path) or zipfile.is_zipfile(path) for path in self.component.header.files):
+            raise ValueError(
+                f"{file} is a PyTorch checkpoint of an old format, which cannot stay on disk. Convert it with "
+                f"`python -m headless convert {file} --dtype bf16 NEW.safetensors`."
+            )
+        if self.weights == "fp8" and not all(map(self._stays_fp8, self.linears)):
+            raise ValueError(
+                f"{file} does not hold its weights as FP8, so they cannot be FP8 and stay on disk. Convert it with "
+                f"`python -m headless convert {file} --fp8 NEW.safetensors`, or set weights to 'auto'."
+            )
+        if self.weights == "plain" and any(self.component.sources[name].scales for name in self.linears):
+            raise ValueError(
+                f"{file} holds scaled FP8 weights, which cannot be plain and stay on disk; set weights to 'auto'."
+            )
+
+    def _stays_fp8(self, name: str) -> bool:
+        source = self.component.sources[name]
+        is_whole = source.combine == "identity" and source.dtype in FP8_DTYPES
+        return self.weights != "plain" and name in self.linears and is_whole
+
+    def _work_dtype(self, name: str) -> torch.dtype:
+        source = self.component.sources[name]
+        if self.dtype is None:
+            return DEQUANTISED_DTYPE if source.scales else source.dtype
+        return torch.float32 if name.rpartition(".")[2] in self.in_float32 else self.dtype
+
+    def _scale(self, source: Source, files: TensorFiles) -> Tensor | None:
+        """The factor of an FP8 weight (out, in) as (out, 1) or (1, 1)."""
+        return files.read(source.scales[0]).float().reshape(-1, 1).to(self.device) if source.scales else None
+
+    def _assign_fp8(self, name: str, weight: Tensor, scale: Tensor | None) -> None:
+        """Put an FP8 layer in the place of the plain one; its bias stays where it is or comes later."""
+        layer = FP8Linear(weight, scale, self.linears[name].bias, self.dtype or DEQUANTISED_DTYPE)
+        replace_layer(self.module, name.removesuffix(".weight"), layer)
 
 
 def _combine(source: Source, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 
 def blocks_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The repeated parts of `module` by path: the outermost lists, or sequences of one class, of two parts or more."""
+    """The repeated parts of `module` by path: the outermost lists and sequences of several parts of one
+    class that have weights."""
     found: dict[str, nn.Module] = {}
 
     def walk(owner: nn.Module, path: str) -> None:
@@ -21,7 +22,9 @@ def blocks_of(module: nn.Module) -> dict[str, nn.Module]:
 
 def _repeats(module: nn.Module) -> bool:
     parts = list(module.children())
-    return isinstance(module, (nn.ModuleList, nn.Sequential)) and len(parts) > 1 and len({type(p) for p in parts}) == 1
+    one_class = len({type(part) for part in parts}) == 1
+    has_weights = any(True for _ in module.parameters())
+    return isinstance(module, (nn.ModuleList, nn.Sequential)) and one_class and len(parts) > 1 and has_weights
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

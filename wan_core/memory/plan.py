@@ -1,7 +1,7 @@
 """Which blocks of a module stay on the device and which pass through it, decided before the first copy."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,31 +25,40 @@ class Weights:
 
 @dataclass(frozen=True)
 class Inventory:
-    """The weights of a module: those outside of blocks, and each block in the order in which a pass runs them.
-
-    Blocks that no pass will run are left out of `blocks`, tables that are used where they rest out of `outside`.
+    """The weights of a module: `blocks` in the order in which a pass runs them, and those `outside` of them. Blocks that
+    are `idle` in every pass, and tables that are used where they rest, are in neither.
     """
 
     outside: Weights
     blocks: Mapping[str, Weights]
+    idle: frozenset[str] = frozenset()
 
     @classmethod
     def of(
-        cls, module: nn.Module, dtypes: Mapping[str, torch.dtype], order: Sequence[str] | None = None
+        cls,
+        module: nn.Module,
+        dtypes: Mapping[str, torch.dtype],
+        order: Sequence[str] | None = None,
+        idle: Collection[str] = (),
     ) -> "Inventory":
-        """The inventory of `module`, whose weights work in `dtypes` where these name one; `order` are its blocks as
-        they run, all of them one after the other if None.
+        """The inventory of `module`, whose weights work in `dtypes` where these name one.
+
+        Args:
+            order: the blocks that can be streamed, as a pass runs them; all of them one after the other if None.
+            idle: blocks that no pass will run.
         """
-        blocks = blocks_of(module)
-        weights, tables = weights_of(module), tables_of(module)
-        inside = {name for path in blocks for name in weights if name.startswith(f"{path}.")}
-        sizes = {}
-        for path in blocks if order is None else order:
-            layout = Layout.of(path, weights, dtypes)
-            sizes[path] = Weights(layout.bytes, layout.elements)
-        outside = {name: weight for name, weight in weights.items() if name not in inside | tables}
+        paths = blocks_of(module) if order is None else order
+        weights = weights_of(module)
+        layouts = {path: Layout.of(path, weights, dtypes) for path in paths if path not in idle}
+        apart = tuple(f"{path}." for path in (*layouts, *idle))
+        tables = tables_of(module)
+        outside = {name: w for name, w in weights.items() if not name.startswith(apart) and name not in tables}
         size = sum(weight.numel() * dtypes.get(name, weight.dtype).itemsize for name, weight in outside.items())
-        return cls(Weights(size, sum(weight.numel() for weight in outside.values())), sizes)
+        return cls(
+            Weights(size, sum(weight.numel() for weight in outside.values())),
+            {path: Weights(layout.bytes, layout.elements) for path, layout in layouts.items()},
+            frozenset(idle),
+        )
 
     @property
     def bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Where the weights of a module are: at rest between uses, and on a device while it works."""
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -41,9 +41,9 @@ class Residency:
             cls._known[module] = cls(module)
         return cls._known[module]
 
-    def inventory(self, order: list[str] | None = None) -> Inventory:
-        """The sizes of the weights as they work; `order` are the blocks that a pass runs."""
-        return Inventory.of(self._module(), self.work_dtypes, order)
+    def inventory(self, order: Sequence[str] | None = None, idle: Collection[str] = ()) -> Inventory:
+        """The sizes of the weights as they work, see `Inventory.of`."""
+        return Inventory.of(self._module(), self.work_dtypes, order, idle)
 
     @property
     def kept_bytes(self) -> int:
@@ -73,7 +73,7 @@ class Residency:
         """The module able to work on `device` inside the block; afterwards every weight is where it rested.
 
         Args:
-            placement: which blocks are streamed; nothing is if None. Blocks that it does not know stay where they are.
+            placement: which blocks are streamed; none is if None. Blocks that it calls idle stay where they rest.
             keep: leave the copies on the device for the next use instead of dropping them.
         """
         module = self._module()
@@ -112,7 +112,7 @@ class Residency:
         copies: Copies,
     ) -> dict[str, Tensor]:
         """The copies that `placement` wants to stay on `device`, kept ones first; other kept ones are dropped."""
-        elsewhere = tuple(f"{path}." for path in blocks_of(module).keys() - set(placement.resident))
+        elsewhere = tuple(f"{path}." for path in (*placement.streamed, *placement.inventory.idle))
         tables = tables_of(module)
         wanted = [name for name in weights if not name.startswith(elsewhere) and name not in tables]
         self._kept = {

@@ -203,11 +203,11 @@ class WanDiT(nn.Module):
                 while updates:
                     state.tokens = add_(state.tokens, *updates.pop(0))
 
-    def block_order(self, with_vace: bool) -> list[str]:
-        """The paths of the blocks as `run_blocks` calls them, with or without a VACE input."""
+    def block_order(self) -> list[str]:
+        """The paths of all blocks as `run_blocks` calls them for a state with VACE inputs."""
         order = []
         for index in range(len(self.blocks)):
-            if with_vace and index in self.config.vace_layers:
+            if index in self.config.vace_layers:
                 order.append(f"vace_blocks.{self.config.vace_layers.index(index)}")
             order.append(f"blocks.{index}")
         return order

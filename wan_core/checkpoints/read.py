@@ -1,0 +1,82 @@
+"""Tensors of model files: read whole into memory of their own, or seen through a mapping of the file."""
+
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from .header import CheckpointError, Header, TensorInfo, open_pickle
+
+
+class TensorFiles:
+    """The tensors of a header, by name. Use as a context manager; tensors stay valid after it.
+
+    Safetensors are read with plain sequential reads straight into their place: memory then holds each number once, and
+    network drives and slow disks are read as fast as they can. One file is open at a time.
+    """
+
+    def __init__(self, header: Header) -> None:
+        self._header = header
+        self._stream: BinaryIO | None = None
+        self._file: Path | None = None
+        self._pickled: dict[str, Tensor] = {}
+        self._storages: dict[Path, torch.UntypedStorage] = {}
+
+    def __enter__(self) -> "TensorFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        self._storages.clear()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in memory of its own, on the CPU.
+
+        Raises:
+            CheckpointError: the file has become shorter since its header was read.
+        """
+        info = self._header[name]
+        self._open(info)
+        if info.offset is None:
+            return self._pickled[name].clone(memory_format=torch.contiguous_format)
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self._stream.seek(info.offset)
+        if self._stream.readinto(tensor.reshape(-1).view(torch.uint8).numpy()) != tensor.nbytes:
+            raise CheckpointError(f"{info.file} ended within {name!r}; it was changed while it was read. Try again.")
+        return tensor
+
+    def map(self, name: str) -> Tensor | None:
+        """A view of the file, of which no byte is read now; None for a tensor that cannot be seen that way.
+
+        The numbers are those of the file for as long as the view lives; the file must not change meanwhile. Writing
+        into the view does not reach the file.
+        """
+        info = self._header[name]
+        if info.offset is None:
+            self._open(info)
+            tensor = self._pickled[name]
+            return tensor if zipfile.is_zipfile(info.file) and tensor.is_contiguous() else None
+        if info.offset % info.dtype.itemsize:
+            return None
+        if info.file not in self._storages:
+            size = info.file.stat().st_size
+            self._storages[info.file] = torch.UntypedStorage.from_file(str(info.file), False, size)
+        storage = self._storages[info.file]
+        return torch.empty(0, dtype=info.dtype).set_(storage, info.offset // info.dtype.itemsize, info.shape)
+
+    def _open(self, info: TensorInfo) -> None:
+        if info.file == self._file:
+            return
+        self._close()
+        self._file = info.file
+        if info.offset is None:
+            self._pickled = open_pickle(info.file, "cpu")
+        else:
+            self._stream = info.file.open("rb")
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream, self._file, self._pickled = None, None, {}
