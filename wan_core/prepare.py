@@ -1,8 +1,8 @@
 """Files and settings to ready models, in one fixed order: find, detect, build on the meta device, load, place."""
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from . import catalog, tiny
 from .adapters.model import LAYOUT, Target, report, use_lora
+from .budget.run import RunPlan, plan_run
 from .checkpoints.detect import Component, detect_files, join_vace, require_kind
 from .checkpoints.download import OnProgress, fetch, redirect
 from .checkpoints.keymap import SPIECE_MODEL
@@ -22,12 +23,15 @@ from .lora.apply import LoraRun, LoraUse, Mode, applied
 from .lora.bind import EVERYWHERE, BlockStrengths
 from .lora.read import Lora
 from .lora.report import Report
+from .memory.plan import Placement
+from .memory.residency import Residency
 from .models.attention import load_backend
 from .models.dit import WanDiT
 from .models.image_encoder import ImageEncoder
 from .models.motion_controller import MotionController
 from .models.vae import WanVAE
-from .types import Conditioning, Curve, VideoSize
+from .settings import MemorySettings, SamplerSettings
+from .types import Conditioning, Curve, LatentSize, VideoSize
 from .variants import Variant, match_variant
 
 log = logging.getLogger("wancore")
@@ -94,9 +98,37 @@ class VideoModel:
         use = use_lora(source, target, strength=strength, blocks=blocks, mode=mode)
         return replace(self, loras=(*self.loras, use)), report(use, target, self.loras)
 
-    def adapted(self, steps: int, device: torch.device) -> AbstractContextManager[LoraRun]:
-        """The LoRAs applied for a run of `steps` on `device`; enter it before weights are moved, see `lora.apply`."""
-        return applied(self.modules, self.loras, LAYOUT, steps=steps, device=device)
+    def plan(
+        self,
+        cond: Conditioning,
+        size: LatentSize,
+        settings: SamplerSettings,
+        memory: MemorySettings,
+        available: float | None,
+    ) -> RunPlan:
+        """Where the weights will be during a run of `settings` in `available` bytes, see `budget.run.plan_run`."""
+        return plan_run(self.dit, cond, size, settings, memory, available, self.motion_controller, self.loras)
+
+    @contextmanager
+    def working(
+        self, steps: int, device: torch.device, placement: Placement | None = None, *, keep: bool = False
+    ) -> Iterator[LoraRun]:
+        """The model on `device`, with its LoRAs applied for a run of `steps`, inside the block.
+
+        Args:
+            placement: of the DiT's weights, as a plan has it; all of them on the device if None.
+            keep: leave them there for the next run.
+        """
+        streamed = placement is not None and bool(placement.streamed)
+        # LoRAs first: what is folded into weights has to move with them.
+        with ExitStack() as stack:
+            run = stack.enter_context(
+                applied(self.modules, self.loras, LAYOUT, steps=steps, device=device, streamed=streamed)
+            )
+            if self.motion_controller is not None:
+                stack.enter_context(Residency.of(self.motion_controller).working(device))
+            stack.enter_context(Residency.of(self.dit).working(device, placement, keep=keep))
+            yield run
 
     def fit(self, cond: Conditioning, size: VideoSize | None = None) -> Conditioning:
         """`cond` as this model takes it, for a video of `size`.

@@ -142,6 +142,29 @@ class WindowSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    """How much of a device a model may use. The least that any limit leads to is every block streamed.
+
+    Attributes:
+        vram_limit: GiB that may be in use on the device, by all programs; None is all that it has.
+        vram_buffer: GiB of it that are left to what is not weights; None computes what the run will need.
+        persistent_params: keep as many blocks on the device as have at most that many parameters in all, whatever the
+            limit; 0 streams every block.
+    """
+
+    vram_limit: float | None = None
+    vram_buffer: float | None = None
+    persistent_params: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vram_limit", "vram_buffer"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=0, high=100000)
+        if self.persistent_params is not None:
+            check_whole("persistent_params", self.persistent_params, low=0, high=10**15)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """What a long run leaves on disk.
 

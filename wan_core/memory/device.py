@@ -27,6 +27,11 @@ def used_bytes(device: torch.device) -> int:
     return 0
 
 
+def available_bytes(device: torch.device, limit: float | None) -> float | None:
+    """Bytes that may be taken on `device` so that not more than `limit` GiB are in use there; None without a bound."""
+    return free_bytes(device) if limit is None else limit * GIB - used_bytes(device)
+
+
 def available_ram() -> int:
     """Bytes of host memory that programs could still take without swapping."""
     return psutil.virtual_memory().available

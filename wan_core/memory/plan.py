@@ -25,8 +25,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class Inventory:
-    """The weights of a module: `blocks` in the order in which a pass runs them, and those `outside` of them. Blocks that
-    are `idle` in every pass, and tables that are used where they rest, are in neither.
+    """The weights of a module: `blocks` in the order in which a pass runs them, and those `outside` of them.
+
+    Blocks that are `idle` in every pass, and tables that are used where they rest, are in neither.
     """
 
     outside: Weights

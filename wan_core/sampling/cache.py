@@ -75,6 +75,9 @@ class CachedBlocks:
             for state, group in zip(states, names, strict=True):
                 state.tokens = add_(state.tokens, self._recalled(group, state.tokens))
             return
+        for name in (name for group in names for name in group):
+            # Out of date from here on; dropped before the blocks need room.
+            self._residuals.pop(name, None)
         keep = info.index + 1 < info.total and self._rule.may_skip(info.index + 1)
         before = [state.tokens.clone() if keep else None for state in states]
         self._run(states, keys, info)
@@ -84,8 +87,6 @@ class CachedBlocks:
             self._keep(group, None if old is None else torch.sub(state.tokens, old, out=old))
 
     def _keep(self, names: Sequence[str], residual: Tensor | None) -> None:
-        for name in names:
-            self._residuals.pop(name, None)
         if residual is not None:
             residual = residual.to("cpu" if self._on_cpu else residual.device, self._dtype)
             self._residuals.update(zip(names, residual.chunk(len(names)), strict=True))

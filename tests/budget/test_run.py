@@ -1,0 +1,76 @@
+"""Plans hold: what a run takes is what was planned, at published sizes, counted on the meta device."""
+
+from functools import cache
+
+import pytest
+import torch
+from wancore.wan_core.budget.run import plan_run
+from wancore.wan_core.memory.block_stream import PlainCopies
+from wancore.wan_core.memory.count import LiveBytes
+from wancore.wan_core.memory.device import GIB
+from wancore.wan_core.memory.pieces import weights_of
+from wancore.wan_core.memory.quant import quantise
+from wancore.wan_core.memory.residency import Residency
+from wancore.wan_core.models.config import DiTConfig
+from wancore.wan_core.models.dit import WanDiT
+from wancore.wan_core.runtime import Runtime
+from wancore.wan_core.sampling import loop, predictor
+from wancore.wan_core.settings import MemorySettings, SamplerSettings
+from wancore.wan_core.types import Conditioning, VideoSize, tensors_in
+
+META = torch.device("meta")
+LARGE = DiTConfig(dim=5120, ffn_dim=13824, num_layers=40)
+
+
+@cache
+def model(fp8: bool) -> WanDiT:
+    with META:
+        dit = WanDiT(LARGE).requires_grad_(False).to(torch.bfloat16)
+    for name, parameter in dit.named_parameters():
+        if name.endswith("modulation"):
+            parameter.data = parameter.data.float()
+    dit.attend = lambda q, k, v: torch.empty_like(q)
+    return quantise(dit) if fp8 else dit
+
+
+class MetaCopies(PlainCopies):
+    """Copies on the meta device, as if weights rested elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__(META)
+
+    def whole(self, weight, dtype):
+        return torch.empty_like(weight, dtype=dtype)
+
+
+def conditioning() -> Conditioning:
+    text, negative = (torch.empty(1, 512, 4096, device=META) for _ in range(2))
+    return Conditioning(text=text, negative_text=negative)
+
+
+@pytest.fixture(autouse=True)
+def nothing_reads_values(monkeypatch):
+    monkeypatch.setattr(predictor, "is_finite", lambda _: True)
+    monkeypatch.setattr(loop, "check_latents", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: self)
+
+
+@pytest.mark.parametrize(
+    ("gib", "width", "height", "fp8"),
+    [(24, 832, 480, False), (8, 832, 480, False), (12, 1280, 720, False), (6, 832, 480, True), (8, 1280, 720, True)],
+)
+def test_the_planned_peak_of_14b_is_the_counted_one(gib, width, height, fp8):
+    dit, cond, size = model(fp8), conditioning(), VideoSize.rounded(width, height, 81).latent
+    plan = plan_run(dit, cond, size, SamplerSettings(steps=1), MemorySettings(), gib * GIB)
+    assert bool(plan.missing) == (plan.peak_bytes > gib * GIB)
+    residency, copies = Residency.of(dit), MetaCopies()
+    with residency.working(META, plan.placement, copies=copies):
+        """The rows that streamed blocks rest in are made; they stand for host memory."""
+    with (
+        LiveBytes(given=[*weights_of(dit).values(), *tensors_in(cond)]) as counter,
+        residency.working(META, plan.placement, copies=copies) as stream,
+    ):
+        loop.sample(dit, cond, size, plan.settings, Runtime(device=META, dtype=torch.bfloat16))
+    assert counter.peak == pytest.approx(plan.peak_bytes, rel=0.05)
+    read_ahead = plan.placement.inventory.blocks[plan.placement.streamed[0]].bytes if stream else 0
+    assert stream.copied - read_ahead == plan.copied_per_step, "interleaved branches share each copy"

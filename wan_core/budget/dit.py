@@ -1,0 +1,124 @@
+"""Device memory and work of a sampling step, counted before it."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..memory.pieces import weights_of
+from ..models.config import DiTConfig
+from ..models.dit import TokenState, WanDiT
+from ..models.motion_controller import MotionController
+from ..runtime import Runtime
+from ..sampling.cache import CachedBlocks
+from ..sampling.guidance import Guided
+from ..sampling.predictor import AllBlocks, BlockRunner, ModelPredictor
+from ..settings import GuidanceSettings
+from ..types import Conditioning, StepInfo, tensors_in
+from .counting import META, counted
+
+Residuals = Literal["none", "device", "host"]
+"""Where a step cache keeps what a step changed."""
+
+
+def meta_twin(module: nn.Module, **parts: nn.Module) -> nn.Module:
+    """A copy of `module` on the meta device, without its weights; `parts` take the place of those of their names."""
+    known: dict[int, object] = {id(getattr(module, name)): part for name, part in parts.items()}
+    for tensor in weights_of(module).values():
+        twin = torch.empty_like(tensor, device=META)
+        known[id(tensor)] = nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+    return copy.deepcopy(module, known)
+
+
+def _short_twin(dit: WanDiT) -> WanDiT:
+    """A twin that ends after two blocks, or after two VACE blocks: memory does not grow after them."""
+    layers = dit.config.vace_layers[:2]
+    count = max(2, *(layer + 1 for layer in layers)) if layers else 2
+    parts = {"blocks": nn.ModuleList(meta_twin(block) for block in dit.blocks[:count])}
+    if layers:
+        parts["vace_blocks"] = nn.ModuleList(meta_twin(block) for block in dit.vace_blocks[: len(layers)])
+    twin = meta_twin(dit, **parts)
+    twin.config = dataclasses.replace(dit.config, vace_layers=layers)
+    twin.attend = lambda q, k, v: torch.empty_like(q)
+    return twin
+
+
+def step_bytes(
+    dit: WanDiT,
+    cond: Conditioning,
+    size: tuple[int, int, int],
+    guidance: GuidanceSettings,
+    residuals: Residuals = "none",
+    motion_controller: MotionController | None = None,
+) -> int:
+    """Peak bytes on the device of a step with all its branches, beside weights and conditioning.
+
+    The step is run on the meta device, with attention counted as fused kernels run it.
+
+    Args:
+        size: latent frames with those in front, rows and columns, of the video or of one window of it.
+        residuals: where a step cache keeps its tensors.
+    """
+    twin = _short_twin(dit)
+    controller = None if motion_controller is None else meta_twin(motion_controller)
+    cond = cond.map(lambda tensor, _: torch.empty_like(tensor, device=META))
+    x = torch.empty(len(cond.text), dit.config.out_channels, *size, device=META)
+    weights = [*weights_of(twin).values(), *([] if controller is None else weights_of(controller).values())]
+    with counted(*weights, *tensors_in(cond), x) as counter:
+        blocks: BlockRunner = AllBlocks(twin, Runtime(device=META, dtype=dit.dtype))
+        if residuals == "device":
+            blocks = CachedBlocks(blocks, _ComputesEveryStep(), dit.dtype)
+        elif residuals == "host":
+            blocks = _Comparing(blocks)
+        time = twin.embed_time(torch.empty(4, device=META))
+        predict = Guided(ModelPredictor(twin, time, blocks, controller), _with_all_branches(guidance))
+        for index in (1, 2):
+            predict(x, 0.0, cond, StepInfo(index, 4))
+    return counter.peak
+
+
+class _ComputesEveryStep:
+    """A rule that leaves nothing out and keeps everything: the most memory that a cache takes."""
+
+    def __init__(self) -> None:
+        self.memory: dict[str, Tensor] = {}
+
+    def may_skip(self, index: int) -> bool:
+        return True
+
+    def skips(self, tokens: Tensor, info: StepInfo) -> bool:
+        return False
+
+    def computed(self, tokens: Tensor, info: StepInfo) -> None: ...
+
+
+class _Comparing:
+    """What a cache whose tensors rest in host memory holds on the device: the tokens from before the blocks."""
+
+    def __init__(self, run: BlockRunner) -> None:
+        self._run = run
+
+    def __call__(self, states: Sequence[TokenState], keys: Sequence[tuple[str, int]], info: StepInfo) -> None:
+        before = [state.tokens.clone() for state in states]
+        self._run(states, keys, info)
+        del before
+
+
+def _with_all_branches(guidance: GuidanceSettings) -> GuidanceSettings:
+    scales = guidance.scale if isinstance(guidance.scale, tuple) else (guidance.scale,)
+    scale = next((scale for scale in scales if scale != 1), 1.0)
+    return dataclasses.replace(guidance, scale=scale, start=0.0, end=1.0, zero_steps=0)
+
+
+def pass_flops(config: DiTConfig, size: tuple[int, int, int], text_tokens: int = 512, vace_inputs: int = 0) -> float:
+    """Floating-point operations of the blocks in one forward of one branch."""
+    _, ph, pw = config.patch_size
+    tokens = size[0] * (size[1] // ph) * (size[2] // pw)
+    dim = config.dim
+    context = text_tokens + (257 if config.has_image_input else 0)
+    linear = 2 * tokens * (6 * dim * dim + 2 * dim * config.ffn_dim) + 4 * context * dim * dim
+    attention = 4 * tokens * tokens * dim + 4 * tokens * context * dim
+    return (config.num_layers + vace_inputs * len(config.vace_layers)) * (linear + attention)

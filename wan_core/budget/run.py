@@ -1,0 +1,165 @@
+"""What a sampling run will take on a device, and the settings with which it fits."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..lora.apply import LoraUse
+from ..memory.device import GIB
+from ..memory.pieces import weight_bytes
+from ..memory.plan import Inventory, Placement, place
+from ..memory.residency import Residency
+from ..models.dit import WanDiT
+from ..models.motion_controller import MotionController
+from ..sampling.windows import window_of
+from ..settings import MemorySettings, SamplerSettings
+from ..tiling import Span
+from ..types import Conditioning, LatentSize, tensors_in
+from .counting import META
+from .dit import Residuals, pass_flops, step_bytes
+from .vae import WORKSPACE_BYTES
+
+FRAGMENTATION = 0.03
+"""Share of the counted activations that the caching allocator loses between blocks of memory. An allowance."""
+
+FLOPS_PER_SECOND = 155e12
+COPIED_PER_SECOND = 25e9
+"""What an RTX 4090 computes in bfloat16 and receives over PCIe 4; only for the share of copies that are hidden."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Where the weights of a DiT are during a run, and what it takes.
+
+    Attributes:
+        settings: those of the run; the guidance mode, and where a cache keeps its tensors, may be chosen by the plan.
+        placement: of the DiT's weights.
+        activations: bytes of everything else on the device at the peak.
+        available: bytes that the run may use, None without a limit.
+        flops: of one step.
+    """
+
+    settings: SamplerSettings
+    placement: Placement
+    activations: int
+    available: float | None
+    flops: float
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.placement.device_bytes + self.activations
+
+    @property
+    def missing(self) -> float:
+        """Bytes that the run needs beyond those available; 0 when it fits."""
+        return 0 if self.available is None else max(0, self.peak_bytes - self.available)
+
+    @property
+    def passes_per_step(self) -> int:
+        """How often the blocks are copied for one step."""
+        guidance = self.settings.guidance
+        return 2 if guidance.mode == "sequential" and guidance.scale != 1 else 1
+
+    @property
+    def copied_per_step(self) -> int:
+        return self.placement.streamed_bytes * self.passes_per_step
+
+    @property
+    def hidden(self) -> float:
+        """The share of the copies that computation hides, 0 to 1, at the speeds assumed above."""
+        if not self.copied_per_step:
+            return 1.0
+        return min(1.0, self.flops / FLOPS_PER_SECOND / (self.copied_per_step / COPIED_PER_SECOND))
+
+    def summary(self) -> str:
+        """In words, for the log."""
+        text = f"{self.placement.summary()}; at most {self.peak_bytes / GIB:.1f} GB on the device"
+        return text if not self.missing else f"{text}, {self.missing / GIB:.1f} GB more than it may use"
+
+
+def plan_run(
+    dit: WanDiT,
+    cond: Conditioning,
+    size: LatentSize,
+    settings: SamplerSettings,
+    memory: MemorySettings,
+    available: float | None,
+    motion_controller: MotionController | None = None,
+    loras: Sequence[LoraUse] = (),
+) -> RunPlan:
+    """The plan of the fewest copied bytes for a run of `settings` in `available` bytes of the device.
+
+    `sequential` guidance becomes `interleaved`, which computes the same, when weights are streamed and it saves copies.
+
+    Args:
+        cond: fitted to the model; its tensors may lie anywhere, also on the meta device.
+    """
+    inventory = dit_inventory(dit, cond)
+    plans = [
+        _plan(dit, inventory, cond, size, mode, memory, available, motion_controller, loras)
+        for mode in _modes(settings)
+    ]
+    if not plans[0].placement.streamed:
+        return plans[0]
+    return min(plans, key=lambda plan: (plan.missing, plan.copied_per_step))
+
+
+def dit_inventory(dit: WanDiT, cond: Conditioning) -> Inventory:
+    """The weights of `dit` as a run with `cond` uses them: without a VACE input its VACE blocks are idle."""
+    order = dit.block_order()
+    return Residency.of(dit).inventory(order, [] if cond.vace else [p for p in order if p.startswith("vace_blocks.")])
+
+
+def _modes(settings: SamplerSettings) -> Iterator[SamplerSettings]:
+    yield settings
+    if settings.guidance.mode == "sequential" and settings.guidance.scale != 1:
+        yield dataclasses.replace(settings, guidance=dataclasses.replace(settings.guidance, mode="interleaved"))
+
+
+def _plan(
+    dit: WanDiT,
+    inventory: Inventory,
+    cond: Conditioning,
+    size: LatentSize,
+    settings: SamplerSettings,
+    memory: MemorySettings,
+    available: float | None,
+    motion_controller: MotionController | None,
+    loras: Sequence[LoraUse],
+) -> RunPlan:
+    cond = cond.map(lambda tensor, _: torch.empty_like(tensor, device=META))
+    beside = sum(tensor.nbytes for tensor in tensors_in(cond)) + _lora_bytes(loras, dit.dtype)
+    prefix, frames, windows = cond.prefix_frames(size.frames), size.frames, settings.windows
+    if windows is not None and windows.size < frames:
+        frames = windows.size
+        cond = window_of(cond, Span(0, frames, True, False), prefix)
+    window = (prefix + frames, size.height, size.width)
+    activations = step_bytes(dit, cond, window, settings.guidance, _residuals(settings, size), motion_controller)
+    beside += 0 if motion_controller is None else weight_bytes(motion_controller)
+    total = int(activations * (1 + FRAGMENTATION)) + beside + WORKSPACE_BYTES
+    buffer = total if memory.vram_buffer is None else memory.vram_buffer * GIB
+    budget = None if available is None or memory.persistent_params is not None else available - buffer
+    placement = place(inventory, budget, memory.persistent_params)
+    branches = 1 if settings.guidance.scale == 1 else 2
+    flops = branches * pass_flops(dit.config, window, vace_inputs=len(cond.vace or ()))
+    return RunPlan(settings, placement, total, available, flops)
+
+
+def _residuals(settings: SamplerSettings, size: LatentSize) -> Residuals:
+    if settings.cache is None:
+        return "none"
+    windows = settings.windows
+    blended = windows is not None and windows.mode == "blend" and windows.size < size.frames
+    return "host" if settings.cache.residual_on_cpu or blended else "device"
+
+
+def _lora_bytes(loras: Sequence[LoraUse], dtype: torch.dtype) -> int:
+    """Of the factors of branches beside the layers, if all LoRAs are applied that way."""
+    return sum(
+        tensor.numel() * dtype.itemsize
+        for use in loras
+        for _, patch in use.bound.patches
+        for tensor in patch.tensors().values()
+    )
