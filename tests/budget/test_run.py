@@ -71,6 +71,6 @@ def test_the_planned_peak_of_14b_is_the_counted_one(gib, width, height, fp8):
         residency.working(META, plan.placement, copies=copies) as stream,
     ):
         loop.sample(dit, cond, size, plan.settings, Runtime(device=META, dtype=torch.bfloat16))
-    assert counter.peak == pytest.approx(plan.peak_bytes, rel=0.05)
+    assert counter.peak == pytest.approx(plan.peak_bytes - plan.allowance, rel=0.02)
     read_ahead = plan.placement.inventory.blocks[plan.placement.streamed[0]].bytes if stream else 0
     assert stream.copied - read_ahead == plan.copied_per_step, "interleaved branches share each copy"

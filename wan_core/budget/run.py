@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..lora.apply import LoraUse
 from ..memory.device import GIB
@@ -36,7 +37,8 @@ class RunPlan:
     Attributes:
         settings: those of the run; the guidance mode, and where a cache keeps its tensors, may be chosen by the plan.
         placement: of the DiT's weights.
-        activations: bytes of everything else on the device at the peak.
+        activations: bytes of everything else on the device at the peak, as counted.
+        allowance: bytes for what cannot be counted: workspaces of kernels, and what the allocator loses.
         available: bytes that the run may use, None without a limit.
         flops: of one step.
     """
@@ -44,12 +46,13 @@ class RunPlan:
     settings: SamplerSettings
     placement: Placement
     activations: int
+    allowance: int
     available: float | None
     flops: float
 
     @property
     def peak_bytes(self) -> int:
-        return self.placement.device_bytes + self.activations
+        return self.placement.device_bytes + self.activations + self.allowance
 
     @property
     def missing(self) -> float:
@@ -138,13 +141,14 @@ def _plan(
     window = (prefix + frames, size.height, size.width)
     activations = step_bytes(dit, cond, window, settings.guidance, _residuals(settings, size), motion_controller)
     beside += 0 if motion_controller is None else weight_bytes(motion_controller)
-    total = int(activations * (1 + FRAGMENTATION)) + beside + WORKSPACE_BYTES
-    buffer = total if memory.vram_buffer is None else memory.vram_buffer * GIB
+    activations += beside
+    allowance = WORKSPACE_BYTES + int(activations * FRAGMENTATION)
+    buffer = activations + allowance if memory.vram_buffer is None else memory.vram_buffer * GIB
     budget = None if available is None or memory.persistent_params is not None else available - buffer
     placement = place(inventory, budget, memory.persistent_params)
     branches = 1 if settings.guidance.scale == 1 else 2
     flops = branches * pass_flops(dit.config, window, vace_inputs=len(cond.vace or ()))
-    return RunPlan(settings, placement, total, available, flops)
+    return RunPlan(settings, placement, activations, allowance, available, flops)
 
 
 def _residuals(settings: SamplerSettings, size: LatentSize) -> Residuals:
@@ -163,3 +167,9 @@ def _lora_bytes(loras: Sequence[LoraUse], dtype: torch.dtype) -> int:
         for _, patch in use.bound.patches
         for tensor in patch.tensors().values()
     )
+
+
+def place_encoder(module: nn.Module, activations: int, available: float | None) -> Placement:
+    """Where the blocks of an encoder are while it works, given what else a pass takes and the bytes it may use."""
+    inventory = Residency.of(module).inventory()
+    return place(inventory, None if available is None else available - activations - WORKSPACE_BYTES)
