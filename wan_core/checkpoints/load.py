@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..models.dit import WanDiT
 from ..models.image_encoder import ImageEncoder
 from ..models.motion_controller import MotionController
+from ..models.preview_decoder import PreviewDecoder
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from .detect import Component, check_against, require_kind
@@ -23,6 +24,7 @@ CLASSES = {
     "text_encoder": UMT5Encoder,
     "vae": WanVAE,
     "image_encoder": ImageEncoder,
+    "preview_decoder": PreviewDecoder,
 }
 
 DEQUANTISED_DTYPE = torch.bfloat16
