@@ -5,13 +5,17 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from ..wan_core.checkpoints.download import models_folder
+from ..wan_core.models.preview_decoder import PreviewDecoder
+from ..wan_core.prepare import load_preview_decoder
 from ..wan_core.runtime import Pace, Runtime, default_device, log
-from ..wan_core.sampling.preview import middle_frame
+from ..wan_core.sampling.preview import middle_frame, preview_frames
+from ..wan_core.sampling.previewer import Previewer
 from . import previews
 
 try:
@@ -30,9 +34,14 @@ MODEL_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
 TINY_SIZE = {"width": 96, "height": 64, "num_frames": 17}
 """What `--tiny` makes of every node's size: a second of work on any machine."""
 
+PREVIEW_FOLDER = "vae_approx"
+PREVIEW_FILES = ("taew2_1.safetensors", "taew2_1.pth")
+"""The published names of the tiny autoencoder for Wan 2.1, the one that is taken first."""
+
 SECONDS_BETWEEN_NOTICES = 30
 
 OnProgress = Callable[[str, int, int], None]
+Report = Callable[[str, int, int, torch.Tensor | None], None]
 
 
 @dataclass
@@ -89,7 +98,7 @@ def resting_device() -> torch.device:
 def runtime(dtype: torch.dtype, phase_bytes: int = 0) -> Runtime:
     """The host's services for one phase of work; `phase_bytes` on the device are asked for first."""
     if not model_management:
-        return Runtime(device=device(), dtype=dtype, on_progress=_report_standalone)
+        return Runtime(device=device(), dtype=dtype, on_progress=_standalone_report())
     if phase_bytes:
         model_management.free_memory(phase_bytes, device())
     return Runtime(
@@ -106,29 +115,39 @@ def weight_bytes(module: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def _report_standalone(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
-    if _standalone.on_progress:
-        _standalone.on_progress(phase, done, total)
-    every = _standalone.preview_every
-    if latents is not None and every and (done % every == 0 or done == total):
-        with _previews_never_fail():
-            previews.write(latents, _standalone.output_dir / "previews", done)
+def _standalone_report() -> Report:
+    """Progress for whoever configured this process, and previews as files."""
+    tiny: Previewer | None = None
+
+    def report(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
+        nonlocal tiny
+        if _standalone.on_progress:
+            _standalone.on_progress(phase, done, total)
+        every = _standalone.preview_every
+        if latents is not None and every and (done % every == 0 or done == total):
+            with _previews_never_fail():
+                tiny = tiny or Previewer(_preview_decoder(), device())
+                pictures = tiny.strip(latents) or preview_frames(latents)
+                previews.write(pictures, _standalone.output_dir / "previews", done)
+
+    return report
 
 
-def _comfyui_report() -> Callable[[str, int, int, torch.Tensor | None], None]:
-    """Progress for ComfyUI's bar, with its own previewer's picture while sampling, and the time left in the log."""
+def _comfyui_report() -> Report:
+    """Progress for ComfyUI's bar, with a picture while sampling where it shows any, and the time left in the log."""
     bars: dict[str, object] = {}
     pace, said = Pace(), time.monotonic()
-    previewer = None
+    previewer, tiny = None, None
     with _previews_never_fail():
         previewer = latent_preview.get_previewer(device(), latent_formats.Wan21())
 
     def report(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
-        nonlocal said
+        nonlocal said, tiny
         picture = None
         if latents is not None and previewer is not None:
             with _previews_never_fail():
-                picture = previewer.decode_latent_to_preview_image("JPEG", _shown(previewer, latents))
+                tiny = tiny or Previewer(_preview_decoder(), device())
+                picture = _picture(previewer, tiny, latents)
         bars.setdefault(phase, comfy_utils.ProgressBar(total)).update_absolute(done, total, picture)
         left = pace.left(phase, done, total)
         if left and time.monotonic() - said > SECONDS_BETWEEN_NOTICES:
@@ -138,10 +157,39 @@ def _comfyui_report() -> Callable[[str, int, int, torch.Tensor | None], None]:
     return report
 
 
-def _shown(previewer: object, latents: torch.Tensor) -> torch.Tensor:
-    """What a previewer is given: ComfyUI's own shows the first frame it sees, others play the whole strip."""
-    own = type(previewer).__module__ == latent_preview.__name__
-    return middle_frame(latents) if own else latents
+def _picture(previewer: object, tiny: Previewer, latents: torch.Tensor) -> tuple | None:
+    """What ComfyUI shows next, or None to leave the last picture.
+
+    Previewers of other packs play the whole strip. ComfyUI's own shows the first frame it sees; the tiny autoencoder
+    takes its place where there is one.
+    """
+    if type(previewer).__module__ != latent_preview.__name__:
+        return previewer.decode_latent_to_preview_image("JPEG", latents)
+    if not tiny.works:
+        return previewer.decode_latent_to_preview_image("JPEG", middle_frame(latents))
+    picture = tiny.middle(latents)
+    return None if picture is None else ("JPEG", picture, latent_preview.MAX_PREVIEW_RESOLUTION)
+
+
+def _preview_decoder() -> PreviewDecoder | None:
+    """The tiny autoencoder, if its file is there and can be used."""
+    names = list_files(PREVIEW_FOLDER)
+    found = (name for wanted in PREVIEW_FILES for name in names if Path(name).name == wanted)
+    name = next(found, None)
+    if name is None:
+        return None
+    path = find_file(PREVIEW_FOLDER, name)
+    return _loaded_preview_decoder(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _loaded_preview_decoder(path: Path, changed: int) -> PreviewDecoder | None:
+    """`changed` is the file's time, so that a file is read, and complained about, once."""
+    try:
+        return load_preview_decoder(path)
+    except (ValueError, OSError) as error:
+        log.warning("Previews are latent-to-RGB: %s", error)
+        return None
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ PATTERNS = ("diffusion_pytorch_model*.safetensors", "models_t5_umt5-xxl-enc-bf16
 DIT, TEXT, VAE = range(3)
 PICTURE = Image.new("RGB", (40, 30), "red")
 SMALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "seed": 1}
+WINDOWS = {"sliding_window_size": 2, "sliding_window_stride": 1}
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +278,10 @@ def test_rounding_is_said(pipe, caplog):
         ({"sliding_window_size": 5}, "belong together"),
         ({"sliding_window_size": 2, "sliding_window_stride": 3}, "sliding_window_stride must be from 1 to 2"),
         ({"cfg_scale": [5.0, float("nan")]}, "cfg_scale must be"),
+        ({"window_prompts": ["a cat"]}, "window_prompts needs windows"),
+        ({"window_prompts": "a cat", **WINDOWS}, "must be a list with a prompt for each window"),
+        ({"window_prompts": [7], **WINDOWS}, "window_prompts must be a string or a list"),
+        ({"window_prompts": [["a", "b"]], **WINDOWS}, "one prompt or 1, as in prompt"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(pipe, monkeypatch, change, words):
@@ -352,6 +357,22 @@ def test_windows_equal_the_published_call(pipe):
     difference = np.abs(np.stack([np.asarray(f) for f in frames]).astype(int) - case["frames"].numpy().astype(int))
     assert difference.mean() <= 0.25
     assert difference.max() <= 6
+
+
+def test_each_window_shows_its_own_prompt(pipe):
+    def call(prompt="a dog", size=2, **changes):
+        windows = {"sliding_window_size": size, "sliding_window_stride": 1}
+        return pipe(prompt, **{**SMALL, "num_frames": 13}, **windows, **changes, output_type="latent")
+
+    plain = call()
+    assert torch.equal(call(window_prompts=["a dog"]), plain)
+    changed = call(window_prompts=["a dog", "a dog", "a cat"])
+    assert torch.equal(changed[:, :, :1], plain[:, :, :1])
+    assert not torch.equal(changed[:, :, 3:], plain[:, :, 3:])
+    assert torch.equal(call(size=9, window_prompts=["a cat"]), call("a cat", size=9))
+    both = call(["a dog", "a tree"], window_prompts=["a dog", ["a dog", "a cat"]])
+    assert torch.allclose(both[:1], plain, atol=1e-4)
+    assert not torch.allclose(both[1:], call("a tree"), atol=1e-3)
 
 
 def test_teacache_leaves_out_steps_and_a_threshold_of_zero_none(pipe, caplog):

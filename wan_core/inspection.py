@@ -17,6 +17,7 @@ KINDS = {
     "text_encoder": "UMT5 text encoder",
     "vae": "Wan 2.1 VAE",
     "image_encoder": "CLIP image encoder",
+    "preview_decoder": "tiny autoencoder for previews",
     "lora": "LoRA",
 }
 

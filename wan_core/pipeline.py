@@ -179,6 +179,7 @@ class WanVideoPipeline:
         tile_stride: tuple[int, int] = (15, 26),
         sliding_window_size: int | None = None,
         sliding_window_stride: int | None = None,
+        window_prompts: Sequence[Prompt] = (),
         tea_cache_l1_thresh: float | None = None,
         tea_cache_model_id: str = "",
         progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = None,
@@ -214,6 +215,7 @@ class WanVideoPipeline:
             solver: see `SamplerSettings`.
             tiled, tile_size, tile_stride: encode and decode in tiles of that many latent cells (height, width).
             sliding_window_size, sliding_window_stride: windows over a long video, in latent frames; both or none.
+            window_prompts: what each window shows in place of `prompt`, the last one for all after it.
             tea_cache_l1_thresh, tea_cache_model_id: leave out steps (TeaCache); the template is that of the model's
                 catalog row unless one is named.
             progress_bar_cmd: wraps the steps, such as `tqdm` (the default).
@@ -262,13 +264,18 @@ class WanVideoPipeline:
         tiles = TileSettings(size=tuple(tile_size), stride=tuple(tile_stride)) if tiled else None
         start = _frames(input_video, "input_video")
         self._check(inputs, prompt, negative_prompt)
+        window_texts = _prompts_of_windows(window_prompts, prompt, settings)
         with on_device(self.text_encoder.model, self.device):
             cond = text_conditioning(self.text_encoder, prompt, negative_prompt)
+            prompts = [text_conditioning(self.text_encoder, text, negative_prompt) for text in window_texts]
         cond, latents = self._encode(cond, inputs, start, size, tiles, fit)
         cond = self.model.fit(cond.to(self.device), size)
         with self.model.adapted(settings.total_steps, self.device) as run, on_device(self.dit, self.device):
             runtime = run.follow(self._runtime(progress_bar_cmd, num_inference_steps))
-            latents = sample(self.dit, cond, size.latent, settings, runtime, latents, self.model.motion_controller)
+            latents = sample(
+                self.dit, cond, size.latent, settings, runtime, latents, self.model.motion_controller,
+                prompts=[text.to(self.device) for text in prompts],
+            )  # fmt: skip
         return self._output(latents, tiles, output_type, runtime)
 
     def _check(self, inputs: VideoInputs, prompt: Prompt, negative_prompt: Prompt) -> None:
@@ -323,6 +330,20 @@ class WanVideoPipeline:
             dtype=self.torch_dtype,
             on_progress=lambda phase, done, total, latents=None: next(bar, None),
         )
+
+
+def _prompts_of_windows(window_prompts: Sequence[Prompt], prompt: Prompt, settings: SamplerSettings) -> list[list[str]]:
+    """The prompts of each window, one for each video."""
+    if isinstance(window_prompts, str):
+        raise ValueError(f"window_prompts must be a list with a prompt for each window; got {window_prompts!r}.")
+    if window_prompts and settings.windows is None:
+        raise ValueError("window_prompts needs windows: give sliding_window_size and sliding_window_stride.")
+    videos, found = len(as_prompts(prompt)), []
+    for texts in (as_prompts(text, "window_prompts") for text in window_prompts):
+        if len(texts) not in (1, videos):
+            raise ValueError(f"window_prompts must hold one prompt or {videos}, as in prompt, for each; got {texts!r}.")
+        found.append(texts * (videos // len(texts)))
+    return found
 
 
 def _frames(value: Pictures | None, name: str) -> Tensor | None:

@@ -29,6 +29,7 @@ from .models.attention import load_backend
 from .models.dit import WanDiT
 from .models.image_encoder import ImageEncoder
 from .models.motion_controller import MotionController
+from .models.preview_decoder import PreviewDecoder
 from .models.vae import WanVAE
 from .settings import MemorySettings, SamplerSettings
 from .types import Conditioning, Curve, LatentSize, VideoSize
@@ -282,3 +283,14 @@ def _tokenizer_beside(component: Component) -> Path:
 def load_vae(component: Component, dtype: torch.dtype, device: torch.device | str) -> WanVAE:
     """The video autoencoder of `component`."""
     return build(component, dtype=dtype, device=device).use_channels_last()
+
+
+def load_preview_decoder(path: PathLike) -> PreviewDecoder:
+    """The decoder of the tiny autoencoder at `path`, in float32 on the CPU.
+
+    Raises:
+        CheckpointError: the file is broken, or is something else.
+    """
+    component = require_kind(detect_files(path), "preview_decoder")
+    # Half of the time on a CPU.
+    return build(component, dtype=torch.float32, device="cpu").to(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -136,6 +136,22 @@ class Curve:
         return self.values[low] + (place - low) * (self.values[high] - self.values[low])
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Named latents that are joined to the noise on channels.
+
+    The name says how they are made: `mask` marks known frames, `image` is a video padded with grey and encoded,
+    `control` an encoded video, `first_frame` the latent of one frame with zeros after it.
+
+    `states` says what they hold of frames that are known: `mask` ones, `frames` their latents, `first` the latent of
+    the first one of a clip; None when they speak of something else.
+    """
+
+    name: str
+    channels: int
+    states: Literal["mask", "frames", "first"] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class VaceInput:
     """One VACE input: context (B, 96, R + F, h, w) and the factor on the hints that it produces."""
@@ -162,6 +178,8 @@ class Conditioning:
     """Named latents (B, 4 or 16, F, h, w); `conditioning.slots` joins them in the order a variant wants."""
     concat: Tensor | None = frames(2)
     """(B, in_channels - 16, F, h, w), joined to the latents on channels."""
+    layout: tuple[Slot, ...] | None = whole()
+    """What the channels of `concat` are, in their order; None when they were not made from slots."""
     reference: Tensor | None = whole()
     """(B, 16, h, w), becomes tokens in front of the sequence through `ref_conv`."""
     camera: Tensor | None = frames(2)

@@ -6,22 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .models.config import DiTConfig
+from .types import Slot
 
-
-@dataclass(frozen=True)
-class Slot:
-    """Named latents that are joined to the noise on channels.
-
-    The name says how they are made: `mask` marks known frames, `image` is a video padded with grey and encoded,
-    `control` an encoded video, `first_frame` the latent of one frame with zeros after it.
-    """
-
-    name: str
-    channels: int
-
-
-MASK, IMAGE, CONTROL, FIRST_FRAME = Slot("mask", 4), Slot("image", 16), Slot("control", 16), Slot("first_frame", 16)
-
+MASK, IMAGE = Slot("mask", 4, "mask"), Slot("image", 16, "frames")
+CONTROL, FIRST_FRAME = Slot("control", 16), Slot("first_frame", 16, "first")
 
 SPEED = "motion_bucket_id"
 

@@ -10,11 +10,15 @@ import pytest
 import torch
 import wancore
 from PIL import Image
+from safetensors.torch import save_file
 from wancore.nodes import host
 from wancore.nodes.sampler import STATE
 from wancore.wan_core import catalog, tiny
 from wancore.wan_core.media import probe_video
+from wancore.wan_core.models.config import PreviewDecoderConfig
+from wancore.wan_core.models.preview_decoder import PreviewDecoder
 from wancore.wan_core.sampling.checkpoint import load_latents
+from wancore.wan_core.sampling.previewer import Previewer
 from wancore.wan_core.settings import (
     EasyCacheSettings,
     GuidanceSettings,
@@ -199,6 +203,73 @@ def test_a_preview_that_fails_does_not_stop_the_run(loaded, models, tmp_path, ca
     host.configure(device="cpu", models_dir=models, output_dir=tmp_path, preview_every=1)
     assert sampled(loaded)["samples"].isfinite().all()
     assert "No preview" in caplog.text
+
+
+class Red:
+    """A models folder whose tiny autoencoder shows everything in red."""
+
+    WEIGHTS = PreviewDecoder(PreviewDecoderConfig(widths=(8, 6, 4, 4))).state_dict()
+
+    def __init__(self, models: Path, folder: Path) -> None:
+        self.models, self.file = folder, folder / "vae_approx" / "taew2_1.safetensors"
+        self.file.parent.mkdir(parents=True)
+        (folder / "WanCore").symlink_to(models / "WanCore")
+        weights = {key: torch.zeros_like(value) for key, value in self.WEIGHTS.items()}
+        save_file(weights | {"decoder.22.bias": torch.tensor([1.0, 0, 0])}, self.file)
+
+
+@pytest.fixture
+def red(models, tmp_path) -> Red:
+    return Red(models, tmp_path / "models")
+
+
+def colours(path: Path) -> list:
+    with Image.open(path) as picture:
+        return picture.convert("RGB").getcolors()
+
+
+def test_previews_are_decoded_where_the_tiny_autoencoder_is(loaded, red, tmp_path):
+    plain = sampled(loaded)["samples"]
+    host.configure(device="cpu", models_dir=red.models, output_dir=tmp_path, preview_every=4)
+    assert torch.equal(sampled(loaded)["samples"], plain)
+    for name in ("step_0004.png", "step_0004_strip.png"):
+        assert colours(tmp_path / "previews" / name) == [(32 * 32, (255, 0, 0))]
+    with Image.open(tmp_path / "previews" / "step_0004_strip.png") as strip:
+        assert strip.size == (32, 32)
+
+
+@pytest.mark.parametrize("content", ["broken", "foreign"])
+def test_a_bad_tiny_autoencoder_is_said_once(loaded, red, tmp_path, caplog, content):
+    if content == "broken":
+        red.file.write_bytes(red.file.read_bytes()[:-8])
+    else:
+        save_file({"first_stage_model.decoder.mid.block_1.weight": torch.zeros(2)}, red.file)
+    host.configure(device="cpu", models_dir=red.models, output_dir=tmp_path, preview_every=1)
+    sampled(loaded)
+    assert caplog.text.count("Previews are latent-to-RGB") == 1
+    with Image.open(tmp_path / "previews" / "step_0004.png") as still:
+        assert still.size == (4, 4)
+
+
+class ComfyUIs:
+    """What ComfyUI's own previewer and its module look like."""
+
+    __name__, MAX_PREVIEW_RESOLUTION = __name__, 512
+
+    def decode_latent_to_preview_image(self, kind, latents):
+        return kind, latents.shape[2]
+
+
+def test_the_tiny_autoencoder_takes_the_place_of_comfyuis_own_previewer(red, monkeypatch):
+    monkeypatch.setattr(host, "latent_preview", ComfyUIs())
+    host.configure(device="cpu", models_dir=red.models)
+    latents, tiny_one = torch.zeros(1, 16, 5, 4, 4), Previewer(host._preview_decoder(), torch.device("cpu"))
+    kind, picture, largest = host._picture(ComfyUIs(), tiny_one, latents)
+    assert (kind, picture.size, picture.getpixel((0, 0)), largest) == ("JPEG", (32, 32), (255, 0, 0), 512)
+    without = Previewer(None, torch.device("cpu"))
+    assert host._picture(ComfyUIs(), without, latents) == ("JPEG", 1)
+    monkeypatch.setattr(ComfyUIs, "__module__", "another_pack")
+    assert host._picture(ComfyUIs(), tiny_one, latents) == ("JPEG", 5)
 
 
 def test_the_command_decodes_kept_latents(loaded, tmp_path):

@@ -27,6 +27,7 @@ KINDS: Mapping[Kind, tuple[str, str]] = {
     "text_encoder": ("a UMT5 text encoder", "text encoder loader"),
     "vae": ("a Wan VAE", "VAE loader"),
     "image_encoder": ("a CLIP image encoder", "CLIP vision loader"),
+    "preview_decoder": ("a tiny autoencoder for previews", "models folder vae_approx"),
     "lora": ("a LoRA", "LoRA loader"),
 }
 """What each kind is called, and where it is loaded."""

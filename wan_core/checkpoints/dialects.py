@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["dit", "vace", "motion_controller", "text_encoder", "vae", "image_encoder", "lora"]
+Kind = Literal["dit", "vace", "motion_controller", "text_encoder", "vae", "image_encoder", "preview_decoder", "lora"]
 Combine = Literal["identity", "cat", "transpose", "reshape"]
 
 
@@ -177,5 +177,10 @@ DIALECTS = (
         (r"(vision_model\.)?embeddings\.class_embedding", r"(vision_model\.)?embeddings\.position_embedding\.weight",
          r"(vision_model\.)?pre_layrnorm\.weight", r"(vision_model\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight"),
         CLIP_RULES, optional=("visual.head",),
+    ),
+    Dialect(
+        "preview_decoder", "original",
+        (r"decoder\.1\.weight", r"decoder\.3\.conv\.0\.weight", r"decoder\.7\.conv\.weight", r"decoder\.22\.weight"),
+        ignored=r"encoder\..+",
     ),
 )  # fmt: skip

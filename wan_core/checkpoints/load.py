@@ -14,6 +14,7 @@ from ..memory.residency import Residency
 from ..models.dit import WanDiT
 from ..models.image_encoder import ImageEncoder
 from ..models.motion_controller import MotionController
+from ..models.preview_decoder import PreviewDecoder
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..settings import check_choice
@@ -31,6 +32,7 @@ CLASSES = {
     "text_encoder": UMT5Encoder,
     "vae": WanVAE,
     "image_encoder": ImageEncoder,
+    "preview_decoder": PreviewDecoder,
 }
 
 DEQUANTISED_DTYPE = torch.bfloat16

@@ -9,6 +9,7 @@ from ..models.config import (
     DiTConfig,
     ImageEncoderConfig,
     MotionControllerConfig,
+    PreviewDecoderConfig,
     TextEncoderConfig,
     VAEConfig,
 )
@@ -16,7 +17,7 @@ from .dialects import Kind
 from .header import CheckpointError
 from .keymap import Source
 
-Config = DiTConfig | MotionControllerConfig | TextEncoderConfig | VAEConfig | ImageEncoderConfig
+Config = DiTConfig | MotionControllerConfig | TextEncoderConfig | VAEConfig | ImageEncoderConfig | PreviewDecoderConfig
 
 CLIP_HEAD_DIM = 80
 """Attention head width of the one CLIP tower that Wan 2.1 was trained with, ViT-H/14."""
@@ -186,6 +187,10 @@ def _read_image_encoder(shapes: Shapes) -> ImageEncoderConfig:
     )
 
 
+def _read_preview_decoder(shapes: Shapes) -> PreviewDecoderConfig:
+    return PreviewDecoderConfig(widths=tuple(shapes[f"decoder.{place}.weight"][0] for place in (1, 8, 14, 20)))
+
+
 READERS: Mapping[Kind, Callable[[Shapes], Config]] = {
     "dit": _read_dit,
     "vace": _read_vace,
@@ -193,4 +198,5 @@ READERS: Mapping[Kind, Callable[[Shapes], Config]] = {
     "text_encoder": _read_text_encoder,
     "vae": _read_vae,
     "image_encoder": _read_image_encoder,
+    "preview_decoder": _read_preview_decoder,
 }

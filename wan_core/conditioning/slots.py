@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..models.config import DiTConfig
 from ..models.dit import CLIP_TOKENS
-from ..types import Conditioning, VideoSize
-from ..variants import FIRST_FRAME, IMAGE, Slot, Variant, check
+from ..types import Conditioning, Slot, VideoSize
+from ..variants import FIRST_FRAME, IMAGE, Variant, check
 
 
 def fit(
@@ -38,8 +38,11 @@ def fit(
         if clip.shape[1] < wanted:
             raise ValueError(f"{label} reads the image tokens of a start and an end image; give both images.")
         clip = clip[:, :wanted]
-    concat = assemble_concat(cond.slots, variant.slots) if cond.slots else cond.concat
-    return dataclasses.replace(cond, clip=clip, concat=concat, slots=None, size=None).expanded(cond.text.shape[0])
+    fitted = dataclasses.replace(cond, clip=clip, slots=None, size=None)
+    if cond.slots:
+        concat = assemble_concat(cond.slots, variant.slots)
+        fitted = dataclasses.replace(fitted, concat=concat, layout=variant.slots or None)
+    return fitted.expanded(cond.text.shape[0])
 
 
 def assemble_concat(slots: Mapping[str, Tensor], layout: Sequence[Slot]) -> Tensor | None:

@@ -60,7 +60,7 @@ def as_prompts(prompt: Prompt, name: str = "prompt") -> list[str]:
     Raises:
         ValueError: it is empty or not made of strings.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f"{name} must be a string or a list of at least one string; got {prompt!r}.")
     return prompts

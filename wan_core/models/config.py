@@ -79,6 +79,13 @@ class ImageEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreviewDecoderConfig:
+    """The decoder of the tiny autoencoder: channels of its three stages, and of what follows them."""
+
+    widths: tuple[int, int, int, int] = (256, 128, 64, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
 class VAEConfig:
     """The causal video autoencoder; widths are `base_dim` times (1, 2, 4, 4)."""
 

@@ -1,5 +1,7 @@
 """Long videos as a chain of clips: each begins with the last latent frames of the one before."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,30 @@ class Anchored:
         velocity = self._predict(x, t, cond, info)
         velocity[:, :, self._place] = (x[:, :, self._place] - self._known) / self._sigmas[info.index]
         return velocity
+
+
+def stating(cond: Conditioning, known: Tensor) -> Conditioning:
+    """The conditioning of a clip whose first frames are `known` (B, 16, n, h, w), stated where the model reads it.
+
+    Image-to-video models are told of known frames by a mask and their latents beside the noise, control and camera
+    models by the latent of the first frame: without it, every clip but the first would be told that nothing is known.
+    The image tokens stay those of the user's pictures, and VACE inputs stay as they are: both are made of pixels, which
+    a chain never has.
+    """
+    if cond.concat is None or cond.layout is None:
+        return cond
+    concat, frames, start = cond.concat.clone(), known.shape[2], 0
+    for slot in cond.layout:
+        place = concat[:, start : start + slot.channels]
+        match slot.states:
+            case "mask":
+                place[:, :, :frames] = 1
+            case "frames":
+                place[:, :, :frames] = known
+            case "first":
+                place[:, :, :1] = known[:, :, :1]
+        start += slot.channels
+    return dataclasses.replace(cond, concat=concat)
 
 
 def colour_corrected(clip: Tensor, like: Tensor, overlap: int, limit: float) -> Tensor:

@@ -23,8 +23,8 @@ def check_latents(latents: Tensor, when: str) -> None:
     if not is_finite(latents):
         bad = 100 * (~torch.isfinite(latents)).double().mean().item()
         raise NonFiniteError(
-            f"{bad:.3g}% of the latents are NaN or infinite {when}; the video would be black. Run the sampler again "
-            "with dtype bf16 or fp32; the sampler names the part of the model that this begins in."
+            f"{bad:.3g}% of the latents are NaN or infinite {when}; the video would be black. Load the "
+            "model in bf16 or fp32, or lower cfg, VACE strength or LoRA strength, and sample again."
         )
 
 

@@ -13,7 +13,7 @@ from ..runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
 from ..settings import SamplerSettings
 from ..tiling import Span, plan_spans
 from ..types import Conditioning, LatentSize
-from .chain import Anchored, colour_corrected
+from .chain import Anchored, colour_corrected, stating
 from .checkpoint import Checkpoint
 from .compose import Composed, compose
 from .finite import check_latents
@@ -184,7 +184,8 @@ class _Run:
 
     def _whole(self, clean: Tensor | None, noise: Tensor, earlier: RunState | None) -> RunState:
         solver, settings = build_solver(self.settings), self.settings
-        parts = self._composed(solver, self.cond, self.size.frames)
+        cond = self.cond if len(self.spans) > 1 else with_text(self.cond, self.prompts, 0)
+        parts = self._composed(solver, cond, self.size.frames)
         if earlier is not None:
             x = earlier.latents.to(self.runtime.device)
             self._recall(parts, earlier)
@@ -195,7 +196,7 @@ class _Run:
         else:
             x = noise if clean is None else add_noise(clean, noise, solver.sigmas[0])
         first = settings.start_step if earlier is None else earlier.step
-        return self._steps(parts, solver, x, self.cond, range(first, settings.last_step), RunState(
+        return self._steps(parts, solver, x, cond, range(first, settings.last_step), RunState(
             latents=x, prefix=self.prefix, step=first))  # fmt: skip
 
     def _recall(self, parts: Composed, earlier: RunState) -> None:
@@ -216,11 +217,13 @@ class _Run:
             span = self.spans[number]
             solver = build_solver(self.settings)
             cond = with_text(window_of(self.cond, span, self.prefix), self.prompts, number)
+            known = None if done is None else done[:, :, -overlap:]
+            if known is not None:
+                cond = stating(cond, known)
             parts = self._composed(solver, cond, span.length)
             x = cut(noise, span, self.prefix, 2)
             if clean is not None:
                 x = add_noise(cut(clean, span, self.prefix, 2), x, solver.sigmas[0])
-            known = None if done is None else done[:, :, -overlap:]
             if known is not None:
                 place = slice(self.prefix, self.prefix + overlap)
                 x = x.clone()

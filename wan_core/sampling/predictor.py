@@ -61,6 +61,9 @@ class ModelPredictor:
     `time` is the time path for all steps. Text, image tokens, camera, reference and VACE inputs are projected once per
     (branch, window) and kept until another window comes, so that memory does not grow with the number of windows. A run
     has one conditioning, so these stay valid for its length.
+
+    Only in the first step that it computes, whatever came before, are velocities checked: to look at a number is to
+    wait for the device.
     """
 
     def __init__(
@@ -74,20 +77,25 @@ class ModelPredictor:
         self._time = time
         self._run_blocks = run_blocks
         self._motion_controller = motion_controller
+        self._checked: int | None = None
         self._window = 0
         self._prepared: dict[str, Prepared] = {}
         self._rotations: dict[tuple[int, int, int], RotaryTable] = {}
 
     def __call__(self, x: Tensor, t: float, branches: Mapping[str, Conditioning], info: StepInfo) -> list[Tensor]:
         """Raises:
-        ValueError: a tensor does not fit the model, or the velocity is not finite; then the block is named.
+        ValueError: a tensor does not fit the model, or a velocity of the first step is not finite; then the block is
+            named.
         """
+        if self._checked is None:
+            self._checked = info.index
         states = self._embedded(x, branches, info)
         self._run_blocks(states, [(name, info.window) for name in branches], info)
         velocities = [self._dit.unembed(state) for state in states]
-        for (name, cond), velocity in zip(branches.items(), velocities, strict=True):
-            if not is_finite(velocity):
-                raise locate(self._dit, x, cond, self._embedded(x, {name: cond}, info), info)
+        if info.index == self._checked:
+            for (name, cond), velocity in zip(branches.items(), velocities, strict=True):
+                if not is_finite(velocity):
+                    raise locate(self._dit, x, cond, self._embedded(x, {name: cond}, info), info)
         return velocities
 
     def _embedded(self, x: Tensor, branches: Mapping[str, Conditioning], info: StepInfo) -> list[TokenState]:

@@ -25,8 +25,12 @@ def latents_to_rgb(latents: Tensor) -> Tensor:
 
 def preview_frames(latents: Tensor) -> list[Image.Image]:
     """The latent frames of the first video of normalised latents (B, 16, F, h, w), as pictures of h x w."""
-    pixels = latents_to_rgb(latents[:1])[0].mul(255).to(torch.uint8).cpu().numpy()
-    return [Image.fromarray(frame) for frame in pixels]
+    return to_images(latents_to_rgb(latents[:1])[0])
+
+
+def to_images(frames: Tensor) -> list[Image.Image]:
+    """Frames (T, H, W, 3) in [0, 1] as pictures."""
+    return [Image.fromarray(frame) for frame in frames.mul(255).to(torch.uint8).cpu().contiguous().numpy()]
 
 
 def middle_frame(latents: Tensor) -> Tensor:

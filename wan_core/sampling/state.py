@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..settings import SamplerSettings
 from ..types import Conditioning, LatentSize, VideoSize, map_tensors
 
-WEIGHT_SAMPLE = 16
-"""Values of each weight that tell one model from another; reading all would take as long as loading it."""
+WEIGHT_SAMPLE = 64
+"""At least so many values of each weight, evenly spread, tell one model from another; reading all would take as long
+as loading it."""
 
 
 class HasMemory(Protocol):
@@ -67,13 +68,20 @@ def restore(parts: Mapping[str, HasMemory], memory: Mapping[str, Tensor], device
 def digest_run(dit: nn.Module, cond: Conditioning, size: LatentSize, settings: SamplerSettings, *others: Any) -> str:
     """A digest of everything that decides a run's result: weights, conditioning, size, settings and `others`.
 
-    Which steps are run now does not count, nor where a cache rests.
+    Which steps are run now does not count, nor where a cache rests. Of each weight and buffer a sample is read:
+    training and conversion change nearly every value and are seen, a change to a few values by hand may not be.
     """
     cache = settings.cache and dataclasses.replace(settings.cache, residual_on_cpu=False)
     settings = dataclasses.replace(settings, start_step=0, end_step=None, cache=cache)
-    weights = [weight.detach().reshape(-1)[:WEIGHT_SAMPLE].float().cpu() for weight in dit.parameters()]
-    names = tuple((name, tuple(weight.shape), str(weight.dtype)) for name, weight in dit.named_parameters())
-    return digest(names, torch.cat(weights) if weights else None, cond, size, settings, *others)
+    weights = dit.state_dict()
+    names = tuple((name, tuple(weight.shape), str(weight.dtype)) for name, weight in weights.items())
+    samples = tuple(_sample(weight).float().cpu() for weight in weights.values())
+    return digest(names, samples, cond, size, settings, *others)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    flat = weight.detach().flatten()
+    return flat[:: max(1, flat.numel() // WEIGHT_SAMPLE)]
 
 
 def manifest(settings: SamplerSettings, size: VideoSize, latents: Tensor) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""The decoder of the tiny autoencoder for Wan 2.1 (taew2_1 of madebyollin/taehv): latents to pictures, much faster than
+the VAE.
+
+Attribute names are the keys of the published file. Frames pass one after the other; each block remembers the last frame
+that it saw.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import PreviewDecoderConfig
+
+LATENT_CHANNELS = 16
+
+Memory = dict[nn.Module, Tensor]
+"""The last input frame of each block, for one pass over one video."""
+
+
+def _conv(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
+
+
+class SoftClamp(nn.Module):
+    """Latents drawn softly into [-3, 3]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+class MemBlock(nn.Module):
+    """Three convolutions over a frame and the one before it, beside a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            _conv(2 * width, width), nn.ReLU(), _conv(width, width), nn.ReLU(), _conv(width, width)
+        )
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """Consecutive frames (n, C, H, W); before the first one of a video lies a frame of zeros."""
+        past = torch.cat((memory.get(self, torch.zeros_like(x[:1])), x[:-1]))
+        memory[self] = x[-1:]
+        return F.relu(self.conv(torch.cat((x, past), 1)) + x)
+
+
+class TimeGrowth(nn.Module):
+    """Each frame as `stride` frames; with `only_last`, only the last frame of all that are given is made."""
+
+    def __init__(self, width: int, stride: int, *, only_last: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
+        self._only_last = only_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[1]
+        if self._only_last:
+            return F.conv2d(x[-1:], self.conv.weight[-width:])
+        return self.conv(x).unflatten(1, (-1, width)).flatten(0, 1)
+
+
+class PreviewDecoder(nn.Module):
+    """One picture per latent frame: the last of the four frames that it stands for.
+
+    That is every fourth frame of the published decoder, which begins with the last of the first four. Nothing after the
+    last growth in time remembers a frame, so the others are left out there and change nothing.
+    """
+
+    def __init__(self, config: PreviewDecoderConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        layers: list[nn.Module] = [SoftClamp(), _conv(LATENT_CHANNELS, widths[0]), nn.ReLU()]
+        for stage, stride in enumerate((1, 2, 2)):
+            width, wider = widths[stage : stage + 2]
+            layers += [MemBlock(width) for _ in range(3)]
+            layers += [nn.Upsample(scale_factor=2), TimeGrowth(width, stride, only_last=stage == 2)]
+            layers.append(_conv(width, wider, bias=False))
+        self.decoder = nn.Sequential(*layers, nn.ReLU(), _conv(widths[-1], 3))
+
+    @torch.no_grad()
+    def forward(self, latents: Tensor, context: int = 0) -> Tensor:
+        """Pictures (F - context, 3, 8h, 8w) in [0, 1] of normalised latents (16, F, h, w).
+
+        The first `context` frames are only remembered. What lies further back than they do changes a picture little.
+        """
+        memory: Memory = {}
+        pictures = [self._frame(frame, memory) for frame in latents.transpose(0, 1).split(1)]
+        return torch.cat(pictures[context:]).clamp_(0, 1)
+
+    def _frame(self, x: Tensor, memory: Memory) -> Tensor:
+        for layer in self.decoder:
+            x = layer(x, memory) if isinstance(layer, MemBlock) else layer(x)
+        return x
