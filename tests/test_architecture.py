@@ -24,10 +24,11 @@ LEVELS = {
     "fitting": 1, "models": 1, "memory": 1, "lora": 1,
     "variants": 2, "catalog": 2, "checkpoints": 2,
     "tiny": 3, "conditioning": 3, "sampling": 3, "adapters": 3,
-    "prepare": 4, "decode": 4,
-    "model_config": 5, "inspection": 5,
-    "pipeline": 6,
-    "__init__": 7,
+    "budget": 4,
+    "prepare": 5, "decode": 5,
+    "model_config": 6, "inspection": 6,
+    "pipeline": 7,
+    "__init__": 8,
 }  # fmt: skip
 
 MAX_FILE, MAX_FUNCTION = 400, 60

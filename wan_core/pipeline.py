@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .conditioning.camera_path import CameraPath
 from .conditioning.encoders import Fit, LatentEncoder
 from .conditioning.inputs import VideoInputs, condition
 from .conditioning.text import Prompt, TextEncoder, as_prompts, text_conditioning
-from .decode import decode
+from .decode import AUTO, Tiles, decode, encode
 from .fitting import Pictures, as_frames, as_masks
 from .lora.report import Report
 from .media import pixels_to_images
@@ -48,6 +49,8 @@ class WanVideoPipeline:
     text_encoder: TextEncoder
     vae: WanVAE
     image_encoder: ImageEncoder | None = None
+    text_cache_dir: str | Path | None = None
+    """Where encoded prompts are kept from one process to the next; None keeps them in memory only."""
 
     @property
     def dit(self) -> torch.nn.Module:
@@ -212,7 +215,8 @@ class WanVideoPipeline:
             num_inference_steps: model evaluations per branch.
             sigma_shift: shift of the noise schedule.
             solver: see `SamplerSettings`.
-            tiled, tile_size, tile_stride: encode and decode in tiles of that many latent cells (height, width).
+            tiled, tile_size, tile_stride: encode and decode in tiles of that many latent cells (height,
+                width). Without `tiled` that happens, in tiles of fitting sizes, only where memory asks for it.
             sliding_window_size, sliding_window_stride: windows over a long video, in latent frames; both or none.
             tea_cache_l1_thresh, tea_cache_model_id: leave out steps (TeaCache); the template is that of the model's
                 catalog row unless one is named.
@@ -259,11 +263,12 @@ class WanVideoPipeline:
             ),
             windows=windows_of_call(sliding_window_size, sliding_window_stride),
         )
-        tiles = TileSettings(size=tuple(tile_size), stride=tuple(tile_stride)) if tiled else None
+        tiles = TileSettings(size=tuple(tile_size), stride=tuple(tile_stride)) if tiled else AUTO
         start = _frames(input_video, "input_video")
         self._check(inputs, prompt, negative_prompt)
-        with on_device(self.text_encoder.model, self.device):
-            cond = text_conditioning(self.text_encoder, prompt, negative_prompt)
+        encoder = self.text_encoder.kept_in(self.text_cache_dir)
+        at_work = partial(on_device, encoder.model, self.device)
+        cond = text_conditioning(encoder, prompt, negative_prompt, at_work)
         cond, latents = self._encode(cond, inputs, start, size, tiles, fit)
         cond = self.model.fit(cond.to(self.device), size)
         with self.model.adapted(settings.total_steps, self.device) as run, on_device(self.dit, self.device):
@@ -287,7 +292,7 @@ class WanVideoPipeline:
         inputs: VideoInputs,
         start: Tensor | None,
         size: VideoSize,
-        tiles: TileSettings | None,
+        tiles: Tiles,
         fit: Fit | None,
     ) -> tuple[Conditioning, Tensor | None]:
         """Conditioning with all inputs, and the latents of the video to start from."""
@@ -296,14 +301,15 @@ class WanVideoPipeline:
         with ExitStack() as stack:
             for module in filter(None, (self.vae, self.image_encoder)):
                 stack.enter_context(on_device(module, self.device))
-            encoder = LatentEncoder(vae=self.vae, tiles=tiles)
+            runtime = Runtime(device=self.device, dtype=self.torch_dtype)
+            encoder = LatentEncoder(vae=self.vae, encode=partial(encode, self.vae, tiles=tiles, runtime=runtime))
             cond = condition(cond, inputs, self.model.variant, size, encoder, self.image_encoder, fit)
             latents = None if start is None else encoder.frames((fit or Fit()).clip(start, size, "input_video"))
         if latents is not None:
             latents = latents.expand(cond.text.shape[0], -1, -1, -1, -1)
         return cond, latents
 
-    def _output(self, latents: Tensor, tiles: TileSettings | None, output_type: str, runtime: Runtime) -> Any:
+    def _output(self, latents: Tensor, tiles: Tiles, output_type: str, runtime: Runtime) -> Any:
         if output_type == "latent":
             return latents
         with on_device(self.vae, self.device), torch.no_grad():

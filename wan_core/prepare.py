@@ -18,6 +18,7 @@ from .checkpoints.load import build, spiece_model
 from .checkpoints.tokenizer import Tokenizer
 from .conditioning.slots import fit
 from .conditioning.text import TextEncoder
+from .conditioning.text_cache import TextCache, fingerprint
 from .lora.apply import LoraRun, LoraUse, Mode, applied
 from .lora.bind import EVERYWHERE, BlockStrengths
 from .lora.read import Lora
@@ -226,7 +227,9 @@ def load_text_encoder(
             f"The tokenizer has {found.vocab_size} tokens, the text encoder only {component.config.vocab_size}: they "
             "do not belong together."
         )
-    return TextEncoder(build(component, dtype=dtype, device=device), found)
+    model = build(component, dtype=dtype, device=device)
+    stored = sorted({str(parameter.dtype) for parameter in model.parameters()})
+    return TextEncoder(model, found, TextCache.in_memory(fingerprint(component.header.files, *stored)))
 
 
 def has_tokenizer(component: Component) -> bool:
