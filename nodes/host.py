@@ -107,7 +107,15 @@ def runtime(dtype: torch.dtype, phase_bytes: int = 0) -> Runtime:
         on_progress=_comfyui_report(),
         check_cancelled=model_management.throw_exception_if_processing_interrupted,
         free_memory=lambda size: model_management.free_memory(size, device()),
+        memory_left=_memory_left,
     )
+
+
+def _memory_left(place: torch.device) -> int | None:
+    """What ComfyUI leaves to inference on a device, less what --reserve-vram keeps for others; no limit on the CPU."""
+    if place.type == "cpu":
+        return None
+    return model_management.get_free_memory(place) - model_management.extra_reserved_memory()
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
@@ -211,6 +219,13 @@ def models_dir() -> Path:
 def output_dir() -> Path:
     """The folder that results go to."""
     return Path(folder_paths.get_output_directory()) if folder_paths else _standalone.output_dir
+
+
+def prompts_dir() -> Path:
+    """The folder that encoded prompts are kept in: below ComfyUI's user folder, else below the models folder."""
+    if folder_paths and hasattr(folder_paths, "get_user_directory"):
+        return Path(folder_paths.get_user_directory()) / "wancore" / "prompts"
+    return models_dir() / "wancore_prompts"
 
 
 def saved_file(name: str) -> Path:

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..wan_core.conditioning.text import TextEncoder, text_conditioning
-from ..wan_core.memory.residency import on_device
 from ..wan_core.settings import (
     TEACACHE_TEMPLATES,
     WINDOW_MODES,
@@ -21,6 +21,7 @@ from ..wan_core.settings import (
 )
 from ..wan_core.types import Conditioning
 from . import host, sockets
+from .encoding import text_encoder_at_work
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:
@@ -200,11 +201,9 @@ class WindowPrompts(_Options):
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:
             raise ValueError("prompts needs at least one line.")
-        model = text_encoder.model
-        device = host.runtime(model.norm.weight.dtype, host.weight_bytes(model)).device
-        with on_device(model, device):
-            found = [text_conditioning(text_encoder, line, negative_prompt) for line in lines]
-        return (tuple(cond.to(host.resting_device()) for cond in found),)
+        cond = text_conditioning(text_encoder, lines, negative_prompt, partial(text_encoder_at_work, text_encoder))
+        cond = cond.to(host.resting_device())
+        return (tuple(cond.map(lambda t, _, i=i: t[i : i + 1]) for i in range(len(lines))),)
 
 
 class Guidance(_Options):

@@ -91,7 +91,9 @@ def line(default: str, tooltip: str) -> Declaration:
 def tile_inputs() -> dict[str, Declaration]:
     """The switch and the four sizes of tiled encoding and decoding, in latent cells of 8 pixels."""
     return {
-        "tiled": flag(False, "Work in overlapping tiles: much less memory, somewhat slower."),
+        "tiled": flag(
+            False, "Work in overlapping tiles of these sizes. Off: at once if it fits, else in tiles that fit."
+        ),
         "tile_height": whole(30, 4, 2048, "Height of a tile in latent cells (8 pixels each)."),
         "tile_width": whole(52, 4, 2048, "Width of a tile in latent cells (8 pixels each)."),
         "stride_height": whole(15, 1, 2048, "Distance between tiles; the rest of the tile overlaps and is blended."),

@@ -1,12 +1,13 @@
 """Prompts to conditioning."""
 
+from functools import partial
 from typing import Any
 
 from ..wan_core.catalog import NEGATIVE_PROMPT
 from ..wan_core.conditioning.text import TextEncoder, text_conditioning
-from ..wan_core.memory.residency import on_device
 from ..wan_core.types import Conditioning
 from . import host, sockets
+from .encoding import text_encoder_at_work
 
 
 class TextEncode:
@@ -30,12 +31,15 @@ class TextEncode:
                 "negative_prompt": sockets.text(
                     NEGATIVE_PROMPT, "What to avoid. The default is the authors' own. Unused at cfg 1."
                 ),
+                "cache_on_disk": sockets.flag(
+                    False, "Keep encoded prompts in ComfyUI's user folder (wancore/prompts), up to 4 MB each."
+                ),
             },
         }
 
-    def encode(self, text_encoder: TextEncoder, prompt: str, negative_prompt: str = "") -> tuple[Conditioning]:
-        model = text_encoder.model
-        device = host.runtime(model.norm.weight.dtype, host.weight_bytes(model)).device
-        with on_device(model, device):
-            cond = text_conditioning(text_encoder, prompt, negative_prompt)
+    def encode(
+        self, text_encoder: TextEncoder, prompt: str, negative_prompt: str = "", cache_on_disk: bool = False
+    ) -> tuple[Conditioning]:
+        encoder = text_encoder.kept_in(host.prompts_dir() if cache_on_disk else None)
+        cond = text_conditioning(encoder, prompt, negative_prompt, partial(text_encoder_at_work, encoder))
         return (cond.to(host.resting_device()),)

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..wan_core.decode import decode
+from ..wan_core.decode import decode, encode
 from ..wan_core.media import frames_to_pixels, pixels_to_frames
 from ..wan_core.memory.residency import on_device
 from ..wan_core.models.vae import WanVAE, denormalise, normalise
@@ -96,6 +95,6 @@ class VAEEncode:
         settings = tile_settings(**tiles)
         pixels = frames_to_pixels(_fitted(images))
         runtime = host.runtime(vae.dtype, host.weight_bytes(vae))
-        with on_device(vae, runtime.device), torch.no_grad():
-            latents = vae.encode(pixels.to(runtime.device), settings, runtime.chunks("Encoding"))
-        return ({"samples": denormalise(latents).cpu()},)
+        with on_device(vae, runtime.device):
+            latents = encode(vae, pixels, settings, runtime)
+        return ({"samples": denormalise(latents)},)

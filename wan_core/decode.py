@@ -1,37 +1,104 @@
-"""Latents to pixels on a device that may be too small for them."""
+"""Latents to pixels and pixels to latents on a device that may be too small for them."""
 
 import gc
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .budget.vae import What, choose_tiles, peak_bytes, smallest_tiles
 from .models.vae import WanVAE
 from .runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
 from .sampling.finite import check_latents
 from .tiling import TileSettings
+from .types import VAE_STRIDE, LatentSize
 
 SMALLER_TILES = (TileSettings(), TileSettings(size=(16, 16), stride=(12, 12)))
 """What is tried when memory runs out, one after the other."""
 
+AUTO = "auto"
+Tiles = TileSettings | Literal["auto"] | None
+"""Tiles of that size, whatever the memory; as the memory asks for; or none as long as there is memory."""
+
 
 @torch.no_grad()
-def decode(vae: WanVAE, latents: Tensor, tiles: TileSettings | None, runtime: Runtime) -> Tensor:
-    """Normalised latents (B, 16, F, h, w) to pixels (B, 3, T, H, W) in [-1, 1], float32.
+def decode(vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None) -> Tensor:
+    """Normalised latents (B, 16, F, h, w) to pixels (B, 3, T, H, W) in [-1, 1], float32, on the CPU.
 
-    When the device runs out of memory the latents are decoded in tiles, then in smaller tiles, with a notice; the
-    pixels are then gathered on the CPU.
+    With tiles "auto" the whole is decoded at once where that fits into `budget` bytes beside the weights, else in
+    strips or tiles, with a notice. Without a budget it is what the device has left; the CPU then never needs tiles.
+    When the device runs out of memory nevertheless, smaller tiles are tried, with a notice. Pixels are gathered on the
+    CPU piece by piece.
 
     Raises:
         NonFiniteError: the latents hold NaN or infinity.
         OutOfMemoryError: the smallest tiles do not fit either.
     """
     check_latents(latents, "before decoding")
-    height, width = latents.shape[-2:]
-    tried = [tiles, *(t for t in SMALLER_TILES if _area(t, height, width) < _area(tiles, height, width))]
+    latents = latents.cpu()
+    size = LatentSize(*latents.shape[2:])
+    try:
+        if tiles == AUTO:
+            tiles = _fitting(vae, size, len(latents), "decode", runtime, budget)
+        return _in_tiles(lambda t: vae.decode(latents, t, runtime.chunks("Decoding")), tiles, size, "decode")
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(str(error), latents) from error
+
+
+@torch.no_grad()
+def encode(vae: WanVAE, pixels: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None) -> Tensor:
+    """Pixels (B, 3, T, H, W) in [-1, 1] to normalised latents (B, 16, F, h, w), float32, on the CPU; as `decode`.
+
+    Raises:
+        ValueError: the VAE cannot encode pixels of that shape.
+        OutOfMemoryError: the smallest tiles do not fit.
+    """
+    pixels = pixels.cpu()
+    time, stride, _ = VAE_STRIDE
+    frames, height, width = pixels.shape[-3:]
+    size = LatentSize((frames - 1) // time + 1, height // stride, width // stride)
+    if tiles == AUTO:
+        tiles = _fitting(vae, size, len(pixels), "encode", runtime, budget)
+    return _in_tiles(lambda t: vae.encode(pixels, t, runtime.chunks("Encoding")), tiles, size, "encode")
+
+
+def _fitting(
+    vae: WanVAE, size: LatentSize, batch: int, what: What, runtime: Runtime, budget: int | None
+) -> TileSettings | None:
+    """Tiles that a pass fits into memory with, after the host was asked for room; None where the whole fits.
+
+    What the device says to have left is no promise either way: when even the smallest tiles seem not to fit into that,
+    they are tried. A budget that was given is kept.
+    """
+    plan = (vae.config, vae.dtype, size)
+    needed = peak_bytes(*plan, None, what, batch)
+    room = runtime.room(needed) if budget is None else budget
+    if room is None or needed <= room:
+        return None
+    try:
+        tiles = choose_tiles(*plan, room, what, batch)
+    except OutOfMemoryError:
+        if budget is not None:
+            raise
+        tiles = smallest_tiles(size)
+    pieces = len(tiles.plan(size.height, size.width))
+    log.warning(
+        "To %s %dx%d at once takes %.1f GB, and there are %.1f GB: working in %d tiles of %dx%d pixels.",
+        what, size.width * 8, size.height * 8, needed / 1e9, room / 1e9, pieces, tiles.size[1] * 8, tiles.size[0] * 8,
+    )  # fmt: skip
+    return tiles
+
+
+def _in_tiles(
+    work: Callable[[TileSettings | None], Tensor], tiles: TileSettings | None, size: LatentSize, what: What
+) -> Tensor:
+    """`work` with these tiles, and with ever smaller ones while the device runs out of memory."""
+    tried = [tiles, *(t for t in SMALLER_TILES if _area(t, size) < _area(tiles, size))]
+    doing = {"decode": "decoding", "encode": "encoding"}[what]
     for attempt, choice in enumerate(tried):
         try:
-            place = runtime.device if attempt == 0 else torch.device("cpu")
-            return vae.decode(latents.to(place), choice, runtime.chunks("Decoding"))
+            return work(choice)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -39,16 +106,15 @@ def decode(vae: WanVAE, latents: Tensor, tiles: TileSettings | None, runtime: Ru
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if attempt + 1 < len(tried):
-            log.warning("Out of memory while decoding; trying tiles of %dx%d latent cells.", *tried[attempt + 1].size)
+            log.warning("Out of memory while %s; trying tiles of %dx%d latent cells.", doing, *tried[attempt + 1].size)
     raise OutOfMemoryError(
-        f"Out of memory while decoding {width * 8}x{height * 8}, {latents.shape[2]} latent frames, even in tiles of "
-        f"{tried[-1].size[0]}x{tried[-1].size[1]} latent cells. Close other programs that use the device, decode fewer "
-        "frames at a time, or load the VAE with another device.",
-        latents.cpu(),
+        f"Out of memory while {doing} {size.width * 8}x{size.height * 8}, {size.frames} latent frames, even in tiles "
+        f"of {tried[-1].size[0]}x{tried[-1].size[1]} latent cells. Close other programs that use the device, {what} "
+        "fewer frames at a time, or load the VAE with another device."
     )
 
 
-def _area(tiles: TileSettings | None, height: int, width: int) -> int:
+def _area(tiles: TileSettings | None, size: LatentSize) -> int:
     if tiles is None:
-        return height * width
-    return min(tiles.size[0], height) * min(tiles.size[1], width)
+        return size.height * size.width
+    return min(tiles.size[0], size.height) * min(tiles.size[1], size.width)

@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,24 @@ from PIL import Image
 from torch import Tensor
 
 from . import prepare
+from .budget.room import IMAGE_ENCODER_BYTES, encoder_at_work, limited
+from .budget.text import peak_bytes as text_bytes
 from .conditioning.camera_path import CameraPath
 from .conditioning.encoders import Fit, LatentEncoder
 from .conditioning.inputs import VideoInputs, condition
 from .conditioning.text import Prompt, TextEncoder, as_prompts, text_conditioning
-from .decode import decode
+from .decode import AUTO, Tiles, decode, encode
 from .fitting import Pictures, as_frames, as_masks
 from .lora.report import Report
 from .media import pixels_to_images
-from .memory.residency import on_device
+from .memory.residency import Residency, on_device
 from .model_config import ModelConfig, find_models, tokenizer_folder
 from .models.image_encoder import ImageEncoder
 from .models.vae import WanVAE
 from .runtime import Runtime, default_device, log
 from .sampling.call import cache_of_call, windows_of_call
 from .sampling.loop import sample
-from .settings import GuidanceSettings, SamplerSettings, check_choice
+from .settings import GuidanceSettings, MemorySettings, SamplerSettings, check_choice
 from .tiling import TileSettings
 from .types import Conditioning, Curve, VideoSize
 from .variants import check
@@ -39,7 +42,8 @@ OUTPUT_TYPES = ("pil", "tensor", "latent")
 class WanVideoPipeline:
     """Every Wan 2.1 model in one object. Build it with `from_pretrained`, then call it.
 
-    Models whose `offload_device` differs from `device` are on `device` only while they work.
+    Models whose `offload_device` differs from `device` are on `device` only while they work; blocks that do not fit
+    there are streamed.
     """
 
     device: torch.device
@@ -48,6 +52,10 @@ class WanVideoPipeline:
     text_encoder: TextEncoder
     vae: WanVAE
     image_encoder: ImageEncoder | None = None
+    text_cache_dir: str | Path | None = None
+    """Where encoded prompts are kept from one process to the next; None keeps them in memory only."""
+    memory: MemorySettings = MemorySettings()
+    """What may be used of the device; see `enable_vram_management`."""
 
     @property
     def dit(self) -> torch.nn.Module:
@@ -85,14 +93,14 @@ class WanVideoPipeline:
         configs = [config.filled_from(defaults) for config in model_configs]
         found = find_models(configs, torch_dtype, redirect_common_files)
         component = {kind: model.component for kind, model in found.items()}
-        rest = {kind: model.config.offload_device or device for kind, model in found.items()}
         tokenizer = tokenizer_folder(component["text_encoder"], tokenizer_config, defaults)
-        settings = prepare.DiTSettings(dtype=torch_dtype)
+        rest = {kind: model.config.rest(device, torch_dtype) for kind, model in found.items()}
         model = prepare.load_dit(
-            component["dit"], settings, rest["dit"], vace=component.get("vace"), compute_device=device
-        )
+            component["dit"], prepare.DiTSettings(dtype=torch_dtype), rest["dit"], vace=component.get("vace"),
+            compute_device=device,
+        )  # fmt: skip
         if "motion_controller" in found:
-            model = prepare.with_speed_control(model, component["motion_controller"], device)
+            model = prepare.with_speed_control(model, component["motion_controller"], rest["motion_controller"])
         image_encoder = None
         if "image_encoder" in found:
             image_encoder = prepare.load_image_encoder(component["image_encoder"], torch_dtype, rest["image_encoder"])
@@ -111,11 +119,27 @@ class WanVideoPipeline:
         vram_limit: float | None = None,
         vram_buffer: float | None = None,
     ) -> None:
-        """Not part of this version; `ModelConfig(offload_device="cpu")` keeps idle models off the card."""
-        raise ValueError(
-            "enable_vram_management is not part of this version. Use ModelConfig(offload_device='cpu') to keep models "
-            "that are not at work off the card."
+        """Keep what is in use on the device within a limit, in every call from now on.
+
+        Models are on the device only while they work; those that rest there now are moved to host memory. Blocks that
+        do not fit are copied to it one ahead of their turn. The limit is met where that is possible at all: a run that
+        needs more with every block streamed is run so, with a warning.
+
+        Args:
+            num_persistent_param_in_dit: keep that many parameters of the DiT on the device and stream the others,
+                whatever the limit; 0 streams all blocks.
+            vram_limit: GiB in use on the device by all programs; all that is free if None. 0 streams everything.
+            vram_buffer: GiB of it that are left to what is not weights; computed from the size of the video if None.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        self.memory = MemorySettings(
+            vram_limit=vram_limit, vram_buffer=vram_buffer, persistent_params=num_persistent_param_in_dit
         )
+        for module in filter(None, (*self.model.modules, self.text_encoder.model, self.vae, self.image_encoder)):
+            if self.device.type != "cpu":
+                Residency.of(module).rest_on(torch.device("cpu"))
 
     def load_lora(
         self, module: torch.nn.Module, path: str | Path, alpha: float | Sequence[float] | Curve = 1.0
@@ -213,7 +237,8 @@ class WanVideoPipeline:
             num_inference_steps: model evaluations per branch.
             sigma_shift: shift of the noise schedule.
             solver: see `SamplerSettings`.
-            tiled, tile_size, tile_stride: encode and decode in tiles of that many latent cells (height, width).
+            tiled, tile_size, tile_stride: encode and decode in tiles of that many latent cells (height,
+                width). Without `tiled` that happens, in tiles of fitting sizes, only where memory asks for it.
             sliding_window_size, sliding_window_stride: windows over a long video, in latent frames; both or none.
             window_prompts: what each window shows in place of `prompt`, the last one for all after it.
             tea_cache_l1_thresh, tea_cache_model_id: leave out steps (TeaCache); the template is that of the model's
@@ -261,19 +286,21 @@ class WanVideoPipeline:
             ),
             windows=windows_of_call(sliding_window_size, sliding_window_stride),
         )
-        tiles = TileSettings(size=tuple(tile_size), stride=tuple(tile_stride)) if tiled else None
+        tiles = TileSettings(size=tuple(tile_size), stride=tuple(tile_stride)) if tiled else AUTO
         start = _frames(input_video, "input_video")
         self._check(inputs, prompt, negative_prompt)
         window_texts = _prompts_of_windows(window_prompts, prompt, settings)
-        with on_device(self.text_encoder.model, self.device):
-            cond = text_conditioning(self.text_encoder, prompt, negative_prompt)
-            prompts = [text_conditioning(self.text_encoder, text, negative_prompt) for text in window_texts]
+        encoder = self.text_encoder.kept_in(self.text_cache_dir)
+        at_work = partial(self._at_work, encoder.model, text_bytes(encoder.model.config, encoder.dtype))
+        cond = text_conditioning(encoder, prompt, negative_prompt, at_work)
+        prompts = [text_conditioning(encoder, text, negative_prompt, at_work) for text in window_texts]
         cond, latents = self._encode(cond, inputs, start, size, tiles, fit)
         cond = self.model.fit(cond.to(self.device), size)
-        with self.model.adapted(settings.total_steps, self.device) as run, on_device(self.dit, self.device):
-            runtime = run.follow(self._runtime(progress_bar_cmd, num_inference_steps))
+        plan = self.model.plan(cond, size.latent, settings, self.memory, self._runtime())
+        with self.model.working(settings.total_steps, self.device, plan.placement) as run:
+            runtime = run.follow(self._runtime(progress_bar_cmd or _tqdm, num_inference_steps))
             latents = sample(
-                self.dit, cond, size.latent, settings, runtime, latents, self.model.motion_controller,
+                self.dit, cond, size.latent, plan.settings, runtime, latents, self.model.motion_controller,
                 prompts=[text.to(self.device) for text in prompts],
             )  # fmt: skip
         return self._output(latents, tiles, output_type, runtime)
@@ -294,23 +321,25 @@ class WanVideoPipeline:
         inputs: VideoInputs,
         start: Tensor | None,
         size: VideoSize,
-        tiles: TileSettings | None,
+        tiles: Tiles,
         fit: Fit | None,
     ) -> tuple[Conditioning, Tensor | None]:
         """Conditioning with all inputs, and the latents of the video to start from."""
         if not inputs.given() and start is None:
             return cond, None
         with ExitStack() as stack:
-            for module in filter(None, (self.vae, self.image_encoder)):
-                stack.enter_context(on_device(module, self.device))
-            encoder = LatentEncoder(vae=self.vae, tiles=tiles)
+            stack.enter_context(on_device(self.vae, self.device))
+            if self.image_encoder is not None:
+                stack.enter_context(self._at_work(self.image_encoder, IMAGE_ENCODER_BYTES))
+            runtime = self._runtime()
+            encoder = LatentEncoder(vae=self.vae, encode=partial(encode, self.vae, tiles=tiles, runtime=runtime))
             cond = condition(cond, inputs, self.model.variant, size, encoder, self.image_encoder, fit)
             latents = None if start is None else encoder.frames((fit or Fit()).clip(start, size, "input_video"))
         if latents is not None:
             latents = latents.expand(cond.text.shape[0], -1, -1, -1, -1)
         return cond, latents
 
-    def _output(self, latents: Tensor, tiles: TileSettings | None, output_type: str, runtime: Runtime) -> Any:
+    def _output(self, latents: Tensor, tiles: Tiles, output_type: str, runtime: Runtime) -> Any:
         if output_type == "latent":
             return latents
         with on_device(self.vae, self.device), torch.no_grad():
@@ -320,16 +349,26 @@ class WanVideoPipeline:
         videos = [pixels_to_images(video[None]) for video in pixels]
         return videos[0] if len(videos) == 1 else videos
 
-    def _runtime(self, progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None, steps: int) -> Runtime:
-        if progress_bar_cmd is None:
-            from tqdm import tqdm as progress_bar_cmd
-        bar = iter(progress_bar_cmd(range(steps)))
+    def _at_work(self, module: torch.nn.Module, activations: int) -> AbstractContextManager[torch.nn.Module]:
+        return encoder_at_work(module, self._runtime(), self.memory, activations)
+
+    def _runtime(
+        self, progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = None, steps: int = 0
+    ) -> Runtime:
+        bar = iter(progress_bar_cmd(range(steps))) if progress_bar_cmd else iter(())
         next(bar, None)
-        return Runtime(
+        runtime = Runtime(
             device=self.device,
             dtype=self.torch_dtype,
             on_progress=lambda phase, done, total, latents=None: next(bar, None),
         )
+        return limited(runtime, self.memory)
+
+
+def _tqdm(steps: Iterable[int]) -> Iterable[int]:
+    from tqdm import tqdm
+
+    return tqdm(steps)
 
 
 def _prompts_of_windows(window_prompts: Sequence[Prompt], prompt: Prompt, settings: SamplerSettings) -> list[list[str]]:

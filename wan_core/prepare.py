@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 
 from . import catalog, tiny
 from .adapters.model import LAYOUT, Target, report, use_lora
-from .budget.run import RunPlan, plan_run
+from .budget.room import available
+from .budget.run import RunPlan, placed_run, plan_run
 from .checkpoints.detect import Component, detect_files, join_vace, require_kind
 from .checkpoints.download import OnProgress, fetch, redirect
 from .checkpoints.keymap import SPIECE_MODEL
@@ -19,6 +21,7 @@ from .checkpoints.load import build, spiece_model
 from .checkpoints.tokenizer import Tokenizer
 from .conditioning.slots import fit
 from .conditioning.text import TextEncoder
+from .conditioning.text_cache import TextCache, fingerprint
 from .lora.apply import LoraRun, LoraUse, Mode, applied
 from .lora.bind import EVERYWHERE, BlockStrengths
 from .lora.read import Lora
@@ -31,6 +34,7 @@ from .models.image_encoder import ImageEncoder
 from .models.motion_controller import MotionController
 from .models.preview_decoder import PreviewDecoder
 from .models.vae import WanVAE
+from .runtime import Runtime
 from .settings import MemorySettings, SamplerSettings
 from .types import Conditioning, Curve, LatentSize, VideoSize
 from .variants import Variant, match_variant
@@ -105,10 +109,17 @@ class VideoModel:
         size: LatentSize,
         settings: SamplerSettings,
         memory: MemorySettings,
-        available: float | None,
+        runtime: Runtime,
     ) -> RunPlan:
-        """Where the weights will be during a run of `settings` in `available` bytes, see `budget.run.plan_run`."""
-        return plan_run(self.dit, cond, size, settings, memory, available, self.motion_controller, self.loras)
+        """Where the weights will be during a run of `settings`, see `budget.run`; `runtime` knows of a limit."""
+        if memory.vram_limit == 0:
+            memory = replace(memory, vram_limit=None, persistent_params=0)
+        if memory.persistent_params is not None or runtime.unbounded:
+            return placed_run(self.dit, cond, settings, memory)
+        room = partial(available, self.dit, runtime, memory)
+        plan = plan_run(self.dit, cond, size, settings, memory, room, self.motion_controller, self.loras)
+        log.log(logging.WARNING if plan.missing else logging.INFO, "%s: %s.", self.name, plan.summary())
+        return plan
 
     @contextmanager
     def working(
@@ -259,7 +270,9 @@ def load_text_encoder(
             f"The tokenizer has {found.vocab_size} tokens, the text encoder only {component.config.vocab_size}: they "
             "do not belong together."
         )
-    return TextEncoder(build(component, dtype=dtype, device=device), found)
+    model = build(component, dtype=dtype, device=device)
+    stored = sorted({str(parameter.dtype) for parameter in model.parameters()})
+    return TextEncoder(model, found, TextCache.in_memory(fingerprint(component.header.files, *stored)))
 
 
 def has_tokenizer(component: Component) -> bool:

@@ -42,6 +42,19 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that this process can still use on `device`, also what PyTorch holds for reuse.
+
+    None where no limit is known, such as on the CPU.
+    """
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return None
+
+
 def _ignore_progress(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
     pass
 
@@ -77,6 +90,7 @@ class Runtime:
         before_step: called as (index, total) before every step of a sampling run, wherever the run begins.
         check_cancelled: raises `Cancelled`, or an exception of the host, when the user wants to stop.
         free_memory: asks the host to make room for that many bytes on `device`.
+        memory_left: bytes that work may still use on a device; None where no limit is known.
     """
 
     device: torch.device
@@ -85,10 +99,27 @@ class Runtime:
     before_step: Callable[[int, int], None] = lambda index, total: None
     check_cancelled: Callable[[], None] = lambda: None
     free_memory: Callable[[int], None] = lambda _: None
+    memory_left: Callable[[torch.device], float | None] = free_bytes
 
     @classmethod
     def default(cls, device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16) -> "Runtime":
         return cls(device=torch.device(device) if device else default_device(), dtype=dtype)
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether no limit is known of the memory of `device`."""
+        return self.memory_left(self.device) is None
+
+    def room(self, wanted: float) -> float | None:
+        """Bytes that work which wants so many may use on `device`, after the host was asked for what is missing.
+
+        None where no limit is known.
+        """
+        left = self.memory_left(self.device)
+        if left is not None and left < wanted:
+            self.free_memory(int(wanted))
+            left = self.memory_left(self.device)
+        return left
 
     def chunks(self, phase: str) -> Callable[[int, int], None]:
         """A report for work done in pieces: progress under the name `phase`, and a chance to stop after each piece."""

@@ -146,7 +146,8 @@ class MemorySettings:
     """How much of a device a model may use. The least that any limit leads to is every block streamed.
 
     Attributes:
-        vram_limit: GiB that may be in use on the device, by all programs; None is all that it has.
+        vram_limit: GiB that may be in use on the device, by all programs; None is all that it has, 0 streams every
+            block and bounds nothing else.
         vram_buffer: GiB of it that are left to what is not weights; None computes what the run will need.
         persistent_params: keep as many blocks on the device as have at most that many parameters in all, whatever the
             limit; 0 streams every block.

@@ -61,7 +61,7 @@ def nothing_reads_values(monkeypatch):
 )
 def test_the_planned_peak_of_14b_is_the_counted_one(gib, width, height, fp8):
     dit, cond, size = model(fp8), conditioning(), VideoSize.rounded(width, height, 81).latent
-    plan = plan_run(dit, cond, size, SamplerSettings(steps=1), MemorySettings(), gib * GIB)
+    plan = plan_run(dit, cond, size, SamplerSettings(steps=1), MemorySettings(), lambda _: gib * GIB)
     assert bool(plan.missing) == (plan.peak_bytes > gib * GIB)
     residency, copies = Residency.of(dit), MetaCopies()
     with residency.working(META, plan.placement, copies=copies):

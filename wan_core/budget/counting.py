@@ -15,8 +15,9 @@ META = torch.device("meta")
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as fused kernels run it: its result is all that it allocates. The meta device knows only the plain
-    form, which holds the logits of all pairs.
+    """Attention as fused kernels run it: its result is all that it allocates.
+
+    The meta device knows only the plain form, which holds the logits of all pairs.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

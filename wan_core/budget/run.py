@@ -1,11 +1,10 @@
 """What a sampling run will take on a device, and the settings with which it fits."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ..lora.apply import LoraUse
 from ..memory.device import GIB
@@ -54,6 +53,13 @@ class RunPlan:
     def peak_bytes(self) -> int:
         return self.placement.device_bytes + self.activations + self.allowance
 
+    def within(self, available: float | None, memory: MemorySettings) -> "RunPlan":
+        """The same run in `available` bytes of the device, with `memory`'s buffer or count of parameters."""
+        buffer = self.activations + self.allowance if memory.vram_buffer is None else memory.vram_buffer * GIB
+        budget = None if available is None or memory.persistent_params is not None else available - buffer
+        placement = place(self.placement.inventory, budget, memory.persistent_params)
+        return dataclasses.replace(self, placement=placement, available=available)
+
     @property
     def missing(self) -> float:
         """Bytes that the run needs beyond those available; 0 when it fits."""
@@ -88,25 +94,39 @@ def plan_run(
     size: LatentSize,
     settings: SamplerSettings,
     memory: MemorySettings,
-    available: float | None,
+    room: Callable[[float], float | None],
     motion_controller: MotionController | None = None,
     loras: Sequence[LoraUse] = (),
 ) -> RunPlan:
-    """The plan of the fewest copied bytes for a run of `settings` in `available` bytes of the device.
+    """The plan of the fewest copied bytes for a run of `settings`.
 
     `sequential` guidance becomes `interleaved`, which computes the same, when weights are streamed and it saves copies.
 
     Args:
         cond: fitted to the model; its tensors may lie anywhere, also on the meta device.
+        room: the bytes of the device that a run which wants so many may use; None without a bound.
     """
-    inventory = dit_inventory(dit, cond)
-    plans = [
-        _plan(dit, inventory, cond, size, mode, memory, available, motion_controller, loras)
-        for mode in _modes(settings)
-    ]
-    if not plans[0].placement.streamed:
-        return plans[0]
-    return min(plans, key=lambda plan: (plan.missing, plan.copied_per_step))
+    inventory, given = dit_inventory(dit, cond), tuple(loras)
+    plan = _counted(dit, inventory, cond, size, settings, motion_controller, given)
+    available = room(plan.peak_bytes)
+    plan = plan.within(available, memory)
+    if not plan.placement.streamed or settings.guidance.mode != "sequential" or settings.guidance.scale == 1:
+        return plan
+    other = _counted(dit, inventory, cond, size, interleaved(settings), motion_controller, given)
+    return min(plan, other.within(available, memory), key=lambda plan: (plan.missing, plan.copied_per_step))
+
+
+def interleaved(settings: SamplerSettings) -> SamplerSettings:
+    """The same run with both branches passing each block before the next."""
+    return dataclasses.replace(settings, guidance=dataclasses.replace(settings.guidance, mode="interleaved"))
+
+
+def placed_run(dit: WanDiT, cond: Conditioning, settings: SamplerSettings, memory: MemorySettings) -> RunPlan:
+    """The plan of a run that nothing but `memory.persistent_params` bounds; its activations are not counted."""
+    placement = place(dit_inventory(dit, cond), None, memory.persistent_params)
+    sequential = settings.guidance.mode == "sequential" and settings.guidance.scale != 1
+    settings = interleaved(settings) if placement.streamed and sequential else settings
+    return RunPlan(settings, placement, 0, 0, None, 0.0)
 
 
 def dit_inventory(dit: WanDiT, cond: Conditioning) -> Inventory:
@@ -115,23 +135,16 @@ def dit_inventory(dit: WanDiT, cond: Conditioning) -> Inventory:
     return Residency.of(dit).inventory(order, [] if cond.vace else [p for p in order if p.startswith("vace_blocks.")])
 
 
-def _modes(settings: SamplerSettings) -> Iterator[SamplerSettings]:
-    yield settings
-    if settings.guidance.mode == "sequential" and settings.guidance.scale != 1:
-        yield dataclasses.replace(settings, guidance=dataclasses.replace(settings.guidance, mode="interleaved"))
-
-
-def _plan(
+def _counted(
     dit: WanDiT,
     inventory: Inventory,
     cond: Conditioning,
     size: LatentSize,
     settings: SamplerSettings,
-    memory: MemorySettings,
-    available: float | None,
     motion_controller: MotionController | None,
     loras: Sequence[LoraUse],
 ) -> RunPlan:
+    """The plan with all weights on the device."""
     cond = cond.map(lambda tensor, _: torch.empty_like(tensor, device=META))
     beside = sum(tensor.nbytes for tensor in tensors_in(cond)) + _lora_bytes(loras, dit.dtype)
     prefix, frames, windows = cond.prefix_frames(size.frames), size.frames, settings.windows
@@ -143,12 +156,9 @@ def _plan(
     beside += 0 if motion_controller is None else weight_bytes(motion_controller)
     activations += beside
     allowance = WORKSPACE_BYTES + int(activations * FRAGMENTATION)
-    buffer = activations + allowance if memory.vram_buffer is None else memory.vram_buffer * GIB
-    budget = None if available is None or memory.persistent_params is not None else available - buffer
-    placement = place(inventory, budget, memory.persistent_params)
     branches = 1 if settings.guidance.scale == 1 else 2
     flops = branches * pass_flops(dit.config, window, vace_inputs=len(cond.vace or ()))
-    return RunPlan(settings, placement, activations, allowance, available, flops)
+    return RunPlan(settings, Placement(inventory), activations, allowance, None, flops)
 
 
 def _residuals(settings: SamplerSettings, size: LatentSize) -> Residuals:
@@ -167,9 +177,3 @@ def _lora_bytes(loras: Sequence[LoraUse], dtype: torch.dtype) -> int:
         for _, patch in use.bound.patches
         for tensor in patch.tensors().values()
     )
-
-
-def place_encoder(module: nn.Module, activations: int, available: float | None) -> Placement:
-    """Where the blocks of an encoder are while it works, given what else a pass takes and the bytes it may use."""
-    inventory = Residency.of(module).inventory()
-    return place(inventory, None if available is None else available - activations - WORKSPACE_BYTES)

@@ -11,7 +11,7 @@ from .counting import META, counted
 
 
 @cache
-def peak_bytes(config: TextEncoderConfig, dtype: torch.dtype, tokens: int, prompts: int) -> int:
+def peak_bytes(config: TextEncoderConfig, dtype: torch.dtype, tokens: int = 512, prompts: int = 2) -> int:
     """Peak bytes on the device of encoding `prompts` texts of `tokens` tokens each, beside the weights.
 
     Attention is counted as fused kernels run it. All layers are alike, so two stand for all.

@@ -59,9 +59,8 @@ def peak_bytes(
     height, width = latent_size.height, latent_size.width
     if tiles is not None:
         height, width = min(height, tiles.size[0]), min(width, tiles.size[1])
-    return int(
-        _bytes_per_cell(config, dtype, min(latent_size.frames, STEADY_FRAMES), what) * height * width * batch
-    ) + (WORKSPACE_BYTES)
+    per_cell = _bytes_per_cell(config, dtype, min(latent_size.frames, STEADY_FRAMES), what)
+    return int(per_cell * height * width * batch) + WORKSPACE_BYTES
 
 
 @cache

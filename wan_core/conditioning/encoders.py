@@ -1,5 +1,6 @@
 """The frozen encoders that turn pictures into latents and tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +9,8 @@ from torch import Tensor
 from ..fitting import ASPECTS, LENGTH_POLICIES, Aspect, LengthPolicy, fit_length, fit_size
 from ..media import frames_to_pixels
 from ..models.image_encoder import ImageEncoder
-from ..models.vae import OnChunk, WanVAE
+from ..models.vae import WanVAE
 from ..settings import check_choice
-from ..tiling import TileSettings
 from ..types import VideoSize
 
 
@@ -40,11 +40,14 @@ FUN_FIT = Fit(aspect="stretch")
 
 @dataclass(frozen=True, kw_only=True)
 class LatentEncoder:
-    """A VAE on its device with the way to run it: frames in [0, 1] in, normalised latents out."""
+    """A VAE on its device with the way to run it: frames in [0, 1] in, normalised latents out.
+
+    Attributes:
+        encode: pixels (B, 3, T, H, W) in [-1, 1] to latents, such as `decode.encode`; None is the VAE's own, untiled.
+    """
 
     vae: WanVAE
-    tiles: TileSettings | None = None
-    on_chunk: OnChunk | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
 
     @torch.no_grad()
     def frames(self, frames: Tensor) -> Tensor:
@@ -54,7 +57,8 @@ class LatentEncoder:
     @torch.no_grad()
     def pixels(self, pixels: Tensor) -> Tensor:
         """Pixels (1, 3, T, H, W) in [-1, 1] to latents (1, 16, F, h, w) on the VAE's device."""
-        return self.vae.encode(pixels.to(self.vae.conv2.weight.device), self.tiles, self.on_chunk)
+        encode = self.encode or self.vae.encode
+        return encode(pixels).to(self.vae.conv2.weight.device)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .block_stream import BlockStream, Copies, StreamedBlock, copies_for
+from .device import used_bytes
 from .pieces import blocks_of, tables_of, weights_of
 from .plan import Inventory, Placement, place
 from .slab import Layout, Slab
@@ -49,6 +50,20 @@ class Residency:
     def kept_bytes(self) -> int:
         """Bytes of the copies that wait on a device for the next use."""
         return sum(copy.nbytes for _, copy in self._kept.values())
+
+    def bytes_on(self, device: torch.device) -> int:
+        """Bytes of the weights that are on `device` between uses, at rest or waiting; 0 where used bytes are not known,
+        because they are not counted there either.
+        """
+        if not used_bytes(device):
+            return 0
+        resting = (weight for weight in weights_of(self._module()).values() if weight.device == device)
+        return self.kept_bytes + sum(weight.nbytes for weight in resting)
+
+    def rest_on(self, device: torch.device) -> None:
+        """Let all weights rest on `device` from now on."""
+        for weight in weights_of(self._module()).values():
+            weight.data = weight.data.to(device)
 
     def evict(self, size: float | None = None) -> int:
         """Drop copies that wait for the next use, at least `size` bytes of them or all; the bytes that were dropped.

@@ -1,0 +1,163 @@
+"""Encoding and decoding within a budget: whole, in strips, in tiles, and what is said about it."""
+
+import dataclasses
+
+import pytest
+import torch
+from wancore.wan_core import tiny
+from wancore.wan_core.budget.vae import WORKSPACE_BYTES, choose_tiles, peak_bytes, smallest_tiles
+from wancore.wan_core.decode import AUTO, decode, encode
+from wancore.wan_core.memory.count import LiveBytes
+from wancore.wan_core.models.vae import WanVAE
+from wancore.wan_core.runtime import OutOfMemoryError, Runtime, free_bytes
+from wancore.wan_core.tiling import TileSettings
+from wancore.wan_core.types import LatentSize
+
+from tests.reference import relative_error, tiny_vae
+
+CPU = torch.device("cpu")
+RUNTIME = Runtime(device=CPU, dtype=torch.float32)
+SIZE = LatentSize(2, 56, 8)
+LATENTS = torch.randn(1, 16, *SIZE.shape, generator=torch.manual_seed(0))
+PIXELS = torch.rand(1, 3, 5, SIZE.height * 8, SIZE.width * 8, generator=torch.manual_seed(1)) * 2 - 1
+STRIPS = TileSettings(size=(32, 8), stride=(24, 8))
+
+
+def needs(tiles, what="decode"):
+    return peak_bytes(tiny.VAE, torch.float32, SIZE, tiles, what)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return tiny_vae()
+
+
+@pytest.fixture(scope="module")
+def whole(vae):
+    return {"decode": vae.decode(LATENTS), "encode": vae.encode(PIXELS)}
+
+
+def passed(what, vae, tiles, runtime=RUNTIME, budget=None):
+    return (
+        decode(vae, LATENTS, tiles, runtime, budget)
+        if what == "decode"
+        else encode(vae, PIXELS, tiles, runtime, budget)
+    )
+
+
+@pytest.mark.parametrize("what", ["decode", "encode"])
+def test_a_cpu_without_a_budget_needs_no_tiles(vae, whole, what, caplog):
+    assert free_bytes(CPU) is None
+    assert torch.equal(passed(what, vae, AUTO), whole[what])
+    assert torch.equal(passed(what, vae, AUTO, budget=needs(None, what)), whole[what])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("what", ["decode", "encode"])
+def test_strips_are_blended_from_strips_passed_alone(vae, whole, what, caplog):
+    """The upper 24 rows are the first strip's alone, the lower 24 the second's; 8 rows are of both."""
+    got = passed(what, vae, AUTO, budget=needs(STRIPS, what))
+    assert f"To {what} 64x448 at once takes" in caplog.text
+    assert "2 tiles of 64x256 pixels" in caplog.text
+    factor_in, factor_out = (1, 8) if what == "decode" else (8, 1)
+    chunks, source = (vae.decode_chunks, LATENTS) if what == "decode" else (vae.encode_chunks, PIXELS)
+    parts = source[..., : 32 * factor_in, :], source[..., 24 * factor_in :, :]
+    upper, lower = (torch.cat(list(chunks(part)), 2) for part in parts)
+    border, at = 8 * factor_out, 24 * factor_out
+    rise = torch.arange(1, border + 1)[:, None] / border
+    both = (upper[..., at:, :] * rise.flip(0) + lower[..., :border, :] * rise) / (rise + rise.flip(0))
+    blended = torch.cat((upper[..., :at, :], both, lower[..., border:, :]), 3)
+    assert relative_error(got, blended.clamp(-1, 1) if what == "decode" else blended) < 1e-5
+    # The middle of the VAE attends to the whole picture, so no tiling equals it.
+    assert relative_error(got, whole[what]) < 0.05
+
+
+def test_a_budget_holds_for_what_is_allocated(vae, whole):
+    """On the CPU the gathered pixels count too: the sum of the tiles, and one tile's pixels and their weighted form."""
+    tiles = choose_tiles(tiny.VAE, torch.float32, SIZE, int((needs(STRIPS) + needs(None)) / 2))
+    budget = needs(tiles)
+    one_tile = 2 * whole["decode"].nbytes * tiles.size[0] * tiles.size[1] // (SIZE.height * SIZE.width)
+    gathered = whole["decode"].nbytes + one_tile
+    with LiveBytes(CPU, given=[*vae.parameters(), LATENTS]) as counter:
+        decode(vae, LATENTS, AUTO, RUNTIME, budget)
+    assert counter.peak <= 1.05 * (budget - WORKSPACE_BYTES) + gathered
+    with LiveBytes(CPU, given=[*vae.parameters(), LATENTS]) as untiled:
+        decode(vae, LATENTS, None, RUNTIME)
+    assert counter.peak < untiled.peak
+
+
+@dataclasses.dataclass
+class Card:
+    """A device that has `left` bytes, and `hidden` more when the host is asked for room."""
+
+    left: int
+    hidden: int = 0
+    asked: list[int] = dataclasses.field(default_factory=list)
+
+    def runtime(self):
+        return Runtime(device=CPU, dtype=torch.float32, free_memory=self.free, memory_left=lambda device: self.left)
+
+    def free(self, size):
+        self.asked.append(size)
+        self.left, self.hidden = self.left + self.hidden, 0
+
+
+class Recorder(WanVAE):
+    """A VAE that does nothing but note the tiles that it is given."""
+
+    def __init__(self):
+        with torch.device("meta"):
+            super().__init__(tiny.VAE)
+        self.seen = []
+
+    def decode(self, latents, tiles=None, on_chunk=None):
+        self.seen.append(tiles)
+        return latents
+
+
+@pytest.mark.parametrize(
+    ("card", "tiles", "asked"),
+    [
+        (Card(needs(None)), None, []),
+        (Card(needs(None) - 1), STRIPS, [needs(None)]),
+        (Card(needs(STRIPS), hidden=10**9), None, [needs(None)]),
+        (Card(0), smallest_tiles(SIZE), [needs(None)]),
+    ],
+    ids=["enough", "too little", "enough when asked", "nothing"],
+)
+def test_the_device_and_its_host_are_asked(card, tiles, asked):
+    recorder = Recorder()
+    decode(recorder, LATENTS, AUTO, card.runtime())
+    assert recorder.seen == [tiles]
+    assert card.asked == asked
+
+
+def test_tiles_of_ones_own_are_used_whatever_the_memory():
+    recorder, own = Recorder(), TileSettings(size=(20, 20), stride=(10, 10))
+    decode(recorder, LATENTS, own, Card(0).runtime())
+    decode(recorder, LATENTS, None, Card(0).runtime())
+    assert recorder.seen == [own, None]
+
+
+def test_a_budget_that_cannot_be_met_is_refused_and_nothing_is_lost(vae):
+    with pytest.raises(OutOfMemoryError, match=r"decode 64x448 .* GB short") as caught:
+        decode(vae, LATENTS, AUTO, RUNTIME, budget=10**6)
+    assert torch.equal(caught.value.latents, LATENTS)
+    with pytest.raises(OutOfMemoryError, match=r"encode 64x448 .* GB short"):
+        encode(vae, PIXELS, AUTO, RUNTIME, budget=10**6)
+
+
+def test_encoding_falls_back_to_smaller_tiles(vae, monkeypatch, caplog):
+    real, tried = WanVAE.encode, []
+
+    def small(self, video, tiles=None, on_chunk=None):
+        tried.append(tiles and tiles.size)
+        if tiles is None or tiles.size[0] > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, video, tiles, on_chunk)
+
+    monkeypatch.setattr(WanVAE, "encode", small)
+    latents = encode(vae, PIXELS[..., :256, :], None, RUNTIME)
+    assert latents.shape == (1, 16, 2, 32, 8)
+    assert tried == [None, (30, 52), (16, 16)]
+    assert caplog.text.count("Out of memory while encoding") == 2
