@@ -14,7 +14,7 @@ from .adapters.model import LAYOUT, Target, report, use_lora
 from .checkpoints.detect import Component, detect_files, join_vace, require_kind
 from .checkpoints.download import OnProgress, fetch, redirect
 from .checkpoints.keymap import SPIECE_MODEL
-from .checkpoints.load import build, spiece_model
+from .checkpoints.load import WEIGHTS, Weights, build, spiece_model
 from .checkpoints.tokenizer import Tokenizer
 from .conditioning.slots import fit
 from .conditioning.text import TextEncoder
@@ -22,11 +22,13 @@ from .lora.apply import LoraRun, LoraUse, Mode, applied
 from .lora.bind import EVERYWHERE, BlockStrengths
 from .lora.read import Lora
 from .lora.report import Report
+from .memory.quant import require_fp8_matmul, use_fp8_matmul
 from .models.attention import load_backend
 from .models.dit import WanDiT
 from .models.image_encoder import ImageEncoder
 from .models.motion_controller import MotionController
 from .models.vae import WanVAE
+from .settings import check_choice
 from .types import Conditioning, Curve, VideoSize
 from .variants import Variant, match_variant
 
@@ -44,11 +46,19 @@ class DiTSettings:
         dtype: of its weights and matrix products.
         attention: a kernel of `models.attention`.
         exact: keep the residual stream in float32, as the authors do; costs memory and a little time.
+        weights: how the weights of its big linear layers are held, see `checkpoints.load.load_into`: as the file has
+            them (`auto`), as FP8 (`fp8`), or in `dtype` (`plain`).
+        fp8_matmul: multiply FP8 weights as FP8 numbers, on cards that can; faster, and less exact.
     """
 
     dtype: torch.dtype = torch.bfloat16
     attention: str = "sdpa"
     exact: bool = False
+    weights: Weights = "auto"
+    fp8_matmul: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("weights", self.weights, WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -160,13 +170,18 @@ def load_dit(
 
     Raises:
         ValueError: keys are missing, unexpected or misshapen, the branch is of another size, or the attention backend
-            is not usable.
+            or FP8 products are not usable.
     """
     if vace is not None:
         component = join_vace(component, vace)
     variant = match_variant(component.config)
-    attend = load_backend(settings.attention, torch.device(compute_device or device), settings.dtype)
-    dit: WanDiT = build(component, dtype=settings.dtype, device=device)
+    computes_on = torch.device(compute_device or device)
+    attend = load_backend(settings.attention, computes_on, settings.dtype)
+    if settings.fp8_matmul:
+        require_fp8_matmul(computes_on, settings.dtype)
+    dit: WanDiT = build(component, dtype=settings.dtype, device=device, weights=settings.weights)
+    if settings.fp8_matmul:
+        use_fp8_matmul(dit, computes_on)
     dit.attend = attend
     dit.exact = settings.exact
     row = catalog.find_row(preset) if preset else recommended_row(component, variant)
@@ -189,9 +204,11 @@ def _place(component: Component) -> str:
     return component.header.files[0].resolve().as_posix()
 
 
-def load_image_encoder(component: Component, dtype: torch.dtype, device: torch.device | str) -> ImageEncoder:
-    """The CLIP image encoder of `component`."""
-    return build(component, dtype=dtype, device=device)
+def load_image_encoder(
+    component: Component, dtype: torch.dtype, device: torch.device | str, *, weights: Weights = "auto"
+) -> ImageEncoder:
+    """The CLIP image encoder of `component`; `weights` as in `DiTSettings`."""
+    return build(component, dtype=dtype, device=device, weights=weights)
 
 
 def with_speed_control(model: VideoModel, component: Component, device: torch.device | str) -> VideoModel:
@@ -210,9 +227,14 @@ def with_speed_control(model: VideoModel, component: Component, device: torch.de
 
 
 def load_text_encoder(
-    component: Component, tokenizer: PathLike | None, dtype: torch.dtype, device: torch.device | str
+    component: Component,
+    tokenizer: PathLike | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    weights: Weights = "auto",
 ) -> TextEncoder:
-    """The text encoder of `component` with its tokenizer.
+    """The text encoder of `component` with its tokenizer; `weights` as in `DiTSettings`.
 
     The tokenizer comes from the folder `tokenizer`, else from the file itself (ComfyUI's packages carry it), else from
     the folder google/umt5-xxl beside the file.
@@ -226,7 +248,7 @@ def load_text_encoder(
             f"The tokenizer has {found.vocab_size} tokens, the text encoder only {component.config.vocab_size}: they "
             "do not belong together."
         )
-    return TextEncoder(build(component, dtype=dtype, device=device), found)
+    return TextEncoder(build(component, dtype=dtype, device=device, weights=weights), found)
 
 
 def has_tokenizer(component: Component) -> bool:
