@@ -6,6 +6,7 @@ from .image_encode import ImageEncode
 from .info import CheckpointInfo
 from .loaders import ImageEncoderLoader, ModelLoader, TextEncoderLoader, VAELoader
 from .lora import LoraInfo, LoraLoader, LoraSave
+from .memory import Memory
 from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, WindowPrompts, Windows
 from .sampler import LoadLatents, Sampler
 from .speed import SpeedControl
@@ -38,6 +39,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "WanCoreGuidance": Guidance,
     "WanCoreSchedule": Schedule,
     "WanCoreLongRun": LongRun,
+    "WanCoreMemory": Memory,
     "WanCoreSampler": Sampler,
     "WanCoreLoadLatents": LoadLatents,
     "WanCoreVAEEncode": VAEEncode,
@@ -69,6 +71,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreGuidance": "Guidance (WanCore)",
     "WanCoreSchedule": "Schedule (WanCore)",
     "WanCoreLongRun": "Long Run (WanCore)",
+    "WanCoreMemory": "Memory (WanCore)",
     "WanCoreSampler": "Sampler (WanCore)",
     "WanCoreLoadLatents": "Load Latents (WanCore)",
     "WanCoreVAEEncode": "VAE Encode (WanCore)",

@@ -5,12 +5,17 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
+from torch import nn
+
+from ..wan_core.budget.room import IMAGE_ENCODER_BYTES, encoder_at_work
+from ..wan_core.budget.text import peak_bytes as text_bytes
 from ..wan_core.conditioning.encoders import LatentEncoder
 from ..wan_core.conditioning.text import TextEncoder
 from ..wan_core.decode import AUTO, Tiles, encode
-from ..wan_core.memory.residency import on_device
 from ..wan_core.models.image_encoder import ImageEncoder
 from ..wan_core.models.vae import WanVAE
+from ..wan_core.runtime import Runtime
 from ..wan_core.tiling import TileSettings
 from . import host, sockets
 
@@ -32,10 +37,19 @@ class Encode:
 
 @contextmanager
 def text_encoder_at_work(encoder: TextEncoder) -> Iterator[None]:
-    """The text encoder's weights on the device inside the block."""
-    device = host.runtime(encoder.dtype, host.weight_bytes(encoder.model)).device
-    with on_device(encoder.model, device):
+    """The text encoder's weights on the device inside the block, streamed where they do not fit."""
+    activations = text_bytes(encoder.model.config, encoder.dtype)
+    with at_work(encoder.model, encoder.dtype, activations):
         yield
+
+
+@contextmanager
+def at_work(module: nn.Module, dtype: torch.dtype, activations: int = 0) -> Iterator[Runtime]:
+    """A model on the device inside the block, with the host's services; its weights wait there for the next use."""
+    runtime = host.runtime(dtype)
+    with encoder_at_work(module, runtime, host.memory_settings(), activations, keep=host.keeps_weights()):
+        yield runtime
+    host.account_for(module)
 
 
 def tile_settings(
@@ -48,9 +62,8 @@ def tile_settings(
 @contextmanager
 def encoders(vae: WanVAE, image_encoder: ImageEncoder | None, tiles: Tiles) -> Iterator[LatentEncoder]:
     """The VAE, ready to encode, and the image encoder on the device inside the block."""
-    modules = [module for module in (vae, image_encoder) if module is not None]
-    runtime = host.runtime(vae.dtype, sum(host.weight_bytes(module) for module in modules))
     with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(on_device(module, runtime.device))
+        runtime = stack.enter_context(at_work(vae, vae.dtype))
+        if image_encoder is not None:
+            stack.enter_context(at_work(image_encoder, vae.dtype, IMAGE_ENCODER_BYTES))
         yield LatentEncoder(vae=vae, encode=partial(encode, vae, tiles=tiles, runtime=runtime))

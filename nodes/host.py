@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,12 +12,15 @@ from pathlib import Path
 import torch
 
 from ..wan_core.checkpoints.download import models_folder
+from ..wan_core.memory.residency import Residency
 from ..wan_core.models.preview_decoder import PreviewDecoder
 from ..wan_core.prepare import load_preview_decoder
 from ..wan_core.runtime import Pace, Runtime, default_device, log
 from ..wan_core.sampling.preview import middle_frame, preview_frames
 from ..wan_core.sampling.previewer import Previewer
+from ..wan_core.settings import MemorySettings
 from . import previews
+from .resident import ResidentModel
 
 try:
     import comfy.latent_formats as latent_formats
@@ -57,6 +61,7 @@ class _Standalone:
 
 
 _standalone = _Standalone()
+_residents: "weakref.WeakKeyDictionary[torch.nn.Module, ResidentModel]" = weakref.WeakKeyDictionary()
 
 
 def configure(
@@ -95,18 +100,18 @@ def resting_device() -> torch.device:
     return torch.device("cpu")
 
 
-def runtime(dtype: torch.dtype, phase_bytes: int = 0) -> Runtime:
-    """The host's services for one phase of work; `phase_bytes` on the device are asked for first."""
+def runtime(dtype: torch.dtype) -> Runtime:
+    """The host's services."""
     if not model_management:
         return Runtime(device=device(), dtype=dtype, on_progress=_standalone_report())
-    if phase_bytes:
-        model_management.free_memory(phase_bytes, device())
     return Runtime(
         device=device(),
         dtype=dtype,
         on_progress=_comfyui_report(),
         check_cancelled=model_management.throw_exception_if_processing_interrupted,
-        free_memory=lambda size: model_management.free_memory(size, device()),
+        free_memory=lambda size: model_management.free_memory(
+            size + model_management.extra_reserved_memory(), device()
+        ),
         memory_left=_memory_left,
     )
 
@@ -118,9 +123,32 @@ def _memory_left(place: torch.device) -> int | None:
     return model_management.get_free_memory(place) - model_management.extra_reserved_memory()
 
 
-def weight_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a model's weights."""
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+def memory_settings() -> MemorySettings:
+    """What ComfyUI's options say of memory: --lowvram and --novram stream every block."""
+    least = model_management and model_management.vram_state in (
+        model_management.VRAMState.LOW_VRAM,
+        model_management.VRAMState.NO_VRAM,
+    )
+    return MemorySettings(vram_limit=0.0 if least else None)
+
+
+def keeps_weights() -> bool:
+    """Whether weights wait on the device for the next run: in ComfyUI, which evicts them when others need the room."""
+    return model_management is not None
+
+
+def account_for(module: torch.nn.Module) -> None:
+    """Show ComfyUI the weights of `module` that wait on the device, so that it can evict them."""
+    if not model_management or not Residency.of(module).kept_bytes:
+        return
+    known = model_management.current_loaded_models
+    if any(loaded.model is not None and loaded.model.model is module for loaded in known):
+        return
+    resident = _residents.setdefault(module, ResidentModel(module, device(), resting_device()))
+    loaded = model_management.LoadedModel(resident)
+    loaded.real_model = weakref.ref(module)
+    loaded.model_finalizer = weakref.finalize(module, model_management.cleanup_models)
+    known.insert(0, loaded)
 
 
 def _standalone_report() -> Report:

@@ -9,7 +9,9 @@ import torch
 from ..wan_core import catalog, prepare
 from ..wan_core.checkpoints.detect import Component
 from ..wan_core.checkpoints.download import OnProgress
+from ..wan_core.checkpoints.load import WEIGHTS
 from ..wan_core.models.attention import BACKENDS
+from ..wan_core.rest import DISK, Rest
 from . import host, sockets
 
 log = logging.getLogger("wancore")
@@ -17,6 +19,18 @@ log = logging.getLogger("wancore")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = ("fast", "exact")
 NONE, AUTO = "none", "auto"
+WEIGHTS_INPUT = sockets.choice(
+    list(WEIGHTS),
+    "auto",
+    "How the weights of the big layers are held. auto: as the file has them; fp8: in 8 bits, half the memory of bf16; "
+    "plain: in dtype.",
+)
+REST_INPUT = sockets.choice(
+    ["memory", "disk"],
+    "memory",
+    "Where weights wait that are not on the device. disk: in their file, each block is read when its turn comes; for "
+    "machines with little memory.",
+)
 
 
 def _choose_dtype(name: str, component: Component) -> torch.dtype:
@@ -33,6 +47,11 @@ def _choose_dtype(name: str, component: Component) -> torch.dtype:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return torch.float16
     return torch.bfloat16
+
+
+def _rest(weights: str, rest: str) -> Rest:
+    """How weights rest, from the widgets."""
+    return Rest.on(DISK if rest == "disk" else host.resting_device(), weights=weights)
 
 
 class Loader:
@@ -139,6 +158,11 @@ class ModelLoader(Loader):
             "preset": sockets.choice(
                 [AUTO, *cls.ROWS], AUTO, "Whose recommended settings to use; auto goes by structure and name."
             ),
+            "weights": WEIGHTS_INPUT,
+            "fp8_matmul": sockets.flag(
+                False, "Multiply FP8 weights as FP8 numbers: faster on Ada, Hopper and newer cards, and less exact."
+            ),
+            "rest": REST_INPUT,
         }
         return {"required": listed, "optional": {**shared, **own}}
 
@@ -165,17 +189,23 @@ class ModelLoader(Loader):
         precision: str = "fast",
         vace_module: str = NONE,
         preset: str = AUTO,
+        weights: str = "auto",
+        fp8_matmul: bool = False,
+        rest: str = "memory",
     ) -> tuple[prepare.VideoModel]:
         component = self.component(model, download)
         vace = None
         if vace_module != NONE:
             vace = prepare.inspect(host.find_file(self.FOLDER, vace_module), "vace")
         settings = prepare.DiTSettings(
-            dtype=_choose_dtype(dtype, component), attention=attention, exact=precision == "exact"
+            dtype=_choose_dtype(dtype, component),
+            attention=attention,
+            exact=precision == "exact",
+            fp8_matmul=fp8_matmul,
         )
         chosen = None if preset == AUTO else preset
         model = prepare.load_dit(
-            component, settings, host.resting_device(), vace=vace, preset=chosen, compute_device=host.device()
+            component, settings, _rest(weights, rest), vace=vace, preset=chosen, compute_device=host.device()
         )
         return (model,)
 
@@ -193,7 +223,7 @@ class TextEncoderLoader(Loader):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         listed, shared = cls.shared_inputs("The text encoder")
-        return {"required": listed, "optional": shared}
+        return {"required": listed, "optional": {**shared, "weights": WEIGHTS_INPUT, "rest": REST_INPUT}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, text_encoder: str, download: bool = False) -> bool | str:
@@ -208,16 +238,22 @@ class TextEncoderLoader(Loader):
         """The bundled text encoder."""
         return {"text_encoder": catalog.TINY, "download": False}
 
-    def load(self, text_encoder: str, dtype: str = "auto", download: bool = False) -> tuple[prepare.TextEncoder]:
+    def load(
+        self,
+        text_encoder: str,
+        dtype: str = "auto",
+        download: bool = False,
+        weights: str = "auto",
+        rest: str = "memory",
+    ) -> tuple[prepare.TextEncoder]:
         component = self.component(text_encoder, download)
         tokenizer = None
         if not prepare.has_tokenizer(component):
             tokenizer = prepare.find_files(
                 catalog.T2V_BASE, catalog.TOKENIZER_PATTERN, models_dir=host.models_dir(), skip_download=not download
             )[0].parent
-        return (
-            prepare.load_text_encoder(component, tokenizer, _choose_dtype(dtype, component), host.resting_device()),
-        )
+        dtype = _choose_dtype(dtype, component)
+        return (prepare.load_text_encoder(component, tokenizer, dtype, _rest(weights, rest)),)
 
 
 class VAELoader(Loader):
@@ -266,7 +302,7 @@ class ImageEncoderLoader(Loader):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         listed, shared = cls.shared_inputs("The image encoder")
-        return {"required": listed, "optional": shared}
+        return {"required": listed, "optional": {**shared, "weights": WEIGHTS_INPUT, "rest": REST_INPUT}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, image_encoder: str, download: bool = False) -> bool | str:
@@ -281,6 +317,14 @@ class ImageEncoderLoader(Loader):
         """The bundled image encoder."""
         return {"image_encoder": catalog.TINY, "download": False}
 
-    def load(self, image_encoder: str, dtype: str = "auto", download: bool = False) -> tuple[prepare.ImageEncoder]:
+    def load(
+        self,
+        image_encoder: str,
+        dtype: str = "auto",
+        download: bool = False,
+        weights: str = "auto",
+        rest: str = "memory",
+    ) -> tuple[prepare.ImageEncoder]:
         component = self.component(image_encoder, download)
-        return (prepare.load_image_encoder(component, _choose_dtype(dtype, component), host.resting_device()),)
+        dtype = _choose_dtype(dtype, component)
+        return (prepare.load_image_encoder(component, dtype, _rest(weights, rest)),)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..wan_core.memory.residency import on_device
+from ..wan_core.budget.room import limited
 from ..wan_core.models.vae import denormalise, normalise
 from ..wan_core.prepare import VideoModel
 from ..wan_core.runtime import log
@@ -19,6 +19,7 @@ from ..wan_core.settings import (
     SOLVER_NAMES,
     CacheSettings,
     GuidanceSettings,
+    MemorySettings,
     RunSettings,
     SamplerSettings,
     ScheduleSettings,
@@ -85,6 +86,7 @@ class Sampler:
                 "guidance": sockets.socket(sockets.GUIDANCE, "Guidance that changes over the steps, in place of cfg."),
                 "schedule": sockets.socket(sockets.SCHEDULE, "Noise levels of your own, or a part of the steps."),
                 "run": sockets.socket(sockets.RUN, "What a long run leaves on disk."),
+                "memory": sockets.socket(sockets.MEMORY, "How much of the card may be used; all that is free without."),
             },
             "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"},
         }
@@ -128,6 +130,7 @@ class Sampler:
         guidance: GuidanceSettings | None = None,
         schedule: ScheduleSettings | None = None,
         run: RunSettings | None = None,
+        memory: MemorySettings | None = None,
         extra_pnginfo: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any]]:
         schedule = schedule or ScheduleSettings()
@@ -144,13 +147,17 @@ class Sampler:
         run = run or RunSettings(checkpoint_every=0, keep_latents=False)
         checkpoint = Checkpoint(host.output_dir() / FOLDER, run.checkpoint_every)
         cond, dit = model.fit(conditioning, size), model.dit
-        runtime = host.runtime(dit.dtype, host.weight_bytes(dit))
-        with model.adapted(settings.total_steps, runtime.device) as adapted, on_device(dit, runtime.device):
+        memory = memory or host.memory_settings()
+        runtime = limited(host.runtime(dit.dtype), memory)
+        plan = model.plan(cond, size.latent, settings, memory, runtime)
+        keep = host.keeps_weights()
+        with model.working(settings.total_steps, runtime.device, plan.placement, keep=keep) as adapted:
             state = sample_state(
-                dit, cond.to(runtime.device), size.latent, settings, adapted.follow(runtime), start,
+                dit, cond.to(runtime.device), size.latent, plan.settings, adapted.follow(runtime), start,
                 model.motion_controller, prompts=prompts, checkpoint=checkpoint, earlier=_earlier(latent, settings),
                 adapters=[lora.fingerprint for lora in model.loras],
             )  # fmt: skip
+        host.account_for(dit)
         return (_finished(state, settings, size, run, checkpoint, extra_pnginfo),)
 
 

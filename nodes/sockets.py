@@ -47,6 +47,9 @@ SCHEDULE = "WANCORE_SCHEDULE"
 RUN = "WANCORE_RUN"
 """`settings.RunSettings`: what a run leaves on disk."""
 
+MEMORY = "WANCORE_MEMORY"
+"""`settings.MemorySettings`: how much of the device a run may use."""
+
 MAX_SIDE = 16384
 """ComfyUI's largest image side."""
 

@@ -6,12 +6,11 @@ from torch import Tensor
 
 from ..wan_core.decode import decode, encode
 from ..wan_core.media import frames_to_pixels, pixels_to_frames
-from ..wan_core.memory.residency import on_device
 from ..wan_core.models.vae import WanVAE, denormalise, normalise
 from ..wan_core.runtime import log
 from ..wan_core.types import SIZE_MULTIPLE, VAE_STRIDE
-from . import host, sockets
-from .encoding import tile_settings
+from . import sockets
+from .encoding import at_work, tile_settings
 
 
 def _fitted(frames: Tensor) -> Tensor:
@@ -58,8 +57,7 @@ class VAEDecode:
         **tiles: Any,
     ) -> tuple[Tensor]:
         settings = tile_settings(**tiles)
-        runtime = host.runtime(vae.dtype, host.weight_bytes(vae))
-        with on_device(vae, runtime.device):
+        with at_work(vae, vae.dtype) as runtime:
             pixels = decode(vae, normalise(latent["samples"]), settings, runtime)
         return (pixels_to_frames(pixels),)
 
@@ -94,7 +92,6 @@ class VAEEncode:
     ) -> tuple[dict[str, Tensor]]:
         settings = tile_settings(**tiles)
         pixels = frames_to_pixels(_fitted(images))
-        runtime = host.runtime(vae.dtype, host.weight_bytes(vae))
-        with on_device(vae, runtime.device):
+        with at_work(vae, vae.dtype) as runtime:
             latents = encode(vae, pixels, settings, runtime)
         return ({"samples": denormalise(latents)},)

@@ -24,7 +24,7 @@ LEVELS = {
     "fitting": 1, "models": 1, "memory": 1, "lora": 1,
     "variants": 2, "catalog": 2, "checkpoints": 2,
     "tiny": 3, "conditioning": 3, "sampling": 3, "adapters": 3,
-    "budget": 4,
+    "budget": 4, "rest": 4,
     "prepare": 5, "decode": 5,
     "model_config": 6, "inspection": 6,
     "pipeline": 7,

@@ -10,6 +10,7 @@ from . import catalog, prepare
 from .checkpoints.detect import Component, detect_files
 from .checkpoints.download import models_folder
 from .checkpoints.files import resolve_files
+from .rest import Rest
 
 PathLike = str | Path
 
@@ -25,8 +26,10 @@ class ModelConfig:
         path: a file, a folder, a glob or a list of shards; wins over `model_id`.
         model_id: a repository on ModelScope, or "WanCore/tiny".
         origin_file_pattern: a glob inside that repository.
-        offload_device: where the weights rest while another model works; None keeps them on the pipeline's device.
-        offload_dtype: in which dtype they rest; None is the pipeline's.
+        offload_device: where the weights rest while another model works; None keeps them on the pipeline's device,
+            "disk" leaves those of transformer blocks in their file.
+        offload_dtype: in which dtype the weights of transformer blocks rest; None is the pipeline's. The FP8 dtypes
+            halve the memory on the device, too: layers keep FP8 weights with a scale per row.
         local_model_path: root of the downloaded models, "./models" when None.
         skip_download: use local files only.
     """
@@ -57,6 +60,14 @@ class ModelConfig:
             redirect_common_files=redirect_common_files,
         )
 
+    def rest(self, device: torch.device) -> Rest:
+        """How the weights rest in a pipeline on `device`.
+
+        Raises:
+            ValueError: they cannot rest that way.
+        """
+        return Rest.on(self.offload_device or device, dtype=self.offload_dtype)
+
     def filled_from(self, defaults: "ModelConfig") -> "ModelConfig":
         """A copy whose folder and download rule are those of `defaults` where it has none of its own."""
         return replace(
@@ -77,9 +88,7 @@ class FoundModel:
     config: ModelConfig
 
 
-def find_models(
-    configs: Sequence[ModelConfig], torch_dtype: torch.dtype, redirect_common_files: bool = True
-) -> dict[str, FoundModel]:
+def find_models(configs: Sequence[ModelConfig], redirect_common_files: bool = True) -> dict[str, FoundModel]:
     """The models that `configs` name, by kind, from their headers alone.
 
     Raises:
@@ -99,8 +108,6 @@ def find_models(
     for kind, model in found.items():
         if kind not in (*NEEDED, *OPTIONAL):
             raise ValueError(f"{model.component.name} ({kind}) is not one of a pipeline's models; load it afterwards.")
-        if model.config.offload_dtype not in (None, torch_dtype):
-            raise ValueError(f"offload_dtype {model.config.offload_dtype} other than torch_dtype is not available yet.")
     return found
 
 

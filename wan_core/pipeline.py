@@ -91,10 +91,10 @@ class WanVideoPipeline:
         device = torch.device(device) if device is not None else default_device()
         defaults = ModelConfig(local_model_path=local_model_path, skip_download=skip_download)
         configs = [config.filled_from(defaults) for config in model_configs]
-        found = find_models(configs, torch_dtype, redirect_common_files)
+        found = find_models(configs, redirect_common_files)
         component = {kind: model.component for kind, model in found.items()}
         tokenizer = tokenizer_folder(component["text_encoder"], tokenizer_config, defaults)
-        rest = {kind: model.config.rest(device, torch_dtype) for kind, model in found.items()}
+        rest = {kind: model.config.rest(device) for kind, model in found.items()}
         model = prepare.load_dit(
             component["dit"], prepare.DiTSettings(dtype=torch_dtype), rest["dit"], vace=component.get("vace"),
             compute_device=device,

@@ -27,6 +27,7 @@ from .lora.bind import EVERYWHERE, BlockStrengths
 from .lora.read import Lora
 from .lora.report import Report
 from .memory.plan import Placement
+from .memory.quant import require_fp8_matmul, use_fp8_matmul
 from .memory.residency import Residency
 from .models.attention import load_backend
 from .models.dit import WanDiT
@@ -34,6 +35,7 @@ from .models.image_encoder import ImageEncoder
 from .models.motion_controller import MotionController
 from .models.preview_decoder import PreviewDecoder
 from .models.vae import WanVAE
+from .rest import Rest
 from .runtime import Runtime
 from .settings import MemorySettings, SamplerSettings
 from .types import Conditioning, Curve, LatentSize, VideoSize
@@ -42,6 +44,8 @@ from .variants import Variant, match_variant
 log = logging.getLogger("wancore")
 
 PathLike = str | Path
+Place = Rest | torch.device | str
+"""How weights rest, or just the device: "cpu", "cuda", "disk"."""
 BUNDLED = frozenset(row.model_id for row in catalog.TINY_ROWS)
 
 
@@ -53,11 +57,13 @@ class DiTSettings:
         dtype: of its weights and matrix products.
         attention: a kernel of `models.attention`.
         exact: keep the residual stream in float32, as the authors do; costs memory and a little time.
+        fp8_matmul: multiply FP8 weights as FP8 numbers, on cards that can; faster, and less exact.
     """
 
     dtype: torch.dtype = torch.bfloat16
     attention: str = "sdpa"
     exact: bool = False
+    fp8_matmul: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,28 +195,35 @@ def inspect(path: PathLike | Sequence[PathLike], kind: str) -> Component:
 def load_dit(
     component: Component,
     settings: DiTSettings,
-    device: torch.device | str,
+    rest: Place,
     *,
     vace: Component | None = None,
     preset: str | None = None,
     compute_device: torch.device | str | None = None,
 ) -> VideoModel:
-    """The DiT of `component`, its weights resting on `device`.
+    """The DiT of `component`.
 
     Args:
-        compute_device: where it will compute and where the attention backend is tried out; `device` if None.
+        rest: where its weights rest.
+        compute_device: where it will compute and where the attention backend is tried out; where it rests if None.
         vace: a VACE branch from a file of its own, joined to the model.
         preset: the catalog row whose settings are recommended, instead of the one that the file's name points to.
 
     Raises:
         ValueError: keys are missing, unexpected or misshapen, the branch is of another size, or the attention backend
-            is not usable.
+            or FP8 products are not usable.
     """
     if vace is not None:
         component = join_vace(component, vace)
     variant = match_variant(component.config)
-    attend = load_backend(settings.attention, torch.device(compute_device or device), settings.dtype)
-    dit: WanDiT = build(component, dtype=settings.dtype, device=device)
+    rest = Rest.on(rest)
+    computes_on = torch.device(compute_device or rest.device)
+    attend = load_backend(settings.attention, computes_on, settings.dtype)
+    if settings.fp8_matmul:
+        require_fp8_matmul(computes_on, settings.dtype)
+    dit: WanDiT = rest.load(component, settings.dtype)
+    if settings.fp8_matmul:
+        use_fp8_matmul(dit, computes_on)
     dit.attend = attend
     dit.exact = settings.exact
     row = catalog.find_row(preset) if preset else recommended_row(component, variant)
@@ -233,12 +246,12 @@ def _place(component: Component) -> str:
     return component.header.files[0].resolve().as_posix()
 
 
-def load_image_encoder(component: Component, dtype: torch.dtype, device: torch.device | str) -> ImageEncoder:
+def load_image_encoder(component: Component, dtype: torch.dtype, rest: Place) -> ImageEncoder:
     """The CLIP image encoder of `component`."""
-    return build(component, dtype=dtype, device=device)
+    return Rest.on(rest).load(component, dtype)
 
 
-def with_speed_control(model: VideoModel, component: Component, device: torch.device | str) -> VideoModel:
+def with_speed_control(model: VideoModel, component: Component, rest: Place) -> VideoModel:
     """`model` with the speed-control adapter of `component` beside it; the model that was given stays as it is.
 
     Raises:
@@ -250,12 +263,10 @@ def with_speed_control(model: VideoModel, component: Component, device: torch.de
             f"{component.name} controls models of width {width}, but {model.name} has width {own}. The published "
             f"adapter is for {catalog.T2V_BASE}."
         )
-    return replace(model, motion_controller=build(component, dtype=model.dit.dtype, device=device))
+    return replace(model, motion_controller=Rest.on(rest).load(component, model.dit.dtype))
 
 
-def load_text_encoder(
-    component: Component, tokenizer: PathLike | None, dtype: torch.dtype, device: torch.device | str
-) -> TextEncoder:
+def load_text_encoder(component: Component, tokenizer: PathLike | None, dtype: torch.dtype, rest: Place) -> TextEncoder:
     """The text encoder of `component` with its tokenizer.
 
     The tokenizer comes from the folder `tokenizer`, else from the file itself (ComfyUI's packages carry it), else from
@@ -270,7 +281,7 @@ def load_text_encoder(
             f"The tokenizer has {found.vocab_size} tokens, the text encoder only {component.config.vocab_size}: they "
             "do not belong together."
         )
-    model = build(component, dtype=dtype, device=device)
+    model = Rest.on(rest).load(component, dtype)
     stored = sorted({str(parameter.dtype) for parameter in model.parameters()})
     return TextEncoder(model, found, TextCache.in_memory(fingerprint(component.header.files, *stored)))
 
@@ -293,9 +304,9 @@ def _tokenizer_beside(component: Component) -> Path:
     return component.header.files[0].parent / catalog.TOKENIZER_PATTERN
 
 
-def load_vae(component: Component, dtype: torch.dtype, device: torch.device | str) -> WanVAE:
+def load_vae(component: Component, dtype: torch.dtype, rest: Place) -> WanVAE:
     """The video autoencoder of `component`."""
-    return build(component, dtype=dtype, device=device).use_channels_last()
+    return Rest.on(rest).load(component, dtype).use_channels_last()
 
 
 def load_preview_decoder(path: PathLike) -> PreviewDecoder:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_stored_buffers_are_filled(tmp_path):
     assert "weight" in dict(module.linear[2].named_buffers())
 
 
-MEASURE = """
+MEMORY = """
 import sys
 from pathlib import Path
 import torch
@@ -106,16 +107,49 @@ from wan_core.checkpoints.detect import detect_files
 
 torch.set_num_threads(1)
 
-def peak():
+def memory(field):
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 component = detect_files(sys.argv[1])
-before = peak()
-module = load.build(component, dtype=getattr(torch, sys.argv[2]) if sys.argv[2] != "None" else None)
-size = sum(p.numel() * p.element_size() for p in module.parameters())
-print(peak() - before, size)
 """
+
+MEASURE = (
+    MEMORY
+    + """
+before = memory("VmHWM")
+dtype = getattr(torch, sys.argv[2]) if sys.argv[2] != "None" else None
+module = load.build(component, dtype=dtype, weights=sys.argv[3])
+size = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+print(memory("VmHWM") - before, size)
+"""
+)
+
+REPEAT = (
+    MEMORY
+    + """
+for i in range(20):
+    load.build(component, dtype=None)
+    print(memory("VmRSS"))
+"""
+)
+
+MAPPED = (
+    MEMORY
+    + """
+before = memory("RssAnon")
+module = load.build(component, dtype=torch.bfloat16, mapped=True)
+inside = [p for n, p in module.named_parameters() if n.startswith("blocks.")]
+total = sum(float(p.flatten()[0]) for p in inside)
+print(memory("RssAnon") - before, sum(p.nbytes for p in module.parameters()) - sum(p.nbytes for p in inside))
+"""
+)
+
+
+def run(script: str, *arguments: str) -> list[int]:
+    """The numbers that `script` prints in a process of its own."""
+    command = [sys.executable, "-c", script, *arguments]
+    return list(map(int, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()))
 
 
 def medium_dit(blocks: int) -> inv.Shapes:
@@ -126,25 +160,62 @@ def medium_dit(blocks: int) -> inv.Shapes:
     return {name: tuple(widths.get(size, size) for size in whole[name]) for name in kept}
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's peak memory of a process")
-@pytest.mark.parametrize(("stored", "asked", "suffix"), [
-    (torch.bfloat16, "None", "safetensors"), (torch.float32, "bfloat16", "safetensors"),
-    (torch.bfloat16, "None", "pth"),
-])  # fmt: skip
-def test_peak_memory_is_the_model_and_one_shard(tmp_path, stored, asked, suffix):
-    shapes = list(medium_dit(12 if stored == torch.bfloat16 else 6).items())
-    count = 6
+def write_shards(folder: Path, shapes: inv.Shapes, dtype: torch.dtype, suffix: str = "safetensors") -> tuple[int, int]:
+    """Random weights in six files; the bytes of all of them and of the largest."""
+    count, draw = 6, torch.Generator().manual_seed(0)
     for i in range(count):
-        shard = {k: torch.full(v, 0.5, dtype=stored) for k, v in shapes[i::count]}
-        file = tmp_path / f"dit-0000{i + 1}-of-0000{count}.{suffix}"
+        shard = {k: torch.empty(v, dtype=dtype).uniform_(generator=draw) for k, v in list(shapes.items())[i::count]}
+        file = folder / f"dit-0000{i + 1}-of-0000{count}.{suffix}"
         save_file(shard, file) if suffix == "safetensors" else torch.save(shard, file)
-    largest = max(file.stat().st_size for file in tmp_path.iterdir())
-    total = sum(file.stat().st_size for file in tmp_path.iterdir())
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), asked], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    extra, size = map(int, run.stdout.split())
-    assert total > 600e6 and size == pytest.approx(total if asked == "None" else total / 2, rel=0.01)
-    assert extra - size <= largest + 32e6, (
-        f"{extra / 1e6:.0f} MB for {size / 1e6:.0f} MB in shards of {largest / 1e6:.0f}"
-    )
+    sizes = [file.stat().st_size for file in folder.iterdir()]
+    return sum(sizes), max(sizes)
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux's memory figures of a process"
+)
+
+
+@needs_proc
+def test_two_gigabytes_in_shards_peak_at_their_stored_size(tmp_path):
+    total, _ = write_shards(tmp_path, medium_dit(30), torch.bfloat16)
+    extra, size = run(MEASURE, str(tmp_path), "bfloat16", "auto")
+    assert total > 1.9e9 and size == pytest.approx(total, rel=0.01)
+    assert extra <= 1.1 * total, f"{extra / 1e6:.0f} MB for {total / 1e6:.0f} MB"
+
+
+@needs_proc
+@pytest.mark.parametrize(("stored", "asked", "weights", "ratio"), [
+    (torch.float32, "bfloat16", "auto", 0.5), (torch.bfloat16, "bfloat16", "fp8", 0.5),
+    (torch.float32, "bfloat16", "fp8", 0.25),
+])  # fmt: skip
+def test_converted_weights_cost_one_tensor_more(tmp_path, stored, asked, weights, ratio):
+    shapes = medium_dit(8)
+    total, _ = write_shards(tmp_path, shapes, stored)
+    extra, size = run(MEASURE, str(tmp_path), asked, weights)
+    largest = 4 * max(map(prod, shapes.values()))
+    assert size == pytest.approx(ratio * total, rel=0.06)
+    assert extra <= size + 3 * largest + 16e6, f"{extra / 1e6:.0f} MB for {size / 1e6:.0f} MB"
+
+
+@needs_proc
+def test_a_pickle_peaks_at_the_model_and_one_shard(tmp_path):
+    total, largest = write_shards(tmp_path, medium_dit(10), torch.bfloat16, "pth")
+    extra, size = run(MEASURE, str(tmp_path), "None", "auto")
+    assert size == pytest.approx(total, rel=0.01)
+    assert extra - size <= largest + 32e6, f"{extra / 1e6:.0f} MB for {size / 1e6:.0f} MB"
+
+
+@needs_proc
+def test_memory_is_flat_over_twenty_loads(tmp_path):
+    total, _ = write_shards(tmp_path, medium_dit(1), torch.bfloat16)
+    resident = run(REPEAT, str(tmp_path))
+    assert len(resident) == 20 and max(resident[5:]) - min(resident[5:]) < 0.05 * total
+
+
+@needs_proc
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_mapped_weights_take_no_memory_of_the_process(tmp_path, suffix):
+    total, _ = write_shards(tmp_path, medium_dit(4), torch.bfloat16, suffix)
+    extra, outside = run(MAPPED, str(tmp_path))
+    assert extra <= outside + 0.03 * total, f"{extra / 1e6:.0f} MB for {outside / 1e6:.0f} MB outside of blocks"

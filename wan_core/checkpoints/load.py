@@ -150,8 +150,7 @@ class _Filling:
             weight = files.read(source.names[0]).reshape(source.shape).to(self.device)
             self._assign_fp8(name, weight, self._scale(source, files))
             return
-        stored = {n: files.read(n) for n in (*source.names, *source.scales) if n}
-        tensor = _combine(source, stored).to(self.device)
+        tensor = combine(source, files).to(self.device)
         if self.weights == "fp8" and name in self.linears:
             self._assign_fp8(name, *to_fp8(tensor.float()))
         else:
@@ -215,6 +214,11 @@ class _Filling:
         """Put an FP8 layer in the place of the plain one; its bias stays where it is or comes later."""
         layer = FP8Linear(weight, scale, self.linears[name].bias, self.dtype or DEQUANTISED_DTYPE)
         replace_layer(self.module, name.removesuffix(".weight"), layer)
+
+
+def combine(source: Source, files: TensorFiles) -> Tensor:
+    """An original tensor in memory of its own, made of its parts in `files`; float32 where parts have FP8 scales."""
+    return _combine(source, {name: files.read(name) for name in (*source.names, *source.scales) if name})
 
 
 def _combine(source: Source, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -65,6 +65,14 @@ class Residency:
         for weight in weights_of(self._module()).values():
             weight.data = weight.data.to(device)
 
+    def rest_as(self, dtype: torch.dtype, works_as: torch.dtype) -> None:
+        """Let the weights of blocks that work in `works_as` rest in `dtype` from now on."""
+        inside = tuple(f"{path}." for path in blocks_of(self._module()))
+        for name, weight in weights_of(self._module()).items():
+            if name.startswith(inside) and weight.dtype == works_as:
+                weight.data = weight.data.to(dtype)
+                self.work_dtypes[name] = works_as
+
     def evict(self, size: float | None = None) -> int:
         """Drop copies that wait for the next use, at least `size` bytes of them or all; the bytes that were dropped.
 

@@ -1,0 +1,223 @@
+"""Model files converted: any readable checkpoint to one safetensors file, in FP8 or in a plain dtype.
+
+Tensors go from file to file one at a time, so that a model of any size fits into the memory of its largest tensor.
+
+FP8 files are written in ComfyUI's first dialect of scaled FP8: `scaled_fp8`, a mark of two elements, and beside each
+FP8 weight a float32 number `scale_weight`. It is the one form that every version reads: 0.3.64 takes one scale per
+tensor only (its `scaled_fp8_ops` declares it as a scalar), and newer ones, which write `weight_scale` and
+`comfy_quant`, convert it on loading. The two elements of the mark ask for products in the compute dtype. Linear layers
+that are not FP8 in the file ComfyUI 0.3.64 casts to FP8 by itself; newer ones and WanCore keep them.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..memory.quant import FP8, big_linears, to_fp8
+from .detect import Component, check_against
+from .header import SAFETENSORS_DTYPES
+from .keymap import SPIECE_MODEL
+from .load import CLASSES, combine, spiece_model
+from .read import TensorFiles
+
+log = logging.getLogger("wancore")
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are written and those there will be."""
+
+FP8_KINDS = ("dit", "text_encoder")
+"""What ComfyUI reads as scaled FP8; the others are small."""
+
+SPIECE_FILE = "spiece.model"
+"""The SentencePiece model in a tokenizer's folder."""
+
+UMT5_NAMES = (
+    (r"^token_embedding\.", "shared."),
+    (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (
+        r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
+        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
+    ),
+    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+)
+"""From the original names of UMT5 to those of Hugging Face, the only ones that ComfyUI reads."""
+
+CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor to be written: its name, what it is, and how it is made."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[TensorFiles], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def save_fp8(component: Component, path: Path, on_progress: Progress = lambda done, total: None) -> Path:
+    """Write a DiT or text encoder with the linear layers of its blocks in FP8, the rest in bfloat16; returns `path`.
+
+    FP8 weights with one scale, or none, keep their numbers; all others are rounded once.
+
+    Raises:
+        ValueError: `path` exists, has another ending or no room, or the model is of a kind that stays as it is.
+        CheckpointError: the model is incomplete.
+    """
+    if component.kind not in FP8_KINDS:
+        raise ValueError(
+            f"{component.name} is not written in FP8: only video models and text encoders are read that way. Write it "
+            "with --dtype bf16."
+        )
+    with torch.device("meta"):
+        module = CLASSES[component.kind](component.config)
+    check_against(component, module)
+    linears = {f"{name}.weight" for name in big_linears(module)}
+    mark = torch.zeros(2, dtype=FP8)
+    entries = [_Entry("scaled_fp8", (2,), FP8, lambda files: mark), *_extra(component)]
+    for name in component.sources:
+        entries += _fp8_entries(component, name) if name in linears else [_plain_entry(component, name, torch.bfloat16)]
+    return _write(component, Path(path), entries, on_progress)
+
+
+def save_plain(
+    component: Component, path: Path, dtype: torch.dtype, on_progress: Progress = lambda done, total: None
+) -> Path:
+    """Write a model with its weights in `dtype`, FP8 weights multiplied by their scales; returns `path`.
+
+    Parameters that work in float32 stay float32 where they are stored so.
+
+    Raises:
+        ValueError: `path` exists, has another ending or no room, or `component` is a LoRA.
+    """
+    if not component.sources:
+        raise ValueError(f"{component.name} is a LoRA; convert it with `python -m headless lora`.")
+    entries = [*_extra(component), *(_plain_entry(component, name, dtype) for name in component.sources)]
+    return _write(component, Path(path), entries, on_progress)
+
+
+def _plain_entry(component: Component, name: str, dtype: torch.dtype) -> _Entry:
+    source = component.sources[name]
+    exact = name.rpartition(".")[2] in getattr(CLASSES.get(component.kind), "FLOAT32_PARAMETERS", ())
+    if exact and source.dtype == torch.float32:
+        dtype = torch.float32
+    return _Entry(_stored_name(component, name), source.shape, dtype, lambda files: combine(source, files).to(dtype))
+
+
+def _fp8_entries(component: Component, name: str) -> Iterator[_Entry]:
+    """An FP8 weight and its scale, which are made together when the first of them is written."""
+    source = component.sources[name]
+    stored = _stored_name(component, name)
+    scales = [prod(component.header[scale].shape) for scale in source.scales if scale]
+    is_kept = source.dtype == FP8 and source.combine == "identity" and scales in ([], [1])
+    pair: list[Tensor] = []
+
+    def make(files: TensorFiles, part: int) -> Tensor:
+        if not pair and is_kept:
+            scale = files.read(source.scales[0]).float() if source.scales else torch.ones(())
+            pair.extend((files.read(source.names[0]), scale))
+        elif not pair:
+            pair.extend(to_fp8(combine(source, files).float(), per_row=False))
+        tensor, pair[part] = pair[part], torch.empty(0)
+        return tensor
+
+    yield _Entry(stored, source.shape, FP8, partial(make, part=0))
+    yield _Entry(f"{stored.removesuffix('weight')}scale_weight", (), torch.float32, partial(make, part=1))
+
+
+def _extra(component: Component) -> list[_Entry]:
+    """The SentencePiece model, which ComfyUI wants in the file of a text encoder; from the file or from beside it."""
+    if component.kind != "text_encoder":
+        return []
+    model = spiece_model(component.header)
+    beside = sorted(component.header.files[0].parent.glob(f"google/*/{SPIECE_FILE}"))
+    if model is None and not beside:
+        log.warning("No %s was found beside %s; ComfyUI cannot read the text encoder without it.", SPIECE_FILE,
+                    component.name)  # fmt: skip
+        return []
+    tensor = torch.frombuffer(bytearray(model or beside[0].read_bytes()), dtype=torch.uint8)
+    return [_Entry(SPIECE_MODEL, tuple(tensor.shape), torch.uint8, lambda files: tensor)]
+
+
+def _stored_name(component: Component, name: str) -> str:
+    if component.kind == "text_encoder":
+        for pattern, replacement in UMT5_NAMES:
+            name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _write(component: Component, path: Path, entries: list[_Entry], on_progress: Progress) -> Path:
+    """A safetensors file of `entries`, widest numbers first, so that all of them are aligned."""
+    placed = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, end = {}, 0
+    for entry in placed:
+        offsets[entry.name] = end
+        span = [end, end := end + entry.nbytes]
+        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with _new_file(path, 8 + len(text) + end) as stream, TensorFiles(component.header) as files:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        done = 0
+        for entry in entries:
+            tensor = entry.make(files).reshape(entry.shape).contiguous()
+            stream.seek(8 + len(text) + offsets[entry.name])
+            stream.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            done += entry.nbytes
+            on_progress(done, end)
+    return path
+
+
+@contextmanager
+def _new_file(path: Path, size: int) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is whole; nothing is left of it after an error.
+
+    Raises:
+        ValueError: the name is taken or wrong, the folder cannot be written, or `size` bytes do not fit there.
+    """
+    path = path.expanduser()
+    if path.suffix != ".safetensors":
+        raise ValueError(f"Models are written as .safetensors; got the name {path.name!r}.")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise ValueError(f"{path} takes {size / 1e9:.2f} GB, but {path.parent} has {free / 1e9:.2f} GB left.")
+        path.open("x").close()
+    except FileExistsError:
+        raise ValueError(
+            f"{path} exists already; nothing is overwritten. Choose another name or move it away."
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error}).") from error
+    try:
+        with draft.open("wb") as stream:
+            yield stream
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise
