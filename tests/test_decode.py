@@ -17,10 +17,10 @@ from tests.reference import relative_error, tiny_vae
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(device=CPU, dtype=torch.float32)
-SIZE = LatentSize(2, 56, 8)
+SIZE = LatentSize(2, 56, 4)
 LATENTS = torch.randn(1, 16, *SIZE.shape, generator=torch.manual_seed(0))
 PIXELS = torch.rand(1, 3, 5, SIZE.height * 8, SIZE.width * 8, generator=torch.manual_seed(1)) * 2 - 1
-STRIPS = TileSettings(size=(32, 8), stride=(24, 8))
+STRIPS = TileSettings(size=(32, 4), stride=(24, 4))
 
 
 def needs(tiles, what="decode"):
@@ -57,8 +57,8 @@ def test_a_cpu_without_a_budget_needs_no_tiles(vae, whole, what, caplog):
 def test_strips_are_blended_from_strips_passed_alone(vae, whole, what, caplog):
     """The upper 24 rows are the first strip's alone, the lower 24 the second's; 8 rows are of both."""
     got = passed(what, vae, AUTO, budget=needs(STRIPS, what))
-    assert f"To {what} 64x448 at once takes" in caplog.text
-    assert "2 tiles of 64x256 pixels" in caplog.text
+    assert f"To {what} 32x448 at once takes" in caplog.text
+    assert "2 tiles of 32x256 pixels" in caplog.text
     factor_in, factor_out = (1, 8) if what == "decode" else (8, 1)
     chunks, source = (vae.decode_chunks, LATENTS) if what == "decode" else (vae.encode_chunks, PIXELS)
     parts = source[..., : 32 * factor_in, :], source[..., 24 * factor_in :, :]
@@ -69,7 +69,7 @@ def test_strips_are_blended_from_strips_passed_alone(vae, whole, what, caplog):
     blended = torch.cat((upper[..., :at, :], both, lower[..., border:, :]), 3)
     assert relative_error(got, blended.clamp(-1, 1) if what == "decode" else blended) < 1e-5
     # The middle of the VAE attends to the whole picture, so no tiling equals it.
-    assert relative_error(got, whole[what]) < 0.05
+    assert relative_error(got, whole[what]) < 0.1
 
 
 def test_a_budget_holds_for_what_is_allocated(vae, whole):
@@ -133,17 +133,17 @@ def test_the_device_and_its_host_are_asked(card, tiles, asked):
 
 
 def test_tiles_of_ones_own_are_used_whatever_the_memory():
-    recorder, own = Recorder(), TileSettings(size=(20, 20), stride=(10, 10))
+    recorder, own = Recorder(), TileSettings(size=(20, 4), stride=(10, 4))
     decode(recorder, LATENTS, own, Card(0).runtime())
     decode(recorder, LATENTS, None, Card(0).runtime())
     assert recorder.seen == [own, None]
 
 
 def test_a_budget_that_cannot_be_met_is_refused_and_nothing_is_lost(vae):
-    with pytest.raises(OutOfMemoryError, match=r"decode 64x448 .* GB short") as caught:
+    with pytest.raises(OutOfMemoryError, match=r"decode 32x448 .* GB short") as caught:
         decode(vae, LATENTS, AUTO, RUNTIME, budget=10**6)
     assert torch.equal(caught.value.latents, LATENTS)
-    with pytest.raises(OutOfMemoryError, match=r"encode 64x448 .* GB short"):
+    with pytest.raises(OutOfMemoryError, match=r"encode 32x448 .* GB short"):
         encode(vae, PIXELS, AUTO, RUNTIME, budget=10**6)
 
 
@@ -158,6 +158,6 @@ def test_encoding_falls_back_to_smaller_tiles(vae, monkeypatch, caplog):
 
     monkeypatch.setattr(WanVAE, "encode", small)
     latents = encode(vae, PIXELS[..., :256, :], None, RUNTIME)
-    assert latents.shape == (1, 16, 2, 32, 8)
+    assert latents.shape == (1, 16, 2, 32, 4)
     assert tried == [None, (30, 52), (16, 16)]
     assert caplog.text.count("Out of memory while encoding") == 2
