@@ -10,13 +10,13 @@ from torch import nn
 from wancore.wan_core.checkpoints.detect import detect_files
 from wancore.wan_core.checkpoints.load import build
 from wancore.wan_core.memory.pieces import weight_bytes
-from wancore.wan_core.memory.quant import FP8, FP8Linear, big_linears, quantise, to_fp8
+from wancore.wan_core.memory.quant import FP8, FP8Linear, big_linears, quantise, weight_to_fp8
 from wancore.wan_core.memory.residency import Residency, on_device
+from wancore.wan_core.models.dit import WanDiT
 from wancore.wan_core.prepare import DiTSettings, load_dit
 from wancore.wan_core.types import Conditioning
 
 from tests.reference import DITS, filled, relative_error, tiny_dit, tiny_image_encoder, tiny_text_encoder
-from wancore.wan_core.models.dit import WanDiT
 
 MODULES = {"dit": tiny_dit, "umt5": tiny_text_encoder, "clip": tiny_image_encoder}
 DIALECTS = ("old", "new", "plain")
@@ -30,7 +30,7 @@ def stored(module: nn.Module, dialect: str, per_row: bool = False) -> dict[str, 
         if dialect == "plain":
             tensors[f"{path}.weight"] = weight.to(FP8)
             continue
-        quantised, scale = to_fp8(weight, per_row=per_row)
+        quantised, scale = weight_to_fp8(weight, per_row=per_row)
         tensors[f"{path}.weight"] = quantised
         scale = scale if per_row else scale.reshape(())
         if dialect == "old":
