@@ -20,8 +20,8 @@ LINE_INTERVAL = 2.0
 """Seconds between two lines of progress."""
 
 FP8_HELP = (
-    "the linear layers of the blocks as scaled FP8 (e4m3), the rest as bf16: half the size of bf16, read by ComfyUI and "
-    "WanCore as it is; for video models and text encoders"
+    "the linear layers of the blocks as scaled FP8 (e4m3), the rest as bf16: half the size of bf16; ComfyUI and "
+    "WanCore compute with it as it is; for video models and text encoders"
 )
 CONVERT_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "file": {"metavar": "FILE", "help": "the model: a file, a folder, or one shard of a series; .pth is fine"},

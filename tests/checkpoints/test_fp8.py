@@ -10,7 +10,7 @@ from torch import nn
 from wancore.wan_core.checkpoints.detect import detect_files
 from wancore.wan_core.checkpoints.load import build
 from wancore.wan_core.memory.pieces import weight_bytes
-from wancore.wan_core.memory.quant import FP8, FP8Linear, big_linears, quantise, to_fp8
+from wancore.wan_core.memory.quant import FP8, FP8Linear, big_linears, quantise, weight_to_fp8
 from wancore.wan_core.memory.residency import Residency, on_device
 from wancore.wan_core.models.dit import WanDiT
 from wancore.wan_core.prepare import DiTSettings, load_dit
@@ -31,7 +31,7 @@ def stored(module: nn.Module, dialect: str, per_row: bool = False) -> dict[str, 
         if dialect == "plain":
             tensors[f"{path}.weight"] = weight.to(FP8)
             continue
-        quantised, scale = to_fp8(weight, per_row=per_row)
+        quantised, scale = weight_to_fp8(weight, per_row=per_row)
         tensors[f"{path}.weight"] = quantised
         scale = scale if per_row else scale.reshape(())
         if dialect == "old":

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from wancore.wan_core.memory import quant
 from wancore.wan_core.memory.pieces import weight_bytes
-from wancore.wan_core.memory.quant import FP8, FP8_MAX, FP8Linear, big_linears, quantise, to_fp8
+from wancore.wan_core.memory.quant import FP8, FP8_MAX, FP8Linear, big_linears, quantise, to_fp8, weight_to_fp8
 from wancore.wan_core.types import Conditioning, VaceInput
 
 from tests.reference import relative_error, tiny_dit, tiny_image_encoder, tiny_text_encoder
@@ -34,9 +34,17 @@ def test_rows_use_the_whole_range_and_zero_rows_stay_zero():
     assert (error <= weight.abs() / 16 + scale * 2**-10).all()
 
 
-def test_one_scale_for_a_whole_tensor():
-    stored, scale = to_fp8(normal(4, 8), per_row=False)
+@pytest.mark.parametrize("chunk", [1, 24, 1 << 22])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_quantised_in_float32_whatever_they_are_stored_in(chunk, dtype, monkeypatch):
+    monkeypatch.setattr(quant, "CHUNK", chunk)
+    weight = normal(7, 8, dtype=dtype)
+    stored, scale = weight_to_fp8(weight)
+    expected = to_fp8(weight.float())
+    assert torch.equal(stored.float(), expected[0].float()) and torch.equal(scale, expected[1])
+    stored, scale = weight_to_fp8(weight, per_row=False)
     assert scale.shape == (1, 1) and stored.float().abs().amax() == FP8_MAX
+    assert relative_error(stored.float() * scale, weight) < 0.04
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

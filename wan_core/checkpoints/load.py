@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.pieces import blocks_of
-from ..memory.quant import FP8_DTYPES, FP8Linear, big_linears, replace_layer, to_fp8
+from ..memory.quant import FP8_DTYPES, FP8Linear, big_linears, replace_layer, weight_to_fp8
 from ..memory.residency import Residency
 from ..models.dit import WanDiT
 from ..models.image_encoder import ImageEncoder
@@ -152,7 +152,7 @@ class _Filling:
             return
         tensor = combine(source, files).to(self.device)
         if self.weights == "fp8" and name in self.linears:
-            self._assign_fp8(name, *to_fp8(tensor.float()))
+            self._assign_fp8(name, *weight_to_fp8(tensor))
         else:
             _assign(self.module, name, tensor.to(self._work_dtype(name)))
 

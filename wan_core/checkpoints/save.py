@@ -25,7 +25,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..memory.quant import FP8, big_linears, to_fp8
+from ..memory.quant import FP8, big_linears, weight_to_fp8
 from .detect import Component, check_against
 from .header import SAFETENSORS_DTYPES
 from .keymap import SPIECE_MODEL
@@ -138,7 +138,7 @@ def _fp8_entries(component: Component, name: str) -> Iterator[_Entry]:
             scale = files.read(source.scales[0]).float() if source.scales else torch.ones(())
             pair.extend((files.read(source.names[0]), scale))
         elif not pair:
-            pair.extend(to_fp8(combine(source, files).float(), per_row=False))
+            pair.extend(weight_to_fp8(combine(source, files), per_row=False))
         tensor, pair[part] = pair[part], torch.empty(0)
         return tensor
 

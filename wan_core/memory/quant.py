@@ -19,19 +19,40 @@ FP8 = torch.float8_e4m3fn
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_MAX = torch.finfo(FP8).max
 
+CHUNK = 1 << 22
+"""Numbers of a weight that are quantised at once: enough to keep all cores busy, few enough to stay in their caches."""
+
 MATMUL_DTYPE = torch.bfloat16
 """What an FP8 product with a scale per row comes out in; cuBLAS offers no other."""
 
 
-def to_fp8(x: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tensor]:
-    """`x` (..., n) as FP8 numbers and the float32 scale that they are to be multiplied with, (..., 1).
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (..., n) as FP8 numbers and the float32 scale that each row is to be multiplied with, (..., 1).
 
-    The largest number of each row, or of the whole tensor (the scale is (1, 1) then), becomes the largest of the
-    format. Rows of zeros stay zeros. Arithmetic is in the dtype of `x`.
+    The largest number of a row becomes the largest of the format; rows of zeros stay zeros. Arithmetic is in the dtype
+    of `x`.
     """
-    peak = x.abs().amax(-1, keepdim=True) if per_row else x.abs().amax().reshape(1, 1)
-    scale = (peak.float() / FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny).to(x.dtype)
+    scale = _scale_for(x.abs().amax(-1, keepdim=True)).to(x.dtype)
     return (x / scale).to(FP8), scale.float()
+
+
+def _scale_for(peak: Tensor) -> Tensor:
+    return (peak.float() / FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
+
+
+def weight_to_fp8(weight: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) of any dtype as FP8 numbers with a float32 scale per row, (out, 1), or for all, (1, 1).
+
+    Computed in float32, a few rows at a time: no second copy of the weight arises.
+    """
+    parts = weight.split(max(1, CHUNK // weight.shape[1]))
+    stored = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    peaks = [part.abs().amax(1, keepdim=True) for part in parts]
+    scales = [_scale_for(peak) for peak in peaks] if per_row else [_scale_for(torch.cat(peaks).amax().reshape(1, 1))]
+    targets = stored.split(len(parts[0]))
+    for target, part, scale in zip(targets, parts, scales if per_row else scales * len(parts), strict=True):
+        target.copy_(part.float() / scale)
+    return stored, torch.cat(scales)
 
 
 class FP8Linear(nn.Linear):
@@ -61,7 +82,7 @@ class FP8Linear(nn.Linear):
     @classmethod
     def of(cls, linear: nn.Linear) -> "FP8Linear":
         """A plain layer quantised with a scale per row, on the device where it is."""
-        weight, scale = to_fp8(linear.weight.detach().float())
+        weight, scale = weight_to_fp8(linear.weight.detach())
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(weight, scale, bias, linear.weight.dtype)
 
