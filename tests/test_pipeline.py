@@ -173,12 +173,12 @@ def test_speed_control(models):
 
 
 def test_a_vace_branch_from_a_file_of_its_own(models, bundled, tmp_path):
+    whole = bundled("vace")
     weights = load_file(models / tiny_id("vace") / "diffusion_pytorch_model.safetensors")
     branch, base = tmp_path / "branch.safetensors", tmp_path / "base.safetensors"
     save_file({n: t for n, t in weights.items() if n.startswith("vace")}, branch)
     save_file({n: t for n, t in weights.items() if not n.startswith("vace")}, base)
     joined = load(models, [ModelConfig(path=base), ModelConfig(path=branch), *configs(models)[1:]])
-    whole = bundled("vace")
     call = {**SMALL, **INPUTS["vace"], "output_type": "latent"}
     assert torch.equal(joined("a dog", **call), whole("a dog", **call))
 
@@ -346,9 +346,30 @@ def test_a_tokenizer_folder_without_its_files(models, tmp_path):
         load(models, [ModelConfig(path=p) for p in paths(tmp_path)])
 
 
-def test_later_parts_say_that_they_are_later(pipe):
-    with pytest.raises(ValueError, match="not part of this version"):
-        pipe.enable_vram_management(vram_limit=8)
+@pytest.mark.parametrize("rest", ["cpu", "disk"])
+@pytest.mark.parametrize(
+    "limit",
+    [{"vram_limit": 0}, {"num_persistent_param_in_dit": 0}, {"num_persistent_param_in_dit": 5 * 10**6},
+     {"vram_limit": 2, "vram_buffer": 1.995}, {}],
+    ids=str,
+)  # fmt: skip
+def test_memory_options_change_no_bit(models, pipe, rest, limit):
+    managed = load(models, configs(models, offload_device=rest))
+    managed.enable_vram_management(**limit)
+    call = {**SMALL, "output_type": "tensor"}
+    assert torch.equal(managed("a dog", **call), pipe("a dog", **call))
+
+
+def test_weights_can_rest_in_fp8(models, pipe):
+    eight = load(models, [*configs(models, offload_dtype=torch.float8_e4m3fn)[:2], configs(models)[2]])
+    assert eight.dit.blocks[0].ffn[0].weight.dtype == torch.float8_e4m3fn
+    call = {**SMALL, "output_type": "latent"}
+    assert relative_error(eight("a dog", **call), pipe("a dog", **call)) < 0.05
+
+
+def test_disk_and_another_dtype_contradict_each_other(models):
+    with pytest.raises(ValueError, match="Weights on disk have the dtype of their file"):
+        load(models, configs(models, offload_device="disk", offload_dtype=torch.float16))
 
 
 def test_windows_equal_the_published_call(pipe):

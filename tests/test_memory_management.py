@@ -1,0 +1,137 @@
+"""Wherever weights are, the latents of a run are the same bits; and a pipeline's memory options say what they do."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from wancore.wan_core.memory.pieces import blocks_of, weights_of
+from wancore.wan_core.memory.residency import Residency
+from wancore.wan_core.prepare import DiTSettings, VideoModel, inspect, load_dit
+from wancore.wan_core.rest import Rest
+from wancore.wan_core.runtime import Runtime
+from wancore.wan_core.sampling.loop import sample
+from wancore.wan_core.settings import (
+    GuidanceSettings,
+    MemorySettings,
+    SamplerSettings,
+    TeaCacheSettings,
+    WindowSettings,
+)
+from wancore.wan_core.types import Conditioning, Curve, LatentSize, VaceInput
+
+from tests.reference import tiny_dit
+
+CPU = torch.device("cpu")
+SIZE = LatentSize(5, 8, 8)
+TEACACHE = TeaCacheSettings(template="Wan2.1-T2V-1.3B", threshold=5.0)
+WINDOWS = WindowSettings(size=3, stride=2)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", params=["t2v", "vace"])
+def checkpoint(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / f"{request.param}.safetensors"
+    save_file(tiny_dit(request.param).state_dict(), path)
+    return inspect(path, "dit")
+
+
+def conditioning(model: VideoModel) -> Conditioning:
+    generator = torch.Generator().manual_seed(0)
+    text, negative = (torch.randn(1, 12, 64, generator=generator) for _ in range(2))
+    cond = Conditioning(text=text, negative_text=negative)
+    if model.dit.config.vace_layers:
+        context = torch.randn(1, 96, *SIZE.shape, generator=generator)
+        cond = dataclasses.replace(cond, vace=(VaceInput(context=context, strength=Curve((0.7,))),))
+    return cond
+
+
+def latents(model: VideoModel, settings: SamplerSettings, memory: MemorySettings, dtype) -> torch.Tensor:
+    cond, runtime = conditioning(model), Runtime(device=CPU, dtype=dtype)
+    plan = model.plan(cond, SIZE, settings, memory, runtime)
+    with model.working(settings.total_steps, CPU, plan.placement) as run:
+        return sample(model.dit, cond, SIZE, plan.settings, run.follow(runtime))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cache", [None, TEACACHE], ids=["all steps", "teacache"])
+@pytest.mark.parametrize("windows", [None, WINDOWS], ids=["whole", "windows"])
+def test_latents_are_the_same_bits_wherever_weights_are(checkpoint, dtype, cache, windows):
+    settings = SamplerSettings(steps=4, seed=3, cache=cache, windows=windows, guidance=GuidanceSettings(scale=4.0))
+    resting = load_dit(checkpoint, DiTSettings(dtype=dtype), "cpu")
+    expected = latents(resting, settings, MemorySettings(), dtype)
+    assert expected.isfinite().all()
+    parameters = sum(parameter.numel() for parameter in resting.dit.parameters())
+    limits = [MemorySettings(vram_limit=0), MemorySettings(vram_limit=0.3)]
+    counts = [MemorySettings(persistent_params=count) for count in (0, parameters // 2, parameters)]
+    for memory in (*limits, *counts):
+        assert torch.equal(latents(resting, settings, memory, dtype), expected), memory
+    on_disk = load_dit(checkpoint, DiTSettings(dtype=dtype), "disk")
+    for memory in (MemorySettings(), MemorySettings(vram_limit=0)):
+        assert torch.equal(latents(on_disk, settings, memory, dtype), expected), memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_may_rest_in_a_wider_dtype(checkpoint, dtype):
+    settings = SamplerSettings(steps=2)
+    expected = latents(load_dit(checkpoint, DiTSettings(), "cpu"), settings, MemorySettings(), torch.bfloat16)
+    model = load_dit(checkpoint, DiTSettings(), Rest(dtype=dtype))
+    assert model.dit.blocks[0].ffn[0].weight.dtype == dtype and model.dit.dtype == torch.bfloat16
+    for memory in (MemorySettings(), MemorySettings(vram_limit=0)):
+        assert torch.equal(latents(model, settings, memory, torch.bfloat16), expected)
+
+
+def test_fp8_weights_stream(checkpoint):
+    model = load_dit(checkpoint, DiTSettings(), Rest(weights="fp8"))
+    settings = SamplerSettings(steps=2)
+    expected = latents(model, settings, MemorySettings(), torch.bfloat16)
+    assert torch.equal(latents(model, settings, MemorySettings(vram_limit=0), torch.bfloat16), expected)
+    plain_model = load_dit(checkpoint, DiTSettings(), "cpu")
+    plain = Residency.of(plain_model.dit).inventory()
+    eight = Residency.of(model.dit).inventory()
+    assert eight.blocks["blocks.1"].bytes < 0.56 * plain.blocks["blocks.1"].bytes
+
+
+def test_weights_on_disk_are_views_of_the_file(checkpoint):
+    dit = load_dit(checkpoint, DiTSettings(dtype=torch.float32), "disk").dit
+    inside = {name for path in blocks_of(dit) for name in weights_of(dit) if name.startswith(f"{path}.")}
+    assert Residency.of(dit).mapped == inside
+
+
+def test_vace_blocks_stay_away_without_a_vace_input():
+    model = VideoModel(tiny_dit("vace"), None, None, "tiny")
+    cond = dataclasses.replace(conditioning(model), vace=None)
+    memory = MemorySettings(persistent_params=0)
+    placement = model.plan(cond, SIZE, SamplerSettings(), memory, Runtime(device=CPU, dtype=torch.float32)).placement
+    assert placement.streamed == tuple(f"blocks.{index}" for index in range(4))
+    assert placement.inventory.idle == {"vace_blocks.0", "vace_blocks.1"}
+
+
+def test_streamed_branches_share_each_copy():
+    model = VideoModel(tiny_dit(), None, None, "tiny")
+    cond = conditioning(model)
+    runtime = Runtime(device=CPU, dtype=torch.float32)
+    plan = model.plan(cond, SIZE, SamplerSettings(), MemorySettings(vram_limit=0), runtime)
+    assert plan.settings.guidance.mode == "interleaved" and plan.passes_per_step == 1
+    batched = SamplerSettings(guidance=GuidanceSettings(mode="batched"))
+    assert model.plan(cond, SIZE, batched, MemorySettings(vram_limit=0), runtime).settings == batched
+
+
+def test_a_run_that_cannot_meet_its_limit_says_so_and_runs(caplog):
+    model = VideoModel(tiny_dit(), None, None, "tiny")
+    cond, memory = conditioning(model), MemorySettings(vram_limit=0.001)
+    settings = SamplerSettings(steps=1)
+    runtime = dataclasses.replace(Runtime(device=CPU, dtype=torch.float32), memory_left=lambda _: 2**20)
+    plan = model.plan(cond, SIZE, settings, memory, runtime)
+    assert plan.missing > 0 and len(plan.placement.streamed) == 4
+    assert "GB more than it may use" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vram_limit", -1), ("vram_limit", float("nan")), ("vram_buffer", -0.5), ("persistent_params", -1),
+     ("persistent_params", 1.5)],
+)  # fmt: skip
+def test_bad_numbers_are_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        MemorySettings(**{field: value})
