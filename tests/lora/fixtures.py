@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from wancore.wan_core.memory.plan import place
+from wancore.wan_core.memory.residency import Residency
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """`down` (r, in) and `up` (out, r) by module path."""
@@ -37,29 +39,10 @@ def factors(module: nn.Module, paths: list[str], rank: int = RANK, seed: int = 0
 
 @contextmanager
 def streaming(dit: nn.Module) -> Iterator[nn.Module]:
-    """`dit` with blocks that hold nothing but while they run: weights come just before and are dropped after it."""
-    handles, kept = [], []
-    for block in [*dit.blocks, *getattr(dit, "vace_blocks", ())]:
-        stored = [(p, p.data) for p in block.parameters()]
-        kept += stored
-
-        def fetch(*_: object, stored: list = stored) -> None:
-            for p, data in stored:
-                p.data = data.clone()
-
-        def drop(*_: object, stored: list = stored) -> None:
-            for p, data in stored:
-                p.data = torch.full_like(data, torch.nan)
-
-        handles += [block.register_forward_pre_hook(fetch), block.register_forward_hook(drop)]
-        drop()
-    try:
+    """`dit` with all of its blocks streamed."""
+    residency = Residency.of(dit)
+    with residency.working(torch.device("cpu"), place(residency.inventory(dit.block_order()), parameters=0)):
         yield dit
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, data in kept:
-            p.data = data
 
 
 def joined(path: str) -> str:

@@ -1,5 +1,6 @@
 """LoRAs come and go without a trace, stack, follow curves and blocks, and never reach a neighbour."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,13 +11,14 @@ from wancore.wan_core.adapters.model import LAYOUT, Target, report, use_lora
 from wancore.wan_core.adapters.open import open_lora
 from wancore.wan_core.lora.apply import _same_device, applied
 from wancore.wan_core.lora.bind import BlockStrengths
+from wancore.wan_core.memory.quant import big_linears, quantise
 from wancore.wan_core.runtime import Runtime
 from wancore.wan_core.sampling.loop import sample, sample_state
 from wancore.wan_core.sampling.state import RunState
 from wancore.wan_core.settings import GuidanceSettings, SamplerSettings
 from wancore.wan_core.types import Conditioning, Curve, LatentSize
 
-from tests.lora.fixtures import WRITERS, factors, linear_paths
+from tests.lora.fixtures import WRITERS, factors, linear_paths, streaming
 from tests.lora.test_dialects import inputs, merged_output, output, with_loras
 from tests.reference import relative_error, tiny_dit, tiny_motion_controller
 
@@ -317,45 +319,22 @@ def test_modes(loras):
         used(path, dit, mode="merge")
 
 
-class Fp8Linear(nn.Module):
-    """A linear layer whose weight is stored in eight bits with one scale per row."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.scale = linear.weight.abs().amax(1, keepdim=True) / 448
-        self.weight = nn.Parameter((linear.weight / self.scale).to(torch.float8_e4m3fn), requires_grad=False)
-        self.bias = linear.bias
-
-    def dequantised(self) -> torch.Tensor:
-        return self.weight.float() * self.scale
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.dequantised().to(x.dtype), self.bias)
-
-
 @torch.no_grad()
-def test_quantised_weights_get_the_exact_change(loras):
+@pytest.mark.parametrize("streams", [False, True], ids=["resident", "streamed"])
+def test_quantised_weights_get_the_exact_change(loras, streams):
     """On FP8 the LoRA is computed beside the layer: the change is that of the unquantised model, not rounded again."""
     made, path = loras["first"]
-
-    def quantised(dit: nn.Module) -> nn.Module:
-        for block in dit.blocks:
-            for owner, name in ((block.self_attn, "q"), (block.cross_attn, "o"), (block.ffn, "0")):
-                setattr(owner, name, Fp8Linear(getattr(owner, name)))
-        return dit
-
-    dit = quantised(tiny_dit("t2v"))
-    plain = quantised(tiny_dit("t2v"))
-    for block in plain.blocks:
-        for owner, name in ((block.self_attn, "q"), (block.cross_attn, "o"), (block.ffn, "0")):
-            eight = getattr(owner, name)
-            linear = nn.Linear(*reversed(eight.weight.shape))
-            linear.weight.data, linear.bias.data = eight.dequantised(), eight.bias.data
-            setattr(owner, name, linear)
-    assert relative_error(output(dit), output(plain)) < 1e-6
-    use = used(path, dit)
+    eight, plain = quantise(tiny_dit("t2v")), tiny_dit("t2v")
+    layers = big_linears(eight)
+    for name, layer in layers.items():
+        plain.get_submodule(name).weight.copy_(layer.dequantised())
+    assert relative_error(output(eight), output(plain)) < 1e-6
+    stored = {name: layer.weight.view(torch.uint8).clone() for name, layer in layers.items()}
+    use = used(path, eight)
     assert len(use.bound.patches) == len(made)
-    assert relative_error(with_loras(dit, use), merged_output(plain, made)) < 1e-6
+    with streaming(eight) if streams else nullcontext():
+        assert relative_error(with_loras(eight, use, streamed=streams), merged_output(plain, made)) < 1e-6
+    assert all(torch.equal(layer.weight.view(torch.uint8), stored[name]) for name, layer in layers.items())
 
 
 @torch.no_grad()

@@ -1,0 +1,71 @@
+"""Weights that wait on the device, seen and evicted by ComfyUI's own model management."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = '''
+import gc, sys
+sys.argv = ["main.py", "--cpu"]
+sys.path.insert(0, {comfy!r})
+import comfy.options
+comfy.options.enable_args_parsing()
+import comfy.model_management as management
+import torch
+from torch import nn
+sys.path.append({root!r})
+import pack
+pack.load_pack()
+from wancore.nodes import host
+from wancore.wan_core.memory.block_stream import PlainCopies
+from wancore.wan_core.memory.residency import Residency
+
+CPU = torch.device("cpu")
+class Copying(PlainCopies):
+    """As if weights rested on another device than this one."""
+    def whole(self, weight, dtype):
+        return weight.clone()
+
+def used(module):
+    with Residency.of(module).working(CPU, keep=host.keeps_weights(), copies=Copying(CPU)):
+        pass
+    host.account_for(module)
+
+model, other = (nn.ModuleList(nn.Linear(64, 64) for _ in range(4)) for _ in range(2))
+size = sum(p.nbytes for p in model.parameters())
+for module in (model, other, model):
+    used(module)
+assert len(management.current_loaded_models) == 2, "each is there once"
+assert sum(m.model_loaded_memory() for m in management.current_loaded_models) == 2 * size
+
+real = management.get_free_memory
+management.get_free_memory = lambda device=None, torch_free_too=False: (0, 0) if torch_free_too else 0
+management.free_memory(size // 2, CPU)
+left = Residency.of(model).kept_bytes + Residency.of(other).kept_bytes
+assert size // 2 <= 2 * size - left <= 2 * size, left
+used(model)
+assert Residency.of(model).kept_bytes == size, "weights come back on the next use"
+management.unload_all_models()
+management.get_free_memory = real
+assert not management.current_loaded_models
+assert Residency.of(model).kept_bytes == Residency.of(other).kept_bytes == 0
+
+used(model)
+del model, module
+gc.collect()
+assert not management.current_loaded_models, "nothing is held once the graph drops it"
+print("all true")
+'''
+
+
+@pytest.mark.comfyui
+def test_comfyui_sees_evicts_and_forgets_our_weights():
+    comfy = os.environ["COMFYUI_PATH"]
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    script = SCRIPT.format(comfy=comfy, root=str(ROOT))
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, cwd=comfy, timeout=300)
+    assert "all true" in done.stdout, done.stdout + done.stderr
