@@ -9,14 +9,18 @@ from pathlib import Path
 
 import av
 import pytest
+import torch
 import websocket
 from PIL import Image
+from safetensors.torch import save_file
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.server import Server
 from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS
+from wancore.wan_core.models.config import PreviewDecoderConfig
+from wancore.wan_core.models.preview_decoder import PreviewDecoder
 from wancore.wan_core.sampling.checkpoint import load_latents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +89,31 @@ def test_previews_come_and_latents_stay(server, prompt, folders, comfy_server):
     with av.open(str(video)) as container:
         assert "prompt" in container.metadata
         assert record in json.loads(container.metadata["wancore"])
+
+
+def test_previews_are_those_of_the_tiny_autoencoder(server, prompt, comfy_server):
+    file = comfy_server.base / "models" / "vae_approx" / "taew2_1.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    weights = PreviewDecoder(PreviewDecoderConfig(widths=(8, 6, 4, 4))).state_dict()
+    red = {key: torch.zeros_like(value) for key, value in weights.items()}
+    save_file({**red, "decoder.22.bias": torch.tensor([1.0, 0, 0])}, file)
+    before = len(list((comfy_server.base / "output" / "wancore").glob("*.latent")))
+
+    def queue_and_wait(client_id):
+        server.submit(prompt, client_id)
+        end = time.monotonic() + 60
+        while len(list((comfy_server.base / "output" / "wancore").glob("*.latent"))) == before:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+
+    try:
+        pictures = pictures_during(server, queue_and_wait)
+    finally:
+        file.unlink()
+    assert 1 <= len(pictures) <= 6
+    for picture in pictures:
+        red, green, blue = picture.convert("RGB").getpixel((200, 200))
+        assert red > 240 > 15 > max(green, blue)
 
 
 def test_a_run_that_is_stopped_goes_on(server, prompt, folders, comfy_server):

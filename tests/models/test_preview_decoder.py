@@ -59,6 +59,9 @@ def test_pictures_depend_on_what_came_before_and_on_nothing_after():
     assert torch.equal(decoder(x, context=4), whole[4:])
     assert not torch.equal(decoder(x[:, 4:]), whole[4:])
     assert torch.equal(decoder(x), whole)
+    long = latents(12)
+    assert torch.equal(decoder(long[:, 4:], context=7), decoder(long)[11:])
+    assert not torch.equal(decoder(long[:, 7:], context=4), decoder(long)[11:])
 
 
 @pytest.mark.parametrize("name", ["taew2_1.safetensors", "taew2_1.pth"])

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from wancore.wan_core.models.dit import WanDiT
 from wancore.wan_core.runtime import Cancelled, OutOfMemoryError, Runtime
 from wancore.wan_core.sampling.checkpoint import Checkpoint
@@ -193,6 +194,49 @@ def test_a_number_that_is_none_is_found_where_it_arises():
     half.blocks[1].ffn[2].weight *= 3e4
     with pytest.raises(NonFiniteError, match=r"first after block 1 .* beyond 65504 in fp16; load the model in bf16"):
         run("t2v", half)
+
+
+class Waits(TorchDispatchMode):
+    """Counts numbers read from tensors; for each of them a program waits for its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "lcm"])
+@pytest.mark.parametrize(
+    ("mode", "windows", "cache", "first"),
+    [
+        ("sequential", "none", None, 2),
+        ("interleaved", "none", SKIP_ALL, 2),
+        ("batched", "none", None, 1),
+        ("sequential", "blend", None, 4),
+    ],
+)
+def test_a_run_waits_for_the_device_in_its_first_step_only(solver, mode, windows, cache, first, monkeypatch):
+    settings = SamplerSettings(
+        steps=5, solver=solver, cache=cache, windows=WINDOWS[windows][0], guidance=GuidanceSettings(mode=mode)
+    )
+    waits, to_cpu = Waits(), Tensor.cpu
+
+    def cpu(tensor):
+        waits.count += 1
+        return to_cpu(tensor)
+
+    monkeypatch.setattr(Tensor, "cpu", cpu)
+    at = []
+    with waits:
+        runtime = dataclasses.replace(
+            RUNTIME, before_step=lambda *_: at.append(waits.count), on_progress=lambda *_: at.append(waits.count)
+        )
+        sample(tiny_dit("vace"), conditioning("vace", SIZE), SIZE, settings, runtime)
+    counts = [after - before for before, after in zip(at[::2], at[1::2], strict=True)]
+    assert counts == [first, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("where", ["weight", "text", "latents"])

@@ -5,7 +5,9 @@ import logging
 
 import pytest
 import torch
+from wancore.wan_core.conditioning.slots import fit
 from wancore.wan_core.conditioning.text import TextEncoder, text_conditioning
+from wancore.wan_core.models.dit import WanDiT
 from wancore.wan_core.models.vae import WanVAE
 from wancore.wan_core.runtime import Runtime
 from wancore.wan_core.sampling.chain import colour_corrected
@@ -15,6 +17,7 @@ from wancore.wan_core.sampling.windows import Windowed, window_of
 from wancore.wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
 from wancore.wan_core.tiling import Span, plan_spans
 from wancore.wan_core.types import Conditioning, LatentSize, StepInfo, VideoSize, tensors_in
+from wancore.wan_core.variants import match_variant
 
 from tests.reference import DITS, arguments, load_case, relative_error, tiny_dit, tiny_text_encoder, tiny_vae
 from tests.sampling.variants import conditioning
@@ -114,6 +117,41 @@ def test_chains_run_with_every_conditioning(variant):
     latents = chained(dit, cond)
     assert latents.shape == (1, 16, *SIZE.shape)
     assert latents.isfinite().all()
+
+
+def fitted(variant):
+    """Random slots, joined as the model of this structure takes them."""
+    row, cond = match_variant(DITS[variant]), conditioning(variant, SIZE)
+    parts = cond.concat.split([slot.channels for slot in row.slots], 1)
+    slots = {slot.name: part for slot, part in zip(row.slots, parts, strict=True)}
+    # What inputs these were made of does not matter here, and some rows insist on theirs.
+    cond = dataclasses.replace(cond, concat=None, slots=slots, inputs=row.requires)
+    return fit(cond, row, DITS[variant], variant)
+
+
+@pytest.mark.parametrize("variant", [name for name, config in DITS.items() if config.concat_channels])
+def test_a_chain_states_the_frames_it_goes_on_from(variant, monkeypatch):
+    dit, cond, seen = tiny_dit(variant), fitted(variant), []
+    prepare = WanDiT.prepare
+    monkeypatch.setattr(WanDiT, "prepare", lambda self, given, *rest: seen.append(given) or prepare(self, given, *rest))
+    windows = {"size": 4, "stride": 2}
+    latents = chained(dit, cond, w=windows, guidance=GuidanceSettings(scale=1.0))
+    # Clips of the frames 0-3, 2-5 and 4-6 of seven.
+    assert [given.concat.shape[2] for given in seen] == [4, 4, 3]
+    assert torch.equal(seen[0].concat, cond.concat[:, :, :4])
+    known, start = latents[:, :, 2:4], 0
+    for slot in cond.layout:
+        channels = slice(start, start + slot.channels)
+        before, now = cond.concat[:, channels, 2:6], seen[1].concat[:, channels]
+        stated = {"mask": torch.ones(1, 4, 2, 4, 6), "frames": known, "first": known[:, :, :1]}.get(slot.states)
+        count = 0 if stated is None else stated.shape[2]
+        assert count == 0 or torch.equal(now[:, :, :count], stated)
+        assert torch.equal(now[:, :, count:], before[:, :, count:])
+        start = channels.stop
+    assert start == cond.concat.shape[1]
+    silent = chained(dit, dataclasses.replace(cond, layout=None), w=windows, guidance=GuidanceSettings(scale=1.0))
+    assert torch.equal(silent[:, :, :4], latents[:, :, :4])
+    assert not torch.allclose(silent[:, :, 4:], latents[:, :, 4:], atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["blend", "chain"])

@@ -81,7 +81,8 @@ class PreviewDecoder(nn.Module):
     def forward(self, latents: Tensor, context: int = 0) -> Tensor:
         """Pictures (F - context, 3, 8h, 8w) in [0, 1] of normalised latents (16, F, h, w).
 
-        The first `context` frames are only remembered. What lies further back than they do changes a picture little.
+        The first `context` frames are only remembered. With seven of them a picture is as in the whole video; with
+        fewer it is an approximation.
         """
         memory: Memory = {}
         pictures = [self._frame(frame, memory) for frame in latents.transpose(0, 1).split(1)]

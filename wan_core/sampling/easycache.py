@@ -16,9 +16,9 @@ class EasyCache:
     """Leaves a step out while the estimated change of the blocks' output adds up to less than the threshold.
 
     The change is estimated as that of the input times the rate at which the blocks turned one into the other when they
-    last ran. The first and last step are computed, and so are `start_step` first ones and those in `forced`. Each
-    decision reads one number from the device. `memory` holds, per window: seen, the last input; given and made, input
-    and output of the last computed step; rate and change, as numbers.
+    last ran. The first and last step are computed, and so are `start_step` first ones and those in `forced`. What it
+    sees decides, so unlike a plan it waits for the device in every step. `memory` holds, per window: seen, the last
+    input; given and made, input and output of the last computed step; rate and change, as numbers.
     """
 
     def __init__(self, settings: EasyCacheSettings, total: int, forced: Container[int] = ()) -> None:
