@@ -200,6 +200,8 @@ def _new_file(path: Path, size: int) -> Iterator[BinaryIO]:
     path = path.expanduser()
     if path.suffix != ".safetensors":
         raise ValueError(f"Models are written as .safetensors; got the name {path.name!r}.")
+    if path.exists():
+        raise ValueError(f"{path} exists already; nothing is overwritten. Choose another name or move it away.")
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,10 +209,6 @@ def _new_file(path: Path, size: int) -> Iterator[BinaryIO]:
         if free < size:
             raise ValueError(f"{path} takes {size / 1e9:.2f} GB, but {path.parent} has {free / 1e9:.2f} GB left.")
         path.open("x").close()
-    except FileExistsError:
-        raise ValueError(
-            f"{path} exists already; nothing is overwritten. Choose another name or move it away."
-        ) from None
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error}).") from error
     try:
