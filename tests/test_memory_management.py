@@ -117,6 +117,21 @@ def test_streamed_branches_share_each_copy():
     assert model.plan(cond, SIZE, batched, MemorySettings(vram_limit=0), runtime).settings == batched
 
 
+def test_skipped_steps_copy_nothing():
+    model = VideoModel(tiny_dit(), None, None, "tiny")
+    cond, runtime = conditioning(model), Runtime(device=CPU, dtype=torch.float32)
+    copied = {}
+    for name, cache in (("all", None), ("teacache", TEACACHE)):
+        settings = SamplerSettings(steps=6, cache=cache)
+        plan = model.plan(cond, SIZE, settings, MemorySettings(vram_limit=0), runtime)
+        with Residency.of(model.dit).working(CPU, plan.placement) as stream:
+            sample(model.dit, cond, SIZE, plan.settings, runtime)
+            copied[name] = stream.copied
+    read_ahead = plan.placement.inventory.blocks["blocks.0"].bytes
+    assert copied["all"] == 6 * plan.copied_per_step + read_ahead
+    assert copied["teacache"] == 2 * plan.copied_per_step + read_ahead, "the first and the last step are computed"
+
+
 def test_a_run_that_cannot_meet_its_limit_says_so_and_runs(caplog):
     model = VideoModel(tiny_dit(), None, None, "tiny")
     cond, memory = conditioning(model), MemorySettings(vram_limit=0.001)

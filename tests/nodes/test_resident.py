@@ -58,6 +58,15 @@ used(model)
 del model, module
 gc.collect()
 assert not management.current_loaded_models, "nothing is held once the graph drops it"
+
+assert host.memory_settings().vram_limit is None
+for state in (management.VRAMState.LOW_VRAM, management.VRAMState.NO_VRAM):
+    management.vram_state = state
+    assert host.memory_settings().vram_limit == 0
+management.get_free_memory = lambda device=None, torch_free_too=False: 10**9
+management.EXTRA_RESERVED_VRAM = 3 * 10**8
+assert host._memory_left(torch.device("meta")) == 7 * 10**8, "--reserve-vram is left alone"
+assert host._memory_left(CPU) is None
 print("all true")
 '''
 
