@@ -55,7 +55,10 @@ def test_what_is_on_the_device_already_counts_as_available(monkeypatch):
 def test_encoders_give_the_same_bits_when_they_are_streamed(limit):
     memory = MemorySettings(vram_limit=limit)
     images, ids = torch.rand(1, 3, 20, 30), torch.arange(1, 9)[None]
-    passes = ((tiny_image_encoder(), lambda m: m(images)), (tiny_text_encoder(), lambda m: m(ids, torch.ones(1, 8))))
+    passes = (
+        (tiny_image_encoder(), lambda m: m(images)),
+        (tiny_text_encoder(), lambda m: m(ids, torch.ones(1, 8, dtype=torch.long))),
+    )
     with torch.no_grad():
         for module, run in passes:
             expected = run(module)
