@@ -108,12 +108,13 @@ def test_fp8_weights_take_half_of_bfloat16(tmp_path):
     assert half / whole == pytest.approx(0.5, abs=0.02)
 
 
-def test_a_bfloat16_layer_with_a_scale_of_one_is_not_fp8(tmp_path):
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_bfloat16_layer_with_a_scale_is_not_fp8(tmp_path, scale):
     """Some packs give layers that are not quantised a scale all the same."""
-    tensors = dict(tiny_dit().bfloat16().state_dict()) | {"blocks.0.ffn.0.scale_weight": torch.ones(())}
+    tensors = dict(tiny_dit().bfloat16().state_dict()) | {"blocks.0.ffn.0.scale_weight": torch.tensor(scale)}
     module = build(write(tensors, tmp_path), dtype=torch.bfloat16)
     assert type(module.blocks[0].ffn[0]) is nn.Linear
-    assert torch.equal(module.blocks[0].ffn[0].weight, tensors["blocks.0.ffn.0.weight"])
+    assert torch.equal(module.blocks[0].ffn[0].weight, scale * tensors["blocks.0.ffn.0.weight"])
 
 
 @pytest.mark.parametrize("weights", ["fp16", None])

@@ -195,7 +195,7 @@ def test_converted_weights_cost_one_tensor_more(tmp_path, stored, asked, weights
     extra, size = run(MEASURE, str(tmp_path), asked, weights)
     largest = 4 * max(map(prod, shapes.values()))
     assert size == pytest.approx(ratio * total, rel=0.1)
-    assert extra <= size + 3 * largest + 16e6, f"{extra / 1e6:.0f} MB for {size / 1e6:.0f} MB"
+    assert extra <= size + largest + 24e6, f"{extra / 1e6:.0f} MB for {size / 1e6:.0f} MB"
 
 
 @needs_proc

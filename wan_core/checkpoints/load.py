@@ -150,11 +150,16 @@ class _Filling:
             weight = files.read(source.names[0]).reshape(source.shape).to(self.device)
             self._assign_fp8(name, weight, self._scale(source, files))
             return
-        tensor = combine(source, files).to(self.device)
         if self.weights == "fp8" and name in self.linears:
-            self._assign_fp8(name, *weight_to_fp8(tensor))
+            self._assign_fp8(name, *weight_to_fp8(combine(source, files).to(self.device)))
+            return
+        work = self._work_dtype(name)
+        is_whole = source.combine in ("identity", "reshape") and not source.scales
+        if is_whole and work == source.dtype and self.device.type == "cpu":
+            tensor = files.read(source.names[0]).reshape(source.shape)
         else:
-            _assign(self.module, name, tensor.to(self._work_dtype(name)))
+            tensor = combine(source, files).to(self.device, work, copy=True)
+        _assign(self.module, name, tensor)
 
     def map(self, name: str, files: TensorFiles) -> bool:
         """Make the parameter `name` a view of its file, where that is possible."""
@@ -217,8 +222,12 @@ class _Filling:
 
 
 def combine(source: Source, files: TensorFiles) -> Tensor:
-    """An original tensor in memory of its own, made of its parts in `files`; float32 where parts have FP8 scales."""
-    return _combine(source, {name: files.read(name) for name in (*source.names, *source.scales) if name})
+    """An original tensor on the CPU, made of its parts in `files`; valid until `files` is asked for the next one.
+
+    Parts with FP8 scales come out in float32.
+    """
+    extra = {name: files.read(name) for name in (*source.names[1:], *source.scales) if name}
+    return _combine(source, extra | {source.names[0]: files.borrow(source.names[0])})
 
 
 def _combine(source: Source, tensors: Mapping[str, Tensor]) -> Tensor:

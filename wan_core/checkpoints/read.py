@@ -1,6 +1,7 @@
 """Tensors of model files: read whole into memory of their own, or seen through a mapping of the file."""
 
 import zipfile
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +12,7 @@ from .header import CheckpointError, Header, TensorInfo, open_pickle
 
 
 class TensorFiles:
-    """The tensors of a header, by name. Use as a context manager; tensors stay valid after it.
+    """The tensors of a header, by name. Use as a context manager; tensors that are read or mapped stay valid after it.
 
     Safetensors are read with plain sequential reads straight into their place: memory then holds each number once, and
     network drives and slow disks are read as fast as they can. One file is open at a time.
@@ -22,6 +23,7 @@ class TensorFiles:
         self._stream: BinaryIO | None = None
         self._file: Path | None = None
         self._pickled: dict[str, Tensor] = {}
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         self._storages: dict[Path, torch.UntypedStorage] = {}
 
     def __enter__(self) -> "TensorFiles":
@@ -41,11 +43,25 @@ class TensorFiles:
         self._open(info)
         if info.offset is None:
             return self._pickled[name].clone(memory_format=torch.contiguous_format)
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        self._stream.seek(info.offset)
-        if self._stream.readinto(tensor.reshape(-1).view(torch.uint8).numpy()) != tensor.nbytes:
-            raise CheckpointError(f"{info.file} ended within {name!r}; it was changed while it was read. Try again.")
-        return tensor
+        return self._fill(torch.empty(info.shape, dtype=info.dtype), name)
+
+    def borrow(self, name: str) -> Tensor:
+        """A tensor on the CPU that is valid until the next call, for whoever converts it at once.
+
+        All of them share one piece of memory: an allocator that is given back a piece per tensor may keep them all.
+
+        Raises:
+            CheckpointError: as for `read`.
+        """
+        info = self._header[name]
+        self._open(info)
+        if info.offset is None:
+            return self._pickled[name]
+        size = prod(info.shape) * info.dtype.itemsize
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(0, dtype=torch.uint8)
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._fill(self._scratch[:size].view(info.dtype).reshape(info.shape), name)
 
     def map(self, name: str) -> Tensor | None:
         """A view of the file, of which no byte is read now; None for a tensor that cannot be seen that way.
@@ -65,6 +81,13 @@ class TensorFiles:
             self._storages[info.file] = torch.UntypedStorage.from_file(str(info.file), False, size)
         storage = self._storages[info.file]
         return torch.empty(0, dtype=info.dtype).set_(storage, info.offset // info.dtype.itemsize, info.shape)
+
+    def _fill(self, tensor: Tensor, name: str) -> Tensor:
+        info = self._header[name]
+        self._stream.seek(info.offset)
+        if self._stream.readinto(tensor.reshape(-1).view(torch.uint8).numpy()) != tensor.nbytes:
+            raise CheckpointError(f"{info.file} ended within {name!r}; it was changed while it was read. Try again.")
+        return tensor
 
     def _open(self, info: TensorInfo) -> None:
         if info.file == self._file:

@@ -19,7 +19,7 @@ FP8 = torch.float8_e4m3fn
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_MAX = torch.finfo(FP8).max
 
-CHUNK = 1 << 22
+CHUNK = 1 << 18
 """Numbers of a weight that are quantised at once: enough to keep all cores busy, few enough to stay in their caches."""
 
 MATMUL_DTYPE = torch.bfloat16
@@ -45,14 +45,17 @@ def weight_to_fp8(weight: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tens
 
     Computed in float32, a few rows at a time: no second copy of the weight arises.
     """
-    parts = weight.split(max(1, CHUNK // weight.shape[1]))
+    rows = max(1, CHUNK // weight.shape[1])
     stored = torch.empty(weight.shape, dtype=FP8, device=weight.device)
-    peaks = [part.abs().amax(1, keepdim=True) for part in parts]
-    scales = [_scale_for(peak) for peak in peaks] if per_row else [_scale_for(torch.cat(peaks).amax().reshape(1, 1))]
-    targets = stored.split(len(parts[0]))
-    for target, part, scale in zip(targets, parts, scales if per_row else scales * len(parts), strict=True):
-        target.copy_(part.float() / scale)
-    return stored, torch.cat(scales)
+    quotient = torch.empty(rows, weight.shape[1], dtype=torch.float32, device=weight.device)
+    ranges = [torch.aminmax(part, dim=1, keepdim=True) for part in weight.split(rows)]
+    scale = _scale_for(torch.cat([torch.maximum(-low, high) for low, high in ranges]))
+    if not per_row:
+        scale = scale.amax().reshape(1, 1)
+    scales = scale.expand(len(weight), 1)
+    for target, part, factor in zip(stored.split(rows), weight.split(rows), scales.split(rows), strict=True):
+        target.copy_(torch.div(part, factor, out=quotient[: len(part)]))
+    return stored, scale
 
 
 class FP8Linear(nn.Linear):
