@@ -1,6 +1,12 @@
 """Tests import the pack through its alias (`from wancore.wan_core...`): one identity of every class."""
 
+import os
 import signal
+
+# Workers share the cores already: more threads than one each, here or in programs that tests start, only get in each
+# other's way. Before torch is imported, which reads it once.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pack import load_pack
 
