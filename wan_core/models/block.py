@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionFn
 from .config import HEAD_DIM
-from .elementwise import add_, gated_add_, gelu_tanh_, layer_norm, may_overwrite, modulate_
+from .elementwise import add_, gated_add_, gelu_tanh_, layer_norm, may_overwrite, modulate_, rms_norm_
 from .rope import RotaryTable, rotate_
 
 EPS = 1e-6
@@ -37,8 +37,8 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(dim, EPS), nn.RMSNorm(dim, EPS)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q = rotate_(_heads(self.norm_q(self.q(x))), context.rope)
-        k = rotate_(_heads(self.norm_k(self.k(x))), context.rope)
+        q = rotate_(_heads(rms_norm_(self.q(x), self.norm_q.weight, EPS)), context.rope)
+        k = rotate_(_heads(rms_norm_(self.k(x), self.norm_k.weight, EPS)), context.rope)
         return self.o(context.attend(q, k, _heads(self.v(x))).flatten(2))
 
 
@@ -54,10 +54,11 @@ class CrossAttention(nn.Module):
             self.norm_k_img = nn.RMSNorm(dim, EPS)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q = _heads(self.norm_q(self.q(x)))
-        out = context.attend(q, _heads(self.norm_k(self.k(context.text))), _heads(self.v(context.text)))
+        q = _heads(rms_norm_(self.q(x), self.norm_q.weight, EPS))
+        k = _heads(rms_norm_(self.k(context.text), self.norm_k.weight, EPS))
+        out = context.attend(q, k, _heads(self.v(context.text)))
         if context.image is not None:
-            k, v = self.norm_k_img(self.k_img(context.image)), self.v_img(context.image)
+            k, v = rms_norm_(self.k_img(context.image), self.norm_k_img.weight, EPS), self.v_img(context.image)
             out = add_(out, context.attend(q, _heads(k), _heads(v)))
         return self.o(out.flatten(2))
 
