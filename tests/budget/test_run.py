@@ -14,7 +14,7 @@ from wancore.wan_core.memory.residency import Residency
 from wancore.wan_core.models.config import DiTConfig
 from wancore.wan_core.models.dit import WanDiT
 from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling import loop, predictor
+from wancore.wan_core.sampling import loop
 from wancore.wan_core.settings import MemorySettings, SamplerSettings
 from wancore.wan_core.types import Conditioning, VideoSize, tensors_in
 
@@ -49,9 +49,7 @@ def conditioning() -> Conditioning:
 
 
 @pytest.fixture(autouse=True)
-def nothing_reads_values(monkeypatch):
-    monkeypatch.setattr(predictor, "is_finite", lambda _: True)
-    monkeypatch.setattr(loop, "check_latents", lambda *_: None)
+def results_stay_on_the_meta_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: self)
 
 

@@ -45,7 +45,7 @@ def weight_to_fp8(weight: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tens
 
     Computed in float32, a few rows at a time: no second copy of the weight arises.
     """
-    parts = weight.split(max(1, CHUNK // weight.shape[1]))
+    parts = weight.split(len(weight) if weight.is_meta else max(1, CHUNK // weight.shape[1]))
     stored = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     peaks = [part.abs().amax(1, keepdim=True) for part in parts]
     scales = [_scale_for(peak) for peak in peaks] if per_row else [_scale_for(torch.cat(peaks).amax().reshape(1, 1))]

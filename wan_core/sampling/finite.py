@@ -14,8 +14,8 @@ class NonFiniteError(ValueError):
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether every value of `x` is a number; waits for the device."""
-    return bool(torch.isfinite(x).all())
+    """Whether every value of `x` is a number; waits for the device. On the meta device there are no values."""
+    return x.is_meta or bool(torch.isfinite(x).all())
 
 
 def check_latents(latents: Tensor, when: str) -> None:
