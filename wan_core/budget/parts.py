@@ -1,6 +1,6 @@
 """The models of a run as they will be held, on the meta device: what they weigh is known before they are loaded."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,7 +41,6 @@ BUNDLED: dict[Kind, Any] = {
 class Part:
     """One model of a run: the loaded module, or its twin on the meta device."""
 
-    name: str
     module: nn.Module
 
     @classmethod
@@ -53,7 +52,7 @@ class Part:
         Raises:
             ValueError: loading would refuse it.
         """
-        return cls(component.name, build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped))
+        return cls(build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped))
 
     @property
     def residency(self) -> Residency:
@@ -84,7 +83,7 @@ class Part:
         done = all(isinstance(layer, FP8Linear) for layer in big_linears(self.module).values())
         if done or self.residency.mapped or self.residency.work_dtypes:
             return None
-        return replace(self, module=quantise(meta_twin(self.module)))
+        return Part(quantise(meta_twin(self.module)))
 
 
 def published_dit(row: catalog.CatalogRow) -> Component:
@@ -108,4 +107,3 @@ def _unread(kind: Kind, config: Any, file: Path, dtype: torch.dtype = torch.bflo
         shapes = CLASSES[kind](config).state_dict()
     infos = {name: TensorInfo(tuple(tensor.shape), dtype, file) for name, tensor in shapes.items()}
     return detect(Header(MappingProxyType(infos), (file,), MappingProxyType({})))
-

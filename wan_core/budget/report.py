@@ -7,9 +7,7 @@ from ..memory.device import GIB
 from .fit import Fit
 from .whole import Phase, WholePlan
 
-COLUMNS = ("phase", "peak", "weights there", "streamed", "copied", "hidden", "")
-ENCODED = "per pass"
-STEP = "per step"
+COLUMNS = ("phase", "peak", "weights stay", "streamed", "copied", "hidden", "")
 
 
 def text_of(fit: Fit) -> str:
@@ -48,7 +46,7 @@ def gigabytes(size: float) -> str:
 
 
 def _row(phase: Phase) -> tuple[str, ...]:
-    per = STEP if phase.name == "sampling" else ENCODED
+    per = "per step" if phase.name == "sampling" else "per pass"
     streams = bool(phase.streamed_bytes)
     short = f"{gigabytes(phase.missing)} too much; " if phase.missing else ""
     return (

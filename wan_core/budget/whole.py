@@ -47,6 +47,13 @@ class Given:
     pictures: int = 0
     encoded_frames: int = 0
 
+    @classmethod
+    def of(cls, cond: Conditioning, frames: int) -> "Given":
+        """What `cond` holds for a video of `frames` latent frames, encoded already."""
+        inputs = cond.vace or ()
+        vace = (cond.prefix_frames(frames), *(0 for _ in inputs[1:])) if inputs else ()
+        return cls(vace=vace, camera=cond.camera is not None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -106,7 +113,7 @@ class WholePlan:
     Attributes:
         limit: bytes of the device that it may use, None without one.
         ram: bytes of host memory by what they hold; Python and its libraries take about a gigabyte more.
-        files: bytes by model that stay in files; what is read of them is in the system's file cache, not in the
+        files: bytes of each model that stay in its file; what is read of them is in the system's file cache, not in the
             memory of the program.
         sampling: the plan of the sampling phase.
     """
@@ -150,7 +157,7 @@ def plan_whole(job: Job, limit: float | None) -> WholePlan:
         None if job.motion_controller is None else job.motion_controller.module, job.loras,
     )  # fmt: skip
     phases = [*_encoding(job, limit), _sampling_phase(sampling, limit), *_decoding(job, limit)]
-    files = {part.name: part.file_bytes for part in _parts(job) if part.file_bytes}
+    files = {role: part.file_bytes for role, part in _parts(job).items() if part.file_bytes}
     return WholePlan(
         job=job, limit=limit, phases=tuple(phases), ram=_ram(job, sampling), files=files, sampling=sampling
     )
@@ -271,14 +278,20 @@ def _missing(peak: int, limit: float | None) -> int:
     return 0 if limit is None else max(0, math.ceil(peak - limit))
 
 
-def _parts(job: Job) -> list[Part]:
-    parts = (job.text_encoder, job.image_encoder, job.vae, job.dit, job.motion_controller)
-    return [part for part in parts if part is not None]
+def _parts(job: Job) -> dict[str, Part]:
+    parts = {
+        "video model": job.dit,
+        "speed control": job.motion_controller,
+        "text encoder": job.text_encoder,
+        "image encoder": job.image_encoder,
+        "VAE": job.vae,
+    }
+    return {role: part for role, part in parts.items() if part is not None}
 
 
 def _ram(job: Job, sampling: RunPlan) -> dict[str, int]:
     """Bytes of host memory by what they hold: weights at rest, frames of the video, tensors of a step cache."""
-    ram = {part.name: part.ram_bytes for part in _parts(job)}
+    ram = {role: part.ram_bytes for role, part in _parts(job).items()}
     pixels = 3 * job.size.num_frames * job.size.height * job.size.width * torch.float32.itemsize
     if job.vae is not None and job.decodes:
         # Pixels as the VAE gives them, and as the frames of an IMAGE.
