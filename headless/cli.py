@@ -13,7 +13,7 @@ from typing import Any
 from ..nodes import NODE_CLASS_MAPPINGS, host
 from ..wan_core import catalog
 from ..wan_core.runtime import Cancelled, Pace
-from . import convert_command, info_command, lora_command
+from . import convert_command, info_command, lora_command, plan_command
 from .client import run_on_server
 from .core_nodes import core_nodes
 from .events import Event, RunResult
@@ -227,9 +227,16 @@ def _printed(answer: Callable[[argparse.Namespace], str]) -> Callable[[argparse.
     return execute
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    text, fits = plan_command.answer(arguments)
+    print(text)
+    return OK if fits else FAILED
+
+
 COMMANDS = {
     "run": Command("Run a workflow in this process or on a ComfyUI server.", _declare_run, _run),
     "decode": Command("Decode latents that a run kept into a video.", _declare_decode, _decode),
+    "plan": Command(plan_command.HELP, plan_command.declare, _plan),
     "info": Command(info_command.HELP, info_command.declare, _printed(info_command.answer)),
     "convert": Command(convert_command.HELP, convert_command.declare, _printed(convert_command.answer)),
     "lora": Command(lora_command.HELP, lora_command.declare, _printed(lora_command.answer)),

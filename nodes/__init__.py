@@ -6,7 +6,7 @@ from .image_encode import ImageEncode
 from .info import CheckpointInfo
 from .loaders import ImageEncoderLoader, ModelLoader, TextEncoderLoader, VAELoader
 from .lora import LoraInfo, LoraLoader, LoraSave
-from .memory import Memory
+from .memory import Memory, MemoryPlan
 from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, WindowPrompts, Windows
 from .sampler import LoadLatents, Sampler
 from .speed import SpeedControl
@@ -40,6 +40,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "WanCoreSchedule": Schedule,
     "WanCoreLongRun": LongRun,
     "WanCoreMemory": Memory,
+    "WanCoreMemoryPlan": MemoryPlan,
     "WanCoreSampler": Sampler,
     "WanCoreLoadLatents": LoadLatents,
     "WanCoreVAEEncode": VAEEncode,
@@ -72,6 +73,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreSchedule": "Schedule (WanCore)",
     "WanCoreLongRun": "Long Run (WanCore)",
     "WanCoreMemory": "Memory (WanCore)",
+    "WanCoreMemoryPlan": "Memory Plan (WanCore)",
     "WanCoreSampler": "Sampler (WanCore)",
     "WanCoreLoadLatents": "Load Latents (WanCore)",
     "WanCoreVAEEncode": "VAE Encode (WanCore)",

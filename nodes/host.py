@@ -15,7 +15,7 @@ from ..wan_core.checkpoints.download import models_folder
 from ..wan_core.memory.residency import Residency
 from ..wan_core.models.preview_decoder import PreviewDecoder
 from ..wan_core.prepare import load_preview_decoder
-from ..wan_core.runtime import Pace, Runtime, default_device, log
+from ..wan_core.runtime import Pace, Runtime, default_device, free_bytes, log
 from ..wan_core.sampling.preview import middle_frame, preview_frames
 from ..wan_core.sampling.previewer import Previewer
 from ..wan_core.settings import MemorySettings
@@ -121,6 +121,16 @@ def _memory_left(place: torch.device) -> int | None:
     if place.type == "cpu":
         return None
     return model_management.get_free_memory(place) - model_management.extra_reserved_memory()
+
+
+def memory_left() -> float | None:
+    """Bytes that work may use on the device; what waits there for its next use makes room. None without a limit."""
+    place = device()
+    if not model_management:
+        return free_bytes(place)
+    left = _memory_left(place)
+    loaded = (known for known in model_management.current_loaded_models if known.device == place and known.model)
+    return None if left is None else left + sum(known.model_loaded_memory() for known in loaded)
 
 
 def memory_settings() -> MemorySettings:

@@ -1,9 +1,24 @@
-"""How much of the card a run may use."""
+"""How much of the card a run may use, and what it will take."""
 
 from typing import Any
 
-from ..wan_core.settings import MemorySettings
-from . import sockets
+from ..wan_core.budget.fit import fit
+from ..wan_core.budget.parts import Part
+from ..wan_core.budget.report import text_of
+from ..wan_core.budget.whole import Given, Job
+from ..wan_core.conditioning.text import TextEncoder
+from ..wan_core.memory.device import GIB
+from ..wan_core.models.vae import WanVAE
+from ..wan_core.prepare import VideoModel
+from ..wan_core.settings import (
+    CacheSettings,
+    GuidanceSettings,
+    MemorySettings,
+    SamplerSettings,
+    WindowSettings,
+)
+from ..wan_core.types import Conditioning, VideoSize
+from . import host, sockets
 
 
 class Memory:
@@ -38,3 +53,76 @@ class Memory:
     def build(self, vram_limit: float, stream_all: bool, vram_buffer: float = 0.0) -> tuple[MemorySettings]:
         limit = 0.0 if stream_all else vram_limit or None
         return (MemorySettings(vram_limit=limit, vram_buffer=vram_buffer or None),)
+
+
+class MemoryPlan:
+    """What a run will take."""
+
+    CATEGORY = "WanCore/sampling"
+    FUNCTION = "plan"
+    OUTPUT_NODE = True
+    DESCRIPTION = (
+        "Say what a run will take of the card and of host memory, and with which settings it fits, without running it. "
+        "Connect what the sampler gets."
+    )
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("report",)
+    OUTPUT_TOOLTIPS = ("The plan as text.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": sockets.socket(sockets.MODEL, "From the model loader."),
+                "conditioning": sockets.socket(sockets.CONDITIONING, "As the sampler gets it."),
+                **sockets.size_inputs(),
+                "cfg": sockets.number(5.0, 0.0, 100.0, "As in the sampler; 1 runs one branch."),
+                "vram": sockets.number(0.0, 0.0, 1024.0, "GiB that the run may use. 0: what this card has free."),
+            },
+            "optional": {
+                "memory": sockets.socket(sockets.MEMORY, "As the sampler gets it."),
+                "cache": sockets.socket(sockets.CACHE, "As the sampler gets it."),
+                "windows": sockets.socket(sockets.WINDOWS, "As the sampler gets it."),
+                "vae": sockets.socket(sockets.VAE, "To plan decoding, too."),
+                "text_encoder": sockets.socket(sockets.TEXT_ENCODER, "To plan the encoding of prompts, too."),
+            },
+        }
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The size of every node's tiny form."""
+        return dict(host.TINY_SIZE)
+
+    def plan(
+        self,
+        model: VideoModel,
+        conditioning: Conditioning,
+        width: int,
+        height: int,
+        num_frames: int,
+        cfg: float,
+        vram: float,
+        memory: MemorySettings | None = None,
+        cache: CacheSettings | None = None,
+        windows: WindowSettings | None = None,
+        vae: WanVAE | None = None,
+        text_encoder: TextEncoder | None = None,
+    ) -> dict[str, Any]:
+        size = VideoSize.rounded(width, height, num_frames)
+        cond, controller = model.fit(conditioning, size), model.motion_controller
+        job = Job(
+            name=model.name,
+            dit=Part(model.dit),
+            size=size,
+            settings=SamplerSettings(guidance=GuidanceSettings(scale=cfg), cache=cache, windows=windows),
+            memory=memory or host.memory_settings(),
+            given=Given.of(cond, size.latent.frames),
+            cond=cond,
+            loras=model.loras,
+            motion_controller=None if controller is None else Part(controller),
+            text_encoder=None if text_encoder is None else Part(text_encoder.model),
+            vae=None if vae is None else Part(vae),
+        )
+        limit = vram * GIB if vram else host.memory_left()
+        told = text_of(fit(job, limit))
+        return {"ui": {"text": [told]}, "result": (told,)}

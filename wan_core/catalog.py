@@ -3,7 +3,11 @@
 A row says what is recommended, never what a file is: that is read from the file (`variants`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
+
+from .models.config import DiTConfig
 
 DIT_FILE = "diffusion_pytorch_model.safetensors"
 DIT_PATTERN = "diffusion_pytorch_model*.safetensors"
@@ -151,6 +155,24 @@ every workflow run anywhere."""
 
 SIZES = {1536: "1.3B", 5120: "14B", 256: "tiny"}
 """Model width to size, of the published models and the bundled ones."""
+
+_WIDTHS: Mapping[str, Mapping[str, Any]] = {"1.3B": {}, "14B": dict(dim=5120, ffn_dim=13824, num_layers=40)}
+_PARTS: Mapping[str, Mapping[str, Any]] = {
+    "t2v": {},
+    "i2v": dict(in_channels=36, has_image_input=True),
+    "flf2v": dict(in_channels=36, has_image_input=True, image_positions=514),
+    "fun_control": dict(in_channels=48, has_image_input=True),
+    "fun_v1_1_control": dict(in_channels=48, has_image_input=True, has_reference=True),
+    "fun_camera": dict(in_channels=32, has_image_input=True, camera_channels=24),
+    "vace": dict(vace_channels=96),
+}
+_VACE_LAYERS = {"1.3B": tuple(range(0, 30, 2)), "14B": tuple(range(0, 40, 5))}
+
+
+def published_config(row: CatalogRow) -> DiTConfig:
+    """What the file of a published row holds, of an adapter's row that of its base: to plan with before it is there."""
+    layers = _VACE_LAYERS[row.size] if row.variant == "vace" else ()
+    return DiTConfig(**_WIDTHS[row.size], **_PARTS[row.variant], vace_layers=layers)
 
 
 def find_row(model_id: str) -> CatalogRow | None:

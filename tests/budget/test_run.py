@@ -49,7 +49,7 @@ def conditioning() -> Conditioning:
 
 
 @pytest.fixture(autouse=True)
-def nothing_reads_values(monkeypatch):
+def results_stay_on_the_meta_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: self)
 
 

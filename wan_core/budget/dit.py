@@ -34,10 +34,9 @@ def meta_twin(module: nn.Module, **parts: nn.Module) -> nn.Module:
 
 
 def _short_twin(dit: WanDiT) -> WanDiT:
-    """A twin that ends after two blocks, or after two VACE blocks: memory does not grow after them."""
-    layers = dit.config.vace_layers[:2]
-    count = max(2, *(layer + 1 for layer in layers)) if layers else 2
-    parts = {"blocks": nn.ModuleList(meta_twin(block) for block in dit.blocks[:count])}
+    """A twin that ends after two blocks, and two VACE blocks that feed them: memory does not grow after them."""
+    layers = tuple(range(len(dit.config.vace_layers[:2])))
+    parts = {"blocks": nn.ModuleList(meta_twin(block) for block in dit.blocks[:2])}
     if layers:
         parts["vace_blocks"] = nn.ModuleList(meta_twin(block) for block in dit.vace_blocks[: len(layers)])
     twin = meta_twin(dit, **parts)

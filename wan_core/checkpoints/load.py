@@ -1,6 +1,5 @@
 """From a recognised file to a module with weights, at the memory cost of one copy and at most one tensor."""
 
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Literal
@@ -19,9 +18,9 @@ from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..settings import check_choice
 from .detect import Component, check_against, require_kind
-from .header import Header, is_safetensors, open_tensors
+from .header import Header, open_tensors
 from .keymap import SPIECE_MODEL, Source
-from .read import TensorFiles
+from .read import TensorFiles, TensorShapes
 
 Weights = Literal["auto", "fp8", "plain"]
 WEIGHTS: tuple[Weights, ...] = ("auto", "fp8", "plain")
@@ -72,7 +71,7 @@ def load_into(
 
     Weights are cast to `dtype`, those that the class lists in `FLOAT32_PARAMETERS` to float32; None keeps the stored
     dtype. Every tensor goes from the file to its place by itself, so that memory holds the model and at most one tensor
-    more.
+    more. On the meta device no file is read: every weight has its size and dtype there, and nothing else.
 
     Args:
         weights: `auto` leaves linear layers of blocks that are stored in FP8 as they are, as `FP8Linear`; `fp8` also
@@ -91,10 +90,10 @@ def load_into(
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in stored]
     assert not lost, f"{type(module).__name__} makes buffers that are not stored on the meta device: {', '.join(lost)}"
     filling = _Filling(module, component, dtype, torch.device(device), weights)
-    if mapped:
-        filling.require_mappable()
     inside = tuple(f"{path}." for path in blocks_of(module))
-    with TensorFiles(component.header) as files:
+    with (TensorShapes if filling.device.type == "meta" else TensorFiles)(component.header) as files:
+        if mapped:
+            filling.require_mappable(files)
         for name in sorted(component.sources, key=filling.place):
             if not (mapped and name.startswith(inside) and filling.map(name, files)):
                 filling.read(name, files)
@@ -180,12 +179,12 @@ class _Filling:
             Residency.of(self.module).work_dtypes[name] = self._work_dtype(name)
         return True
 
-    def require_mappable(self) -> None:
+    def require_mappable(self, files: TensorFiles) -> None:
         """Raise ValueError when what was asked for needs other numbers than those in the file."""
         file = self.component.name
-        if self.device.type != "cpu":
+        if self.device.type not in ("cpu", "meta"):
             raise ValueError(f"{file}: weights that stay in their file rest on the CPU, not on {self.device}.")
-        if not all(is_safetensors(path) or zipfile.is_zipfile(path) for path in self.component.header.files):
+        if not all(map(files.can_map, self.component.header.files)):
             raise ValueError(
                 f"{file} is a PyTorch checkpoint of an old format, which cannot stay on disk. Convert it with "
                 f"`python -m headless convert {file} --dtype bf16 NEW.safetensors`."

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .header import CheckpointError, Header, TensorInfo, open_pickle
+from .header import CheckpointError, Header, TensorInfo, is_safetensors, open_pickle
 
 
 class TensorFiles:
@@ -82,6 +82,10 @@ class TensorFiles:
         storage = self._storages[info.file]
         return torch.empty(0, dtype=info.dtype).set_(storage, info.offset // info.dtype.itemsize, info.shape)
 
+    def can_map(self, file: Path) -> bool:
+        """Whether tensors of `file` can be seen through a mapping at all."""
+        return is_safetensors(file) or zipfile.is_zipfile(file)
+
     def _fill(self, tensor: Tensor, name: str) -> Tensor:
         info = self._header[name]
         self._stream.seek(info.offset)
@@ -103,3 +107,21 @@ class TensorFiles:
         if self._stream is not None:
             self._stream.close()
         self._stream, self._file, self._pickled = None, None, {}
+
+
+class TensorShapes(TensorFiles):
+    """The same tensors on the meta device: nothing is opened, and the files need not be there."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor without its numbers."""
+        info = self._header[name]
+        return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+    def map(self, name: str) -> Tensor | None:
+        """The tensor without its numbers, if it could be a view of its file."""
+        info = self._header[name]
+        return None if (info.offset or 0) % info.dtype.itemsize else self.read(name)
+
+    def can_map(self, file: Path) -> bool:
+        """As for files; one that is not there is taken for a published one, which can be mapped."""
+        return not file.exists() or super().can_map(file)

@@ -45,7 +45,7 @@ def weight_to_fp8(weight: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tens
 
     Computed in float32, a few rows at a time: no second copy of the weight arises.
     """
-    rows = max(1, CHUNK // weight.shape[1])
+    rows = len(weight) if weight.is_meta else max(1, CHUNK // weight.shape[1])
     stored = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     quotient = torch.empty(rows, weight.shape[1], dtype=torch.float32, device=weight.device)
     ranges = [torch.aminmax(part, dim=1, keepdim=True) for part in weight.split(rows)]

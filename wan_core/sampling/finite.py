@@ -14,7 +14,7 @@ class NonFiniteError(ValueError):
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether every value of `x` is a number; waits for the device. A tensor of the meta device has no values."""
+    """Whether every value of `x` is a number; waits for the device. On the meta device there are no values."""
     return x.is_meta or bool(torch.isfinite(x).all())
 
 

@@ -1,0 +1,83 @@
+"""`python -m headless plan FILE`: what a workflow will take, before anything is loaded."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..nodes import NODE_CLASS_MAPPINGS, host
+from ..wan_core.budget.fit import Fit, fit, helps
+from ..wan_core.budget.report import data_of, text_of
+from ..wan_core.budget.whole import Job, plan_whole
+from ..wan_core.memory.device import GIB
+from ..wan_core.runtime import free_bytes
+from ..wan_core.settings import check_number
+from .core_nodes import core_nodes
+from .folders import Folders
+from .reading import Reading
+from .schema import schemas_of
+from .tiny import apply_tiny
+from .workflow import Workflow, apply_sets
+
+HELP = "Say what a workflow will take of the card and of host memory, from headers alone."
+
+PLAN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "file": {"metavar": "FILE", "type": Path, "help": "workflow in API format"},
+    "--vram": {
+        "metavar": "GB",
+        "type": float,
+        "help": "card memory that a run may use, a little less than the card has (default: what is free on this one)",
+    },
+    "--fit": {"action": "store_true", "help": "look for the settings that fit, changing as little as possible"},
+    "--set": {
+        "metavar": "NODE.INPUT=VALUE",
+        "dest": "sets",
+        "action": "append",
+        "default": [],
+        "help": "override an input, as for run",
+    },
+    "--tiny": {"action": "store_true", "help": "plan for the bundled tiny models, small sizes and few steps"},
+    "--json": {"action": "store_true", "help": "print JSON, sizes in bytes"},
+}
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    for flag, options in PLAN_ARGUMENTS.items():
+        parser.add_argument(flag, **options)
+
+
+def answer(arguments: argparse.Namespace) -> tuple[str, bool]:
+    """What to print, and whether every run of the workflow fits.
+
+    Raises:
+        ValueError: the workflow, one of its settings or one of its files cannot be used.
+    """
+    if arguments.vram is not None:
+        check_number("--vram", arguments.vram, low=0.1, high=100000)
+    limit = free_bytes(host.device()) if arguments.vram is None else arguments.vram * GIB
+    nodes = {**core_nodes(Folders()), **NODE_CLASS_MAPPINGS}
+    workflow = Workflow.load(arguments.file)
+    if arguments.tiny:
+        workflow = apply_tiny(workflow, nodes)
+    schemas = schemas_of(nodes)
+    reading = Reading(apply_sets(workflow, arguments.sets, schemas), nodes, schemas)
+    fits = [_planned(job, limit, change=arguments.fit) for job in reading.jobs()]
+    fine = all(found.plan.fits for found in fits)
+    if arguments.json:
+        return json.dumps({"plans": [data_of(found) for found in fits], "absent": list(reading.absent)}, indent=2), fine
+    texts = [text_of(found) for found in fits]
+    if not fine and not arguments.fit:
+        texts.append("With --fit, settings are looked for that take less.")
+    if reading.absent:
+        files = [f"  - {file}" for file in reading.absent]
+        texts.append("\n".join(["Not on this machine, planned by what is published of it, in bf16:", *files]))
+    return "\n\n".join(texts), fine
+
+
+def _planned(job: Job, limit: float | None, *, change: bool) -> Fit:
+    if change:
+        return fit(job, limit)
+    plan = plan_whole(job, limit)
+    return Fit(plan, helps=() if plan.fits else helps(plan))

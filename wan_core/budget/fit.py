@@ -1,0 +1,146 @@
+"""The settings with which a run fits a device, found with the least loss."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..memory.device import GIB
+from ..settings import WindowSettings
+from ..types import LatentSize, VideoSize
+from .whole import Job, WholePlan, plan_whole
+
+WINDOW = WindowSettings()
+SMALLER = (832, 480)
+"""The smaller of the two sizes that the models were trained on."""
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A change of a run that takes less memory.
+
+    Attributes:
+        what: where the user makes it, in words.
+        apply: the changed run, or None where it changes nothing.
+    """
+
+    what: str
+    apply: Callable[[Job], Job | None]
+
+
+def _cache_on_host(job: Job) -> Job | None:
+    cache = job.settings.cache
+    if cache is None or cache.residual_on_cpu:
+        return None
+    return _with(job, cache=replace(cache, residual_on_cpu=True))
+
+
+def _sequential(job: Job) -> Job | None:
+    guidance = job.settings.guidance
+    if guidance.mode == "sequential" or guidance.scale == 1:
+        return None
+    return _with(job, guidance=replace(guidance, mode="sequential"))
+
+
+def _model_in_fp8(job: Job) -> Job | None:
+    dit = job.dit.in_fp8()
+    return dit and replace(job, dit=dit)
+
+
+def _text_in_fp8(job: Job) -> Job | None:
+    encoder = job.text_encoder and job.text_encoder.in_fp8()
+    return encoder and replace(job, text_encoder=encoder)
+
+
+def _tiles(job: Job) -> Job | None:
+    automatic = dict.fromkeys(job.tiles, "auto")
+    return None if job.tiles == automatic else replace(job, tiles=automatic)
+
+
+def _with(job: Job, **changes: object) -> Job:
+    return replace(job, settings=dataclasses.replace(job.settings, **changes))
+
+
+VARIATIONS = (
+    Variation("residual_on_cpu on the cache node: what a step changed waits in host memory", _cache_on_host),
+    Variation("cfg_mode sequential: one branch of guidance after the other", _sequential),
+    Variation("weights fp8 in Load Model: 8 bits for the big layers, slightly less exact", _model_in_fp8),
+    Variation("weights fp8 in Load Text Encoder: 8 bits for the big layers, slightly less exact", _text_in_fp8),
+    Variation("tiled off on the VAE nodes: tiles are then chosen to fit", _tiles),
+)
+"""Ways to take less memory, the one that costs least first."""
+
+
+def _windowed(job: Job) -> Job | None:
+    done = job.settings.windows is not None or job.size.latent.frames <= WINDOW.size
+    return None if done else _with(job, windows=WINDOW)
+
+
+def _shorter(job: Job) -> Job | None:
+    latent = job.size.latent
+    if latent.frames < 3:
+        return None
+    size = VideoSize.of_latent(LatentSize((latent.frames + 1) // 2, latent.height, latent.width))
+    return replace(job, size=size, cond=None)
+
+
+def _smaller(job: Job) -> Job | None:
+    width, height = sorted(SMALLER, reverse=job.size.width >= job.size.height)
+    if width * height >= job.size.width * job.size.height:
+        width, height = job.size.width // 32 * 16, job.size.height // 32 * 16
+    return None if not width * height else replace(job, size=replace(job.size, width=width, height=height), cond=None)
+
+
+HELPS = (
+    Variation(f"windows of {WINDOW.size} latent frames", _windowed),
+    Variation("half as many frames", _shorter),
+    Variation("a smaller picture", _smaller),
+)
+"""What changes the video, to be suggested where nothing else is left."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The settings that were found.
+
+    Attributes:
+        plan: of the run with them; when it does not fit, the one that is closest.
+        changes: what was changed, in words.
+        helps: changes of the video that would make it fit, in words; empty when it fits, or when none does alone.
+    """
+
+    plan: WholePlan
+    changes: tuple[str, ...] = ()
+    helps: tuple[str, ...] = ()
+
+
+def fit(job: Job, limit: float | None) -> Fit:
+    """`job` changed as little as it takes to run in `limit` bytes of the device."""
+    plan, changes = plan_whole(job, limit), []
+    for variation in VARIATIONS:
+        if plan.fits:
+            break
+        changed = variation.apply(plan.job)
+        other = changed and plan_whole(changed, limit)
+        if other and _short(other) < _short(plan):
+            plan = other
+            changes.append(variation.what)
+    return Fit(plan, tuple(changes), () if plan.fits else helps(plan))
+
+
+def helps(plan: WholePlan) -> tuple[str, ...]:
+    """Changes of the video each of which makes a run fit that does not."""
+    found = []
+    for variation in HELPS:
+        changed = variation.apply(plan.job)
+        if changed is None:
+            continue
+        other = plan_whole(changed, plan.limit)
+        if other.fits:
+            resized = "" if changed.size == plan.job.size else f" ({changed.size})"
+            found.append(f"{variation.what}{resized}: {other.peak_bytes / GIB:.1f} GB")
+    return tuple(found)
+
+
+def _short(plan: WholePlan) -> int:
+    """What all phases together lack."""
+    return sum(phase.missing for phase in plan.phases)
