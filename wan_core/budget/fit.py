@@ -1,7 +1,7 @@
 """The settings with which a run fits a device, found with the least loss."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ..memory.device import GIB
@@ -116,15 +116,22 @@ class Fit:
 def fit(job: Job, limit: float | None) -> Fit:
     """`job` changed as little as it takes to run in `limit` bytes of the device."""
     plan, changes = plan_whole(job, limit), []
+    while not plan.fits:
+        found = next(_better(plan), None)
+        if found is None:
+            return Fit(plan, tuple(changes), helps(plan))
+        plan, what = found
+        changes.append(what)
+    return Fit(plan, tuple(changes))
+
+
+def _better(plan: WholePlan) -> Iterator[tuple[WholePlan, str]]:
+    """Plans that lack less than `plan` by one variation, and what that changes."""
     for variation in VARIATIONS:
-        if plan.fits:
-            break
         changed = variation.apply(plan.job)
-        other = changed and plan_whole(changed, limit)
+        other = changed and plan_whole(changed, plan.limit)
         if other and _short(other) < _short(plan):
-            plan = other
-            changes.append(variation.what)
-    return Fit(plan, tuple(changes), () if plan.fits else helps(plan))
+            yield other, variation.what
 
 
 def helps(plan: WholePlan) -> tuple[str, ...]:
