@@ -30,6 +30,18 @@ LEVELS = {
     "__init__": 7,
 }  # fmt: skip
 
+# The same for the trainer's files.
+TRAINER_LEVELS = {
+    "__init__": 0, "flags": 0, "inputs": 0, "video": 0, "sampler": 0, "objective": 0, "checkpointing": 0, "chart": 0,
+    "cache": 1, "config": 1, "events": 1,
+    "dataset": 2, "models": 2, "trainable": 2, "state": 2, "synthetic": 2,
+    "report": 3, "export": 3,
+    "conditions": 4,
+    "validate": 5,
+    "loop": 6,
+    "train": 7,
+}  # fmt: skip
+
 MAX_FILE, MAX_FUNCTION = 400, 60
 LONG_FUNCTIONS = {
     "WanVideoPipeline.__call__": "half of it is the documentation of the public parameters",
@@ -94,6 +106,15 @@ def test_rooms_of_wan_core_know_only_lower_ones(path):
 
 def test_every_room_has_a_level():
     assert {room(p) for p in FILES if p.is_relative_to(ROOT / "wan_core")} <= set(LEVELS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trainer").glob("*.py")), ids=lambda p: p.name)
+def test_files_of_the_trainer_know_only_lower_ones(path):
+    for relative, name in imports(path):
+        if relative and name.startswith("trainer."):
+            other = name.split(".")[1]
+            fine = TRAINER_LEVELS[other] < TRAINER_LEVELS[path.stem]
+            assert fine, f"{path.stem} (level {TRAINER_LEVELS[path.stem]}) imports {other} ({TRAINER_LEVELS[other]})"
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Conditioning), ids=lambda f: f.name)
