@@ -4,10 +4,11 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..wan_core.types import VideoSize
+from ..wan_core.types import SIZE_MULTIPLE, VideoSize
 from .flags import ConfigError, build_parser, check_fields, from_json, option, parse_known, read_json, to_json
 from .inputs import INPUTS, SWITCHES
 
@@ -190,10 +191,15 @@ class TrainConfig:
             if needed and needed not in self.extra_inputs:
                 raise ConfigError(f"The input {name} means nothing without {needed}; add it to --extra_inputs.")
 
-    @property
+    @cached_property
     def size(self) -> VideoSize | None:
         """The fixed size of all clips, rounded up; None when each keeps its own."""
         return None if self.height is None else VideoSize.rounded(self.width, self.height, self.num_frames)
+
+    @cached_property
+    def clip_frames(self) -> int:
+        """`num_frames`, rounded up to 4k + 1."""
+        return (self.size or VideoSize.rounded(SIZE_MULTIPLE, SIZE_MULTIPLE, self.num_frames)).num_frames
 
     @property
     def cache_folder(self) -> Path:
