@@ -268,7 +268,8 @@ def check_shapes(config: DiTConfig, x: Tensor, cond: Conditioning) -> None:
 
 
 def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.float(), layer.bias.float())
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, layer.weight.float(), layer.bias.float())
 
 
 def _patchify(conv: nn.Conv3d, x: Tensor) -> Tensor:
