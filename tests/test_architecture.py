@@ -33,9 +33,10 @@ LEVELS = {
 # The same for the trainer's files.
 TRAINER_LEVELS = {
     "__init__": 0, "flags": 0, "inputs": 0, "video": 0, "sampler": 0, "objective": 0, "checkpointing": 0, "chart": 0,
+    "masks": 0,
     "cache": 1, "config": 1, "events": 1,
     "dataset": 2, "models": 2, "trainable": 2, "state": 2, "synthetic": 2,
-    "report": 3, "export": 3,
+    "report": 3, "export": 3, "encoders": 3,
     "conditions": 4,
     "validate": 5,
     "loop": 6,

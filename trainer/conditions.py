@@ -1,0 +1,435 @@
+"""Rows of a data set as what a model is trained on: latents and conditioning, made by the functions of inference."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..wan_core.conditioning.camera_path import CameraPath
+from ..wan_core.conditioning.inputs import VideoInputs, condition
+from ..wan_core.conditioning.text import TEXT_TOKENS, clean_prompt
+from ..wan_core.media import frames_to_pixels
+from ..wan_core.types import Conditioning, VaceInput, VideoSize
+from .cache import LatentCache
+from .config import TrainConfig
+from .encoders import Encoders
+from .inputs import ALIGNED_KINDS, INPUTS, given_names
+from .masks import BOTH, START, draw_mask, mask_kind
+from .models import FoundModels
+from .report import Row
+from .sampler import mixed
+from .video import Clip, at_rate, read
+
+CACHE_VERSION = 1
+"""Raise it when the same files and options are encoded to other tensors than before."""
+
+CHOICE_STREAM = 0xDA7A
+"""Keeps what is drawn here apart from what the objective draws for the same sample."""
+
+ENCODED = ("input_image", "end_image", "inpaint_video", "control_video", "reference_image", "vace")
+"""How the names begin of inputs that pass through an encoder; the others are quickly made anew."""
+
+Shape = tuple[VideoSize, tuple[str, ...], int]
+"""What must be equal within a batch: size, the names of the inputs, and the number of VACE reference frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One sample as a model is trained on it, on the CPU.
+
+    Attributes:
+        latents: (16, R + F, h, w) in float32, normalised; R VACE references stand in front and are trained too.
+        cond: for one video, fitted to the model.
+        caption: what `cond.text` was made of.
+        position: its place in the epoch's data, for random numbers.
+        name: of the clip's file.
+        pixels: (3, T, H, W) in [-1, 1], only where the VAE is trained.
+    """
+
+    latents: Tensor
+    cond: Conditioning
+    caption: str
+    position: int
+    name: str
+    pixels: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Several samples of one shape.
+
+    Attributes:
+        latents: (B, 16, R + F, h, w).
+        cond: for B videos.
+        captions, positions, names: of each.
+        pixels: (B, 3, T, H, W), only where the VAE is trained.
+    """
+
+    latents: Tensor
+    cond: Conditioning
+    captions: tuple[str, ...]
+    positions: tuple[int, ...]
+    names: tuple[str, ...]
+    pixels: Tensor | None = None
+
+
+def collate(samples: Sequence[Encoded]) -> Batch:
+    """`samples` as one batch.
+
+    Raises:
+        ValueError: their shapes or inputs differ.
+    """
+    present = {tuple(f.name for f in fields(s.cond) if getattr(s.cond, f.name) is not None) for s in samples}
+    shapes = {tuple(s.latents.shape) for s in samples}
+    if len(shapes) != 1 or len(present) != 1:
+        raise ValueError(f"A batch needs samples of one shape with the same inputs; got {shapes} with {present}.")
+    pixels = [s.pixels for s in samples if s.pixels is not None]
+    return Batch(
+        latents=torch.stack([s.latents for s in samples]),
+        cond=reduce(Conditioning.joined, (s.cond for s in samples)),
+        captions=tuple(s.caption for s in samples),
+        positions=tuple(s.position for s in samples),
+        names=tuple(s.name for s in samples),
+        pixels=torch.stack(pixels) if pixels else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is drawn for one sample in one epoch.
+
+    Attributes:
+        row: the sample.
+        caption: one of its captions, or nothing.
+        names: the extra inputs that it is trained with.
+        places: which frames of the clip, at the frame rate of the run.
+        mask: the kind of random mask; None without one.
+        seed: of that mask.
+    """
+
+    row: Row
+    caption: str
+    names: tuple[str, ...]
+    places: tuple[int, ...]
+    mask: str | None = None
+    seed: int = 0
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The inputs by the names that `wan_core.variants` uses."""
+        masked = {None: (), START: ("input_image",), BOTH: ("input_image", "end_image")}
+        return given_names(self.names) + masked.get(self.mask, ("inpaint_video",))
+
+
+class Examples:
+    """The rows of a data set as `Encoded` samples: `config.dataset_repeat` times each row makes the positions of an
+    epoch.
+
+    What is drawn for a sample follows from (seed, epoch, position) alone.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        models: FoundModels,
+        encoders: Encoders,
+        config: TrainConfig,
+        cache: LatentCache | None = None,
+    ) -> None:
+        self.rows, self.models, self.encoders, self.config, self.cache = tuple(rows), models, encoders, config, cache
+        self._identities: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.config.dataset_repeat
+
+    def row(self, position: int) -> Row:
+        """The row that a position stands for."""
+        return self.rows[position % len(self.rows)]
+
+    def shapes(self, epoch: int) -> list[Shape]:
+        """What must be equal within a batch, per position."""
+        return [self._shape(self.choose(position, epoch)) for position in range(len(self))]
+
+    def _shape(self, choice: Choice) -> Shape:
+        references = choice.row.clips.get("vace_reference_image", ())
+        return choice.row.size, choice.given, len(references) if "vace_reference_image" in choice.names else 0
+
+    def choose(self, position: int, epoch: int) -> Choice:
+        """What is drawn for a position in an epoch."""
+        config, row = self.config, self.row(position)
+        generator = torch.Generator().manual_seed(mixed(CHOICE_STREAM, config.seed, epoch, position))
+        which, no_caption, no_condition, start, kind = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+        names, captions = config.extra_inputs, row.sample.captions
+        if no_condition < config.condition_dropout:
+            names = self._kept(names)
+        return Choice(
+            row=row,
+            caption="" if no_caption < config.caption_dropout else captions[int(which * len(captions))],
+            names=names,
+            places=tuple(row.places(config, start)),
+            mask=mask_kind(kind) if config.random_mask else None,
+            seed=mixed(CHOICE_STREAM, config.seed, epoch, position, 1),
+        )
+
+    def fixed(self, position: int) -> Choice:
+        """A position without anything drawn: first caption, all inputs, the first frames; for validation."""
+        row, config = self.row(position), self.config
+        mask = START if config.random_mask else None
+        names = config.extra_inputs
+        return Choice(row=row, caption=row.sample.captions[0], names=names, places=tuple(row.places(config)), mask=mask)
+
+    def _kept(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        dropped = self.models.droppable(names)
+        return tuple(name for name in names if name not in dropped)
+
+    def get(self, position: int, epoch: int) -> Encoded:
+        """The sample of a position in an epoch, from the cache where it is there.
+
+        Raises:
+            ValueError: a file cannot be read any more; the message names the row.
+        """
+        return self.encode(self.choose(position, epoch), position)
+
+    @torch.no_grad()
+    def encode(self, choice: Choice, position: int) -> Encoded:
+        """The sample of a choice, from the cache where it is there.
+
+        Raises:
+            ValueError: a file cannot be read any more; the message names the row.
+        """
+        row = choice.row
+        try:
+            media = Media(choice, self.config)
+            text = self._kept_or_made(self._text_parts(choice.caption), lambda: self._text(choice.caption))
+            latents = self._kept_or_made(self._latent_parts(choice), lambda: self._latents(media))["latents"]
+            encoded = self._kept_or_made(self._condition_parts(choice), lambda: self._encoded_inputs(media))
+            inputs = media.inputs(lambda name: not name.startswith(ENCODED))
+            cond = condition(
+                Conditioning(text=_padded(text["text"])), inputs, self.models.variant, row.size, None, None
+            )
+            cond = self.models.fit(_unpacked(encoded, cond, choice.given, row.size), row.size)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{row.sample.where} ({row.name}): {error}") from error
+        if "leading" in encoded:
+            latents = torch.cat((encoded["leading"], latents), 2)
+        return Encoded(
+            latents=latents[0],
+            cond=cond,
+            caption=choice.caption,
+            position=position,
+            name=row.name,
+            pixels=frames_to_pixels(media.frames)[0] if "vae" in self.config.trainable_models else None,
+        )
+
+    def fill(self, rank: int = 0, world: int = 1, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Encode what the cache lacks, this process's share of it, with the text encoder gone before the others load.
+
+        Call `encoders.free()` afterwards; nothing is encoded again. `on_progress` is called as (done, total).
+
+        Raises:
+            ValueError: a file cannot be read; the message names the row.
+        """
+        choices = [self.fixed(position) for position in range(len(self.rows))]
+        if self.config.condition_dropout:
+            choices += [replace(choice, names=self._kept(choice.names)) for choice in choices]
+        captions = {caption: None for row in self.rows for caption in row.sample.captions} | {"": None}
+        texts = list(captions)[rank::world]
+        mine = choices[rank::world]
+        done, total = 0, len(texts) + len(mine)
+        for work in (*texts, *mine):
+            if isinstance(work, str):
+                self._kept_or_made(self._text_parts(work), lambda caption=work: self._text(caption))
+            else:
+                if "text_encoder" in self.encoders.loaded:
+                    self.encoders.free()
+                self._fill_pictures(work)
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+
+    @torch.no_grad()
+    def _fill_pictures(self, choice: Choice) -> None:
+        media = Media(choice, self.config)
+        try:
+            self._kept_or_made(self._latent_parts(choice), lambda: self._latents(media))
+            self._kept_or_made(self._condition_parts(choice), lambda: self._encoded_inputs(media))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{choice.row.sample.where} ({choice.row.name}): {error}") from error
+
+    def _kept_or_made(
+        self, parts: Mapping[str, Any] | None, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What the cache has under `parts`, else what `make` gives, which the cache then has. None is nothing."""
+        if parts is None:
+            return {}
+        if self.cache is None:
+            return make()
+        key = self.cache.key(parts)
+        kept = self.cache.get(key)
+        if kept is None:
+            kept = make()
+            self.cache.put(key, kept)
+        return kept
+
+    @torch.no_grad()
+    def _text(self, caption: str) -> dict[str, Tensor]:
+        """The rows (1, L, D) of a caption's tokens; the zero rows after them are left out."""
+        embedding = self.encoders.text.encode([caption])[0].cpu()
+        tokens = int(embedding.any(1).nonzero().max()) + 1
+        return {"text": embedding[None, :tokens]}
+
+    def _latents(self, media: "Media") -> dict[str, Tensor]:
+        return {"latents": self.encoders.latents.frames(media.frames).cpu()}
+
+    def _encoded_inputs(self, media: "Media") -> dict[str, Tensor]:
+        """The tensors of all inputs that pass through an encoder, in the dtype that the model computes in."""
+        inputs = media.inputs(lambda name: name.startswith(ENCODED))
+        encoders = self.encoders
+        size = media.choice.row.size
+        cond = condition(Conditioning(), inputs, self.models.variant, size, encoders.latents, encoders.image)
+        tensors = {name: tensor.cpu().to(encoders.dtype) for name, tensor in _packed(cond).items()}
+        count = cond.prefix_frames(size.latent.frames)
+        if count:
+            tensors["leading"] = cond.vace[0].context[:, :16, :count].float().cpu()
+        return tensors
+
+    def _identity(self, kind: str) -> Any:
+        if kind not in self._identities:
+            self._identities[kind] = self.encoders.identity(kind, self.cache)
+        return self._identities[kind]
+
+    def _text_parts(self, caption: str) -> dict[str, Any]:
+        if self.cache is None:
+            return {}
+        return {
+            "what": "text",
+            "version": CACHE_VERSION,
+            "caption": clean_prompt(caption),
+            "encoder": self._identity("text_encoder"),
+        }
+
+    def _latent_parts(self, choice: Choice) -> dict[str, Any]:
+        if self.cache is None:
+            return {}
+        row = choice.row
+        return {
+            "what": "latents",
+            "version": CACHE_VERSION,
+            "encoder": self._identity("vae"),
+            "file": self.cache.file_hash(row.target.path),
+            "frames": [at_rate(row.target, self.config.fps)[place] for place in choice.places],
+            "size": [row.size.width, row.size.height, row.size.num_frames],
+        }
+
+    def _condition_parts(self, choice: Choice) -> dict[str, Any] | None:
+        """None when no input passes through an encoder."""
+        if not any(name.startswith(ENCODED) for name in choice.given):
+            return None
+        if self.cache is None:
+            return {}
+        files = {name: choice.row.clips.get(name, ()) for name in choice.names}
+        return {
+            **self._latent_parts(choice),
+            "what": "condition",
+            "variant": self.models.variant.name,
+            "image_encoder": self._identity("image_encoder"),
+            "inputs": {
+                name: [[self.cache.file_hash(c.path), [*at_rate(c, self.config.fps)]] for c in clips]
+                for name, clips in files.items()
+                if name.startswith(ENCODED)
+            },
+        }
+
+
+class Media:
+    """The pixels of one choice, read when they are asked for."""
+
+    def __init__(self, choice: Choice, config: TrainConfig) -> None:
+        self.choice, self.config = choice, config
+        self._frames: Tensor | None = None
+
+    @property
+    def frames(self) -> Tensor:
+        """The trained clip (T, H, W, 3) in [0, 1]."""
+        if self._frames is None:
+            self._frames = self._aligned(self.choice.row.target)
+        return self._frames
+
+    def inputs(self, wanted: Callable[[str], bool]) -> VideoInputs:
+        """Those inputs whose names `wanted` accepts."""
+        choice = self.choice
+        values: dict[str, Any] = {}
+        for name in choice.names:
+            if wanted(INPUTS[name].gives):
+                values[INPUTS[name].gives] = self._value(name)
+        if choice.mask is not None and wanted("inpaint_video"):
+            values |= self._masked()
+        return VideoInputs(**values)
+
+    def _value(self, name: str) -> Any:
+        row, kind = self.choice.row, INPUTS[name].kind
+        if kind in ("start", "end"):
+            return self.frames[:1] if kind == "start" else self.frames[-1:]
+        if INPUTS[name].gives == "camera":
+            return self._camera()
+        if kind == "number":
+            return float(row.sample.values[name])
+        clips = row.clips[name]
+        if kind in ALIGNED_KINDS:
+            frames = self._aligned(clips[0])
+            return frames[..., 0] if kind == "mask" else frames
+        pictures = tuple(read(clip, [0]) for clip in clips)
+        return pictures if kind == "pictures" else pictures[0]
+
+    def _masked(self) -> dict[str, Tensor]:
+        kind, size = self.choice.mask, self.choice.row.size
+        if kind in (START, BOTH):
+            return {"input_image": self.frames[:1]} | ({"end_image": self.frames[-1:]} if kind == BOTH else {})
+        generator = torch.Generator().manual_seed(self.choice.seed)
+        mask = draw_mask(kind, size.num_frames, size.height, size.width, generator)
+        return {"inpaint_video": self.frames, "inpaint_mask": mask}
+
+    def _camera(self) -> CameraPath:
+        """The path of a pose file, of which the trained frames count, or of a named direction."""
+        sample, places = self.choice.row.sample, self.choice.places
+        if "camera_path" in self.choice.names:
+            path = CameraPath.from_file(sample.files["camera_path"][0])
+            if path.num_frames > max(places):
+                return replace(path, rows=tuple(path.rows[place] for place in places))
+            return path
+        speed = INPUTS["camera_control_speed"].default
+        if "camera_control_speed" in self.choice.names:
+            speed = float(sample.values.get("camera_control_speed", speed))
+        return CameraPath.from_direction(sample.values["camera_control_direction"], len(places), speed)
+
+    def _aligned(self, clip: Clip) -> Tensor:
+        """The frames of `clip` that stand at the places of this choice; a picture stands still."""
+        size = self.choice.row.size
+        stored = at_rate(clip, self.config.fps)
+        places = self.choice.places if clip.fps is not None else [0] * size.num_frames
+        return read(clip, [stored[place] for place in places], size.width, size.height)
+
+
+def _packed(cond: Conditioning) -> dict[str, Tensor]:
+    """The tensors that encoders made, by name."""
+    tensors = {f"slots.{name}": tensor for name, tensor in (cond.slots or {}).items()}
+    tensors |= {f"vace.{index}": vace.context for index, vace in enumerate(cond.vace or ())}
+    tensors |= {"clip": cond.clip, "reference": cond.reference}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _unpacked(tensors: Mapping[str, Tensor], cond: Conditioning, names: Sequence[str], size: VideoSize) -> Conditioning:
+    """`cond` with the tensors of `_packed`."""
+    slots = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("slots.")}
+    vace = tuple(VaceInput(context=tensor) for name, tensor in tensors.items() if name.startswith("vace."))
+    given = {"slots": slots or None, "vace": vace or None}
+    given |= {name: tensors[name] for name in ("clip", "reference") if name in tensors}
+    return cond.given(*names, size=size, **given)
+
+
+def _padded(text: Tensor) -> Tensor:
+    return F.pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1]))
