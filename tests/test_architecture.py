@@ -37,10 +37,11 @@ TRAINER_LEVELS = {
     "cache": 1, "config": 1, "events": 1,
     "dataset": 2, "models": 2, "trainable": 2, "state": 2, "synthetic": 2,
     "report": 3, "export": 3, "encoders": 3,
-    "conditions": 4,
-    "validate": 5,
-    "loop": 6,
-    "train": 7,
+    "draws": 4,
+    "conditions": 5,
+    "validate": 6,
+    "loop": 7,
+    "train": 8,
 }  # fmt: skip
 
 MAX_FILE, MAX_FUNCTION = 400, 60

@@ -9,26 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..wan_core.conditioning.camera_path import CameraPath
-from ..wan_core.conditioning.inputs import VideoInputs, condition
+from ..wan_core.conditioning.inputs import condition
 from ..wan_core.conditioning.text import TEXT_TOKENS, clean_prompt
 from ..wan_core.media import frames_to_pixels
 from ..wan_core.types import Conditioning, VaceInput, VideoSize
 from .cache import LatentCache
 from .config import TrainConfig
 from .encoders import Encoders
-from .inputs import ALIGNED_KINDS, INPUTS, given_names
-from .masks import BOTH, START, draw_mask, mask_kind
+from .draws import Choice, Media, choose, fixed
 from .models import FoundModels
 from .report import Row
-from .sampler import mixed
-from .video import Clip, at_rate, read
+from .video import at_rate
 
 CACHE_VERSION = 1
 """Raise it when the same files and options are encoded to other tensors than before."""
-
-CHOICE_STREAM = 0xDA7A
-"""Keeps what is drawn here apart from what the objective draws for the same sample."""
 
 ENCODED = ("input_image", "end_image", "inpaint_video", "control_video", "reference_image", "vace")
 """How the names begin of inputs that pass through an encoder; the others are quickly made anew."""
@@ -98,33 +92,6 @@ def collate(samples: Sequence[Encoded]) -> Batch:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """What is drawn for one sample in one epoch.
-
-    Attributes:
-        row: the sample.
-        caption: one of its captions, or nothing.
-        names: the extra inputs that it is trained with.
-        places: which frames of the clip, at the frame rate of the run.
-        mask: the kind of random mask; None without one.
-        seed: of that mask.
-    """
-
-    row: Row
-    caption: str
-    names: tuple[str, ...]
-    places: tuple[int, ...]
-    mask: str | None = None
-    seed: int = 0
-
-    @property
-    def given(self) -> tuple[str, ...]:
-        """The inputs by the names that `wan_core.variants` uses."""
-        masked = {None: (), START: ("input_image",), BOTH: ("input_image", "end_image")}
-        return given_names(self.names) + masked.get(self.mask, ("inpaint_video",))
-
-
 class Examples:
     """The rows of a data set as `Encoded` samples: `config.dataset_repeat` times each row makes the positions of an
     epoch.
@@ -160,29 +127,15 @@ class Examples:
 
     def choose(self, position: int, epoch: int) -> Choice:
         """What is drawn for a position in an epoch."""
-        config, row = self.config, self.row(position)
-        generator = torch.Generator().manual_seed(mixed(CHOICE_STREAM, config.seed, epoch, position))
-        which, no_caption, no_condition, start, kind = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-        names, captions = config.extra_inputs, row.sample.captions
-        if no_condition < config.condition_dropout:
-            names = self._kept(names)
-        return Choice(
-            row=row,
-            caption="" if no_caption < config.caption_dropout else captions[int(which * len(captions))],
-            names=names,
-            places=tuple(row.places(config, start)),
-            mask=mask_kind(kind) if config.random_mask else None,
-            seed=mixed(CHOICE_STREAM, config.seed, epoch, position, 1),
-        )
+        config = self.config
+        return choose(self.row(position), config, self._kept(config.extra_inputs), epoch, position)
 
     def fixed(self, position: int) -> Choice:
-        """A position without anything drawn: first caption, all inputs, the first frames; for validation."""
-        row, config = self.row(position), self.config
-        mask = START if config.random_mask else None
-        names = config.extra_inputs
-        return Choice(row=row, caption=row.sample.captions[0], names=names, places=tuple(row.places(config)), mask=mask)
+        """A position without anything drawn, for validation."""
+        return fixed(self.row(position), self.config)
 
     def _kept(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """What condition dropout leaves of the inputs `names`."""
         dropped = self.models.droppable(names)
         return tuple(name for name in names if name not in dropped)
 
@@ -239,15 +192,14 @@ class Examples:
         captions = {caption: None for row in self.rows for caption in row.sample.captions} | {"": None}
         texts = list(captions)[rank::world]
         mine = choices[rank::world]
-        done, total = 0, len(texts) + len(mine)
-        for work in (*texts, *mine):
+        total = len(texts) + len(mine)
+        for done, work in enumerate((*texts, *mine), 1):
             if isinstance(work, str):
                 self._kept_or_made(self._text_parts(work), lambda caption=work: self._text(caption))
             else:
                 if "text_encoder" in self.encoders.loaded:
                     self.encoders.free()
                 self._fill_pictures(work)
-            done += 1
             if on_progress is not None:
                 on_progress(done, total)
 
@@ -343,75 +295,6 @@ class Examples:
                 if name.startswith(ENCODED)
             },
         }
-
-
-class Media:
-    """The pixels of one choice, read when they are asked for."""
-
-    def __init__(self, choice: Choice, config: TrainConfig) -> None:
-        self.choice, self.config = choice, config
-        self._frames: Tensor | None = None
-
-    @property
-    def frames(self) -> Tensor:
-        """The trained clip (T, H, W, 3) in [0, 1]."""
-        if self._frames is None:
-            self._frames = self._aligned(self.choice.row.target)
-        return self._frames
-
-    def inputs(self, wanted: Callable[[str], bool]) -> VideoInputs:
-        """Those inputs whose names `wanted` accepts."""
-        choice = self.choice
-        values: dict[str, Any] = {}
-        for name in choice.names:
-            if wanted(INPUTS[name].gives):
-                values[INPUTS[name].gives] = self._value(name)
-        if choice.mask is not None and wanted("inpaint_video"):
-            values |= self._masked()
-        return VideoInputs(**values)
-
-    def _value(self, name: str) -> Any:
-        row, kind = self.choice.row, INPUTS[name].kind
-        if kind in ("start", "end"):
-            return self.frames[:1] if kind == "start" else self.frames[-1:]
-        if INPUTS[name].gives == "camera":
-            return self._camera()
-        if kind == "number":
-            return float(row.sample.values[name])
-        clips = row.clips[name]
-        if kind in ALIGNED_KINDS:
-            frames = self._aligned(clips[0])
-            return frames[..., 0] if kind == "mask" else frames
-        pictures = tuple(read(clip, [0]) for clip in clips)
-        return pictures if kind == "pictures" else pictures[0]
-
-    def _masked(self) -> dict[str, Tensor]:
-        kind, size = self.choice.mask, self.choice.row.size
-        if kind in (START, BOTH):
-            return {"input_image": self.frames[:1]} | ({"end_image": self.frames[-1:]} if kind == BOTH else {})
-        generator = torch.Generator().manual_seed(self.choice.seed)
-        mask = draw_mask(kind, size.num_frames, size.height, size.width, generator)
-        return {"inpaint_video": self.frames, "inpaint_mask": mask}
-
-    def _camera(self) -> CameraPath:
-        """The path of a pose file, of which the trained frames count, or of a named direction."""
-        sample, places = self.choice.row.sample, self.choice.places
-        if "camera_path" in self.choice.names:
-            path = CameraPath.from_file(sample.files["camera_path"][0])
-            if path.num_frames > max(places):
-                return replace(path, rows=tuple(path.rows[place] for place in places))
-            return path
-        speed = INPUTS["camera_control_speed"].default
-        if "camera_control_speed" in self.choice.names:
-            speed = float(sample.values.get("camera_control_speed", speed))
-        return CameraPath.from_direction(sample.values["camera_control_direction"], len(places), speed)
-
-    def _aligned(self, clip: Clip) -> Tensor:
-        """The frames of `clip` that stand at the places of this choice; a picture stands still."""
-        size = self.choice.row.size
-        stored = at_rate(clip, self.config.fps)
-        places = self.choice.places if clip.fps is not None else [0] * size.num_frames
-        return read(clip, [stored[place] for place in places], size.width, size.height)
 
 
 def _packed(cond: Conditioning) -> dict[str, Tensor]:

@@ -60,9 +60,13 @@ class FoundModels:
         return fit(cond, self.variant, self.config, self.name, size, self.has_motion_controller)
 
     def droppable(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of the extra inputs `names` that condition dropout may leave out."""
+        """Those of the extra inputs `names` that condition dropout may leave out.
+
+        A VACE branch runs only when it has an input, so that one of them stays.
+        """
         rows = (INPUTS[name] for name in names)
-        return tuple(row.name for row in rows if row.droppable and row.gives not in self.variant.requires)
+        found = tuple(row.name for row in rows if row.droppable and row.gives not in self.variant.requires)
+        return () if self.config.vace_layers and found == names else found
 
 
 def find(config: TrainConfig) -> FoundModels:
