@@ -15,8 +15,8 @@ from ..wan_core.media import frames_to_pixels
 from ..wan_core.types import Conditioning, VaceInput, VideoSize
 from .cache import LatentCache
 from .config import TrainConfig
-from .encoders import Encoders
 from .draws import Choice, Media, choose, fixed
+from .encoders import Encoders
 from .models import FoundModels
 from .report import Row
 from .video import at_rate
