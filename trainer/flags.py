@@ -156,6 +156,11 @@ def from_json(cls: type, values: Mapping[str, Any], source: str) -> dict[str, An
             except argparse.ArgumentTypeError as error:
                 raise ConfigError(f"{source}: {name}: {error}") from error
         found[name] = _frozen(value)
+        if found[name] is not None or not optional:
+            try:
+                _check(fields[name], kind, found[name])
+            except ValueError as error:
+                raise ConfigError(f"{source}: {error}") from error
     return found
 
 

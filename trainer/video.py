@@ -79,7 +79,7 @@ def at_rate(clip: Clip, fps: float | None) -> list[int]:
     if fps is None or clip.fps is None:
         return list(range(clip.num_frames))
     times = np.array(clip.times)
-    count = max(1, int((times[-1] + 1 / clip.fps) * fps + 1e-6))
+    count = int(times[-1] * fps + 1e-6) + 1
     wanted = np.arange(count) / fps
     after = np.searchsorted(times, wanted).clip(0, len(times) - 1)
     before = (after - 1).clip(0)
