@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 log = logging.getLogger("wancore")
@@ -69,7 +69,8 @@ class LatentCache:
         """The tensors under `key`; None when there are none or their file is damaged, which is said in the log."""
         path = self._path(key)
         try:
-            return load_file(path)
+            # Read, not mapped: what a run holds must not change with the file.
+            return load(path.read_bytes())
         except FileNotFoundError:
             return None
         except (safetensors.SafetensorError, OSError, ValueError) as error:

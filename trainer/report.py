@@ -230,16 +230,16 @@ def _notices(rows: Sequence[Row], config: TrainConfig) -> Iterator[str]:
         )
     pictures = sum(row.target.fps is None for row in rows)
     if 0 < pictures < len(rows):
-        yield f"{pictures} rows are pictures, each a clip of one frame"
+        yield f"pictures among the rows: {pictures}, each a clip of one frame"
     shorter = sum(row.size.num_frames < config.clip_frames for row in rows if row.target.fps)
     if shorter:
-        yield f"{shorter} clips are shorter than {config.clip_frames} frames and trimmed to the largest 4k + 1"
+        yield f"clips shorter than {config.clip_frames} frames, trimmed to the largest 4k + 1: {shorter}"
     cropped = sum(
         abs(row.target.width * row.size.height / (row.target.height * row.size.width) - 1) > ASPECT_TOLERANCE
         for row in rows
     )
     if cropped:
-        yield f"{cropped} clips have another shape than they are trained in and are cropped at their sides"
+        yield f"clips of another shape than they are trained in, cropped at their sides: {cropped}"
     sizes = Counter(row.size for row in rows)
     if len(sizes) > 1:
         listed = ", ".join(f"{n} of {size}" for size, n in sizes.items())
