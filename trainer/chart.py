@@ -85,7 +85,7 @@ def save_chart(file: Path, steps: Sequence[Mapping[str, Any]], held_out: Sequenc
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The running mean of `points` in which each step counts less the longer ago it was, without a bias at the start."""
+    """The running mean of `points`, in which a step counts less the longer ago it was, without a bias at the start."""
     mean = weight = 0.0
     line = []
     for x, y in points:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +79,7 @@ class Exporter:
             try:
                 (self._write_lora if part.is_lora else self._write_whole)(part, draft, path.stem, tensors, metadata)
                 sync_file(draft)
-                os.replace(draft, path)
+                draft.replace(path)
             except ValueError as error:
                 # A disk that is full is no mistake of the user's.
                 raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from error

@@ -23,6 +23,7 @@ from ..wan_core.prepare import VideoModel
 from ..wan_core.sampling.predictor import motion_offset
 from ..wan_core.types import Conditioning
 from .config import TrainConfig
+from .objective import Draw, errors, noisy
 
 log = logging.getLogger("wancore")
 
@@ -59,14 +60,34 @@ class Denoiser(nn.Module):
         self.vae = vae
         self._tokenizer = None if text_encoder is None else text_encoder.tokenizer
 
-    def forward(self, x: Tensor, timesteps: Tensor, cond: Conditioning, captions: Sequence[str] = ()) -> Tensor:
-        """Velocity (B, 16, R + F, h, w) in float32 for noisy latents `x` at `timesteps` (B,) in 0..1000.
+    def forward(
+        self,
+        latents: Tensor,
+        draw: Draw,
+        cond: Conditioning,
+        captions: Sequence[str] = (),
+        pixels: Tensor | None = None,
+    ) -> Tensor:
+        """The error of each sample (B,) in float32, without its weight: how far the velocity at the drawn noise level
+        is from the one that leads from the clean latents (B, 16, R + F, h, w) to the noise.
+
+        Args:
+            captions: of each sample; read where the text encoder is trained.
+            pixels: (B, 3, T, H, W), of which the last F latent frames are made anew where the VAE is trained.
 
         Raises:
             ValueError: a tensor does not fit the model.
         """
+        if self.vae is not None and pixels is not None:
+            video = self.vae.encode(pixels)
+            latents = torch.cat((latents[:, :, : latents.shape[2] - video.shape[2]], video), 2)
+        velocity = self.velocity(noisy(latents, draw), draw.timesteps.to(latents.device), cond, captions)
+        return errors(velocity, latents, draw)
+
+    def velocity(self, x: Tensor, timesteps: Tensor, cond: Conditioning, captions: Sequence[str] = ()) -> Tensor:
+        """Velocity (B, 16, R + F, h, w) in float32 for noisy latents `x` at `timesteps` (B,) in 0..1000."""
         dit = self.dit
-        if self.text_encoder is not None:
+        if self.text_encoder is not None and captions:
             cond = dataclasses.replace(cond, text=self.embed_text(captions))
         check_shapes(dit.config, x, cond)
         prepared = dit.prepare(cond, tuple(x.shape[2:]), motion_offset(self.motion_controller, cond))
