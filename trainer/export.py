@@ -70,7 +70,7 @@ class Exporter:
         """
         paths = self.paths(stem)
         for path in paths.values():
-            self.require_own(path)
+            self.require_own(path, self.run)
         self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {**self._metadata(), **told}
         for part, path in paths.items():
@@ -88,8 +88,9 @@ class Exporter:
         sync_folder(self.folder)
         return list(paths.values())
 
-    def require_own(self, path: Path) -> None:
-        """Raise ValueError when there is a file at `path` that this run did not write."""
+    @staticmethod
+    def require_own(path: Path, run: str) -> None:
+        """Raise ValueError when there is a file at `path` that the run of that identity did not write."""
         if not path.exists():
             return
         try:
@@ -97,7 +98,7 @@ class Exporter:
                 owner = (file.metadata() or {}).get(RUN)
         except Exception:
             owner = None
-        if owner != self.run:
+        if owner != run:
             raise ValueError(
                 f"{path} exists already and is not of this run; nothing is overwritten. Choose another --output_path "
                 "or move it away."
