@@ -119,7 +119,16 @@ class Examples:
 
     def shapes(self, epoch: int) -> list[Shape]:
         """What must be equal within a batch, per position."""
+        if not self.shapes_change:
+            return [
+                self._shape(self.fixed(position)) for position in range(len(self.rows))
+            ] * self.config.dataset_repeat
         return [self._shape(self.choose(position, epoch)) for position in range(len(self))]
+
+    @property
+    def shapes_change(self) -> bool:
+        """Whether `shapes` differ from epoch to epoch, because inputs are drawn."""
+        return self.config.random_mask or self.config.condition_dropout > 0
 
     def _shape(self, choice: Choice) -> Shape:
         references = choice.row.clips.get("vace_reference_image", ())

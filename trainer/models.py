@@ -20,6 +20,9 @@ from .inputs import INPUTS, given_names
 INPAINT = "inpaint_video"
 PICTURE_KINDS = ("start", "end", "picture")
 
+USELESS_WITHOUT = {"vace": "vace_", "motion_controller": "motion_"}
+"""Models that run only when they have an input, and how the names of these begin."""
+
 
 @dataclass(frozen=True)
 class FoundModels:
@@ -110,7 +113,14 @@ def check_inputs(models: FoundModels, config: TrainConfig) -> None:
             f"{models.name} ({models.variant.label}) is trained with the first frame of each clip: add "
             "--input_contains_input_image (or --extra_inputs input_image), or --random_mask."
         )
+    for trained, begin in USELESS_WITHOUT.items():
+        if trained in (*config.trainable_models, config.lora_base_model) and not any(
+            n.startswith(begin) for n in given
+        ):
+            names = [name for name in INPUTS if name.startswith(begin)]
+            raise ConfigError(f"{trained} learns nothing without its inputs: add --extra_inputs {' or '.join(names)}.")
     pictures = [name for name in config.extra_inputs if INPUTS[name].kind in PICTURE_KINDS]
+    pictures += ["--random_mask"] * config.random_mask
     if pictures and "image_encoder" not in models.components:
         raise ConfigError(
             f"{models.name} reads {' and '.join(pictures)} through the CLIP image encoder too; add "

@@ -220,6 +220,9 @@ def _check_value(row: ExtraInput, text: str | None) -> None:
 
 
 def _notices(rows: Sequence[Row], config: TrainConfig) -> Iterator[str]:
+    for name in config.data_file_keys:
+        if name in INPUTS and name not in config.extra_inputs:
+            yield f"the column {name} is not used; add --extra_inputs {name} to train with it"
     rates = Counter(round(row.target.fps, 2) for row in rows if row.target.fps)
     strange = {rate: n for rate, n in rates.items() if abs(rate - FPS) > 0.5}
     if strange and config.fps is None:

@@ -249,6 +249,13 @@ def test_shapes_keep_unlike_samples_apart(root):
     assert all(len(tensor) == 3 for field in FIELDS for tensor in tensors_in(getattr(batch.cond, field)))
 
 
+def test_shapes_without_anything_drawn_are_those_of_the_rows(root):
+    made = examples(material.config(root, "vace", dataset_repeat=3))
+    assert not made.shapes_change
+    assert made.shapes(0) == made.shapes(1) == [made._shape(made.choose(position, 1)) for position in range(6)]
+    assert examples(material.config(root, "i2v", extra_inputs=(), random_mask=True)).shapes_change
+
+
 def test_captions_are_drawn_from_all(root, tmp_path):
     material.config(root)
     row = {"prompt": ["one", "two", "three"], "video": str(root / "data/media/000_video.mp4")}
@@ -296,6 +303,9 @@ REFUSED = {
     "control without its video": ("fun_control", {"extra_inputs": ()}, "control_video"),
     "an input that the model lacks": ("t2v", {"extra_inputs": ("control_video",)}, "control_video"),
     "speed without the adapter": ("t2v", {"extra_inputs": ("motion_bucket_id",)}, "speed-control adapter"),
+    "a VACE branch without input": ("vace", {"extra_inputs": (), "trainable_models": ("vace",)}, "vace_video"),
+    "a LoRA on it": ("vace", {"extra_inputs": (), "lora_base_model": "vace"}, "vace_reference_image"),
+    "an idle adapter": ("speed", {"extra_inputs": (), "trainable_models": ("motion_controller",)}, "motion_bucket_id"),
     "random masks on another model": ("t2v", {"random_mask": True}, "inpaint_video"),
     "no models": ("t2v", {"model_id_with_origin_paths": ()}, "--model_paths"),
     "half a name": ("t2v", {"model_id_with_origin_paths": ("WanCore/tiny",)}, "model_id:file_pattern"),
@@ -315,8 +325,9 @@ def test_models_that_cannot_use_the_inputs_are_refused_before_they_are_read(root
 
 def test_the_image_encoder_is_asked_for(root):
     names = tuple(name for name in model_names("i2v") if IMAGE_ENCODER_PATTERN not in name)
-    with pytest.raises(ConfigError, match="CLIP image encoder"):
-        find(material.config(root, "i2v", model_id_with_origin_paths=names))
+    for changes in ({}, {"extra_inputs": (), "random_mask": True}):
+        with pytest.raises(ConfigError, match="CLIP image encoder"):
+            find(material.config(root, "i2v", model_id_with_origin_paths=names, **changes))
 
 
 def test_a_clip_that_goes_bad_later_is_named(root, tmp_path):

@@ -250,6 +250,8 @@ def test_notices_tell_of_rates_pictures_shapes_and_sizes(media):
     assert "(1 at 24)" in text and "--fps 16" in text
     assert "pictures among the rows: 1" in text and "cropped at their sides: 1" in text
     assert "3 of 64x32, 5 frames, 1 of 64x32, 1 frames" in text
+    unused = checked(media, [GOOD], "m.json", data_file_keys=("video", "control_video"))
+    assert "the column control_video is not used; add --extra_inputs control_video" in str(unused)
     assert "(1 at 24)" not in str(checked(media, [{"prompt": "x", "video": "long.mp4"}], fps=16.0))
 
 
