@@ -174,7 +174,7 @@ class Examples:
                 Conditioning(text=_padded(text["text"])), inputs, self.models.variant, row.size, None, None
             )
             cond = self.models.fit(_unpacked(encoded, cond, choice.given, row.size), row.size)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise ValueError(f"{row.sample.where} ({row.name}): {error}") from error
         if "leading" in encoded:
             latents = torch.cat((encoded["leading"], latents), 2)
@@ -218,7 +218,7 @@ class Examples:
         try:
             self._kept_or_made(self._latent_parts(choice), lambda: self._latents(media))
             self._kept_or_made(self._condition_parts(choice), lambda: self._encoded_inputs(media))
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise ValueError(f"{choice.row.sample.where} ({choice.row.name}): {error}") from error
 
     def _kept_or_made(
