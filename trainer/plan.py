@@ -47,8 +47,8 @@ class Plan:
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Steps of each epoch. They differ only where inputs are dropped at random, which changes shapes."""
-        if not self.config.condition_dropout:
+        """Steps of each epoch. They differ only where inputs are drawn at random, which changes shapes."""
+        if not self.config.condition_dropout and not self.config.random_mask:
             return (len(self._groups(0)),) * self.config.num_epochs
         return tuple(len(self._groups(epoch)) for epoch in range(self.config.num_epochs))
 

@@ -256,6 +256,33 @@ def test_shapes_without_anything_drawn_are_those_of_the_rows(root):
     assert examples(material.config(root, "i2v", extra_inputs=(), random_mask=True)).shapes_change
 
 
+def test_latents_stay_in_float32_and_all_else_takes_the_dtype_of_the_model(root):
+    config = material.config(root, "i2v")
+    made = examples(config)
+    sample = Examples(made.rows, made.models, Encoders(made.models, torch.bfloat16, "cpu"), config).get(0, 0)
+    assert sample.latents.dtype == torch.float32
+    assert {tensor.dtype for field in FIELDS for tensor in tensors_in(getattr(sample.cond, field))} == {torch.bfloat16}
+
+
+def test_pixels_are_there_only_for_a_vae_that_is_trained(root):
+    assert examples(material.config(root)).get(0, 0).pixels is None
+    made = examples(material.config(root, trainable_models=("vae",)))
+    batch = collate([made.get(position, 0) for position in range(2)])
+    assert batch.pixels.shape == (2, 3, 5, 32, 32) and -1 <= batch.pixels.min() < batch.pixels.max() <= 1
+    torch.testing.assert_close(made.encoders.latents.pixels(batch.pixels), batch.latents)
+
+
+def test_a_full_disk_is_no_fault_of_a_row(root, tmp_path, monkeypatch):
+    made = examples(material.config(root, cache="disk", cache_dir=str(tmp_path)))
+
+    def full(self, key, tensors):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LatentCache, "put", full)
+    with pytest.raises(OSError, match="No space left"):
+        made.fill()
+
+
 def test_captions_are_drawn_from_all(root, tmp_path):
     material.config(root)
     row = {"prompt": ["one", "two", "three"], "video": str(root / "data/media/000_video.mp4")}

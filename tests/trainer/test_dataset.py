@@ -207,6 +207,14 @@ def test_wrong_columns_stop_the_run_even_when_bad_rows_may_be_left_out(media, ro
         report.require("skip")
 
 
+def test_videos_and_images_may_stand_in_columns_of_their_own(media):
+    rows = [{"prompt": "x", "video": "clip.mp4", "image": ""}, {"prompt": "y", "video": "", "image": "picture.png"}]
+    report = checked(media, rows)
+    assert [(row.name, row.size.num_frames) for row in report.require("error")] == [("clip.mp4", 5), ("picture.png", 1)]
+    only = checked(media, rows, data_file_keys=("image",))
+    assert [row.name for row in only.rows] == ["picture.png"] and "names no clip (column image)" in str(only.bad[0])
+
+
 def test_no_good_row_stops_the_run(media):
     with pytest.raises(DatasetError, match="0 good rows, 1 bad"):
         checked(media, [{"prompt": "x", "video": "short.mp4"}]).require("skip")
