@@ -186,8 +186,8 @@ class Loop:
         times = ", ".join(f"{t:.0f}" for t in outcome.timesteps)
         return (
             f"Step {step.number} gave a loss of {outcome.loss} and a gradient of norm {outcome.grad_norm} (files "
-            f"{names}; timesteps {times}). The weights are those of the step before and the last saved state is good. Look at "
-            "those files, lower --learning_rate, or set --mixed_precision no."
+            f"{names}; timesteps {times}). The weights are those of the step before, and the last saved state is good. "
+            "Look at those files, lower --learning_rate, or set --mixed_precision no."
         )
 
     def _memory_advice(self, step: Step, batches: list[Batch]) -> str:

@@ -22,7 +22,7 @@ from ..wan_core.models.vae import WanVAE
 from ..wan_core.prepare import VideoModel
 from ..wan_core.sampling.predictor import motion_offset
 from ..wan_core.types import Conditioning
-from .config import TrainConfig
+from .config import TRAINABLE, TrainConfig
 from .objective import Draw, errors, noisy
 
 log = logging.getLogger("wancore")
@@ -199,13 +199,19 @@ def prepare(
 
 
 def check(config: TrainConfig) -> None:
-    """Raise ValueError when `config` trains nothing, or one model in two ways."""
+    """Raise ValueError when `config` trains nothing, or one model in two ways, or asks for what is not there."""
     if not config.trainable_models and not config.lora_base_model:
         raise ValueError("Nothing is to be trained: set --trainable_models, --lora_base_model, or both.")
     if config.lora_base_model in config.trainable_models:
         raise ValueError(
             f"{config.lora_base_model} is in --trainable_models and is --lora_base_model: train its weights or a LoRA "
             "on them, not both."
+        )
+    prefixes = ["", *(f"pipe.{name}." for name in TRAINABLE)]
+    if config.remove_prefix_in_ckpt not in prefixes:
+        raise ValueError(
+            f"--remove_prefix_in_ckpt {config.remove_prefix_in_ckpt!r} would leave names that nothing loads; it is one of "
+            f"{', '.join(map(repr, prefixes))}."
         )
     for name in ("fp8_base", "stream_base", "vram_limit"):
         if getattr(config, name):

@@ -204,6 +204,7 @@ def test_targets_are_matched_by_the_end_of_the_name():
         ("t2v", dict(lora_base_model="dit", lora_target_modules=("q", "kk")), "no layer of dit is called 'kk'"),
         ("t2v", dict(lora_base_model="dit", lora_target_modules=("time_embedding.0",)), "cannot carry a LoRA"),
         ("t2v", dict(lora_base_model="dit", lora_target_modules=("patch_embedding",)), "cannot carry a LoRA"),
+        ("t2v", dict(lora_base_model="dit", remove_prefix_in_ckpt="pipe."), "--remove_prefix_in_ckpt 'pipe.'"),
         ("t2v", dict(lora_base_model="dit", fp8_base=True), "--fp8_base is not available"),
         ("t2v", dict(lora_base_model="dit", stream_base=True), "--stream_base is not available"),
         ("t2v", dict(lora_base_model="dit", lora_checkpoint="/nowhere.safetensors"), "nowhere"),
