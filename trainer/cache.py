@@ -52,12 +52,13 @@ class LatentCache:
         stat = path.stat()
         identity = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
         if identity not in self._hashes:
+            self._hashes |= _remembered(self.folder / HASHES)
+        if identity not in self._hashes:
             digest = hashlib.sha256()
             with path.open("rb") as file:
                 while chunk := file.read(READ_BYTES):
                     digest.update(chunk)
             self._hashes[identity] = digest.hexdigest()
-            self._hashes = _remembered(self.folder / HASHES) | self._hashes
             text = json.dumps(self._hashes, indent=0, ensure_ascii=False)
             self._write(self.folder / HASHES, lambda draft: draft.write_text(text, encoding="utf-8"))
         return self._hashes[identity]

@@ -1,6 +1,8 @@
 """Rows of a data set as what a model is trained on: latents and conditioning, made by the functions of inference."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from typing import Any
@@ -20,6 +22,8 @@ from .encoders import Encoders
 from .models import FoundModels
 from .report import Row
 from .video import at_rate
+
+log = logging.getLogger("wancore")
 
 CACHE_VERSION = 1
 """Raise it when the same files and options are encoded to other tensors than before."""
@@ -109,6 +113,7 @@ class Examples:
     ) -> None:
         self.rows, self.models, self.encoders, self.config, self.cache = tuple(rows), models, encoders, config, cache
         self._identities: dict[str, Any] = {}
+        self._once = _Once()
 
     def __len__(self) -> int:
         return len(self.rows) * self.config.dataset_repeat
@@ -120,9 +125,7 @@ class Examples:
     def shapes(self, epoch: int) -> list[Shape]:
         """What must be equal within a batch, per position."""
         if not self.shapes_change:
-            return [
-                self._shape(self.fixed(position)) for position in range(len(self.rows))
-            ] * self.config.dataset_repeat
+            return [self._shape(fixed(row, self.config)) for row in self.rows] * self.config.dataset_repeat
         return [self._shape(self.choose(position, epoch)) for position in range(len(self))]
 
     @property
@@ -164,7 +167,7 @@ class Examples:
             ValueError: a file cannot be read any more; the message names the row.
         """
         row = choice.row
-        try:
+        with self._reading(row):
             media = Media(choice, self.config)
             text = self._kept_or_made(self._text_parts(choice.caption), lambda: self._text(choice.caption))
             latents = self._kept_or_made(self._latent_parts(choice), lambda: self._latents(media))["latents"]
@@ -174,8 +177,6 @@ class Examples:
                 Conditioning(text=_padded(text["text"])), inputs, self.models.variant, row.size, None, None
             )
             cond = self.models.fit(_unpacked(encoded, cond, choice.given, row.size), row.size)
-        except ValueError as error:
-            raise ValueError(f"{row.sample.where} ({row.name}): {error}") from error
         if "leading" in encoded:
             latents = torch.cat((encoded["leading"], latents), 2)
         return Encoded(
@@ -204,7 +205,7 @@ class Examples:
         total = len(texts) + len(mine)
         for done, work in enumerate((*texts, *mine), 1):
             if isinstance(work, str):
-                self._kept_or_made(self._text_parts(work), lambda caption=work: self._text(caption))
+                self._fill_one(self._text_parts(work), lambda caption=work: self._text(caption))
             else:
                 if "text_encoder" in self.encoders.loaded:
                     self.encoders.free()
@@ -214,12 +215,15 @@ class Examples:
 
     @torch.no_grad()
     def _fill_pictures(self, choice: Choice) -> None:
-        media = Media(choice, self.config)
-        try:
-            self._kept_or_made(self._latent_parts(choice), lambda: self._latents(media))
-            self._kept_or_made(self._condition_parts(choice), lambda: self._encoded_inputs(media))
-        except ValueError as error:
-            raise ValueError(f"{choice.row.sample.where} ({choice.row.name}): {error}") from error
+        with self._reading(choice.row):
+            media = Media(choice, self.config)
+            self._fill_one(self._latent_parts(choice), lambda: self._latents(media))
+            self._fill_one(self._condition_parts(choice), lambda: self._encoded_inputs(media))
+
+    def _fill_one(self, parts: Mapping[str, Any] | None, make: Callable[[], dict[str, Tensor]]) -> None:
+        """Make what `parts` describes, unless the cache has it."""
+        if parts is not None and (key := self.cache.key(parts)) not in self.cache:
+            self.cache.put(key, _finite(make()))
 
     def _kept_or_made(
         self, parts: Mapping[str, Any] | None, make: Callable[[], dict[str, Tensor]]
@@ -228,13 +232,24 @@ class Examples:
         if parts is None:
             return {}
         if self.cache is None:
-            return make()
+            return _finite(make())
         key = self.cache.key(parts)
         kept = self.cache.get(key)
         if kept is None:
-            kept = make()
+            kept = _finite(make())
             self.cache.put(key, kept)
         return kept
+
+    @contextmanager
+    def _reading(self, row: Row) -> Iterator[None]:
+        """Around work on a row: its name goes into errors, and a notice on how pictures are fitted is given once."""
+        log.addFilter(self._once)
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{row.sample.where} ({row.name}): {error}") from error
+        finally:
+            log.removeFilter(self._once)
 
     @torch.no_grad()
     def _text(self, caption: str) -> dict[str, Tensor]:
@@ -304,6 +319,34 @@ class Examples:
                 if name.startswith(ENCODED)
             },
         }
+
+
+class _Once(logging.Filter):
+    """Lets each notice of `wan_core.fitting` through once; there would be one for every sample in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.module != "fitting":
+            return True
+        text = record.getMessage()
+        is_new = text not in self._told
+        self._told.add(text)
+        return is_new
+
+
+def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`; an encoder that overflows must not reach the cache.
+
+    Raises:
+        ValueError: one of them holds NaN or infinity.
+    """
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"encoding gave NaN or infinity in its {broken[0]}; try --mixed_precision no")
+    return tensors
 
 
 def _packed(cond: Conditioning) -> dict[str, Tensor]:

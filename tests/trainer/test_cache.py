@@ -62,9 +62,10 @@ def test_hashes_follow_content_and_are_remembered(tmp_path, monkeypatch):
     file.write_bytes(b"first")
     cache = LatentCache(tmp_path / "cache")
     first = cache.file_hash(file)
-    again = LatentCache(tmp_path / "cache")
+    again, side_by_side = LatentCache(tmp_path / "cache"), LatentCache(tmp_path / "cache")
+    side_by_side._hashes.clear()
     monkeypatch.setattr(cache_module.hashlib, "sha256", None)
-    assert again.file_hash(file) == first
+    assert again.file_hash(file) == side_by_side.file_hash(file) == first
     monkeypatch.undo()
     (tmp_path / "copy.mp4").write_bytes(b"first")
     assert again.file_hash(tmp_path / "copy.mp4") == first

@@ -283,6 +283,23 @@ def test_a_full_disk_is_no_fault_of_a_row(root, tmp_path, monkeypatch):
         made.fill()
 
 
+def test_what_overflows_is_named_and_not_kept(root, tmp_path, monkeypatch):
+    made = examples(material.config(root, cache="disk", cache_dir=str(tmp_path)))
+    monkeypatch.setattr(LatentEncoder, "frames", lambda self, frames: torch.full((1, 16, 2, 4, 4), float("nan")))
+    with pytest.raises(ValueError, match=r"row 1 \(000_video\.mp4\): encoding gave NaN .* in its latents"):
+        made.fill()
+    with pytest.raises(ValueError, match=r"row 2 .* gave NaN"):
+        made.get(1, 0)
+    assert len(encoded_files(tmp_path)) == 3  # the texts
+
+
+def test_a_notice_on_fitting_is_given_once(root, caplog):
+    made = examples(material.config(root, "vace", width=48))
+    for epoch in range(3):
+        made.get(0, epoch)
+    assert caplog.text.count("is brought to") == 1
+
+
 def test_captions_are_drawn_from_all(root, tmp_path):
     material.config(root)
     row = {"prompt": ["one", "two", "three"], "video": str(root / "data/media/000_video.mp4")}
