@@ -141,6 +141,8 @@ def test_a_changed_file_or_option_is_encoded_anew_and_the_rest_is_not(root, tmp_
     assert len(filled() - first) == 1
     assert len(filled(num_frames=9) - first) == 1 + 4
     before = encoded_files(tmp_path / "cache")
+    assert len(filled(frame_pick="middle") - before) == 4
+    before = encoded_files(tmp_path / "cache")
     metadata = tmp_path / "data/metadata.csv"
     metadata.write_text(metadata.read_text().replace("a red ball", "a small red ball"))
     assert len(filled() - before) == 1

@@ -24,6 +24,12 @@ def test_every_sample_is_there_and_shapes_do_not_mix(batch_size, world):
     assert sum(counts.values()) - len(SHAPES) <= (world - 1) * len(set(SHAPES))
 
 
+def test_batches_stand_where_their_first_sample_stands_in_the_order():
+    order = permutation(len(SHAPES), 5, 1)
+    places = [order.index(batch[0]) for batch in batches(SHAPES, 5, 1, 3)]
+    assert places == sorted(places)
+
+
 def test_several_processes_take_what_one_would():
     alone = batches(["a"] * 12, 3, 0, 4)
     two = [batches(["a"] * 12, 3, 0, 2, rank, 2) for rank in range(2)]
