@@ -210,8 +210,8 @@ def check(config: TrainConfig) -> None:
     prefixes = ["", *(f"pipe.{name}." for name in TRAINABLE)]
     if config.remove_prefix_in_ckpt not in prefixes:
         raise ValueError(
-            f"--remove_prefix_in_ckpt {config.remove_prefix_in_ckpt!r} would leave names that nothing loads; it is one of "
-            f"{', '.join(map(repr, prefixes))}."
+            f"--remove_prefix_in_ckpt {config.remove_prefix_in_ckpt!r} would leave names that nothing loads; it is one "
+            f"of {', '.join(map(repr, prefixes))}."
         )
     for name in ("fp8_base", "stream_base", "vram_limit"):
         if getattr(config, name):

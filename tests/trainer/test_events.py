@@ -60,7 +60,9 @@ def test_a_full_disk_costs_events_and_not_the_run(tmp_path, monkeypatch, caplog)
 
 def test_trackers_get_the_numbers_of_the_main_process(tmp_path):
     class Recorder:
-        seen = []
+        def __init__(self):
+            self.seen = []
+
 
         def add(self, number, numbers):
             self.seen.append((number, dict(numbers)))
