@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..wan_core.runtime import Runtime
+from ..wan_core.runtime import OutOfMemoryError, Runtime
 from . import dataset, engine, models, report, trainable
 from .cache import LatentCache
 from .conditions import Examples
@@ -24,7 +25,7 @@ from .engine import Engine
 from .estimate import Estimate, estimate
 from .events import Events, open_trackers
 from .export import Exporter
-from .loop import Loop, NonFiniteError
+from .loop import LoadError, Loop, NonFiniteError
 from .objective import Objective
 from .plan import Plan
 from .report import Row
@@ -71,14 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if os.environ.get("RANK", "0") != "0":
         log.setLevel(logging.ERROR)
+    # A float32 norm on bfloat16 tokens is what is wanted here; PyTorch says once that it has no fused kernel for it.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     try:
         train(parse(sys.argv[1:] if argv is None else argv))
+    except (NonFiniteError, SaveError, LoadError, OutOfMemoryError, OSError) as error:
+        log.error("%s", error)
+        return FAILED
     except ValueError as error:
         log.error("%s", error)
         return WRONG_INPUT
-    except (NonFiniteError, SaveError, OSError) as error:
-        log.error("%s", error)
-        return FAILED
     return 0
 
 
@@ -87,7 +90,7 @@ def train(config: TrainConfig) -> Result:
 
     Raises:
         ValueError: data, models or settings cannot be used; nothing was begun then.
-        NonFiniteError, OutOfMemoryError, SaveError: see `loop`.
+        NonFiniteError, OutOfMemoryError, LoadError, SaveError: see `loop`.
     """
     trainable.check(config)
     accelerator = engine.start(config)

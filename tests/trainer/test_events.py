@@ -63,7 +63,6 @@ def test_trackers_get_the_numbers_of_the_main_process(tmp_path):
         def __init__(self):
             self.seen = []
 
-
         def add(self, number, numbers):
             self.seen.append((number, dict(numbers)))
 

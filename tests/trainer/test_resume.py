@@ -129,16 +129,16 @@ def test_a_second_signal_quits_on_the_spot(shared, tmp_path):
     assert process.returncode in (QUIT_NOW, 0)
 
 
-KILLS = int(os.environ.get("WANCORE_KILLS", "4"))
+KILLS = int(os.environ.get("WANCORE_KILLS", "3"))
 
 
 def test_a_killed_run_ends_as_one_that_was_not(shared, tmp_path):
     """Killed at random moments, of which many lie inside a save, as every step is saved."""
-    more = dict(num_epochs=2, dataset_repeat=8, save_steps=1, trainable_models=("dit",), **SCHEDULE)
+    more = dict(num_epochs=2, dataset_repeat=4 * KILLS, save_steps=1, trainable_models=("dit",), **SCHEDULE)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(config(shared, whole, **more))
     moments = random.Random(7)
-    inside = 0
+    kills = inside = 0
     for _ in range(KILLS):
         process = program(config(shared, parts, **more))
         begun = max(losses(parts), default=0)
@@ -150,13 +150,14 @@ def test_a_killed_run_ends_as_one_that_was_not(shared, tmp_path):
         time.sleep(moments.random() * 0.6)
         process.kill()
         process.communicate()
+        kills += 1
         inside += any((parts / "states").glob(".*.draft")) or any(parts.glob(".*draft*"))
     run(config(shared, parts, **more))
     assert losses(whole) == losses(parts)
     assert same(weights(whole), weights(parts))
     for file in whole.glob("step-*.safetensors"):
         assert same(load_file(file), load_file(parts / file.name))
-    print(f"{KILLS} kills, {inside} of them left a draft")
+    print(f"{kills} kills, {inside} of them inside a save")
 
 
 def test_a_finished_run_has_nothing_left_to_do_until_it_gets_more(shared, tmp_path):
