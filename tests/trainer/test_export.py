@@ -3,11 +3,13 @@ import json
 
 import pytest
 import torch
+from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from wancore.trainer.export import RUN, Exporter, ExportError
 from wancore.trainer.trainable import lora_patches, prepare
 from wancore.wan_core.adapters.open import open_lora
 from wancore.wan_core.checkpoints.detect import detect_files
+from wancore.wan_core.checkpoints.diffusers_names import diffusers_name
 
 from tests.reference import relative_error, tiny_text_encoder, tiny_vae
 from tests.trainer.models import config, inputs, trainables, video_model
@@ -166,3 +168,28 @@ def test_a_lora_that_does_not_fit_is_not_continued(tmp_path, changes, message):
     (file,) = written(exporter(tmp_path, lora_base_model="dit"))
     with pytest.raises(ValueError, match=message):
         trainables(lora_base_model="dit", lora_checkpoint=str(file), **changes)
+
+
+def test_diffusers_reads_the_default_names(tmp_path):
+    conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    made = exporter(tmp_path, lora_base_model="dit", lora_alpha=2.0)
+    (file,) = written(made)
+    found = conversion._convert_non_diffusers_wan_lora_to_diffusers(load_file(file))
+    for name, patch in lora_patches(made.trainables.parts[0], made.trainables.parameters(), 2.0):
+        path = f"transformer.{diffusers_name(name.removesuffix('.weight'))}"
+        down, up = (found.pop(f"{path}.lora_{side}.weight") for side in "AB")
+        assert relative_error(up @ down, patch.delta()) < 1e-5
+    assert not found
+
+
+def test_peft_reads_the_default_names_without_their_prefix(tmp_path):
+    made = exporter(tmp_path, lora_base_model="dit")
+    (file,) = written(made)
+    fresh = trainables(lora_base_model="dit")
+    tensors = {name.removeprefix("diffusion_model."): tensor for name, tensor in load_file(file).items()}
+    result = set_peft_model_state_dict(fresh.module.dit, tensors)
+    assert not result.unexpected_keys
+    x, timesteps, cond = inputs()
+    with torch.no_grad():
+        expected, found = (t.module.velocity(x, timesteps, cond) for t in (made.trainables, fresh))
+    assert relative_error(found, expected) < 1e-5
