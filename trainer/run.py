@@ -139,7 +139,7 @@ class _Run:
         cache = LatentCache(config.cache_folder) if config.cache == "disk" else None
         examples = Examples(rows, found, encoders, config, cache)
         clips = Examples(held_out, found, encoders, replace(config, dataset_repeat=1), cache)
-        self._fill(examples, clips)
+        self._fill(Examples((*rows, *held_out), found, encoders, config, cache))
         watcher = self._watcher(examples, clips)
         trainables = self._trainables(found, encoders)
         if cache is not None:
@@ -223,19 +223,12 @@ class _Run:
             )
         return rows[:count], rows[count:]
 
-    def _fill(self, examples: Examples, clips: Examples) -> None:
+    def _fill(self, examples: Examples) -> None:
         """Fill the cache, each process a share of it."""
-        if examples.cache is None:
-            return
-        index, world = self.accelerator.process_index, self.accelerator.num_processes
-
-        def tell(done: int, total: int) -> None:
-            self.events.emit("cache", done=done, total=total)
-
-        examples.fill(index, world, tell)
-        if clips.rows:
-            clips.fill(index, world)
-        self.accelerator.wait_for_everyone()
+        if examples.cache is not None:
+            index, world = self.accelerator.process_index, self.accelerator.num_processes
+            examples.fill(index, world, lambda done, total: self.events.emit("cache", done=done, total=total))
+            self.accelerator.wait_for_everyone()
 
     def _earlier(self, identity: Mapping[str, Any]) -> tuple[Path, Progress] | None:
         """The state to continue from, with its folder; None for a new run.

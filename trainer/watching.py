@@ -63,14 +63,21 @@ class Watcher:
             log.info("Held-out error after step %d: %.4f.", step, mean)
 
     def sample(self, step: int) -> None:
-        """Draw the sample videos; every process takes part, as each may hold a share of the weights."""
+        """Draw the sample videos; every process takes part, so that none waits for another for long. Samples that fail
+        cost themselves, not the run.
+        """
         runtime = Runtime.default(self.engine.device, self.encoders.dtype)
-        with self.engine.evaluating():
-            latents = draw_samples(self.engine.trainables.model, self.requests, self.config, runtime)
-        if self.engine.is_main:
-            names = [f"step-{step:07}_{request.name}" for request in self.requests]
-            files = save_samples(latents, names, self.encoders.vae, self.folder / SAMPLES, runtime)
-            self.events.emit("sample", step=step, files=files)
+        try:
+            with self.engine.evaluating():
+                latents = draw_samples(self.engine.trainables.model, self.requests, self.config, runtime)
+            if self.engine.is_main:
+                names = [f"step-{step:07}_{request.name}" for request in self.requests]
+                files = save_samples(latents, names, self.encoders.vae, self.folder / SAMPLES, runtime)
+                self.events.emit("sample", step=step, files=files)
+        except (ValueError, RuntimeError, OSError) as error:
+            log.warning("No samples after step %d: %s", step, error)
+            self.events.emit("warning", step=step, message=f"no samples: {error}")
+        finally:
             if self.config.cache == "disk":
                 self.encoders.free()
 

@@ -242,6 +242,16 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_last_good_state(shared, tm
     assert run(config(shared, tmp_path, save_steps=1)).steps == 4
 
 
+def test_samples_that_fail_cost_themselves_alone(shared, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OutOfMemoryError("the device is too small")
+
+    monkeypatch.setattr("wancore.trainer.watching.draw_samples", full)
+    assert run(config(shared, tmp_path, sample_steps=2)).steps == 4
+    assert "No samples after step 2: the device is too small" in caplog.text
+    assert [e["step"] for e in events(tmp_path, "warning")] == [2, 4]
+
+
 def test_too_little_room_is_said_before_the_first_step(shared, tmp_path):
     with pytest.raises(OSError, match="--min_free_gb"):
         run(config(shared, tmp_path, min_free_gb=1e9))
