@@ -47,6 +47,9 @@ SCHEDULE = "WANCORE_SCHEDULE"
 RUN = "WANCORE_RUN"
 """`settings.RunSettings`: what a run leaves on disk."""
 
+TRAINING_DATA = "WANCORE_TRAINING_DATA"
+"""`train.TrainingData`: a data set that was checked, as settings of the trainer."""
+
 MAX_SIDE = 16384
 """ComfyUI's largest image side."""
 

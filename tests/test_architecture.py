@@ -16,7 +16,12 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 HOST_MODULES = {"comfy", "folder_paths", "latent_preview", "server", "execution", "comfy_api", "comfy_extras", "nodes"}
 
 # Packages that a package may import besides itself.
-ALLOWED = {"wan_core": set(), "nodes": {"wan_core"}, "headless": {"wan_core", "nodes"}, "trainer": {"wan_core"}}
+ALLOWED = {
+    "wan_core": set(), "nodes": {"wan_core", "trainer"}, "headless": {"wan_core", "nodes"}, "trainer": {"wan_core"},
+}  # fmt: skip
+
+# What the nodes know of the trainer: its settings and what it writes down. Training itself is another process.
+SHOWN = {"config", "flags", "inputs", "events", "chart"}
 
 # Inside wan_core a room imports from itself and from rooms of lower levels; rooms of one level do not know each other.
 LEVELS = {
@@ -38,12 +43,12 @@ TRAINER_LEVELS = {
     "dataset": 2, "models": 2, "trainable": 2, "plan": 2, "synthetic": 2, "recipe_command": 2,
     "report": 3, "encoders": 3, "export": 3, "engine": 3, "estimate": 3,
     "draws": 4, "saving": 4,
-    "conditions": 5,
+    "conditions": 5, "checking": 5,
     "validate": 6,
     "watching": 7,
     "loop": 8,
     "run": 9,
-    "train": 10, "recipe": 10,
+    "train": 10, "recipe": 10, "check": 10, "attended": 10,
 }  # fmt: skip
 
 MAX_FILE, MAX_FUNCTION = 400, 60
@@ -79,6 +84,11 @@ def test_imports_point_one_way(path):
             assert top in ALLOWED[package] | {package}, f"{package} must not import {name}"
         elif path.name != "__main__.py":
             assert top not in PACKAGES, f"{path.name} imports {name}; imports inside the pack are relative"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nodes").glob("*.py")), ids=lambda p: p.name)
+def test_nodes_know_only_settings_and_reports_of_the_trainer(path):
+    assert {name.split(".")[1] for _, name in imports(path) if name.startswith("trainer.")} <= SHOWN
 
 
 @pytest.mark.parametrize(
