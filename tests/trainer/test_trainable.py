@@ -224,3 +224,12 @@ def test_a_trained_vae_gets_gradients_through_the_clip():
     seen = {name for name, p in found.parameters().items() if p.grad is not None and p.grad.any()}
     assert "vae.encoder.conv1.weight" in seen
     assert all(name.startswith("vae.") for name in seen)
+
+
+def test_timesteps_stay_float32_under_autocast():
+    dit = video_model(dtype=torch.bfloat16).dit
+    timesteps = torch.tensor([937.5, 3.0])
+    plain = dit.embed_time(timesteps)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dit.embed_time(timesteps)
+    assert torch.equal(found.head, plain.head) and found.blocks.dtype == torch.float32
