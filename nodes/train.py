@@ -98,7 +98,7 @@ class Train:
         """The bundled models, and two steps."""
         adapter = catalog.TINY if inputs.get("adapter", NONE) != NONE else NONE
         bundled = {"text_encoder": catalog.TINY, "vae": catalog.TINY, "image_encoder": AUTO, "adapter": adapter}
-        return {**ModelLoader.tiny(inputs), **bundled, **TINY}
+        return {"model": ModelLoader.tiny(inputs)["model"], **bundled, **TINY}
 
     @classmethod
     def settings(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from . import run
 from .config import TrainConfig, parse
@@ -33,13 +32,14 @@ def main(argv: Sequence[str]) -> int:
         file = stop_file(parse(argv))
     except ConfigError:
         return run.main(argv)
-    threading.Thread(target=_end_with, args=(sys.stdin.buffer, file), daemon=True).start()
+    threading.Thread(target=_end_with, args=(sys.stdin.fileno(), file), daemon=True).start()
     return run.main(argv)
 
 
-def _end_with(pipe: BinaryIO, file: Path) -> None:
+def _end_with(pipe: int, file: Path) -> None:
     """Ask the run to stop when `pipe` closes, and leave when it does not."""
-    while pipe.read(1024):
+    # Not through sys.stdin, whose lock a thread that waits for it would hold when the interpreter ends.
+    while os.read(pipe, 1024):
         pass
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
