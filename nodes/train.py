@@ -15,7 +15,7 @@ from . import host, sockets
 from .loaders import AUTO, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEncoderLoader, VAELoader
 from .speed import SpeedControl
 from .training_data import TrainingData
-from .training_run import Run, chart, files_mark, load_settings, samples
+from .training_run import Run, chart, files_mark, load_settings, require_packages, samples
 from .training_widgets import FIELDS, RUNS, defaults, image, run_folder, settings_of, true_or_message, widget
 
 TINY = {"max_steps": 2, "sample_steps": 0, "validation_clips": 0, "mixed_precision": "no", "download": False}
@@ -118,11 +118,10 @@ class Train:
     @classmethod
     def VALIDATE_INPUTS(cls, **values: Any) -> bool | str:
         values = {**defaults(cls), **{name: value for name, value in values.items() if value is not None}}
-        told = true_or_message(lambda: cls.settings(values))
-        for loader in cls.LOADERS:
-            if told is True:
-                told = loader.check(values[loader.INPUT], values["download"])
-        return told
+        told = true_or_message(require_packages)
+        told = true_or_message(lambda: cls.settings(values)) if told is True else told
+        checks = (loader.check(values[loader.INPUT], values["download"]) for loader in cls.LOADERS)
+        return next((found for found in checks if found is not True), True) if told is True else told
 
     @classmethod
     def IS_CHANGED(cls, name: str | None = None, **_: Any) -> str:

@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from .launcher import Event, Launch, attend, pack_command
 
 SETTINGS, FINISHED = "request.json", "finished.json"
 MODULE = "trainer.attended"
+PACKAGES = ("accelerate", "peft", "imageio")
 SECONDS_BETWEEN_PICTURES = 2.0
 FAR = 86400
 
@@ -106,7 +109,7 @@ def samples(folder: Path) -> list[Image.Image]:
     drawn = sorted(places[0].glob("step-*"), reverse=True) if places[0].is_dir() else []
     first = sorted(places[1].iterdir()) if places[1].is_dir() else []
     for file in (*drawn[:1], *first):
-        with contextlib.suppress(ValueError, OSError):
+        with contextlib.suppress(ValueError, OSError, ImportError):
             return [Image.open(file).convert("RGB")] if file.suffix == ".png" else load_video(file)
     return [Image.new("RGB", (64, 64))]
 
@@ -187,6 +190,16 @@ def files_mark(places: Sequence[Path]) -> str:
     files = (f for place in places for f in ([place] if place.is_file() else sorted(place.rglob("*"))) if f.is_file())
     marks = [[str(f), (stat := f.stat()).st_size, stat.st_mtime_ns] for f in files]
     return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
+
+
+def require_packages() -> None:
+    """Raise ValueError when this Python lacks what only training needs."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"Training needs {' and '.join(missing)}. Install them into ComfyUI's own Python:\n"
+            f'"{sys.executable}" -m pip install -r "{host.PACK_FOLDER / "requirements.txt"}"'
+        )
 
 
 def load_settings(values: Mapping[str, Any], typed: Mapping[str, Any]) -> TrainConfig:

@@ -40,7 +40,7 @@ TRAINER_LEVELS = {
     "__init__": 0, "flags": 0, "inputs": 0, "masks": 0, "video": 0, "sampler": 0, "objective": 0, "checkpointing": 0,
     "chart": 0, "stopping": 0, "recipes": 0,
     "cache": 1, "config": 1, "events": 1, "state": 1,
-    "dataset": 2, "models": 2, "trainable": 2, "plan": 2, "synthetic": 2, "recipe_command": 2,
+    "dataset": 2, "models": 2, "trainable": 2, "plan": 2, "synthetic": 2, "recipe_command": 2, "tables": 2,
     "report": 3, "encoders": 3, "export": 3, "engine": 3, "estimate": 3,
     "draws": 4, "saving": 4,
     "conditions": 5, "checking": 5,
@@ -48,7 +48,7 @@ TRAINER_LEVELS = {
     "watching": 7,
     "loop": 8,
     "run": 9,
-    "train": 10, "recipe": 10, "check": 10, "attended": 10,
+    "train": 10, "recipe": 10, "check": 10, "attended": 10, "documents": 10,
 }  # fmt: skip
 
 MAX_FILE, MAX_FUNCTION = 400, 60

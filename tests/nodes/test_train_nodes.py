@@ -132,6 +132,12 @@ def test_the_defaults_are_valid_and_links_are_left_to_later(node_id):
     assert cls.VALIDATE_INPUTS(**{name: None for name in defaults(cls)} | extra) is True
 
 
+def test_what_only_training_needs_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(training_run, "PACKAGES", ("torch", "no_such_package"))
+    told = NODES["WanCoreTrainLora"].VALIDATE_INPUTS(**defaults(NODES["WanCoreTrainLora"]))
+    assert "needs no_such_package." in told and f'"{sys.executable}" -m pip install -r' in told
+
+
 def test_a_run_is_stopped_continued_and_finished(data, tmp_path, monkeypatch):
     """Whoever asks: each call is a new node, as after a restart of ComfyUI."""
     folder = out(tmp_path)
