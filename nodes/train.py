@@ -16,10 +16,32 @@ from .loaders import AUTO, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEn
 from .speed import SpeedControl
 from .training_data import TrainingData
 from .training_run import Run, chart, files_mark, load_settings, require_packages, samples
-from .training_widgets import FIELDS, RUNS, defaults, image, run_folder, settings_of, true_or_message, widget
+from .training_widgets import RUNS, defaults, image, run_folder, settings_of, true_or_message, widget
 
 TINY = {"max_steps": 2, "sample_steps": 0, "validation_clips": 0, "mixed_precision": "no", "download": False}
 WHAT = ("The model to train", "The text encoder", "The VAE")
+
+
+ELSEWHERE_IN_THE_NODE = {
+    "config": "write its settings into the node, or into flags",
+    "output_path": "the run's name decides it",
+    "stop_file": "the node has one of its own",
+    "switched": "name inputs in extra_inputs of Training Data",
+}
+
+
+def _typed(flags: str) -> dict[str, Any]:
+    """The settings that the text box `flags` holds.
+
+    Raises:
+        ValueError: one is unknown, cannot be read, or is not the box's to say.
+    """
+    typed = parse_known(parser(), shlex.split(flags), ELSEWHERE)
+    for name, instead in ELSEWHERE_IN_THE_NODE.items():
+        if name in typed:
+            shown = "input_contains_..." if name == "switched" else name
+            raise ValueError(f"flags: --{shown} is for the command line; {instead}.")
+    return typed
 
 
 class Train:
@@ -88,7 +110,9 @@ class Train:
                 "sample_steps": widget("sample_steps"),
                 "sample_prompt": widget("sample_prompt"),
                 "gpus": sockets.whole(1, 1, 64, "Processes, one per GPU."),
-                "flags": sockets.text("", "Further flags as in docs/training.md, such as --lora_alpha 16; they win."),
+                "flags": sockets.text(
+                    "", "Further flags as in docs/training.md, such as --lora_alpha 16; they win.", prompt=False
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -107,13 +131,9 @@ class Train:
         Raises:
             ValueError: a value cannot be used.
         """
-        typed = parse_known(parser(), shlex.split(values["flags"]), ELSEWHERE)
-        typed.pop("switched", None)
-        if "config" in typed:
-            raise ValueError("--config is for the command line; write its settings into the node, or into flags.")
         own = {**settings_of(values), **cls.own_settings(values), "output_path": str(run_folder(values["name"]))}
         own["validate_steps"] = own.get("save_steps") if own.get("validation_clips") else None
-        return load_settings(own, typed)
+        return load_settings(own, _typed(values["flags"]))
 
     @classmethod
     def VALIDATE_INPUTS(cls, **values: Any) -> bool | str:
@@ -140,13 +160,12 @@ class Train:
     def _run(self, data: TrainingData, values: Mapping[str, Any]) -> Run:
         config = self.settings(values)
         found = self._models(values)
-        typed = parse_known(parser(), shlex.split(values["flags"]), ELSEWHERE)
         settings = {**config.resolved(), **data.settings, **found}
-        settings |= {name: value for name, value in typed.items() if name in FIELDS}
         files = [Path(file) for group in found["model_paths"] for file in group]
         environment = {"ACCELERATE_USE_CPU": "true"} if host.device().type == "cpu" else {}
         mark = f"{data.mark} {files_mark(files)}"
-        return Run(run_folder(values["name"]), load_settings(settings, {}), mark, values["gpus"], environment)
+        settings = load_settings(settings, _typed(values["flags"]))
+        return Run(run_folder(values["name"]), settings, mark, values["gpus"], environment)
 
     def _models(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The files of every model that the run needs, downloaded where that is allowed, as settings."""

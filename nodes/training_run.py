@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,8 @@ class Display:
         self._folder, self._node_id, self._clock = folder, node_id, clock
         self._steps = {event["step"]: event for event in latest_steps(folder / "events.jsonl")}
         self._held_out: dict[int, float] = {}
-        self._sample: Image.Image | None = None
-        self._pictures = self._turns()
+        self._has_sample = False
+        self._turn = 0
         self._next_picture = 0.0
 
     def take(self, event: Event) -> None:
@@ -146,7 +146,7 @@ class Display:
         picture = None
         if self._clock() >= self._next_picture:
             self._next_picture = self._clock() + SECONDS_BETWEEN_PICTURES
-            picture = next(self._pictures)
+            picture = self._picture()
         host.show("Training", event["step"], event["total"], picture)
         self._say(step_line(event, self._held_out))
 
@@ -154,8 +154,7 @@ class Display:
         self._held_out[event["step"]] = event["loss"]
 
     def _on_sample(self, event: Event) -> None:
-        frames = samples(self._folder)
-        self._sample = frames[len(frames) // 2]
+        self._has_sample = True
 
     def _on_warning(self, event: Event) -> None:
         log.warning("%s", event["message"])
@@ -168,12 +167,17 @@ class Display:
         log.info("Stopping: the training finishes its step and saves.")
         self._say("stopping after this step; what is done is kept")
 
-    def _turns(self) -> Iterator[Image.Image]:
-        while True:
-            steps = [self._steps[step] for step in sorted(self._steps)]
-            yield draw_chart(steps, sorted(self._held_out.items()))
-            if self._sample is not None:
-                yield self._sample
+    def _picture(self) -> Image.Image | None:
+        """The loss and the newest sample in turn; None when something about them fails, which is no reason to stop."""
+        self._turn += 1
+        try:
+            if self._has_sample and self._turn % 2 == 0:
+                frames = samples(self._folder)
+                return frames[len(frames) // 2]
+            return draw_chart([self._steps[step] for step in sorted(self._steps)], sorted(self._held_out.items()))
+        except Exception as error:
+            log.warning("No picture of the training: %s", error)
+            return None
 
 
 def step_line(event: Event, held_out: Mapping[int, float]) -> str:

@@ -105,7 +105,9 @@ def test_bad_data_is_one_report(tmp_path):
         ("WanCoreTrainLora", {"name": " "}, "plain name"),
         ("WanCoreTrainLora", {"flags": "--lora_alhpa 3"}, "Did you mean --lora_alpha"),
         ("WanCoreTrainLora", {"flags": "--lora_alpha 'x"}, "No closing quotation"),
-        ("WanCoreTrainLora", {"flags": "--config x.json"}, "command line"),
+        ("WanCoreTrainLora", {"flags": "--config x.json"}, "--config is for the command line"),
+        ("WanCoreTrainLora", {"flags": "--output_path x"}, "name decides"),
+        ("WanCoreTrainLora", {"flags": "--input_contains_end_image"}, "extra_inputs of Training Data"),
         ("WanCoreTrainLora", {"model": "other"}, "Value not in list"),
         ("WanCoreTrainLora", {"model": "Wan-AI/Wan2.1-T2V-14B"}, "Downloads are switched off"),
         ("WanCoreTrainModel", {"validation_clips": -1}, "validation_clips"),
@@ -244,7 +246,8 @@ def test_progress_and_pictures_are_shown_in_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(host, "show", lambda phase, done, total, picture=None: shown.append((phase, done, picture)))
     monkeypatch.setattr(host, "say", lambda line, node_id: said.append((node_id, line)))
     (tmp_path / "samples").mkdir()
-    Image.new("RGB", (32, 16), "red").save(tmp_path / "samples" / "step-0000001_00.png")
+    sample = tmp_path / "samples" / "step-0000001_00.png"
+    Image.new("RGB", (32, 16), "red").save(sample)
     display = Display(tmp_path, "7", lambda: now[0])
     events = [
         {"event": "check", "good": 3, "bad": []}, {"event": "cache", "done": 1, "total": 3}, step(1),
@@ -259,6 +262,10 @@ def test_progress_and_pictures_are_shown_in_turn(tmp_path, monkeypatch):
     pictures = [picture.size for _, _, picture in shown if picture is not None]
     assert shown[0][:2] == ("Encoding", 1) and shown[1][:2] == ("Training", 1)
     assert pictures == [(960, 640), (32, 16)]
+    monkeypatch.setattr(training_run, "draw_chart", None)
+    now[0] += 5
+    display.take(step(5))
+    assert shown[-1] == ("Training", 5, None)
     assert all(node == "7" for node, _ in said) and "3 good rows" in said[0][1]
 
 
