@@ -1,4 +1,8 @@
-"""Load this pack without ComfyUI, the way ComfyUI does: from its folder, under a name that is not its own."""
+"""Load this pack without ComfyUI, the way ComfyUI does: from its folder, under a name that is not its own.
+
+`python pack.py trainer.attended ...` runs one of its commands from anywhere, also by a Python that leaves the current
+folder out of its path, as the one that comes with ComfyUI's portable build does.
+"""
 
 import importlib.util
 import sys
@@ -19,3 +23,8 @@ def load_pack() -> ModuleType:
         sys.modules[NAME] = module
         spec.loader.exec_module(module)
     return sys.modules[NAME]
+
+
+if __name__ == "__main__":
+    load_pack()
+    sys.exit(importlib.import_module(f"{NAME}.{sys.argv[1]}").main(sys.argv[2:]))

@@ -11,6 +11,9 @@ from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, WindowPro
 from .sampler import LoadLatents, Sampler
 from .speed import SpeedControl
 from .text_encode import TextEncode
+from .train import TrainLora, TrainModel
+from .trained import LossPlot, TrainedWeights
+from .training_data import TrainingDataNode
 from .vace_encode import VaceEncode, VaceReferences
 from .vae import VAEDecode, VAEEncode
 
@@ -45,6 +48,11 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "WanCoreLoadLatents": LoadLatents,
     "WanCoreVAEEncode": VAEEncode,
     "WanCoreVAEDecode": VAEDecode,
+    "WanCoreTrainingData": TrainingDataNode,
+    "WanCoreTrainLora": TrainLora,
+    "WanCoreTrainModel": TrainModel,
+    "WanCoreLossPlot": LossPlot,
+    "WanCoreTrainedWeights": TrainedWeights,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -78,4 +86,9 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreLoadLatents": "Load Latents (WanCore)",
     "WanCoreVAEEncode": "VAE Encode (WanCore)",
     "WanCoreVAEDecode": "VAE Decode (WanCore)",
+    "WanCoreTrainingData": "Training Data (WanCore)",
+    "WanCoreTrainLora": "Train LoRA (WanCore)",
+    "WanCoreTrainModel": "Train Model (WanCore)",
+    "WanCoreLossPlot": "Loss Plot (WanCore)",
+    "WanCoreTrainedWeights": "Trained Weights (WanCore)",
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from ..wan_core.checkpoints.download import models_folder
 from ..wan_core.memory.residency import Residency
@@ -121,6 +123,40 @@ def _memory_left(place: torch.device) -> int | None:
     if place.type == "cpu":
         return None
     return model_management.get_free_memory(place) - model_management.extra_reserved_memory()
+
+
+def check_cancelled() -> None:
+    """Raise the host's own exception when the user wants to stop; without ComfyUI Ctrl-C raises by itself."""
+    if model_management:
+        model_management.throw_exception_if_processing_interrupted()
+
+
+def free_device() -> None:
+    """Take every model of this process off the device, for another process that needs it."""
+    if model_management:
+        model_management.unload_all_models()
+        model_management.soft_empty_cache()
+    elif torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def show(phase: str, done: int, total: int, picture: Image.Image | None = None) -> None:
+    """Progress of work that another process does, with a picture of it in the editor."""
+    if not comfy_utils:
+        if _standalone.on_progress:
+            _standalone.on_progress(phase, done, total)
+        return
+    preview = None if picture is None else ("JPEG", picture, max(picture.size))
+    comfy_utils.ProgressBar(total).update_absolute(done, total, preview)
+
+
+def say(line: str, node_id: str | None) -> None:
+    """A line of text on a node of the editor."""
+    # ComfyUI has loaded its server by the time that any node runs; a script that only imports its parts has not.
+    server = sys.modules.get("server") if comfy_utils else None
+    if server and node_id:
+        with _previews_never_fail():
+            server.PromptServer.instance.send_progress_text(line, node_id)
 
 
 def memory_left() -> float | None:
@@ -298,6 +334,39 @@ def find_file(folder: str, name: str) -> Path:
     if path is None or not Path(path).is_file():
         raise ValueError(f"There is no file {name!r} in the models folder {folder!r}.")
     return Path(path)
+
+
+def data_folder(name: str) -> Path:
+    """The folder of that name: any path, or one in the input folder or among the shipped assets.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    inputs = Path(folder_paths.get_input_directory()) if folder_paths else _standalone.input_dir
+    path = Path(name).expanduser()
+    for place in (path, inputs / name, ASSETS / name):
+        if name.strip() and place.is_dir() and (place.is_absolute() or not folder_paths):
+            return place.absolute()
+    raise ValueError(f"There is no folder {name!r}. Write its full path, or put it into ComfyUI's input folder.")
+
+
+def trained_file(name: str) -> Path:
+    """The file of trained weights of that name: below the output folder, the models folder, or the pack's own
+    `models`; without ComfyUI anywhere.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    roots = [output_dir().absolute(), models_dir().absolute(), PACK_FOLDER / "models"]
+    for start in (Path(), *roots, PACK_FOLDER):
+        place = Path(os.path.normpath(start.absolute() / Path(name).expanduser()))
+        allowed = not folder_paths or any(place.is_relative_to(root) for root in roots)
+        if name.strip() and allowed and place.is_file():
+            return place
+    raise ValueError(
+        f"There is no file of trained weights {name!r}. Link the output of a training node, or write a path below "
+        f"{roots[0]} or {roots[1]}."
+    )
 
 
 def list_input_files(suffixes: tuple[str, ...]) -> list[str]:

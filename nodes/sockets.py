@@ -50,6 +50,9 @@ RUN = "WANCORE_RUN"
 MEMORY = "WANCORE_MEMORY"
 """`settings.MemorySettings`: how much of the device a run may use."""
 
+TRAINING_DATA = "WANCORE_TRAINING_DATA"
+"""`train.TrainingData`: a data set that was checked, as settings of the trainer."""
+
 MAX_SIDE = 16384
 """ComfyUI's largest image side."""
 
@@ -81,9 +84,9 @@ def flag(default: bool, tooltip: str) -> Declaration:
     return "BOOLEAN", {"default": default, "tooltip": tooltip}
 
 
-def text(default: str, tooltip: str) -> Declaration:
-    """A text box of several lines."""
-    return "STRING", {"default": default, "multiline": True, "dynamicPrompts": True, "tooltip": tooltip}
+def text(default: str, tooltip: str, *, prompt: bool = True) -> Declaration:
+    """A text box of several lines; in one for a `prompt` the editor chooses one of the words in braces."""
+    return "STRING", {"default": default, "multiline": True, "dynamicPrompts": prompt, "tooltip": tooltip}
 
 
 def line(default: str, tooltip: str) -> Declaration:

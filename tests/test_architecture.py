@@ -16,7 +16,12 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 HOST_MODULES = {"comfy", "folder_paths", "latent_preview", "server", "execution", "comfy_api", "comfy_extras", "nodes"}
 
 # Packages that a package may import besides itself.
-ALLOWED = {"wan_core": set(), "nodes": {"wan_core"}, "headless": {"wan_core", "nodes"}, "trainer": {"wan_core"}}
+ALLOWED = {
+    "wan_core": set(), "nodes": {"wan_core", "trainer"}, "headless": {"wan_core", "nodes"}, "trainer": {"wan_core"},
+}  # fmt: skip
+
+# What the nodes know of the trainer: its settings and what it writes down. Training itself is another process.
+SHOWN = {"config", "flags", "inputs", "events", "chart"}
 
 # Inside wan_core a room imports from itself and from rooms of lower levels; rooms of one level do not know each other.
 LEVELS = {
@@ -29,6 +34,22 @@ LEVELS = {
     "model_config": 6, "inspection": 6,
     "pipeline": 7,
     "__init__": 8,
+}  # fmt: skip
+
+# The same for the trainer's files.
+TRAINER_LEVELS = {
+    "__init__": 0, "flags": 0, "inputs": 0, "masks": 0, "video": 0, "sampler": 0, "objective": 0, "checkpointing": 0,
+    "chart": 0, "stopping": 0, "recipes": 0,
+    "cache": 1, "config": 1, "events": 1, "state": 1,
+    "dataset": 2, "models": 2, "trainable": 2, "plan": 2, "synthetic": 2, "recipe_command": 2, "tables": 2,
+    "report": 3, "encoders": 3, "export": 3, "engine": 3, "estimate": 3,
+    "draws": 4, "saving": 4,
+    "conditions": 5, "checking": 5,
+    "validate": 6,
+    "watching": 7,
+    "loop": 8,
+    "run": 9,
+    "train": 10, "recipe": 10, "check": 10, "attended": 10, "documents": 10,
 }  # fmt: skip
 
 MAX_FILE, MAX_FUNCTION = 400, 60
@@ -66,6 +87,11 @@ def test_imports_point_one_way(path):
             assert top not in PACKAGES, f"{path.name} imports {name}; imports inside the pack are relative"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "nodes").glob("*.py")), ids=lambda p: p.name)
+def test_nodes_know_only_settings_and_reports_of_the_trainer(path):
+    assert {name.split(".")[1] for _, name in imports(path) if name.startswith("trainer.")} <= SHOWN
+
+
 @pytest.mark.parametrize(
     "path", [p for p in FILES if p.parent != ROOT / "headless"], ids=lambda p: str(p.relative_to(ROOT))
 )
@@ -95,6 +121,15 @@ def test_rooms_of_wan_core_know_only_lower_ones(path):
 
 def test_every_room_has_a_level():
     assert {room(p) for p in FILES if p.is_relative_to(ROOT / "wan_core")} <= set(LEVELS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trainer").glob("*.py")), ids=lambda p: p.name)
+def test_files_of_the_trainer_know_only_lower_ones(path):
+    for relative, name in imports(path):
+        if relative and name.startswith("trainer."):
+            other = name.split(".")[1]
+            fine = TRAINER_LEVELS[other] < TRAINER_LEVELS[path.stem]
+            assert fine, f"{path.stem} (level {TRAINER_LEVELS[path.stem]}) imports {other} ({TRAINER_LEVELS[other]})"
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Conditioning), ids=lambda f: f.name)

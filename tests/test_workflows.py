@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import pytest
 import wancore
+from safetensors.torch import save_file
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
 from wancore.headless.runner import run
@@ -18,8 +19,11 @@ from wancore.headless.workflow import Workflow
 from wancore.nodes import host
 from wancore.wan_core.media import probe_video
 
+from tests.lora.fixtures import WRITERS, factors, linear_paths
+from tests.reference import tiny_dit
 from workflows import build
 from workflows.graph import declared_inputs, is_widget
+from workflows.training import VALIDATIONS
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "workflows"
@@ -77,10 +81,31 @@ def test_both_forms_are_the_same_workflow(name):
     assert as_api(load(f"{name}.json")) == load("api", f"{name}.json")
 
 
+def loaded(name: str, classes: dict[str, type], weights: Path) -> Workflow:
+    """A workflow in its tiny form; one that shows what the shell has trained gets `weights`."""
+    workflow = apply_tiny(Workflow.load(FOLDER / "api" / f"{name}.json"), classes)
+    return with_inputs(workflow, "Trained weights", {"weights": str(weights)}) if name in VALIDATIONS else workflow
+
+
+def with_inputs(workflow: Workflow, title: str, inputs: dict) -> Workflow:
+    node = next(node for node in workflow.nodes.values() if node.title == title)
+    return workflow.with_inputs(node.id, inputs)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Trained weights for each workflow that shows some: a LoRA, and a whole model."""
+    folder = tmp_path_factory.mktemp("weights")
+    dit = tiny_dit("t2v")
+    lora, full = folder / "lora.safetensors", folder / "full.safetensors"
+    save_file(WRITERS["kohya"](factors(dit, linear_paths(dit))), lora)
+    save_file({name: tensor * 1.1 for name, tensor in dit.state_dict().items()}, full)
+    return {"validate_lora": lora, "validate_full": full}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_api_form_is_valid(name):
-    workflow = apply_tiny(Workflow.load(FOLDER / "api" / f"{name}.json"), CLASSES)
-    validate(workflow, schemas_of(CLASSES))
+def test_the_api_form_is_valid(name, weights):
+    validate(loaded(name, CLASSES, weights.get(name)), schemas_of(CLASSES))
 
 
 def test_the_command_runs_twice_into_numbered_videos(tmp_path):
@@ -108,17 +133,16 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def run_tiny(models, tmp_path):
+def run_tiny(models, weights, tmp_path):
     """Runs a shipped workflow on tiny models with changes {title: {input: value}}; returns the video's path."""
 
     def execute(name: str, changes: dict[str, dict] | None = None) -> Path:
-        host.configure(device="cpu", models_dir=models)
+        host.configure(device="cpu", models_dir=models, output_dir=tmp_path / "out")
         folders = Folders(tmp_path / "in", tmp_path / "out")
         nodes = {**core_nodes(folders), **wancore.NODE_CLASS_MAPPINGS}
-        workflow = apply_tiny(Workflow.load(FOLDER / "api" / f"{name}.json"), nodes)
+        workflow = loaded(name, nodes, weights.get(name))
         for title, inputs in {"Sampler": {"steps": 2, "cfg": 1.5}, **(changes or {})}.items():
-            node = next(node for node in workflow.nodes.values() if node.title == title)
-            workflow = workflow.with_inputs(node.id, inputs)
+            workflow = with_inputs(workflow, title, inputs)
         return run(workflow, nodes, folders=folders, on_event=lambda _: None).files[-1]
 
     yield execute
@@ -146,6 +170,9 @@ CHANGES = {
         {"VACE encode": {"strength": 0.5}},
     ],
     "speed_1.3b": [{"Speed control": {"motion_bucket_id": 0.0}}],
+    "validate_lora": [{"Trained weights": {"strength": 0.0}}],
+    "validate_full": [{"Trained weights": {"strength": 0.0}}],
+    "train_lora_t2v": [{"Trained weights": {"strength": 0.0}}],
 }
 
 

@@ -64,15 +64,22 @@ def as_masks(value: Pictures, name: str) -> Tensor:
 
 
 def fit_size(frames: Tensor, width: int, height: int, aspect: Aspect) -> Tensor:
-    """`frames` (T, H, W, C) in [0, 1] as (T, height, width, C), by an antialiased bicubic filter, with a notice.
+    """`resized`, with a notice when that changes anything."""
+    old_height, old_width = frames.shape[1:3]
+    if (old_width, old_height) != (width, height):
+        level = logging.INFO if old_width * height == old_height * width else logging.WARNING
+        log.log(level, "A picture of %dx%d is brought to %dx%d (%s).", old_width, old_height, width, height, aspect)
+    return resized(frames, width, height, aspect)
+
+
+def resized(frames: Tensor, width: int, height: int, aspect: Aspect) -> Tensor:
+    """`frames` (T, H, W, C) in [0, 1] as (T, height, width, C), by an antialiased bicubic filter.
 
     Letter-boxed frames are filtered bilinearly onto a white canvas, as VACE's authors prepare reference pictures.
     """
     old_height, old_width = frames.shape[1:3]
     if (old_width, old_height) == (width, height):
         return frames
-    level = logging.INFO if old_width * height == old_height * width else logging.WARNING
-    log.log(level, "A picture of %dx%d is brought to %dx%d (%s).", old_width, old_height, width, height, aspect)
     images = frames.permute(0, 3, 1, 2)
     if aspect == "letterbox":
         scale = min(width / old_width, height / old_height)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pack import NAME, ROOT, load_pack
 
-from .descriptions import WORKFLOWS, describe
+from . import descriptions, training
 from .graph import to_api, to_ui
 
 
@@ -24,8 +24,10 @@ def files() -> dict[Path, dict[str, Any]]:
     core, folders, catalog = (importlib.import_module(f"{NAME}.{part}") for part in parts)
     classes = {**core.core_nodes(folders.Folders()), **pack.NODE_CLASS_MAPPINGS}
     built = {}
-    for name in WORKFLOWS:
-        graph = describe(name, catalog.find_row)
+    described = [(descriptions, name) for name in descriptions.WORKFLOWS]
+    described += [(training, name) for name in training.NAMES]
+    for module, name in described:
+        graph = module.describe(name, catalog.find_row)
         built[Path(f"{graph.name}.json")] = to_ui(graph, classes, NAME, version())
         built[Path("api", f"{graph.name}.json")] = to_api(graph, classes)
     return built

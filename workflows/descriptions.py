@@ -181,22 +181,23 @@ def describe(name: str, find_row: Callable[[str], Any]) -> Graph:
     links = {"model": ("Speed control", 0) if controlled else ("Load model", 0), "conditioning": source}
     settings = {"steps": preset.steps, "cfg": preset.cfg, "shift": preset.shift, **size}
     stages = [
-        Stage("Models", _loaders(row, kind)),
+        Stage("Models", loaders(row, kind)),
         Stage("Prompt", [encode]),
-        *(Stage(title, steps) for title, steps in _split(inputs).items() if steps),
+        *(Stage(title, steps) for title, steps in split_steps(inputs).items() if steps),
         Stage("Sampling", [Step("Sampler", "WanCoreSampler", {**links, **settings})]),
-        Stage("Video", _save(name)),
+        Stage("Video", save_steps(name)),
     ]
     return Graph(name, _note(kind, row), stages)
 
 
-def _split(steps: list[Step]) -> dict[str, list[Step]]:
+def split_steps(steps: list[Step]) -> dict[str, list[Step]]:
     """What brings pictures and clips, and what makes conditioning of them."""
     ours = [step for step in steps if step.class_type.startswith("WanCore")]
     return {"Inputs": [step for step in steps if step not in ours], "Conditioning": ours}
 
 
-def _loaders(row: Any, kind: Kind) -> list[Step]:
+def loaders(row: Any, kind: Kind) -> list[Step]:
+    """The nodes that load the models of `row`."""
     model_id = row.base or row.model_id
     text_encoder = link(T2V_BASE, TEXT_ENCODER_FILE, "text_encoders")
     steps = [
@@ -213,7 +214,8 @@ def _loaders(row: Any, kind: Kind) -> list[Step]:
     return steps
 
 
-def _save(name: str) -> list[Step]:
+def save_steps(name: str) -> list[Step]:
+    """From the latents of the sampler to a file."""
     file = {"filename_prefix": f"video/wancore_{name}", "format": "mp4", "codec": "h264"}
     return [
         Step("Decode", "WanCoreVAEDecode", {"vae": ("Load VAE", 0), "latent": ("Sampler", 0)}),

@@ -7,7 +7,7 @@ from typing import Any
 
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN")
 NODE_WIDTH, ROW_HEIGHT, HEADER_HEIGHT, TEXT_HEIGHT = 320, 26, 40, 120
-PREVIEW_HEIGHTS = {"LoadImage": 250, "LoadVideo": 250, "WanCoreCameraPath": 300}
+PREVIEW_HEIGHTS = {"LoadImage": 250, "LoadVideo": 250, "WanCoreCameraPath": 300, "PreviewImage": 220}
 """Room for the picture that the editor shows in a node."""
 COLUMN_STEP, ROW_GAP, GROUP_MARGIN, GROUP_TITLE = 380, 40, 20, 50
 

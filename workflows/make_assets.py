@@ -1,10 +1,12 @@
-"""`python -m workflows.make_assets`, from the pack's folder: draw the demo pictures and clips of the shipped workflows.
+"""`python -m workflows.make_assets`, from the pack's folder: draw the demo pictures and clips of the shipped workflows,
+and their tiny data set for training.
 
 A red ball rolls over hills. Small and simple on purpose: each workflow runs as it is, and its reader puts in something
 better.
 """
 
 import importlib
+import shutil
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter
@@ -14,6 +16,7 @@ from pack import NAME, load_pack
 SIZE = (416, 240)
 FRAMES = 33
 FPS = 16
+TRAINING = "training_example"
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 
@@ -82,6 +85,9 @@ def main() -> None:
         path = ASSETS / f"{name}.mp4"
         path.unlink(missing_ok=True)
         save_video([draw(i) for i in range(FRAMES)], path, fps=FPS, quality=6)
+    write_dataset = importlib.import_module(f"{NAME}.trainer.synthetic").write_dataset
+    shutil.rmtree(ASSETS / TRAINING, ignore_errors=True)
+    write_dataset(ASSETS / TRAINING, count=4, width=SIZE[0] // 2, height=SIZE[1] // 2, num_frames=FRAMES, fps=FPS)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ on the module.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -277,7 +278,9 @@ def check_shapes(config: DiTConfig, x: Tensor, cond: Conditioning) -> None:
 
 
 def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.float(), layer.bias.float())
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        return F.linear(x, layer.weight.float(), layer.bias.float())
 
 
 def _patchify(conv: nn.Conv3d, x: Tensor) -> Tensor:

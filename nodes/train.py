@@ -1,0 +1,231 @@
+"""Training in the graph. It runs in a process of its own, by the command that the shell has; the nodes start it, show
+it and wait for it.
+"""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..trainer.config import ELSEWHERE, TrainConfig, parser
+from ..trainer.flags import parse_known
+from ..wan_core import catalog, prepare
+from ..wan_core.runtime import log
+from . import host, sockets
+from .loaders import AUTO, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEncoderLoader, VAELoader
+from .speed import SpeedControl
+from .training_data import TrainingData
+from .training_run import Run, chart, files_mark, load_settings, require_packages, samples
+from .training_widgets import RUNS, defaults, image, run_folder, settings_of, true_or_message, widget
+
+TINY = {"max_steps": 2, "sample_steps": 0, "validation_clips": 0, "mixed_precision": "no", "download": False}
+WHAT = ("The model to train", "The text encoder", "The VAE")
+
+
+ELSEWHERE_IN_THE_NODE = {
+    "config": "write its settings into the node, or into flags",
+    "output_path": "the run's name decides it",
+    "stop_file": "the node has one of its own",
+    "switched": "name inputs in extra_inputs of Training Data",
+}
+
+
+def _typed(flags: str) -> dict[str, Any]:
+    """The settings that the text box `flags` holds.
+
+    Raises:
+        ValueError: one is unknown, cannot be read, or is not the box's to say.
+    """
+    typed = parse_known(parser(), shlex.split(flags), ELSEWHERE)
+    for name, instead in ELSEWHERE_IN_THE_NODE.items():
+        if name in typed:
+            shown = "input_contains_..." if name == "switched" else name
+            raise ValueError(f"flags: --{shown} is for the command line; {instead}.")
+    return typed
+
+
+class Train:
+    """What the two training nodes share."""
+
+    CATEGORY = "WanCore/training"
+    FUNCTION = "train"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ("STRING", "IMAGE", "IMAGE", "INT", "STRING")
+    RETURN_NAMES = ("weights", "loss_chart", "samples", "steps", "report")
+    OUTPUT_TOOLTIPS = (
+        "The path of the trained weights, for Trained Weights.",
+        "The loss over the steps and by timestep.",
+        "The newest sample video, or the first training sample as the model gets it.",
+        "Steps that are done.",
+        "How the run ended.",
+    )
+    LOADERS: tuple[type[Loader], ...] = (ModelLoader, TextEncoderLoader, VAELoader)
+
+    @classmethod
+    def own_inputs(cls) -> dict[str, sockets.Declaration]:
+        """The widgets of one kind of training."""
+        raise NotImplementedError
+
+    @classmethod
+    def own_settings(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What they mean to the trainer."""
+        raise NotImplementedError
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        listed = [loader.shared_inputs(what)[0] for loader, what in zip(cls.LOADERS, WHAT, strict=True)]
+        download = ModelLoader.shared_inputs("")[1]["download"]
+        return {
+            "required": {
+                "data": sockets.socket(sockets.TRAINING_DATA, "From Training Data."),
+                **listed[0],
+                "name": sockets.line(
+                    "my_training", f"Folder of the run, below {RUNS} of the output folder; the same name continues it."
+                ),
+                **cls.own_inputs(),
+                "num_epochs": widget("num_epochs"),
+                "seed": sockets.whole(0, 0, 2**63 - 1, "Seed of order, noise, timesteps and dropout."),
+            },
+            "optional": {
+                **listed[1],
+                **listed[2],
+                "image_encoder": sockets.choice(
+                    [AUTO, *ImageEncoderLoader.choices()],
+                    AUTO,
+                    "CLIP; auto: the published one, where the model needs it.",
+                ),
+                "adapter": sockets.choice(
+                    [NONE, *SpeedControl.choices()], NONE, "The speed-control adapter, for motion_bucket_id."
+                ),
+                "download": download,
+                "max_steps": widget("max_steps"),
+                "batch_size": widget("batch_size"),
+                "gradient_accumulation_steps": widget("gradient_accumulation_steps"),
+                "lr_scheduler": widget("lr_scheduler"),
+                "warmup_steps": widget("warmup_steps"),
+                "mixed_precision": widget("mixed_precision"),
+                "use_gradient_checkpointing_offload": widget("use_gradient_checkpointing_offload"),
+                "save_steps": widget("save_steps"),
+                "validation_clips": widget("validation_clips"),
+                "sample_steps": widget("sample_steps"),
+                "sample_prompt": widget("sample_prompt"),
+                "gpus": sockets.whole(1, 1, 64, "Processes, one per GPU."),
+                "flags": sockets.text(
+                    "", "Further flags as in docs/training.md, such as --lora_alpha 16; they win.", prompt=False
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The bundled models, and two steps."""
+        adapter = catalog.TINY if inputs.get("adapter", NONE) != NONE else NONE
+        bundled = {"text_encoder": catalog.TINY, "vae": catalog.TINY, "image_encoder": AUTO, "adapter": adapter}
+        return {"model": ModelLoader.tiny(inputs)["model"], **bundled, **TINY}
+
+    @classmethod
+    def settings(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The configuration of the widgets' values, without data and models.
+
+        Raises:
+            ValueError: a value cannot be used.
+        """
+        own = {**settings_of(values), **cls.own_settings(values), "output_path": str(run_folder(values["name"]))}
+        own["validate_steps"] = own.get("save_steps") if own.get("validation_clips") else None
+        return load_settings(own, _typed(values["flags"]))
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, **values: Any) -> bool | str:
+        values = {**defaults(cls), **{name: value for name, value in values.items() if value is not None}}
+        told = true_or_message(require_packages)
+        told = true_or_message(lambda: cls.settings(values)) if told is True else told
+        checks = (loader.check(values[loader.INPUT], values["download"]) for loader in cls.LOADERS)
+        return next((found for found in checks if found is not True), True) if told is True else told
+
+    @classmethod
+    def IS_CHANGED(cls, name: str | None = None, **_: Any) -> str:
+        with_name = name or ""
+        return files_mark(sorted(run_folder(with_name).glob("*.safetensors"))) if with_name.strip() else ""
+
+    def train(self, data: TrainingData, unique_id: str | None = None, **values: Any) -> dict[str, Any]:
+        values = {**defaults(type(self)), **values}
+        run = self._run(data, values)
+        outcome = run.finished() or run.execute(unique_id)
+        log.info("%s", outcome.told)
+        weights = str(outcome.files[0]) if outcome.files else ""
+        result = (weights, image([chart(run.folder)]), image(samples(run.folder)), outcome.steps, outcome.told)
+        return {"ui": {"text": [outcome.told]}, "result": result}
+
+    def _run(self, data: TrainingData, values: Mapping[str, Any]) -> Run:
+        config = self.settings(values)
+        found = self._models(values)
+        settings = {**config.resolved(), **data.settings, **found}
+        files = [Path(file) for group in found["model_paths"] for file in group]
+        environment = {"ACCELERATE_USE_CPU": "true"} if host.device().type == "cpu" else {}
+        mark = f"{data.mark} {files_mark(files)}"
+        settings = load_settings(settings, _typed(values["flags"]))
+        return Run(run_folder(values["name"]), settings, mark, values["gpus"], environment)
+
+    def _models(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The files of every model that the run needs, downloaded where that is allowed, as settings."""
+        download = values["download"]
+        dit, text, vae = (loader().component(values[loader.INPUT], download) for loader in self.LOADERS)
+        components = [dit, text, vae]
+        if dit.config.has_image_input:
+            bundled = values["model"] in prepare.BUNDLED
+            name = values["image_encoder"]
+            if name == AUTO:
+                name = catalog.TINY if bundled else catalog.IMAGE_ENCODER_SOURCE
+            components.append(ImageEncoderLoader().component(name, download))
+        if values["adapter"] != NONE:
+            components.append(SpeedControl().component(values["adapter"], download))
+        found = {"model_paths": [[str(file.resolve()) for file in part.header.files] for part in components]}
+        if not prepare.has_tokenizer(text):
+            tokenizer = prepare.find_files(
+                catalog.T2V_BASE, catalog.TOKENIZER_PATTERN, models_dir=host.models_dir(), skip_download=not download
+            )
+            found["tokenizer_path"] = str(tokenizer[0].parent)
+        return found
+
+
+class TrainLora(Train):
+    """A LoRA."""
+
+    DESCRIPTION = (
+        "Train a LoRA on any Wan 2.1 model. Queue it again to continue after a stop; raise num_epochs or max_steps to "
+        "train longer. Training runs in a process of its own, which gets the whole card."
+    )
+
+    @classmethod
+    def own_inputs(cls) -> dict[str, sockets.Declaration]:
+        return {
+            "part": sockets.choice(["dit", "vace"], "dit", "What the LoRA is on: the model, or its VACE branch."),
+            "lora_rank": widget("lora_rank"),
+            "learning_rate": widget("learning_rate"),
+        }
+
+    @classmethod
+    def own_settings(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {"lora_base_model": values["part"]}
+
+
+class TrainModel(Train):
+    """Whole weights."""
+
+    DESCRIPTION = (
+        "Train all weights of a model, of its VACE branch, or of the speed-control adapter. Queue it again to continue "
+        "after a stop. Training runs in a process of its own, which gets the whole card."
+    )
+
+    @classmethod
+    def own_inputs(cls) -> dict[str, sockets.Declaration]:
+        parts = ["dit", "vace", "motion_controller"]
+        return {
+            "part": sockets.choice(parts, "dit", "What is trained; motion_controller is the speed-control adapter."),
+            "learning_rate": widget("learning_rate", 1e-5),
+        }
+
+    @classmethod
+    def own_settings(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {"trainable_models": [values["part"]], "remove_prefix_in_ckpt": f"pipe.{values['part']}."}

@@ -1,0 +1,87 @@
+"""What the training nodes share: flags of the trainer as widgets, and where runs are."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from ..trainer.config import TrainConfig
+from ..trainer.flags import flag_type
+from ..wan_core.media import frames_to_tensor
+from . import host, sockets
+
+RUNS = "training"
+"""Below the output folder: a folder for each run."""
+
+LARGEST = 10**9
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+
+def widget(name: str, default: Any = None, tooltip: str = "") -> sockets.Declaration:
+    """The flag `name` of the trainer as a widget. What may be left out on the command line is 0 or empty here."""
+    options = FIELDS[name].metadata
+    kind, optional = flag_type(FIELDS[name])
+    value = FIELDS[name].default if default is None else default
+    text = tooltip or f"{options['help'][:1].upper()}{options['help'][1:]}."
+    if optional and not tooltip:
+        text += " 0: none." if kind in (int, float) else " Empty: none."
+    if kind is bool:
+        return sockets.flag(value, text)
+    if options["choices"] and kind is str:
+        return sockets.choice(list(options["choices"]), value, text)
+    if kind in (int, float):
+        low = 0 if optional or not options["low"] else options["low"]
+        high = min(options["high"], LARGEST)
+        if kind is int:
+            return sockets.whole(value or 0, int(low), int(high), text)
+        declared = sockets.number(float(value or 0), float(low), float(high), text, step=1e-5)
+        return declared[0], {**declared[1], "round": 1e-9}
+    return sockets.line(",".join(value) if isinstance(value, tuple) else value or "", text)
+
+
+def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the widgets' values that are flags; 0 or empty stands for none where a flag may be left out."""
+    found = {}
+    for name, value in values.items():
+        if name in FIELDS and value is not None:
+            optional = flag_type(FIELDS[name])[1]
+            found[name] = None if optional and value in (0, "") else value
+    return found
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The default of every widget of a node."""
+    declared = cls.INPUT_TYPES()
+    rows = {**declared["required"], **declared.get("optional", {})}
+    return {name: options["default"] for name, (_, options) in rows.items() if "default" in options}
+
+
+def run_folder(name: str) -> Path:
+    """The folder of the run called `name`.
+
+    Raises:
+        ValueError: the name is none.
+    """
+    name = name.strip()
+    if not re.fullmatch(r"[^/\\:*?\"<>|]*[^/\\:*?\"<>|. ]", name):
+        raise ValueError(f"name: write a plain name such as 'my_style', without folders; got {name!r}.")
+    return host.output_dir().absolute() / RUNS / name
+
+
+def image(pictures: Sequence[Image.Image]) -> Tensor:
+    """IMAGE (T, H, W, 3)."""
+    return frames_to_tensor(pictures)
+
+
+def true_or_message(check: Callable[[], object]) -> bool | str:
+    """What VALIDATE_INPUTS returns: True, or why `check` refuses."""
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return True

@@ -1,0 +1,68 @@
+"""Training inside a real ComfyUI: from data to a video, interrupted and queued again."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from wancore.headless.client import run_on_server
+from wancore.headless.core_nodes import core_nodes
+from wancore.headless.server import Server
+from wancore.headless.tiny import apply_tiny
+from wancore.headless.workflow import Workflow
+from wancore.nodes import NODE_CLASS_MAPPINGS
+from wancore.wan_core.media import probe_video
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.comfyui
+
+
+@pytest.fixture(scope="module", autouse=True)
+def equipped():
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import accelerate, imageio, peft"], capture_output=True, check=False).returncode:
+        pytest.skip("ComfyUI's Python lacks what training needs: install requirements.txt")
+
+
+def workflow(folders, **training) -> Workflow:
+    classes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
+    found = apply_tiny(Workflow.load(ROOT / "workflows" / "api" / "train_lora_t2v.json"), classes)
+    for title, inputs in {"Train": training, "Sampler": {"steps": 2}}.items():
+        node = next(node for node in found.nodes.values() if node.title == title)
+        found = found.with_inputs(node.id, inputs)
+    return found
+
+
+def steps(folder: Path) -> list[int]:
+    file = folder / "events.jsonl"
+    told = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [event["step"] for event in map(json.loads, told) if event["event"] == "step"]
+
+
+def test_a_training_is_interrupted_continued_and_shown(comfy_server, folders):
+    server = Server(comfy_server.url)
+    run = comfy_server.base / "output" / "training" / "中文 run"
+    prompt = workflow(folders, name="中文 run", max_steps=200).to_api()
+    queued = server.submit(prompt, "a test")["prompt_id"]
+    until = time.monotonic() + 180
+    while len(steps(run)) < 2:
+        assert time.monotonic() < until, server.history(queued)
+        time.sleep(0.2)
+    server.stop(queued)
+    while not (found := server.history(queued)):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert "execution_interrupted" in json.dumps(found["status"])
+    done = steps(run)[-1]
+    assert done < 200 and list((run / "states").iterdir())
+
+    (video,) = [
+        file
+        for file in run_on_server(workflow(folders, name="中文 run", max_steps=done + 2), server, folders).files
+        if file.suffix == ".mp4"
+    ]
+    assert steps(run) == list(range(1, done + 3))
+    assert probe_video(video).num_frames == 17

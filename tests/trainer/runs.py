@@ -1,0 +1,80 @@
+"""Runs of the trainer on tiny models, here and as programs of their own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from wancore.trainer.config import TrainConfig
+from wancore.trainer.events import read_events
+from wancore.trainer.run import Result, train
+from wancore.trainer.state import States, read_parts
+
+from tests.trainer import material
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with data, models and encoded samples that all runs of a session share. Tiny models run on one thread:
+    more would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path_factory.mktemp("training")
+    torch.set_num_threads(threads)
+
+
+def config(shared: Path, out: Path, variant: str = "t2v", **changes: Any) -> TrainConfig:
+    """A short run of rank 4 that writes to `out` and takes its samples from the cache."""
+    settings = {
+        "output_path": str(out), "cache": "disk", "cache_dir": str(shared / "cache"), "lora_rank": 4,
+        "dataset_repeat": 2, "min_free_gb": 0.0,
+    }  # fmt: skip
+    if "lora_base_model" not in changes and "trainable_models" not in changes:
+        settings["lora_base_model"] = "dit"
+    return material.config(shared, variant, **{**settings, **changes})
+
+
+def run(settings: TrainConfig) -> Result:
+    """Train in this process."""
+    try:
+        return train(settings)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+
+
+def events(out: Path, name: str = "step") -> list[dict[str, Any]]:
+    return [event for event in read_events(out / "events.jsonl") if event["event"] == name]
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in events(out)}
+
+
+def weights(out: Path, step: int | None = None):
+    """The trained weights and the optimizer's state of the newest saved state, or that of `step`."""
+    states = States(out / "states")
+    return read_parts(states.latest() if step is None else states.path(step))
+
+
+def command(settings: TrainConfig, *launcher: str) -> list[str]:
+    return [sys.executable, *(launcher or ("-m", "trainer.train")), *material.flags(settings)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def program(settings: TrainConfig, *launcher: str, **more: Any) -> subprocess.Popen[str]:
+    """The same run as a program of its own, begun from the pack's folder."""
+    return subprocess.Popen(
+        command(settings, *launcher), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, **more,
+    )  # fmt: skip

@@ -1,0 +1,186 @@
+"""The trainer's command line: the reference's flags literally, what is refused and how, and configuration files."""
+
+import dataclasses
+import json
+import shlex
+
+import pytest
+from wancore.trainer.config import ELSEWHERE, TrainConfig, parse, parser
+from wancore.trainer.flags import ConfigError
+
+SHARED = (
+    "--dataset_base_path data/example_video_dataset --dataset_metadata_path data/example_video_dataset/{metadata} "
+    "--height 480 --width 832 --num_frames 81 --dataset_repeat 100 "
+)
+MODELS = (
+    '--model_id_with_origin_paths "{id}:diffusion_pytorch_model*.safetensors,{id}:models_t5_umt5-xxl-enc-bf16.pth,'
+    '{id}:Wan2.1_VAE.pth" '
+)
+LORA = (
+    '--learning_rate 1e-4 --num_epochs 5 --remove_prefix_in_ckpt "pipe.dit." --output_path "./models/train/x_lora" '
+    '--lora_base_model "dit" --lora_target_modules "q,k,v,o,ffn.0,ffn.2" --lora_rank 32 '
+)
+FULL = (
+    '--learning_rate 1e-5 --num_epochs 2 --remove_prefix_in_ckpt "pipe.dit." --output_path "./models/train/x_full" '
+    '--trainable_models "dit" '
+)
+T2V, I2V = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-I2V-14B-480P"
+COMMANDS = {
+    "lora": (SHARED + MODELS.format(id=T2V) + LORA, {"lora_base_model": "dit", "learning_rate": 1e-4}),
+    "full": (SHARED + MODELS.format(id=T2V) + FULL, {"trainable_models": ("dit",), "num_epochs": 2}),
+    "i2v": (
+        SHARED + MODELS.format(id=I2V) + LORA + "--input_contains_input_image",
+        {"extra_inputs": ("input_image",)},
+    ),
+    "flf2v": (
+        SHARED + MODELS.format(id=I2V) + FULL + "--input_contains_input_image --input_contains_end_image",
+        {"extra_inputs": ("input_image", "end_image")},
+    ),
+    "control": (
+        SHARED + MODELS.format(id=T2V) + LORA + '--data_file_keys "video,control_video" --input_contains_control_video',
+        {"data_file_keys": ("video", "control_video"), "extra_inputs": ("control_video",)},
+    ),
+    "reference": (
+        SHARED + FULL + '--data_file_keys "video,control_video,reference_image" --input_contains_control_video '
+        "--input_contains_reference_image",
+        {"extra_inputs": ("control_video", "reference_image")},
+    ),
+    "speed": (
+        SHARED + '--trainable_models "motion_controller" --remove_prefix_in_ckpt "pipe.motion_controller." '
+        "--input_contains_motion_bucket_id --learning_rate 1e-5",
+        {"trainable_models": ("motion_controller",), "extra_inputs": ("motion_bucket_id",)},
+    ),
+    "vace": (
+        SHARED + '--trainable_models "vace" --extra_inputs "vace_video,vace_reference_image" '
+        "--input_contains_vace_video --use_gradient_checkpointing_offload",
+        {
+            "extra_inputs": ("vace_video", "vace_reference_image"),
+            "use_gradient_checkpointing_offload": True,
+        },
+    ),
+    "camera": (
+        SHARED + '--extra_inputs "input_image,camera_control_direction,camera_control_speed"',
+        {"extra_inputs": ("input_image", "camera_control_direction", "camera_control_speed")},
+    ),
+    "paths": (
+        """--model_paths '[["dit-1.safetensors", "dit-2.safetensors"], "t5.pth", "vae.pth"]' --seed 3""",
+        {"model_paths": (("dit-1.safetensors", "dit-2.safetensors"), ("t5.pth",), ("vae.pth",)), "seed": 3},
+    ),
+    "later": (
+        "--customized_optimizer bitsandbytes.optim.Adam8bit --dataset_num_workers 2 --weight_decay 0.1 --save_steps 50 "
+        "--max_timestep_boundary 0.358 --min_timestep_boundary 0 --use_gradient_checkpointing --max_pixels 400000",
+        {"optimizer": "bitsandbytes.optim.Adam8bit", "num_workers": 2, "max_timestep_boundary": 0.358},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_of_the_reference(name):
+    line, expected = COMMANDS[name]
+    config = parse(shlex.split(line.format(metadata="metadata.csv")))
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert TrainConfig.from_mapping(json.loads(json.dumps(config.resolved()))) == config
+
+
+def test_defaults_are_those_of_the_reference():
+    config = parse([])
+    assert (config.num_frames, config.learning_rate, config.num_epochs, config.lora_rank) == (81, 1e-4, 1, 32)
+    assert (config.data_file_keys, config.dataset_repeat) == (("image", "video"), 1)
+    assert (config.output_path, config.remove_prefix_in_ckpt) == ("./models", "pipe.dit.")
+    assert config.lora_target_modules == ("q", "k", "v", "o", "ffn.0", "ffn.2")
+    assert (config.timestep_shift, config.weight_decay, config.size) == (5, 0.01, None)
+
+
+REFUSED = {
+    "--lora_rnk 3": "--lora_rank",
+    "--input_contains_input_images": "--input_contains_input_image",
+    "--lora_rank 0": "whole number from 1",
+    "--lora_rank three": "'three' cannot be read",
+    "--lora_rank": "--lora_rank",
+    "--learning_rate nan": "from 0",
+    "--learning_rate=-1": "from 0",
+    "--extra_inputs control": "input_image, end_image, control_video",
+    "--trainable_models dit,clip": "motion_controller",
+    "--height 480": "--width",
+    "--min_timestep_boundary 0.5 --max_timestep_boundary 0.5": "below",
+    "--frame_pick random": "--cache off",
+    "--random_mask": "--cache off",
+    "--random_mask --cache off --extra_inputs input_image": "--random_mask takes the place",
+    "--trainable_models vae": "--cache off",
+    "--extra_inputs camera_control_speed": "camera_control_direction",
+    "--validate_steps 10": "--validation_clips",
+    "--optimizer_args betas": "not name=value",
+    "--model_paths [1": "cannot be read",
+    "--lora_format peft": "kohya",
+    "--config missing.json": "missing.json",
+    "clip.mp4": "clip.mp4",
+    "--fps 0": "fps",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_mistakes_are_refused_with_a_way_out(line):
+    with pytest.raises(ConfigError, match="(?s)" + REFUSED[line].replace("[", r"\[").replace(".", r"\.")):
+        parse(shlex.split(line))
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_flags_of_other_trainers_say_what_to_do(name):
+    with pytest.raises(ConfigError, match="not a flag of this trainer") as caught:
+        parse([f"--{name}", "1"])
+    assert ELSEWHERE[name] in str(caught.value)
+
+
+def test_a_run_can_be_repeated_from_its_file_and_flags_win(tmp_path):
+    first = parse(shlex.split("--lora_rank 8 --fps 16 --input_contains_end_image --optimizer_args eps=0.1"))
+    first.save_json(tmp_path / "config.json")
+    again = ["--config", str(tmp_path / "config.json")]
+    assert parse(again) == first
+    changed = parse([*again, "--lora_rank", "4", "--fps", "none", "--input_contains_input_image"])
+    assert (changed.lora_rank, changed.fps, changed.extra_inputs) == (4, None, ("end_image", "input_image"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"lora_rnk": 3}', "lora_rank"),
+        ('{"lora_rank": "x"}', "lora_rank"),
+        ('{"lora_rank": 2.5}', "whole number"),
+        ('{"use_gradient_checkpointing": "no"}', "use_gradient_checkpointing"),
+        ('{"extra_inputs": 3}', "extra_inputs"),
+        ("[1]", "JSON object"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, message):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        parse(["--config", str(tmp_path / "c.json")])
+
+
+def test_a_file_with_a_byte_order_mark_and_lists_as_text(tmp_path):
+    (tmp_path / "c.json").write_text('{"extra_inputs": "input_image,end_image", "learning_rate": 1}', "utf-8-sig")
+    config = parse(["--config", str(tmp_path / "c.json")])
+    assert config.extra_inputs == ("input_image", "end_image") and config.learning_rate == 1
+
+
+def test_optimizer_arguments():
+    assert parse(["--optimizer_args", "eps=1e-6,fused=true,mode=fast"]).optimizer_args == {
+        "eps": 1e-6,
+        "fused": True,
+        "mode": "fast",
+    }
+    assert parse(["--optimizer_args", '{"betas": [0.8, 0.9]}']).optimizer_args == {"betas": [0.8, 0.9]}
+
+
+def test_sizes_round_up():
+    config = TrainConfig(height=470, width=830, num_frames=80)
+    assert (config.size.height, config.size.width, config.size.num_frames, config.clip_frames) == (480, 832, 81, 81)
+    assert TrainConfig(num_frames=6).clip_frames == 9
+
+
+def test_every_setting_is_explained_and_can_be_typed():
+    text = parser().format_help()
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name}" in text
+        assert len(field.metadata["help"]) > 10 and field.metadata["help"][-1] != "."

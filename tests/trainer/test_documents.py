@@ -1,0 +1,52 @@
+"""docs/training.md says what the trainer does: its tables, its commands, and the errors it explains."""
+
+import dataclasses
+import re
+import shlex
+
+import pytest
+from wancore.trainer.config import TrainConfig, parse
+from wancore.trainer.recipe_command import main
+from wancore.trainer.tables import SECTIONS, filled
+
+from tests.trainer.runs import ROOT
+
+TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^python -m trainer\.(\w+) (.+)$", TEXT, re.MULTILINE)
+
+
+def test_tables_are_those_of_the_settings():
+    assert filled(TEXT) == TEXT, "run python -m trainer.documents"
+    for field in dataclasses.fields(TrainConfig):
+        assert f"| `--{field.name}`" in TEXT
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    assert [names.index(first) for first in SECTIONS.values()] == sorted(map(names.index, SECTIONS.values()))
+
+
+@pytest.mark.parametrize(("module", "words"), COMMANDS, ids=str)
+def test_commands_are_read(module, words, capsys):
+    assert (ROOT / "trainer" / f"{module}.py").is_file()
+    words = shlex.split(words)
+    if module == "recipe":
+        assert main([*words, "--dry-run"]) == 0
+    elif module == "check":
+        place = words.index("--out")
+        assert parse(words[:place] + words[place + 2 :]).extra_inputs
+
+
+def test_flags_in_the_text_exist():
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    aliases = {name for f in dataclasses.fields(TrainConfig) for name in f.metadata["aliases"]}
+    others = {"config", "launcher", "out", "set", "tiny", "dry-run", "no-", "input_contains_"}
+    others |= {"num_machines", "machine_rank", "main_process_ip", "dataset", "local_dir"}
+    assert set(re.findall(r"--([\w-]+)", TEXT)) <= fields | aliases | others
+
+
+def test_the_errors_that_are_explained_are_those_of_the_code():
+    files = [*(ROOT / "trainer").glob("*.py"), *(ROOT / "nodes").glob("*.py")]
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(p.read_text(encoding="utf-8") for p in files))
+    section = TEXT.partition("## Troubleshooting")[2]
+    for line in re.findall(r"^\| (.+?) \|", section, re.MULTILINE)[1:]:
+        for key in re.findall(r"`(.+?)`", line):
+            for piece in re.split(r"\.\.\.|\d+|\bN\b|nan$|accelerate$", key):
+                assert piece.strip() in source, key

@@ -1,0 +1,281 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from wancore.trainer import loop as loop_module
+from wancore.trainer.config import TrainConfig
+from wancore.trainer.loop import LoadError, NonFiniteError
+from wancore.trainer.objective import Objective
+from wancore.trainer.plan import Plan, learning_rate
+from wancore.trainer.saving import SaveError
+from wancore.wan_core.runtime import OutOfMemoryError
+
+from tests.reference import relative_error
+from tests.trainer.runs import config, events, losses, run, shared, weights
+
+__all__ = ["shared"]
+
+
+def difference(first, second):
+    """The largest relative error between the weights of two runs."""
+    a, b = weights(first)[0], weights(second)[0]
+    assert a.keys() == b.keys()
+    return max(relative_error(a[name], b[name]) for name in a)
+
+
+def test_a_run_writes_what_it_promises(shared, tmp_path):
+    settings = config(
+        shared, tmp_path, num_epochs=2, learning_rate=1e-3, validation_clips=1, validate_steps=2, sample_steps=4,
+        sample_inference_steps=2,
+    )  # fmt: skip
+    result = run(settings)
+    assert (result.steps, result.total, result.stopped) == (4, 4, False)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "config.json", "epoch-0.safetensors", "epoch-1.safetensors", "events.jsonl", "first_samples", "loss.png",
+        "samples", "states",
+    }  # fmt: skip
+    assert [e["lr"] for e in events(tmp_path)] == [1e-3] * 4
+    assert [e["step"] for e in events(tmp_path, "validation")] == [2, 4]
+    assert set(events(tmp_path, "validation")[0]["by_timestep"]) == {"100", "300", "500", "700", "900"}
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step-0000004_00.mp4"]
+    assert len(list((tmp_path / "first_samples").iterdir())) == 1
+    assert Image.open(tmp_path / "loss.png").size == (960, 640)
+    assert TrainConfig.from_mapping(json.loads((tmp_path / "config.json").read_text())) == settings
+    assert events(tmp_path, "start")[0]["memory"] > 0 and events(tmp_path, "end")[0]["stopped"] is False
+
+
+MODES = {
+    "lora": ("t2v", dict(learning_rate=1e-2, lora_rank=16, dataset_repeat=24)),
+    "full": ("t2v", dict(trainable_models=("dit",), learning_rate=2e-3, dataset_repeat=24)),
+    "controller": (
+        "speed",
+        dict(trainable_models=("motion_controller",), learning_rate=2e-2, dataset_repeat=60, num_frames=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_clips_are_learned_by_heart(shared, tmp_path, monkeypatch, mode):
+    """With the same noise in every step; noise that is drawn anew could only be learned by a large model."""
+    draw = Objective.draw
+    monkeypatch.setattr(
+        Objective,
+        "draw",
+        lambda self, shape, seed, _, positions: draw(self, shape, seed, 0, [p % 2 for p in positions]),
+    )
+    variant, changes = MODES[mode]
+    run(config(shared, tmp_path, variant, batch_size=2, loss_weighting="none", **changes))
+    found = losses(tmp_path)
+    last = [found[step] for step in sorted(found)[-3:]]
+    assert sum(last) / 3 < found[1] / 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(gradient_accumulation_steps=2),
+        dict(use_gradient_checkpointing=False, batch_size=2),
+        dict(use_gradient_checkpointing_offload=True, batch_size=2),
+        dict(cache="off", batch_size=2),
+        dict(num_workers=2, batch_size=2),
+    ],
+    ids=str,
+)
+def test_how_a_step_is_computed_does_not_change_it(shared, tmp_path, changes):
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    run(config(shared, plain, batch_size=2, learning_rate=1e-3))
+    run(config(shared, other, learning_rate=1e-3, **changes))
+    assert losses(other) == pytest.approx(losses(plain), rel=1e-5)
+    assert difference(plain, other) < 1e-3
+
+
+def test_the_loss_of_a_sample_does_not_depend_on_its_batch(shared, tmp_path):
+    def errors(out, **changes):
+        run(config(shared, out, learning_rate=0.0, **changes))
+        return sorted(error for event in events(out) for error in event["errors"])
+
+    assert errors(tmp_path / "one") == pytest.approx(errors(tmp_path / "four", batch_size=4), rel=1e-5)
+
+
+def test_frozen_weights_and_the_data_stay_as_they_were(shared, tmp_path):
+    kept = {p: p.read_bytes() for folder in ("data", "models") for p in (shared / folder).rglob("*") if p.is_file()}
+    run(config(shared, tmp_path, mixed_precision="bf16", max_steps=2))
+    assert kept and all(path.read_bytes() == content for path, content in kept.items())
+
+
+@pytest.mark.parametrize("variant", ["i2v", "flf2v", "fun_control", "fun_v1_1_control", "fun_camera", "vace", "speed"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_every_kind_of_model_is_trained(shared, tmp_path, variant, mode):
+    trained = {"vace": "vace", "speed": "motion_controller"}.get(variant, "dit")
+    base = "dit" if variant == "speed" else trained
+    changes = dict(lora_base_model=base) if mode == "lora" else dict(trainable_models=(trained,))
+    run(config(shared, tmp_path, variant, max_steps=2, learning_rate=1e-3, **changes))
+    (file,) = tmp_path.glob("step-2.safetensors")
+    assert all(t.isfinite().all() for t in load_file(file).values())
+    assert len(losses(tmp_path)) == 2
+
+
+def test_everything_at_once(shared, tmp_path):
+    run(config(
+        shared, tmp_path, "speed", lora_base_model="dit", max_steps=2, cache="off",
+        trainable_models=("motion_controller", "text_encoder", "vae"), mixed_precision="bf16",
+    ))  # fmt: skip
+    assert {p.name for p in tmp_path.glob("*.safetensors")} == {
+        f"step-2.{part}.safetensors" for part in ("lora", "motion_controller", "text_encoder", "vae")
+    }
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "rates"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 3 / 4, 1 / 2, 1 / 4]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_the_learning_rate_is_what_was_typed(scheduler, rates):
+    settings = TrainConfig(lr_scheduler=scheduler, warmup_steps=2, learning_rate=1.0)
+    assert [learning_rate(settings, step, 6) for step in range(1, 7)] == pytest.approx(rates, abs=1e-6)
+    assert learning_rate(dataclasses.replace(settings, warmup_steps=0), 1, 6) == 1.0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 7])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_plan_takes_every_sample_once_per_epoch_and_continues_anywhere(accumulation, world):
+    settings = TrainConfig(num_epochs=2, batch_size=2, gradient_accumulation_steps=accumulation)
+    plans = [Plan(settings, lambda epoch: ["a"] * 8 + ["b"] * 4, rank, world) for rank in range(world)]
+    steps = list(plans[0].steps())
+    assert [s.number for s in steps] == list(range(1, plans[0].total + 1))
+    for epoch in range(2):
+        positions = [p for plan in plans for s in plan.steps() if s.epoch == epoch for b in s.batches for p in b]
+        assert sorted(positions) == list(range(12))
+        assert sum(s.samples for s in steps if s.epoch == epoch) == 12
+        assert [s.ends_epoch for s in steps if s.epoch == epoch].count(True) == 1
+    for done in range(len(steps) + 1):
+        assert list(plans[0].steps(done)) == steps[done:]
+
+
+def break_a_loss(monkeypatch, at, value):
+    """Make the loss of step `at` another number."""
+    calls = []
+    real = loop_module.weighted
+
+    def spoiled(error, draw):
+        calls.append(1)
+        return real(error, draw) * (value if len(calls) == at else 1)
+
+    monkeypatch.setattr(loop_module, "weighted", spoiled)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_stops_the_run_and_names_the_files(shared, tmp_path, monkeypatch, value):
+    break_a_loss(monkeypatch, 3, value)
+    with pytest.raises(NonFiniteError, match=r"Step 3 .*00[01]_video\.mp4"):
+        run(config(shared, tmp_path, save_steps=1))
+    monkeypatch.undo()
+    assert all(t.isfinite().all() for t in weights(tmp_path)[0].values())
+    assert "Step 3" in events(tmp_path, "error")[0]["message"]
+    assert run(config(shared, tmp_path, save_steps=1)).steps == 4
+
+
+def test_a_device_that_is_too_small_is_told_what_helps(shared, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop_module, "weighted", full)
+    with pytest.raises(OutOfMemoryError, match="--use_gradient_checkpointing_offload"):
+        run(config(shared, tmp_path))
+
+
+def test_a_file_that_goes_bad_is_named_and_the_run_saved_before(shared, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(shared / "data", data)
+    out = tmp_path / "out"
+    settings = config(shared, out, cache="off", dataset_base_path=str(data))
+
+    class Spoil(loop_module.Watcher):
+        def after_step(self, step, is_last):
+            if step == 2:
+                for file in data.rglob("*.mp4"):
+                    file.write_bytes(b"gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wancore.trainer.run.Watcher", Spoil)
+        with pytest.raises(LoadError, match=r"Step 3 .*row [12] "):
+            run(settings)
+    assert (out / "states" / "step-0000002").is_dir()
+
+
+def fill_the_disk(monkeypatch, failing):
+    """Let those saves fail, counted from 1."""
+    from wancore.trainer import state
+
+    calls = []
+    real = state.save_file
+
+    def save_file(*arguments):
+        calls.append(1)
+        if len(calls) in failing:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(state, "save_file", save_file)
+
+
+def test_one_failed_save_costs_that_save_alone(shared, tmp_path, monkeypatch, caplog):
+    fill_the_disk(monkeypatch, {2})
+    assert run(config(shared, tmp_path, save_steps=1, keep_last=9)).steps == 4
+    assert sorted(p.name for p in (tmp_path / "states").iterdir()) == [f"step-000000{n}" for n in (1, 3, 4)]
+    assert "SAVING FAILED after step 2" in caplog.text
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_the_last_good_state(shared, tmp_path, monkeypatch):
+    fill_the_disk(monkeypatch, {2, 3})
+    with pytest.raises(SaveError, match=r"step 3: .*No space.* state is that of step 1"):
+        run(config(shared, tmp_path, save_steps=1))
+    assert [p.name for p in (tmp_path / "states").iterdir()] == ["step-0000001"]
+    monkeypatch.undo()
+    assert run(config(shared, tmp_path, save_steps=1)).steps == 4
+
+
+def test_samples_that_fail_cost_themselves_alone(shared, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OutOfMemoryError("the device is too small")
+
+    monkeypatch.setattr("wancore.trainer.watching.draw_samples", full)
+    assert run(config(shared, tmp_path, sample_steps=2)).steps == 4
+    assert "No samples after step 2: the device is too small" in caplog.text
+    assert [e["step"] for e in events(tmp_path, "warning")] == [2, 4]
+
+
+def test_too_little_room_is_said_before_the_first_step(shared, tmp_path):
+    with pytest.raises(OSError, match="--min_free_gb"):
+        run(config(shared, tmp_path, min_free_gb=1e9))
+    assert not events(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(optimizer="torch.optim.AdamV"), "not the dotted name"),
+        (dict(optimizer="AdamW"), "not the dotted name"),
+        (dict(optimizer_args={"beta": 1}), "--optimizer_args"),
+        (dict(validation_clips=2), "leaves nothing"),
+        (dict(resume="/nowhere"), "no saved state"),
+        (dict(lora_target_modules=("nothing",)), "--lora_target_modules"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_refused_before_the_first_step(shared, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(config(shared, tmp_path, **changes))
+    assert not events(tmp_path)
+
+
+def test_another_optimizer_and_its_arguments_are_used(shared, tmp_path):
+    run(config(shared, tmp_path, optimizer="torch.optim.SGD", optimizer_args={"momentum": 0.9}, max_steps=1))
+    assert weights(tmp_path)[1]["param_groups"][0]["momentum"] == 0.9

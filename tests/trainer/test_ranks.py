@@ -1,0 +1,64 @@
+import socket
+
+import pytest
+
+from tests.reference import relative_error
+from tests.trainer.runs import config, events, losses, program, run, shared, weights
+
+__all__ = ["shared"]
+
+
+def launcher(processes):
+    """What `accelerate launch` starts on several GPUs; on CPUs alone it would want MPI."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return (
+        "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port),
+        "-m", "trainer.train",
+    )  # fmt: skip
+
+
+def finish(process):
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, text
+    return text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(), dict(trainable_models=("dit",), gradient_accumulation_steps=3, dataset_repeat=5)],
+    ids=["lora", "full, accumulated"],
+)
+def test_two_processes_train_as_one_with_the_same_global_batch(shared, tmp_path, changes):
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = dict(learning_rate=1e-3, num_epochs=2, **changes)
+    run(config(shared, one, batch_size=2, **more))
+    finish(program(config(shared, two, batch_size=1, **more), *launcher(2)))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    for name, tensor in weights(one)[0].items():
+        assert relative_error(weights(two)[0][name], tensor) < 1e-2
+    drawn = [[sorted(zip(e["timesteps"], e["errors"], strict=True)) for e in events(out)] for out in (one, two)]
+    for first, second in zip(*drawn, strict=True):
+        for (t, error), (u, other) in zip(first, second, strict=True):
+            assert t == u and other == pytest.approx(error, rel=1e-3)
+
+
+def test_two_processes_stop_and_continue(shared, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = dict(learning_rate=1e-3, validation_clips=1, validate_steps=2, dataset_repeat=4, sample_steps=2)
+    more["sample_inference_steps"] = 1
+    finish(program(config(shared, whole, **more), *launcher(2)))
+    finish(program(config(shared, parts, max_steps=1, **more), *launcher(2)))
+    text = finish(program(config(shared, parts, **more), *launcher(2)))
+    assert text.count("Continuing from") == 1
+    assert losses(whole) == losses(parts)
+    assert all(t.equal(weights(whole)[0][name]) for name, t in weights(parts)[0].items())
+    assert len(events(whole, "start")) == 1 and len(events(whole, "validation")) == 1
+
+
+def test_a_run_of_one_process_is_not_continued_by_two(shared, tmp_path):
+    run(config(shared, tmp_path, max_steps=1))
+    process = program(config(shared, tmp_path), *launcher(2))
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and "processes was 1 and is 2" in text

@@ -1,0 +1,244 @@
+"""Recipes: the reference's arguments for every published checkpoint, and that each of them trains."""
+
+import dataclasses
+import functools
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from wancore.trainer import models, trainable
+from wancore.trainer.config import parse
+from wancore.trainer.recipe_command import LAUNCHERS, command, main
+from wancore.trainer.recipes import KINDS, find_row, recipe, short_name
+from wancore.wan_core import prepare
+from wancore.wan_core.catalog import CATALOG
+from wancore.wan_core.runtime import Runtime
+from wancore.wan_core.sampling.loop import sample
+from wancore.wan_core.settings import GuidanceSettings, SamplerSettings
+from wancore.wan_core.types import LatentSize
+
+from tests.trainer import material
+from tests.trainer.models import SIZE, inputs
+from tests.trainer.runs import ROOT, environment, events, run, shared
+
+__all__ = ["shared"]
+
+ROWS = [short_name(row) for row in CATALOG]
+
+EXPECTED = {
+    "Wan2.1-T2V-1.3B": ("metadata.csv", (), ()),
+    "Wan2.1-T2V-14B": ("metadata.csv", (), ()),
+    "Wan2.1-I2V-14B-480P": ("metadata.csv", (), ("input_image",)),
+    "Wan2.1-I2V-14B-720P": ("metadata.csv", (), ("input_image",)),
+    "Wan2.1-FLF2V-14B-720P": ("metadata.csv", (), ("input_image", "end_image")),
+    "Wan2.1-Fun-1.3B-InP": ("metadata.csv", (), ("input_image", "end_image")),
+    "Wan2.1-Fun-14B-InP": ("metadata.csv", (), ("input_image", "end_image")),
+    "Wan2.1-Fun-1.3B-Control": ("metadata_control.csv", ("control_video",), ("control_video",)),
+    "Wan2.1-Fun-14B-Control": ("metadata_control.csv", ("control_video",), ("control_video",)),
+    "Wan2.1-Fun-V1.1-1.3B-Control": (
+        "metadata_reference_control.csv", ("control_video", "reference_image"), ("control_video", "reference_image"),
+    ),
+    "Wan2.1-Fun-V1.1-14B-Control": (
+        "metadata_reference_control.csv", ("control_video", "reference_image"), ("control_video", "reference_image"),
+    ),
+    "Wan2.1-Fun-V1.1-1.3B-InP": ("metadata.csv", (), ("input_image", "end_image")),
+    "Wan2.1-Fun-V1.1-14B-InP": ("metadata.csv", (), ("input_image", "end_image")),
+    "Wan2.1-Fun-V1.1-1.3B-Control-Camera": (
+        "metadata_camera_control.csv", (), ("input_image", "camera_control_direction", "camera_control_speed"),
+    ),
+    "Wan2.1-Fun-V1.1-14B-Control-Camera": (
+        "metadata_camera_control.csv", (), ("input_image", "camera_control_direction", "camera_control_speed"),
+    ),
+    "VACE-Wan2.1-1.3B-Preview": (
+        "metadata_vace.csv", ("vace_video", "vace_reference_image"), ("vace_video", "vace_reference_image"),
+    ),
+    "Wan2.1-VACE-1.3B": (
+        "metadata_vace.csv", ("vace_video", "vace_reference_image"), ("vace_video", "vace_reference_image"),
+    ),
+    "Wan2.1-VACE-14B": (
+        "metadata_vace.csv", ("vace_video", "vace_reference_image"), ("vace_video", "vace_reference_image"),
+    ),
+    "Wan2.1-1.3b-speedcontrol-v1": ("metadata_motion_bucket_id.csv", (), ("motion_bucket_id",)),
+}  # fmt: skip
+"""Metadata file, columns beside the video, extra inputs."""
+
+SPECIAL = {
+    ("VACE-Wan2.1-1.3B-Preview", "full"): (5e-5, 49), ("Wan2.1-VACE-1.3B", "full"): (5e-5, 49),
+    ("Wan2.1-VACE-14B", "full"): (5e-5, 17), ("Wan2.1-VACE-14B", "lora"): (1e-4, 17),
+    ("Wan2.1-Fun-V1.1-1.3B-Control-Camera", "lora"): (1e-5, 81),
+    ("Wan2.1-Fun-V1.1-14B-Control-Camera", "lora"): (1e-5, 81),
+}  # fmt: skip
+"""Learning rates and lengths that differ from those of the other rows."""
+
+
+def test_every_published_checkpoint_has_a_recipe():
+    assert list(KINDS) == [row.model_id for row in CATALOG]
+    assert list(EXPECTED) == ROWS
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_recipe_is_what_the_reference_types(name, mode):
+    found = recipe(name, mode)
+    config = parse(found.words())
+    metadata, columns, extra = EXPECTED[name]
+    is_vace, is_speed = "VACE" in name, "speedcontrol" in name
+    model = "vace" if is_vace else "motion_controller" if is_speed and mode == "full" else "dit"
+    rate, frames = SPECIAL.get((name, mode), ({"lora": 1e-4, "full": 1e-5}[mode], 81))
+
+    assert (config.dataset_base_path, config.dataset_metadata_path) == (
+        "data/example_video_dataset", f"data/example_video_dataset/{metadata}",
+    )  # fmt: skip
+    assert config.data_file_keys == (("video", *columns) if columns else ("image", "video"))
+    assert config.extra_inputs == extra
+    assert (config.height, config.width, config.num_frames, config.dataset_repeat) == (480, 832, frames, 100)
+    assert (config.learning_rate, config.num_epochs) == (rate, {"lora": 5, "full": 2}[mode])
+    assert config.trainable_models == ((model,) if mode == "full" else ())
+    assert config.lora_base_model == (model if mode == "lora" else None)
+    assert (config.lora_rank, config.lora_target_modules) == (32, ("q", "k", "v", "o", "ffn.0", "ffn.2"))
+    assert config.remove_prefix_in_ckpt == f"pipe.{model}."
+    assert config.output_path == f"./models/train/{name}_{mode}"
+    assert config.use_gradient_checkpointing_offload == is_vace
+    assert found.launcher == ("zero2_offload" if "14B" in name and mode == "full" else None)
+
+    row = find_row(name)
+    base = "Wan-AI/Wan2.1-T2V-1.3B" if is_speed else row.model_id
+    files = [f"{base}:diffusion_pytorch_model*.safetensors", f"{base}:models_t5_umt5-xxl-enc-bf16.pth"]
+    files += [f"{base}:Wan2.1_VAE.pth"]
+    files += [f"{base}:models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"] * ("I2V" in name or "F" in name[7:])
+    files += ["DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1:model.safetensors"] * is_speed
+    assert config.model_id_with_origin_paths == tuple(files)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "message"),
+    [
+        ("Wan2.1-T2V-13B", "lora", "Did you mean Wan2.1-T2V-1"),
+        ("wan2.1-vace-14", "full", "Did you mean Wan2.1-VACE-14B"),
+        ("flux", "full", "Known are: Wan2.1-T2V-1.3B"),
+        ("Wan2.1-T2V-1.3B", "dreambooth", "lora, full"),
+    ],
+)
+def test_an_unknown_recipe_is_refused(name, mode, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(name, mode)
+
+
+def test_names_are_read_generously():
+    assert find_row("wan-ai/wan2.1-t2v-1.3b") is find_row("Wan2.1-T2V-1.3B")
+
+
+@pytest.fixture(scope="module")
+def trained(shared, tmp_path_factory):
+    """Trains a recipe on the tiny model of its structure: (variant, config, what was trained).
+
+    Rows whose recipes differ in nothing that is left of them share a run.
+    """
+
+    @functools.cache
+    def run_once(words: tuple[str, ...]):
+        config = parse([*words, "--output_path", str(tmp_path_factory.mktemp("recipe"))])
+        kept, prepared = [], trainable.prepare
+
+        def prepare_and_keep(*arguments):
+            kept.append(prepared(*arguments))
+            return kept[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainable, "prepare", prepare_and_keep)
+            assert run(config).steps == 3
+        return config, kept[0]
+
+    def execute(name: str, mode: str):
+        variant = "speed" if "speedcontrol" in name else find_row(name).variant
+        tiny = material.config(shared, variant)
+        data = tiny.dataset_base_path
+        overrides = {
+            "dataset_base_path": data, "dataset_metadata_path": f"{data}/metadata.csv",
+            "model_id_with_origin_paths": ",".join(tiny.model_id_with_origin_paths), "dataset_repeat": 2,
+            "local_model_path": tiny.local_model_path, "height": 32, "width": 32, "num_frames": 5, "max_steps": 3,
+            "mixed_precision": "no", "cache_dir": shared / "cache", "min_free_gb": 0, "output_path": "unused",
+        }  # fmt: skip
+        found = recipe(name, mode)
+        return variant, *run_once(tuple(dataclasses.replace(found, flags={**found.flags, **overrides}).words()))
+
+    return execute
+
+
+def latents(model, variant):
+    """What inference draws with `model`, given everything that it takes."""
+    cond = inputs("t2v" if variant == "speed" else variant, batch=1)[2]
+    if cond.clip is not None:
+        cond = dataclasses.replace(cond, clip=cond.clip[..., : model.dit.config.image_dim])
+    if variant == "t2v":
+        cond = dataclasses.replace(cond, motion_bucket=None)
+    settings = SamplerSettings(seed=1, steps=2, guidance=GuidanceSettings(scale=1.0))
+    runtime = Runtime.default("cpu", torch.float32)
+    with torch.no_grad(), model.adapted(2, torch.device("cpu")):
+        return sample(model.dit, cond, LatentSize(*SIZE), settings, runtime, motion_controller=model.motion_controller)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_recipe_trains_and_its_result_changes_the_video(trained, name, mode):
+    variant, config, kept = trained(name, mode)
+    (file,) = Path(config.output_path).glob("*.safetensors")
+    base = models.find(config).load_dit(torch.float32, "cpu")
+    before = latents(base, variant)
+    after = latents(base.with_lora(file)[0], variant)
+    assert after.isfinite().all() and not torch.equal(after, before)
+    if config.trainable_models == ("dit",):
+        whole = prepare.load_dit(prepare.inspect(file, "dit"), prepare.DiTSettings(dtype=torch.float32), "cpu")
+        assert torch.equal(latents(whole, variant), after)
+
+    own = dict(base.dit.named_parameters())
+    frozen = {n: p for n, p in kept.module.dit.named_parameters() if not p.requires_grad}
+    for n, parameter in frozen.items():
+        assert torch.equal(parameter, own[n.replace(".base_layer.", ".")]), n
+    assert len(frozen) == (len(own) if config.trainable_models != ("dit",) else 0) - (
+        sum(n.startswith("vace_") for n in own) if config.trainable_models == ("vace",) else 0
+    )
+
+
+def test_the_command_for_14b_is_launched_by_accelerate():
+    words = command(recipe("Wan2.1-T2V-14B", "full"), ["--num_frames", "33"])
+    assert words[1:4] == ["-m", "accelerate.commands.launch", "--config_file"]
+    assert words[4] == str(LAUNCHERS / "zero2_offload.yaml") and words[5:7] == ["-m", "trainer.train"]
+    assert words[-2:] == ["--num_frames", "33"] and parse(words[7:]).num_frames == 33
+    assert command(recipe("Wan2.1-T2V-14B", "full"), launcher="none")[:3] == [sys.executable, "-m", "trainer.train"]
+    assert str(LAUNCHERS / "fsdp.yaml") in command(recipe("Wan2.1-T2V-1.3B", "lora"), launcher="fsdp")
+
+
+def test_a_dry_run_prints_the_command_and_runs_nothing(capsys, tmp_path):
+    assert main(["Wan2.1-T2V-1.3B", "lora", "--dry-run", "--output_path", str(tmp_path / "my run")]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert parse(words[3:]).output_path == str(tmp_path / "my run")
+    assert not (tmp_path / "my run").exists()
+
+
+@pytest.mark.parametrize("words", [["Wan2.1-T2V-1.3B", "lora", "--lora_rnk", "3"], ["Wan2.1-T2V", "lora"]])
+def test_mistakes_are_named_and_nothing_runs(capsys, words):
+    assert main(words) == 2
+    assert "Did you mean" in capsys.readouterr().err
+
+
+def test_a_recipe_obeys_a_signal(shared, tmp_path):
+    """Through the shell, as a user does it."""
+    tiny = material.config(shared, output_path=str(tmp_path), dataset_repeat=200, lora_rank=4, min_free_gb=0.0)
+    overrides = [*material.flags(tiny), "--dataset_metadata_path", f"{tiny.dataset_base_path}/metadata.csv"]
+    words = [sys.executable, "-m", "trainer.recipe", "Wan2.1-T2V-1.3B", "lora", *overrides]
+    child = subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    until = time.monotonic() + 120
+    while not events(tmp_path):
+        assert time.monotonic() < until and child.poll() is None
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    text = child.communicate(timeout=120)[0]
+    assert child.returncode == 0 and "Stopped after step" in text and "trainer.train" in text

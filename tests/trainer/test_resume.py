@@ -1,0 +1,207 @@
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from wancore.trainer.state import StateError
+from wancore.trainer.stopping import QUIT_NOW
+
+from tests.trainer.runs import config, events, losses, program, run, shared, weights
+
+__all__ = ["shared"]
+
+MODES = {
+    "lora": ("t2v", dict(lora_dropout=0.3)),
+    "full": ("t2v", dict(trainable_models=("dit",))),
+    "controller": ("speed", dict(trainable_models=("motion_controller",))),
+}
+SCHEDULE = dict(learning_rate=1e-3, lr_scheduler="cosine", warmup_steps=2, caption_dropout=0.3)
+
+
+def same(first, second):
+    """Whether two trees of tensors are equal bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+def assert_equal_runs(first, second):
+    assert losses(first) == losses(second)
+    assert same(weights(first), weights(second))
+    names = [p.name for p in sorted(first.glob("epoch-*.safetensors"))]
+    assert names == [p.name for p in sorted(second.glob("epoch-*.safetensors"))] and names
+    for name in names:
+        assert same(load_file(first / name), load_file(second / name))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(shared, tmp_path, mode):
+    """Stopped in the middle of an epoch, between accumulated steps of different size."""
+    variant, changes = MODES[mode]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = dict(num_epochs=2, gradient_accumulation_steps=3, validation_clips=0, **SCHEDULE, **changes)
+    run(config(shared, whole, variant, **more))
+    total = len(losses(whole))
+    assert total == 4
+    for _ in range(2):
+        (parts / "stop").parent.mkdir(exist_ok=True)
+        stopper = stop_after(parts, 1)
+        with stopper:
+            assert run(config(shared, parts, variant, **more)).stopped
+        assert not (parts / "stop").exists()
+    assert not run(config(shared, parts, variant, **more)).stopped
+    assert len(events(parts, "resume")) == 2
+    assert_equal_runs(whole, parts)
+
+
+def stop_after(out, steps):
+    """Within the block a run in this process finds a stop file after that many steps."""
+    from wancore.trainer import run as module
+
+    class Stopping(module.Watcher):
+        seen = 0
+
+        def after_step(self, step, is_last):
+            type(self).seen += 1
+            if self.seen == steps:
+                (out / "stop").touch()
+
+    patch = pytest.MonkeyPatch.context()
+
+    class Around:
+        def __enter__(self):
+            self.patch = patch.__enter__()
+            self.patch.setattr(module, "Watcher", Stopping)
+
+        def __exit__(self, *error):
+            patch.__exit__(*error)
+
+    return Around()
+
+
+def wait_for_step(process, out, step):
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and process.poll() is None:
+        if any(event["step"] >= step for event in events(out)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}: {process.communicate()[0]}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_ends_the_step_saves_and_exits_well(shared, tmp_path, number):
+    settings = config(shared, tmp_path, dataset_repeat=2000)
+    process = program(settings)
+    wait_for_step(process, tmp_path, 2)
+    process.send_signal(number)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, text
+    done = max(losses(tmp_path))
+    assert f"Stopped after step {done} of 4000" in text
+    assert (tmp_path / "states" / f"step-{done:07}" / "manifest.json").is_file()
+    assert (tmp_path / f"step-{done}.safetensors").is_file()
+
+
+def test_a_second_signal_quits_on_the_spot(shared, tmp_path):
+    settings = config(shared, tmp_path, dataset_repeat=2000)
+    process = program(settings)
+    wait_for_step(process, tmp_path, 1)
+    os.kill(process.pid, signal.SIGSTOP)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    os.kill(process.pid, signal.SIGCONT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    process = program(settings)
+    wait_for_step(process, tmp_path, max(losses(tmp_path)) + 1)
+    process.send_signal(signal.SIGINT)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+    process.communicate()
+    assert process.returncode in (QUIT_NOW, 0)
+
+
+KILLS = int(os.environ.get("WANCORE_KILLS", "3"))
+
+
+def test_a_killed_run_ends_as_one_that_was_not(shared, tmp_path):
+    """Killed at random moments, of which many lie inside a save, as every step is saved."""
+    more = dict(num_epochs=2, dataset_repeat=4 * KILLS, save_steps=1, trainable_models=("dit",), **SCHEDULE)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(config(shared, whole, **more))
+    moments = random.Random(7)
+    kills = inside = 0
+    for _ in range(KILLS):
+        process = program(config(shared, parts, **more))
+        begun = max(losses(parts), default=0)
+        try:
+            wait_for_step(process, parts, begun + 1)
+        except AssertionError:
+            assert process.returncode == 0
+            break
+        time.sleep(moments.random() * 0.6)
+        process.kill()
+        process.communicate()
+        kills += 1
+        inside += any((parts / "states").glob(".*.draft")) or any(parts.glob(".*draft*"))
+    run(config(shared, parts, **more))
+    assert losses(whole) == losses(parts)
+    assert same(weights(whole), weights(parts))
+    for file in whole.glob("step-*.safetensors"):
+        assert same(load_file(file), load_file(parts / file.name))
+    print(f"{kills} kills, {inside} of them inside a save")
+
+
+def test_a_finished_run_has_nothing_left_to_do_until_it_gets_more(shared, tmp_path):
+    settings = config(shared, tmp_path, resume="auto")
+    run(settings)
+    before = (tmp_path / "epoch-0.safetensors").read_bytes()
+    assert run(settings).steps == 4
+    assert (tmp_path / "epoch-0.safetensors").read_bytes() == before
+    assert run(config(shared, tmp_path, num_epochs=2, learning_rate=1e-5)).steps == 8
+    assert [e["lr"] for e in events(tmp_path)][-4:] == [1e-5] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [(dict(seed=3), "seed was 0 and is 3"), (dict(lora_rank=8), "lora_rank was 4"), (dict(batch_size=2), "batch_size")],
+    ids=str,
+)
+def test_another_run_is_not_continued(shared, tmp_path, changes, words):
+    run(config(shared, tmp_path, max_steps=1))
+    with pytest.raises(StateError, match=words):
+        run(config(shared, tmp_path, **changes))
+
+
+def test_a_changed_run_is_continued_when_forced(shared, tmp_path):
+    run(config(shared, tmp_path, max_steps=1, save_steps=9))
+    (tmp_path / "step-1.safetensors").unlink()
+    assert run(config(shared, tmp_path, seed=3, resume_force=True)).steps == 4
+
+
+def test_nothing_of_an_older_run_is_overwritten(shared, tmp_path):
+    run(config(shared, tmp_path, max_steps=1))
+    with pytest.raises(ValueError, match="--resume auto"):
+        run(config(shared, tmp_path, resume="never"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "step-1.safetensors").rename(other / "epoch-7.safetensors")
+    with pytest.raises(ValueError, match="not of this run"):
+        run(config(shared, other, seed=5))
+
+
+def test_a_named_state_is_continued(shared, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(config(shared, first, save_steps=2, learning_rate=1e-3))
+    place = str(first / "states" / "step-0000002")
+    run(config(shared, second, save_steps=2, learning_rate=1e-3, resume=place))
+    assert set(losses(second)) == {3, 4}
+    assert same(weights(first), weights(second))

@@ -1,0 +1,98 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from wancore.trainer.config import TrainConfig
+from wancore.wan_core.adapters.open import open_lora
+
+from tests.trainer.runs import ROOT, config, environment, events, losses, program, run, shared
+
+__all__ = ["shared"]
+
+
+def ended(process):
+    text = process.communicate(timeout=120)[0]
+    return process.returncode, text
+
+
+@pytest.mark.parametrize(
+    "launcher", [(), ("-m", "accelerate.commands.launch", "--cpu", "-m", "trainer.train")], ids=["python", "accelerate"]
+)
+def test_the_command_trains(shared, tmp_path, launcher):
+    settings = config(shared, tmp_path / "with space 模型", max_steps=2)
+    code, text = ended(program(settings, *launcher))
+    assert code == 0, text
+    assert "2 good rows" in text and "Finished after 2 steps" in text
+    assert open_lora(tmp_path / "with space 模型" / "step-2.safetensors").layers
+
+
+def test_the_command_gives_what_the_function_gives(shared, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    run(config(shared, here))
+    ended(program(config(shared, there)))
+    assert losses(here) == pytest.approx(losses(there), rel=1e-6)
+
+
+def test_a_run_repeats_itself_from_its_config_file(shared, tmp_path):
+    run(config(shared, tmp_path / "first", max_steps=2))
+    again = [sys.executable, "-m", "trainer.train", "--config", str(tmp_path / "first" / "config.json")]
+    again += ["--output_path", str(tmp_path / "second")]
+    done = subprocess.run(again, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "first") == pytest.approx(losses(tmp_path / "second"), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learnign_rate", "1"], "Did you mean --learning_rate"),
+        (["--dataset_base_path", "/nowhere"], "not a folder"),
+        ([], "Nothing is to be trained"),
+        (["--lora_base_model", "dit", "--fp8_base"], "--fp8_base is not available"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, words, message):
+    if "--dataset_base_path" in words:
+        words = [*words, "--lora_base_model", "dit"]
+    command = [sys.executable, "-m", "trainer.train", "--output_path", str(tmp_path / "out"), *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_bad_data_is_one_report_and_no_model_is_loaded(shared, tmp_path):
+    settings = config(shared, tmp_path / "out", dataset_base_path=str(tmp_path))
+    (tmp_path / "metadata.csv").write_text("video,prompt\ngone.mp4,a dog\nnone.mp4,\n", encoding="utf-8")
+    code, text = ended(program(dataclasses.replace(settings, local_model_path=str(tmp_path / "empty"))))
+    assert code == 2
+    assert "row 1" in text and "row 2" in text and "caption" in text
+    assert not (tmp_path / "empty").exists() and "Traceback" not in text
+    assert events(tmp_path / "out", "check")[0]["good"] == 0
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "trainer" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
+def test_launcher_configurations_are_read_by_accelerate(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(file))
+    assert found.mixed_precision == "bf16" and found.num_processes >= 2
+    wrapped = (found.fsdp_config or {}).get("fsdp_transformer_layer_cls_to_wrap", "")
+    if found.distributed_type == "FSDP":
+        assert set(wrapped.split(",")) == {"WanBlock", "VaceBlock"}
+
+
+def test_the_large_configuration_is_that_of_the_reference():
+    found = yaml.safe_load((ROOT / "trainer" / "accelerate" / "zero2_offload.yaml").read_text())
+    assert found["deepspeed_config"] == {
+        "gradient_accumulation_steps": 1, "offload_optimizer_device": "cpu", "offload_param_device": "cpu",
+        "zero3_init_flag": False, "zero_stage": 2,
+    }  # fmt: skip
+    assert found["num_processes"] == 8
+
+
+def test_a_resolved_configuration_is_json(tmp_path):
+    assert json.loads(json.dumps(TrainConfig(lora_base_model="dit").resolved()))["lora_base_model"] == "dit"

@@ -1,0 +1,38 @@
+"""Gradient checkpointing, put around the blocks of a finished model from outside."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def checkpointed(blocks: Sequence[nn.Module], *, offload: bool = False, preserve_rng: bool = False) -> Iterator[None]:
+    """Within the block of this statement, `blocks` keep only their inputs for the backward pass and run again in it.
+
+    Args:
+        offload: keep those inputs in host memory, pinned where the device is a CUDA one.
+        preserve_rng: draw the same random numbers again, which only dropout needs.
+    """
+    for block in blocks:
+        block.forward = _around(block.forward, offload, preserve_rng)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _around(forward: Callable[..., Any], offload: bool, preserve_rng: bool) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        saving = save_on_cpu(pin_memory=args[0].is_cuda) if offload else nullcontext()
+        with saving:
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=preserve_rng)
+
+    return run

@@ -1,0 +1,252 @@
+"""Every setting of a training run: one frozen dataclass, in which a field is a flag."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..wan_core.types import SIZE_MULTIPLE, VideoSize
+from .flags import ConfigError, build_parser, check_fields, from_json, option, parse_known, read_json, to_json
+from .inputs import INPUTS, SWITCHES
+
+TRAINABLE = ("dit", "vace", "motion_controller", "vae", "text_encoder")
+LORA_BASES = ("dit", "vace", "motion_controller", "text_encoder")
+FRAME_PICKS = ("head", "middle", "random", "spread")
+
+ELSEWHERE = {
+    "task": "encoded data is kept by --cache disk, and models are trained by the one loss of the reference",
+    "resume_from_checkpoint": "--resume continues a whole run, --lora_checkpoint a LoRA; name a trained model in "
+    "--model_paths to start from it",
+    "preset_lora_path": "fuse the LoRA into a checkpoint first, and name that in --model_paths",
+    "preset_lora_model": "fuse the LoRA into a checkpoint first, and name that in --model_paths",
+    "fp8_models": "use --fp8_base",
+    "offload_models": "encoders leave the memory by themselves; use --stream_base for the trained model",
+    "quant_options": "use --fp8_base",
+    "enable_model_cpu_offload": "use --stream_base",
+    "enable_optimizer_cpu_offload": "launch with a DeepSpeed configuration of trainer/accelerate",
+    "cpu_offload_split_threshold": "use --stream_base with --vram_limit",
+    "initialize_model_on_cpu": "leave it out; weights are always read from the file to where they are needed",
+    "dataset_metadata_paths": "use --dataset_metadata_path",
+    "enable_tensorboard_log": "use --log_with tensorboard",
+    "enable_wandb_log": "use --log_with wandb",
+    "enable_swanlab_log": "use --log_with tensorboard or wandb",
+    "enable_csv_log": "leave it out; events.jsonl is always written",
+}
+"""Flags of DiffSynth-Studio's later trainers, and what takes their place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The settings of a run. They check themselves.
+
+    Raises:
+        ConfigError: a value is out of range, or two of them cannot go together.
+    """
+
+    dataset_base_path: str = option("", "folder that the paths of the metadata start from")
+    dataset_metadata_path: str | None = option(
+        None,
+        "csv, json or jsonl file, one row per sample; none is metadata.* of the folder, or files with .txt captions",
+    )
+    data_file_keys: tuple[str, ...] = option(
+        ("image", "video"), "columns that hold media files; the clip that is trained stands in video or image"
+    )
+    dataset_repeat: int = option(1, "how often each row is used in an epoch", low=1)
+    height: int | None = option(None, "height in pixels; without height and width every clip keeps its own size", low=1)
+    width: int | None = option(None, "width in pixels", low=1)
+    max_pixels: int = option(
+        1920 * 1080, "with sizes of their own, clips of a larger area are scaled down to it", low=256
+    )
+    num_frames: int = option(81, "frames of a clip, 4k + 1", low=1)
+    fps: float | None = option(
+        None, "bring clips to this frame rate by their timestamps; none takes frames as stored", low=0.01
+    )
+    frame_pick: str = option("head", "which frames of a longer clip are used", choices=FRAME_PICKS)
+    short_clip: str = option(
+        "error", "a clip with fewer frames is an error, or trimmed to the largest 4k + 1", choices=("error", "trim")
+    )
+    on_bad_sample: str = option(
+        "error",
+        "any bad row stops the run before it starts, or bad rows are listed and left out",
+        choices=("error", "skip"),
+    )
+    extra_inputs: tuple[str, ...] = option((), "comma list of inputs besides the prompt", choices=tuple(INPUTS))
+    caption_dropout: float = option(0.0, "share of draws that are trained without caption", low=0, high=1)
+    condition_dropout: float = option(
+        0.0, "share of draws that are trained without the pictures that the model can do without", low=0, high=1
+    )
+    random_mask: bool = option(
+        False, "train inpainting models with random masks over the clip, in place of start and end image"
+    )
+    num_workers: int = option(0, "threads that load samples ahead", low=0, aliases=("dataset_num_workers",))
+    cache: str = option(
+        "disk", "keep encoded samples on disk, or encode them anew at every step", choices=("disk", "off")
+    )
+    cache_dir: str | None = option(None, "where encoded samples are kept; none is <output_path>/cache")
+
+    model_paths: tuple[tuple[str, ...], ...] = option(
+        (), "JSON list of model files; an inner list holds the shards of one model"
+    )
+    model_id_with_origin_paths: tuple[str, ...] = option(
+        (), "comma list of published models, each as model_id:file_pattern"
+    )
+    local_model_path: str | None = option(None, "root of the published models; none is ./models")
+    tokenizer_path: str | None = option(None, "folder of the tokenizer, where the text encoder does not bring one")
+    skip_download: bool = option(False, "use only files that are here")
+
+    trainable_models: tuple[str, ...] = option((), "comma list of models whose weights are trained", choices=TRAINABLE)
+    lora_base_model: str | None = option(None, "model that gets a LoRA", choices=LORA_BASES)
+    lora_target_modules: tuple[str, ...] = option(
+        ("q", "k", "v", "o", "ffn.0", "ffn.2"), "layers that get a LoRA, by the end of their name"
+    )
+    lora_rank: int = option(32, "rank of the LoRA", low=1)
+    lora_alpha: float | None = option(None, "scale of the LoRA is alpha / rank; none is the rank", low=1e-6)
+    lora_dropout: float = option(0.0, "dropout before the LoRA", low=0, high=0.999)
+    lora_checkpoint: str | None = option(None, "LoRA file to start from")
+    lora_format: str = option(
+        "comfyui", "key names of the saved LoRA", choices=("comfyui", "diffsynth", "kohya", "diffusers")
+    )
+
+    learning_rate: float = option(1e-4, "learning rate, as it is used in every step after the warm-up", low=0)
+    lr_scheduler: str = option(
+        "constant", "what the learning rate does after the warm-up", choices=("constant", "linear", "cosine")
+    )
+    warmup_steps: int = option(0, "steps over which the learning rate grows from zero", low=0)
+    optimizer: str = option(
+        "torch.optim.AdamW", "dotted name of the optimizer's class", aliases=("customized_optimizer",)
+    )
+    optimizer_args: Mapping[str, Any] | None = option(None, "arguments of the optimizer, as name=value,... or JSON")
+    weight_decay: float = option(0.01, "weight decay", low=0)
+    clip_norm: float = option(1.0, "largest norm of the gradient; 0 does not limit it", low=0)
+    num_epochs: int = option(1, "passes over the data", low=1)
+    max_steps: int | None = option(None, "stop after that many steps, whatever the epochs", low=1)
+    batch_size: int = option(1, "samples per process and forward pass", low=1)
+    gradient_accumulation_steps: int = option(1, "passes per step", low=1)
+    seed: int = option(0, "seed of data order, noise, timesteps and dropout", low=0, high=2**63 - 1)
+    mixed_precision: str = option(
+        "bf16", "dtype of frozen weights and of matrix products; what is trained is float32", choices=("bf16", "no")
+    )
+    timestep_sampling: str = option("uniform", "how timesteps are drawn", choices=("uniform", "logit_normal"))
+    timestep_shift: float = option(5.0, "shift of the training schedule towards noise", low=0.01)
+    loss_weighting: str = option("bell", "weight of the loss over timesteps", choices=("bell", "none"))
+    min_timestep_boundary: float = option(
+        0.0, "where the drawn part of the schedule begins, 0 is most noise", low=0, high=1
+    )
+    max_timestep_boundary: float = option(1.0, "where the drawn part of the schedule ends", low=0, high=1)
+    use_gradient_checkpointing: bool = option(True, "compute activations anew in the backward pass")
+    use_gradient_checkpointing_offload: bool = option(False, "keep what checkpointing saves in host memory")
+    find_unused_parameters: bool = option(False, "let several processes train parameters that a step does not use")
+    fp8_base: bool = option(False, "keep the frozen weights in 8 bits")
+    stream_base: bool = option(False, "keep the frozen blocks in host memory and copy each when it is needed")
+    vram_limit: float | None = option(None, "GB of device memory that frozen weights may take", low=0)
+
+    output_path: str = option("./models", "folder for everything that the run writes")
+    remove_prefix_in_ckpt: str = option("pipe.dit.", "prefix that is left out of the names of saved weights")
+    save_steps: int | None = option(None, "save after that many steps, not after each epoch", low=1)
+    keep_last: int | None = option(None, "how many saved states stay", low=1)
+    resume: str = option(
+        "auto", "continue a stopped run: auto looks in output_path, never starts anew, else the folder of a state"
+    )
+    resume_force: bool = option(False, "continue although data or settings changed")
+    stop_file: str | None = option(
+        None, "a file whose appearance ends the run after the current step; none is <output_path>/stop"
+    )
+    min_free_gb: float = option(1.0, "GB that stay free on the disk besides what is saved", low=0)
+    log_with: tuple[str, ...] = option((), "further logs besides events.jsonl", choices=("tensorboard", "wandb"))
+    validate_steps: int | None = option(None, "measure the loss on held-out clips every so many steps", low=1)
+    validation_clips: int = option(0, "how many rows, from the end, are held out for that", low=0)
+    sample_steps: int | None = option(None, "generate sample videos every so many steps", low=1)
+    sample_count: int = option(1, "how many samples, each conditioned as one row of the data", low=1)
+    sample_prompt: str | None = option(None, "prompt of the samples; none takes each row's caption")
+    sample_negative_prompt: str = option("", "negative prompt of the samples")
+    sample_seed: int = option(1, "seed of the samples", low=0, high=2**63 - 1)
+    sample_inference_steps: int = option(20, "steps of the sampler", low=1)
+    sample_cfg_scale: float = option(5.0, "guidance of the samples", low=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        rules = {
+            "Give --height and --width together, or neither": (self.height is None) != (self.width is None),
+            "--min_timestep_boundary must be below --max_timestep_boundary": self.min_timestep_boundary
+            >= self.max_timestep_boundary,
+            "Inputs that change from epoch to epoch (--frame_pick random, --random_mask) cannot be kept on disk; add "
+            "--cache off": self.cache == "disk" and (self.frame_pick == "random" or self.random_mask),
+            "Encoders that are trained cannot be replaced by what they once gave; add --cache off": self.cache == "disk"
+            and bool({"vae", "text_encoder"} & {*self.trainable_models, self.lora_base_model}),
+            "--random_mask takes the place of input_image and end_image; remove them from --extra_inputs": (
+                self.random_mask and bool({"input_image", "end_image"} & set(self.extra_inputs))
+            ),
+            "--validate_steps needs clips to validate on; set --validation_clips": (
+                self.validate_steps is not None and not self.validation_clips
+            ),
+        }
+        broken = next((rule for rule, is_broken in rules.items() if is_broken), None)
+        if broken:
+            raise ConfigError(f"{broken}.")
+        for name in self.extra_inputs:
+            needed = INPUTS[name].needs
+            if needed and needed not in self.extra_inputs:
+                raise ConfigError(f"The input {name} means nothing without {needed}; add it to --extra_inputs.")
+
+    @cached_property
+    def size(self) -> VideoSize | None:
+        """The fixed size of all clips, rounded up; None when each keeps its own."""
+        return None if self.height is None else VideoSize.rounded(self.width, self.height, self.num_frames)
+
+    @cached_property
+    def clip_frames(self) -> int:
+        """`num_frames`, rounded up to 4k + 1."""
+        return (self.size or VideoSize.rounded(SIZE_MULTIPLE, SIZE_MULTIPLE, self.num_frames)).num_frames
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache_dir or Path(self.output_path) / "cache")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting as JSON; `from_mapping` makes the same configuration of it."""
+        return to_json(self)
+
+    def save_json(self, path: str | Path) -> None:
+        """Write a file that `--config` reads."""
+        Path(path).write_text(json.dumps(self.resolved(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str = "The configuration") -> "TrainConfig":
+        """The configuration of a JSON object; what it lacks has its default.
+
+        Raises:
+            ConfigError: a name is no setting, or a value cannot be used.
+        """
+        return cls(**from_json(cls, values, source))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `trainer.train`."""
+    made = build_parser(TrainConfig, "python -m trainer.train", "Train a Wan 2.1 model.")
+    made.add_argument("--config", help="JSON file with any of these settings; flags win over it")
+    for name in SWITCHES:
+        made.add_argument(
+            f"--input_contains_{name}",
+            dest="switched",
+            action="append_const",
+            const=name,
+            help=f"the same as {name} in --extra_inputs: {INPUTS[name].help}",
+        )
+    return made
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """The configuration that a command line asks for.
+
+    Raises:
+        ConfigError: a flag is unknown, its value cannot be used, or the file of `--config` cannot be read.
+    """
+    typed = parse_known(parser(), argv, ELSEWHERE)
+    file, switched = typed.pop("config", None), typed.pop("switched", ())
+    values = from_json(TrainConfig, read_json(file), file) if file else {}
+    values |= typed
+    values["extra_inputs"] = tuple(dict.fromkeys((*values.get("extra_inputs", ()), *switched)))
+    return TrainConfig(**values)

@@ -1,0 +1,227 @@
+"""The rows of a data set, read and not yet opened: captions, files and values by column. Nothing of it is changed."""
+
+import csv
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig
+from .flags import ConfigError
+from .inputs import INPUTS
+from .video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+CAPTION = "prompt"
+TARGETS = ("video", "image")
+"""Columns in which the clip that is trained may stand; the first that a row fills counts."""
+
+METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
+EXTRA_CELLS = "\0cells beyond the header"
+BROKEN = "\0broken"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One row.
+
+    Attributes:
+        position: its place among the rows, from 0.
+        where: what to call the row in messages.
+        captions: one of them is drawn in each epoch.
+        target: the clip that is trained; None when the row names none.
+        files: the files of each input's column.
+        values: the cells of inputs that are no files.
+        problems: what is wrong with the row itself.
+    """
+
+    position: int
+    where: str
+    captions: tuple[str, ...]
+    target: Path | None
+    files: Mapping[str, tuple[Path, ...]]
+    values: Mapping[str, str]
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All rows of a data set.
+
+    Attributes:
+        samples: in the order of the metadata.
+        source: the metadata file, or the folder.
+        problems: what is wrong with the data set as a whole.
+    """
+
+    samples: tuple[Sample, ...]
+    source: Path
+    problems: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of captions, values, file names and file sizes; moving the folder does not change it."""
+        rows = [
+            [s.captions, _file_mark(s.target), {k: [*map(_file_mark, v)] for k, v in s.files.items()}, dict(s.values)]
+            for s in self.samples
+        ]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def load(config: TrainConfig) -> Dataset:
+    """The data set that `config` names.
+
+    Raises:
+        ConfigError: there is none, or its metadata cannot be read at all.
+    """
+    base = Path(config.dataset_base_path).expanduser()
+    if not base.is_dir():
+        raise ConfigError(f"--dataset_base_path {str(base)!r} is not a folder.")
+    source = _metadata_file(config, base)
+    rows = list(_folder_rows(base) if source == base else _metadata_rows(source))
+    if not rows:
+        raise ConfigError(f"{source} holds no samples.")
+    columns = {name for row in rows for name in row} - {EXTRA_CELLS, BROKEN}
+    samples = [_sample(row, index, base, config) for index, row in enumerate(rows)]
+    return Dataset(tuple(samples), source, tuple(_column_problems(config, columns)))
+
+
+def _metadata_file(config: TrainConfig, base: Path) -> Path:
+    """The metadata file; `base` itself when there is none."""
+    if config.dataset_metadata_path is None:
+        return next((base / name for name in METADATA_NAMES if (base / name).is_file()), base)
+    path = Path(config.dataset_metadata_path).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"There is no metadata file {path}; give --dataset_metadata_path.")
+    return path
+
+
+def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
+    readers = {".csv": _csv_rows, ".json": _json_rows, ".jsonl": _jsonl_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(f"Metadata is read from {', '.join(readers)} files; got {path.name}.")
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+    except (OSError, csv.Error, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(2**24)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file, restkey=EXTRA_CELLS):
+            yield {(name or "").strip(): value for name, value in row.items()}
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(rows, list):
+        raise ValueError(f"a list of objects is expected, got {type(rows).__name__}")
+    for row in rows:
+        yield row if isinstance(row, dict) else {BROKEN: f"the entry is no object: {row!r:.80}"}
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for line in filter(str.strip, file):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                row = {BROKEN: f"the line is no JSON: {error}"}
+            yield row if isinstance(row, dict) else {BROKEN: f"the line is no object: {row!r:.80}"}
+
+
+def _folder_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """One row per media file, with the text file of the same name as its caption."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES) and not path.name.startswith("."):
+            beside = path.with_suffix(".txt")
+            row = {TARGETS[0]: str(path.relative_to(folder))}
+            try:
+                row[CAPTION] = beside.read_text(encoding="utf-8-sig").strip()
+            except FileNotFoundError:
+                row[BROKEN] = f"there is no caption file {beside.name} beside it"
+            except (OSError, UnicodeDecodeError) as error:
+                row[BROKEN] = f"the caption file {beside.name} is not UTF-8 text: {error}"
+            yield row
+
+
+def _sample(row: Mapping[str, Any], index: int, base: Path, config: TrainConfig) -> Sample:
+    problems = [str(row[BROKEN])] if BROKEN in row else []
+    if EXTRA_CELLS in row:
+        problems.append(f"it has more cells than the header ({row[EXTRA_CELLS]}); put captions with commas in quotes")
+    captions = _texts(row.get(CAPTION))
+    if not captions and BROKEN not in row:
+        problems.append(f"the caption (column {CAPTION}) is empty")
+    keys = [name for name in TARGETS if name in config.data_file_keys]
+    targets = next((found for name in keys if (found := _paths(row.get(name), base))), ())
+    if not targets and BROKEN not in row:
+        problems.append(f"it names no clip (column {' or '.join(keys) or ', '.join(TARGETS)})")
+    files, values = {}, {}
+    for name in config.extra_inputs:
+        cell = row.get(name)
+        if INPUTS[name].is_file:
+            files[name] = _paths(cell, base)
+        elif INPUTS[name].column and (texts := _texts(cell)):
+            values[name] = texts[0]
+    return Sample(
+        position=index,
+        where=f"row {index + 1}",
+        captions=captions,
+        target=targets[0] if targets else None,
+        files=files,
+        values=values,
+        problems=tuple(problems),
+    )
+
+
+def _column_problems(config: TrainConfig, columns: set[str]) -> Iterator[str]:
+    has = f"the metadata has {', '.join(sorted(columns))}"
+    if CAPTION not in columns:
+        yield f"there is no column {CAPTION}; {has}"
+    if not set(TARGETS) & set(config.data_file_keys):
+        yield f"--data_file_keys names neither video nor image, so there is nothing to train; it has {has}"
+    elif not set(TARGETS) & set(config.data_file_keys) & columns:
+        yield f"there is no column video or image; {has}"
+    wanted = {INPUTS[name].column for name in config.extra_inputs if INPUTS[name].default is None} - {None}
+    for name in sorted(wanted - columns):
+        yield f"there is no column {name} for that input; {has}"
+    for name in sorted(set(config.data_file_keys) - {*TARGETS, *wanted} - columns):
+        yield f"--data_file_keys names {name}, which is no column; {has}"
+
+
+def _texts(cell: Any) -> tuple[str, ...]:
+    """The texts of a cell, without empty ones; a list holds several."""
+    cells = cell if isinstance(cell, list) else [cell]
+    missing = (None, "")
+    return tuple(
+        str(item).strip()
+        for item in cells
+        if item not in missing and not (isinstance(item, float) and math.isnan(item)) and str(item).strip()
+    )
+
+
+def _paths(cell: Any, base: Path) -> tuple[Path, ...]:
+    """The files of a cell: one path, or several as a list, which may stand in it as JSON text."""
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            cell = [cell]
+    return tuple(_path(text, base) for text in _texts(cell))
+
+
+def _path(text: str, base: Path) -> Path:
+    path = base / text
+    return path if path.exists() else base / text.replace("\\", "/")
+
+
+def _file_mark(path: Path | None) -> Sequence[Any]:
+    if path is None:
+        return ()
+    return (path.name, path.stat().st_size if path.is_file() else -1)

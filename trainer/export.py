@@ -1,0 +1,181 @@
+"""Trained weights as files that inference loads, each read again and compared after it is written."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..wan_core.adapters.files import DTYPES, LoraFormat, lora_metadata, save
+from ..wan_core.adapters.model import Target, fit_to
+from ..wan_core.adapters.open import open_lora
+from ..wan_core.checkpoints.detect import detect_files
+from ..wan_core.lora.write import Merged
+from .config import TrainConfig
+from .state import sync_file, sync_folder
+from .trainable import Part, Trainables, lora_patches
+
+log = logging.getLogger("wancore")
+
+RUN = "wancore.run"
+"""Metadata key of the run that wrote a file; only that run may replace it."""
+
+
+class ExportError(RuntimeError):
+    """A file that was written is not what was to be written."""
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """Writes the parts of a run into its output folder.
+
+    Attributes:
+        config: settings of the run.
+        trainables: what is trained.
+        run: identity of the run, as files carry it.
+    """
+
+    config: TrainConfig
+    trainables: Trainables
+    run: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_path)
+
+    def paths(self, stem: str) -> dict[Part, Path]:
+        """The file of each part; the only part of a run has the plain name."""
+        parts = self.trainables.parts
+        if len(parts) == 1:
+            return {parts[0]: self.folder / f"{stem}.safetensors"}
+        return {p: self.folder / f"{stem}.{'lora' if p.is_lora else p.name}.safetensors" for p in parts}
+
+    def write(self, stem: str, tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> list[Path]:
+        """Write every part under `stem` and return the files.
+
+        Args:
+            tensors: the trained parameters by their names in `Trainables.module`.
+            told: further metadata, such as the step.
+
+        Raises:
+            OSError: the disk is full or fails; a file of that name that was there before still is.
+            ExportError: what is read again differs.
+            ValueError: a file of that name was not written by this run.
+        """
+        paths = self.paths(stem)
+        for path in paths.values():
+            self.require_own(path, self.run)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        metadata = {**self._metadata(), **told}
+        for part, path in paths.items():
+            draft = path.with_name(f".{path.stem}.draft.safetensors")
+            draft.unlink(missing_ok=True)
+            try:
+                (self._write_lora if part.is_lora else self._write_whole)(part, draft, path.stem, tensors, metadata)
+                sync_file(draft)
+                draft.replace(path)
+            except ValueError as error:
+                # A disk that is full is no mistake of the user's.
+                raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from error
+            finally:
+                draft.unlink(missing_ok=True)
+        sync_folder(self.folder)
+        return list(paths.values())
+
+    @staticmethod
+    def require_own(path: Path, run: str) -> None:
+        """Raise ValueError when there is a file at `path` that the run of that identity did not write."""
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                owner = (file.metadata() or {}).get(RUN)
+        except Exception:
+            owner = None
+        if owner != run:
+            raise ValueError(
+                f"{path} exists already and is not of this run; nothing is overwritten. Choose another --output_path "
+                "or move it away."
+            )
+
+    def _metadata(self) -> dict[str, str]:
+        config = self.config
+        told = {
+            RUN: self.run,
+            "ss_learning_rate": str(config.learning_rate),
+            "ss_seed": str(config.seed),
+            "modelspec.timestep_range": ",".join(str(_timestep(config, f)) for f in (
+                config.max_timestep_boundary, config.min_timestep_boundary)),
+        }  # fmt: skip
+        if config.lora_base_model:
+            alpha = config.lora_alpha or config.lora_rank
+            told["ss_network_args"] = json.dumps(
+                {"rank": config.lora_rank, "alpha": alpha, "targets": config.lora_target_modules}
+            )
+        return told
+
+    def _write_lora(
+        self, part: Part, draft: Path, title: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        config = self.config
+        patches = tuple(lora_patches(part, tensors, config.lora_alpha or config.lora_rank))
+        told = {**lora_metadata(patches, title), **metadata}
+        save(Merged(patches), draft, LoraFormat(config.lora_format, _lora_dtype(config)), told, {"trained": True})
+        self._check_lora(part, draft, dict(patches))
+
+    def _check_lora(self, part: Part, draft: Path, patches: Mapping[str, Any]) -> None:
+        shapes = {name: patch.shape for name, patch in patches.items()}
+        bound = fit_to(open_lora(draft), Target(self.trainables.model.name, shapes))
+        found = dict(bound.patches)
+        if bound.skipped or found.keys() != patches.keys():
+            raise ExportError(f"{draft.name} lacks {sorted(patches.keys() - found.keys())[:3]} when it is read again.")
+        tolerance = {"bf16": 2**-7, "fp16": 2**-9, "fp32": 1e-6}[_lora_dtype(self.config)]
+        for name, patch in patches.items():
+            size = max(patch.norm(), 1e-30)
+            if torch.linalg.vector_norm(found[name].delta() - patch.delta().cpu()) > 2 * tolerance * size:
+                raise ExportError(f"{draft.name} changes {name} in another way than what was trained.")
+        if not any(patch.up.any() for patch in patches.values()):
+            log.warning("Every up factor of the LoRA on %s is zero: the file will change nothing.", part.name)
+
+    def _write_whole(
+        self, part: Part, draft: Path, title: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        dtype = DTYPES["bf16" if self.config.mixed_precision == "bf16" else "fp32"]
+        whole = {
+            self._saved_name(part, name): tensors[f"{part.owner}.{name}"].detach().to("cpu", dtype).contiguous()
+            for name in part.names
+        }
+        told = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title, **metadata}
+        save_file(whole, draft, told)
+        with safe_open(draft, "pt") as file:
+            if set(file.keys()) != whole.keys():
+                raise ExportError(f"{draft.name} has other names than what was written.")
+            for name, tensor in whole.items():
+                if not torch.equal(file.get_tensor(name), tensor):
+                    raise ExportError(f"{draft.name}: {name} is not what was written.")
+        found = detect_files(draft)
+        if found.kind != part.name:
+            raise ExportError(f"{draft.name} is read as a {found.kind}, not as a {part.name}.")
+
+    def _saved_name(self, part: Part, name: str) -> str:
+        """The name of a parameter in its file: the prefix of the flag is removed, else the one of its own model."""
+        prefix, full = self.config.remove_prefix_in_ckpt, f"pipe.{part.name}.{name}"
+        if not prefix or full.startswith(prefix):
+            return full.removeprefix(prefix)
+        return name
+
+
+def _lora_dtype(config: TrainConfig) -> str:
+    return "bf16" if config.mixed_precision == "bf16" else "fp32"
+
+
+def _timestep(config: TrainConfig, fraction: float) -> int:
+    """The timestep at a fraction of the training schedule's index range."""
+    place = 1 - fraction
+    return round(1000 * config.timestep_shift * place / (1 + (config.timestep_shift - 1) * place))

@@ -1,0 +1,223 @@
+"""A frozen dataclass as a command line and as JSON: one field is one flag."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..wan_core.settings import check_choice, check_number, check_whole
+
+
+class ConfigError(ValueError):
+    """A flag or a configuration file that cannot be used as it is."""
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    high: float = float("inf"),
+    aliases: Sequence[str] = (),
+) -> Any:
+    """A dataclass field that is a flag.
+
+    Args:
+        default: its value when the flag is not given.
+        text: the help text.
+        choices: the words that it may be.
+        low, high: the range of a number.
+        aliases: other spellings of the flag, without dashes.
+    """
+    metadata = {"help": text, "choices": tuple(choices), "low": low, "high": high, "aliases": tuple(aliases)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_type(field: dataclasses.Field) -> tuple[Any, bool]:
+    """The field's type without None, and whether it may be None."""
+    arms = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+    kept = [arm for arm in arms if arm is not types.NoneType]
+    return kept[0], len(kept) < len(arms)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A comma list."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def groups(text: str) -> tuple[tuple[str, ...], ...]:
+    """A JSON list of paths, in which an inner list holds the shards of one model."""
+    items = json.loads(text) if text.lstrip().startswith(("[", '"')) else [text]
+    return tuple((item,) if isinstance(item, str) else tuple(item) for item in items)
+
+
+def pairs(text: str) -> dict[str, Any]:
+    """`a=1,b=true` or a JSON object; values are JSON, or text where they are none."""
+    if text.lstrip().startswith("{"):
+        return json.loads(text)
+    found = {}
+    for part in words(text):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"{part!r} is not name=value")
+        try:
+            found[name.strip()] = json.loads(value)
+        except ValueError:
+            found[name.strip()] = value
+    return found
+
+
+READERS: dict[Any, Any] = {
+    int: int,
+    float: float,
+    str: str,
+    tuple[str, ...]: words,
+    tuple[tuple[str, ...], ...]: groups,
+    Mapping[str, Any]: pairs,
+}
+"""From a field's type to what reads a word of the command line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}. `--help` lists every flag.")
+
+
+def build_parser(cls: type, prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser whose results hold only what was typed, under the names of the fields of `cls`."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(cls):
+        kind, optional = flag_type(field)
+        names = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
+        text = f"{field.metadata['help']} (default: {_shown(field.default)})".replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(*names, dest=field.name, help=text, action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(*names, dest=field.name, help=text, type=_reader(field.name, kind, optional))
+    return parser
+
+
+def _reader(name: str, kind: Any, optional: bool) -> Any:
+    def read(text: str) -> Any:
+        if optional and text.lower() == "none":
+            return None
+        try:
+            return READERS[kind](text)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from error
+
+    read.__name__ = name
+    return read
+
+
+def parse_known(parser: argparse.ArgumentParser, argv: Sequence[str], elsewhere: Mapping[str, str]) -> dict[str, Any]:
+    """What `argv` says, by field name.
+
+    Args:
+        elsewhere: flags of other trainers, without dashes, and what to do here in place of them.
+
+    Raises:
+        ConfigError: a flag is unknown or its value cannot be read; the nearest flag is named.
+    """
+    known, unknown = parser.parse_known_args(argv)
+    flags = [word.partition("=")[0] for word in unknown]
+    for flag in flags:
+        name = flag.lstrip("-")
+        if flag.startswith("--") and name in elsewhere:
+            raise ConfigError(f"{flag} is not a flag of this trainer: {elsewhere[name]}")
+    if unknown:
+        strange = next((flag for flag in flags if flag.startswith("-")), flags[0])
+        every = [name for action in parser._actions for name in action.option_strings]
+        raise ConfigError(f"There is no flag {strange}.{_meant(strange, every)}")
+    return vars(known)
+
+
+def from_json(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values of a JSON object as fields of `cls` hold them.
+
+    Raises:
+        ConfigError: a name is no field, or a value is not of its type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    found = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(f"{source}: there is no setting {name!r}.{_meant(name, list(fields))}")
+        kind, optional = flag_type(fields[name])
+        if isinstance(value, str) and kind is not str:
+            try:
+                value = _reader(name, kind, optional)(value) if kind in READERS else value
+            except argparse.ArgumentTypeError as error:
+                raise ConfigError(f"{source}: {name}: {error}") from error
+        found[name] = _frozen(value)
+        if found[name] is not None or not optional:
+            try:
+                _check(fields[name], kind, found[name])
+            except ValueError as error:
+                raise ConfigError(f"{source}: {error}") from error
+    return found
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """Every field of the dataclass `value`, ready for JSON."""
+    return json.loads(json.dumps({field.name: getattr(value, field.name) for field in dataclasses.fields(value)}))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in the file.
+
+    Raises:
+        ConfigError: there is no such file, or no JSON object in it.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The configuration {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"The configuration {path} must be a JSON object of flags; got {type(values).__name__}.")
+    return values
+
+
+def check_fields(value: Any) -> None:
+    """Raise ConfigError when a field of the dataclass `value` is not of its type, or outside of its range."""
+    for field in dataclasses.fields(value):
+        given = getattr(value, field.name)
+        kind, optional = flag_type(field)
+        if given is None and optional:
+            continue
+        try:
+            _check(field, kind, given)
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from error
+
+
+def _check(field: dataclasses.Field, kind: Any, given: Any) -> None:
+    low = float("-inf") if field.metadata["low"] is None else field.metadata["low"]
+    if kind is int:
+        check_whole(field.name, given, low=low, high=field.metadata["high"])
+    elif kind is float:
+        check_number(field.name, given, low=low, high=field.metadata["high"])
+    elif field.metadata["choices"]:
+        for word in given if isinstance(given, tuple) else (given,):
+            check_choice(field.name, word, field.metadata["choices"])
+    elif not isinstance(given, typing.get_origin(kind) or kind):
+        raise ValueError(f"{field.name} must be {getattr(kind, '__name__', kind)}; got {given!r}.")
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" Did you mean {near[0]}?" if near else " `--help` lists every flag."

@@ -1,0 +1,134 @@
+"""The models that a run needs: found and understood from their headers, checked against the inputs, then loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..wan_core import prepare, variants
+from ..wan_core.checkpoints.detect import Component, join_vace
+from ..wan_core.conditioning.slots import fit
+from ..wan_core.model_config import ModelConfig, find_models, tokenizer_folder
+from ..wan_core.models.config import DiTConfig
+from ..wan_core.types import Conditioning, VideoSize
+from ..wan_core.variants import IMAGE, Variant
+from .config import TrainConfig
+from .flags import ConfigError
+from .inputs import INPUTS, given_names
+
+INPAINT = "inpaint_video"
+PICTURE_KINDS = ("start", "end", "picture")
+
+USELESS_WITHOUT = {"vace": "vace_", "motion_controller": "motion_"}
+"""Models that run only when they have an input, and how the names of these begin."""
+
+
+@dataclass(frozen=True)
+class FoundModels:
+    """The models of a run, before any weight is read.
+
+    Attributes:
+        components: by kind: `dit`, `text_encoder`, `vae`, and what else was named.
+        config, variant: those of the DiT, with the VACE branch of a file of its own.
+        name: what to call it in messages.
+        tokenizer: folder of the tokenizer; None when the text encoder brings it.
+    """
+
+    components: Mapping[str, Component]
+    config: DiTConfig
+    variant: Variant
+    name: str
+    tokenizer: Path | None
+
+    @property
+    def has_motion_controller(self) -> bool:
+        return "motion_controller" in self.components
+
+    def load_dit(self, dtype: torch.dtype, device: torch.device | str) -> prepare.VideoModel:
+        """The DiT with what belongs beside it, its weights on `device`."""
+        parts = self.components
+        settings = prepare.DiTSettings(dtype=dtype)
+        model = prepare.load_dit(parts["dit"], settings, device, vace=parts.get("vace"))
+        if self.has_motion_controller:
+            model = prepare.with_speed_control(model, parts["motion_controller"], device)
+        return model
+
+    def fit(self, cond: Conditioning, size: VideoSize) -> Conditioning:
+        """`cond` as the DiT takes it, by the function that inference uses.
+
+        Raises:
+            ValueError: an input is missing, or not one that the model takes.
+        """
+        return fit(cond, self.variant, self.config, self.name, size, self.has_motion_controller)
+
+    def droppable(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the extra inputs `names` that condition dropout may leave out.
+
+        A VACE branch runs only when it has an input, so that one of them stays.
+        """
+        rows = (INPUTS[name] for name in names)
+        found = tuple(row.name for row in rows if row.droppable and row.gives not in self.variant.requires)
+        return () if self.config.vace_layers and found == names else found
+
+
+def find(config: TrainConfig) -> FoundModels:
+    """The models that `config` names, downloaded where that is needed and allowed.
+
+    Raises:
+        ValueError: one is missing, unknown or broken, or they cannot use the inputs that `config` names.
+    """
+    named = [ModelConfig(path=list(group)) for group in config.model_paths]
+    for name in config.model_id_with_origin_paths:
+        model_id, _, pattern = name.rpartition(":")
+        if not model_id or not pattern:
+            raise ConfigError(f"--model_id_with_origin_paths takes model_id:file_pattern; got {name!r}.")
+        named.append(ModelConfig(model_id=model_id, origin_file_pattern=pattern))
+    if not named:
+        raise ConfigError("Name the models with --model_paths or --model_id_with_origin_paths.")
+    defaults = ModelConfig(local_model_path=config.local_model_path, skip_download=config.skip_download)
+    found = find_models([model.filled_from(defaults) for model in named], torch.bfloat16)
+    components = {kind: model.component for kind, model in found.items()}
+    dit = components["dit"]
+    if "vace" in components:
+        dit = join_vace(dit, components["vace"])
+    tokenizer = None if config.tokenizer_path is None else ModelConfig(path=config.tokenizer_path)
+    folder = tokenizer_folder(components["text_encoder"], tokenizer, defaults)
+    models = FoundModels(components, dit.config, variants.match_variant(dit.config), dit.name, folder)
+    check_inputs(models, config)
+    return models
+
+
+def check_inputs(models: FoundModels, config: TrainConfig) -> None:
+    """Raise ConfigError when the models cannot use the inputs that `config` names, or need others; the message names
+    the flags.
+    """
+    given = given_names(config.extra_inputs) + ((INPAINT,) if config.random_mask else ())
+    try:
+        variants.check(models.variant, given, models.name, models.has_motion_controller)
+    except ValueError as error:
+        raise ConfigError(f"{error} Inputs are named by --extra_inputs{_flags(models.variant)}.") from error
+    if IMAGE in models.variant.slots and not given:
+        raise ConfigError(
+            f"{models.name} ({models.variant.label}) is trained with the first frame of each clip: add "
+            "--input_contains_input_image (or --extra_inputs input_image), or --random_mask."
+        )
+    for trained, begin in USELESS_WITHOUT.items():
+        if trained in (*config.trainable_models, config.lora_base_model) and not any(
+            n.startswith(begin) for n in given
+        ):
+            names = [name for name in INPUTS if name.startswith(begin)]
+            raise ConfigError(f"{trained} learns nothing without its inputs: add --extra_inputs {' or '.join(names)}.")
+    pictures = [name for name in config.extra_inputs if INPUTS[name].kind in PICTURE_KINDS]
+    pictures += ["--random_mask"] * config.random_mask
+    if pictures and "image_encoder" not in models.components:
+        raise ConfigError(
+            f"{models.name} reads {' and '.join(pictures)} through the CLIP image encoder too; add "
+            "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth to the models."
+        )
+
+
+def _flags(variant: Variant) -> str:
+    """The flags for all that a variant takes, for a message."""
+    names = [row.name for row in INPUTS.values() if row.gives in variant.accepts]
+    return f"; this model takes {', '.join(names)}" if names else ""

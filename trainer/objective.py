@@ -1,0 +1,116 @@
+"""What a model learns from: noise and timesteps drawn per sample, the velocity it should give, and the loss.
+
+Pure functions without knowledge of models. What is drawn for a sample depends on (seed, epoch, position) alone, not on
+the process, the batch or the order that it comes in.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..wan_core.sampling.schedule import NUM_TRAIN_TIMESTEPS, shifted_sigmas, training_weights
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What was drawn for a batch, on the CPU in float32.
+
+    `noise` has the shape of the latents; `sigmas`, `timesteps` (0 to 1000) and `weights` are (B,).
+    """
+
+    noise: Tensor
+    sigmas: Tensor
+    timesteps: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The training schedule: 1000 points of the sampler's own formula, index 0 with the most noise.
+
+    Attributes:
+        sampling: `uniform` draws the index evenly, which with the reference's shift of 5 means mostly high noise;
+            `logit_normal` draws its place as the logistic function of a normal number (Esser et al. 2024).
+        shift: moves the points towards high noise.
+        weighting: `bell` is the reference's weight around timestep 500, `none` weighs all timesteps alike.
+        low, high: the part of the index range that is drawn, in fractions.
+    """
+
+    sampling: Literal["uniform", "logit_normal"] = "uniform"
+    shift: float = 5.0
+    weighting: Literal["bell", "none"] = "bell"
+    low: float = 0.0
+    high: float = 1.0
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """Noise levels (1000,) in float32."""
+        return shifted_sigmas(NUM_TRAIN_TIMESTEPS, self.shift)[:-1].float()
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Loss weights (1000,) of mean 1 in float32."""
+        if self.weighting == "none":
+            return torch.ones(NUM_TRAIN_TIMESTEPS)
+        return training_weights(self.shift)
+
+    def draw(self, shape: Sequence[int], seed: int, epoch: int, positions: Sequence[int]) -> Draw:
+        """Noise and timesteps for samples at `positions` of `epoch`, whose latents are (len(positions), *shape)."""
+        noise, indices = [], []
+        for position in positions:
+            generator = generator_for("noise", seed, epoch, position)
+            indices.append(self._index(generator))
+            noise.append(torch.randn(tuple(shape), generator=generator))
+        return self.at(torch.stack(noise), torch.tensor(indices))
+
+    def at(self, noise: Tensor, indices: Tensor) -> Draw:
+        """The draw with this noise and these schedule indices (B,)."""
+        sigmas = self.sigmas[indices]
+        return Draw(noise, sigmas, sigmas * NUM_TRAIN_TIMESTEPS, self.weights[indices])
+
+    def _index(self, generator: torch.Generator) -> int:
+        first, last = int(self.low * NUM_TRAIN_TIMESTEPS), max(1, int(self.high * NUM_TRAIN_TIMESTEPS))
+        if self.sampling == "uniform":
+            return int(torch.randint(min(first, last - 1), last, (), generator=generator))
+        # The normal distribution is cut to the drawn part through its quantiles, so that one draw is always enough.
+        bounds = torch.special.ndtr(torch.logit(1 - torch.tensor([self.high, self.low], dtype=torch.float64)))
+        quantile = bounds[0] + (bounds[1] - bounds[0]) * torch.rand((), generator=generator, dtype=torch.float64)
+        place = torch.sigmoid(torch.special.ndtri(quantile))
+        return min(max(int((1 - place) * NUM_TRAIN_TIMESTEPS), first), last - 1)
+
+
+def generator_for(purpose: str, *numbers: int) -> torch.Generator:
+    """A generator of its own for a purpose and a place in the run."""
+    return torch.Generator().manual_seed(seed_for(purpose, *numbers))
+
+
+def seed_for(purpose: str, *numbers: int) -> int:
+    """A seed that differs in all its bits when the purpose or one number differs."""
+    text = "/".join((purpose, *map(str, numbers)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def noisy(latents: Tensor, draw: Draw) -> Tensor:
+    """`latents` (B, ...) at the drawn noise levels, in float32."""
+    sigmas = _per_sample(draw.sigmas, latents)
+    return (1 - sigmas) * latents.float() + sigmas * draw.noise.to(latents.device)
+
+
+def errors(velocity: Tensor, latents: Tensor, draw: Draw) -> Tensor:
+    """Mean squared error of each sample's velocity (B,), in float32, without the weight."""
+    target = draw.noise.to(latents.device) - latents.float()
+    return (velocity.float() - target).square().flatten(1).mean(1)
+
+
+def weighted(error: Tensor, draw: Draw) -> Tensor:
+    """The loss of each sample (B,): its error times the weight of its timestep."""
+    return error * draw.weights.to(error.device)
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.device).reshape(-1, *(1,) * (like.ndim - 1))

@@ -1,0 +1,204 @@
+"""How the reference trains each published checkpoint, as data: the arguments of DiffSynth-Studio's
+`examples/wanvideo/model_training` scripts, whole and LoRA. A row says only where it differs from the rest.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..wan_core.catalog import (
+    CATALOG,
+    DIT_PATTERN,
+    IMAGE_ENCODER_PATTERN,
+    TEXT_ENCODER_PATTERN,
+    VAE_PATTERN,
+    CatalogRow,
+)
+
+MODES = ("lora", "full")
+DATA_FOLDER = "data/example_video_dataset"
+LARGE_LAUNCHER = "zero2_offload"
+"""The configuration of `trainer/accelerate` by which whole 14B models are trained."""
+
+Flags = Mapping[str, Any]
+
+SHARED: Flags = {"dataset_base_path": DATA_FOLDER, "height": 480, "width": 832, "num_frames": 81, "dataset_repeat": 100}
+
+BY_MODE: Mapping[str, Flags] = {
+    "full": {
+        "learning_rate": 1e-5,
+        "num_epochs": 2,
+        "trainable_models": ("dit",),
+        "remove_prefix_in_ckpt": "pipe.dit.",
+    },
+    "lora": {
+        "learning_rate": 1e-4,
+        "num_epochs": 5,
+        "lora_base_model": "dit",
+        "lora_target_modules": ("q", "k", "v", "o", "ffn.0", "ffn.2"),
+        "lora_rank": 32,
+        "remove_prefix_in_ckpt": "pipe.dit.",
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What the checkpoints of one kind are trained with.
+
+    Attributes:
+        metadata: the file of the reference's example data.
+        inputs: what they take besides the prompt.
+        columns: columns that hold files; empty for the default.
+        flags: further flags of both modes.
+        full, lora: flags of one mode.
+    """
+
+    metadata: str = "metadata.csv"
+    inputs: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    flags: Flags = field(default_factory=dict)
+    full: Flags = field(default_factory=dict)
+    lora: Flags = field(default_factory=dict)
+
+
+TEXT = Kind()
+IMAGE = Kind(inputs=("input_image",))
+ENDS = Kind(inputs=("input_image", "end_image"))
+CONTROL = Kind(metadata="metadata_control.csv", inputs=("control_video",), columns=("video", "control_video"))
+REFERENCE = Kind(
+    metadata="metadata_reference_control.csv",
+    inputs=("control_video", "reference_image"),
+    columns=("video", "control_video", "reference_image"),
+)
+CAMERA = Kind(
+    metadata="metadata_camera_control.csv",
+    inputs=("input_image", "camera_control_direction", "camera_control_speed"),
+    lora={"learning_rate": 1e-5},
+)
+VACE = Kind(
+    metadata="metadata_vace.csv",
+    inputs=("vace_video", "vace_reference_image"),
+    columns=("video", "vace_video", "vace_reference_image"),
+    flags={"remove_prefix_in_ckpt": "pipe.vace.", "use_gradient_checkpointing_offload": True},
+    full={"trainable_models": ("vace",), "learning_rate": 5e-5},
+    lora={"lora_base_model": "vace"},
+)
+SPEED = Kind(
+    metadata="metadata_motion_bucket_id.csv",
+    inputs=("motion_bucket_id",),
+    full={"trainable_models": ("motion_controller",), "remove_prefix_in_ckpt": "pipe.motion_controller."},
+)
+
+KINDS: Mapping[str, Kind] = {
+    "Wan-AI/Wan2.1-T2V-1.3B": TEXT,
+    "Wan-AI/Wan2.1-T2V-14B": TEXT,
+    "Wan-AI/Wan2.1-I2V-14B-480P": IMAGE,
+    "Wan-AI/Wan2.1-I2V-14B-720P": IMAGE,
+    "Wan-AI/Wan2.1-FLF2V-14B-720P": ENDS,
+    "PAI/Wan2.1-Fun-1.3B-InP": ENDS,
+    "PAI/Wan2.1-Fun-14B-InP": ENDS,
+    "PAI/Wan2.1-Fun-1.3B-Control": CONTROL,
+    "PAI/Wan2.1-Fun-14B-Control": CONTROL,
+    "PAI/Wan2.1-Fun-V1.1-1.3B-Control": REFERENCE,
+    "PAI/Wan2.1-Fun-V1.1-14B-Control": REFERENCE,
+    "PAI/Wan2.1-Fun-V1.1-1.3B-InP": ENDS,
+    "PAI/Wan2.1-Fun-V1.1-14B-InP": ENDS,
+    "PAI/Wan2.1-Fun-V1.1-1.3B-Control-Camera": CAMERA,
+    "PAI/Wan2.1-Fun-V1.1-14B-Control-Camera": CAMERA,
+    "iic/VACE-Wan2.1-1.3B-Preview": VACE,
+    "Wan-AI/Wan2.1-VACE-1.3B": VACE,
+    "Wan-AI/Wan2.1-VACE-14B": VACE,
+    "DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1": SPEED,
+}
+
+EXCEPTIONS: Mapping[tuple[str, str], Flags] = {
+    ("iic/VACE-Wan2.1-1.3B-Preview", "full"): {"num_frames": 49},
+    ("Wan-AI/Wan2.1-VACE-1.3B", "full"): {"num_frames": 49},
+    ("Wan-AI/Wan2.1-VACE-14B", "full"): {"num_frames": 17},
+    ("Wan-AI/Wan2.1-VACE-14B", "lora"): {"num_frames": 17},
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train one checkpoint.
+
+    Attributes:
+        row: the checkpoint.
+        mode: "lora" or "full".
+        flags: settings of `config.TrainConfig` by name; what is left out has its default.
+        launcher: configuration of `trainer/accelerate` that it is launched with; None is one process.
+    """
+
+    row: CatalogRow
+    mode: str
+    flags: Flags
+    launcher: str | None
+
+    def words(self) -> list[str]:
+        """The flags as words of a command line."""
+        found = []
+        for name, value in self.flags.items():
+            found.append(f"--{name}")
+            if value is not True:
+                found.append(",".join(value) if isinstance(value, tuple) else str(value))
+        return found
+
+
+def short_name(row: CatalogRow) -> str:
+    """The name of a row without its organisation."""
+    return row.model_id.rpartition("/")[2]
+
+
+def find_row(name: str) -> CatalogRow:
+    """The published checkpoint called `name`, with or without its organisation.
+
+    Raises:
+        ValueError: there is none; the nearest is named.
+    """
+    known = {spelling.lower(): row for row in CATALOG for spelling in (row.model_id, short_name(row))}
+    row = known.get(name.lower())
+    if row is None:
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+        meant = f"Did you mean {short_name(known[near[0]])}?" if near else "Known are:"
+        rows = "" if near else f" {', '.join(map(short_name, CATALOG))}."
+        raise ValueError(f"There is no recipe for {name!r}. {meant}{rows}")
+    return row
+
+
+def recipe(name: str, mode: str) -> Recipe:
+    """How the checkpoint called `name` is trained as `mode`, "lora" or "full".
+
+    Raises:
+        ValueError: there is no such checkpoint or mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"A recipe is one of {', '.join(MODES)}; got {mode!r}.")
+    row = find_row(name)
+    kind = KINDS[row.model_id]
+    flags = {
+        **SHARED,
+        "dataset_metadata_path": f"{DATA_FOLDER}/{kind.metadata}",
+        **({"data_file_keys": kind.columns} if kind.columns else {}),
+        **({"extra_inputs": kind.inputs} if kind.inputs else {}),
+        "model_id_with_origin_paths": _files(row),
+        "output_path": f"./models/train/{short_name(row)}_{mode}",
+        **BY_MODE[mode],
+        **kind.flags,
+        **getattr(kind, mode),
+        **EXCEPTIONS.get((row.model_id, mode), {}),
+    }
+    return Recipe(row, mode, flags, LARGE_LAUNCHER if row.size == "14B" and mode == "full" else None)
+
+
+def _files(row: CatalogRow) -> tuple[str, ...]:
+    """`--model_id_with_origin_paths`: the row's own files, after those of the
+    model that it is an adapter for.
+    """
+    patterns = [DIT_PATTERN, TEXT_ENCODER_PATTERN, VAE_PATTERN]
+    patterns += [IMAGE_ENCODER_PATTERN] * row.needs_image_encoder
+    files = [f"{row.base or row.model_id}:{pattern}" for pattern in patterns]
+    own = [f"{row.model_id}:{pattern}" for pattern in row.files] if row.base else []
+    return (*files, *own)

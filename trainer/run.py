@@ -1,0 +1,300 @@
+"""A training run from its settings to its files, in the order in which things happen."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..wan_core.runtime import OutOfMemoryError, Runtime
+from . import dataset, engine, models, report, trainable
+from .cache import LatentCache
+from .conditions import Examples
+from .config import TrainConfig, parse
+from .encoders import Encoders
+from .engine import Engine
+from .estimate import Estimate, estimate
+from .events import Events, open_trackers
+from .export import Exporter
+from .loop import LoadError, Loop, NonFiniteError
+from .objective import Objective
+from .plan import Plan
+from .report import Row
+from .saving import SaveError, Saver
+from .state import Progress, States, read_progress, require_same, require_space
+from .stopping import StopRequest
+from .trainable import Trainables
+from .validate import sample_requests, save_first_samples
+from .watching import EVENTS, Watcher
+
+log = logging.getLogger("wancore")
+
+STATES, FIRST_SAMPLES, CONFIG = "states", "first_samples", "config.json"
+WRONG_INPUT, FAILED = 2, 1
+"""Exit codes: nothing was begun because of something the user gave; something went wrong later."""
+
+FREE = {
+    "cache", "cache_dir", "dataset_base_path", "dataset_metadata_path", "find_unused_parameters", "keep_last",
+    "learning_rate", "local_model_path", "log_with", "lora_checkpoint", "lora_format", "max_steps", "min_free_gb",
+    "model_id_with_origin_paths", "model_paths", "num_epochs", "num_workers", "on_bad_sample", "output_path",
+    "remove_prefix_in_ckpt", "resume", "resume_force", "sample_cfg_scale", "sample_count", "sample_inference_steps",
+    "sample_negative_prompt", "sample_prompt", "sample_seed", "sample_steps", "save_steps", "skip_download",
+    "stop_file", "tokenizer_path", "use_gradient_checkpointing", "use_gradient_checkpointing_offload",
+    "validate_steps",
+}  # fmt: skip
+"""Settings that may differ between a run and its continuation: they do not change what a step computes, or, as the
+learning rate, are there to be changed. Data and models are known by their content, not by their paths."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: after how many of its steps, and whether it was stopped before the last."""
+
+    steps: int
+    total: int
+
+    @property
+    def stopped(self) -> bool:
+        return self.steps < self.total
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 when the run finished or was stopped, 2 when it could not begin, 1 when it failed."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if os.environ.get("RANK", "0") != "0":
+        log.setLevel(logging.ERROR)
+    # A float32 norm on bfloat16 tokens is what is wanted here; PyTorch says once that it has no fused kernel for it.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    try:
+        train(parse(sys.argv[1:] if argv is None else argv))
+    except (NonFiniteError, SaveError, LoadError, OutOfMemoryError, OSError) as error:
+        log.error("%s", error)
+        return FAILED
+    except ValueError as error:
+        log.error("%s", error)
+        return WRONG_INPUT
+    return 0
+
+
+def train(config: TrainConfig) -> Result:
+    """Run `config` to its end, or to where someone stops it.
+
+    Raises:
+        ValueError: data, models or settings cannot be used; nothing was begun then.
+        NonFiniteError, OutOfMemoryError, LoadError, SaveError: see `loop`.
+    """
+    trainable.check(config)
+    accelerator = engine.start(config)
+    is_main = accelerator.is_main_process
+    folder = Path(config.output_path)
+    _make_folder(folder)
+    stop = StopRequest(Path(config.stop_file or folder / "stop"))
+    events = Events(
+        folder / EVENTS if is_main else None, open_trackers(config.log_with, folder) if is_main else (), show=True
+    )
+    try:
+        with stop.listening():
+            result = _Run(config, accelerator, events, stop).execute()
+    except Exception as error:
+        events.emit("error", message=str(error))
+        raise
+    finally:
+        events.close()
+        accelerator.end_training()
+    if result.stopped:
+        stop.obeyed()
+    return result
+
+
+class _Run:
+    """What is known of a run before its first step."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, events: Events, stop: StopRequest) -> None:
+        self.config, self.accelerator, self.events, self.stop = config, accelerator, events, stop
+        self.is_main = accelerator.is_main_process
+        self.folder = Path(config.output_path)
+        self.states = States(self.folder / STATES)
+        self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        self.runtime = Runtime.default(accelerator.device, self.dtype)
+
+    def execute(self) -> Result:
+        config = self.config
+        data = dataset.load(config)
+        rows, held_out = self._rows(data)
+        found = models.find(config)
+        identity = _identity(config, data.fingerprint, found)
+        earlier = self._earlier(identity)
+        require_own_outputs(self.folder, identity)
+
+        encoders = Encoders(found, self.dtype, self.accelerator.device)
+        cache = LatentCache(config.cache_folder) if config.cache == "disk" else None
+        examples = Examples(rows, found, encoders, config, cache)
+        clips = Examples(held_out, found, encoders, replace(config, dataset_repeat=1), cache)
+        self._fill(Examples((*rows, *held_out), found, encoders, config, cache))
+        watcher = self._watcher(examples, clips)
+        trainables = self._trainables(found, encoders)
+        if cache is not None:
+            encoders.free()
+
+        needs = self._needs(trainables, rows)
+        trained = Engine(self.accelerator, trainables, config)
+        if trained.is_sharded and watcher.requests:
+            raise ValueError(
+                "Sharded weights cannot draw samples; leave out --sample_steps, or launch without sharding."
+            )
+        watcher.engine = trained
+        done = 0
+        if earlier is not None:
+            place, progress = earlier
+            trained.restore(place)
+            done = progress.step
+        plan = Plan(config, examples.shapes, self.accelerator.process_index, trained.world)
+        self.events.emit(
+            "resume" if earlier else "start", step=done, total=plan.total, epochs=config.num_epochs, rows=len(rows),
+            held_out=len(held_out), processes=trained.world, memory=needs.device, disk=needs.saved,
+        )  # fmt: skip
+        if self.is_main:
+            config.save_json(self.folder / CONFIG)
+        exporter = Exporter(config, trainables, run_id(identity))
+        saver = Saver(config, trained, exporter, self.states, self.events, needs.saved, identity, done)
+        loop = Loop(config, trained, examples, plan, _objective(config), saver, watcher, self.events, self.stop)
+        return self._ended(Result(loop.run(done), plan.total), saver)
+
+    def _watcher(self, examples: Examples, clips: Examples) -> Watcher:
+        """What is shown between steps, encoded while the encoders are there; the engine is still to come."""
+        if self.is_main:
+            files = save_first_samples(examples, self.folder / FIRST_SAMPLES, self.runtime)
+            self.events.emit("first_samples", files=files)
+        validation = [clips.encode(clips.fixed(index), index) for index in range(len(clips.rows))]
+        requests = sample_requests(examples, self.config)
+        return Watcher(self.config, None, examples.encoders, self.events, validation, requests)
+
+    def _trainables(self, found: models.FoundModels, encoders: Encoders) -> Trainables:
+        trained = self.config.trainable_models
+        model = found.load_dit(self.dtype, self.accelerator.device)
+        text_encoder = encoders.text if "text_encoder" in trained else None
+        return trainable.prepare(model, self.config, text_encoder, encoders.vae if "vae" in trained else None)
+
+    def _needs(self, trainables: Trainables, rows: Sequence[Row]) -> Estimate:
+        """The estimate, said before anything is done with it.
+
+        Raises:
+            OSError: the disk has no room for one save.
+        """
+        needs = estimate(trainables, (_latent_shape(row) for row in rows), self.config)
+        if self.is_main:
+            log.info("%s", needs)
+        require_space(self.folder, needs.saved, self.config.min_free_gb)
+        return needs
+
+    def _ended(self, result: Result, saver: Saver) -> Result:
+        if self.is_main and result.stopped:
+            log.info(
+                "Stopped after step %d of %d. Start the same command again to continue.", result.steps, result.total
+            )
+        elif self.is_main:
+            log.info("Finished after %d steps; everything is in %s.", result.steps, self.folder)
+        self.events.emit("end", step=result.steps, total=result.total, stopped=result.stopped, saved=saver.saved)
+        return result
+
+    def _rows(self, data: dataset.Dataset) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+        """The rows to be trained, and those held out."""
+        config = self.config
+        checked = report.check(data, config)
+        if self.is_main:
+            log.info("%s", checked)
+            self.events.emit(
+                "check", good=len(checked.rows), bad=[str(bad) for bad in checked.bad], notices=checked.notices
+            )
+        rows = checked.require(config.on_bad_sample)
+        count = len(rows) - config.validation_clips
+        if count < 1:
+            raise ValueError(
+                f"--validation_clips {config.validation_clips} leaves nothing of {len(rows)} rows to train on."
+            )
+        return rows[:count], rows[count:]
+
+    def _fill(self, examples: Examples) -> None:
+        """Fill the cache, each process a share of it."""
+        if examples.cache is not None:
+            index, world = self.accelerator.process_index, self.accelerator.num_processes
+            examples.fill(index, world, lambda done, total: self.events.emit("cache", done=done, total=total))
+            self.accelerator.wait_for_everyone()
+
+    def _earlier(self, identity: Mapping[str, Any]) -> tuple[Path, Progress] | None:
+        """The state to continue from, with its folder; None for a new run.
+
+        Raises:
+            ValueError: a state was named that does not hold, the states that are there are those of another run, or
+                there are some and `--resume never` was given.
+        """
+        config = self.config
+        if config.resume == "never":
+            if self.states.steps():
+                raise ValueError(
+                    f"{self.folder} holds saved states of a run; choose another --output_path, or continue it with "
+                    "--resume auto."
+                )
+            return None
+        place = self.states.latest() if config.resume == "auto" else Path(config.resume)
+        if place is None:
+            return None
+        progress = read_progress(place)
+        require_same(progress, identity, self.accelerator.num_processes, config.resume_force)
+        if self.is_main:
+            log.info("Continuing from %s, after step %d.", place, progress.step)
+        return place, progress
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_path {folder} cannot be made ({error}).") from error
+
+
+def _identity(config: TrainConfig, fingerprint: str, found: models.FoundModels) -> dict[str, Any]:
+    """What must be the same for a run to be continued exactly."""
+    kept = {name: value for name, value in config.resolved().items() if name not in FREE}
+    files = {
+        kind: [[file.name, file.stat().st_size] for file in component.header.files]
+        for kind, component in found.components.items()
+    }
+    return {**kept, "data": fingerprint, "models": files}
+
+
+def _objective(config: TrainConfig) -> Objective:
+    return Objective(
+        sampling=config.timestep_sampling,
+        shift=config.timestep_shift,
+        weighting=config.loss_weighting,
+        low=config.min_timestep_boundary,
+        high=config.max_timestep_boundary,
+    )
+
+
+def run_id(identity: Mapping[str, Any]) -> str:
+    """A name for a run that files can carry."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def require_own_outputs(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Raise ValueError when `folder` holds weights of another run under names that this one uses."""
+    for file in sorted(folder.glob("*.safetensors")):
+        if re.fullmatch(r"(epoch|step)-\d+(\.\w+)?\.safetensors", file.name):
+            Exporter.require_own(file, run_id(identity))
+
+
+def _latent_shape(row: Row) -> tuple[int, ...]:
+    references = len(row.clips.get("vace_reference_image", ()))
+    size = row.size.latent
+    return (16, references + size.frames, size.height, size.width)

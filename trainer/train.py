@@ -1,0 +1,10 @@
+"""`python -m trainer.train` and `accelerate launch -m trainer.train`, from the pack's folder."""
+
+import importlib
+import sys
+
+from pack import NAME, load_pack
+
+if __name__ == "__main__":
+    load_pack()
+    sys.exit(importlib.import_module(f"{NAME}.trainer.run").main())
