@@ -141,7 +141,9 @@ class TrainConfig:
     find_unused_parameters: bool = option(False, "let several processes train parameters that a step does not use")
     fp8_base: bool = option(False, "keep the frozen weights in 8 bits")
     stream_base: bool = option(False, "keep the frozen blocks in host memory and copy each when it is needed")
-    vram_limit: float | None = option(None, "GB of device memory that frozen weights may take", low=0)
+    vram_limit: float | None = option(
+        None, "GiB of device memory that frozen weights may take; others are streamed", low=0
+    )
 
     output_path: str = option("./models", "folder for everything that the run writes")
     remove_prefix_in_ckpt: str = option("pipe.dit.", "prefix that is left out of the names of saved weights")
@@ -204,6 +206,11 @@ class TrainConfig:
     @property
     def cache_folder(self) -> Path:
         return Path(self.cache_dir or Path(self.output_path) / "cache")
+
+    @property
+    def streams(self) -> bool:
+        """Whether frozen blocks are copied to the device when they are needed."""
+        return self.stream_base or self.vram_limit is not None
 
     def resolved(self) -> dict[str, Any]:
         """Every setting as JSON; `from_mapping` makes the same configuration of it."""

@@ -5,7 +5,7 @@ FSDP.
 import importlib
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from ..wan_core.memory.block_stream import BlockStream
+from ..wan_core.memory.residency import Residency
 from .config import TrainConfig
+from .estimate import placement_within
 from .state import read_parts, write_parts
 from .trainable import Trainables
 
@@ -73,11 +76,40 @@ class Engine:
         Raises:
             ValueError: the optimizer cannot be built.
         """
+        if config.streams and accelerator.num_processes > 1:
+            raise ValueError("--stream_base and --vram_limit are for one process; launch one, or leave them out.")
         self.accelerator, self.trainables, self.config = accelerator, trainables, config
-        trainables.module.to(accelerator.device).train()
+        self.stream: BlockStream | None = None
+        moved = trainables.parameters().values() if config.streams else trainables.module.parameters()
+        for tensor in (*moved, *(() if config.streams else trainables.module.buffers())):
+            tensor.data = tensor.data.to(accelerator.device)
+        trainables.module.train()
         optimizer = build_optimizer(config, trainables)
-        self.model, self.optimizer = accelerator.prepare(trainables.module, optimizer)
+        self.model, self.optimizer = accelerator.prepare(
+            trainables.module, optimizer, device_placement=[not config.streams, True]
+        )
         self._checked = False
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Frozen weights on the device inside the block.
+
+        Blocks of the DiT that `--vram_limit` has no room for are copied there when they are needed.
+        """
+        if not self.config.streams:
+            yield
+            return
+        parts = dict(self.trainables.module.named_children())
+        dit = Residency.of(parts.pop("dit"))
+        placement = placement_within(dit.inventory(self.trainables.module.dit.block_order()), self.config)
+        with ExitStack() as stack:
+            for part in parts.values():
+                stack.enter_context(Residency.of(part).working(self.device))
+            self.stream = stack.enter_context(dit.working(self.device, placement))
+            if self.is_main:
+                log.info("Frozen weights: %s.", placement.summary())
+            yield
+        self.stream = None
 
     @property
     def device(self) -> torch.device:

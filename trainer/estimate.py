@@ -6,6 +6,9 @@ from math import prod
 
 from torch import Tensor
 
+from ..wan_core.memory.device import GIB
+from ..wan_core.memory.plan import Inventory, Placement, place
+from ..wan_core.memory.residency import Residency
 from ..wan_core.models.config import DiTConfig
 from .config import TrainConfig
 from .trainable import Trainables
@@ -56,6 +59,9 @@ def estimate(trainables: Trainables, shapes: Iterable[tuple[int, ...]], config: 
         kept = inside * (blocks - 1)
     trained = sum(p.numel() for p in trainables.parameters().values())
     frozen = sum(_bytes(p) for p in trainables.module.parameters() if not p.requires_grad)
+    if config.streams:
+        inventory = Residency.of(trainables.module.dit).inventory()
+        frozen += placement_within(inventory, config).device_bytes - inventory.bytes
     return Estimate(
         frozen=frozen,
         trained=trained * BYTES_PER_TRAINED,
@@ -63,6 +69,11 @@ def estimate(trainables: Trainables, shapes: Iterable[tuple[int, ...]], config: 
         saved=trained * (BYTES_PER_SAVED + width),
         tokens=tokens,
     )
+
+
+def placement_within(inventory: Inventory, config: TrainConfig) -> Placement:
+    """Which frozen blocks stay on the device within `--vram_limit`; none do without one."""
+    return place(inventory, (config.vram_limit or 0) * GIB)
 
 
 def _tokens(shape: tuple[int, ...], dit: DiTConfig) -> int:

@@ -151,6 +151,7 @@ class Loop:
                 engine.trainables.module.blocks,
                 offload=config.use_gradient_checkpointing_offload,
                 preserve_rng=config.lora_dropout > 0,
+                stream=engine.stream,
             )
         pixels = None if batch.pixels is None else batch.pixels.to(device)
         with around:

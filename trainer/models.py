@@ -11,6 +11,7 @@ from ..wan_core.checkpoints.detect import Component, join_vace
 from ..wan_core.conditioning.slots import fit
 from ..wan_core.model_config import ModelConfig, find_models, tokenizer_folder
 from ..wan_core.models.config import DiTConfig
+from ..wan_core.rest import Rest
 from ..wan_core.types import Conditioning, VideoSize
 from ..wan_core.variants import IMAGE, Variant
 from .config import TrainConfig
@@ -45,13 +46,13 @@ class FoundModels:
     def has_motion_controller(self) -> bool:
         return "motion_controller" in self.components
 
-    def load_dit(self, dtype: torch.dtype, device: torch.device | str) -> prepare.VideoModel:
-        """The DiT with what belongs beside it, its weights on `device`."""
-        parts = self.components
+    def load_dit(self, dtype: torch.dtype, rest: prepare.Place) -> prepare.VideoModel:
+        """The DiT with what belongs beside it."""
+        parts, rest = self.components, Rest.on(rest)
         settings = prepare.DiTSettings(dtype=dtype)
-        model = prepare.load_dit(parts["dit"], settings, device, vace=parts.get("vace"))
+        model = prepare.load_dit(parts["dit"], settings, rest, vace=parts.get("vace"))
         if self.has_motion_controller:
-            model = prepare.with_speed_control(model, parts["motion_controller"], device)
+            model = prepare.with_speed_control(model, parts["motion_controller"], rest.device)
         return model
 
     def fit(self, cond: Conditioning, size: VideoSize) -> Conditioning:

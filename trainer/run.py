@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ..wan_core.rest import Rest
 from ..wan_core.runtime import OutOfMemoryError, Runtime
 from . import dataset, engine, models, report, trainable
 from .cache import LatentCache
@@ -48,8 +49,8 @@ FREE = {
     "model_id_with_origin_paths", "model_paths", "num_epochs", "num_workers", "on_bad_sample", "output_path",
     "remove_prefix_in_ckpt", "resume", "resume_force", "sample_cfg_scale", "sample_count", "sample_inference_steps",
     "sample_negative_prompt", "sample_prompt", "sample_seed", "sample_steps", "save_steps", "skip_download",
-    "stop_file", "tokenizer_path", "use_gradient_checkpointing", "use_gradient_checkpointing_offload",
-    "validate_steps",
+    "stop_file", "stream_base", "tokenizer_path", "use_gradient_checkpointing", "use_gradient_checkpointing_offload",
+    "validate_steps", "vram_limit",
 }  # fmt: skip
 """Settings that may differ between a run and its continuation: they do not change what a step computes, or, as the
 learning rate, are there to be changed. Data and models are known by their content, not by their paths."""
@@ -167,7 +168,8 @@ class _Run:
         exporter = Exporter(config, trainables, run_id(identity))
         saver = Saver(config, trained, exporter, self.states, self.events, needs.saved, identity, done)
         loop = Loop(config, trained, examples, plan, _objective(config), saver, watcher, self.events, self.stop)
-        return self._ended(Result(loop.run(done), plan.total), saver)
+        with trained.placed():
+            return self._ended(Result(loop.run(done), plan.total), saver)
 
     def _watcher(self, examples: Examples, clips: Examples) -> Watcher:
         """What is shown between steps, encoded while the encoders are there; the engine is still to come."""
@@ -180,7 +182,9 @@ class _Run:
 
     def _trainables(self, found: models.FoundModels, encoders: Encoders) -> Trainables:
         trained = self.config.trainable_models
-        model = found.load_dit(self.dtype, self.accelerator.device)
+        device = torch.device("cpu") if self.config.streams else self.accelerator.device
+        rest = Rest.on(device, weights="fp8" if self.config.fp8_base else "auto")
+        model = found.load_dit(self.dtype, rest)
         text_encoder = encoders.text if "text_encoder" in trained else None
         return trainable.prepare(model, self.config, text_encoder, encoders.vae if "vae" in trained else None)
 

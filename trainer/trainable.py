@@ -16,6 +16,7 @@ from ..wan_core.adapters.model import Target, fit_to
 from ..wan_core.adapters.open import open_lora
 from ..wan_core.conditioning.text import TEXT_TOKENS, TextEncoder, clean_prompt
 from ..wan_core.lora.patches import LowRank
+from ..wan_core.memory.quant import FP8_DTYPES
 from ..wan_core.models.dit import WanDiT, check_shapes, vace_strengths
 from ..wan_core.models.motion_controller import MotionController
 from ..wan_core.models.vae import WanVAE
@@ -213,9 +214,14 @@ def check(config: TrainConfig) -> None:
             f"--remove_prefix_in_ckpt {config.remove_prefix_in_ckpt!r} would leave names that nothing loads; it is one "
             f"of {', '.join(map(repr, prefixes))}."
         )
-    for name in ("fp8_base", "stream_base", "vram_limit"):
-        if getattr(config, name):
-            raise ValueError(f"--{name} is not available yet; leave it out.")
+    whole = {"dit", "vace"} & set(config.trainable_models)
+    frozen = "--fp8_base" if config.fp8_base else "--stream_base" if config.streams else None
+    if frozen and whole:
+        raise ValueError(
+            f"{frozen} is for frozen weights, but those of {min(whole)} are trained; train a LoRA instead."
+        )
+    if config.streams and not config.use_gradient_checkpointing:
+        raise ValueError("--stream_base needs gradient checkpointing: a block that is gone has to run again.")
 
 
 def _module_of(module: Denoiser, name: str, label: str) -> tuple[str, nn.Module]:
@@ -260,12 +266,22 @@ def _inject(module: Denoiser, config: TrainConfig, label: str) -> Part:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         inject_adapter_in_model(settings, base)
+        _start_in_float32(base, layers, config.seed)
     for layer in layers:
         # Matrix products run in the dtype of the layer's input, by autocast; a float32 copy of it would only cost.
         base.get_submodule(layer).cast_input_dtype_enabled = config.mixed_precision == "no"
     if config.lora_checkpoint:
         _start_from(base, layers, config)
     return Part(name, owner, tuple(layers), is_lora=True)
+
+
+def _start_in_float32(base: nn.Module, layers: Sequence[str], seed: int) -> None:
+    """Draw factors again where layers are FP8: PEFT gives factors the dtype of their layer, here too coarse a one."""
+    eight = [layer for layer in layers if base.get_submodule(layer).get_base_layer().weight.dtype in FP8_DTYPES]
+    torch.manual_seed(seed)
+    for layer in (module for name, module in base.named_modules() if name in set(eight)):
+        layer.lora_A[ADAPTER].float(), layer.lora_B[ADAPTER].float()
+        layer.reset_lora_parameters(ADAPTER, True)
 
 
 def _target_layers(base: nn.Module, part: str, targets: Sequence[str]) -> list[str]:

@@ -185,7 +185,7 @@ def test_a_dropped_module_frees_its_weights_and_rows():
 
 
 def test_streamed_blocks_lie_between_resident_ones():
-    net = Net(12)
+    net = Net(12).requires_grad_(False)
     inventory = Residency.of(net).inventory([f"blocks.{i}" for i in range(12)])
     size = next(iter(inventory.blocks.values())).bytes
     placement = place(inventory, inventory.outside.bytes + 10 * size)
@@ -195,7 +195,7 @@ def test_streamed_blocks_lie_between_resident_ones():
 
 @pytest.mark.parametrize("parameters", [0, 100, 300, 10**6])
 def test_at_most_so_many_parameters_stay(parameters):
-    net = Net()
+    net = Net().requires_grad_(False)
     placement = place(Residency.of(net).inventory(), parameters=parameters)
     outside = sum(p.numel() for p in net.enter.parameters())
     kept = sum(t.numel() for path in placement.resident for t in weights_of(blocks_of(net)[path]).values())

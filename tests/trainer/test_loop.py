@@ -82,6 +82,8 @@ def test_two_clips_are_learned_by_heart(shared, tmp_path, monkeypatch, mode):
         dict(use_gradient_checkpointing_offload=True, batch_size=2),
         dict(cache="off", batch_size=2),
         dict(num_workers=2, batch_size=2),
+        dict(stream_base=True, batch_size=2),
+        dict(vram_limit=0.016, use_gradient_checkpointing_offload=True, batch_size=2),
     ],
     ids=str,
 )
@@ -91,6 +93,12 @@ def test_how_a_step_is_computed_does_not_change_it(shared, tmp_path, changes):
     run(config(shared, other, learning_rate=1e-3, **changes))
     assert losses(other) == pytest.approx(losses(plain), rel=1e-5)
     assert difference(plain, other) < 1e-3
+
+
+def test_a_base_in_8_bits_is_trained_nearly_like_another(shared, tmp_path):
+    for name, changes in (("plain", {}), ("eight", {"fp8_base": True, "stream_base": True})):
+        run(config(shared, tmp_path / name, learning_rate=1e-3, **changes))
+    assert losses(tmp_path / "eight") == pytest.approx(losses(tmp_path / "plain"), rel=0.03)
 
 
 def test_the_loss_of_a_sample_does_not_depend_on_its_batch(shared, tmp_path):

@@ -51,7 +51,7 @@ def test_a_run_repeats_itself_from_its_config_file(shared, tmp_path):
         (["--learnign_rate", "1"], "Did you mean --learning_rate"),
         (["--dataset_base_path", "/nowhere"], "not a folder"),
         ([], "Nothing is to be trained"),
-        (["--lora_base_model", "dit", "--fp8_base"], "--fp8_base is not available"),
+        (["--trainable_models", "dit", "--fp8_base"], "--fp8_base is for frozen weights"),
     ],
     ids=str,
 )

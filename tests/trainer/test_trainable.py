@@ -1,5 +1,6 @@
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,9 @@ from wancore.trainer.checkpointing import checkpointed
 from wancore.trainer.objective import Objective
 from wancore.trainer.trainable import lora_patches, prepare
 from wancore.wan_core.conditioning.text import TextEncoder
+from wancore.wan_core.memory.plan import place
+from wancore.wan_core.memory.quant import big_linears, quantise
+from wancore.wan_core.memory.residency import Residency
 
 from tests.reference import DITS, relative_error, tiny_text_encoder, tiny_vae
 from tests.trainer.models import config, inputs, trainables, video_model
@@ -113,6 +117,47 @@ def test_checkpointing_and_offload_change_no_gradient(variant, how, mode):
     assert all(torch.equal(gradients[name], plain[name]) for name in plain)
 
 
+@pytest.mark.parametrize("variant", ["t2v", "vace"])
+@pytest.mark.parametrize("share", [0.0, 0.8])
+def test_streaming_the_base_changes_no_gradient(variant, share):
+    found = trainables(variant, lora_base_model="dit")
+    give_the_lora_an_effect(found)
+    loss, plain = loss_and_gradients(found, variant, offload=False)
+    dit = found.module.dit
+    before = {name: parameter.clone() for name, parameter in dit.named_parameters()}
+    residency = Residency.of(dit)
+    inventory = residency.inventory(dit.block_order())
+    placement = place(inventory, share * inventory.bytes)
+    assert placement.streamed and bool(placement.resident) == bool(share)
+    with residency.working(torch.device("cpu"), placement) as stream:
+        copied = []
+        for _ in range(3):
+            seen = stream.copied
+            again, gradients = loss_and_gradients(found, variant, stream=stream)
+            copied.append(stream.copied - seen)
+            assert again == loss
+            assert all(torch.equal(gradients[name], plain[name]) for name in plain)
+    assert copied[-1] < 2 * placement.streamed_bytes, "forward and backward; the last block serves both"
+    assert all(torch.equal(parameter, before[name]) for name, parameter in dit.named_parameters())
+
+
+def test_a_lora_on_fp8_weights_is_trained_like_one_on_the_same_plain_weights():
+    eight = prepare(replace(video_model(), dit=quantise(video_model().dit)), config(lora_base_model="dit"))
+    model = video_model()
+    for name, layer in big_linears(quantise(video_model().dit)).items():
+        model.dit.get_submodule(name).weight.data = layer.dequantised()
+    plain = prepare(model, config(lora_base_model="dit"))
+    assert {p.dtype for p in eight.parameters().values()} == {torch.float32}
+    for name, parameter in eight.parameters().items():
+        assert name.split(".")[-3] == "lora_B" or len(parameter.unique()) > 0.9 * parameter.numel(), "not drawn in FP8"
+        plain.parameters()[name].data.copy_(parameter)
+    for found in (eight, plain):
+        give_the_lora_an_effect(found)
+    (loss, gradients), (expected, wanted) = (loss_and_gradients(found, offload=False) for found in (eight, plain))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert all(relative_error(gradients[name], wanted[name]) < 1e-4 for name in wanted)
+
+
 @pytest.mark.parametrize("mode", [dict(trainable_models=("vace",)), dict(lora_base_model="vace")], ids=str)
 def test_the_vace_branch_is_trained_alone(mode):
     found = trainables("vace", **mode)
@@ -205,8 +250,8 @@ def test_targets_are_matched_by_the_end_of_the_name():
         ("t2v", dict(lora_base_model="dit", lora_target_modules=("time_embedding.0",)), "cannot carry a LoRA"),
         ("t2v", dict(lora_base_model="dit", lora_target_modules=("patch_embedding",)), "cannot carry a LoRA"),
         ("t2v", dict(lora_base_model="dit", remove_prefix_in_ckpt="pipe."), "--remove_prefix_in_ckpt 'pipe.'"),
-        ("t2v", dict(lora_base_model="dit", fp8_base=True), "--fp8_base is not available"),
-        ("t2v", dict(lora_base_model="dit", stream_base=True), "--stream_base is not available"),
+        ("t2v", dict(trainable_models=("dit",), fp8_base=True), "--fp8_base is for frozen weights"),
+        ("vace", dict(trainable_models=("vace",), vram_limit=4.0), "--stream_base is for frozen weights"),
         ("t2v", dict(lora_base_model="dit", lora_checkpoint="/nowhere.safetensors"), "nowhere"),
     ],
 )

@@ -1,7 +1,7 @@
 """Blocks whose weights rest in host memory and pass through two slots on the device, copied one ahead of their turn."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import torch
@@ -156,6 +156,7 @@ class BlockStream:
     def __init__(self, blocks: Sequence[StreamedBlock], device: torch.device, copies: Copies) -> None:
         """`blocks` in the order in which a pass is expected to run them."""
         self._blocks, self._copies = blocks, copies
+        self._index = {id(block.module): index for index, block in enumerate(blocks)}
         size = max(block.layout.bytes for block in blocks)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._staging: list[Slab | None] = [None] * SLOTS
@@ -186,6 +187,19 @@ class BlockStream:
                 self._blocks[index].rest()
         self._copies.close()
         self._slots.clear()
+
+    @contextmanager
+    def around(self, module: nn.Module) -> Iterator[None]:
+        """Around a run of `module` that its hooks do not see, such as one for a backward pass; other modules pass."""
+        index = self._index.get(id(module))
+        if index is None:
+            yield
+            return
+        self._enter_block(index)
+        try:
+            yield
+        finally:
+            self._read_ahead(index)
 
     def _enter_block(self, index: int) -> None:
         if index == self._current:

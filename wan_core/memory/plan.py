@@ -53,7 +53,11 @@ class Inventory:
         layouts = {path: Layout.of(path, weights, dtypes) for path in paths if path not in idle}
         apart = tuple(f"{path}." for path in (*layouts, *idle))
         tables = tables_of(module)
-        outside = {name: w for name, w in weights.items() if not name.startswith(apart) and name not in tables}
+        outside = {
+            name: weight
+            for name, weight in weights.items()
+            if weight.requires_grad or not (name.startswith(apart) or name in tables)
+        }
         size = sum(weight.numel() * dtypes.get(name, weight.dtype).itemsize for name, weight in outside.items())
         return cls(
             Weights(size, sum(weight.numel() for weight in outside.values())),

@@ -18,7 +18,7 @@ from .slab import Layout, Slab
 class Residency:
     """Moves the weights of one module. Resting weights are what the parameters hold between uses: in host memory, on a
     device, or as views of the model file ("disk"). Copies on a device are dropped when they are no longer needed and
-    never copied back: inference does not change weights.
+    never copied back: they do not change. Weights that are trained are left where they are.
 
     Attributes:
         work_dtypes: the dtype, by parameter name, that a weight is given on the device when it rests in another one.
@@ -137,7 +137,11 @@ class Residency:
         """The copies that `placement` wants to stay on `device`, kept ones first; other kept ones are dropped."""
         elsewhere = tuple(f"{path}." for path in (*placement.streamed, *placement.inventory.idle))
         tables = tables_of(module)
-        wanted = [name for name in weights if not name.startswith(elsewhere) and name not in tables]
+        wanted = [
+            name
+            for name, weight in weights.items()
+            if not (weight.requires_grad or name.startswith(elsewhere) or name in tables)
+        ]
         self._kept = {
             name: (resting, copy)
             for name, (resting, copy) in self._kept.items()

@@ -46,10 +46,13 @@ class Layout:
 
     @classmethod
     def of(cls, path: str, weights: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> "Layout":
-        """The layout of the weights below `path`, in `dtypes` where these name one, else in their own."""
+        """The layout of the weights below `path`, in `dtypes` where these name one, else in their own.
+
+        Weights that are trained belong to no row: they stay where the optimizer has them.
+        """
         entries, offset = [], 0
         for name, weight in weights.items():
-            if not name.startswith(f"{path}."):
+            if not name.startswith(f"{path}.") or weight.requires_grad:
                 continue
             entry = Entry(name, tuple(weight.shape), dtypes.get(name, weight.dtype), offset)
             entries.append(entry)
