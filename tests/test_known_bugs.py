@@ -108,9 +108,11 @@ def test_fp8_image_encoder_computes_in_the_chosen_type(tmp_path):
     """DiffSynth would have computed it in FP8."""
     weights = {k: v.to(torch.float8_e4m3fn) for k, v in tiny_image_encoder().state_dict().items()}
     torch.save(weights, tmp_path / "clip.pth")
-    encoder = build(detect_files(tmp_path / "clip.pth"), dtype=torch.bfloat16)
-    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
-    assert encoder(torch.zeros(1, 3, 32, 32)).isfinite().all()
+    component = detect_files(tmp_path / "clip.pth")
+    stored, plain = (build(component, dtype=torch.bfloat16, weights=weights) for weights in ("auto", "plain"))
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+    image = torch.zeros(1, 3, 32, 32)
+    assert plain(image).isfinite().all() and torch.equal(stored(image), plain(image))
 
 
 @pytest.mark.parametrize("frames", [5, 13, 21])
