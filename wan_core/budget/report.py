@@ -48,7 +48,7 @@ def gigabytes(size: float) -> str:
 def _row(phase: Phase) -> tuple[str, ...]:
     per = "per step" if phase.name == "sampling" else "per pass"
     streams = bool(phase.streamed_bytes)
-    short = f"{gigabytes(phase.missing)} too much; " if phase.missing else ""
+    short = f"{gigabytes(phase.missing)} too much" if phase.missing else ""
     return (
         phase.name,
         gigabytes(phase.peak_bytes),
@@ -56,7 +56,7 @@ def _row(phase: Phase) -> tuple[str, ...]:
         gigabytes(phase.streamed_bytes) if streams else "-",
         f"{gigabytes(phase.copied_bytes)} {per}" if streams else "-",
         f"{phase.hidden:.0%}" if streams else "-",
-        short + phase.note,
+        "; ".join(filter(None, (short, phase.note))),
     )
 
 
