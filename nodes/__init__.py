@@ -1,5 +1,6 @@
 """The node classes by the ids that workflows save. Ids never change."""
 
+from .bridge import FromConditioning, FromVAE, ToConditioning
 from .camera import CameraEncode, MovePath, RowsPath
 from .control_encode import ControlEncode
 from .image_encode import ImageEncode
@@ -44,6 +45,9 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "WanCoreLoadLatents": LoadLatents,
     "WanCoreVAEEncode": VAEEncode,
     "WanCoreVAEDecode": VAEDecode,
+    "WanCoreFromConditioning": FromConditioning,
+    "WanCoreToConditioning": ToConditioning,
+    "WanCoreFromVAE": FromVAE,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -76,4 +80,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreLoadLatents": "Load Latents (WanCore)",
     "WanCoreVAEEncode": "VAE Encode (WanCore)",
     "WanCoreVAEDecode": "VAE Decode (WanCore)",
+    "WanCoreFromConditioning": "Conditioning from ComfyUI (WanCore)",
+    "WanCoreToConditioning": "Conditioning to ComfyUI (WanCore)",
+    "WanCoreFromVAE": "VAE from ComfyUI (WanCore)",
 }

@@ -3,7 +3,7 @@
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -216,8 +216,14 @@ class _Filling:
         replace_layer(self.module, name.removesuffix(".weight"), layer)
 
 
-def combine(source: Source, files: TensorFiles) -> Tensor:
-    """An original tensor in memory of its own, made of its parts in `files`; float32 where parts have FP8 scales."""
+class Reader(Protocol):
+    """Where stored tensors are read from, such as `TensorFiles`."""
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def combine(source: Source, files: Reader) -> Tensor:
+    """An original tensor made of its parts in `files`; float32 where parts have FP8 scales."""
     return _combine(source, {name: files.read(name) for name in (*source.names, *source.scales) if name})
 
 
