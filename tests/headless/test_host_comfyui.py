@@ -1,7 +1,10 @@
 """The pack as a guest of a real ComfyUI: its model folders, its cache, its buttons, and its own Wan nodes."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -132,6 +135,40 @@ def test_interrupt_stops_a_run_in_the_middle_of_a_step(placed, server, folders):
     assert not any(steps), "the one step there is was finished"
     until_idle(server)
     assert run_on_server(on_files("t2v", seed=2), server, folders).files, "the model works after it"
+
+
+def test_the_client_in_the_documentation_runs_as_it_is_printed(placed, server, tmp_path):
+    """But for its server, and a workflow that asks for small models."""
+    page = (ROOT / "docs" / "headless.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert 'SERVER = "http://127.0.0.1:8188"\n' in code
+    (tmp_path / "client.py").write_text(code.replace("http://127.0.0.1:8188", server.url))
+    (tmp_path / "workflows" / "api").mkdir(parents=True)
+    (tmp_path / "workflows" / "api" / "t2v.json").write_text(json.dumps(on_files("t2v", seed=5).to_api()))
+    command = [sys.executable, "-I", "client.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert not done.returncode, done.stderr
+    with av.open(str(tmp_path / done.stdout.strip())) as container:
+        assert len(list(container.decode(video=0))) == SMALL["num_frames"]
+        assert "A paper boat on a river" in container.metadata["prompt"]
+
+
+def test_several_workflows_in_one_command_wait_for_another_run(placed, server, tmp_path):
+    slow = {
+        "1": {"class_type": "HeadlessTestSlow", "inputs": {"steps": 60}},
+        "2": {"class_type": "HeadlessTestShow", "inputs": {"value": ["1", 0]}},
+    }
+    server.submit(slow, "another client")
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for seed, file in enumerate(files, 6):
+        file.write_text(json.dumps(on_files("t2v", seed=seed).to_api()))
+    command = [sys.executable, "-m", "headless", "run", *map(str, files), "--server", server.url]
+    command += ["--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert not done.returncode, done.stderr
+    assert "Waiting: 1 run on the server first." in done.stderr
+    videos = [Path(line) for line in done.stdout.splitlines()]
+    assert len(videos) == 2 and videos[0].read_bytes() != videos[1].read_bytes()
 
 
 MODELS = ("WanDiT", "WanVAE", "UMT5Encoder", "ImageEncoder")
