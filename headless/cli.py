@@ -14,7 +14,7 @@ from ..nodes import NODE_CLASS_MAPPINGS, host
 from ..wan_core import catalog
 from ..wan_core.runtime import Cancelled, Pace
 from . import convert_command, info_command, lora_command, plan_command
-from .client import run_on_server
+from .client import run_all_on_server
 from .core_nodes import core_nodes
 from .events import Event, RunResult
 from .folders import Folders
@@ -22,6 +22,7 @@ from .runner import run
 from .schema import schemas_of
 from .server import Server, ServerUnreachableError
 from .tiny import apply_tiny
+from .validate import validate
 from .workflow import Workflow, apply_sets
 
 OK, FAILED, BAD_USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -32,7 +33,12 @@ STEP_INTERVAL = 0.5
 
 
 RUN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
-    "file": {"metavar": "FILE", "type": Path, "help": "workflow in API format, such as those in workflows/api"},
+    "files": {
+        "metavar": "FILE",
+        "type": Path,
+        "nargs": "+",
+        "help": "workflow in API format, such as those in workflows/api; several run one after the other",
+    },
     "--set": {
         "metavar": "NODE.INPUT=VALUE",
         "dest": "sets",
@@ -113,21 +119,26 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--preview-every is a number of steps, or 0 for none; got {arguments.preview_every}.")
     if arguments.server and arguments.device:
         raise ValueError("--device holds for runs in this process; a server computes on its own device.")
-    workflow = Workflow.load(arguments.file)
+    workflows = [Workflow.load(file) for file in arguments.files]
     folders = Folders(arguments.input, arguments.out)
     on_event = (lambda _: None) if arguments.quiet else Progress().show
     nodes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
     if arguments.tiny:
-        workflow = apply_tiny(workflow, nodes)
+        workflows = [apply_tiny(workflow, nodes) for workflow in workflows]
     if arguments.server:
         server = Server(arguments.server)
-        workflow = apply_sets(workflow, arguments.sets, server.schemas(workflow))
-        result = run_on_server(workflow, server, folders, on_event=on_event)
+        schemas = [server.schemas(workflow) for workflow in workflows]
+        pairs = zip(workflows, schemas, strict=True)
+        workflows = [apply_sets(workflow, arguments.sets, known) for workflow, known in pairs]
+        results = run_all_on_server(workflows, server, folders, schemas=schemas, on_event=on_event)
     else:
-        workflow = apply_sets(workflow, arguments.sets, schemas_of(nodes))
+        known = schemas_of(nodes)
         _configure_host(arguments, on_event)
-        result = run(workflow, nodes, on_event=on_event, folders=folders)
-    return _print_files(result)
+        workflows = [validate(apply_sets(workflow, arguments.sets, known), known) for workflow in workflows]
+        results = (run(workflow, nodes, on_event=on_event, folders=folders) for workflow in workflows)
+    for result in results:
+        _print_files(result)
+    return OK
 
 
 DECODE_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
@@ -171,7 +182,7 @@ def _decode(arguments: argparse.Namespace) -> int:
 
 def _print_files(result: RunResult) -> int:
     for path in result.files:
-        print(path)
+        print(path, flush=True)
     return OK
 
 
@@ -212,6 +223,8 @@ class Progress:
                 return f"[{event.done}/{event.total}] {event.node}"
             case "cached":
                 return f"{event.node}: reused"
+            case "queued":
+                return f"Waiting: {event.done} run{'s' if event.done > 1 else ''} on the server first."
             case "progress":
                 return f"    {event.text or 'step'} {event.done}/{event.total}"
         return event.text

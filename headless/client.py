@@ -7,8 +7,8 @@ progress and wakes the wait early. Without the optional package websocket-client
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -27,6 +27,9 @@ except ImportError:
 
 POLL_SECONDS = 1.0
 """Pause between two looks at the history."""
+
+LATE_SECONDS = 0.2
+"""How long to listen for what a run that has finished said of itself."""
 
 PATIENCE_SECONDS = 60.0
 """How long a server may be out of reach, in the middle of a run, before the run is given up."""
@@ -52,18 +55,56 @@ def run_on_server(
         Cancelled: the run was interrupted on the server.
         ServerUnreachableError: no server, or none any more.
     """
-    schemas = server.schemas(workflow) if schemas is None else schemas
-    workflow = validate(workflow, schemas)
-    workflow = _upload_inputs(workflow, server, folders, schemas, on_event)
+    given = None if schemas is None else [schemas]
+    (result,) = run_all_on_server([workflow], server, folders, schemas=given, on_event=on_event)
+    return result
+
+
+def run_all_on_server(
+    workflows: Sequence[Workflow],
+    server: Server,
+    folders: Folders,
+    *,
+    schemas: Sequence[Mapping[str, NodeSchema]] | None = None,
+    on_event: OnEvent = lambda _: None,
+) -> Iterator[RunResult]:
+    """Queue several workflows at once, and give what each made as soon as it has finished, in their order.
+
+    All are checked before the first is queued. A run that fails takes those after it out of the queue.
+
+    Raises:
+        ValidationError, NodeError, Cancelled, ServerUnreachableError: as `run_on_server`.
+    """
+    schemas = [server.schemas(workflow) for workflow in workflows] if schemas is None else schemas
+    pairs = zip([validate(*pair) for pair in zip(workflows, schemas, strict=True)], schemas, strict=True)
+    ready = [_upload_inputs(workflow, server, folders, known, on_event) for workflow, known in pairs]
     client_id = uuid.uuid4().hex
-    with closing(_Socket(server.socket_url(client_id))) as socket:
+    with closing(_Socket(server.socket_url(client_id))) as socket, _Queued(server) as queued:
         socket.connect()
-        prompt_id = _submit(workflow, server, client_id)
-        with _stopping(server, prompt_id):
-            record = _wait(workflow, server, socket, prompt_id, on_event)
+        for workflow in ready:
+            queued.ids.append(_submit(workflow, server, client_id))
+        for workflow in ready:
+            record = _wait(workflow, server, socket, queued.ids[0], on_event)
+            queued.ids.pop(0)
             _raise_failure(workflow, record)
-    ui = record.get("outputs") or {}
-    return RunResult(ui, tuple(_download(ui, server, folders)))
+            ui = record.get("outputs") or {}
+            yield RunResult(ui, tuple(_download(ui, server, folders)))
+
+
+class _Queued:
+    """Runs that the server has not finished, in `ids`; they are stopped when what waits for them ends early."""
+
+    def __init__(self, server: Server):
+        self.server = server
+        self.ids: list[str] = []
+
+    def __enter__(self) -> "_Queued":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for prompt_id in reversed(self.ids):
+            with suppress(ServerUnreachableError, RefusedError):
+                self.server.stop(prompt_id)
 
 
 def _upload_inputs(
@@ -118,16 +159,6 @@ def _issues(workflow: Workflow, body: Mapping[str, Any]) -> list[Issue]:
     return [Issue(error.get("type", ""), error.get("message", ""), error.get("details", ""))]
 
 
-@contextmanager
-def _stopping(server: Server, prompt_id: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        with suppress(ServerUnreachableError, RefusedError):
-            server.stop(prompt_id)
-        raise
-
-
 class _Socket:
     """The server's event stream, as far as there is one; opened again whenever it has dropped."""
 
@@ -170,29 +201,33 @@ class _Socket:
 def _wait(workflow: Workflow, server: Server, socket: _Socket, prompt_id: str, on_event: OnEvent) -> dict[str, Any]:
     """The history record of the run, once it has finished."""
     follow = _Follower(workflow, prompt_id, on_event)
-    last_answer = time.monotonic()
+    last_answer, is_over = time.monotonic(), False
     while True:
         try:
-            if record := _finished(server, prompt_id):
+            if record := server.history(prompt_id):
+                if not is_over:
+                    follow.until_over(socket, LATE_SECONDS)
                 return record
+            follow.place(_runs_before(server, prompt_id))
             last_answer = time.monotonic()
         except ServerUnreachableError:
             if time.monotonic() - last_answer > PATIENCE_SECONDS:
                 raise
-        for message in socket.receive(POLL_SECONDS):
-            if follow.message(message):
-                break
+        is_over = follow.until_over(socket, POLL_SECONDS)
 
 
-def _finished(server: Server, prompt_id: str) -> dict[str, Any] | None:
-    if record := server.history(prompt_id):
-        return record
+def _runs_before(server: Server, prompt_id: str) -> int:
+    """How many runs the server finishes before it begins this one.
+
+    Raises:
+        RuntimeError: it knows nothing of it.
+    """
     queue = server.queue()
-    if prompt_id in queue["running"] or prompt_id in queue["pending"]:
-        return None
+    if prompt_id in queue["pending"]:
+        return len(queue["running"]) + queue["pending"].index(prompt_id)
     # It may have finished between the two looks.
-    if record := server.history(prompt_id):
-        return record
+    if prompt_id in queue["running"] or server.history(prompt_id):
+        return 0
     raise RuntimeError("The server no longer knows this run: it was restarted, or the run was taken out of its queue.")
 
 
@@ -201,7 +236,17 @@ class _Follower:
 
     def __init__(self, workflow: Workflow, prompt_id: str, on_event: OnEvent):
         self.workflow, self.prompt_id, self.on_event = workflow, prompt_id, on_event
-        self.started = 0
+        self.started = self.before = 0
+
+    def place(self, before: int) -> None:
+        """Report how many runs come first, when that has changed."""
+        if before and before != self.before:
+            self.on_event(Event("queued", done=before))
+        self.before = before
+
+    def until_over(self, socket: _Socket, seconds: float) -> bool:
+        """Report what arrives within that time; True as soon as a message says that the run is over."""
+        return any(map(self.message, socket.receive(seconds)))
 
     def message(self, message: Mapping[str, Any]) -> bool:
         """Report one message; True when it says that the run is over."""

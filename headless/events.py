@@ -11,9 +11,10 @@ from .workflow import NodeSpec
 @dataclass(frozen=True)
 class Event:
     """`start`: `node` begins, the `done`-th of `total`. `cached`: its results are reused. `progress`: step `done` of
-    `total` inside a node, in the phase `text`. `notice`: `text` for the user."""
+    `total` inside a node, in the phase `text`. `queued`: the server finishes `done` runs first. `notice`: `text` for
+    the user."""
 
-    kind: Literal["start", "cached", "progress", "notice"]
+    kind: Literal["start", "cached", "progress", "queued", "notice"]
     node: NodeSpec | None = None
     done: int = 0
     total: int = 0

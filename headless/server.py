@@ -8,6 +8,7 @@ import urllib.request
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,10 @@ class Server:
         return self._json("GET", f"history/{prompt_id}").get(prompt_id)
 
     def queue(self) -> dict[str, list[str]]:
-        """The ids of what is `running` and what is `pending`."""
+        """The ids of what is `running` and what is `pending`, in the order in which it will run."""
         answer = self._json("GET", "queue")
-        return {kind: [item[1] for item in answer.get(f"queue_{kind}", [])] for kind in ("running", "pending")}
+        in_order = {kind: sorted(answer.get(f"queue_{kind}", []), key=itemgetter(0)) for kind in ("running", "pending")}
+        return {kind: [item[1] for item in items] for kind, items in in_order.items()}
 
     def stop(self, prompt_id: str) -> None:
         """Take a run out of the queue, or interrupt it when it is running; other runs are left alone."""

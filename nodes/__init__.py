@@ -1,5 +1,6 @@
 """The node classes by the ids that workflows save. Ids never change."""
 
+from .bridge import FromConditioning, FromVAE, ToConditioning
 from .camera import CameraEncode, MovePath, RowsPath
 from .control_encode import ControlEncode
 from .image_encode import ImageEncode
@@ -53,6 +54,9 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "WanCoreTrainModel": TrainModel,
     "WanCoreLossPlot": LossPlot,
     "WanCoreTrainedWeights": TrainedWeights,
+    "WanCoreFromConditioning": FromConditioning,
+    "WanCoreToConditioning": ToConditioning,
+    "WanCoreFromVAE": FromVAE,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -91,4 +95,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreTrainModel": "Train Model (WanCore)",
     "WanCoreLossPlot": "Loss Plot (WanCore)",
     "WanCoreTrainedWeights": "Trained Weights (WanCore)",
+    "WanCoreFromConditioning": "Conditioning from ComfyUI (WanCore)",
+    "WanCoreToConditioning": "Conditioning to ComfyUI (WanCore)",
+    "WanCoreFromVAE": "VAE from ComfyUI (WanCore)",
 }

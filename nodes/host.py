@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -25,13 +26,14 @@ from . import previews
 from .resident import ResidentModel
 
 try:
+    import comfy.clip_vision as clip_vision
     import comfy.latent_formats as latent_formats
     import comfy.model_management as model_management
     import comfy.utils as comfy_utils
     import folder_paths
     import latent_preview
 except ImportError:
-    model_management = comfy_utils = folder_paths = latent_preview = latent_formats = None
+    model_management = comfy_utils = folder_paths = latent_preview = latent_formats = clip_vision = None
 
 PACK_FOLDER = Path(__file__).resolve().parents[1]
 ASSETS = PACK_FOLDER / "workflows" / "assets"
@@ -195,6 +197,13 @@ def account_for(module: torch.nn.Module) -> None:
     loaded.real_model = weakref.ref(module)
     loaded.model_finalizer = weakref.finalize(module, model_management.cleanup_models)
     known.insert(0, loaded)
+
+
+def clip_vision_output(tokens: torch.Tensor) -> object:
+    """Image tokens (B, N, 1280) as ComfyUI's CLIP_VISION_OUTPUT; its Wan models read nothing else of it."""
+    output = clip_vision.Output() if clip_vision else SimpleNamespace()
+    output.penultimate_hidden_states = tokens
+    return output
 
 
 def _standalone_report() -> Report:

@@ -33,7 +33,7 @@ REST_INPUT = sockets.choice(
 )
 
 
-def _choose_dtype(name: str, component: Component) -> torch.dtype:
+def choose_dtype(name: str, component: Component) -> torch.dtype:
     """`auto` is bfloat16 on an accelerator that has it, else float16; on the CPU it is what the file is stored in."""
     device = host.device()
     if name != "auto":
@@ -198,7 +198,7 @@ class ModelLoader(Loader):
         if vace_module != NONE:
             vace = prepare.inspect(host.find_file(self.FOLDER, vace_module), "vace")
         settings = prepare.DiTSettings(
-            dtype=_choose_dtype(dtype, component),
+            dtype=choose_dtype(dtype, component),
             attention=attention,
             exact=precision == "exact",
             fp8_matmul=fp8_matmul,
@@ -252,7 +252,7 @@ class TextEncoderLoader(Loader):
             tokenizer = prepare.find_files(
                 catalog.T2V_BASE, catalog.TOKENIZER_PATTERN, models_dir=host.models_dir(), skip_download=not download
             )[0].parent
-        dtype = _choose_dtype(dtype, component)
+        dtype = choose_dtype(dtype, component)
         return (prepare.load_text_encoder(component, tokenizer, dtype, _rest(weights, rest)),)
 
 
@@ -286,7 +286,7 @@ class VAELoader(Loader):
 
     def load(self, vae: str, dtype: str = "auto", download: bool = False) -> tuple[prepare.WanVAE]:
         component = self.component(vae, download)
-        return (prepare.load_vae(component, _choose_dtype(dtype, component), host.resting_device()),)
+        return (prepare.load_vae(component, choose_dtype(dtype, component), host.resting_device()),)
 
 
 class ImageEncoderLoader(Loader):
@@ -326,5 +326,5 @@ class ImageEncoderLoader(Loader):
         rest: str = "memory",
     ) -> tuple[prepare.ImageEncoder]:
         component = self.component(image_encoder, download)
-        dtype = _choose_dtype(dtype, component)
+        dtype = choose_dtype(dtype, component)
         return (prepare.load_image_encoder(component, dtype, _rest(weights, rest)),)

@@ -32,6 +32,8 @@ class FakeComfy:
         self.socket_messages: list[dict] = []
         self.upload_status = 200
         self.polls = 0
+        self.sockets = 0
+        self.ahead: list[str] = []
 
     def info(self, name: str) -> dict:
         if name not in self.nodes:
@@ -42,13 +44,25 @@ class FakeComfy:
             name: {"input": node.INPUT_TYPES(), "output": output, "output_node": getattr(node, "OUTPUT_NODE", False)}
         }
 
-    def history(self) -> dict:
+    def history(self, prompt_id: str = PROMPT_ID) -> dict:
         self.polls += 1
         if not self.known or self.polls < self.polls_until_done:
             return {}
         failed = any(kind in ("execution_error", "execution_interrupted") for kind, _ in self.messages)
         status = {"status_str": "error" if failed else "success", "completed": not failed, "messages": self.messages}
-        return {PROMPT_ID: {"outputs": self.outputs, "status": status}}
+        return {prompt_id: {"outputs": self.outputs, "status": status}}
+
+    def queue(self) -> dict:
+        """Runs of others in front of the one that there is, listed as a heap is: not in order."""
+        waiting = [[number, name, {}, {}, []] for number, name in enumerate(self.ahead)]
+        mine = [[len(waiting), PROMPT_ID, {}, {}, []]] * self.known
+        return {"queue_running": waiting[:1] or mine, "queue_pending": [*mine, *waiting[1:]] if waiting else []}
+
+    def answer_prompt(self) -> tuple[int, dict]:
+        """The first run has the id that tests know, each further one a number after it."""
+        status, answer = self.prompt_answer
+        count = sum(path == "prompt" for path, _ in self.posted)
+        return status, {**answer, "prompt_id": f"{PROMPT_ID}-{count}"} if count > 1 else answer
 
 
 @contextmanager
@@ -83,8 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             answers = {
                 "object_info": lambda: self.fake.info(urllib.parse.unquote(rest)),
-                "history": self.fake.history,
-                "queue": lambda: {"queue_running": [[0, PROMPT_ID, {}, {}, []]] * self.fake.known, "queue_pending": []},
+                "history": lambda: self.fake.history(rest),
+                "queue": self.fake.queue,
             }
             self._answer(200, json.dumps(answers[head]()).encode())
 
@@ -95,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._upload(body)
             return
         self.fake.posted.append((path, json.loads(body)))
-        status, answer = self.fake.prompt_answer if path == "prompt" else (200, {})
+        status, answer = self.fake.answer_prompt() if path == "prompt" else (200, {})
         self._answer(status, json.dumps(answer).encode())
 
     def _upload(self, body: bytes):
@@ -116,6 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "Sec-WebSocket-Key" not in self.headers:
             self._answer(400, b"")
             return
+        self.fake.sockets += 1
         digest = hashlib.sha1((self.headers["Sec-WebSocket-Key"] + SOCKET_GUID).encode()).digest()
         self.send_response(101)
         self.send_header("Upgrade", "websocket")

@@ -33,13 +33,14 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(place: Path, *arguments: str) -> list[str]:
+def command(place: Path, *arguments: str, files: tuple[str, ...] = ("copy.json",)) -> list[str]:
     folders = ["--input", str(place / "in"), "--out", str(place / "out")]
-    return [sys.executable, "-m", "headless", "run", str(place / "copy.json"), *folders, *arguments]
+    paths = [str(place / file) for file in files]
+    return [sys.executable, "-m", "headless", "run", *paths, *folders, *arguments]
 
 
-def headless(place: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(place, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=60)
+def headless(place: Path, *arguments: str, **files: tuple[str, ...]) -> subprocess.CompletedProcess:
+    return subprocess.run(command(place, *arguments, **files), cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 def test_run_prints_paths_and_progress(place):
@@ -48,6 +49,21 @@ def test_run_prints_paths_and_progress(place):
     assert done.stderr.splitlines() == ["[1/2] #1 LoadImage 'Picture'", "[2/2] #2 SaveImage"]
     with Image.open(done.stdout.strip()) as image:
         assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_several_workflows_run_one_after_the_other(place):
+    other = {**COPY, "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "other"}}}
+    (place / "other.json").write_text(json.dumps(other))
+    done = headless(place, "--set", "Picture.image=a.png", "--quiet", files=("copy.json", "other.json"))
+    names = [Path(line).name for line in done.stdout.splitlines()]
+    assert (done.returncode, names) == (0, ["copy_00001_.png", "other_00001_.png"])
+
+
+def test_no_workflow_runs_when_one_of_them_cannot(place):
+    (place / "other.json").write_text(json.dumps({"1": {"class_type": "NoSuchNode", "inputs": {}}}))
+    done = headless(place, files=("copy.json", "other.json"))
+    assert done.returncode == 2 and "NoSuchNode" in done.stderr
+    assert not done.stdout and not (place / "out").exists()
 
 
 def test_a_failed_node_is_one_line_and_exit_code_1(place):

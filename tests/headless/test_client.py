@@ -96,6 +96,84 @@ def test_socket_messages_become_events(fake_comfy, go):
     assert seen[:3] == [("cached", "1", 0, 0), ("start", "2", 2, 2), ("progress", "2", 3, 8)]
 
 
+def test_a_dropped_socket_is_opened_again(fake_comfy, go):
+    """The server closes each connection after its messages; every one of them brings them again."""
+    if client.websocket is None:
+        pytest.skip("websocket-client is not installed")
+    fake_comfy.polls_until_done = 5
+    fake_comfy.socket_messages = [
+        {"type": "progress", "data": {"node": "2", "value": 3, "max": 8, "prompt_id": PROMPT_ID}}
+    ]
+    events = []
+    go(events.append)
+    assert fake_comfy.sockets >= 4
+    assert [event.kind for event in events].count("progress") >= 4
+
+
+def test_what_a_run_said_before_anyone_listened_is_heard(fake_comfy, go):
+    if client.websocket is None:
+        pytest.skip("websocket-client is not installed")
+    mine = {"prompt_id": PROMPT_ID}
+    fake_comfy.socket_messages = [
+        {"type": "execution_cached", "data": {"nodes": ["1", "2"], **mine}},
+        {"type": "execution_success", "data": mine},
+    ]
+    events = []
+    go(events.append)
+    assert [event.node.id for event in events if event.kind == "cached"] == ["1", "2"]
+
+
+def test_the_place_in_the_queue_is_told_when_it_changes(fake_comfy, go, transport):
+    fake_comfy.polls_until_done, fake_comfy.ahead = 9, ["a", "b", "c"]
+    before = []
+
+    def watch(event):
+        if event.kind == "queued":
+            before.append(event.done)
+            fake_comfy.ahead = fake_comfy.ahead[1:]
+
+    go(watch)
+    assert before == [3, 2, 1]
+
+
+def several(fake_comfy, folders, graph, count=3):
+    Image.new("RGB", (4, 4)).save(folders.input / "a.png")
+    names = [f"x{number}" for number in range(count)]
+    workflows = [
+        graph(n1=("LoadImage", {"image": "a.png"}), n2=("SaveImage", {"images": ["1", 0], "filename_prefix": name}))
+        for name in names
+    ]
+    return client.run_all_on_server(workflows, Server(fake_comfy.url), folders)
+
+
+def prompts(fake_comfy):
+    return [body["prompt"]["2"]["inputs"]["filename_prefix"] for path, body in fake_comfy.posted if path == "prompt"]
+
+
+def test_several_workflows_wait_in_the_queue_together(fake_comfy, folders, graph):
+    runs = several(fake_comfy, folders, graph)
+    next(runs)
+    assert prompts(fake_comfy) == ["x0", "x1", "x2"]
+    assert len(list(runs)) == 2 and len(fake_comfy.posted) == 3
+
+
+def test_a_run_that_fails_takes_those_after_it_out_of_the_queue(fake_comfy, folders, graph):
+    fake_comfy.messages = [["execution_error", {"node_id": "2", "exception_type": "X", "exception_message": "no"}]]
+    with pytest.raises(NodeError):
+        list(several(fake_comfy, folders, graph))
+    deleted = [body["delete"] for path, body in fake_comfy.posted if path == "queue"]
+    assert deleted == [[f"{PROMPT_ID}-3"], [f"{PROMPT_ID}-2"]]
+
+
+def test_nothing_is_queued_when_one_workflow_cannot_run(fake_comfy, folders, graph):
+    Image.new("RGB", (4, 4)).save(folders.input / "a.png")
+    good = graph(n1=("LoadImage", {"image": "a.png"}), n2=("SaveImage", {"images": ["1", 0], "filename_prefix": "x"}))
+    bad = graph(n2=("SaveImage", {"filename_prefix": "x"}))
+    with pytest.raises(ValidationError):
+        list(client.run_all_on_server([good, bad], Server(fake_comfy.url), folders))
+    assert not fake_comfy.posted and not fake_comfy.uploads
+
+
 def test_paths_from_a_subfolder_keep_it_and_paths_from_elsewhere_do_not(fake_comfy, folders, go, tmp_path):
     (folders.input / "sub").mkdir()
     for path in (folders.input / "sub" / "b.png", tmp_path / "c.png"):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -218,6 +218,14 @@ class _Filling:
         """Put an FP8 layer in the place of the plain one; its bias stays where it is or comes later."""
         layer = FP8Linear(weight, scale, self.linears[name].bias, self.dtype or DEQUANTISED_DTYPE)
         replace_layer(self.module, name.removesuffix(".weight"), layer)
+
+
+class Reader(Protocol):
+    """Where stored tensors are read from, such as `TensorFiles`; see there."""
+
+    def read(self, name: str) -> Tensor: ...
+
+    def borrow(self, name: str) -> Tensor: ...
 
 
 def combine(source: Source, files: TensorFiles) -> Tensor:

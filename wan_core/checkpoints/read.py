@@ -117,6 +117,8 @@ class TensorShapes(TensorFiles):
         info = self._header[name]
         return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
+    borrow = read
+
     def map(self, name: str) -> Tensor | None:
         """The tensor without its numbers, if it could be a view of its file."""
         info = self._header[name]

@@ -1,5 +1,6 @@
 """A small node pack in ComfyUI's class-attribute form, for runs in this process and on a real server."""
 
+import gc
 import time
 from pathlib import Path
 
@@ -245,7 +246,69 @@ class PassImage:
         return image + 0, image.shape[0]
 
 
+class Living:
+    """How many objects of each of some classes are there, over all of the process."""
+
+    CATEGORY = "test"
+    RETURN_TYPES = ("STRING",)
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"names": ("STRING", {"default": ""})}}
+
+    @classmethod
+    def IS_CHANGED(cls, names):
+        return float("nan")
+
+    def run(self, names):
+        kinds = [type(thing).__name__ for thing in gc.get_objects()]
+        return (" ".join(str(kinds.count(name)) for name in names.split()),)
+
+
+class Conditions:
+    """Native conditioning of random text, and random image tokens, at the widths that ComfyUI's Wan classes have."""
+
+    CATEGORY = "test"
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "CLIP_VISION_OUTPUT")
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"seed": ("INT", {"default": 1})}}
+
+    def run(self, seed):
+        import comfy.clip_vision
+
+        draws = torch.Generator().manual_seed(seed)
+        tokens = comfy.clip_vision.Output()
+        tokens.penultimate_hidden_states = torch.randn(1, 257, 1280, generator=draws)
+        texts = (torch.randn(1, 512, 4096, generator=draws) for _ in range(2))
+        return (*([[text, {"pooled_output": None}]] for text in texts), tokens)
+
+
+class Apart:
+    """The largest difference of two tensors, images or latents."""
+
+    CATEGORY = "test"
+    RETURN_TYPES = ("FLOAT", "FLOAT")
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"first": ("IMAGE,LATENT",), "second": ("IMAGE,LATENT",)}}
+
+    def run(self, first, second):
+        first, second = (value["samples"] if isinstance(value, dict) else value for value in (first, second))
+        if first.shape != second.shape:
+            raise ValueError(f"{tuple(first.shape)} and {tuple(second.shape)}")
+        return (first - second).abs().max().item(), first.std().item()
+
+
 _PREFIX = "HeadlessTest"
-_NODES = (Number, Text, Add, CountTo, Total, Switch, Always, Checked, Fail, Slow, Plain, Show, PassImage)
+_NODES = (
+    Number, Text, Add, CountTo, Total, Switch, Always, Checked, Fail, Slow, Plain, Show, PassImage, Living, Conditions,
+    Apart,
+)  # fmt: skip
 NODE_CLASS_MAPPINGS = {_PREFIX + node.__name__: node for node in _NODES}
 FOLDER = Path(__file__).parent

@@ -1,0 +1,293 @@
+"""ComfyUI's own CONDITIONING as ours, and ours as ComfyUI's.
+
+CONDITIONING is a list of (text embeddings, values by name). The names are those that `comfy_extras/nodes_wan.py` writes
+and `comfy/model_base.py` (`WAN21` and its children) reads. Latents in it are raw; masks are 1 where the model draws.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..wan_core.conditioning.slots import assemble_concat
+from ..wan_core.conditioning.text import TEXT_TOKENS
+from ..wan_core.models.dit import CLIP_TOKENS
+from ..wan_core.models.vae import denormalise, normalise
+from ..wan_core.runtime import log
+from ..wan_core.types import Conditioning, Curve, LatentSize, Slot, VaceInput, VideoSize
+from ..wan_core.variants import CONTROL, FIRST_FRAME, IMAGE, MASK
+
+Native = Sequence[tuple[Tensor, Mapping[str, Any]]]
+
+PARTIAL = {
+    "area": "an area",
+    "mask": "a mask",
+    "start_percent": "a range of steps",
+    "end_percent": "a range of steps",
+    "control": "a ControlNet",
+    "hooks": "hooks",
+}
+"""What makes conditioning hold for a part of a picture or of a run only, and how users know it."""
+
+READ = frozenset(
+    {
+        "concat_latent_image", "concat_mask", "clip_vision_output", "reference_latents", "camera_conditions",
+        "vace_frames", "vace_mask", "vace_strength",
+    }
+)  # fmt: skip
+UNUSED = frozenset(
+    {"pooled_output", "concat_mask_index", "guidance", "attention_mask", "strength", "set_area_to_bounds"}
+)
+"""What Wan 2.1 models have never read."""
+
+LATENT_CHANNELS = 16
+IMAGE_TOKEN_WIDTH = 1280
+NOTHING = 1e-3
+"""Largest normalised latent of nothing: zeros that went through raw latents in any dtype."""
+
+
+def from_native(positive: Native, negative: Native, clip_vision_output: Any = None) -> Conditioning:
+    """Conditioning with the text of both branches and everything else that `positive` holds.
+
+    Args:
+        clip_vision_output: image tokens, in place of those that `positive` holds.
+
+    Raises:
+        ValueError: there are several entries or none, one holds for a part of the run or picture only, the branches
+            differ in more than text, or a value has not the shape that ComfyUI's Wan nodes give it.
+    """
+    text, given = _entry(positive, "positive")
+    negative_text, other = _entry(negative, "negative")
+    _require_same(given, other)
+    text, negative_text = _padded(text, negative_text)
+    cond = Conditioning(text=text, negative_text=negative_text)
+    tokens = clip_vision_output if clip_vision_output is not None else given.get("clip_vision_output")
+    if tokens is not None:
+        cond = cond.given(clip=_tokens(tokens))
+    readers: dict[str, Callable[[Conditioning, Mapping[str, Any]], Conditioning]] = {
+        "concat_latent_image": _with_concat,
+        "reference_latents": _with_reference,
+        "camera_conditions": _with_camera,
+        "vace_frames": _with_vace,
+    }
+    for name, read in readers.items():
+        if given.get(name) is not None:
+            cond = read(cond, given)
+    return cond
+
+
+def _entry(native: Native, which: str) -> tuple[Tensor, Mapping[str, Any]]:
+    """The one entry of CONDITIONING, without what is unset or of no use."""
+    if len(native) != 1:
+        raise ValueError(
+            f"The {which} conditioning has {len(native)} entries, but Wan models take one prompt: leave out "
+            "Conditioning (Combine). Prompts that change over a video go into Window Prompts (WanCore)."
+        )
+    text, values = native[0]
+    values = {name: value for name, value in values.items() if value is not None and name not in UNUSED}
+    partial = sorted({PARTIAL[name] for name in values if name in PARTIAL})
+    if partial:
+        raise ValueError(
+            f"The {which} conditioning has {' and '.join(partial)}, for which a WanCore sampler has no place; remove "
+            "the node that set it."
+        )
+    if unknown := sorted(values.keys() - READ):
+        log.warning("Left out of the %s conditioning, as Wan 2.1 models do not read it: %s.", which, ", ".join(unknown))
+    return text.float(), {name: value for name, value in values.items() if name in READ}
+
+
+def _require_same(positive: Mapping[str, Any], negative: Mapping[str, Any]) -> None:
+    """Both branches see the same pictures in a WanCore sampler."""
+    differing = [name for name in sorted(READ) if not _same(positive.get(name), negative.get(name))]
+    if differing:
+        raise ValueError(
+            f"The positive and the negative conditioning differ in {', '.join(differing)}. Pass both through the same "
+            "node: only their text may differ."
+        )
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first is second or (first.shape == second.shape and torch.equal(first, second))
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return first is second or first == second
+
+
+def _padded(*texts: Tensor) -> tuple[Tensor, ...]:
+    """Embeddings of one length, at least that of the training; the models read zero rows after every text."""
+    length = max(TEXT_TOKENS, *(text.shape[1] for text in texts))
+    return tuple(F.pad(text, (0, 0, 0, length - text.shape[1])) for text in texts)
+
+
+def _tokens(output: Any) -> Tensor:
+    tokens = getattr(output, "penultimate_hidden_states", None)
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[1] % CLIP_TOKENS:
+        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(output).__name__
+        raise ValueError(
+            f"Wan models read {CLIP_TOKENS} tokens of each picture, from clip_vision_h.safetensors (ViT-H/14); got "
+            f"{got}."
+        )
+    return tokens.float()
+
+
+def _by_latents(convert: Callable[[Tensor], Tensor], joined: Tensor) -> Tensor:
+    """`convert` on each 16 channels of latents that are joined on channels."""
+    return torch.cat([convert(part) for part in joined.split(LATENT_CHANNELS, 1)], 1)
+
+
+def _video_size(latents: Tensor, prefix: int = 0) -> VideoSize:
+    frames, height, width = latents.shape[2:]
+    return VideoSize.of_latent(LatentSize(frames - prefix, height, width))
+
+
+def _with_concat(cond: Conditioning, given: Mapping[str, Any]) -> Conditioning:
+    """The channels beside the noise. 16 of them are pictures in their places, 32 a control video and a start image."""
+    raw = given["concat_latent_image"]
+    if raw.ndim != 5 or raw.shape[1] not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS):
+        raise ValueError(
+            f"concat_latent_image should be (B, 16 or 32, frames, height, width) for Wan 2.1; got {tuple(raw.shape)}."
+        )
+    latents, size = _by_latents(normalise, raw), _video_size(raw)
+    if latents.shape[1] > LATENT_CHANNELS:
+        control, first = latents.split(LATENT_CHANNELS, 1)
+        names = ["control_video"] + ["input_image"] * bool(first.abs().max() > NOTHING)
+        return cond.given(*names, size=size, slots={CONTROL.name: control, FIRST_FRAME.name: first})
+    known = _known(given.get("concat_mask"), latents)
+    slots = {MASK.name: known, IMAGE.name: latents, FIRST_FRAME.name: latents}
+    return cond.given(*_pictures(known), size=size, slots=slots)
+
+
+def _known(mask: Tensor | None, latents: Tensor) -> Tensor:
+    """What is known of each frame (B, 4, F, h, w), as `comfy.model_base.WAN21.concat_cond` reads a mask."""
+    batch, _, frames, height, width = latents.shape
+    if mask is None:
+        return latents.new_zeros(batch, MASK.channels, frames, height, width)
+    if mask.ndim != 5:
+        raise ValueError(f"concat_mask should be (B, 1 or 4, frames, height, width); got {tuple(mask.shape)}.")
+    if mask.shape[1] != MASK.channels:
+        mask = mask.mean(1, keepdim=True).expand(-1, MASK.channels, -1, -1, -1)
+    known = 1 - mask.to(latents)
+    known = F.interpolate(known, (known.shape[2], height, width), mode="trilinear")[:, :, :frames]
+    return F.pad(known, (0, 0, 0, 0, 0, frames - known.shape[2])).expand(batch, -1, -1, -1, -1)
+
+
+def _pictures(known: Tensor) -> list[str]:
+    """The inputs that a mask speaks of."""
+    ends = {"input_image": known[:, :, 0], "end_image": known[:, -1, -1]}
+    names = [name for name, part in ends.items() if bool((part > 0.5).all())]
+    return names or ["inpaint_video" if bool((known > 0.5).any()) else "input_image"]
+
+
+def _with_reference(cond: Conditioning, given: Mapping[str, Any]) -> Conditioning:
+    """The last of the reference latents (B, 16, 1, h, w); ComfyUI's Wan models read no other. Zeros are none."""
+    latent = normalise(given["reference_latents"][-1])
+    if latent.abs().max() < NOTHING:
+        return cond
+    return cond.given("reference_image", reference=latent[:, :, 0])
+
+
+def _with_camera(cond: Conditioning, given: Mapping[str, Any]) -> Conditioning:
+    rays = given["camera_conditions"].float()
+    frames, height, width = rays.shape[2:]
+    return cond.given("camera", size=VideoSize(width, height, (frames - 1) * 4 + 1), camera=rays)
+
+
+def _with_vace(cond: Conditioning, given: Mapping[str, Any]) -> Conditioning:
+    frames = [_by_latents(normalise, raw) for raw in given["vace_frames"]]
+    shapes = {tuple(latents.shape) for latents in frames}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"VACE inputs of different shapes cannot be mixed: {', '.join(map(str, sorted(shapes)))}. Give each a "
+            "reference image or none of them, or use VACE Encode (WanCore)."
+        )
+    masks = given.get("vace_mask") or [latents.new_ones(latents.shape[0], 64, *latents.shape[2:]) for latents in frames]
+    strengths = given.get("vace_strength") or [1.0] * len(frames)
+    contexts = [torch.cat((latents, mask.to(latents)), 1) for latents, mask in zip(frames, masks, strict=True)]
+    inputs = tuple(
+        VaceInput(context=context, strength=Curve.of(float(strength)))
+        for context, strength in zip(contexts, strengths, strict=True)
+    )
+    references = min(map(_references, contexts))
+    names = ["vace_video"] + ["vace_reference_image"] * bool(references)
+    return cond.given(*names, size=_video_size(contexts[0], references), vace=inputs)
+
+
+def _references(context: Tensor) -> int:
+    """How many latent frames of a VACE context (B, 96, R + F, h, w) are references in front of the video.
+
+    Nothing is drawn in a reference: its mask and its second latent are zero. The latter is never so in a video, where
+    it is what the VAE makes of grey.
+    """
+    empty = context[:, LATENT_CHANNELS:].abs().amax((0, 1, 3, 4)) < NOTHING
+    return int(empty.long().cumprod(0).sum())
+
+
+def to_native(
+    cond: Conditioning, size: VideoSize, clip_vision_output: Callable[[Tensor], Any]
+) -> tuple[Native, Native, Tensor, int]:
+    """`cond` as the positive and negative CONDITIONING, the empty latent and the frames to trim of ComfyUI's Wan nodes.
+
+    Image tokens and a reference that a model of ours takes for zeros when they are absent are given as zeros.
+
+    Args:
+        clip_vision_output: makes ComfyUI's object of image tokens.
+
+    Raises:
+        ValueError: `cond` was made for another size, or holds what ComfyUI's conditioning has no place for.
+    """
+    if cond.size and cond.size != size:
+        raise ValueError(
+            f"{', '.join(cond.inputs)} was made for {cond.size}, but the video is {size}: make them equal."
+        )
+    if cond.motion_bucket is not None:
+        raise ValueError("Speed control has no place in ComfyUI's conditioning; sample with Sampler (WanCore).")
+    batch, latent = len(cond.text), size.latent
+    values: dict[str, Any] = {}
+    clip, reference = cond.clip, cond.reference
+    if cond.slots:
+        layout = _layout(cond)
+        concat = assemble_concat(cond.slots, layout)
+        if layout[0] == MASK:
+            values["concat_mask"], concat = 1 - concat[:, : MASK.channels].float(), concat[:, MASK.channels :]
+        values["concat_latent_image"] = _by_latents(denormalise, concat)
+        if clip is None:
+            clip = cond.text.new_zeros(1, CLIP_TOKENS, IMAGE_TOKEN_WIDTH)
+        if reference is None and CONTROL in layout:
+            reference = concat.new_zeros(1, LATENT_CHANNELS, latent.height, latent.width)
+    if clip is not None:
+        values["clip_vision_output"] = clip_vision_output(clip.float())
+    if reference is not None:
+        values["reference_latents"] = [denormalise(reference[:, :, None])]
+    if cond.camera is not None:
+        values["camera_conditions"] = cond.camera
+    if cond.vace:
+        values |= _vace_values(cond.vace)
+    references = cond.prefix_frames(latent.frames)
+    empty = torch.zeros(batch, LATENT_CHANNELS, references + latent.frames, latent.height, latent.width)
+    positive, negative = ([[text.float(), dict(values)]] for text in (cond.text, cond.negative_text))
+    return positive, negative, empty, references
+
+
+def _layout(cond: Conditioning) -> tuple[Slot, ...]:
+    """The channels that the pictures of `cond` were made for."""
+    if CONTROL.name in cond.slots:
+        return (CONTROL, FIRST_FRAME)
+    return (MASK, IMAGE) if IMAGE.name in cond.slots and cond.camera is None else (FIRST_FRAME,)
+
+
+def _vace_values(inputs: Sequence[VaceInput]) -> dict[str, Any]:
+    video = 2 * LATENT_CHANNELS
+    for vace in inputs:
+        if len(set(vace.strength.values)) > 1 or (vace.strength.start, vace.strength.end) != (0, 1):
+            raise ValueError(
+                "A VACE strength that changes over the steps has no place in ComfyUI's conditioning; sample with "
+                "Sampler (WanCore), or leave start at 0, end at 1 and end_strength at -1."
+            )
+    return {
+        "vace_frames": [_by_latents(denormalise, vace.context[:, :video]) for vace in inputs],
+        "vace_mask": [vace.context[:, video:].float() for vace in inputs],
+        "vace_strength": [vace.strength.values[0] for vace in inputs],
+    }

@@ -1,0 +1,222 @@
+"""The bridges to ComfyUI's own nodes: what they refuse, and, on the real host, that both sides compute the same."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import wancore
+from wancore.nodes.native import from_native, to_native
+from wancore.wan_core.checkpoints.header import CheckpointError
+from wancore.wan_core.models.vae import denormalise
+from wancore.wan_core.types import Conditioning, Curve, VaceInput, VideoSize, tensors_in
+
+from tests.reference import tiny_dit, tiny_vae
+
+NODES = wancore.NODE_CLASS_MAPPINGS
+ROOT = Path(__file__).parents[2]
+SIZE = VideoSize(64, 48, 9)
+F, H, W = SIZE.latent.shape
+CLOSE = 1e-4
+
+PARITY = [
+    f"{way}_{kind}"
+    for way, kinds in {
+        "to": ("t2v", "i2v", "flf2v", "control", "control_ref", "control_ref_without", "camera", "vace"),
+        "back": ("t2v", "i2v", "flf2v", "control", "control_ref", "control_ref_without", "camera", "vace"),
+        "from": ("i2v", "flf2v", "control", "control_ref", "camera", "vace", "vace_plain", "vace_kept"),
+    }.items()
+    for kind in kinds
+] + ["vae_encode", "vae_decode", "adopted_vae_encode", "adopted_vae_decode", "umt5"]
+PARITY += [f"{name}_negative" for name in PARITY if name.startswith("to_")]
+
+
+@pytest.fixture(scope="module")
+def differences() -> dict[str, float]:
+    """Largest differences on the real host, see host_parity.py."""
+    comfy = os.environ.get("COMFYUI_PATH")
+    if not comfy:
+        pytest.skip("needs a ComfyUI checkout: set COMFYUI_PATH (and COMFYUI_PYTHON)")
+    script = Path(__file__).with_name("host_parity.py")
+    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(script), comfy, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=comfy, timeout=600, check=False)
+    assert not done.returncode, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("name", PARITY)
+def test_the_same_weights_give_the_same_in_comfyui_and_here(differences, name):
+    assert differences[name] < CLOSE
+
+
+@pytest.mark.comfyui
+def test_every_comparison_is_looked_at(differences):
+    assert set(differences) == set(PARITY)
+
+
+def text(length: int = 512, words: int = 5) -> torch.Tensor:
+    return torch.cat((torch.randn(1, words, 64), torch.zeros(1, length - words, 64)), 1)
+
+
+def entry(length: int = 512, **values) -> list:
+    return [[text(length), {"pooled_output": None, **values}]]
+
+
+def both(**values) -> tuple[list, list]:
+    return entry(**values), entry(**values)
+
+
+def raw(channels: int = 16, frames: int = F) -> torch.Tensor:
+    parts = [denormalise(torch.randn(1, 16, frames, H, W)) for _ in range(channels // 16)]
+    return torch.cat(parts, 1)
+
+
+def tokens(count: int = 257) -> SimpleNamespace:
+    return SimpleNamespace(penultimate_hidden_states=torch.randn(1, count, 1280))
+
+
+def test_embeddings_become_as_long_as_the_models_were_trained_with():
+    cond = from_native(entry(length=77), entry(length=600))
+    assert cond.text.shape == cond.negative_text.shape == (1, 600, 64)
+    assert not cond.text[:, 77:].any()
+    short = from_native(entry(length=77), entry(length=80))
+    assert short.text.shape == short.negative_text.shape == (1, 512, 64)
+
+
+def mask(known: slice) -> torch.Tensor:
+    """As ComfyUI's node for first and last frames writes it: 0 where a pixel frame is known."""
+    drawn = torch.ones(1, 1, 4 * F, H, W)
+    drawn[:, :, known] = 0
+    return drawn.view(1, F, 4, H, W).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("known", "names"),
+    [
+        (slice(0, 4), ("input_image",)),
+        (slice(-1, None), ("end_image",)),
+        (slice(0, None), ("input_image", "end_image")),
+        (slice(4, 8), ("inpaint_video",)),
+        (slice(0, 0), ("input_image",)),
+    ],
+)
+def test_a_mask_tells_what_was_given(known, names):
+    values = {"concat_latent_image": raw(), "concat_mask": mask(known)}
+    cond = from_native(*both(**values))
+    assert cond.inputs == names and cond.size == SIZE
+
+
+def test_image_tokens_of_a_socket_come_first():
+    given, instead = tokens(), tokens(514)
+    positive, negative = both(clip_vision_output=given)
+    assert torch.equal(from_native(positive, negative).clip, given.penultimate_hidden_states)
+    assert torch.equal(from_native(positive, negative, instead).clip, instead.penultimate_hidden_states)
+
+
+def test_what_no_model_reads_is_named(caplog):
+    from_native(*both(audio_embed=torch.zeros(1)))
+    assert "audio_embed" in caplog.text
+
+
+ONE = {"concat_latent_image": raw()}
+REFUSED = {
+    "two entries": (lambda: (entry() + entry(), entry()), "positive conditioning has 2 entries"),
+    "no entry": (lambda: (entry(), []), "negative conditioning has 0 entries"),
+    "area": (lambda: both(area=(1, 1, 0, 0)), "an area"),
+    "range": (lambda: both(start_percent=0.2, end_percent=0.7), "a range of steps"),
+    "controlnet": (lambda: both(control=object()), "a ControlNet"),
+    "one branch": (lambda: (entry(**ONE), entry()), "differ in concat_latent_image"),
+    "other picture": (lambda: (entry(**ONE), entry(concat_latent_image=raw())), "differ in concat_latent_image"),
+    "Wan 2.2": (lambda: both(concat_latent_image=torch.zeros(1, 48, F, H, W)), "concat_latent_image should be"),
+    "a picture": (lambda: both(concat_latent_image=torch.zeros(1, 16, H, W)), "concat_latent_image should be"),
+    "mask": (lambda: both(**ONE, concat_mask=torch.zeros(F, H, W)), "concat_mask should be"),
+    "other tokens": (lambda: both(clip_vision_output=tokens(50)), "257 tokens of each picture"),
+    "no tokens": (lambda: both(clip_vision_output=object()), "257 tokens of each picture"),
+    "two sizes": (
+        lambda: both(**ONE, camera_conditions=torch.zeros(1, 24, F, 32, 32)),
+        "camera is made for 32x32, 9 frames, but input_image for 64x48, 9 frames",
+    ),
+    "mixed VACE": (
+        lambda: both(vace_frames=[raw(32), raw(32, F + 1)]),
+        "VACE inputs of different shapes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_place_here_is_refused(case):
+    make, words = REFUSED[case]
+    with pytest.raises(ValueError, match=words):
+        from_native(*make())
+
+
+def ours(**values) -> Conditioning:
+    return Conditioning(text=text(), negative_text=text(), **values)
+
+
+def vace(frames: int = F, **curve) -> VaceInput:
+    return VaceInput(context=torch.randn(1, 96, frames, H, W), strength=Curve(**{"values": (1.0,), **curve}))
+
+
+@pytest.mark.parametrize(
+    ("cond", "words"),
+    [
+        (ours(motion_bucket=torch.tensor([50.0])), "Speed control has no place"),
+        (ours(vace=(vace(values=(1.0, 0.0)),)), "strength that changes"),
+        (ours(vace=(vace(end=0.5),)), "strength that changes"),
+        (replace(ours(), size=VideoSize(32, 32, 5), inputs=("camera",)), "camera was made for 32x32, 5 frames"),
+    ],
+)
+def test_what_has_no_place_there_is_refused(cond, words):
+    with pytest.raises(ValueError, match=words):
+        to_native(cond, SIZE, lambda tokens: None)
+
+
+def test_the_empty_video_is_that_of_the_run():
+    positive, negative, latent, trim = NODES["WanCoreToConditioning"]().convert(ours(), 60, 48, 7)
+    assert latent["samples"].shape == (1, 16, 3, 6, 8) and not latent["samples"].any() and trim == 0
+    assert positive[0][1] == negative[0][1] == {}
+    *_, latent, trim = NODES["WanCoreToConditioning"]().convert(ours(vace=(vace(F + 2),)), 64, 48, 9)
+    assert latent["samples"].shape[2] == F + 2 and trim == 2
+
+
+def test_nothing_that_is_given_is_changed():
+    positive, negative = both(concat_latent_image=raw(), vace_frames=[raw(32)], camera_conditions=None)
+    before = [tensor.clone() for tensor in tensors_in((positive[0][0], positive[0][1]["concat_latent_image"]))]
+    cond = from_native(positive, negative)
+    to_native(cond, SIZE, lambda tokens: None)
+    after = tensors_in((positive[0][0], positive[0][1]["concat_latent_image"]))
+    assert all(map(torch.equal, before, after))
+
+
+def test_a_vae_is_copied():
+    theirs = tiny_vae()
+    with torch.inference_mode():
+        (vae,) = NODES["WanCoreFromVAE"]().convert(SimpleNamespace(get_sd=theirs.state_dict))
+    latents = torch.randn(1, 16, 2, 6, 8)
+    expected = theirs.decode(latents)
+    assert torch.allclose(vae.decode(latents), expected, atol=1e-5)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.zero_()
+    assert torch.allclose(vae.decode(latents), expected, atol=1e-5)
+    assert vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (lambda: tiny_dit().state_dict(), "ComfyUI's VAE is a Wan DiT"),
+        (lambda: {"encoder.down.0.block.0.conv1.weight": torch.zeros(1)}, "the VAE of an image model"),
+        (lambda: {n: t for n, t in tiny_vae().state_dict().items() if "middle.1" not in n}, "tensors do not fit"),
+    ],
+)
+def test_another_vae_is_refused(weights, words):
+    with pytest.raises(CheckpointError, match=words):
+        NODES["WanCoreFromVAE"]().convert(SimpleNamespace(get_sd=weights))
