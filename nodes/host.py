@@ -5,9 +5,8 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,6 @@ from PIL import Image
 from ..wan_core.checkpoints.download import models_folder
 from ..wan_core.memory.residency import Residency
 from ..wan_core.models.preview_decoder import PreviewDecoder
-from ..wan_core.prepare import load_preview_decoder
 from ..wan_core.runtime import Pace, Runtime, default_device, free_bytes, log
 from ..wan_core.sampling.preview import middle_frame, preview_frames
 from ..wan_core.sampling.previewer import Previewer
@@ -157,7 +155,7 @@ def say(line: str, node_id: str | None) -> None:
     # ComfyUI has loaded its server by the time that any node runs; a script that only imports its parts has not.
     server = sys.modules.get("server") if comfy_utils else None
     if server and node_id:
-        with _previews_never_fail():
+        with previews.never_fail():
             server.PromptServer.instance.send_progress_text(line, node_id)
 
 
@@ -216,7 +214,7 @@ def _standalone_report() -> Report:
             _standalone.on_progress(phase, done, total)
         every = _standalone.preview_every
         if latents is not None and every and (done % every == 0 or done == total):
-            with _previews_never_fail():
+            with previews.never_fail():
                 tiny = tiny or Previewer(_preview_decoder(), device())
                 pictures = tiny.strip(latents) or preview_frames(latents)
                 previews.write(pictures, _standalone.output_dir / "previews", done)
@@ -229,14 +227,14 @@ def _comfyui_report() -> Report:
     bars: dict[str, object] = {}
     pace, said = Pace(), time.monotonic()
     previewer, tiny = None, None
-    with _previews_never_fail():
+    with previews.never_fail():
         previewer = latent_preview.get_previewer(device(), latent_formats.Wan21())
 
     def report(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
         nonlocal said, tiny
         picture = None
         if latents is not None and previewer is not None:
-            with _previews_never_fail():
+            with previews.never_fail():
                 tiny = tiny or Previewer(_preview_decoder(), device())
                 picture = _picture(previewer, tiny, latents)
         bars.setdefault(phase, comfy_utils.ProgressBar(total)).update_absolute(done, total, picture)
@@ -270,26 +268,7 @@ def _preview_decoder() -> PreviewDecoder | None:
     if name is None:
         return None
     path = find_file(PREVIEW_FOLDER, name)
-    return _loaded_preview_decoder(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _loaded_preview_decoder(path: Path, changed: int) -> PreviewDecoder | None:
-    """`changed` is the file's time, so that a file is read, and complained about, once."""
-    try:
-        return load_preview_decoder(path)
-    except (ValueError, OSError) as error:
-        log.warning("Previews are latent-to-RGB: %s", error)
-        return None
-
-
-@contextlib.contextmanager
-def _previews_never_fail() -> Iterator[None]:
-    """A preview that goes wrong is left out; the run goes on."""
-    try:
-        yield
-    except Exception as error:
-        log.warning("No preview: %s", error)
+    return previews.load_decoder(path, path.stat().st_mtime_ns)
 
 
 def models_dir() -> Path:

@@ -1,8 +1,15 @@
-"""Previews as files, for runs that nobody watches in an editor."""
+"""Previews: as files for runs that nobody watches in an editor, and never at the cost of the run."""
 
+import contextlib
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
+
+from ..wan_core.models.preview_decoder import PreviewDecoder
+from ..wan_core.prepare import load_preview_decoder
+from ..wan_core.runtime import log
 
 MILLISECONDS_PER_FRAME = 250
 """A latent frame is four frames of a video at 16 per second."""
@@ -28,3 +35,25 @@ def _save(pictures: list[Image.Image], path: Path) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1)
+def load_decoder(path: Path, changed: int) -> PreviewDecoder | None:
+    """The tiny autoencoder of a file, or None, with a notice, if it cannot be used.
+
+    `changed` is the file's time, so that a file is read, and complained about, once.
+    """
+    try:
+        return load_preview_decoder(path)
+    except (ValueError, OSError) as error:
+        log.warning("Previews are latent-to-RGB: %s", error)
+        return None
+
+
+@contextlib.contextmanager
+def never_fail() -> Iterator[None]:
+    """A preview that goes wrong is left out; the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("No preview: %s", error)

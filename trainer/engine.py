@@ -5,7 +5,7 @@ FSDP.
 import importlib
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..wan_core.memory.block_stream import BlockStream
-from ..wan_core.memory.residency import Residency
 from .config import TrainConfig
-from .estimate import placement_within
+from .placing import frozen_at_work
 from .state import read_parts, write_parts
 from .trainable import Trainables
 
@@ -99,15 +98,7 @@ class Engine:
         if not self.config.streams:
             yield
             return
-        parts = dict(self.trainables.module.named_children())
-        dit = Residency.of(parts.pop("dit"))
-        placement = placement_within(dit.inventory(self.trainables.module.dit.block_order()), self.config)
-        with ExitStack() as stack:
-            for part in parts.values():
-                stack.enter_context(Residency.of(part).working(self.device))
-            self.stream = stack.enter_context(dit.working(self.device, placement))
-            if self.is_main:
-                log.info("Frozen weights: %s.", placement.summary())
+        with frozen_at_work(self.trainables.module, self.config, self.device) as self.stream:
             yield
         self.stream = None
 

@@ -6,11 +6,10 @@ from math import prod
 
 from torch import Tensor
 
-from ..wan_core.memory.device import GIB
-from ..wan_core.memory.plan import Inventory, Placement, place
 from ..wan_core.memory.residency import Residency
 from ..wan_core.models.config import DiTConfig
 from .config import TrainConfig
+from .placing import placement_within
 from .trainable import Trainables
 
 BYTES_PER_TRAINED = 16
@@ -69,11 +68,6 @@ def estimate(trainables: Trainables, shapes: Iterable[tuple[int, ...]], config: 
         saved=trained * (BYTES_PER_SAVED + width),
         tokens=tokens,
     )
-
-
-def placement_within(inventory: Inventory, config: TrainConfig) -> Placement:
-    """Which frozen blocks stay on the device within `--vram_limit`; none do without one."""
-    return place(inventory, (config.vram_limit or 0) * GIB)
 
 
 def _tokens(shape: tuple[int, ...], dit: DiTConfig) -> int:
