@@ -20,7 +20,7 @@ from wancore.headless.folders import Folders
 from wancore.headless.server import Server
 from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
-from wancore.nodes import NODE_CLASS_MAPPINGS
+from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from wancore.wan_core import catalog, tiny
 from wancore.wan_core.models.config import DiTConfig, VAEConfig
 from wancore.wan_core.models.dit import WanDiT
@@ -81,6 +81,15 @@ def on_files(name: str, **changes) -> Workflow:
             own["model"] = _file_of(node.inputs["model"])
         workflow = workflow.with_inputs(node.id, own)
     return workflow
+
+
+def test_every_node_is_there_beside_comfyuis_own(server):
+    with urllib.request.urlopen(f"{server.url}/object_info") as answer:
+        listed = json.load(answer)
+    assert {"KSampler", "WanImageToVideo", *NODE_CLASS_MAPPINGS} <= set(listed)
+    for name, cls in NODE_CLASS_MAPPINGS.items():
+        assert listed[name]["display_name"] == NODE_DISPLAY_NAME_MAPPINGS[name]
+        assert listed[name]["output"] == list(cls.RETURN_TYPES)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in API.glob("*.json")))
