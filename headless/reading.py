@@ -1,7 +1,9 @@
 """What the samplers of a workflow will run, read from its links, widgets and the headers of its model files."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -234,10 +236,22 @@ def _load_part(loader: type[Loader]) -> Callable[..., tuple[Any, ...]]:
 
 def _load_lora(reading: Reading, node: NodeSpec, given: Inputs) -> tuple[Any, ...]:
     model = reading.linked(Model, node, given, "model")
+    return _with_lora(model, host.find_file(FOLDER, given["lora"]), given), Unknown(node)
+
+
+def _put_trained(reading: Reading, node: NodeSpec, given: Inputs) -> tuple[Any, ...]:
+    """Weights that are still to be trained are left out: beside the model they are small."""
+    model = reading.linked(Model, node, given, "model")
+    with suppress(ValueError):
+        if isinstance(given["weights"], str):
+            model = _with_lora(model, host.trained_file(given["weights"]), given)
+    return model, Unknown(node)
+
+
+def _with_lora(model: Model, path: Path, given: Inputs) -> Model:
     modules = [part.module for part in (model.dit, model.motion_controller) if part is not None]
-    path = host.find_file(FOLDER, given["lora"])
     use = use_lora(path, Target.of_modules(model.name, modules), strength=float(given["strength"]))
-    return replace(model, loras=(*model.loras, use)), Unknown(node)
+    return replace(model, loras=(*model.loras, use))
 
 
 def _encode_text(reading: Reading, node: NodeSpec, given: Inputs) -> tuple[Any, ...]:
@@ -319,6 +333,7 @@ READERS: Mapping[str, Callable[[Reading, NodeSpec, Inputs], tuple[Any, ...]]] = 
     "WanCoreVAELoader": _load_part(VAELoader),
     "WanCoreImageEncoderLoader": _load_part(ImageEncoderLoader),
     "WanCoreLoraLoader": _load_lora,
+    "WanCoreTrainedWeights": _put_trained,
     "WanCoreTextEncode": _encode_text,
     "WanCoreImageEncode": _encode(
         {"start_image": "input_image", "end_image": "end_image", "video": "inpaint_video"},

@@ -17,6 +17,7 @@ from wancore.wan_core.memory.quant import FP8, big_linears, weight_to_fp8
 from wancore.wan_core.models.config import DiTConfig
 from wancore.wan_core.models.dit import WanDiT
 
+from tests.comfyui import comfyui
 from tests.reference import filled, relative_error, tiny_dit, tiny_text_encoder
 
 from . import inventories as inv
@@ -194,16 +195,15 @@ print("\\n".join(clip.transformer.state_dict()))
 
 @pytest.mark.comfyui
 def test_a_real_comfyui_computes_with_the_file(tmp_path):
-    if "COMFYUI_PATH" not in os.environ:
-        pytest.skip("needs a ComfyUI checkout: set COMFYUI_PATH (and COMFYUI_PYTHON)")
+    comfy = comfyui()
     # ComfyUI fixes the widths of text and time that the tiny models have smaller.
     plain = filled(WanDiT, DiTConfig(dim=256, ffn_dim=512, num_layers=2)).bfloat16()
     save_file(plain.state_dict(), tmp_path / "dit.safetensors")
     save_fp8(detect_files(tmp_path / "dit.safetensors"), tmp_path / "fp8.safetensors")
     x = torch.randn(1, 4096, 256, generator=torch.Generator().manual_seed(0))
     save_file({"x": x}, tmp_path / "x.safetensors")
-    host = [os.environ.get("COMFYUI_PYTHON", "python"), "-c", HOST.format(folder=str(tmp_path))]
-    run = subprocess.run(host, cwd=os.environ["COMFYUI_PATH"], capture_output=True, text=True, check=False)
+    host = [comfy.python, "-c", HOST.format(folder=str(tmp_path))]
+    run = subprocess.run(host, cwd=comfy.folder, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     theirs = load_file(tmp_path / "out.safetensors")
     layer = build(detect_files(tmp_path / "fp8.safetensors"), dtype=torch.float32).blocks[0].ffn[0]

@@ -2,10 +2,8 @@
 
 import importlib.util
 import json
-import os
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,6 +14,8 @@ import pytest
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
 from wancore.headless.workflow import Workflow
+
+from tests.comfyui import comfyui
 
 HERE = Path(__file__).parent
 START_SECONDS = 120
@@ -101,13 +101,8 @@ class ComfyServer:
 
 @pytest.fixture(scope="session")
 def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A real ComfyUI on the CPU with this pack and the test pack in its custom_nodes.
-
-    Needs COMFYUI_PATH, a checkout; COMFYUI_PYTHON names the interpreter of its environment (default: this one).
-    """
-    checkout = os.environ.get("COMFYUI_PATH")
-    if not checkout:
-        pytest.skip("needs a ComfyUI checkout: set COMFYUI_PATH (and COMFYUI_PYTHON)")
+    """A real ComfyUI on the CPU with this pack and the test pack in its custom_nodes."""
+    host = comfyui()
     base = tmp_path_factory.mktemp("comfy")
     packs = base / "custom_nodes"
     packs.mkdir()
@@ -117,12 +112,12 @@ def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServ
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", "--disable-api-nodes"]
+    command = [host.python, "main.py", "--cpu", "--disable-api-nodes"]
     command += ["--preview-method", "latent2rgb"]
     command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--port", str(port)]
     log = base / "log.txt"
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=checkout, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=host.folder, stdout=file, stderr=subprocess.STDOUT)
     try:
         _wait_for(f"http://127.0.0.1:{port}/system_stats", process, log)
         yield ComfyServer(f"http://127.0.0.1:{port}", base, log)

@@ -20,7 +20,7 @@ from wancore.headless.folders import Folders
 from wancore.headless.server import Server
 from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
-from wancore.nodes import NODE_CLASS_MAPPINGS
+from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from wancore.wan_core import catalog, tiny
 from wancore.wan_core.models.config import DiTConfig, VAEConfig
 from wancore.wan_core.models.dit import WanDiT
@@ -81,6 +81,15 @@ def on_files(name: str, **changes) -> Workflow:
             own["model"] = _file_of(node.inputs["model"])
         workflow = workflow.with_inputs(node.id, own)
     return workflow
+
+
+def test_every_node_is_there_beside_comfyuis_own(server):
+    with urllib.request.urlopen(f"{server.url}/object_info") as answer:
+        listed = json.load(answer)
+    assert {"KSampler", "WanImageToVideo", *NODE_CLASS_MAPPINGS} <= set(listed)
+    for name, cls in NODE_CLASS_MAPPINGS.items():
+        assert listed[name]["display_name"] == NODE_DISPLAY_NAME_MAPPINGS[name]
+        assert listed[name]["output"] == list(cls.RETURN_TYPES)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in API.glob("*.json")))
@@ -155,19 +164,22 @@ def test_the_client_in_the_documentation_runs_as_it_is_printed(placed, server, t
 
 def test_several_workflows_in_one_command_wait_for_another_run(placed, server, tmp_path):
     slow = {
-        "1": {"class_type": "HeadlessTestSlow", "inputs": {"steps": 60}},
+        "1": {"class_type": "HeadlessTestSlow", "inputs": {"steps": 9999}},
         "2": {"class_type": "HeadlessTestShow", "inputs": {"value": ["1", 0]}},
     }
-    server.submit(slow, "another client")
+    other = server.submit(slow, "another client")["prompt_id"]
     files = [tmp_path / "one.json", tmp_path / "two.json"]
     for seed, file in enumerate(files, 6):
         file.write_text(json.dumps(on_files("t2v", seed=seed).to_api()))
     command = [sys.executable, "-m", "headless", "run", *map(str, files), "--server", server.url]
     command += ["--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert not done.returncode, done.stderr
-    assert "Waiting: 1 run on the server first." in done.stderr
-    videos = [Path(line) for line in done.stdout.splitlines()]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "Waiting: 1 run on the server first." in process.stderr.readline()
+    assert len(server.queue()["pending"]) == 2
+    server.stop(other)
+    out, err = process.communicate(timeout=120)
+    assert not process.returncode, err
+    videos = [Path(line) for line in out.splitlines()]
     assert len(videos) == 2 and videos[0].read_bytes() != videos[1].read_bytes()
 
 

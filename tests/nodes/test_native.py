@@ -1,9 +1,7 @@
 """The bridges to ComfyUI's own nodes: what they refuse, and, on the real host, that both sides compute the same."""
 
 import json
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ from wancore.wan_core.checkpoints.header import CheckpointError
 from wancore.wan_core.models.vae import denormalise
 from wancore.wan_core.types import Conditioning, Curve, VaceInput, VideoSize, tensors_in
 
+from tests.comfyui import comfyui
 from tests.reference import tiny_dit, tiny_vae
 
 NODES = wancore.NODE_CLASS_MAPPINGS
@@ -39,12 +38,9 @@ PARITY += [f"{name}_negative" for name in PARITY if name.startswith("to_")]
 @pytest.fixture(scope="module")
 def differences() -> dict[str, float]:
     """Largest differences on the real host, see host_parity.py."""
-    comfy = os.environ.get("COMFYUI_PATH")
-    if not comfy:
-        pytest.skip("needs a ComfyUI checkout: set COMFYUI_PATH (and COMFYUI_PYTHON)")
-    script = Path(__file__).with_name("host_parity.py")
-    command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(script), comfy, str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=comfy, timeout=600, check=False)
+    comfy, script = comfyui(), Path(__file__).with_name("host_parity.py")
+    command = [comfy.python, str(script), str(comfy.folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=comfy.folder, timeout=600, check=False)
     assert not done.returncode, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

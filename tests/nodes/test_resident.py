@@ -1,11 +1,11 @@
 """Weights that wait on the device, seen and evicted by ComfyUI's own model management."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.comfyui import comfyui
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = '''
@@ -73,8 +73,7 @@ print("all true")
 
 @pytest.mark.comfyui
 def test_comfyui_sees_evicts_and_forgets_our_weights():
-    comfy = os.environ["COMFYUI_PATH"]
-    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    script = SCRIPT.format(comfy=comfy, root=str(ROOT))
-    done = subprocess.run([python, "-c", script], capture_output=True, text=True, cwd=comfy, timeout=300)
+    host = comfyui()
+    script = SCRIPT.format(comfy=str(host.folder), root=str(ROOT))
+    done = subprocess.run([host.python, "-c", script], capture_output=True, text=True, cwd=host.folder, timeout=300)
     assert "all true" in done.stdout, done.stdout + done.stderr

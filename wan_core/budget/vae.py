@@ -97,8 +97,7 @@ def choose_tiles(
 ) -> TileSettings | None:
     """The cheapest way to run a pass within `budget_bytes` beside the weights.
 
-    None, the whole at once, where it fits; else the fewest strips of full width, whose seams run in one direction only;
-    else the tiles that compute the least area twice.
+    None, the whole at once, where it fits; else the strips of full width or tiles that compute the least area twice.
 
     Raises:
         OutOfMemoryError: the smallest tiles need more; the message says how much. It is a ValueError.
@@ -109,13 +108,11 @@ def choose_tiles(
 
     if fits(None):
         return None
-    for parts in _parts(size.height, LEAST_STRIP):
-        strips = _grid(size, parts, 1)
-        if fits(strips):
-            return strips
-    grids = (_grid(size, rows, columns) for rows in (1, *_parts(size.height)) for columns in (1, *_parts(size.width)))
-    fitting = [tiles for tiles in grids if fits(tiles)]
+    strips = [_grid(size, parts, 1) for parts in _parts(size.height, LEAST_STRIP)]
+    grids = [_grid(size, rows, columns) for rows in (1, *_parts(size.height)) for columns in (1, *_parts(size.width))]
+    fitting = [tiles for tiles in (*strips, *grids) if fits(tiles)]
     if fitting:
+        # The first of equals, so strips before tiles: their seams run in one direction only.
         return min(fitting, key=lambda tiles: computed_cells(tiles, size))
     needed = peak_bytes(config, dtype, size, smallest_tiles(size), what, batch)
     raise OutOfMemoryError(

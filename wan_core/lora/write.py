@@ -186,8 +186,9 @@ def decompose(change: Tensor, rank: int) -> tuple[LowRank, float]:
     if 4 * width > min(matrix.shape):
         u, sizes, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
+        # `torch.manual_seed` would also seed every card, for all that runs in this process.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             u, sizes, v = torch.svd_lowrank(matrix, width, POWER_ITERATIONS)
         vh = v.T
     root = sizes[:rank].sqrt()
