@@ -99,8 +99,8 @@ def test_every_budget_is_met_with_a_shared_border(size, what):
     ("budget", "expected"),
     [
         (4.7, None),
-        (4.0, TileSettings(size=(34, 104), stride=(26, 104))),
-        (2.2, TileSettings(size=(26, 104), stride=(18, 104))),
+        (4.0, TileSettings(size=(60, 56), stride=(60, 48))),
+        (2.2, TileSettings(size=(60, 40), stride=(60, 32))),
         (1.5, TileSettings(size=(60, 28), stride=(60, 20))),
         (1.0, TileSettings(size=(26, 40), stride=(18, 32))),
     ],
