@@ -9,7 +9,7 @@ from . import sockets
 class Memory:
     """A limit for the sampler."""
 
-    CATEGORY = "WanCore/sampling"
+    CATEGORY = "WanCore/speed and memory"
     FUNCTION = "build"
     DESCRIPTION = (
         "Limit what a run uses of the card. Blocks that do not fit are copied to it while the one before computes, so "
