@@ -84,7 +84,7 @@ SEARCH_ALIASES: dict[str, tuple[str, ...]] = {
     "WanCoreVAELoader": ("wan vae", "autoencoder", "WanVideoVAELoader"),
     "WanCoreImageEncoderLoader": ("clip vision loader", "clip h", "image encoder", "LoadWanVideoClipTextEncoder"),
     "WanCoreCheckpointInfo": ("inspect model", "model details", "what is this file", "metadata"),
-    "WanCoreTextEncode": ("prompt", "negative prompt", "clip text encode", "WanVideoTextEncode"),
+    "WanCoreTextEncode": ("text encode", "negative prompt", "clip text encode", "WanVideoTextEncode"),
     "WanCoreImageEncode": (
         "image to video", "i2v", "first last frame", "flf2v", "inpaint video", "inp", "WanImageToVideo",
         "WanFirstLastFrameToVideo", "WanFunInpaintToVideo", "WanVideoImageToVideoEncode",

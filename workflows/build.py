@@ -17,12 +17,16 @@ def version() -> str:
     return re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
+def core_classes() -> dict[str, type]:
+    """The stand-ins of ComfyUI's own nodes that the workflows use."""
+    core, folders = (importlib.import_module(f"{NAME}.headless.{part}") for part in ("core_nodes", "folders"))
+    return core.core_nodes(folders.Folders())
+
+
 def files() -> dict[Path, dict[str, Any]]:
     """Every workflow file's path, relative to this folder, and what it holds."""
-    pack = load_pack()
-    parts = ("headless.core_nodes", "headless.folders", "wan_core.catalog")
-    core, folders, catalog = (importlib.import_module(f"{NAME}.{part}") for part in parts)
-    classes = {**core.core_nodes(folders.Folders()), **pack.NODE_CLASS_MAPPINGS}
+    classes = {**core_classes(), **load_pack().NODE_CLASS_MAPPINGS}
+    catalog = importlib.import_module(f"{NAME}.wan_core.catalog")
     built = {}
     for name in WORKFLOWS:
         graph = describe(name, catalog.find_row)
