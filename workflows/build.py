@@ -1,5 +1,9 @@
-"""`python -m workflows.build`, from the pack's folder: write every workflow in both formats."""
+"""`python -m workflows.build`, from the pack's folder: write every workflow in both formats.
 
+With `--thumbnails` every workflow also runs on the bundled tiny models, and a picture of its video is written, too.
+"""
+
+import argparse
 import importlib
 import json
 import re
@@ -10,6 +14,7 @@ from pack import NAME, ROOT, load_pack
 
 from .descriptions import WORKFLOWS, describe
 from .graph import to_api, to_ui
+from .thumbnails import thumbnail
 
 
 def version() -> str:
@@ -19,6 +24,7 @@ def version() -> str:
 
 def core_classes() -> dict[str, type]:
     """The stand-ins of ComfyUI's own nodes that the workflows use."""
+    load_pack()
     core, folders = (importlib.import_module(f"{NAME}.headless.{part}") for part in ("core_nodes", "folders"))
     return core.core_nodes(folders.Folders())
 
@@ -42,5 +48,16 @@ def write(folder: Path) -> None:
         target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def main() -> None:
+    """Write everything into this folder."""
+    parser = argparse.ArgumentParser(prog="python -m workflows.build", description="Write the shipped workflows.")
+    parser.add_argument("--thumbnails", action="store_true", help="also run each of them and write its picture")
+    options, folder = parser.parse_args(), Path(__file__).resolve().parent
+    write(folder)
+    if options.thumbnails:
+        for name in WORKFLOWS:
+            thumbnail(name, folder / f"{name}.jpg")
+
+
 if __name__ == "__main__":
-    write(Path(__file__).resolve().parent)
+    main()

@@ -9,6 +9,15 @@ WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN")
 NODE_WIDTH, ROW_HEIGHT, HEADER_HEIGHT, TEXT_HEIGHT = 320, 26, 40, 120
 PREVIEW_HEIGHTS = {"LoadImage": 250, "LoadVideo": 250, "WanCoreCameraPath": 300}
 """Room for the picture that the editor shows in a node."""
+COLOURS = {
+    "Models": ("#223", "#335"),
+    "Prompt": ("#232", "#353"),
+    "Inputs": ("#233", "#355"),
+    "Conditioning": ("#332922", "#593930"),
+    "Sampling": ("#323", "#535"),
+    "Video": ("#222", "#444"),
+}
+"""Title bar and body of a stage's nodes, from the editor's own palette; the body's colour is also the group's."""
 COLUMN_STEP, ROW_GAP, GROUP_MARGIN, GROUP_TITLE = 380, 40, 20, 50
 
 Out = tuple[str, int]
@@ -130,7 +139,7 @@ class _Layout:
     def _column(self, index: int, stage: Stage) -> dict[str, Any]:
         x, y = index * COLUMN_STEP, 0
         for step in stage.steps:
-            node = self._node(step, [x, y])
+            node = self._node(step, [x, y], *COLOURS[stage.title])
             self.nodes[step.title] = node
             y += node["size"][1] + HEADER_HEIGHT + ROW_GAP
         top, width = -GROUP_TITLE - HEADER_HEIGHT, NODE_WIDTH + 2 * GROUP_MARGIN
@@ -138,12 +147,12 @@ class _Layout:
             "id": index + 1,
             "title": stage.title,
             "bounding": [x - GROUP_MARGIN, top, width, y - top],
-            "color": "#3f789e",
+            "color": COLOURS[stage.title][1],
             "font_size": 24,
             "flags": {},
         }
 
-    def _node(self, step: Step, position: list[int]) -> dict[str, Any]:
+    def _node(self, step: Step, position: list[int], color: str, bgcolor: str) -> dict[str, Any]:
         cls = self.classes[step.class_type]
         inputs, values, height = [], [], HEADER_HEIGHT + PREVIEW_HEIGHTS.get(step.class_type, 0)
         for name, (kind, options, optional) in declared_inputs(cls).items():
@@ -186,6 +195,8 @@ class _Layout:
             "outputs": outputs,
             "properties": properties,
             "widgets_values": values,
+            "color": color,
+            "bgcolor": bgcolor,
         }
 
     def _connect(self) -> None:
