@@ -65,6 +65,8 @@ def as_api(workflow: dict) -> dict:
                 inputs[name] = next(values)
                 if options.get("control_after_generate"):
                     assert next(values) in ("fixed", "randomize", "increment", "decrement")
+                if any(option.endswith("_upload") for option in options):
+                    assert next(values) == "image"
             if slots[name]["link"] is not None:
                 inputs[name] = sources[slots[name]["link"]]
         assert next(values, None) is None

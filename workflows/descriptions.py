@@ -32,8 +32,8 @@ REPACKED = {
     "PAI/Wan2.1-Fun-V1.1-1.3B-Control-Camera": "wan2.1_fun_camera_v1.1_1.3B_bf16",
     "PAI/Wan2.1-Fun-V1.1-14B-Control-Camera": "wan2.1_fun_camera_v1.1_14B_bf16",
 }
-"""Names of the single files that Comfy-Org offers (comfyui-workflow-templates and docs.comfy.org link them). The authors' own
-files of the 14B models of Wan-AI are shards, which ComfyUI's dialog cannot fetch as one."""
+"""Names of the single files that Comfy-Org offers (comfyui-workflow-templates and docs.comfy.org link them). The
+authors' own files of Wan-AI's 14B models are shards, which ComfyUI's dialog cannot fetch as one."""
 
 PROMPTS = {
     "t2v": "A small town at sunset, warm lights along a river, gentle camera movement, cinematic",
