@@ -103,7 +103,8 @@ class ComfyServer:
 def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A real ComfyUI on the CPU with this pack and the test pack in its custom_nodes.
 
-    Needs COMFYUI_PATH, a checkout; COMFYUI_PYTHON names the interpreter of its environment (default: this one).
+    Needs COMFYUI_PATH, a checkout; COMFYUI_PYTHON names the interpreter of its environment (default: this one), and
+    COMFYUI_FRONTEND the `static` folder of another comfyui-frontend-package.
     """
     checkout = os.environ.get("COMFYUI_PATH")
     if not checkout:
@@ -119,6 +120,8 @@ def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServ
         port = probe.getsockname()[1]
     command = [os.environ.get("COMFYUI_PYTHON", sys.executable), "main.py", "--cpu", "--disable-api-nodes"]
     command += ["--preview-method", "latent2rgb"]
+    if os.environ.get("COMFYUI_FRONTEND"):
+        command += ["--front-end-root", os.environ["COMFYUI_FRONTEND"]]
     command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--port", str(port)]
     log = base / "log.txt"
     with log.open("w") as file:
