@@ -8,7 +8,13 @@ from typing import Any
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN")
 NODE_WIDTH, SOCKET_HEIGHT, WIDGET_HEIGHT, TEXT_HEIGHT = 320, 20, 24, 120
 TITLE_HEIGHT, PADDING = 30, 16
-PREVIEW_HEIGHTS = {"LoadImage": 250, "LoadVideo": 250, "WanCoreCameraPath": 300}
+PREVIEW_HEIGHTS = {
+    "LoadImage": 250,
+    "LoadVideo": 250,
+    "WanCoreCameraPath": 300,
+    "WanCoreSampler": 200,
+    "SaveVideo": 240,
+}
 """Room for the picture that the editor shows in a node."""
 COLOURS = {
     "Models": ("#223", "#335"),

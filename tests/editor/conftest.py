@@ -65,6 +65,7 @@ class Editor:
         """A screenshot for the documents, where WANCORE_SCREENSHOTS names a folder for them."""
         folder = os.environ.get("WANCORE_SCREENSHOTS")
         if folder:
+            self.page.evaluate("() => window.app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")
             time.sleep(1)
             self.page.screenshot(path=str(Path(folder, f"{name}.jpg")), type="jpeg", quality=75)
 

@@ -145,9 +145,8 @@ def test_the_template_browser_is_offered_a_workflow_with_its_picture(name, edito
 
 def test_the_template_browser_shows_them(editor, soon):
     editor.run_command("Comfy.BrowseTemplates")
-    editor.page.wait_for_timeout(4000)
-    editor.picture("templates0")
-    editor.page.get_by_text("wancore", exact=False).last.click()
+    dialog = editor.page.get_by_role("dialog")
+    dialog.get_by_text("wancore", exact=False).first.click(timeout=20_000)
     ours = "i => i.src.includes('/workflow_templates/wancore/') && i.naturalWidth"
     shown = f"() => [...document.images].filter({ours}).length"
     assert soon(lambda: editor.page.evaluate(shown) >= 6)
