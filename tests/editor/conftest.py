@@ -67,7 +67,7 @@ class Editor:
         if folder:
             self.page.evaluate("() => window.app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")
             time.sleep(1)
-            self.page.screenshot(path=str(Path(folder, f"{name}.jpg")), type="jpeg", quality=75)
+            self.page.screenshot(path=str(Path(folder, f"{name}.jpg")), type="jpeg", quality=65)
 
 
 def without_chance(text: str, url: str) -> str:

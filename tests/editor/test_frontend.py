@@ -77,10 +77,8 @@ def test_a_workflow_runs_by_a_click_and_shows_its_video(editor, soon):
     )
     editor.page.get_by_role("button", name="Run", exact=True).first.click()
     shown = "[...document.querySelectorAll('video')].find(v => v.src.includes('wancore_t2v') && v.readyState > 1)"
-    size = soon(
-        lambda: editor.page.evaluate(f"() => {{ const v = ({shown})(); return v && [v.videoWidth, v.videoHeight] }}")
-    )
-    assert size == [96, 64]
+    size = f"() => {{ const video = {shown}; return video && [video.videoWidth, video.videoHeight] }}"
+    assert soon(lambda: editor.page.evaluate(size)) == [96, 64]
     editor.picture("t2v_graph")
 
 
@@ -147,8 +145,12 @@ def test_the_template_browser_shows_them(editor, soon):
     editor.run_command("Comfy.BrowseTemplates")
     dialog = editor.page.get_by_role("dialog")
     dialog.get_by_text("wancore", exact=False).first.click(timeout=20_000)
-    ours = "i => i.src.includes('/workflow_templates/wancore/') && i.naturalWidth"
-    shown = f"() => [...document.images].filter({ours}).length"
-    assert soon(lambda: editor.page.evaluate(shown) >= 6)
+    drawn = (
+        "() => [...document.querySelectorAll('[data-testid^=template-workflow-]')]"
+        ".filter(card => [...card.querySelectorAll('img')].some(picture => picture.naturalWidth))"
+        ".map(card => card.dataset.testid.replace('template-workflow-', ''))"
+    )
+    shown = soon(lambda: len(names := editor.page.evaluate(drawn)) >= 6 and names)
+    assert set(shown) <= set(NAMES)
     editor.picture("templates")
     editor.page.keyboard.press("Escape")
