@@ -66,6 +66,13 @@ def strings() -> str:
     return "\n".join(found)
 
 
+VALUES = r"\d[\dx, ]*|control_video and input_image|a Wan VAE|the model loader|-0000k-of"
+"""What the keys show as examples of what a message names."""
+
+CUTS = r"\.\.\.|, and nothing|frames, "
+"""Where messages are put together."""
+
+
 def test_troubleshooting_is_keyed_by_messages_that_are_raised():
     table = EN[EN.index("## Troubleshooting") : EN.index("## Licence")]
     said = strings()
@@ -74,10 +81,7 @@ def test_troubleshooting_is_keyed_by_messages_that_are_raised():
     for key in keys:
         if key in HOSTS_WORDS:
             continue
-        pieces = [
-            piece.strip()
-            for piece in re.split(r"\.\.\.|, and nothing|frames, |\d[\dx, ]*|control_video and input_image|-0000k-of", key)
-        ]
+        pieces = [piece.strip(" ,") for piece in re.split(f"{VALUES}|{CUTS}", key)]
         for piece in filter(lambda p: re.search(r"[a-z]{3}", p), pieces):
             assert piece in said, f"nothing says {piece!r} of {key!r}"
 
