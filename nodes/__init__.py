@@ -99,3 +99,54 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreToConditioning": "Conditioning to ComfyUI (WanCore)",
     "WanCoreFromVAE": "VAE from ComfyUI (WanCore)",
 }
+
+SEARCH_ALIASES: dict[str, tuple[str, ...]] = {
+    "WanCoreModelLoader": ("wan model", "diffusion model loader", "unet", "checkpoint", "dit", "WanVideoModelLoader"),
+    "WanCoreTextEncoderLoader": ("umt5", "t5", "clip loader", "LoadWanVideoT5TextEncoder"),
+    "WanCoreVAELoader": ("wan vae", "autoencoder", "WanVideoVAELoader"),
+    "WanCoreImageEncoderLoader": ("clip vision loader", "clip h", "image encoder", "LoadWanVideoClipTextEncoder"),
+    "WanCoreCheckpointInfo": ("inspect model", "model details", "what is this file", "metadata"),
+    "WanCoreTextEncode": ("text encode", "negative prompt", "clip text encode", "WanVideoTextEncode"),
+    "WanCoreImageEncode": (
+        "image to video", "i2v", "first last frame", "flf2v", "inpaint video", "inp", "WanImageToVideo",
+        "WanFirstLastFrameToVideo", "WanFunInpaintToVideo", "WanVideoImageToVideoEncode",
+    ),
+    "WanCoreControlEncode": (
+        "fun control", "control video", "depth", "canny", "pose", "reference image", "WanFunControlToVideo",
+    ),
+    "WanCoreCameraPath": ("camera motion", "pan", "zoom", "trajectory", "WanCameraEmbedding"),
+    "WanCoreCameraPathFile": ("camera trajectory file", "poses", "realestate10k", "cameractrl"),
+    "WanCoreCameraEncode": ("camera control", "fun camera", "plucker", "WanCameraImageToVideo"),
+    "WanCoreVaceEncode": ("vace", "video editing", "inpaint", "outpaint", "WanVaceToVideo", "WanVideoVACEEncode"),
+    "WanCoreVaceReferences": ("vace reference", "reference images", "subject", "batch references"),
+    "WanCoreSpeedControl": ("motion bucket", "motion speed", "motion strength", "speedcontrol"),
+    "WanCoreLoraLoader": ("lora", "add lora", "LoraLoaderModelOnly", "WanVideoLoraSelect"),
+    "WanCoreLoraInfo": ("lora metadata", "inspect lora", "lora keys", "rank", "alpha"),
+    "WanCoreLoraSave": ("convert lora", "merge lora", "resize lora", "extract lora"),
+    "WanCoreTeaCache": ("tea cache", "step cache", "speed up", "faster", "skip steps", "WanVideoTeaCache"),
+    "WanCoreEasyCache": ("easy cache", "step cache", "speed up", "faster", "skip steps", "WanVideoEasyCache"),
+    "WanCoreWindows": ("sliding window", "context windows", "long video", "WanVideoContextOptions"),
+    "WanCoreWindowPrompts": ("prompt schedule", "prompt travel", "multi prompt", "storyboard"),
+    "WanCoreGuidance": ("cfg schedule", "cfg zero star", "guidance interval", "CFGZeroStar"),
+    "WanCoreSchedule": ("sigmas", "scheduler", "split steps", "start step", "WanVideoScheduler"),
+    "WanCoreLongRun": ("checkpoint", "resume", "save latent", "autosave", "crash"),
+    "WanCoreMemory": ("vram", "block swap", "offload", "low vram", "out of memory", "WanVideoBlockSwap"),
+    "WanCoreSampler": ("wan sampler", "ksampler", "generate video", "text to video", "t2v", "WanVideoSampler"),
+    "WanCoreLoadLatents": ("load latent", "resume", "saved latents"),
+    "WanCoreVAEEncode": ("video to latent", "vae encode tiled", "WanVideoEncode"),
+    "WanCoreVAEDecode": ("latent to video", "vae decode tiled", "WanVideoDecode"),
+    "WanCoreMemoryPlan": ("vram estimate", "will it fit", "out of memory", "budget"),
+    "WanCoreTrainingData": ("dataset", "captions", "metadata.csv", "finetune"),
+    "WanCoreTrainLora": ("lora training", "finetune", "trainer", "peft"),
+    "WanCoreTrainModel": ("full finetune", "training", "motion controller"),
+    "WanCoreLossPlot": ("loss curve", "training chart", "tensorboard"),
+    "WanCoreTrainedWeights": ("trained lora", "finetuned model", "checkpoint"),
+    "WanCoreFromConditioning": ("native conditioning", "bridge", "CLIP Text Encode"),
+    "WanCoreToConditioning": ("native conditioning", "bridge", "KSampler"),
+    "WanCoreFromVAE": ("native vae", "bridge", "Load VAE"),
+}  # fmt: skip
+"""Other words that a node is looked for by: the field's, and the names of nodes of other packs that do the same."""
+
+for _id, _words in SEARCH_ALIASES.items():
+    # ComfyUI reads the attribute from the class.
+    NODE_CLASS_MAPPINGS[_id].SEARCH_ALIASES = list(_words)

@@ -24,7 +24,7 @@ from . import host, sockets
 class Memory:
     """A limit for the sampler."""
 
-    CATEGORY = "WanCore/sampling"
+    CATEGORY = "WanCore/speed and memory"
     FUNCTION = "build"
     DESCRIPTION = (
         "Limit what a run uses of the card. Blocks that do not fit are copied to it while the one before computes, so "
@@ -58,7 +58,7 @@ class Memory:
 class MemoryPlan:
     """What a run will take."""
 
-    CATEGORY = "WanCore/sampling"
+    CATEGORY = "WanCore/speed and memory"
     FUNCTION = "plan"
     OUTPUT_NODE = True
     DESCRIPTION = (

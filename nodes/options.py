@@ -57,6 +57,7 @@ class _Options:
 class TeaCache(_Options):
     """Steps left out by a plan."""
 
+    CATEGORY = "WanCore/speed and memory"
     DESCRIPTION = "Leave out steps that change little, by a plan made before the first one (TeaCache). About 2x faster."
     RETURN_TYPES = (sockets.CACHE,)
     RETURN_NAMES = ("cache",)
@@ -101,6 +102,7 @@ class TeaCache(_Options):
 class EasyCache(_Options):
     """Steps left out by what the run itself shows."""
 
+    CATEGORY = "WanCore/speed and memory"
     DESCRIPTION = "Leave out steps that change little, judged during the run (EasyCache). Works with any model."
     RETURN_TYPES = (sockets.CACHE,)
     RETURN_NAMES = ("cache",)
@@ -124,6 +126,7 @@ class EasyCache(_Options):
 class Windows(_Options):
     """A long video in pieces."""
 
+    CATEGORY = "WanCore/long video"
     DESCRIPTION = (
         "Make a video longer than the model was trained on, in overlapping windows that need the memory of one, or as "
         "a chain of clips that each go on from the last frames of the one before."
@@ -175,6 +178,7 @@ class Windows(_Options):
 class WindowPrompts(_Options):
     """A prompt for every window."""
 
+    CATEGORY = "WanCore/long video"
     DESCRIPTION = "One prompt per line, one line per window of a long video. The last line holds for all after it."
     RETURN_TYPES = (sockets.PROMPTS,)
     RETURN_NAMES = ("prompts",)
@@ -281,6 +285,7 @@ class Schedule(_Options):
 class LongRun(_Options):
     """What a run leaves on disk."""
 
+    CATEGORY = "WanCore/long video"
     DESCRIPTION = (
         "Write a long run down as it goes on, so that the same run goes on where it was cut off, and save its latents "
         "before they are decoded. The files are in the output folder, under wancore."

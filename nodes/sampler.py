@@ -200,7 +200,7 @@ def _finished(
 class LoadLatents:
     """Latents of an earlier run."""
 
-    CATEGORY = "WanCore/sampling"
+    CATEGORY = "WanCore/long video"
     FUNCTION = "load"
     DESCRIPTION = "Load latents that a sampler with Long Run kept, to decode them or go on from them."
     RETURN_TYPES = ("LATENT",)

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import wancore
+from PIL import Image
 from safetensors.torch import save_file
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
@@ -21,7 +23,7 @@ from wancore.wan_core.media import probe_video
 
 from tests.lora.fixtures import WRITERS, factors, linear_paths
 from tests.reference import tiny_dit
-from workflows import build
+from workflows import build, thumbnails
 from workflows.graph import declared_inputs, is_widget
 from workflows.training import VALIDATIONS
 
@@ -55,6 +57,58 @@ def test_editor_links_join_matching_slots(name):
         assert nodes[source]["outputs"][output]["type"] == nodes[target]["inputs"][slot]["type"] == kind
 
 
+LOADERS = {
+    "WanCoreModelLoader": "diffusion_models",
+    "WanCoreTextEncoderLoader": "text_encoders",
+    "WanCoreVAELoader": "vae",
+    "WanCoreImageEncoderLoader": "clip_vision",
+    "WanCoreSpeedControl": "diffusion_models",
+}
+"""Where the files of a loader belong."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_say_where_they_and_their_files_come_from(name):
+    workflow = load(f"{name}.json")
+    note, *nodes = workflow["nodes"]
+    assert note["type"] == "MarkdownNote" and note["widgets_values"][0].startswith("## ")
+    for node in nodes:
+        ours = node["type"] in wancore.NODE_CLASS_MAPPINGS
+        expected = ("wancore", build.version()) if ours else ("comfy-core", "0.3.64")
+        assert (node["properties"]["cnr_id"], node["properties"]["ver"]) == expected
+        assert node["color"] != node["bgcolor"]
+        links = node["properties"].get("models", [])
+        assert [link["directory"] for link in links] == [LOADERS[kind] for kind in LOADERS if kind == node["type"]]
+        for link in links:
+            assert link["name"].endswith((".safetensors", ".pth"))
+            assert link["url"].startswith(("https://huggingface.co/", "https://modelscope.cn/"))
+    inside = [
+        any(x <= node["pos"][0] and node["pos"][0] + node["size"][0] <= x + width and y <= node["pos"][1]
+            and node["pos"][1] + node["size"][1] <= y + height
+            for x, y, width, height in (group["bounding"] for group in workflow["groups"]))
+        for node in nodes
+    ]  # fmt: skip
+    assert all(inside), "every node stands in a group"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_has_a_picture(name):
+    path = FOLDER / f"{name}.jpg"
+    assert path.is_file(), "run python -m workflows.build --thumbnails"
+    assert path.stat().st_size < 40_000
+    with Image.open(path) as picture:
+        assert (picture.format, picture.size) == ("JPEG", thumbnails.SIZE)
+
+
+def test_the_picture_is_of_the_workflows_own_run(tmp_path):
+    thumbnails.thumbnail("speed_1.3b", tmp_path / "again.jpg")
+    shown = [
+        np.asarray(Image.open(folder), np.float32) for folder in (tmp_path / "again.jpg", FOLDER / "speed_1.3b.jpg")
+    ]
+    other = np.asarray(Image.open(FOLDER / "i2v_480p.jpg"), np.float32)
+    assert np.abs(shown[0] - shown[1]).mean() < 5 < np.abs(shown[0] - other).mean()
+
+
 def as_api(workflow: dict) -> dict:
     """The editor's form read as the front end reads it: widget values by position, links by slot."""
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
@@ -69,6 +123,8 @@ def as_api(workflow: dict) -> dict:
                 inputs[name] = next(values)
                 if options.get("control_after_generate"):
                     assert next(values) in ("fixed", "randomize", "increment", "decrement")
+                if any(option.endswith("_upload") for option in options):
+                    assert next(values) == "image"
             if slots[name]["link"] is not None:
                 inputs[name] = sources[slots[name]["link"]]
         assert next(values, None) is None

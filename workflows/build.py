@@ -1,5 +1,9 @@
-"""`python -m workflows.build`, from the pack's folder: write every workflow in both formats."""
+"""`python -m workflows.build`, from the pack's folder: write every workflow in both formats.
 
+With `--thumbnails` every workflow also runs on the bundled tiny models, and a picture of its video is written, too.
+"""
+
+import argparse
 import importlib
 import json
 import re
@@ -10,6 +14,7 @@ from pack import NAME, ROOT, load_pack
 
 from . import descriptions, training
 from .graph import to_api, to_ui
+from .thumbnails import thumbnail
 
 
 def version() -> str:
@@ -17,12 +22,17 @@ def version() -> str:
     return re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
+def core_classes() -> dict[str, type]:
+    """The stand-ins of ComfyUI's own nodes that the workflows use."""
+    load_pack()
+    core, folders = (importlib.import_module(f"{NAME}.headless.{part}") for part in ("core_nodes", "folders"))
+    return core.core_nodes(folders.Folders())
+
+
 def files() -> dict[Path, dict[str, Any]]:
     """Every workflow file's path, relative to this folder, and what it holds."""
-    pack = load_pack()
-    parts = ("headless.core_nodes", "headless.folders", "wan_core.catalog")
-    core, folders, catalog = (importlib.import_module(f"{NAME}.{part}") for part in parts)
-    classes = {**core.core_nodes(folders.Folders()), **pack.NODE_CLASS_MAPPINGS}
+    classes = {**core_classes(), **load_pack().NODE_CLASS_MAPPINGS}
+    catalog = importlib.import_module(f"{NAME}.wan_core.catalog")
     built = {}
     described = [(descriptions, name) for name in descriptions.WORKFLOWS]
     described += [(training, name) for name in training.NAMES]
@@ -40,5 +50,16 @@ def write(folder: Path) -> None:
         target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def main() -> None:
+    """Write everything into this folder."""
+    parser = argparse.ArgumentParser(prog="python -m workflows.build", description="Write the shipped workflows.")
+    parser.add_argument("--thumbnails", action="store_true", help="also run each of them and write its picture")
+    options, folder = parser.parse_args(), Path(__file__).resolve().parent
+    write(folder)
+    if options.thumbnails:
+        for name in descriptions.WORKFLOWS:
+            thumbnail(name, folder / f"{name}.jpg")
+
+
 if __name__ == "__main__":
-    write(Path(__file__).resolve().parent)
+    main()

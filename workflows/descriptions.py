@@ -16,7 +16,24 @@ FPS = 16.0
 
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_FILE = "Wan2.1_VAE.pth"
+DIT_FILE = "diffusion_pytorch_model.safetensors"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+
+REPACKED = {
+    "Wan-AI/Wan2.1-T2V-1.3B": "wan2.1_t2v_1.3B_fp16",
+    "Wan-AI/Wan2.1-T2V-14B": "wan2.1_t2v_14B_fp8_scaled",
+    "Wan-AI/Wan2.1-I2V-14B-480P": "wan2.1_i2v_480p_14B_fp16",
+    "Wan-AI/Wan2.1-I2V-14B-720P": "wan2.1_i2v_720p_14B_fp16",
+    "Wan-AI/Wan2.1-FLF2V-14B-720P": "wan2.1_flf2v_720p_14B_fp16",
+    "Wan-AI/Wan2.1-VACE-1.3B": "wan2.1_vace_1.3B_fp16",
+    "Wan-AI/Wan2.1-VACE-14B": "wan2.1_vace_14B_fp16",
+    "PAI/Wan2.1-Fun-1.3B-InP": "wan2.1_fun_inp_1.3B_bf16",
+    "PAI/Wan2.1-Fun-1.3B-Control": "wan2.1_fun_control_1.3B_bf16",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-Control-Camera": "wan2.1_fun_camera_v1.1_1.3B_bf16",
+    "PAI/Wan2.1-Fun-V1.1-14B-Control-Camera": "wan2.1_fun_camera_v1.1_14B_bf16",
+}
+"""Names of the single files that Comfy-Org offers (comfyui-workflow-templates and docs.comfy.org link them). The
+authors' own files of Wan-AI's 14B models are shards, which ComfyUI's dialog cannot fetch as one."""
 
 PROMPTS = {
     "t2v": "A small town at sunset, warm lights along a river, gentle camera movement, cinematic",
@@ -31,6 +48,16 @@ PROMPTS = {
 def link(repository: str, file: str, directory: str) -> dict[str, str]:
     """A file for ComfyUI's dialog of missing models."""
     return {"name": file, "url": f"https://huggingface.co/{repository}/resolve/main/{file}", "directory": directory}
+
+
+def video_model(row: Any) -> dict[str, str]:
+    """The file that ComfyUI's dialog offers for a row's DiT: repacked where there is such a file, else its authors'."""
+    name = REPACKED.get(row.model_id)
+    if name:
+        repository, file = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", f"split_files/diffusion_models/{name}.safetensors"
+        return {**link(repository, file, "diffusion_models"), "name": f"{name}.safetensors"}
+    name = row.model_id.split("/")[1]
+    return {**link(row.huggingface_id, DIT_FILE, "diffusion_models"), "name": f"{name}.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +143,14 @@ def _vace(size: dict[str, Any]) -> list[Step]:
 
 def _speed(size: dict[str, Any]) -> list[Step]:
     inputs = {"model": ("Load model", 0), "conditioning": ("Prompt", 0), "adapter": SPEED_CONTROL}
-    return [Step("Speed control", "WanCoreSpeedControl", {**inputs, "motion_bucket_id": 50.0})]
+    return [Step("Speed control", "WanCoreSpeedControl", {**inputs, "motion_bucket_id": 50.0}, [SPEED_CONTROL_FILE])]
+
+
+SPEED_CONTROL_FILE = {
+    "name": "Wan2.1-1.3b-speedcontrol-v1.safetensors",
+    "url": f"https://modelscope.cn/models/{SPEED_CONTROL}/resolve/master/model.safetensors",
+    "directory": "diffusion_models",
+}
 
 
 def _nothing(size: dict[str, Any]) -> list[Step]:
@@ -181,7 +215,7 @@ def describe(name: str, find_row: Callable[[str], Any]) -> Graph:
     links = {"model": ("Speed control", 0) if controlled else ("Load model", 0), "conditioning": source}
     settings = {"steps": preset.steps, "cfg": preset.cfg, "shift": preset.shift, **size}
     stages = [
-        Stage("Models", loaders(row, kind)),
+        Stage("Models", loaders(find_row(row.base) if row.base else row, kind)),
         Stage("Prompt", [encode]),
         *(Stage(title, steps) for title, steps in split_steps(inputs).items() if steps),
         Stage("Sampling", [Step("Sampler", "WanCoreSampler", {**links, **settings})]),
@@ -198,10 +232,9 @@ def split_steps(steps: list[Step]) -> dict[str, list[Step]]:
 
 def loaders(row: Any, kind: Kind) -> list[Step]:
     """The nodes that load the models of `row`."""
-    model_id = row.base or row.model_id
     text_encoder = link(T2V_BASE, TEXT_ENCODER_FILE, "text_encoders")
     steps = [
-        Step("Load model", "WanCoreModelLoader", {"model": model_id}),
+        Step("Load model", "WanCoreModelLoader", {"model": row.model_id}, [video_model(row)]),
         Step("Load text encoder", "WanCoreTextEncoderLoader", {"text_encoder": T2V_BASE}, [text_encoder]),
         Step("Load VAE", "WanCoreVAELoader", {"vae": T2V_BASE}, [link(T2V_BASE, VAE_FILE, "vae")]),
     ]

@@ -6,10 +6,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN")
-NODE_WIDTH, ROW_HEIGHT, HEADER_HEIGHT, TEXT_HEIGHT = 320, 26, 40, 120
-PREVIEW_HEIGHTS = {"LoadImage": 250, "LoadVideo": 250, "WanCoreCameraPath": 300, "PreviewImage": 220}
+NODE_WIDTH, SOCKET_HEIGHT, WIDGET_HEIGHT, TEXT_HEIGHT = 320, 20, 24, 120
+TITLE_HEIGHT, PADDING = 30, 16
+PREVIEW_HEIGHTS = {
+    "LoadImage": 250,
+    "LoadVideo": 250,
+    "WanCoreCameraPath": 300,
+    "PreviewImage": 220,
+    "WanCoreSampler": 200,
+    "SaveVideo": 240,
+}
 """Room for the picture that the editor shows in a node."""
+COLOURS = {
+    "Models": ("#223", "#335"),
+    "Prompt": ("#232", "#353"),
+    "Inputs": ("#233", "#355"),
+    "Conditioning": ("#332922", "#593930"),
+    "Data": ("#233", "#355"),
+    "Training": ("#432", "#653"),
+    "Trained": ("#432", "#653"),
+    "Sampling": ("#323", "#535"),
+    "Video": ("#222", "#444"),
+}
+"""Title bar and body of a stage's nodes, from the editor's own palette; the body's colour is also the group's."""
 COLUMN_STEP, ROW_GAP, GROUP_MARGIN, GROUP_TITLE = 380, 40, 20, 50
+TOP_BAR = 190
+"""Room for the editor's own bar above the graph, in graph units at the first scale."""
 
 Out = tuple[str, int]
 """A link: the title of the node that it comes from, and the index of its output."""
@@ -64,6 +86,13 @@ def _default(kind: Any, options: Mapping[str, Any]) -> Any:
     return options.get("default", kind[0] if isinstance(kind, list) else None)
 
 
+def _companion(options: Mapping[str, Any]) -> str | None:
+    """The value of the second widget that the editor puts below some: what becomes of a seed, an upload button."""
+    if options.get("control_after_generate"):
+        return "fixed"
+    return "image" if any(name.endswith("_upload") for name in options) else None
+
+
 def to_api(graph: Graph, classes: Mapping[str, type]) -> dict[str, Any]:
     """The API format: every widget with its value, every link."""
     ids = {step.title: str(i) for i, step in enumerate(graph.steps, 1)}
@@ -105,7 +134,7 @@ class _Layout:
             "links": self.links,
             "groups": groups,
             "config": {},
-            "extra": {"ds": {"scale": 0.8, "offset": [COLUMN_STEP + 80, 120]}},
+            "extra": {"ds": {"scale": 0.8, "offset": [COLUMN_STEP + 80, TOP_BAR]}},
             "version": 0.4,
         }
 
@@ -130,41 +159,41 @@ class _Layout:
     def _column(self, index: int, stage: Stage) -> dict[str, Any]:
         x, y = index * COLUMN_STEP, 0
         for step in stage.steps:
-            node = self._node(step, [x, y])
+            node = self._node(step, [x, y], *COLOURS[stage.title])
             self.nodes[step.title] = node
-            y += node["size"][1] + HEADER_HEIGHT + ROW_GAP
-        top, width = -GROUP_TITLE - HEADER_HEIGHT, NODE_WIDTH + 2 * GROUP_MARGIN
+            y += node["size"][1] + TITLE_HEIGHT + ROW_GAP
+        top, width = -GROUP_TITLE - TITLE_HEIGHT, NODE_WIDTH + 2 * GROUP_MARGIN
         return {
             "id": index + 1,
             "title": stage.title,
             "bounding": [x - GROUP_MARGIN, top, width, y - top],
-            "color": "#3f789e",
-            "font_size": 24,
+            "color": COLOURS[stage.title][1],
             "flags": {},
         }
 
-    def _node(self, step: Step, position: list[int]) -> dict[str, Any]:
+    def _node(self, step: Step, position: list[int], color: str, bgcolor: str) -> dict[str, Any]:
         cls = self.classes[step.class_type]
-        inputs, values, height = [], [], HEADER_HEIGHT + PREVIEW_HEIGHTS.get(step.class_type, 0)
+        sockets, widgets, values = [], [], []
+        height = PADDING + PREVIEW_HEIGHTS.get(step.class_type, 0)
         for name, (kind, options, optional) in declared_inputs(cls).items():
             entry: dict[str, Any] = {"name": name, "type": "COMBO" if isinstance(kind, list) else kind, "link": None}
             if is_widget(kind):
                 entry["widget"] = {"name": name}
                 value = step.inputs.get(name)
                 values.append(_default(kind, options) if value is None or isinstance(value, tuple) else value)
-                if options.get("control_after_generate"):
-                    values.append("fixed")
-                    height += ROW_HEIGHT
-                height += TEXT_HEIGHT if options.get("multiline") else ROW_HEIGHT
-            else:
-                height += ROW_HEIGHT
+                companion = _companion(options)
+                if companion:
+                    values.append(companion)
+                    height += WIDGET_HEIGHT
+                height += TEXT_HEIGHT if options.get("multiline") else WIDGET_HEIGHT
             if optional:
                 entry["shape"] = 7
-            inputs.append(entry)
+            (widgets if is_widget(kind) else sockets).append(entry)
         outputs = [
             {"name": name, "type": kind, "links": []}
             for name, kind in zip(getattr(cls, "RETURN_NAMES", cls.RETURN_TYPES), cls.RETURN_TYPES, strict=True)
         ]
+        height += SOCKET_HEIGHT * max(len(sockets), len(outputs))
         ours = step.class_type.startswith("WanCore")
         properties: dict[str, Any] = {
             "cnr_id": self.pack if ours else "comfy-core",
@@ -182,10 +211,12 @@ class _Layout:
             "flags": {},
             "order": self.ids[step.title],
             "mode": 0,
-            "inputs": inputs,
+            "inputs": [*sockets, *widgets],
             "outputs": outputs,
             "properties": properties,
             "widgets_values": values,
+            "color": color,
+            "bgcolor": bgcolor,
         }
 
     def _connect(self) -> None:

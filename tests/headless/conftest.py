@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import socket
 import subprocess
 import time
@@ -114,6 +115,8 @@ def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServ
         port = probe.getsockname()[1]
     command = [host.python, "main.py", "--cpu", "--disable-api-nodes"]
     command += ["--preview-method", "latent2rgb"]
+    if os.environ.get("COMFYUI_FRONTEND"):
+        command += ["--front-end-root", os.environ["COMFYUI_FRONTEND"]]
     command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--port", str(port)]
     log = base / "log.txt"
     with log.open("w") as file:

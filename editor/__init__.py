@@ -1,0 +1,1 @@
+"""What ComfyUI's editor shows of the pack: texts in two languages, help pages, pictures. Written by `editor.build`."""

@@ -1,0 +1,38 @@
+"""comfy-cli makes the API form of each shipped workflow from the editor's form, and it is the one that is shipped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import wancore
+from wancore.headless.core_nodes import core_nodes
+from wancore.headless.folders import Folders
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+CLASSES = {**core_nodes(Folders()), **wancore.NODE_CLASS_MAPPINGS}
+
+
+def object_info() -> dict:
+    """What /object_info says of every class, as far as a converter reads it."""
+    info = {}
+    for name, cls in CLASSES.items():
+        declared = cls.INPUT_TYPES()
+        info[name] = {
+            "input": declared,
+            "input_order": {section: list(inputs) for section, inputs in declared.items()},
+            "output": list(cls.RETURN_TYPES),
+            "output_name": list(getattr(cls, "RETURN_NAMES", cls.RETURN_TYPES)),
+            "name": name,
+            "output_node": bool(getattr(cls, "OUTPUT_NODE", False)),
+        }
+    return json.loads(json.dumps(info))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_comfy_cli_converts_a_workflow_into_its_twin(name):
+    converter = pytest.importorskip("comfy_cli.workflow_to_api", reason="needs comfy-cli: pip install comfy-cli")
+    editor_form, api_form = (
+        json.loads((ROOT / "workflows" / folder / f"{name}.json").read_text(encoding="utf-8")) for folder in ("", "api")
+    )
+    assert converter.convert_ui_to_api(editor_form, object_info()) == api_form
