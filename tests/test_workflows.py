@@ -91,7 +91,7 @@ def test_nodes_say_where_they_and_their_files_come_from(name):
     assert all(inside), "every node stands in a group"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("train_", "validate_"))])
 def test_a_workflow_has_a_picture(name):
     path = FOLDER / f"{name}.jpg"
     assert path.is_file(), "run python -m workflows.build --thumbnails"

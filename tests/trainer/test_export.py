@@ -32,7 +32,7 @@ def outputs(made, model):
     x, timesteps, cond = inputs()
     with torch.no_grad():
         trained = made.trainables.module.velocity(x, timesteps, cond)
-        with model.adapted(1, torch.device("cpu")):
+        with model.working(1, torch.device("cpu")):
             return trained, model.dit(x, timesteps, cond, model.motion_controller(cond.motion_bucket))
 
 

@@ -179,7 +179,7 @@ def latents(model, variant):
         cond = dataclasses.replace(cond, motion_bucket=None)
     settings = SamplerSettings(seed=1, steps=2, guidance=GuidanceSettings(scale=1.0))
     runtime = Runtime.default("cpu", torch.float32)
-    with torch.no_grad(), model.adapted(2, torch.device("cpu")):
+    with torch.no_grad(), model.working(2, torch.device("cpu")):
         return sample(model.dit, cond, LatentSize(*SIZE), settings, runtime, motion_controller=model.motion_controller)
 
 
