@@ -118,7 +118,7 @@ class UMT5Encoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Real tokens stand before padding."""
-        lengths = mask.sum(1).tolist()
+        lengths = mask.sum(1).int().tolist()
         rows = self.encode([text[:length] for text, length in zip(ids, lengths, strict=True)])
         out = rows[0].new_zeros(*ids.shape, self.config.dim)
         for target, row in zip(out, rows, strict=True):
