@@ -121,8 +121,8 @@ class UMT5Encoder(nn.Module):
         lengths = mask.sum(1).int().tolist()
         rows = self.encode([text[:length] for text, length in zip(ids, lengths, strict=True)])
         out = rows[0].new_zeros(*ids.shape, self.config.dim)
-        for target, row in zip(out, rows, strict=True):
-            target[: len(row)] = row
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = row
         return out
 
     def encode(self, texts: Sequence[Tensor]) -> list[Tensor]:
