@@ -149,7 +149,7 @@ def _issues(workflow: Workflow, body: Mapping[str, Any]) -> list[Issue]:
     issues = [
         Issue(error.get("type", ""), error.get("message", ""), error.get("details", ""), workflow.nodes.get(node_id))
         for node_id, entry in (body.get("node_errors") or {}).items()
-        for error in entry.get("errors", [])
+        for error in _told_once(entry.get("errors", []))
     ]
     error = body.get("error")
     if issues or not error:
@@ -157,6 +157,13 @@ def _issues(workflow: Workflow, body: Mapping[str, Any]) -> list[Issue]:
     if isinstance(error, str):
         return [Issue("refused", error, "")]
     return [Issue(error.get("type", ""), error.get("message", ""), error.get("details", ""))]
+
+
+def _told_once(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Errors of one node without repetition: the host tells what the node's own check of all inputs says once for each
+    of them, as "<input> - <text>".
+    """
+    return list({error.get("details", "").partition(" - ")[2] or str(error): error for error in errors}.values())
 
 
 class _Socket:

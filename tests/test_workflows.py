@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import wancore
 from PIL import Image
-from safetensors.torch import save_file
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
 from wancore.headless.runner import run
@@ -21,8 +20,7 @@ from wancore.headless.workflow import Workflow
 from wancore.nodes import host
 from wancore.wan_core.media import probe_video
 
-from tests.lora.fixtures import WRITERS, factors, linear_paths
-from tests.reference import tiny_dit
+from tests.lora.fixtures import trained_weights
 from workflows import build, thumbnails
 from workflows.graph import declared_inputs, is_widget
 from workflows.training import VALIDATIONS
@@ -91,7 +89,7 @@ def test_nodes_say_where_they_and_their_files_come_from(name):
     assert all(inside), "every node stands in a group"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("train_", "validate_"))])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_has_a_picture(name):
     path = FOLDER / f"{name}.jpg"
     assert path.is_file(), "run python -m workflows.build --thumbnails"
@@ -150,13 +148,7 @@ def with_inputs(workflow: Workflow, title: str, inputs: dict) -> Workflow:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Trained weights for each workflow that shows some: a LoRA, and a whole model."""
-    folder = tmp_path_factory.mktemp("weights")
-    dit = tiny_dit("t2v")
-    lora, full = folder / "lora.safetensors", folder / "full.safetensors"
-    save_file(WRITERS["kohya"](factors(dit, linear_paths(dit))), lora)
-    save_file({name: tensor * 1.1 for name, tensor in dit.state_dict().items()}, full)
-    return {"validate_lora": lora, "validate_full": full}
+    return trained_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.mark.parametrize("name", NAMES)

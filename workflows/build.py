@@ -57,7 +57,7 @@ def main() -> None:
     options, folder = parser.parse_args(), Path(__file__).resolve().parent
     write(folder)
     if options.thumbnails:
-        for name in descriptions.WORKFLOWS:
+        for name in (*descriptions.WORKFLOWS, *training.NAMES):
             thumbnail(name, folder / f"{name}.jpg")
 
 

@@ -1,24 +1,33 @@
 """A workflow's picture in ComfyUI's template browser: three moments of its own run on the bundled tiny models."""
 
 import importlib
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from pack import NAME, load_pack
 
 from .descriptions import WORKFLOWS
+from .training import TITLES as TRAINING_TITLES
+from .training import VALIDATIONS
 
 SIZE = (480, 320)
 BAND = 44
 """Height of the line of text below the frames."""
 SETTINGS = {"steps": 8, "cfg": 2.0, "seed": 1}
+TITLES = {**{name: kind.title for name, (_, kind) in WORKFLOWS.items()}, **TRAINING_TITLES}
 ROOT = Path(__file__).resolve().parent
 
 
 def frames(name: str) -> list[Image.Image]:
-    """The video of the shipped workflow `name`, run with the tiny models and few steps."""
+    """The video of the shipped workflow `name`, run with the tiny models and few steps.
+
+    A workflow that shows what was trained shows what the one that trains a LoRA makes; for a whole model, with its
+    training node exchanged.
+    """
     pack = load_pack()
     parts = ("core_nodes", "folders", "runner", "tiny", "workflow")
     core_nodes, folders, runner, tiny, workflow = (importlib.import_module(f"{NAME}.headless.{p}") for p in parts)
@@ -26,14 +35,39 @@ def frames(name: str) -> list[Image.Image]:
     with tempfile.TemporaryDirectory() as place:
         here = folders.Folders(Path(place, "in"), Path(place, "out"))
         nodes = {**core_nodes.core_nodes(here), **pack.NODE_CLASS_MAPPINGS}
-        graph = tiny.apply_tiny(workflow.Workflow.load(ROOT / "api" / f"{name}.json"), nodes)
-        sampler = next(node for node in graph.nodes.values() if node.class_type == "WanCoreSampler")
-        host.configure(device="cpu", models_dir=Path(place, "models"))
+
+        def execute(prompt: dict[str, Any], changes: dict[str, Any]) -> Path:
+            graph = tiny.apply_tiny(workflow.Workflow.from_api(prompt), nodes)
+            for class_type, inputs in changes.items():
+                graph = graph.with_inputs(
+                    next(n.id for n in graph.nodes.values() if n.class_type == class_type), inputs
+                )
+            return runner.run(graph, nodes, folders=here).files[-1]
+
+        host.configure(device="cpu", models_dir=Path(place, "models"), output_dir=here.output)
         try:
-            result = runner.run(graph.with_inputs(sampler.id, SETTINGS), nodes, folders=here)
+            trained = {}
+            if name in VALIDATIONS:
+                execute(_training(whole=name == "validate_full"), {"WanCoreSampler": {"steps": 1}})
+                trained = {
+                    "WanCoreTrainedWeights": {"weights": str(next(here.output.rglob("training/*/*.safetensors")))}
+                }
+            return media.load_video(execute(_api(name), {"WanCoreSampler": SETTINGS, **trained}))
         finally:
             host.configure()
-        return media.load_video(result.files[-1])
+
+
+def _api(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _training(whole: bool) -> dict[str, Any]:
+    prompt = _api("train_lora_t2v")
+    if whole:
+        node = next(node for node in prompt.values() if node["class_type"] == "WanCoreTrainLora")
+        node["class_type"] = "WanCoreTrainModel"
+        del node["inputs"]["lora_rank"]
+    return prompt
 
 
 def picture(video: list[Image.Image], title: str) -> Image.Image:
@@ -51,4 +85,4 @@ def picture(video: list[Image.Image], title: str) -> Image.Image:
 
 def thumbnail(name: str, path: Path) -> None:
     """Run the workflow `name` and write its picture to `path`, a JPEG of about 20 KB."""
-    picture(frames(name), WORKFLOWS[name][1].title).save(path, quality=70, optimize=True)
+    picture(frames(name), TITLES[name]).save(path, quality=70, optimize=True)

@@ -70,6 +70,12 @@ VALIDATIONS = {
 }
 """Workflow to the file that the recipe of that kind writes last."""
 
+TITLES = {
+    **{name: training.title for name, training in TRAININGS.items()},
+    "validate_lora": "Try a trained LoRA",
+    "validate_full": "Try a trained model",
+}
+
 NAMES = (*TRAININGS, *VALIDATIONS)
 
 
@@ -152,7 +158,7 @@ def _validation_note(name: str) -> str:
     what = "a LoRA" if name == "validate_lora" else "a whole model"
     return "\n".join(
         [
-            "## Validation",
+            f"## {TITLES[name]}",
             "",
             f"A video with {what} that `python -m trainer.recipe` has trained, from the prompt that it was trained "
             "with. Choose the model that was trained in *Load model*, and the file in *Trained weights*.",

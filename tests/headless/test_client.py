@@ -233,6 +233,18 @@ def test_refusal_is_put_in_words_and_nothing_keeps_running(fake_comfy, go, statu
     assert fake_comfy.posted[1:] == stops
 
 
+def test_what_a_node_says_of_all_its_inputs_is_told_once(fake_comfy, go):
+    said = [
+        {"type": "custom_validation_failed", "message": "Failed", "details": f"{name} - {text}"}
+        for text in ("no file - none", "too small")
+        for name in ("a", "b", "c")
+    ]
+    fake_comfy.prompt_answer = (400, {"error": {}, "node_errors": {"2": {"class_type": "SaveImage", "errors": said}}})
+    with pytest.raises(ValidationError) as refused:
+        go()
+    assert [str(refused.value).count(text) for text in ("no file - none", "too small")] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("message", "error", "words"),
     [

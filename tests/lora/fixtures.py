@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from wancore.wan_core.memory.plan import place
 from wancore.wan_core.memory.residency import Residency
+
+from tests.reference import tiny_dit
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """`down` (r, in) and `up` (out, r) by module path."""
@@ -123,3 +127,13 @@ WRITERS: dict[str, Callable[[Factors], dict[str, Tensor]]] = {
     "LightX2V": pairs("diffusion_model.", *DOWN_UP),
 }
 """Every way to write plain factors, in which the scale ends up 1."""
+
+
+def trained_weights(folder: Path) -> dict[str, Path]:
+    """Files for each shipped workflow that shows trained weights: a LoRA, and a whole model."""
+    dit = tiny_dit("t2v")
+    folder.mkdir(parents=True, exist_ok=True)
+    lora, full = folder / "lora.safetensors", folder / "full.safetensors"
+    save_file(WRITERS["kohya"](factors(dit, linear_paths(dit))), lora)
+    save_file({name: tensor * 1.1 for name, tensor in dit.state_dict().items()}, full)
+    return {"validate_lora": lora, "validate_full": full}

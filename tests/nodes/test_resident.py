@@ -35,7 +35,7 @@ def used(module):
         pass
     host.account_for(module)
 
-model, other = (nn.ModuleList(nn.Linear(64, 64) for _ in range(4)) for _ in range(2))
+model, other = (nn.ModuleList(nn.Linear(64, 64) for _ in range(4)).requires_grad_(False) for _ in range(2))
 size = sum(p.nbytes for p in model.parameters())
 for module in (model, other, model):
     used(module)
