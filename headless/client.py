@@ -28,6 +28,9 @@ except ImportError:
 POLL_SECONDS = 1.0
 """Pause between two looks at the history."""
 
+CONNECT_SECONDS = 10.0
+"""How long a busy server may take to open its stream of events."""
+
 LATE_SECONDS = 0.2
 """How long to listen for what a run that has finished said of itself."""
 
@@ -163,7 +166,10 @@ def _told_once(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Errors of one node without repetition: the host tells what the node's own check of all inputs says once for each
     of them, as "<input> - <text>".
     """
-    return list({error.get("details", "").partition(" - ")[2] or str(error): error for error in errors}.values())
+    told: dict[str, Mapping[str, Any]] = {}
+    for error in errors:
+        told.setdefault(error.get("details", "").partition(" - ")[2] or str(error), error)
+    return list(told.values())
 
 
 class _Socket:
@@ -176,7 +182,7 @@ class _Socket:
     def connect(self) -> None:
         if websocket and self.connection is None:
             with suppress(OSError, websocket.WebSocketException):
-                self.connection = websocket.create_connection(self.url, timeout=POLL_SECONDS)
+                self.connection = websocket.create_connection(self.url, timeout=CONNECT_SECONDS)
 
     def receive(self, seconds: float) -> Iterator[dict[str, Any]]:
         """Messages that arrive within that time, then nothing; without a connection, only the wait."""

@@ -84,7 +84,10 @@ class Train:
                 ),
                 **cls.own_inputs(),
                 "num_epochs": widget("num_epochs"),
-                "seed": sockets.whole(0, 0, 2**63 - 1, "Seed of order, noise, timesteps and dropout."),
+                # Without the switch the editor would draw another seed after each run, as it does for this name.
+                "seed": sockets.whole(
+                    0, 0, 2**63 - 1, "Seed of order, noise, timesteps and dropout.", control_after_generate=False
+                ),
             },
             "optional": {
                 **listed[1],
