@@ -148,10 +148,6 @@ class _Run:
 
         needs = self._needs(trainables, rows)
         trained = Engine(self.accelerator, trainables, config)
-        if trained.is_sharded and watcher.requests:
-            raise ValueError(
-                "Sharded weights cannot draw samples; leave out --sample_steps, or launch without sharding."
-            )
         watcher.engine = trained
         done = 0
         if earlier is not None:
