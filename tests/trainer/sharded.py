@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from torch.distributed import destroy_process_group
+from torch.distributed import barrier
 
 from pack import NAME, load_pack
 
@@ -47,4 +47,7 @@ if __name__ == "__main__":
             AcceleratorState._reset_state(reset_partial_state=True)
         if code := main(words):
             sys.exit(code)
-    destroy_process_group()
+    barrier()
+    # The threads of a process group that was used by several runs may abort the interpreter at its end.
+    sys.stderr.flush()
+    os._exit(0)

@@ -2,17 +2,16 @@
 
 import importlib.util
 import json
-import os
-import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.reference import relative_error
 from tests.trainer import material
-from tests.trainer.runs import ROOT, config, environment, events, losses, run, shared
+from tests.trainer.runs import ROOT, config, environment, events, free_port, losses, run, shared
 
 __all__ = ["shared"]
 
@@ -26,14 +25,9 @@ LAUNCHERS = [
 MODES = {
     "full": dict(trainable_models=("dit",), gradient_accumulation_steps=3, dataset_repeat=5),
     "lora": dict(mixed_precision="bf16"),
-    "vace": dict(variant="vace", lora_base_model="vace"),
+    "vace": dict(variant="vace", lora_base_model="vace", max_steps=2),
 }
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
+CONTINUED = ("full", "lora")
 
 
 def launch(launcher, runs, place, processes=2):
@@ -41,7 +35,7 @@ def launch(launcher, runs, place, processes=2):
     file = place / "runs.json"
     file.write_text(json.dumps([material.flags(settings) for settings in runs]), encoding="utf-8")
     words = ["--config_file", f"trainer/accelerate/{launcher}.yaml", "--num_processes", str(processes)]
-    words += ["--main_process_port", free_port(), "--mixed_precision", runs[0].mixed_precision]
+    words += ["--main_process_port", free_port()]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "tests.trainer.sharded", str(file)],
         cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=100, check=False,
@@ -49,31 +43,33 @@ def launch(launcher, runs, place, processes=2):
     return done.returncode, done.stdout + done.stderr
 
 
-def file_of(out):
-    (file,) = out.glob("epoch-1.safetensors")
-    return load_file(file)
+def last_weights(out):
+    return load_file(max(out.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns))
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_shared_weights_train_as_whole_ones_and_continue_exactly(shared, tmp_path, launcher):
-    """Every mode in one launch, as each would take ten seconds to begin."""
-    runs, places = [], {mode: [tmp_path / f"{mode}-{n}" for n in ("one", "whole", "parts")] for mode in MODES}
-    for mode, (one, whole, parts) in places.items():
-        more = dict(learning_rate=1e-3, num_epochs=2, validation_clips=0, lora_dropout=0.0, **MODES[mode])
+    """All modes in one launch, as each would take ten seconds to begin."""
+    runs, more = [], {}
+    for mode, changes in MODES.items():
+        more[mode] = dict(learning_rate=1e-3, num_epochs=2, **changes)
         if launcher != "fsdp":
-            more["mixed_precision"] = "bf16"
-        run(config(shared, one, batch_size=2, **more))
-        runs += [config(shared, whole, **more), config(shared, parts, max_steps=1, **more)]
-        runs += [config(shared, parts, **more)]
-    for precision in ("no", "bf16"):
-        code, text = launch(launcher, group, tmp_path) if (group := [
-            settings for settings in runs if settings.mixed_precision == precision]) else (0, "")
-        assert code == 0, text
-    for mode, (one, whole, parts) in places.items():
-        exact = MODES[mode].get("mixed_precision", "no") == "no" and launcher == "fsdp"
+            more[mode]["mixed_precision"] = "bf16"
+        run(config(shared, tmp_path / f"{mode}-one", batch_size=2, **more[mode]))
+        runs.append(config(shared, tmp_path / f"{mode}-whole", **more[mode]))
+        if mode in CONTINUED:
+            settings = config(shared, tmp_path / f"{mode}-parts", **more[mode])
+            runs += [replace(settings, max_steps=1), settings]
+    code, text = launch(launcher, runs, tmp_path)
+    assert code == 0, text
+    for mode in MODES:
+        one, whole, parts = (tmp_path / f"{mode}-{name}" for name in ("one", "whole", "parts"))
+        exact = more[mode].get("mixed_precision") != "bf16"
         assert losses(whole) == pytest.approx(losses(one), rel=1e-4 if exact else 1e-2), mode
-        for name, tensor in file_of(one).items():
-            assert relative_error(file_of(whole)[name].float(), tensor.float()) < (1e-2 if exact else 0.1), (mode, name)
-        assert len(events(parts, "resume")) == 1
-        assert losses(parts) == losses(whole), mode
-        assert all(file_of(parts)[name].equal(tensor) for name, tensor in file_of(whole).items()), mode
+        assert last_weights(whole).keys() == last_weights(one).keys()
+        for name, tensor in last_weights(one).items():
+            assert relative_error(last_weights(whole)[name].float(), tensor.float()) < (1e-2 if exact else 0.2), name
+        if mode in CONTINUED:
+            assert len(events(parts, "resume")) == 1
+            assert losses(parts) == losses(whole), mode
+            assert all(last_weights(parts)[name].equal(tensor) for name, tensor in last_weights(whole).items()), mode
