@@ -61,8 +61,8 @@ def layer_norm(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over the last axis of x, computed in float32, in x's dtype.
 
-    A float32 weight that is trained on bfloat16 tokens is rounded as inference will read it: fused kernels take one
-    dtype, and PyTorch's other way gives float32.
+    A float32 weight that is trained on bfloat16 tokens is rounded as inference will read it, because fused kernels
+    take one dtype.
     """
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
