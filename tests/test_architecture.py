@@ -42,7 +42,7 @@ TRAINER_LEVELS = {
     "chart": 0, "stopping": 0, "recipes": 0,
     "cache": 1, "config": 1, "events": 1, "state": 1,
     "dataset": 2, "models": 2, "trainable": 2, "plan": 2, "synthetic": 2, "recipe_command": 2, "tables": 2,
-    "report": 3, "encoders": 3, "export": 3, "placing": 3,
+    "report": 3, "encoders": 3, "export": 3, "placing": 3, "sharding": 3,
     "draws": 4, "engine": 4, "estimate": 4,
     "conditions": 5, "checking": 5, "saving": 5,
     "validate": 6,

@@ -148,7 +148,9 @@ class TrainConfig:
     output_path: str = option("./models", "folder for everything that the run writes")
     remove_prefix_in_ckpt: str = option("pipe.dit.", "prefix that is left out of the names of saved weights")
     save_steps: int | None = option(None, "save after that many steps, not after each epoch", low=1)
-    keep_last: int | None = option(None, "how many saved states stay", low=1)
+    keep_last: int | None = option(
+        None, "how many saves stay, weights and states; none keeps all weights and two states", low=1
+    )
     resume: str = option(
         "auto", "continue a stopped run: auto looks in output_path, never starts anew, else the folder of a state"
     )

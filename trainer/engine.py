@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..wan_core.memory.block_stream import BlockStream
+from . import sharding
 from .config import TrainConfig
 from .placing import frozen_at_work
 from .state import read_parts, write_parts
@@ -26,12 +26,13 @@ log = logging.getLogger("wancore")
 PATIENCE = timedelta(hours=12)
 """How long processes wait for each other; encoding a large data set takes them different times."""
 
-SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
-"""Ways to run in which a process holds only a share of the weights or the optimizer's state."""
-
 
 def start(config: TrainConfig) -> Accelerator:
-    """The processes of this run."""
+    """The processes of this run.
+
+    Raises:
+        ValueError: they cannot do what `config` asks for.
+    """
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -40,10 +41,7 @@ def start(config: TrainConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
-    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
-    if plugin is not None:
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
-        plugin.deepspeed_config["gradient_clipping"] = config.clip_norm
+    sharding.check(accelerator, config)
     return accelerator
 
 
@@ -75,18 +73,18 @@ class Engine:
         Raises:
             ValueError: the optimizer cannot be built.
         """
-        if config.streams and accelerator.num_processes > 1:
-            raise ValueError("--stream_base and --vram_limit are for one process; launch one, or leave them out.")
         self.accelerator, self.trainables, self.config = accelerator, trainables, config
         self.stream: BlockStream | None = None
         moved = trainables.parameters().values() if config.streams else trainables.module.parameters()
         for tensor in (*moved, *(() if config.streams else trainables.module.buffers())):
             tensor.data = tensor.data.to(accelerator.device)
         trainables.module.train()
+        sharding.set_up(accelerator, trainables, config)
         optimizer = build_optimizer(config, trainables)
         self.model, self.optimizer = accelerator.prepare(
-            trainables.module, optimizer, device_placement=[not config.streams, True]
+            trainables.module, optimizer, device_placement=[False, True] if config.streams else None
         )
+        self._sharded = sharding.sharded(accelerator, self.model, self.optimizer)
         self._checked = False
 
     @contextmanager
@@ -116,7 +114,7 @@ class Engine:
 
     @property
     def is_sharded(self) -> bool:
-        return self.accelerator.distributed_type in SHARDED
+        return self._sharded is not None
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -176,16 +174,14 @@ class Engine:
 
     def trained(self) -> dict[str, Tensor]:
         """Every trained tensor, whole, by its name; every process must call this, only the main one gets all."""
-        if not self.is_sharded:
-            return {name: p.detach() for name, p in self.trainables.parameters().items()}
-        whole = self.accelerator.get_state_dict(self.model) or {}
-        names = {name for part in self.trainables.parts for name in part.parameter_names()}
-        return {name: tensor for name, tensor in whole.items() if name in names}
+        if self._sharded is not None:
+            return self._sharded.whole()
+        return {name: p.detach() for name, p in self.trainables.parameters().items()}
 
     def fill(self, folder: Path) -> None:
         """Put weights and optimizer into a state's folder; every process must call this."""
-        if self.is_sharded:
-            self.accelerator.save_state(str(folder), safe_serialization=True)
+        if self._sharded is not None:
+            self._sharded.save(folder)
         elif self.is_main:
             write_parts(folder, self.trained(), self.optimizer.state_dict())
 
@@ -195,8 +191,8 @@ class Engine:
         Raises:
             ValueError: they are those of another run.
         """
-        if self.is_sharded:
-            self.accelerator.load_state(str(folder))
+        if self._sharded is not None:
+            self._sharded.load(folder)
             return
         weights, optimizer = read_parts(folder)
         trained = self.trainables.parameters()

@@ -154,7 +154,9 @@ def open_trackers(names: Sequence[str], folder: Path) -> list[Tracker]:
         try:
             trackers.append(TRACKERS[name](folder / "logs" / name))
         except ImportError as error:
-            raise ValueError(f"--log_with {name} needs a package ({error}); install it or leave it out.") from error
+            raise ValueError(
+                f"--log_with {name} needs a package ({error}): pip install {name}, or leave it out."
+            ) from error
     return trackers
 
 

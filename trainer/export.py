@@ -2,13 +2,14 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +23,12 @@ from .state import sync_file, sync_folder
 from .trainable import Part, Trainables, lora_patches
 
 log = logging.getLogger("wancore")
+
+WEIGHTS = re.compile(r"(epoch|step)-\d+(\.\w+)?\.safetensors")
+"""How files of weights are called."""
+
+STEP = "ss_steps"
+"""Metadata key of the step after which a file was written."""
 
 RUN = "wancore.run"
 """Metadata key of the run that wrote a file; only that run may replace it."""
@@ -88,17 +95,22 @@ class Exporter:
         sync_folder(self.folder)
         return list(paths.values())
 
+    def prune(self, keep: int) -> None:
+        """Remove the weights of all but the newest `keep` saves of this run."""
+        steps: dict[Path, int] = {}
+        for path in self.folder.glob("*.safetensors"):
+            told = _told_by(path) if WEIGHTS.fullmatch(path.name) else {}
+            if told.get(RUN) == self.run and told.get(STEP, "").isdigit():
+                steps[path] = int(told[STEP])
+        kept = sorted(set(steps.values()))[-keep:]
+        for path, step in steps.items():
+            if step not in kept:
+                path.unlink()
+
     @staticmethod
     def require_own(path: Path, run: str) -> None:
         """Raise ValueError when there is a file at `path` that the run of that identity did not write."""
-        if not path.exists():
-            return
-        try:
-            with safe_open(path, "pt") as file:
-                owner = (file.metadata() or {}).get(RUN)
-        except Exception:
-            owner = None
-        if owner != run:
+        if path.exists() and _told_by(path).get(RUN) != run:
             raise ValueError(
                 f"{path} exists already and is not of this run; nothing is overwritten. Choose another --output_path "
                 "or move it away."
@@ -169,6 +181,15 @@ class Exporter:
         if not prefix or full.startswith(prefix):
             return full.removeprefix(prefix)
         return name
+
+
+def _told_by(path: Path) -> dict[str, str]:
+    """The metadata of a file; none where it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _lora_dtype(config: TrainConfig) -> str:

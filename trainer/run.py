@@ -4,9 +4,7 @@ import hashlib
 import json
 import logging
 import os
-import re
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from .encoders import Encoders
 from .engine import Engine
 from .estimate import Estimate, estimate
 from .events import Events, open_trackers
-from .export import Exporter
+from .export import WEIGHTS, Exporter
 from .loop import LoadError, Loop, NonFiniteError
 from .objective import Objective
 from .plan import Plan
@@ -73,8 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if os.environ.get("RANK", "0") != "0":
         log.setLevel(logging.ERROR)
-    # A float32 norm on bfloat16 tokens is what is wanted here; PyTorch says once that it has no fused kernel for it.
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     try:
         train(parse(sys.argv[1:] if argv is None else argv))
     except (NonFiniteError, SaveError, LoadError, OutOfMemoryError, OSError) as error:
@@ -134,6 +130,7 @@ class _Run:
         found = models.find(config)
         identity = _identity(config, data.fingerprint, found)
         earlier = self._earlier(identity)
+        self._require_one_start(earlier)
         require_own_outputs(self.folder, identity)
 
         encoders = Encoders(found, self.dtype, self.accelerator.device)
@@ -148,10 +145,6 @@ class _Run:
 
         needs = self._needs(trainables, rows)
         trained = Engine(self.accelerator, trainables, config)
-        if trained.is_sharded and watcher.requests:
-            raise ValueError(
-                "Sharded weights cannot draw samples; leave out --sample_steps, or launch without sharding."
-            )
         watcher.engine = trained
         done = 0
         if earlier is not None:
@@ -258,6 +251,16 @@ class _Run:
             log.info("Continuing from %s, after step %d.", place, progress.step)
         return place, progress
 
+    def _require_one_start(self, earlier: tuple[Path, Progress] | None) -> None:
+        """Raise ValueError when processes would start from different steps, as on machines that share no folder."""
+        here = torch.tensor([0 if earlier is None else earlier[1].step], device=self.accelerator.device)
+        steps = self.accelerator.gather(here).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"The processes of this run find different saved states, after steps {steps}: --output_path has to be "
+                "a folder that all machines share."
+            )
+
 
 def _make_folder(folder: Path) -> None:
     try:
@@ -294,7 +297,7 @@ def run_id(identity: Mapping[str, Any]) -> str:
 def require_own_outputs(folder: Path, identity: Mapping[str, Any]) -> None:
     """Raise ValueError when `folder` holds weights of another run under names that this one uses."""
     for file in sorted(folder.glob("*.safetensors")):
-        if re.fullmatch(r"(epoch|step)-\d+(\.\w+)?\.safetensors", file.name):
+        if WEIGHTS.fullmatch(file.name):
             Exporter.require_own(file, run_id(identity))
 
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from .config import TrainConfig
 from .engine import Engine
 from .events import Events
-from .export import Exporter
+from .export import STEP, Exporter
 from .plan import Step
 from .state import Progress, States, require_space
 
@@ -83,7 +83,7 @@ class Saver:
         try:
             if main:
                 require_space(self.exporter.folder, self.needed, self.config.min_free_gb)
-                told = {"ss_steps": str(step.number), "ss_epoch": str(step.epoch)}
+                told = {STEP: str(step.number), "ss_epoch": str(step.epoch)}
                 files = self.exporter.write(stem, tensors, told)
                 self.states.begin(step.number)
         except FAILURES as error:
@@ -107,6 +107,8 @@ class Saver:
         try:
             self.states.commit(Progress(step.number, self.run, self.config.resolved(), self.engine.world))
             self.states.prune(self.config.keep_last or KEPT_STATES)
+            if self.config.keep_last:
+                self.exporter.prune(self.config.keep_last)
         except FAILURES as error:
             return error
         return None

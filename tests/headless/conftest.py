@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,18 +99,31 @@ class ComfyServer:
     url: str
     base: Path
     log: Path
+    process: subprocess.Popen
 
 
 @pytest.fixture(scope="session")
 def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A real ComfyUI on the CPU with this pack and the test pack in its custom_nodes."""
+    with serving(tmp_path_factory.mktemp("comfy")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[[Path], AbstractContextManager[ComfyServer]]:
+    """Starts further ComfyUIs, each for a block, with their base directories."""
+    return serving
+
+
+@contextmanager
+def serving(base: Path) -> Iterator[ComfyServer]:
     host = comfyui()
-    base = tmp_path_factory.mktemp("comfy")
     packs = base / "custom_nodes"
-    packs.mkdir()
-    (packs / "wancore").symlink_to(HERE.parents[1], target_is_directory=True)
-    (packs / "headless_test_pack").symlink_to(HERE / "pack", target_is_directory=True)
-    (base / "input").mkdir()
+    if not packs.exists():
+        packs.mkdir()
+        (packs / "wancore").symlink_to(HERE.parents[1], target_is_directory=True)
+        (packs / "headless_test_pack").symlink_to(HERE / "pack", target_is_directory=True)
+        (base / "input").mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -123,7 +137,7 @@ def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServ
         process = subprocess.Popen(command, cwd=host.folder, stdout=file, stderr=subprocess.STDOUT)
     try:
         _wait_for(f"http://127.0.0.1:{port}/system_stats", process, log)
-        yield ComfyServer(f"http://127.0.0.1:{port}", base, log)
+        yield ComfyServer(f"http://127.0.0.1:{port}", base, log, process)
     finally:
         process.terminate()
         process.wait(timeout=20)

@@ -36,10 +36,20 @@ def workflow(folders, **training) -> Workflow:
     return found
 
 
-def steps(folder: Path) -> list[int]:
+def steps(folder: Path, name: str = "step") -> list[int]:
+    """The steps of the events of that name."""
     file = folder / "events.jsonl"
     told = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [event["step"] for event in map(json.loads, told) if event["event"] == "step"]
+    return [event["step"] for event in map(json.loads, told) if event["event"] == name]
+
+
+def wait(condition):
+    """Until `condition` gives something; gives that."""
+    until = time.monotonic() + 180
+    while not (found := condition()):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    return found
 
 
 def test_a_training_is_interrupted_continued_and_shown(comfy_server, folders):
@@ -47,14 +57,9 @@ def test_a_training_is_interrupted_continued_and_shown(comfy_server, folders):
     run = comfy_server.base / "output" / "training" / "中文 run"
     prompt = workflow(folders, name="中文 run", max_steps=200).to_api()
     queued = server.submit(prompt, "a test")["prompt_id"]
-    until = time.monotonic() + 180
-    while len(steps(run)) < 2:
-        assert time.monotonic() < until, server.history(queued)
-        time.sleep(0.2)
+    wait(lambda: len(steps(run)) >= 2)
     server.stop(queued)
-    while not (found := server.history(queued)):
-        assert time.monotonic() < until
-        time.sleep(0.2)
+    found = wait(lambda: server.history(queued))
     assert "execution_interrupted" in json.dumps(found["status"])
     done = steps(run)[-1]
     assert done < 200 and list((run / "states").iterdir())
@@ -66,3 +71,18 @@ def test_a_training_is_interrupted_continued_and_shown(comfy_server, folders):
     ]
     assert steps(run) == list(range(1, done + 3))
     assert probe_video(video).num_frames == 17
+
+
+def test_a_training_outlives_its_comfyui(serve, folders, tmp_path):
+    """ComfyUI is killed: the training saves and ends by itself, and a new ComfyUI continues it."""
+    run = tmp_path / "output" / "training" / "a run"
+    with serve(tmp_path) as first:
+        Server(first.url).submit(workflow(folders, name="a run", max_steps=200).to_api(), "a test")
+        wait(lambda: len(steps(run)) >= 2)
+        first.process.kill()
+    (begun,) = wait(lambda: steps(run, "end"))
+    assert begun == steps(run)[-1] < 200 and (run / "states" / f"step-{begun:07}").is_dir()
+    with serve(tmp_path) as second:
+        files = run_on_server(workflow(folders, name="a run", max_steps=begun + 1), Server(second.url), folders).files
+    assert steps(run) == list(range(1, begun + 2))
+    assert any(file.suffix == ".mp4" for file in files)

@@ -1,6 +1,7 @@
 """Runs of the trainer on tiny models, here and as programs of their own."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,12 @@ def weights(out: Path, step: int | None = None):
     """The trained weights and the optimizer's state of the newest saved state, or that of `step`."""
     states = States(out / "states")
     return read_parts(states.latest() if step is None else states.path(step))
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
 
 
 def command(settings: TrainConfig, *launcher: str) -> list[str]:

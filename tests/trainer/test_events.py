@@ -1,5 +1,6 @@
 import json
 import logging
+import sys
 
 import pytest
 from PIL import Image
@@ -78,10 +79,12 @@ def test_trackers_get_the_numbers_of_the_main_process(tmp_path):
     assert recorder.seen == [(1, {"loss": 0.5, "lr": 1e-4}), "closed"]
 
 
-def test_a_tracker_that_is_not_installed_is_an_error_that_names_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(ValueError, match="--log_with wandb"):
-        open_trackers(["wandb"], tmp_path)
+@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_tracker_that_is_not_installed_is_an_error_that_names_it(tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"--log_with {name} .* pip install {name}"):
+        open_trackers([name], tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pace_is_the_median_of_the_last_steps():
@@ -90,6 +93,20 @@ def test_pace_is_the_median_of_the_last_steps():
     for seconds in (100.0, 2.0, 2.0, 2.0):
         pace.add(seconds)
     assert pace.left(5) == 10
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = Events(tmp_path / "events.jsonl", open_trackers(["tensorboard"], tmp_path))
+    events.step(1, 2, loss=0.5, lr=1e-4, timesteps=[3.0])
+    events.step(2, 2, loss=0.25, lr=1e-4, timesteps=[3.0])
+    events.numbers(2, {"validation": 0.75})
+    events.close()
+    found = reader.EventAccumulator(str(tmp_path / "logs" / "tensorboard"))
+    found.Reload()
+    told = {name: [(e.step, e.value) for e in found.Scalars(name)] for name in found.Tags()["scalars"]}
+    assert told.keys() == {"loss", "lr", "validation"}
+    assert told["loss"] == [(1, 0.5), (2, 0.25)] and told["validation"] == [(2, 0.75)]
 
 
 @pytest.mark.parametrize(

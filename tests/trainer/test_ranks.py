@@ -1,20 +1,15 @@
-import socket
-
 import pytest
 
 from tests.reference import relative_error
-from tests.trainer.runs import config, events, losses, program, run, shared, weights
+from tests.trainer.runs import config, events, free_port, losses, program, run, shared, weights
 
 __all__ = ["shared"]
 
 
 def launcher(processes):
     """What `accelerate launch` starts on several GPUs; on CPUs alone it would want MPI."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     return (
-        "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port),
+        "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port(),
         "-m", "trainer.train",
     )  # fmt: skip
 
@@ -55,6 +50,36 @@ def test_two_processes_stop_and_continue(shared, tmp_path):
     assert losses(whole) == losses(parts)
     assert all(t.equal(weights(whole)[0][name]) for name, t in weights(parts)[0].items())
     assert len(events(whole, "start")) == 1 and len(events(whole, "validation")) == 1
+
+
+def on_machine(rank, port, settings):
+    """One of two machines with one process each, started as the configuration of `trainer/accelerate` says."""
+    words = ("--num_machines", "2", "--machine_rank", str(rank), "--num_processes", "2")
+    words += ("--main_process_ip", "localhost", "--main_process_port", port, "--mixed_precision", "no")
+    return program(
+        settings, "-m", "accelerate.commands.launch", "--config_file", "trainer/accelerate/ddp.yaml", *words,
+        "-m", "trainer.train",
+    )  # fmt: skip
+
+
+def test_two_machines_train_as_one_process(shared, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(config(shared, one, batch_size=2, learning_rate=1e-3))
+    port = free_port()
+    machines = [on_machine(rank, port, config(shared, two, learning_rate=1e-3)) for rank in range(2)]
+    for machine in machines:
+        finish(machine)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_machines_without_a_common_folder_are_told_so(shared, tmp_path):
+    places = [tmp_path / "first", tmp_path / "second"]
+    finish(program(config(shared, places[0], max_steps=1), *launcher(2)))
+    port = free_port()
+    machines = [on_machine(rank, port, config(shared, place)) for rank, place in enumerate(places)]
+    for machine in machines:
+        text = machine.communicate(timeout=120)[0]
+        assert machine.returncode != 0 and "a folder that all machines share" in text
 
 
 def test_a_run_of_one_process_is_not_continued_by_two(shared, tmp_path):

@@ -11,6 +11,7 @@ from wancore.wan_core.conditioning.text import TextEncoder
 from wancore.wan_core.memory.plan import place
 from wancore.wan_core.memory.quant import big_linears, quantise
 from wancore.wan_core.memory.residency import Residency
+from wancore.wan_core.models.elementwise import rms_norm
 
 from tests.reference import DITS, relative_error, tiny_text_encoder, tiny_vae
 from tests.trainer.models import config, inputs, trainables, video_model
@@ -278,3 +279,18 @@ def test_timesteps_stay_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found = dit.embed_time(timesteps)
     assert torch.equal(found.head, plain.head) and found.blocks.dtype == torch.float32
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_a_norm_that_is_trained_in_float32_keeps_the_dtype_of_its_tokens(needs_gradient):
+    """As a saved bf16 weight will be used; PyTorch alone would multiply in float32, by a slower way."""
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = (1 + torch.randn(64, generator=torch.Generator().manual_seed(1))).requires_grad_(needs_gradient)
+    found = rms_norm(x, weight, 1e-6)
+    saved = weight.detach().bfloat16()
+    assert found.dtype == torch.bfloat16 and torch.equal(found.detach(), rms_norm(x, saved, 1e-6))
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * saved.double()
+    assert relative_error(found.detach().double(), exact) < 2**-8
+    if needs_gradient:
+        found.float().sum().backward()
+        assert weight.grad.dtype == torch.float32 and weight.grad.isfinite().all()

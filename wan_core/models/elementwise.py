@@ -58,13 +58,22 @@ def layer_norm(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last axis of x, computed in float32, in x's dtype.
+
+    A float32 weight that is trained on bfloat16 tokens is rounded as inference will read it, because fused kernels
+    take one dtype.
+    """
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
 def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over the last axis of x (B, S, D), computed in float32, in x's dtype.
 
     Without a fused kernel PyTorch computes it in several whole tensors of float32; it is done in pieces then.
     """
     if not may_overwrite(x, weight) or (x.is_cuda and FUSED_RMS_NORM):
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return rms_norm(x, weight, eps)
     for piece in x.split(NORM_TOKENS.get(x.device.type, MOST_NORM_TOKENS), 1):
         piece.copy_(F.rms_norm(piece, x.shape[-1:], weight, eps))
     return x

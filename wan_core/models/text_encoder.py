@@ -4,12 +4,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import sdpa
 from .config import TextEncoderConfig
-from .elementwise import add_, gelu_tanh_
+from .elementwise import add_, gelu_tanh_, rms_norm
 
 EPS = 1e-6
 MAX_DISTANCE = 128
@@ -43,7 +42,7 @@ class T5Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, EPS)
+        return rms_norm(x, self.weight, EPS)
 
 
 class RelativePosition(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .elementwise import may_overwrite
+from .elementwise import may_overwrite, rms_norm
 
 FeatureCache = dict[nn.Module, Tensor]
 """The last input frames of each causal convolution, for one pass over one video."""
@@ -60,7 +60,7 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.movedim(1, -1), (x.shape[1],), self.gamma.flatten(), self.EPS).movedim(-1, 1)
+        return rms_norm(x.movedim(1, -1), self.gamma.flatten(), self.EPS).movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):
