@@ -27,6 +27,7 @@ class Row:
         unit: of `ours` and `peer`.
         goal: the largest ratio wanted, or the largest `ours` without a peer; None when nothing is promised.
         at_least: the goal is the smallest wanted instead.
+        absolute: the goal is for `ours` although there is a peer.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Row:
     unit: str = "s"
     goal: float | None = None
     at_least: bool = False
+    absolute: bool = False
 
     @property
     def ratio(self) -> float | None:
@@ -45,16 +47,17 @@ class Row:
     @property
     def met(self) -> bool | None:
         """Whether the goal is met; None without one, or when the figure is not a number."""
-        value = self.ours if self.peer is None else self.ratio
+        value = self.ours if self.peer is None or self.absolute else self.ratio
         if self.goal is None or value is None or math.isnan(value):
             return None
         return value >= self.goal if self.at_least else value <= self.goal
 
     def cells(self) -> tuple[str, ...]:
         peer = "" if self.peer is None else f"{_number(self.peer)} {self.unit}"
-        ratio = "" if self.ratio is None else f"{self.ratio:.4g}"
+        ratio = "" if self.ratio is None else f"{self.ratio:.3f}"
         sign = "≥" if self.at_least else "≤"
-        goal = "" if self.goal is None else f"{sign} {self.goal:g}"
+        unit = f" {self.unit}" if self.absolute and self.unit else ""
+        goal = "" if self.goal is None else f"{sign} {self.goal:g}{unit}"
         word = {True: "met", False: "**missed**", None: ""}[self.met]
         return self.name, f"{_number(self.ours)} {self.unit}".strip(), self.peer_name, peer.strip(), ratio, goal, word
 
