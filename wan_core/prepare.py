@@ -61,7 +61,7 @@ class DiTSettings:
     """
 
     dtype: torch.dtype = torch.bfloat16
-    attention: str = "sdpa"
+    attention: str = "auto"
     exact: bool = False
     fp8_matmul: bool = False
 
