@@ -121,7 +121,7 @@ class VideoModel:
         if memory.vram_limit == 0:
             memory = replace(memory, vram_limit=None, persistent_params=0)
         if memory.persistent_params is not None or runtime.unbounded:
-            return placed_run(self.dit, cond, settings, memory)
+            return placed_run(self.dit, cond, size, settings, memory, self.loras)
         room = partial(available, self.dit, runtime, memory)
         plan = plan_run(self.dit, cond, size, settings, memory, room, self.motion_controller, self.loras)
         log.log(logging.WARNING if plan.missing else logging.INFO, "%s: %s.", self.name, plan.summary())

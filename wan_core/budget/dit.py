@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..memory.pieces import weights_of
 from ..models.config import DiTConfig
-from ..models.dit import TokenState, WanDiT
+from ..models.dit import CLIP_TOKENS, TokenState, WanDiT
 from ..models.motion_controller import MotionController
 from ..runtime import Runtime
 from ..sampling.cache import CachedBlocks
@@ -112,12 +112,30 @@ def _with_all_branches(guidance: GuidanceSettings) -> GuidanceSettings:
     return dataclasses.replace(guidance, scale=scale, start=0.0, end=1.0, zero_steps=0)
 
 
+def kept_bytes(config: DiTConfig, cond: Conditioning, dtype: torch.dtype, guidance: GuidanceSettings) -> int:
+    """Bytes of the keys and values of cross-attention in all blocks, of every branch that a run has."""
+    branches = 1 if guidance.scale == 1 else 3 if guidance.mode == "batched" else 2
+    blocks = config.num_layers + (len(config.vace_layers) if cond.vace else 0)
+    batch, text_tokens, _ = cond.text.shape
+    return branches * blocks * 2 * batch * _context_tokens(config, text_tokens) * config.dim * dtype.itemsize
+
+
+def kept_share(config: DiTConfig, size: tuple[int, int, int], text_tokens: int) -> float:
+    """The share of a step that making them takes."""
+    made = 4 * config.num_layers * _context_tokens(config, text_tokens) * config.dim**2
+    return made / pass_flops(config, size, text_tokens)
+
+
+def _context_tokens(config: DiTConfig, text_tokens: int) -> int:
+    return text_tokens + ((config.image_positions or CLIP_TOKENS) if config.has_image_input else 0)
+
+
 def pass_flops(config: DiTConfig, size: tuple[int, int, int], text_tokens: int = 512, vace_inputs: int = 0) -> float:
     """Floating-point operations of the blocks in one forward of one branch."""
     _, ph, pw = config.patch_size
     tokens = size[0] * (size[1] // ph) * (size[2] // pw)
     dim = config.dim
-    context = text_tokens + (257 if config.has_image_input else 0)
+    context = _context_tokens(config, text_tokens)
     linear = 2 * tokens * (6 * dim * dim + 2 * dim * config.ffn_dim) + 4 * context * dim * dim
     attention = 4 * tokens * tokens * dim + 4 * tokens * context * dim
     return (config.num_layers + vace_inputs * len(config.vace_layers)) * (linear + attention)

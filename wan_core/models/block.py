@@ -20,12 +20,14 @@ class Context:
     """What every block of one branch attends to, constant over the steps of a run.
 
     `text` (B, L, D) and `image` (B, N, D) are already projected to the model width; `rope` turns the video tokens.
+    `kept` takes the keys and values that each layer makes of them, for the steps that follow; None keeps nothing.
     """
 
     text: Tensor
     image: Tensor | None
     rope: RotaryTable
     attend: AttentionFn
+    kept: dict[nn.Module, tuple[Tensor, ...]] | None = None
 
 
 class SelfAttention(nn.Module):
@@ -55,12 +57,23 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q = _heads(rms_norm_(self.q(x), self.norm_q.weight, EPS))
-        k = _heads(rms_norm_(self.k(context.text), self.norm_k.weight, EPS))
-        out = context.attend(q, k, _heads(self.v(context.text)))
-        if context.image is not None:
-            k, v = rms_norm_(self.k_img(context.image), self.norm_k_img.weight, EPS), self.v_img(context.image)
-            out = add_(out, context.attend(q, _heads(k), _heads(v)))
+        k, v, *image = self._projected(context)
+        out = context.attend(q, k, v)
+        if image:
+            out = add_(out, context.attend(q, *image))
         return self.o(out.flatten(2))
+
+    def _projected(self, context: Context) -> tuple[Tensor, ...]:
+        """Keys and values (B, L, heads, 128) of the text, and those of the image if there is one."""
+        if context.kept is not None and self in context.kept:
+            return context.kept[self]
+        found = (rms_norm_(self.k(context.text), self.norm_k.weight, EPS), self.v(context.text))
+        if context.image is not None:
+            found += (rms_norm_(self.k_img(context.image), self.norm_k_img.weight, EPS), self.v_img(context.image))
+        found = tuple(map(_heads, found))
+        if context.kept is not None:
+            context.kept[self] = found
+        return found
 
 
 class WanBlock(nn.Module):

@@ -132,9 +132,13 @@ class WanDiT(nn.Module):
         size: tuple[int, int, int],
         motion: Tensor | None = None,
         rope: RotaryTable | None = None,
+        *,
+        keep: bool = False,
     ) -> Prepared:
         """Project `cond` once for latents of `size` = (R + F, h, w); `motion` (B, 6, D) is the motion controller's
         output, `rope` the rotation of an earlier preparation of this size.
+
+        With `keep` the first step leaves the keys and values of cross-attention to the others; weights must not change.
 
         Inputs that the model has a place for and `cond` lacks are zeros: the image tokens and channels of an inpainting
         model without an image, and the reference of a control model without one, were trained that way (VideoX-Fun).
@@ -163,7 +167,7 @@ class WanDiT(nn.Module):
         frames, height, width = (n // p for n, p in zip(size, config.patch_size, strict=True))
         if rope is None:
             rope = rotary_table((frames + (reference is not None), height, width), HEAD_DIM, device)
-        context = Context(text, image, rope, self.attend)
+        context = Context(text, image, rope, self.attend, {} if keep else None)
         return Prepared(context, size, concat, camera, reference, motion, vace)
 
     def embed(
