@@ -21,7 +21,7 @@ class Row:
 
     Attributes:
         name: what was measured, at which shape and in which dtype.
-        ours: the median of our repetitions, or a count.
+        ours: the median of our repetitions, or a count; NaN where it could not be measured.
         peer: the same of a peer, or a limit measured in the same run; None for a figure that stands alone.
         peer_name: who or what that is.
         unit: of `ours` and `peer`.
@@ -42,7 +42,7 @@ class Row:
     @property
     def ratio(self) -> float | None:
         """Ours over the peer's; None without one."""
-        return self.ours / self.peer if self.peer else None
+        return self.ours / self.peer if self.peer and not math.isnan(self.ours) else None
 
     @property
     def met(self) -> bool | None:
@@ -59,7 +59,8 @@ class Row:
         unit = f" {self.unit}" if self.absolute and self.unit else ""
         goal = "" if self.goal is None else f"{sign} {self.goal:g}{unit}"
         word = {True: "met", False: "**missed**", None: ""}[self.met]
-        return self.name, f"{_number(self.ours)} {self.unit}".strip(), self.peer_name, peer.strip(), ratio, goal, word
+        ours = "-" if math.isnan(self.ours) else f"{_number(self.ours)} {self.unit}"
+        return self.name, ours.strip(), self.peer_name, peer.strip(), ratio, goal, word
 
 
 def _number(value: float) -> str:
@@ -119,5 +120,7 @@ def write(mode: str, text: str, path: Path = RESULTS) -> None:
 def as_json(mode: str, device: str, rows: Sequence[Row]) -> str:
     """The rows for programs: one object with the machine and a list of figures."""
     figures = [{**asdict(row), "ratio": row.ratio, "met": row.met} for row in rows]
+    for figure in figures:
+        figure["ours"] = None if math.isnan(figure["ours"]) else figure["ours"]
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return json.dumps({"mode": mode, "date": when, "machine": machine(device), "rows": figures}, indent=1)

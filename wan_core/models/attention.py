@@ -116,11 +116,14 @@ class Fastest:
     """The fastest of several kernels for each shape, found by running them on the first tensors of that shape.
 
     Only that first call waits for the device. What requires gradients takes sdpa.
+
+    Attributes:
+        kernels: those to choose from, by name.
     """
 
     def __init__(self, kernels: Mapping[str, AttentionFn], seconds: Callable[[Callable[[], Tensor]], float]) -> None:
         """`kernels` beside sdpa; `seconds` is the time of a call, and raises RuntimeError where a kernel cannot run."""
-        self._kernels, self._seconds = {"sdpa": sdpa, **kernels}, seconds
+        self.kernels, self._seconds = {"sdpa": sdpa, **kernels}, seconds
         self._chosen: dict[tuple[object, ...], AttentionFn] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -128,12 +131,12 @@ class Fastest:
             return sdpa(q, k, v)
         key = (q.shape, k.shape, q.dtype, q.device)
         if key not in self._chosen:
-            self._chosen[key] = self._kernels[self._fastest(q, k, v)]
+            self._chosen[key] = self.kernels[self._fastest(q, k, v)]
         return self._chosen[key](q, k, v)
 
     def _fastest(self, q: Tensor, k: Tensor, v: Tensor) -> str:
         times: dict[str, float] = {}
-        for name, kernel in self._kernels.items():
+        for name, kernel in self.kernels.items():
             try:
                 times[name] = self._seconds(lambda kernel=kernel: kernel(q, k, v))
             except RuntimeError as error:
