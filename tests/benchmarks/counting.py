@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from wancore.wan_core.memory.count import LiveBytes
-from wancore.wan_core.models import block, elementwise
+from wancore.wan_core.models import block, chains, elementwise
 
 aten = torch.ops.aten
 FREE = {aten.detach, aten._unsafe_view, aten.lift_fresh, aten.set_, aten.alias, aten.empty, aten.empty_like}
@@ -107,7 +107,8 @@ def as_on_cuda() -> Iterator[None]:
     def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
 
-    with mock.patch.object(block, elementwise.rms_norm_.__name__, fused):
+    name = elementwise.rms_norm_.__name__
+    with mock.patch.object(block, name, fused), mock.patch.object(chains, name, fused):
         yield
 
 

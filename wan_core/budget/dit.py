@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.pieces import weights_of
+from ..models.chains import STEPS
 from ..models.config import DiTConfig
 from ..models.dit import CLIP_TOKENS, TokenState, WanDiT
 from ..models.motion_controller import MotionController
@@ -42,6 +43,7 @@ def _short_twin(dit: WanDiT) -> WanDiT:
     twin = meta_twin(dit, **parts)
     twin.config = dataclasses.replace(dit.config, vace_layers=layers)
     twin.attend = lambda q, k, v: torch.empty_like(q)
+    twin.chains = STEPS
     return twin
 
 

@@ -51,9 +51,8 @@ def rotary_table(
 def rotate_(x: Tensor, table: RotaryTable) -> Tensor:
     """`x` (B, S, heads, head_dim) turned by `table` in float32, stored as x's dtype; in place without gradients."""
     on_cpu = x.device.type == "cpu"
-    turned = _multiplied if on_cpu else _rotated
     if not may_overwrite(x):
-        return turned(x, table)
+        return (_multiplied if on_cpu else rotated)(x, table)
     for chunk, cos, sin in _pieces(x, table, CPU_TOKENS if on_cpu else ROTATION_TOKENS):
         if on_cpu:
             chunk.copy_(_multiplied(chunk, RotaryTable(cos, sin)))
@@ -69,7 +68,8 @@ def _pieces(x: Tensor, table: RotaryTable, tokens: int) -> Iterator[tuple[Tensor
     return zip(x.split(tokens, 1), table.cos.split(tokens), table.sin.split(tokens), strict=True)
 
 
-def _rotated(x: Tensor, table: RotaryTable) -> Tensor:
+def rotated(x: Tensor, table: RotaryTable) -> Tensor:
+    """`x` (B, S, heads, head_dim) turned by `table`, as a new tensor in x's dtype."""
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = torch.stack((even * table.cos - odd * table.sin, even * table.sin + odd * table.cos), -1)
     return turned.flatten(-2).to(x.dtype)
