@@ -31,7 +31,10 @@ def main() -> None:
     options = parsed()
     module = importlib.import_module(f".{options.mode}", __package__)
     device = {"cpu": "cpu", "meta": "meta", "gpu": options.device or "cuda"}[options.mode]
-    rows = list(module.main(options.quick, device) if options.mode == "gpu" else module.main(options.quick))
+    try:
+        rows = list(module.main(options.quick, device) if options.mode == "gpu" else module.main(options.quick))
+    except ValueError as problem:
+        sys.exit(f"python -m tests.benchmarks {options.mode}: {problem}")
     command = " ".join(["python -m tests.benchmarks", *sys.argv[1:]]).replace(" --write", "")
     text = report.section(options.mode, command, device, rows, getattr(module, "NOTES", ()))
     sys.stdout.write(text)

@@ -4,6 +4,7 @@ Limits are measured in the same run: the highest rate of a matrix product, and t
 """
 
 import importlib
+import importlib.util
 import logging
 import math
 import sys
@@ -29,7 +30,7 @@ from wancore.wan_core.runtime import Runtime
 from wancore.wan_core.settings import MemorySettings, SamplerSettings, TeaCacheSettings
 from wancore.wan_core.variants import match_variant
 
-from . import peers
+from . import diffusers_models as peers
 from .bench import (
     TINY,
     TRUE,
@@ -297,10 +298,16 @@ def diffsynth(bench: Bench) -> Iterator[Row]:
 
 
 def training(bench: Bench) -> Iterator[Row]:
-    """The rows of the training benchmark."""
+    """Steps of training, each way to save memory beside what the trainer said it would take."""
+    if importlib.util.find_spec(f"{__package__}.training") is None:
+        return
     module = importlib.import_module(".training", __package__)
-    for row in module.training_rows(str(bench.device.torch), bench.quick):
-        yield Row(**row)
+    bench.device.clear()
+    for found in module.training_rows(bench.device.torch, bench.quick):
+        name = "training {model}, {trained}, {size}, {frames} frames, {option}".format(**found)
+        seconds, peak = (math.nan if found[key] is None else found[key] for key in ("seconds", "peak_gib"))
+        yield Row(f"{name}: step", seconds)
+        yield Row(f"{name}: peak", peak, found["estimated_gib"], "estimate", "GiB")
 
 
 SECTIONS: Sequence[Callable[[Bench], Iterator[Row]]] = (

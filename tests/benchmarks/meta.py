@@ -16,7 +16,8 @@ from wancore.wan_core.runtime import Runtime
 from wancore.wan_core.sampling.loop import sample
 from wancore.wan_core.types import Conditioning, VideoSize
 
-from . import memory_table, peers
+from . import diffusers_models as peers
+from . import memory_table
 from .counting import Work, counted
 from .report import Row
 

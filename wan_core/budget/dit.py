@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.pieces import weights_of
+from ..memory.quant import FP8Linear
 from ..models.chains import STEPS
 from ..models.config import DiTConfig
 from ..models.dit import CLIP_TOKENS, TokenState, WanDiT
@@ -18,7 +19,7 @@ from ..sampling.cache import CachedBlocks
 from ..sampling.guidance import Guided
 from ..sampling.predictor import AllBlocks, BlockRunner, ModelPredictor
 from ..settings import GuidanceSettings
-from ..types import Conditioning, StepInfo, tensors_in
+from ..types import Conditioning, StepInfo, map_tensors, tensors_in
 from .counting import META, counted
 
 Residuals = Literal["none", "device", "host"]
@@ -57,7 +58,8 @@ def step_bytes(
 ) -> int:
     """Peak bytes on the device of a step with all its branches, beside weights and conditioning.
 
-    The step is run on the meta device, with attention counted as fused kernels run it.
+    The step is run on the meta device, with attention counted as fused kernels run it; once for each kind of model and
+    inputs, because it takes a good part of a second.
 
     Args:
         size: latent frames with those in front, rows and columns, of the video or of one window of it.
@@ -65,13 +67,44 @@ def step_bytes(
     """
     twin = _short_twin(dit)
     controller = None if motion_controller is None else meta_twin(motion_controller)
+    key = _described(twin, controller, cond, size, guidance, residuals)
+    if key not in _COUNTED:
+        _COUNTED[key] = _counted_bytes(twin, controller, cond, size, guidance, residuals)
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, int] = {}
+
+
+def _described(*values: object) -> str:
+    """What memory depends on, as text: modules by layers and weights, tensors by shape and dtype."""
+
+    def described(value: object) -> str:
+        if isinstance(value, nn.Module):
+            weights = {name: (tuple(w.shape), w.dtype) for name, w in weights_of(value).items()}
+            flags = [(vars(value).get("exact"), value)]
+            flags += [(m.fp8_matmul, m.compute_dtype) for m in value.modules() if isinstance(m, FP8Linear)]
+            return f"{flags} {weights}"
+        return repr(map_tensors(value, lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}"))
+
+    return "; ".join(map(described, values))
+
+
+def _counted_bytes(
+    twin: WanDiT,
+    controller: MotionController | None,
+    cond: Conditioning,
+    size: tuple[int, int, int],
+    guidance: GuidanceSettings,
+    residuals: Residuals,
+) -> int:
     cond = cond.map(lambda tensor, _: torch.empty_like(tensor, device=META))
-    x = torch.empty(len(cond.text), dit.config.out_channels, *size, device=META)
+    x = torch.empty(len(cond.text), twin.config.out_channels, *size, device=META)
     weights = [*weights_of(twin).values(), *([] if controller is None else weights_of(controller).values())]
     with counted(*weights, *tensors_in(cond), x) as counter:
-        blocks: BlockRunner = AllBlocks(twin, Runtime(device=META, dtype=dit.dtype))
+        blocks: BlockRunner = AllBlocks(twin, Runtime(device=META, dtype=twin.dtype))
         if residuals == "device":
-            blocks = CachedBlocks(blocks, _ComputesEveryStep(), dit.dtype)
+            blocks = CachedBlocks(blocks, _ComputesEveryStep(), twin.dtype)
         elif residuals == "host":
             blocks = _Comparing(blocks)
         time = twin.embed_time(torch.empty(4, device=META))

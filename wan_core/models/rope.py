@@ -34,18 +34,18 @@ def rotary_table(
 ) -> RotaryTable:
     """The rotation of every token of a (frames, rows, columns) grid, tokens ordered with columns fastest.
 
-    Pair j of an axis of width D turns by `position * theta ** (-2j / D)`. Angles are computed in float64 on the CPU,
-    one short vector per axis, and only then spread over the grid (Wan-Video/Wan2.1 `rope_params`).
+    Pair j of an axis of width D turns by `position * theta ** (-2j / D)`. Angles, cosines and sines are computed in
+    float64 on the CPU, for one axis at a time (Wan-Video/Wan2.1 `rope_params`), and spread over the grid on `device`.
     """
-    angles = []
+    cosines, sines = [], []
     for axis, (length, width) in enumerate(zip(grid, axis_widths(head_dim), strict=True)):
         frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
         angle = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequency
         shape = [1, 1, 1, width // 2]
         shape[axis] = length
-        angles.append(angle.view(shape).expand(*grid, -1))
-    angle = torch.cat(angles, -1).reshape(-1, 1, head_dim // 2)
-    return RotaryTable(angle.cos().float().to(device), angle.sin().float().to(device))
+        for parts, values in ((cosines, angle.cos()), (sines, angle.sin())):
+            parts.append(values.float().to(device).view(shape).expand(*grid, -1))
+    return RotaryTable(*(torch.cat(parts, -1).reshape(-1, 1, head_dim // 2) for parts in (cosines, sines)))
 
 
 def rotate_(x: Tensor, table: RotaryTable) -> Tensor:
