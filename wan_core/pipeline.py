@@ -79,11 +79,13 @@ class WanVideoPipeline:
         local_model_path: str | Path | None = None,
         skip_download: bool | None = None,
         redirect_common_files: bool = True,
+        torch_compile: bool = False,
     ) -> "WanVideoPipeline":
         """Find, check and load the models.
 
         Every file's header is read and checked before the first weight is. The tokenizer is looked for in the text
         encoder's file and beside it, then in `tokenizer_config`, by default google/umt5-xxl of Wan-AI/Wan2.1-T2V-1.3B.
+        `torch_compile` fuses elementwise steps of the video model, see `prepare.DiTSettings`.
 
         Raises:
             ValueError: a model is missing, given twice, unknown or broken.
@@ -95,10 +97,10 @@ class WanVideoPipeline:
         component = {kind: model.component for kind, model in found.items()}
         tokenizer = tokenizer_folder(component["text_encoder"], tokenizer_config, defaults)
         rest = {kind: model.config.rest(device) for kind, model in found.items()}
+        settings = prepare.DiTSettings(dtype=torch_dtype, torch_compile=torch_compile)
         model = prepare.load_dit(
-            component["dit"], prepare.DiTSettings(dtype=torch_dtype), rest["dit"], vace=component.get("vace"),
-            compute_device=device,
-        )  # fmt: skip
+            component["dit"], settings, rest["dit"], vace=component.get("vace"), compute_device=device
+        )
         if "motion_controller" in found:
             model = prepare.with_speed_control(model, component["motion_controller"], rest["motion_controller"])
         image_encoder = None

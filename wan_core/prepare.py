@@ -30,6 +30,7 @@ from .memory.plan import Placement
 from .memory.quant import require_fp8_matmul, use_fp8_matmul
 from .memory.residency import Residency
 from .models.attention import load_backend
+from .models.chains import load_chains
 from .models.dit import WanDiT
 from .models.image_encoder import ImageEncoder
 from .models.motion_controller import MotionController
@@ -58,12 +59,14 @@ class DiTSettings:
         attention: a kernel of `models.attention`.
         exact: keep the residual stream in float32, as the authors do; costs memory and a little time.
         fp8_matmul: multiply FP8 weights as FP8 numbers, on cards that can; faster, and less exact.
+        torch_compile: let `torch.compile` fuse the elementwise steps; takes seconds for each new size.
     """
 
     dtype: torch.dtype = torch.bfloat16
-    attention: str = "sdpa"
+    attention: str = "auto"
     exact: bool = False
     fp8_matmul: bool = False
+    torch_compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class VideoModel:
         if memory.vram_limit == 0:
             memory = replace(memory, vram_limit=None, persistent_params=0)
         if memory.persistent_params is not None or runtime.unbounded:
-            return placed_run(self.dit, cond, settings, memory)
+            return placed_run(self.dit, cond, size, settings, memory, self.loras)
         room = partial(available, self.dit, runtime, memory)
         plan = plan_run(self.dit, cond, size, settings, memory, room, self.motion_controller, self.loras)
         log.log(logging.WARNING if plan.missing else logging.INFO, "%s: %s.", self.name, plan.summary())
@@ -210,8 +213,8 @@ def load_dit(
         preset: the catalog row whose settings are recommended, instead of the one that the file's name points to.
 
     Raises:
-        ValueError: keys are missing, unexpected or misshapen, the branch is of another size, or the attention backend
-            or FP8 products are not usable.
+        ValueError: keys are missing, unexpected or misshapen, the branch is of another size, or the attention backend,
+            FP8 products or torch.compile are not usable.
     """
     if vace is not None:
         component = join_vace(component, vace)
@@ -219,12 +222,13 @@ def load_dit(
     rest = Rest.on(rest)
     computes_on = torch.device(compute_device or rest.device)
     attend = load_backend(settings.attention, computes_on, settings.dtype)
+    chains = load_chains(settings.torch_compile, computes_on, settings.dtype)
     if settings.fp8_matmul:
         require_fp8_matmul(computes_on, settings.dtype)
     dit: WanDiT = rest.load(component, settings.dtype)
     if settings.fp8_matmul:
         use_fp8_matmul(dit, computes_on)
-    dit.attend = attend
+    dit.attend, dit.chains = attend, chains
     dit.exact = settings.exact
     row = catalog.find_row(preset) if preset else recommended_row(component, variant)
     name = row.model_id if row and _names(row, component) else component.name

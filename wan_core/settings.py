@@ -215,6 +215,8 @@ class SamplerSettings:
         start_step, end_step: run only these steps of the schedule, the last one excluded, so that a run can be split.
         cache: steps to leave out.
         windows: for videos longer than the model was trained on.
+        keep_projections: let the first step leave the keys and values of text and image to the others, for memory on
+            the device. The plan of a run sets it where that pays; weights must not change during the run.
     """
 
     seed: int = 0
@@ -229,6 +231,7 @@ class SamplerSettings:
     end_step: int | None = None
     cache: CacheSettings | None = None
     windows: WindowSettings | None = None
+    keep_projections: bool = False
 
     def __post_init__(self) -> None:
         check_whole("seed", self.seed, low=0, high=MAX_SEED)

@@ -133,7 +133,12 @@ def fitted(variant):
 def test_a_chain_states_the_frames_it_goes_on_from(variant, monkeypatch):
     dit, cond, seen = tiny_dit(variant), fitted(variant), []
     prepare = WanDiT.prepare
-    monkeypatch.setattr(WanDiT, "prepare", lambda self, given, *rest: seen.append(given) or prepare(self, given, *rest))
+
+    def looking(self, given, *rest, **options):
+        seen.append(given)
+        return prepare(self, given, *rest, **options)
+
+    monkeypatch.setattr(WanDiT, "prepare", looking)
     windows = {"size": 4, "stride": 2}
     latents = chained(dit, cond, w=windows, guidance=GuidanceSettings(scale=1.0))
     # Clips of the frames 0-3, 2-5 and 4-6 of seven.

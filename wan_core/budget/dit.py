@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.pieces import weights_of
+from ..memory.quant import FP8Linear
+from ..models.chains import STEPS
 from ..models.config import DiTConfig
-from ..models.dit import TokenState, WanDiT
+from ..models.dit import CLIP_TOKENS, TokenState, WanDiT
 from ..models.motion_controller import MotionController
 from ..runtime import Runtime
 from ..sampling.cache import CachedBlocks
 from ..sampling.guidance import Guided
 from ..sampling.predictor import AllBlocks, BlockRunner, ModelPredictor
 from ..settings import GuidanceSettings
-from ..types import Conditioning, StepInfo, tensors_in
+from ..types import Conditioning, StepInfo, map_tensors, tensors_in
 from .counting import META, counted
 
 Residuals = Literal["none", "device", "host"]
@@ -42,6 +44,7 @@ def _short_twin(dit: WanDiT) -> WanDiT:
     twin = meta_twin(dit, **parts)
     twin.config = dataclasses.replace(dit.config, vace_layers=layers)
     twin.attend = lambda q, k, v: torch.empty_like(q)
+    twin.chains = STEPS
     return twin
 
 
@@ -55,7 +58,8 @@ def step_bytes(
 ) -> int:
     """Peak bytes on the device of a step with all its branches, beside weights and conditioning.
 
-    The step is run on the meta device, with attention counted as fused kernels run it.
+    The step is run on the meta device, with attention counted as fused kernels run it; once for each kind of model and
+    inputs, because it takes a good part of a second.
 
     Args:
         size: latent frames with those in front, rows and columns, of the video or of one window of it.
@@ -63,13 +67,44 @@ def step_bytes(
     """
     twin = _short_twin(dit)
     controller = None if motion_controller is None else meta_twin(motion_controller)
+    key = _described(twin, controller, cond, size, guidance, residuals)
+    if key not in _COUNTED:
+        _COUNTED[key] = _counted_bytes(twin, controller, cond, size, guidance, residuals)
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, int] = {}
+
+
+def _described(*values: object) -> str:
+    """What memory depends on, as text: modules by layers and weights, tensors by shape and dtype."""
+
+    def described(value: object) -> str:
+        if isinstance(value, nn.Module):
+            weights = {name: (tuple(w.shape), w.dtype) for name, w in weights_of(value).items()}
+            flags = [(vars(value).get("exact"), value)]
+            flags += [(m.fp8_matmul, m.compute_dtype) for m in value.modules() if isinstance(m, FP8Linear)]
+            return f"{flags} {weights}"
+        return repr(map_tensors(value, lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}"))
+
+    return "; ".join(map(described, values))
+
+
+def _counted_bytes(
+    twin: WanDiT,
+    controller: MotionController | None,
+    cond: Conditioning,
+    size: tuple[int, int, int],
+    guidance: GuidanceSettings,
+    residuals: Residuals,
+) -> int:
     cond = cond.map(lambda tensor, _: torch.empty_like(tensor, device=META))
-    x = torch.empty(len(cond.text), dit.config.out_channels, *size, device=META)
+    x = torch.empty(len(cond.text), twin.config.out_channels, *size, device=META)
     weights = [*weights_of(twin).values(), *([] if controller is None else weights_of(controller).values())]
     with counted(*weights, *tensors_in(cond), x) as counter:
-        blocks: BlockRunner = AllBlocks(twin, Runtime(device=META, dtype=dit.dtype))
+        blocks: BlockRunner = AllBlocks(twin, Runtime(device=META, dtype=twin.dtype))
         if residuals == "device":
-            blocks = CachedBlocks(blocks, _ComputesEveryStep(), dit.dtype)
+            blocks = CachedBlocks(blocks, _ComputesEveryStep(), twin.dtype)
         elif residuals == "host":
             blocks = _Comparing(blocks)
         time = twin.embed_time(torch.empty(4, device=META))
@@ -112,12 +147,30 @@ def _with_all_branches(guidance: GuidanceSettings) -> GuidanceSettings:
     return dataclasses.replace(guidance, scale=scale, start=0.0, end=1.0, zero_steps=0)
 
 
+def kept_bytes(config: DiTConfig, cond: Conditioning, dtype: torch.dtype, guidance: GuidanceSettings) -> int:
+    """Bytes of the keys and values of cross-attention in all blocks, of every branch that a run has."""
+    branches = 1 if guidance.scale == 1 else 3 if guidance.mode == "batched" else 2
+    blocks = config.num_layers + (len(config.vace_layers) if cond.vace else 0)
+    batch, text_tokens, _ = cond.text.shape
+    return branches * blocks * 2 * batch * _context_tokens(config, text_tokens) * config.dim * dtype.itemsize
+
+
+def kept_share(config: DiTConfig, size: tuple[int, int, int], text_tokens: int) -> float:
+    """The share of a step that making them takes."""
+    made = 4 * config.num_layers * _context_tokens(config, text_tokens) * config.dim**2
+    return made / pass_flops(config, size, text_tokens)
+
+
+def _context_tokens(config: DiTConfig, text_tokens: int) -> int:
+    return text_tokens + ((config.image_positions or CLIP_TOKENS) if config.has_image_input else 0)
+
+
 def pass_flops(config: DiTConfig, size: tuple[int, int, int], text_tokens: int = 512, vace_inputs: int = 0) -> float:
     """Floating-point operations of the blocks in one forward of one branch."""
     _, ph, pw = config.patch_size
     tokens = size[0] * (size[1] // ph) * (size[2] // pw)
     dim = config.dim
-    context = text_tokens + (257 if config.has_image_input else 0)
+    context = _context_tokens(config, text_tokens)
     linear = 2 * tokens * (6 * dim * dim + 2 * dim * config.ffn_dim) + 4 * context * dim * dim
     attention = 4 * tokens * tokens * dim + 4 * tokens * context * dim
     return (config.num_layers + vace_inputs * len(config.vace_layers)) * (linear + attention)

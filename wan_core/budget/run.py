@@ -18,11 +18,16 @@ from ..settings import MemorySettings, SamplerSettings
 from ..tiling import Span
 from ..types import Conditioning, LatentSize, tensors_in
 from .counting import META
-from .dit import Residuals, pass_flops, step_bytes
+from .dit import Residuals, kept_bytes, kept_share, pass_flops, step_bytes
 from .vae import WORKSPACE_BYTES
 
 FRAGMENTATION = 0.03
 """Share of the counted activations that the caching allocator loses between blocks of memory. An allowance."""
+
+WORTH_KEEPING = 0.01
+"""The least share of a step that keys and values of cross-attention must take to be kept. 81 frames at 480p are below
+it, where keeping them would take more memory than everything else but the weights.
+"""
 
 FLOPS_PER_SECOND = 155e12
 COPIED_PER_SECOND = 25e9
@@ -110,7 +115,9 @@ def plan_run(
     plan = _counted(dit, inventory, cond, size, settings, motion_controller, given)
     available = room(plan.peak_bytes)
     plan = plan.within(available, memory)
-    if not plan.placement.streamed or settings.guidance.mode != "sequential" or settings.guidance.scale == 1:
+    if not plan.placement.streamed:
+        return _keeping(plan, dit, cond, size, memory, given)
+    if settings.guidance.mode != "sequential" or settings.guidance.scale == 1:
         return plan
     other = _counted(dit, inventory, cond, size, interleaved(settings), motion_controller, given)
     return min(plan, other.within(available, memory), key=lambda plan: (plan.missing, plan.copied_per_step))
@@ -121,12 +128,42 @@ def interleaved(settings: SamplerSettings) -> SamplerSettings:
     return dataclasses.replace(settings, guidance=dataclasses.replace(settings.guidance, mode="interleaved"))
 
 
-def placed_run(dit: WanDiT, cond: Conditioning, settings: SamplerSettings, memory: MemorySettings) -> RunPlan:
+def placed_run(
+    dit: WanDiT,
+    cond: Conditioning,
+    size: LatentSize,
+    settings: SamplerSettings,
+    memory: MemorySettings,
+    loras: Sequence[LoraUse] = (),
+) -> RunPlan:
     """The plan of a run that nothing but `memory.persistent_params` bounds; its activations are not counted."""
     placement = place(dit_inventory(dit, cond), None, memory.persistent_params)
     sequential = settings.guidance.mode == "sequential" and settings.guidance.scale != 1
     settings = interleaved(settings) if placement.streamed and sequential else settings
-    return RunPlan(settings, placement, 0, 0, None, 0.0)
+    plan = RunPlan(settings, placement, 0, 0, None, 0.0)
+    return plan if memory.persistent_params is not None else _keeping(plan, dit, cond, size, memory, loras)
+
+
+def _keeping(
+    plan: RunPlan,
+    dit: WanDiT,
+    cond: Conditioning,
+    size: LatentSize,
+    memory: MemorySettings,
+    loras: Sequence[LoraUse],
+) -> RunPlan:
+    """`plan`, keeping keys and values of cross-attention over the steps where that pays and all weights still fit."""
+    settings, windows = plan.settings, plan.settings.windows
+    windowed = windows is not None and windows.mode == "blend" and windows.size < size.frames
+    if windowed or settings.total_steps == 1 or not all(use.constant for use in loras):
+        return plan
+    if kept_share(dit.config, size.shape, cond.text.shape[1]) < WORTH_KEEPING:
+        return plan
+    kept = kept_bytes(dit.config, cond, dit.dtype, settings.guidance)
+    settings = dataclasses.replace(settings, keep_projections=True)
+    keeping = dataclasses.replace(plan, settings=settings, activations=plan.activations + kept)
+    keeping = keeping.within(plan.available, memory)
+    return plan if keeping.placement.streamed or keeping.missing else keeping
 
 
 def dit_inventory(dit: WanDiT, cond: Conditioning) -> Inventory:

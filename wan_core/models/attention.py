@@ -1,16 +1,19 @@
 """Scaled dot-product attention behind one function, with a choice of kernels.
 
-`sdpa` is PyTorch's own and always there. The others are used only when their package is installed and agrees with sdpa
-on random data: some builds of them produce noise on some cards, and a video full of noise is a slow way to find out.
+`sdpa` is PyTorch's own and always there, and `auto` the fastest exact kernel of a CUDA device. The others are used only
+when their package is installed and agrees with sdpa on random data: some builds of them produce noise on some cards,
+and a video full of noise is a slow way to find out.
 """
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger("wancore")
 
@@ -48,7 +51,19 @@ def _xformers() -> AttentionFn:
 
 
 _LOADERS: dict[str, Callable[[], AttentionFn]] = {"flash": _flash, "sage": _sage, "xformers": _xformers}
-BACKENDS: tuple[str, ...] = ("sdpa", *_LOADERS)
+AUTO = "auto"
+BACKENDS: tuple[str, ...] = (AUTO, "sdpa", *_LOADERS)
+
+_SDPA_KERNELS = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+CLEARLY_FASTER = 0.95
+"""Share of sdpa's time below which another kernel takes its place: less could be chance, and would change from run to
+run.
+"""
 
 MAX_SELF_TEST_ERROR = 0.05
 """Largest relative error against sdpa. 8-bit SageAttention stays near 0.02; a broken kernel is off by 1 and more."""
@@ -62,8 +77,10 @@ def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
     Raises:
         ValueError: unknown name, package not installed, or a result that differs from sdpa.
     """
-    if name == "sdpa":
+    if name == "sdpa" or (name == AUTO and device.type != "cuda"):
         return sdpa
+    if name == AUTO:
+        return Fastest(_exact_kernels(device, dtype), _seconds)
     if name not in _LOADERS:
         raise ValueError(f"Unknown attention backend {name!r}; choose one of {', '.join(BACKENDS)}.")
     try:
@@ -92,3 +109,70 @@ def _self_test(candidate: AttentionFn, device: torch.device, dtype: torch.dtype)
         log.warning("attention backend failed its self-test: %s", error)
         return float("inf")
     return ((got - expected).norm() / expected.norm()).item()
+
+
+class Fastest:
+    """The fastest of several kernels for each shape, found by running them on the first tensors of that shape.
+
+    Only that first call waits for the device. What requires gradients takes sdpa.
+
+    Attributes:
+        kernels: those to choose from, by name.
+    """
+
+    def __init__(self, kernels: Mapping[str, AttentionFn], seconds: Callable[[Callable[[], Tensor]], float]) -> None:
+        """`kernels` beside sdpa; `seconds` is the time of a call, and raises RuntimeError where a kernel cannot run."""
+        self.kernels, self._seconds = {"sdpa": sdpa, **kernels}, seconds
+        self._chosen: dict[tuple[object, ...], AttentionFn] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return sdpa(q, k, v)
+        key = (q.shape, k.shape, q.dtype, q.device)
+        if key not in self._chosen:
+            self._chosen[key] = self.kernels[self._fastest(q, k, v)]
+        return self._chosen[key](q, k, v)
+
+    def _fastest(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        times: dict[str, float] = {}
+        for name, kernel in self.kernels.items():
+            try:
+                times[name] = self._seconds(lambda kernel=kernel: kernel(q, k, v))
+            except RuntimeError as error:
+                log.debug("attention: %s does not run here: %s", name, error)
+        best = min(times, key=times.__getitem__, default="sdpa")
+        if best != "sdpa" and times[best] >= CLEARLY_FASTER * times.get("sdpa", float("inf")):
+            best = "sdpa"
+        shown = ", ".join(f"{name} {1000 * time:.2f} ms" for name, time in times.items())
+        log.info("attention of %d to %d tokens: %s (%s)", q.shape[1], k.shape[1], best, shown)
+        return best
+
+
+def _exact_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, AttentionFn]:
+    """What computes the same as sdpa up to rounding: its own kernels, and FlashAttention where it is installed."""
+    found = {name: _only(backend) for name, backend in _SDPA_KERNELS.items()}
+    try:
+        found["FlashAttention"] = load_backend("flash", device, dtype)
+    except ValueError as error:
+        log.debug("attention: %s", error)
+    return found
+
+
+def _only(backend: SDPBackend) -> AttentionFn:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(q, k, v)
+
+    return attend
+
+
+def _seconds(run: Callable[[], Tensor]) -> float:
+    """The time of a call on the present CUDA device: the better of two, after one that may have to be prepared."""
+    run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+    for event in events:
+        event.record()
+        if event is not events[-1]:
+            run()
+    events[-1].synchronize()
+    return min(first.elapsed_time(second) for first, second in pairwise(events)) / 1000

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionFn
+from .chains import STEPS, Chains
 from .config import HEAD_DIM
-from .elementwise import add_, gated_add_, gelu_tanh_, layer_norm, may_overwrite, modulate_, rms_norm_
-from .rope import RotaryTable, rotate_
+from .elementwise import add_, gelu_tanh_, layer_norm, may_overwrite, rms_norm_
+from .rope import RotaryTable
 
 EPS = 1e-6
 FEED_FORWARD_TOKENS = 8192
@@ -20,12 +21,15 @@ class Context:
     """What every block of one branch attends to, constant over the steps of a run.
 
     `text` (B, L, D) and `image` (B, N, D) are already projected to the model width; `rope` turns the video tokens.
+    `kept` takes the keys and values that each layer makes of them, for the steps that follow; None keeps nothing.
     """
 
     text: Tensor
     image: Tensor | None
     rope: RotaryTable
     attend: AttentionFn
+    chains: Chains = STEPS
+    kept: dict[nn.Module, tuple[Tensor, ...]] | None = None
 
 
 class SelfAttention(nn.Module):
@@ -37,8 +41,9 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(dim, EPS), nn.RMSNorm(dim, EPS)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q = rotate_(_heads(rms_norm_(self.q(x), self.norm_q.weight, EPS)), context.rope)
-        k = rotate_(_heads(rms_norm_(self.k(x), self.norm_k.weight, EPS)), context.rope)
+        norm_rotate = context.chains.norm_rotate
+        q = norm_rotate(self.q(x), self.norm_q.weight, EPS, context.rope, HEAD_DIM)
+        k = norm_rotate(self.k(x), self.norm_k.weight, EPS, context.rope, HEAD_DIM)
         return self.o(context.attend(q, k, _heads(self.v(x))).flatten(2))
 
 
@@ -55,12 +60,23 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q = _heads(rms_norm_(self.q(x), self.norm_q.weight, EPS))
-        k = _heads(rms_norm_(self.k(context.text), self.norm_k.weight, EPS))
-        out = context.attend(q, k, _heads(self.v(context.text)))
-        if context.image is not None:
-            k, v = rms_norm_(self.k_img(context.image), self.norm_k_img.weight, EPS), self.v_img(context.image)
-            out = add_(out, context.attend(q, _heads(k), _heads(v)))
+        k, v, *image = self._projected(context)
+        out = context.attend(q, k, v)
+        if image:
+            out = add_(out, context.attend(q, *image))
         return self.o(out.flatten(2))
+
+    def _projected(self, context: Context) -> tuple[Tensor, ...]:
+        """Keys and values (B, L, heads, 128) of the text, and those of the image if there is one."""
+        if context.kept is not None and self in context.kept:
+            return context.kept[self]
+        found = (rms_norm_(self.k(context.text), self.norm_k.weight, EPS), self.v(context.text))
+        if context.image is not None:
+            found += (rms_norm_(self.k_img(context.image), self.norm_k_img.weight, EPS), self.v_img(context.image))
+        found = tuple(map(_heads, found))
+        if context.kept is not None:
+            context.kept[self] = found
+        return found
 
 
 class WanBlock(nn.Module):
@@ -76,14 +92,14 @@ class WanBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, context: Context) -> Tensor:
         """`modulation` (B, 6, D), float32: shift, scale and gate of the attention, then of the feed-forward."""
-        dtype = context.text.dtype
+        dtype, chains = context.text.dtype, context.chains
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + modulation).chunk(6, 1)
-        attended = self.self_attn(modulate_(layer_norm(x, EPS, dtype), shift, 1 + scale), context)
-        x = gated_add_(x, attended, gate)
+        attended = self.self_attn(chains.norm_modulate(x, shift, 1 + scale, EPS, dtype), context)
+        x = chains.gated_add(x, attended, gate)
         del attended
         x = add_(x, self.cross_attn(layer_norm(x, EPS, dtype, self.norm3.weight, self.norm3.bias), context))
-        update = self._feed_forward(modulate_(layer_norm(x, EPS, dtype), ffn_shift, 1 + ffn_scale))
-        return gated_add_(x, update, ffn_gate)
+        update = self._feed_forward(chains.norm_modulate(x, ffn_shift, 1 + ffn_scale, EPS, dtype))
+        return chains.gated_add(x, update, ffn_gate)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         expand, _, contract = self.ffn

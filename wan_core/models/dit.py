@@ -17,6 +17,7 @@ from ..types import VAE_STRIDE, Conditioning
 from .attention import AttentionFn, sdpa
 from .block import EPS, Context, WanBlock
 from .camera_adapter import CameraAdapter
+from .chains import STEPS
 from .config import HEAD_DIM, DiTConfig
 from .elementwise import add_, layer_norm, modulate_
 from .embedders import ImageTokens, sinusoid
@@ -82,6 +83,7 @@ class WanDiT(nn.Module):
 
     Attributes:
         attend: the attention kernel, see `attention.load_backend`.
+        chains: how elementwise steps are run, see `chains.load_chains`.
         exact: keep the residual stream in float32, as the authors do, instead of in the compute dtype.
     """
 
@@ -111,6 +113,7 @@ class WanDiT(nn.Module):
                 VaceBlock(dim, config.ffn_dim, is_first=n == 0) for n in range(len(config.vace_layers))
             )
         self.attend: AttentionFn = sdpa
+        self.chains = STEPS
         self.exact = False
 
     @property
@@ -132,9 +135,13 @@ class WanDiT(nn.Module):
         size: tuple[int, int, int],
         motion: Tensor | None = None,
         rope: RotaryTable | None = None,
+        *,
+        keep: bool = False,
     ) -> Prepared:
         """Project `cond` once for latents of `size` = (R + F, h, w); `motion` (B, 6, D) is the motion controller's
         output, `rope` the rotation of an earlier preparation of this size.
+
+        With `keep` the first step leaves the keys and values of cross-attention to the others; weights must not change.
 
         Inputs that the model has a place for and `cond` lacks are zeros: the image tokens and channels of an inpainting
         model without an image, and the reference of a control model without one, were trained that way (VideoX-Fun).
@@ -163,7 +170,7 @@ class WanDiT(nn.Module):
         frames, height, width = (n // p for n, p in zip(size, config.patch_size, strict=True))
         if rope is None:
             rope = rotary_table((frames + (reference is not None), height, width), HEAD_DIM, device)
-        context = Context(text, image, rope, self.attend)
+        context = Context(text, image, rope, self.attend, self.chains, {} if keep else None)
         return Prepared(context, size, concat, camera, reference, motion, vace)
 
     def embed(

@@ -1,5 +1,6 @@
-"""Three-dimensional rotary position embedding as a real rotation of interleaved pairs."""
+"""Three-dimensional rotary position embedding: a rotation of interleaved pairs."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from .elementwise import may_overwrite
 THETA = 10000.0
 ROTATION_TOKENS = 8192
 """Tokens rotated at a time, so that the float32 products stay small beside the sequence itself."""
+CPU_TOKENS = 256
+"""The same on a CPU, where a piece then stays in its cache."""
 
 
 @dataclass(frozen=True)
@@ -31,27 +34,29 @@ def rotary_table(
 ) -> RotaryTable:
     """The rotation of every token of a (frames, rows, columns) grid, tokens ordered with columns fastest.
 
-    Pair j of an axis of width D turns by `position * theta ** (-2j / D)`. Angles are computed in float64 on the CPU,
-    one short vector per axis, and only then spread over the grid (Wan-Video/Wan2.1 `rope_params`).
+    Pair j of an axis of width D turns by `position * theta ** (-2j / D)`. Angles, cosines and sines are computed in
+    float64 on the CPU, for one axis at a time (Wan-Video/Wan2.1 `rope_params`), and spread over the grid on `device`.
     """
-    angles = []
+    cosines, sines = [], []
     for axis, (length, width) in enumerate(zip(grid, axis_widths(head_dim), strict=True)):
         frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
         angle = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequency
         shape = [1, 1, 1, width // 2]
         shape[axis] = length
-        angles.append(angle.view(shape).expand(*grid, -1))
-    angle = torch.cat(angles, -1).reshape(-1, 1, head_dim // 2)
-    return RotaryTable(angle.cos().float().to(device), angle.sin().float().to(device))
+        for parts, values in ((cosines, angle.cos()), (sines, angle.sin())):
+            parts.append(values.float().to(device).view(shape).expand(*grid, -1))
+    return RotaryTable(*(torch.cat(parts, -1).reshape(-1, 1, head_dim // 2) for parts in (cosines, sines)))
 
 
 def rotate_(x: Tensor, table: RotaryTable) -> Tensor:
     """`x` (B, S, heads, head_dim) turned by `table` in float32, stored as x's dtype; in place without gradients."""
+    on_cpu = x.device.type == "cpu"
     if not may_overwrite(x):
-        return _rotated(x, table)
-    for chunk, cos, sin in zip(
-        *(t.split(ROTATION_TOKENS, dim) for t, dim in ((x, 1), (table.cos, 0), (table.sin, 0))), strict=True
-    ):
+        return (_multiplied if on_cpu else rotated)(x, table)
+    for chunk, cos, sin in _pieces(x, table, CPU_TOKENS if on_cpu else ROTATION_TOKENS):
+        if on_cpu:
+            chunk.copy_(_multiplied(chunk, RotaryTable(cos, sin)))
+            continue
         even, odd = chunk[..., 0::2], chunk[..., 1::2]
         even_cos, even_sin = even * cos, even * sin
         torch.addcmul(even_cos, odd, sin, value=-1, out=even)
@@ -59,7 +64,19 @@ def rotate_(x: Tensor, table: RotaryTable) -> Tensor:
     return x
 
 
-def _rotated(x: Tensor, table: RotaryTable) -> Tensor:
+def _pieces(x: Tensor, table: RotaryTable, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return zip(x.split(tokens, 1), table.cos.split(tokens), table.sin.split(tokens), strict=True)
+
+
+def rotated(x: Tensor, table: RotaryTable) -> Tensor:
+    """`x` (B, S, heads, head_dim) turned by `table`, as a new tensor in x's dtype."""
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = torch.stack((even * table.cos - odd * table.sin, even * table.sin + odd * table.cos), -1)
     return turned.flatten(-2).to(x.dtype)
+
+
+def _multiplied(x: Tensor, table: RotaryTable) -> Tensor:
+    """The same rotation as a product of complex numbers: on a CPU it takes a tenth of the time, because it reads pairs
+    as they lie. Devices without complex numbers, and compilers, take the real one."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(table.cos, table.sin)).flatten(-2).to(x.dtype)

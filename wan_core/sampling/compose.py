@@ -57,7 +57,9 @@ def compose(
         # One residual per window would grow with the video's length, so they rest in host memory.
         on_cpu = settings.cache.residual_on_cpu or windows is not None
         blocks = memories["cache"] = CachedBlocks(blocks, rule, dit.dtype, on_cpu=on_cpu)
-    predict: Predictor = Guided(ModelPredictor(dit, time, blocks, motion_controller), settings.guidance)
+    # Windows take turns, so that nothing of one would be left when its turn comes again.
+    model = ModelPredictor(dit, time, blocks, motion_controller, keep=settings.keep_projections and windows is None)
+    predict: Predictor = Guided(model, settings.guidance)
     if windows is not None:
         predict = Windowed(predict, windows, frames, prompts)
     return Composed(predict, memories)

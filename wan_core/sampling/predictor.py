@@ -72,8 +72,11 @@ class ModelPredictor:
         time: TimeEmbedding,
         run_blocks: BlockRunner,
         motion_controller: MotionController | None = None,
+        *,
+        keep: bool = False,
     ) -> None:
-        self._dit = dit
+        """`keep` the keys and values of cross-attention over the steps too."""
+        self._dit, self._keep = dit, keep
         self._time = time
         self._run_blocks = run_blocks
         self._motion_controller = motion_controller
@@ -113,9 +116,8 @@ class ModelPredictor:
             check_shapes(self._dit.config, x, cond)
             size = tuple(x.shape[2:])
             motion = motion_offset(self._motion_controller, cond)
-            prepared = self._dit.prepare(
-                cond, size, None if motion is None else motion.to(x.device), self._rotations.get(size)
-            )
+            motion = None if motion is None else motion.to(x.device)
+            prepared = self._dit.prepare(cond, size, motion, self._rotations.get(size), keep=self._keep)
             self._prepared[branch] = prepared
             self._rotations[size] = prepared.context.rope
         return self._prepared[branch]

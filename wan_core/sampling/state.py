@@ -68,11 +68,11 @@ def restore(parts: Mapping[str, HasMemory], memory: Mapping[str, Tensor], device
 def digest_run(dit: nn.Module, cond: Conditioning, size: LatentSize, settings: SamplerSettings, *others: Any) -> str:
     """A digest of everything that decides a run's result: weights, conditioning, size, settings and `others`.
 
-    Which steps are run now does not count, nor where a cache rests. Of each weight and buffer a sample is read:
-    training and conversion change nearly every value and are seen, a change to a few values by hand may not be.
+    Which steps are run now does not count, nor where a cache rests or what is kept. Of each weight and buffer a sample
+    is read: training and conversion change nearly every value and are seen, a change to a few by hand may not be.
     """
     cache = settings.cache and dataclasses.replace(settings.cache, residual_on_cpu=False)
-    settings = dataclasses.replace(settings, start_step=0, end_step=None, cache=cache)
+    settings = dataclasses.replace(settings, start_step=0, end_step=None, cache=cache, keep_projections=False)
     weights = dit.state_dict()
     names = tuple((name, tuple(weight.shape), str(weight.dtype)) for name, weight in weights.items())
     samples = tuple(_sample(weight).float().cpu() for weight in weights.values())

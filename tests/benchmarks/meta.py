@@ -1,0 +1,213 @@
+"""Work, traffic and memory at the true shapes, counted on the meta device: exact, and the same on every machine."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+from wancore.wan_core.memory.pieces import weights_of
+from wancore.wan_core.memory.plan import Placement
+from wancore.wan_core.memory.residency import Residency
+from wancore.wan_core.models.config import DiTConfig, VAEConfig
+from wancore.wan_core.models.dit import WanDiT
+from wancore.wan_core.models.vae import WanVAE
+from wancore.wan_core.runtime import Runtime
+from wancore.wan_core.sampling.loop import sample
+from wancore.wan_core.types import Conditioning, VideoSize
+
+from . import diffusers_models as peers
+from . import memory_table
+from .counting import Work, counted
+from .report import Row
+
+META = torch.device("meta")
+DITS = {"1.3B": DiTConfig(), "14B": DiTConfig(dim=5120, ffn_dim=13824, num_layers=40)}
+SIZES = {"480p": VideoSize(832, 480, 81), "720p": VideoSize(1280, 720, 81)}
+TEXT_TOKENS = 512
+
+OFFICIAL_VAE_PEAK = {
+    ("480p", torch.bfloat16): 4.08e9, ("480p", torch.float32): 7.56e9,
+    ("720p", torch.bfloat16): 9.43e9, ("720p", torch.float32): 17.4e9,
+}  # fmt: skip
+"""Bytes at the peak of a decode by Wan-Video/Wan2.1 `wan/modules/vae.py`, counted once in this way, to three digits.
+That code is no package, so it cannot be counted anew in every run."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the size of a video."""
+
+    model: str
+    size: str
+
+    @property
+    def config(self) -> DiTConfig:
+        return DITS[self.model]
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        return SIZES[self.size].latent.shape
+
+    @property
+    def tokens(self) -> int:
+        frames, height, width = self.latent
+        return frames * (height // 2) * (width // 2)
+
+    @property
+    def hidden_state(self) -> int:
+        """Bytes of one in bfloat16, the unit of traffic and of activations."""
+        return 2 * self.tokens * self.config.dim
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.size}"
+
+
+SHAPES = [Shape(model, size) for model in DITS for size in SIZES]
+
+
+def least_flops(shape: Shape, text_tokens: int = TEXT_TOKENS) -> int:
+    """Operations of one forward of one branch that no implementation can do without: every matrix product and all
+    attention once, for one timestep."""
+    config, tokens = shape.config, shape.tokens
+    dim, layers = config.dim, config.num_layers
+    block = 12 * tokens * dim**2 + 4 * text_tokens * dim**2 + 4 * tokens * dim * config.ffn_dim
+    block += 4 * tokens**2 * dim + 4 * tokens * text_tokens * dim
+    patch = 4 * config.in_channels
+    ends = 2 * tokens * dim * (patch + 4 * config.out_channels)
+    text = 2 * text_tokens * (config.text_dim * dim + dim**2)
+    time = 2 * (config.freq_dim * dim + dim**2 + 6 * dim**2)
+    return layers * block + ends + text + time
+
+
+def _inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    latents = torch.empty(1, shape.config.out_channels, *shape.latent, device=META)
+    text = torch.empty(1, TEXT_TOKENS, shape.config.text_dim, dtype=torch.bfloat16, device=META)
+    return latents, torch.empty(1, device=META), text
+
+
+@cache
+def ours(shape: Shape, blocks: int, branches: int = 1) -> Work:
+    """A forward of our model cut to so many blocks, its branches interleaved."""
+    with META:
+        dit = WanDiT(replace(shape.config, num_layers=blocks)).requires_grad_(False).to(torch.bfloat16)
+    x, time, text = _inputs(shape)
+
+    def forward() -> list[Tensor]:
+        embedded = dit.embed_time(time)
+        states = [dit.embed(x, embedded, dit.prepare(Conditioning(text=text), shape.latent)) for _ in range(branches)]
+        dit.run_blocks(states)
+        return [dit.unembed(state) for state in states]
+
+    return counted(forward, [*dit.parameters(), x, time, text])
+
+
+@cache
+def theirs(shape: Shape, blocks: int) -> Work:
+    """A forward of diffusers' model cut to so many blocks."""
+    model = peers.diffusers_dit(replace(shape.config, num_layers=blocks), META, torch.bfloat16)
+    x, time, text = _inputs(shape)
+    x = x.bfloat16()
+
+    def forward() -> Tensor:
+        return model(hidden_states=x, timestep=time, encoder_hidden_states=text, return_dict=False)
+
+    return counted(forward, [*weights_of(model).values(), x, time, text])
+
+
+def whole(one: Work, two: Work, blocks: int) -> tuple[int, float]:
+    """FLOPs of a forward with so many blocks, from those with one and with two; and the traffic of one block."""
+    return one.flops + (blocks - 1) * (two.flops - one.flops), two.bytes - one.bytes
+
+
+def model_rows(shape: Shape) -> Iterator[Row]:
+    unit, layers = shape.hidden_state, shape.config.num_layers
+    flops, traffic = whole(ours(shape, 1), ours(shape, 2), layers)
+    yield Row(f"{shape}: FLOPs of a forward", flops / 1e12, least_flops(shape) / 1e12, "least", "TF", 1.001)
+    peak, both = ours(shape, 2).peak / unit, ours(shape, 2, branches=2).peak / unit
+    goal, goal_both = (6.5, 7.5) if shape.model == "14B" else (None, None)
+    name, other, other_traffic, other_peak = "", None, None, None
+    if peers.has_diffusers():
+        other, other_traffic = whole(theirs(shape, 1), theirs(shape, 2), layers)
+        name, other_traffic, other_peak = "diffusers", other_traffic / unit, theirs(shape, 2).peak / unit
+        yield Row(f"{shape}: FLOPs of a forward", flops / 1e12, other / 1e12, name, "TF")
+    yield Row(f"{shape}: elementwise per block", traffic / unit, other_traffic, name, "a", 60, absolute=True)
+    yield Row(f"{shape}: peak activations", peak, other_peak, name, "a", goal, absolute=True)
+    yield Row(f"{shape}: peak, branches interleaved", both, unit="a", goal=goal_both)
+
+
+def copied(case: memory_table.Case, steps: int) -> int:
+    """Bytes that the engine brings to the device in a run of so many steps."""
+    plan = memory_table.planned(case)
+    module, cond = memory_table.dit(case.model, case.weights), memory_table.conditioning(case)
+    placement = Placement(memory_table.dit_inventory(module, cond), plan.placement.streamed)
+    settings = replace(memory_table.settings(plan.settings.guidance.mode), steps=steps)
+    copies = memory_table.MetaCopies()
+    with memory_table.results_stay_there(), Residency.of(module).working(META, placement, copies=copies) as stream:
+        runtime = Runtime(device=META, dtype=torch.bfloat16)
+        sample(module, cond, memory_table.SIZES[case.size].latent, settings, runtime)
+        return stream.copied
+
+
+def copy_rows(case: memory_table.Case) -> Iterator[Row]:
+    """What a step of a streamed run copies, against the plan, and against every block in both forwards."""
+    plan = memory_table.planned(case)
+    step = copied(case, 2) - copied(case, 1)
+    streamed, blocks = plan.placement.streamed_bytes, plan.placement.inventory.blocks.values()
+    name = f"{case.model} {case.size} {case.weights}, {case.gib} GB: copied per step"
+    yield Row(name, step / 1e9, streamed / 1e9, "streamed blocks, once", "GB", 1.02)
+    twice = 2 * sum(block.bytes for block in blocks)
+    yield Row(name, step / 1e9, twice / 1e9, "every block, per branch", "GB")
+
+
+def vae_work(size: str, dtype: torch.dtype) -> Work:
+    """A decode by our autoencoder; pieces leave the device as they are done."""
+    with META:
+        vae = WanVAE(VAEConfig()).requires_grad_(False).to(dtype).use_channels_last()
+        latents = torch.empty(1, 16, *SIZES[size].latent.shape)
+
+    def decode() -> None:
+        for _ in vae.decode_chunks(latents):
+            pass
+
+    return counted(decode, [*vae.parameters(), latents])
+
+
+def vae_rows(size: str, dtype: torch.dtype) -> Iterator[Row]:
+    own = vae_work(size, dtype)
+    name = f"VAE decode {size} {str(dtype).removeprefix('torch.')}"
+    yield Row(f"{name}: peak", own.peak / 1e9, OFFICIAL_VAE_PEAK[size, dtype] / 1e9, "official code", "GB", 0.65)
+    if not peers.has_diffusers():
+        return
+    model = peers.diffusers_vae(META, dtype)
+    latents = torch.empty(1, 16, *SIZES[size].latent.shape, dtype=dtype, device=META)
+    other = counted(lambda: model.decode(latents, return_dict=False), [*weights_of(model).values(), latents])
+    yield Row(f"{name}: peak", own.peak / 1e9, other.peak / 1e9, "diffusers", "GB")
+    yield Row(f"{name}: FLOPs", own.flops / 1e12, other.flops / 1e12, "diffusers", "TF")
+    yield Row(f"{name}: elementwise", own.bytes / 1e9, other.bytes / 1e9, "diffusers", "GB")
+
+
+STREAMED = [
+    memory_table.Case("T2V 14B", "480p", "bf16", 24),
+    memory_table.Case("T2V 14B", "480p", "bf16", 8),
+    memory_table.Case("T2V 14B", "480p", "fp8", 8),
+    memory_table.Case("T2V 14B", "720p", "bf16", 12),
+]
+NOTES = (
+    "a is one hidden state in bfloat16: 2 bytes × tokens × width. Traffic of a block is the difference between models "
+    "of two blocks and of one; every operation but matrix products, convolutions and attention reads its inputs and "
+    "writes its results once. Attention and RMS norms count as the fused kernels of CUDA devices, for everyone.",
+    "The least FLOPs are every matrix product of the model and all attention, once. “Every block, per branch” is what "
+    "an engine copies that brings each block for each forward of each branch, as diffusers' group offloading does.",
+    "The peak of the official VAE was counted once; diffusers' is a port of it and is counted anew. Theirs hold the "
+    "video on the device, ours gives it away piece by piece.",
+)
+
+
+def main(quick: bool = False) -> Sequence[Row]:
+    """All rows; with `quick`, those of the smaller size alone."""
+    sizes = ["480p"] if quick else list(SIZES)
+    rows = [row for shape in SHAPES if shape.size in sizes for row in model_rows(shape)]
+    rows += [row for case in STREAMED if case.size in sizes for row in copy_rows(case)]
+    dtypes = (torch.bfloat16, torch.float32)
+    return [*rows, *(row for size in sizes for dtype in dtypes for row in vae_rows(size, dtype))]

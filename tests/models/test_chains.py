@@ -1,0 +1,143 @@
+"""Compiled chains compute what the steps do, for every model, wherever weights are and whatever hangs on the layers."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch._dynamo.testing import CompileCounterWithBackend
+from wancore.wan_core.memory.quant import quantise
+from wancore.wan_core.models import chains
+from wancore.wan_core.models.chains import STEPS, compiled, load_chains
+from wancore.wan_core.models.dit import WanDiT
+from wancore.wan_core.prepare import DiTSettings, VideoModel, inspect, load_dit
+from wancore.wan_core.runtime import Runtime
+from wancore.wan_core.sampling.loop import sample
+from wancore.wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings
+from wancore.wan_core.types import Conditioning, LatentSize
+from wancore.wan_core.variants import match_variant
+
+from tests.reference import relative_error, tiny_dit
+from tests.sampling.variants import conditioning
+
+CPU = torch.device("cpu")
+SIZE = LatentSize(2, 4, 4)
+GRAPHS = "aot_eager"
+"""The compiler without its last stage, so that no machine needs a C++ compiler for most of these tests."""
+
+
+def latents(dit: WanDiT, variant: str = "t2v", memory: MemorySettings | None = None, lora=None, **settings):
+    model = VideoModel(dit, match_variant(dit.config), None, "tiny")
+    if lora:
+        model, _ = model.with_lora(*lora[:1], **lora[1])
+    cond = conditioning(variant, SIZE)
+    if variant == "t2v":
+        cond = Conditioning(text=cond.text, negative_text=cond.negative_text)
+    settings = SamplerSettings(**{"steps": 3, "seed": 4, "guidance": GuidanceSettings(scale=3.0)} | settings)
+    runtime = Runtime(device=CPU, dtype=dit.dtype)
+    plan = model.plan(cond, SIZE, settings, memory or MemorySettings(), runtime)
+    with model.working(settings.total_steps, CPU, plan.placement) as run:
+        return sample(dit, cond, SIZE, plan.settings, run.follow(runtime))
+
+
+def both(make, **options):
+    """Latents with compiled chains and without."""
+    dit = make()
+    plain = latents(dit, **options)
+    dit.chains = compiled(GRAPHS)
+    return latents(dit, **options), plain
+
+
+@pytest.mark.parametrize("variant", ["i2v", "vace"])
+def test_every_model_gives_the_same_latents(variant):
+    got, expected = both(lambda: tiny_dit(variant), variant=variant)
+    assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_so_does_every_mode_of_guidance_in_bfloat16(mode):
+    got, expected = both(lambda: tiny_dit().bfloat16(), guidance=GuidanceSettings(scale=3.0, mode=mode))
+    assert relative_error(got, expected) < 0.03
+
+
+def test_a_residual_stream_in_float32_keeps_its_dtype():
+    def exact():
+        dit = tiny_dit().bfloat16()
+        dit.exact = True
+        return dit
+
+    got, expected = both(exact)
+    assert relative_error(got, expected) < 0.03
+
+
+def test_streamed_weights_and_fp8_are_out_of_the_compilers_sight():
+    got, expected = both(tiny_dit, memory=MemorySettings(persistent_params=0))
+    assert relative_error(got, expected) < 1e-5
+    got, expected = both(lambda: quantise(tiny_dit()))
+    assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("mode", "strength"), [("side", (0.0, 1.0)), ("fold", 0.8)])
+def test_so_are_loras(mode, strength, tmp_path):
+    path, rows = tmp_path / "lora.safetensors", {}
+    for name, weight in tiny_dit().named_parameters():
+        if name.startswith("blocks.") and name.endswith((".q.weight", ".k.weight")):
+            stem = f"diffusion_model.{name.removesuffix('.weight')}"
+            rows[f"{stem}.lora_A.weight"] = torch.randn(2, weight.shape[1]) / 16
+            rows[f"{stem}.lora_B.weight"] = torch.randn(weight.shape[0], 2)
+    save_file(rows, path)
+    lora = (path, {"mode": mode, "strength": strength})
+    got, expected = both(tiny_dit, lora=lora)
+    assert relative_error(got, expected) < 1e-5
+    assert relative_error(got, latents(tiny_dit())) > 1e-3
+
+
+def test_blocks_and_steps_share_what_is_compiled():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    dit = tiny_dit()
+    dit.chains = compiled(counter)
+    latents(dit)
+    first = counter.frame_count
+    latents(dit, steps=5, seed=9)
+    assert first == counter.frame_count == 3
+
+
+def test_what_requires_gradients_runs_in_steps():
+    fused = compiled(GRAPHS)
+    x, update = torch.randn(1, 6, 256, requires_grad=True), torch.randn(1, 6, 256)
+    before, gate = x.detach().clone(), torch.randn(1, 1, 256)
+    fused.gated_add(x, update, gate).sum().backward()
+    assert torch.equal(x, before) and torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_off_is_the_steps_themselves():
+    assert load_chains(False, CPU, torch.float32) is STEPS
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    save_file(tiny_dit().state_dict(), tmp_path / "dit.safetensors")
+    return inspect(tmp_path / "dit.safetensors", "dit")
+
+
+def test_a_machine_that_cannot_compile_says_so_before_weights_are_read(checkpoint, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no working C++ compiler\nand more")
+
+    monkeypatch.setattr(chains, "compiled", broken)
+    monkeypatch.setattr("wancore.wan_core.rest.Rest.load", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=r"no working C\+\+ compiler It needs .* turn torch_compile off"):
+        load_dit(checkpoint, DiTSettings(dtype=torch.float32, torch_compile=True), "cpu")
+
+
+def test_a_compiler_that_errs_is_refused(monkeypatch):
+    monkeypatch.setattr(chains, "compiled", lambda: chains.Chains(gated_add=lambda x, update, gate: x))
+    with pytest.raises(ValueError, match="wrong results"):
+        load_chains(True, CPU, torch.float32)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_the_real_compiler_makes_a_model_that_agrees(checkpoint):
+    model = load_dit(checkpoint, DiTSettings(dtype=torch.float32, torch_compile=True), "cpu")
+    assert relative_error(latents(model.dit), latents(tiny_dit())) < 1e-5
