@@ -5,6 +5,7 @@ then any number of runs of it, then its end. Every job lives in a forked child: 
 is that of the job alone, without the time to import everything again.
 """
 
+import ctypes
 import gc
 import importlib
 import json
@@ -31,8 +32,10 @@ def resident() -> dict[str, int]:
 
 
 def forget_peak() -> None:
-    """Let the peak be what is in memory now (proc(5), clear_refs)."""
+    """Let the peak be what is in use now (proc(5), clear_refs), after the allocator gave back what is not."""
+    gc.collect()
     if Path("/proc/self/clear_refs").exists():
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
@@ -43,7 +46,6 @@ class Contest:
         job = Job(**request)
         self.gradients = job.kind == "train"
         self.work = kinds[job.kind](job)
-        gc.collect()
         forget_peak()
         self.before = resident()
 

@@ -16,7 +16,6 @@ from .vae_blocks import (
     ResidualBlock,
     SpatialAttention,
     Upsample,
-    silu_,
 )
 
 WIDTHS = (1, 2, 4, 4)
@@ -109,7 +108,7 @@ def _middle(channels: int) -> tuple[nn.Module, ...]:
 
 def _run_head(head: nn.Sequential, x: Tensor, cache: FeatureCache) -> Tensor:
     norm, _, conv = head
-    return conv(silu_(norm(x)), cache)
+    return conv(x, cache, norm)
 
 
 OnChunk = Callable[[int, int], None]
