@@ -175,7 +175,9 @@ def _run(quick: bool) -> Case:
         ("dit.", WanDiT, tiny.DIT), ("vae.", WanVAE, tiny.VAE), ("text_encoder.", UMT5Encoder, tiny.TEXT_ENCODER),
     )  # fmt: skip
     name = f"tiny model, prompt to frames, {side}x{side}x{frames}, {steps} steps"
-    return Case(name, "run", models, {"none": torch.zeros(1)}, {"float32": 0.8, "bfloat16": 0.8}, ("diffsynth",), call=call)
+    return Case(
+        name, "run", models, {"none": torch.zeros(1)}, {"float32": 0.8, "bfloat16": 0.8}, ("diffsynth",), call=call
+    )
 
 
 class ContestantError(RuntimeError):

@@ -52,15 +52,15 @@ def _read(path: str) -> Iterable[tuple[str, Tensor]]:
             yield name, file.get_tensor(name)
 
 
-def filled(
-    module: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, float32: Iterable[str] = ()
-) -> nn.Module:
+def filled(module: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, float32: Iterable[str] = ()) -> nn.Module:
     """`module` with `weights` in `dtype`, those with a word of `float32` in their name in float32; for inference."""
     kept = tuple(float32)
     cast = {name: w if any(word in name for word in kept) else w.to(dtype) for name, w in weights.items()}
     missing, unexpected = module.load_state_dict(cast, strict=False, assign=True)
     if unexpected or missing:
-        raise ValueError(f"Weights do not fit {type(module).__name__}: {missing[:3]} missing, {unexpected[:3]} unknown.")
+        raise ValueError(
+            f"Weights do not fit {type(module).__name__}: {missing[:3]} missing, {unexpected[:3]} unknown."
+        )
     return module.requires_grad_(False).eval()
 
 

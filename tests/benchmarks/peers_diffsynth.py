@@ -41,9 +41,7 @@ def _dit(config: dict, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> 
 def dit(job: Job) -> Work:
     model, given = _dit(job.config, job.read_weights(), job.torch_dtype), job.read_inputs()
     latents, timestep, context = (given[name].to(job.torch_dtype) for name in ("latents", "timestep", "text"))
-    return lambda: {
-        "velocity": model_fn_wan_video(dit=model, latents=latents, timestep=timestep, context=context)
-    }
+    return lambda: {"velocity": model_fn_wan_video(dit=model, latents=latents, timestep=timestep, context=context)}
 
 
 def train(job: Job) -> Work:
