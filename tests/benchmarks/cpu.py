@@ -52,7 +52,7 @@ MB = 1e6
 
 NOTES = (
     "Every contestant is a process of its own; runs take turns and medians count. Peaks of the process hold imported "
-    "libraries and weights, those of the run are what it adds. The outputs of both sides agree to the difference given.",
+    "libraries and weights, those of the run are what it adds. Results agree to the difference given.",
 )
 
 

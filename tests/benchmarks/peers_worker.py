@@ -1,8 +1,8 @@
 """A contestant as a process: `python -m tests.benchmarks.peers_worker <name>`, from the pack's folder.
 
 It imports the contestant once and then takes lines of JSON on its input, answering each by one on its output: a job,
-then any number of runs of it, then its end. Every job lives in a forked child: a process of its own, so that peak memory
-is that of the job alone, without the time to import everything again.
+then any number of runs of it, then its end. Every job lives in a forked child: a process of its own, so that peak
+memory is that of the job alone, without the time to import everything again.
 """
 
 import ctypes
