@@ -17,6 +17,7 @@ def _dit(job: Job) -> WanTransformer3DModel:
             ffn_dim=config["ffn_dim"],
             num_layers=config["num_layers"],
             text_dim=config["text_dim"],
+            freq_dim=config["freq_dim"],
             in_channels=16,
             out_channels=16,
         )

@@ -15,8 +15,8 @@ FeatureCache = dict[nn.Module, Tensor]
 """What lasts for one pass over one video: the last input frames of each causal convolution, and summed kernels."""
 
 PIECE = {"cpu": 2**18, "meta": 2**18}
-"""Elements that are normed at a time. On a CPU their float32 copies stay in its cache, and are 3 times as fast as the
-whole at once; elsewhere `LARGEST_PIECE` only bounds them, below what is allowed beside the memory counted on "meta".
+"""Elements that are normed at a time. On a CPU their float32 copies stay in its cache, which is several times as fast
+as large tensors at once; elsewhere `LARGEST_PIECE` only bounds them, below what is allowed beside the memory counted on "meta".
 """
 
 LARGEST_PIECE = 2**23
