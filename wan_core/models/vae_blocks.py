@@ -16,7 +16,8 @@ FeatureCache = dict[nn.Module, Tensor]
 
 PIECE = {"cpu": 2**18, "meta": 2**18}
 """Elements that are normed at a time. On a CPU their float32 copies stay in its cache, which is several times as fast
-as large tensors at once; elsewhere `LARGEST_PIECE` only bounds them, below what is allowed beside the memory counted on "meta".
+as large tensors at once; elsewhere `LARGEST_PIECE` only bounds them, below what is allowed beside the memory counted on
+"meta".
 """
 
 LARGEST_PIECE = 2**23
