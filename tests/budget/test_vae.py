@@ -42,10 +42,10 @@ def test_the_peak_is_that_of_the_whole_pass_at_published_shapes(what, dtype, siz
 def test_the_numbers_of_the_published_sizes():
     peaks = {(s, what): peak_bytes(REAL, BF16, s, what=what) / 1e9 for s in (AT_480P, AT_720P) for what in PASSES}
     assert peaks == {
-        (AT_480P, "decode"): pytest.approx(4.63, abs=0.01),
-        (AT_480P, "encode"): pytest.approx(3.86, abs=0.01),
-        (AT_720P, "decode"): pytest.approx(10.33, abs=0.01),
-        (AT_720P, "encode"): pytest.approx(8.56, abs=0.01),
+        (AT_480P, "decode"): pytest.approx(2.86, abs=0.01),
+        (AT_480P, "encode"): pytest.approx(2.03, abs=0.01),
+        (AT_720P, "decode"): pytest.approx(6.25, abs=0.01),
+        (AT_720P, "encode"): pytest.approx(4.33, abs=0.01),
     }
 
 
@@ -68,7 +68,7 @@ def test_tiles_and_batches_scale_the_peak():
     assert tile == pytest.approx(whole / 4, rel=1e-6)
     assert two == pytest.approx(2 * whole, rel=1e-6)
     one_frame = LatentSize(1, 60, 104)
-    assert peak_bytes(REAL, BF16, one_frame) < peak_bytes(REAL, BF16, AT_480P) / 2
+    assert peak_bytes(REAL, BF16, one_frame) < 0.65 * peak_bytes(REAL, BF16, AT_480P)
 
 
 BUDGETS = (24.0, 8.0, 6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.6, 0.5, 0.45)
@@ -92,17 +92,17 @@ def test_every_budget_is_met_with_a_shared_border(size, what):
         spent.append(computed_cells(tiles, size))
     assert spent[0] == size.height * size.width
     assert spent == sorted(spent)
-    assert spent[-1] > 2 * spent[0]
+    assert spent[-1] > 1.5 * spent[0]
 
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        (4.7, None),
-        (4.0, TileSettings(size=(60, 56), stride=(60, 48))),
-        (2.2, TileSettings(size=(60, 40), stride=(60, 32))),
-        (1.5, TileSettings(size=(60, 28), stride=(60, 20))),
-        (1.0, TileSettings(size=(26, 40), stride=(18, 32))),
+        (2.9, None),
+        (2.5, TileSettings(size=(60, 56), stride=(60, 48))),
+        (1.5, TileSettings(size=(60, 40), stride=(60, 32))),
+        (1.0, TileSettings(size=(60, 28), stride=(60, 20))),
+        (0.7, TileSettings(size=(34, 28), stride=(26, 20))),
     ],
 )
 def test_the_whole_then_strips_then_the_cheapest_tiles(budget, expected):
@@ -129,7 +129,7 @@ def test_strips_are_never_low():
 def test_a_budget_below_the_smallest_tiles_is_refused_with_what_is_missing():
     least = peak_bytes(REAL, BF16, AT_480P, smallest_tiles(AT_480P))
     assert choose_tiles(REAL, BF16, AT_480P, least) == smallest_tiles(AT_480P)
-    with pytest.raises(OutOfMemoryError, match=r"decode 832x480 .* takes 0.45 GB .* budget is 0.10 GB, 0.35 GB short"):
+    with pytest.raises(OutOfMemoryError, match=r"decode 832x480 .* takes 0.37 GB .* budget is 0.10 GB, 0.27 GB short"):
         choose_tiles(REAL, BF16, AT_480P, int(0.1e9))
     assert issubclass(OutOfMemoryError, ValueError)
 

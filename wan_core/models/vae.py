@@ -16,7 +16,6 @@ from .vae_blocks import (
     ResidualBlock,
     SpatialAttention,
     Upsample,
-    silu_,
 )
 
 WIDTHS = (1, 2, 4, 4)
@@ -71,10 +70,17 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        x = self.conv1(x, cache)
-        for layer in (*self.downsamples, *self.middle):
+        x = torch.cat([self._fine(pair, cache) for pair in x.split(2, 2)], 2)
+        for layer in (*self.downsamples[6:], *self.middle):
             x = layer(x, cache)
         return _run_head(self.head, x, cache)
+
+    def _fine(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """A pair of frames through the two finest resolutions, whose tensors are the largest, to one frame."""
+        x = self.conv1(x, cache)
+        for layer in self.downsamples[:6]:
+            x = layer(x, cache)
+        return x
 
 
 class Decoder(nn.Module):
@@ -98,7 +104,13 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = self.conv1(x, cache)
-        for layer in (*self.middle, *self.upsamples):
+        for layer in (*self.middle, *self.upsamples[:-8]):
+            x = layer(x, cache)
+        return torch.cat([self._fine(frame, cache) for frame in x.split(1, 2)], 2)
+
+    def _fine(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """One frame through the two finest resolutions, whose tensors are the largest, to a pair of frames."""
+        for layer in self.upsamples[-8:]:
             x = layer(x, cache)
         return _run_head(self.head, x, cache)
 
@@ -109,7 +121,7 @@ def _middle(channels: int) -> tuple[nn.Module, ...]:
 
 def _run_head(head: nn.Sequential, x: Tensor, cache: FeatureCache) -> Tensor:
     norm, _, conv = head
-    return conv(silu_(norm(x)), cache)
+    return conv(x, cache, norm)
 
 
 OnChunk = Callable[[int, int], None]

@@ -9,10 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .elementwise import may_overwrite, rms_norm
+from .elementwise import FUSED_RMS_NORM, may_overwrite, rms_norm
 
 FeatureCache = dict[nn.Module, Tensor]
-"""The last input frames of each causal convolution, for one pass over one video."""
+"""What lasts for one pass over one video: the last input frames of each causal convolution, and summed kernels."""
+
+PIECE = {"cpu": 2**18, "meta": 2**18}
+"""Elements that are normed at a time. On a CPU their float32 copies stay in its cache, which is several times as fast
+as large tensors at once; elsewhere `LARGEST_PIECE` only bounds them, below what is allowed beside the memory counted on
+"meta".
+"""
+
+LARGEST_PIECE = 2**23
 
 
 def to_frames(x: Tensor) -> Tensor:
@@ -23,30 +31,6 @@ def to_frames(x: Tensor) -> Tensor:
 def from_frames(frames: Tensor, batch: int) -> Tensor:
     """(B * T, C, H, W) as (B, C, T, H, W)."""
     return frames.unflatten(0, (batch, -1)).transpose(1, 2)
-
-
-class CausalConv3d(nn.Conv3d):
-    """A convolution that sees the frames before its input and none after it; before the first frame lie zeros."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int = 1) -> None:
-        padding = (0, kernel[1] // 2, kernel[2] // 2)
-        super().__init__(in_channels, out_channels, kernel, (stride, 1, 1), padding)
-
-    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        reach = self.kernel_size[0] - 1
-        if not reach:
-            return super().forward(x)
-        past = cache.get(self)
-        if past is None and x.shape[2] == 1:
-            cache[self] = x
-            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
-        pieces = [x] if past is None else [past, x]
-        missing = reach - (0 if past is None else past.shape[2])
-        if missing > 0:
-            pieces.insert(0, x.new_zeros(()).expand(*x.shape[:2], missing, *x.shape[3:]))
-        joined = torch.cat(pieces, 2).contiguous(memory_format=torch.channels_last_3d)
-        cache[self] = joined[:, :, -reach:].clone()
-        return super().forward(joined)
 
 
 class ChannelNorm(nn.Module):
@@ -61,6 +45,73 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x.movedim(1, -1), self.gamma.flatten(), self.EPS).movedim(-1, 1)
+
+    def activate(self, x: Tensor, out: Tensor) -> None:
+        """Write `silu(norm(x))` of x (B, C, T, H, W) into `out`, which may be a part of a larger tensor."""
+        batch, channels, frames = x.shape[:3]
+        size = max(1, PIECE.get(x.device.type, LARGEST_PIECE) // (batch * channels * frames))
+        pieces = (tensor.movedim(1, -1).flatten(2, 3).split(size, 2) for tensor in (x, out))
+        for piece, target in zip(*pieces, strict=True):
+            if x.is_cuda and FUSED_RMS_NORM:
+                normed = rms_norm(piece, self.gamma.flatten(), self.EPS)
+                torch.ops.aten.silu.out(normed, out=target)
+            else:
+                target.copy_(F.silu(self._normed(piece), inplace=True))
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """The norm over the last axis in float32, in fewer passes than PyTorch's without a fused kernel."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x / length.clamp_(min=self.EPS**0.5)).mul_(self.gamma.flatten().float() * x.shape[-1] ** 0.5)
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution that sees the frames before its input and none after it; before the first frame lie zeros."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int = 1) -> None:
+        padding = (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(in_channels, out_channels, kernel, (stride, 1, 1), padding)
+        self.reach = kernel[0] - 1
+
+    def forward(self, x: Tensor, cache: FeatureCache, norm: ChannelNorm | None = None) -> Tensor:
+        """The convolution of `x`, or with a norm of `silu(norm(x))`."""
+        return self.convolve(self.joined(x, cache, norm))
+
+    def joined(self, x: Tensor, cache: FeatureCache, norm: ChannelNorm | None = None) -> Tensor:
+        """`x`, or `silu(norm(x))`, behind the frames before it; the last ones are left in `cache`.
+
+        The first frame of a video alone gets no zeros in front: it meets only the last time slice of the kernel.
+        """
+        past = cache.get(self)
+        if not self.reach:
+            return x
+        if past is None and x.shape[2] == 1:
+            cache[self] = x if norm is None else silu_(norm(x))
+            return cache[self]
+        missing = self.reach - (0 if past is None else past.shape[2])
+        if not may_overwrite(x, *self.parameters()):
+            zeros = x.new_zeros(()).expand(*x.shape[:2], missing, *x.shape[3:])
+            new = x if norm is None else silu_(norm(x))
+            joined = torch.cat((zeros, new) if past is None else (zeros, past, new), 2)
+            cache[self] = joined[:, :, -self.reach :]
+            return joined.contiguous(memory_format=torch.channels_last_3d)
+        shape = (*x.shape[:2], self.reach + x.shape[2], *x.shape[3:])
+        joined = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        joined[:, :, :missing].zero_()
+        if past is not None:
+            joined[:, :, missing : self.reach] = past
+        new = joined[:, :, self.reach :]
+        new.copy_(x) if norm is None else norm.activate(x, new)
+        if missing:
+            cache[self] = joined[:, :, -self.reach :].clone()
+        else:
+            past.copy_(joined[:, :, -self.reach :])
+        return joined
+
+    def convolve(self, joined: Tensor) -> Tensor:
+        """The convolution of what `joined` returned."""
+        if joined.shape[2] >= self.kernel_size[0]:
+            return super().forward(joined)
+        return F.conv2d(joined[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
 
 
 class ResidualBlock(nn.Module):
@@ -81,7 +132,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        out = conv2(silu_(norm2(conv1(silu_(norm1(x)), cache))), cache)
+        hidden = conv1(x, cache, norm1)
+        # In a name of its own, so that `hidden` is gone when the result is made.
+        joined = conv2.joined(hidden, cache, norm2)
+        del hidden
+        out = conv2.convolve(joined)
+        del joined
         shortcut = x if self.shortcut is None else self.shortcut(x, cache)
         return out.add_(shortcut) if may_overwrite(out, shortcut) else out + shortcut
 
@@ -142,7 +198,21 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         if self.temporal:
             x = self._double_frames(x, cache)
-        return from_frames(self.resample(to_frames(x)), x.shape[0])
+        return from_frames(self._enlarged(to_frames(x), cache), x.shape[0])
+
+    def _enlarged(self, frames: Tensor, cache: FeatureCache) -> Tensor:
+        """Every pixel four times, then a 3 x 3 convolution: together a transposed one that meets each pixel once.
+
+        Its 4 x 4 kernel holds sums of the taps that meet the same pixel.
+        """
+        conv = self.resample[1]
+        kernel = cache.get(conv)
+        if kernel is None:
+            taps = conv.weight.float().transpose(0, 1).flip(2, 3)
+            rows = F.pad(taps, (0, 0, 0, 1)) + F.pad(taps, (0, 0, 1, 0))
+            kernel = (F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))).to(conv.weight.dtype)
+            cache[conv] = kernel = kernel.contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(frames, kernel, conv.bias, stride=2, padding=1)
 
     def _double_frames(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """The first frame of a video passes unchanged and unseen: before the second one lie zeros."""

@@ -1,0 +1,83 @@
+"""This pack as a contestant."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import pack
+
+from .peers import Job, Work, filled, training_step
+
+pack.load_pack()
+
+from wancore.wan_core import ModelConfig, WanVideoPipeline, tiny  # noqa: E402
+from wancore.wan_core.catalog import DIT_FILE, TEXT_ENCODER_PATTERN, TINY, VAE_PATTERN  # noqa: E402
+from wancore.wan_core.models.config import DiTConfig, TextEncoderConfig, VAEConfig  # noqa: E402
+from wancore.wan_core.models.dit import WanDiT  # noqa: E402
+from wancore.wan_core.models.text_encoder import UMT5Encoder  # noqa: E402
+from wancore.wan_core.models.vae import WanVAE  # noqa: E402
+from wancore.wan_core.types import Conditioning  # noqa: E402
+
+
+def _built(cls: type[torch.nn.Module], config: object, job: Job, float32: tuple[str, ...] = ()) -> torch.nn.Module:
+    with torch.device("meta"):
+        module = cls(config)
+    return filled(module, job.read_weights(), job.torch_dtype, float32)
+
+
+def dit(job: Job) -> Work:
+    model, given = _built(WanDiT, DiTConfig(**job.config), job, WanDiT.FLOAT32_PARAMETERS), job.read_inputs()
+    return lambda: {"velocity": model(given["latents"], given["timestep"], Conditioning(text=given["text"]))}
+
+
+def train(job: Job) -> Work:
+    model, given = _built(WanDiT, DiTConfig(**job.config), job, WanDiT.FLOAT32_PARAMETERS), job.read_inputs()
+    cond = Conditioning(text=given["text"])
+    probes = {name: name for name in ("blocks.0.self_attn.q.weight", "blocks.0.ffn.2.weight")}
+    return training_step(model, lambda: model(given["latents"], given["timestep"], cond), given["target"], probes)
+
+
+def _vae(job: Job) -> WanVAE:
+    return _built(WanVAE, VAEConfig(**job.config), job).use_channels_last()
+
+
+def decode(job: Job) -> Work:
+    model, given = _vae(job), job.read_inputs()
+    return lambda: {"pixels": model.decode(given["latents"])}
+
+
+def encode(job: Job) -> Work:
+    model, given = _vae(job), job.read_inputs()
+    return lambda: {"latents": model.encode(given["video"])}
+
+
+def text(job: Job) -> Work:
+    model, given = _built(UMT5Encoder, TextEncoderConfig(**job.config), job), job.read_inputs()
+    return lambda: {"embeddings": model(given["ids"], given["mask"])}
+
+
+def run(job: Job) -> Work:
+    """The bundled tiny model, its files read and called as a user does; prompts are encoded in every run."""
+    root = Path(job.weights).parent / "models"
+    tiny.write_model(root, TINY)
+    patterns = (DIT_FILE, TEXT_ENCODER_PATTERN, VAE_PATTERN)
+    pipe = WanVideoPipeline.from_pretrained(
+        torch_dtype=job.torch_dtype,
+        device="cpu",
+        model_configs=[ModelConfig(model_id=TINY, origin_file_pattern=pattern) for pattern in patterns],
+        local_model_path=root,
+        skip_download=True,
+    )
+
+    pipe.text_encoder = replace(pipe.text_encoder, cache=None)
+
+    def work() -> dict[str, torch.Tensor]:
+        frames = pipe(**job.config["call"], progress_bar_cmd=iter)
+        return {"frames": torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).float()}
+
+    return work
+
+
+KINDS = {"dit": dit, "train": train, "decode": decode, "encode": encode, "text": text, "run": run}
