@@ -13,16 +13,10 @@ from wancore.wan_core import catalog, tiny
 from wancore.wan_core.types import Curve
 
 from tests.lora.fixtures import WRITERS, factors, linear_paths
+from tests.nodes.running import outputs as run
 from tests.reference import relative_error
 
 NODES = wancore.NODE_CLASS_MAPPINGS
-
-
-def run(node_id: str, **inputs):
-    cls = NODES[node_id]
-    with torch.inference_mode():
-        result = getattr(cls(), cls.FUNCTION)(**inputs)
-    return result["result"] if isinstance(result, dict) else result
 
 
 @pytest.fixture(scope="module")

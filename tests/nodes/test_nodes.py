@@ -11,6 +11,7 @@ from wancore.nodes import host
 from wancore.wan_core import catalog, tiny
 from wancore.wan_core.models.vae import normalise
 
+from tests.nodes.running import outputs
 from tests.reference import arguments, load_case, relative_error
 
 NODES = wancore.NODE_CLASS_MAPPINGS
@@ -50,9 +51,7 @@ def test_declarations_are_complete(node_id):
 
 
 def run(node_id: str, **inputs):
-    cls = NODES[node_id]
-    with torch.inference_mode():
-        return getattr(cls(), cls.FUNCTION)(**inputs)[0]
+    return outputs(node_id, **inputs)[0]
 
 
 @pytest.fixture(scope="module")

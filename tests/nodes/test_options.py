@@ -28,6 +28,8 @@ from wancore.wan_core.settings import (
     WindowSettings,
 )
 
+from tests.nodes.running import outputs
+
 ROOT = Path(__file__).parents[2]
 NODES = wancore.NODE_CLASS_MAPPINGS
 
@@ -47,9 +49,7 @@ def configured(models, tmp_path):
 
 
 def run(node_id: str, **inputs):
-    cls = NODES[node_id]
-    with torch.inference_mode():
-        return getattr(cls(), cls.FUNCTION)(**inputs)[0]
+    return outputs(node_id, **inputs)[0]
 
 
 @pytest.fixture(scope="module")

@@ -22,17 +22,11 @@ from wancore.trainer.synthetic import write_dataset
 from wancore.wan_core import catalog
 from wancore.wan_core.runtime import Cancelled
 
+from tests.nodes.running import outputs as run
 from tests.trainer.runs import ROOT, environment
 
 NODES = wancore.NODE_CLASS_MAPPINGS
 SMALL = {"width": 32, "height": 32, "num_frames": 5, "fps": 0.0}
-
-
-def run(node_id: str, **inputs):
-    cls = NODES[node_id]
-    with torch.inference_mode():
-        result = getattr(cls(), cls.FUNCTION)(**inputs)
-    return result["result"] if isinstance(result, dict) else result
 
 
 @pytest.fixture(scope="module")
