@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .attention import sdpa
 from .config import TextEncoderConfig
 from .elementwise import add_, gelu_tanh_, rms_norm
+from .linear import Linear
 
 EPS = 1e-6
 MAX_DISTANCE = 128
@@ -63,8 +64,8 @@ class T5Attention(nn.Module):
     def __init__(self, dim: int, attention_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q, self.k, self.v = (nn.Linear(dim, attention_dim, bias=False) for _ in range(3))
-        self.o = nn.Linear(attention_dim, dim, bias=False)
+        self.q, self.k, self.v = (Linear(dim, attention_dim, bias=False) for _ in range(3))
+        self.o = Linear(attention_dim, dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
@@ -76,9 +77,9 @@ class T5FeedForward(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.gate = nn.Sequential(nn.Linear(dim, ffn_dim, bias=False), nn.GELU("tanh"))
-        self.fc1 = nn.Linear(dim, ffn_dim, bias=False)
-        self.fc2 = nn.Linear(ffn_dim, dim, bias=False)
+        self.gate = nn.Sequential(Linear(dim, ffn_dim, bias=False), nn.GELU("tanh"))
+        self.fc1 = Linear(dim, ffn_dim, bias=False)
+        self.fc2 = Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.fc1(x) * gelu_tanh_(self.gate[0](x)))
