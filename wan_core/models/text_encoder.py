@@ -20,13 +20,12 @@ FLOAT16_LIMIT = 65504.0
 
 
 def relative_buckets(length: int, num_buckets: int, device: torch.device) -> Tensor:
-    """The bias table row of every (query, key) pair, (length, length).
+    """The bias table row of every distance from query to key, 1 - length to length - 1: (2 * length - 1,).
 
     Half of the buckets are for keys after the query. In each half the first half is one bucket per position, the rest
     grow logarithmically up to `MAX_DISTANCE` (T5, bidirectional).
     """
-    position = torch.arange(length, device=device)
-    relative = position[None, :] - position[:, None]
+    relative = torch.arange(1 - length, length, device=device)
     half = num_buckets // 2
     exact = half // 2
     distance = relative.abs()
@@ -54,8 +53,12 @@ class RelativePosition(nn.Module):
         self.embedding = nn.Embedding(num_buckets, num_heads)
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """(L, L) buckets to a bias (1, heads, L, L)."""
-        return self.embedding(buckets).permute(2, 0, 1)[None]
+        """Buckets of all distances (2L - 1,) to a bias (1, heads, L, L).
+
+        Each query's row is a stretch of one line of distances, the last query's the first.
+        """
+        line = self.embedding(buckets).T.contiguous()
+        return line.unfold(1, (len(buckets) + 1) // 2, 1).flip(1)[None]
 
 
 class T5Attention(nn.Module):
