@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .elementwise import FUSED_RMS_NORM, may_overwrite, rms_norm
+from .elementwise import has_fused_rms_norm, may_overwrite, rms_norm
 from .linear import onednn_has
 
 FeatureCache = dict[nn.Module, Tensor]
@@ -53,7 +53,7 @@ class ChannelNorm(nn.Module):
         size = max(1, PIECE.get(x.device.type, LARGEST_PIECE) // (batch * channels * frames))
         pieces = (tensor.movedim(1, -1).flatten(2, 3).split(size, 2) for tensor in (x, out))
         for piece, target in zip(*pieces, strict=True):
-            if x.is_cuda and FUSED_RMS_NORM:
+            if has_fused_rms_norm(x):
                 normed = rms_norm(piece, self.gamma.flatten(), self.EPS)
                 torch.ops.aten.silu.out(normed, out=target)
             else:
