@@ -53,12 +53,13 @@ class RelativePosition(nn.Module):
         self.embedding = nn.Embedding(num_buckets, num_heads)
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """Buckets of all distances (2L - 1,) to a bias (1, heads, L, L).
+        """Buckets of all distances (2L - 1,) to a bias (1, heads, L, L) for queries from the last to the first.
 
-        Each query's row is a stretch of one line of distances, the last query's the first.
+        In that order each query's row begins one place further on the same line of distances: the bias is a view of
+        that line, not a tensor of its own.
         """
         line = self.embedding(buckets).T.contiguous()
-        return line.unfold(1, (len(buckets) + 1) // 2, 1).flip(1)[None]
+        return line.unfold(1, (len(buckets) + 1) // 2, 1)[None]
 
 
 class T5Attention(nn.Module):
@@ -71,8 +72,9 @@ class T5Attention(nn.Module):
         self.o = Linear(attention_dim, dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """`bias` is that of `RelativePosition`."""
         q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
-        return self.o(sdpa(q, k, v, mask=bias, scale=1.0).flatten(2))
+        return self.o(sdpa(q.flip(1), k, v, mask=bias, scale=1.0).flip(1).flatten(2))
 
 
 class T5FeedForward(nn.Module):
