@@ -40,15 +40,6 @@ def test_it_is_the_product_plus_the_bias(shape, biased, dtype):
     torch.testing.assert_close(got.double(), expected, rtol=0.01 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
 
 
-@pytest.mark.parametrize("biased", [True, False])
-@torch.no_grad()
-def test_a_large_weight_is_done_in_parts_with_the_same_bits(monkeypatch, biased):
-    x, weight, bias = drawn(2, 7, 48), drawn(33, 48), drawn(33) if biased else None
-    whole = linear(x, weight, bias)
-    monkeypatch.setattr(module, "LARGEST_WEIGHT", 4 * 48 * 10)
-    assert torch.equal(linear(x, weight, bias), whole)
-
-
 CASES = {
     "a weight with gaps": lambda: linear(drawn(4, 16), drawn(8, 32)[:, ::2]),
     "a transposed weight": lambda: linear(drawn(4, 16), drawn(16, 8).T),

@@ -5,7 +5,6 @@ PyTorch as well, takes less than half the time there. In bfloat16 both ways lead
 pass for the bias.
 """
 
-import itertools
 from functools import cache
 
 import torch
@@ -14,28 +13,16 @@ from torch import Tensor, nn
 
 from .elementwise import may_overwrite
 
-LARGEST_WEIGHT = 2**25
-"""Bytes of a weight that oneDNN is given at a time: it makes a rearranged copy of them for itself in every call."""
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` for x (..., in) and a weight (out, in), all of one dtype."""
     if x.device.type == "cpu" and weight.is_contiguous() and _by_onednn(x, weight, bias):
-        return _onednn(x, weight, bias) if weight.nbytes <= LARGEST_WEIGHT else _in_parts(x, weight, bias)
+        return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = x.new_empty(*x.shape[:-1], len(weight))
-    rows = max(1, LARGEST_WEIGHT // weight[0].nbytes)
-    biases = itertools.repeat(None) if bias is None else bias.split(rows)
-    for target, part, its_bias in zip(out.split(rows, -1), weight.split(rows), biases, strict=False):
-        target.copy_(_onednn(x, part, its_bias))
-    return out
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
