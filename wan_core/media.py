@@ -1,6 +1,5 @@
 """Pixels on their way in and out: PIL images, IMAGE tensors, video files, and the models' (B, 3, T, H, W)."""
 
-import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from .drafts import drafted
 
 log = logging.getLogger("wancore")
 
@@ -122,23 +123,19 @@ def save_video(
     pictures = _pictures(frames)
     first = next(pictures)
     target = free_path(Path(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.stem}.partial{target.suffix or '.mp4'}")
     crf = str(round((1 - quality / 10) * 51))
-    try:
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "use_metadata_tags"}) as container:
-            container.metadata.update(metadata or {})
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width = first.shape[:2]
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": crf}
-            for picture in chain([first], pictures):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
-        partial.rename(target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+    with (
+        drafted(target) as draft,
+        av.open(str(draft), "w", format="mp4", options={"movflags": "use_metadata_tags"}) as container,
+    ):
+        container.metadata.update(metadata or {})
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = first.shape[:2]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": crf}
+        for picture in chain([first], pictures):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
     return target
 
 
