@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..wan_core.drafts import drafted
+
 ASSETS = Path(__file__).resolve().parents[1] / "workflows" / "assets"
 """Input files that the shipped workflows name."""
 
@@ -145,11 +147,9 @@ def _claimed(path: Path) -> Path | None:
 
 @contextmanager
 def _drafted(path: Path, subfolder: str, kind: str) -> Iterator[Draft]:
-    draft = Draft(path.with_name(f".{path.stem}.part{path.suffix}"), path, subfolder.replace(os.sep, "/"), kind)
     try:
-        yield draft
-        draft.temporary.replace(path)
+        with drafted(path) as temporary:
+            yield Draft(temporary, path, subfolder.replace(os.sep, "/"), kind)
     except BaseException:
-        draft.temporary.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..wan_core.drafts import drafted
 from ..wan_core.models.preview_decoder import PreviewDecoder
 from ..wan_core.prepare import load_preview_decoder
 from ..wan_core.runtime import log
@@ -21,20 +22,15 @@ def write(pictures: list[Image.Image], folder: Path, step: int) -> None:
     `step_0010.png` is the frame in the middle, `step_0010_strip.png` an animation of all latent frames. A file of an
     earlier run is replaced; each appears all at once.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     _save(pictures[len(pictures) // 2 :][:1], folder / f"step_{step:04}.png")
     _save(pictures, folder / f"step_{step:04}_strip.png")
 
 
 def _save(pictures: list[Image.Image], path: Path) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        first, *rest = pictures
-        animated = {"save_all": True, "append_images": rest, "duration": MILLISECONDS_PER_FRAME} if rest else {}
+    first, *rest = pictures
+    animated = {"save_all": True, "append_images": rest, "duration": MILLISECONDS_PER_FRAME} if rest else {}
+    with drafted(path) as draft:
         first.save(draft, format="PNG", **animated)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 @lru_cache(maxsize=1)

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..wan_core.decode import decode, encode
+from ..wan_core.decode import decode_pieces, encode
 from ..wan_core.media import frames_to_pixels, pixels_to_frames
 from ..wan_core.models.vae import WanVAE, denormalise, normalise
 from ..wan_core.runtime import log
-from ..wan_core.types import SIZE_MULTIPLE, VAE_STRIDE
+from ..wan_core.types import SIZE_MULTIPLE, VAE_STRIDE, LatentSize, VideoSize
 from . import sockets
 from .encoding import at_work, tile_settings
 
@@ -57,9 +57,11 @@ class VAEDecode:
         **tiles: Any,
     ) -> tuple[Tensor]:
         settings = tile_settings(**tiles)
+        samples = latent["samples"]
+        video = VideoSize.of_latent(LatentSize(*samples.shape[-3:]))
         with at_work(vae, vae.dtype) as runtime:
-            pixels = decode(vae, normalise(latent["samples"]), settings, runtime)
-        return (pixels_to_frames(pixels),)
+            pieces = decode_pieces(vae, normalise(samples), settings, runtime)
+            return (pixels_to_frames(pieces, video.num_frames),)
 
 
 class VAEEncode:

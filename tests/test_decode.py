@@ -6,10 +6,12 @@ import pytest
 import torch
 from wancore.wan_core import tiny
 from wancore.wan_core.budget.vae import WORKSPACE_BYTES, choose_tiles, peak_bytes, smallest_tiles
-from wancore.wan_core.decode import AUTO, decode, encode
+from wancore.wan_core.decode import AUTO, SMALLER_TILES, decode, decode_pieces, encode
+from wancore.wan_core.media import pixels_to_frames
 from wancore.wan_core.memory.count import LiveBytes
 from wancore.wan_core.models.vae import WanVAE
 from wancore.wan_core.runtime import OutOfMemoryError, Runtime, free_bytes
+from wancore.wan_core.sampling.finite import NonFiniteError
 from wancore.wan_core.tiling import TileSettings
 from wancore.wan_core.types import LatentSize
 
@@ -110,9 +112,9 @@ class Recorder(WanVAE):
             super().__init__(tiny.VAE)
         self.seen = []
 
-    def decode(self, latents, tiles=None, on_chunk=None):
+    def decode_pieces(self, latents, tiles=None, on_chunk=None):
         self.seen.append(tiles)
-        return latents
+        yield torch.zeros(1, 3, 5, 448, 32)
 
 
 @pytest.mark.parametrize(
@@ -161,3 +163,57 @@ def test_encoding_falls_back_to_smaller_tiles(vae, monkeypatch, caplog):
     assert latents.shape == (1, 16, 2, 32, 4)
     assert tried == [None, (30, 52), (16, 16)]
     assert caplog.text.count("Out of memory while encoding") == 2
+
+
+class Shrinking(WanVAE):
+    """A VAE on a device that runs out of memory after some frames, unless it works in tiles."""
+
+    def __init__(self, vae, frames):
+        with torch.device("meta"):
+            super().__init__(tiny.VAE)
+        self.real, self.frames = vae, frames
+
+    def decode_pieces(self, latents, tiles=None, on_chunk=None):
+        done = 0
+        for piece in self.real.decode_pieces(latents, tiles, on_chunk):
+            if tiles is None and done >= self.frames:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            done += piece.shape[2]
+            yield piece
+
+
+@pytest.mark.parametrize("frames", [0, 1, 5])
+def test_frames_that_were_given_are_not_given_again(vae, frames, caplog):
+    latents = torch.randn(1, 16, 3, 32, 4, generator=torch.manual_seed(2))
+    pieces = list(decode_pieces(Shrinking(vae, frames), latents, None, RUNTIME))
+    whole, tiled = vae.decode(latents), vae.decode(latents, SMALLER_TILES[0])
+    assert torch.equal(torch.cat(pieces, 2), torch.cat((whole[:, :, :frames], tiled[:, :, frames:]), 2))
+    assert caplog.text.count("Out of memory while decoding") == 1
+
+
+def test_frames_come_while_the_rest_is_not_decoded_yet(vae):
+    done = []
+    runtime = Runtime(device=CPU, dtype=torch.float32, on_progress=lambda phase, now, total, *_: done.append(now))
+    pieces = decode_pieces(vae, torch.zeros(1, 16, 3, 4, 4), AUTO, runtime)
+    first = next(pieces)
+    assert first.shape == (1, 3, 1, 32, 32) and not first.requires_grad
+    assert max(done, default=0) <= 1
+    assert [piece.shape[2] for piece in pieces] == [4, 4] and done[-1] == 3
+
+
+def test_latents_without_numbers_are_refused_before_a_frame_is_asked_for(vae):
+    with pytest.raises(NonFiniteError, match="before decoding"):
+        decode_pieces(vae, torch.full((1, 16, 1, 4, 4), float("nan")), AUTO, RUNTIME)
+
+
+def test_a_long_video_is_held_once(vae):
+    """As IMAGE, beside the few frames that are being decoded; before it was held as pixels too."""
+    latents = torch.zeros(1, 16, 21, 8, 8)
+    video = 4 * 3 * 81 * 64 * 64
+    with torch.no_grad(), LiveBytes(CPU, given=[*vae.parameters(), latents]) as alone:
+        for _ in vae.decode_chunks(latents):
+            pass
+    with LiveBytes(CPU, given=[*vae.parameters(), latents]) as counter:
+        frames = pixels_to_frames(decode_pieces(vae, latents, AUTO, RUNTIME), 81)
+    assert frames.nbytes == video
+    assert counter.peak < video + 1.1 * alone.peak

@@ -133,6 +133,19 @@ def test_an_inpainting_model_without_an_image_makes_video_of_text(bundled):
     assert bundled("i2v")("a dog", **SMALL, output_type="tensor").shape == (1, 3, 5, 32, 32)
 
 
+def test_a_stream_is_the_same_frames_and_goes_into_a_file(bundled, tmp_path):
+    pipe = bundled("t2v")
+    frames, stream = (pipe("a dog", **SMALL, output_type=kind) for kind in ("pil", "stream"))
+    assert not isinstance(stream, list) and list(stream) == frames
+    path = save_video(pipe("a dog", **SMALL, output_type="stream"), tmp_path / "a.mp4")
+    assert len(load_video(path)) == len(frames)
+
+
+def test_a_stream_of_two_videos_is_refused(bundled):
+    with pytest.raises(ValueError, match="frames of one video"):
+        bundled("t2v")(["a dog", "a cat"], **SMALL, output_type="stream")
+
+
 @pytest.mark.parametrize("variant", ["i2v", "vace"])
 def test_a_batch_shares_its_inputs(bundled, variant):
     pipe, inputs = bundled(variant), INPUTS[variant]

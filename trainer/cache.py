@@ -1,18 +1,18 @@
 """What encoders made of the data, kept on disk under names that follow from everything it depends on."""
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 from safetensors.torch import load, save_file
 from torch import Tensor
+
+from ..wan_core.drafts import drafted
 
 log = logging.getLogger("wancore")
 
@@ -60,7 +60,8 @@ class LatentCache:
                     digest.update(chunk)
             self._hashes[identity] = digest.hexdigest()
             text = json.dumps(self._hashes, indent=0, ensure_ascii=False)
-            self._write(self.folder / HASHES, lambda draft: draft.write_text(text, encoding="utf-8"))
+            with drafted(self.folder / HASHES, sync=True) as draft:
+                draft.write_text(text, encoding="utf-8")
         return self._hashes[identity]
 
     def __contains__(self, key: str) -> bool:
@@ -85,24 +86,11 @@ class LatentCache:
             OSError: the disk is full or fails; nothing appears under the key.
         """
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self._path(key).parent.mkdir(exist_ok=True)
-        self._write(self._path(key), lambda draft: save_file(stored, draft))
+        with drafted(self._path(key), sync=True) as draft:
+            save_file(stored, draft)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
-
-    def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
-        handle, name = tempfile.mkstemp(prefix=".draft-", dir=path.parent)
-        os.close(handle)
-        draft = Path(name)
-        try:
-            write(draft)
-            with draft.open("r+b") as file:
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                draft.unlink()
 
 
 def _remembered(path: Path) -> dict[str, str]:

@@ -17,9 +17,10 @@ from ..wan_core.adapters.files import DTYPES, LoraFormat, lora_metadata, save
 from ..wan_core.adapters.model import Target, fit_to
 from ..wan_core.adapters.open import open_lora
 from ..wan_core.checkpoints.detect import detect_files
+from ..wan_core.drafts import drafted
 from ..wan_core.lora.write import Merged
 from .config import TrainConfig
-from .state import sync_file, sync_folder
+from .state import sync_folder
 from .trainable import Part, Trainables, lora_patches
 
 log = logging.getLogger("wancore")
@@ -81,17 +82,13 @@ class Exporter:
         self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {**self._metadata(), **told}
         for part, path in paths.items():
-            draft = path.with_name(f".{path.stem}.draft.safetensors")
-            draft.unlink(missing_ok=True)
+            write = self._write_lora if part.is_lora else self._write_whole
             try:
-                (self._write_lora if part.is_lora else self._write_whole)(part, draft, path.stem, tensors, metadata)
-                sync_file(draft)
-                draft.replace(path)
+                with drafted(path, sync=True) as draft:
+                    write(part, draft, path.stem, tensors, metadata)
             except ValueError as error:
                 # A disk that is full is no mistake of the user's.
                 raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from error
-            finally:
-                draft.unlink(missing_ok=True)
         sync_folder(self.folder)
         return list(paths.values())
 

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..wan_core.drafts import sync_file
+
 log = logging.getLogger("wancore")
 
 MANIFEST, PROGRESS, WEIGHTS, OPTIMIZER = "manifest.json", "progress.json", "weights.safetensors", "optimizer.pt"
@@ -196,12 +198,6 @@ def _seal(folder: Path) -> None:
     manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8")
     sync_file(manifest)
     sync_folder(folder)
-
-
-def sync_file(file: Path) -> None:
-    """Wait until the content of `file` is on the disk."""
-    with file.open("rb+") as stream:
-        os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:

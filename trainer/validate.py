@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..wan_core.decode import decode
+from ..wan_core.decode import decode_pieces
 from ..wan_core.media import pixels_to_images, save_video
 from ..wan_core.models.vae import WanVAE
 from ..wan_core.prepare import VideoModel
@@ -100,7 +100,7 @@ def save_samples(
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for clip, name in zip(latents, names, strict=True):
-        frames = pixels_to_images(decode(vae, clip, None, runtime))
+        frames = [image for piece in decode_pieces(vae, clip, None, runtime) for image in pixels_to_images(piece)]
         if len(frames) == 1:
             file = folder / f"{name}.png"
             frames[0].save(file)

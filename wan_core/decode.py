@@ -1,18 +1,19 @@
 """Latents to pixels and pixels to latents on a device that may be too small for them."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .budget.vae import What, choose_tiles, peak_bytes, smallest_tiles
-from .models.vae import WanVAE
+from .models.vae import WanVAE, fill
 from .runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
 from .sampling.finite import check_latents
 from .tiling import TileSettings
-from .types import VAE_STRIDE, LatentSize
+from .types import VAE_STRIDE, LatentSize, VideoSize
 
 SMALLER_TILES = (TileSettings(), TileSettings(size=(16, 16), stride=(12, 12)))
 """What is tried when memory runs out, one after the other."""
@@ -22,17 +23,33 @@ Tiles = TileSettings | Literal["auto"] | None
 """Tiles of that size, whatever the memory; as the memory asks for; or none as long as there is memory."""
 
 
-@torch.no_grad()
 def decode(vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None) -> Tensor:
-    """Normalised latents (B, 16, F, h, w) to pixels (B, 3, T, H, W) in [-1, 1], float32, on the CPU.
+    """Normalised latents (B, 16, F, h, w) to pixels (B, 3, T, H, W) in [-1, 1], float32, on the CPU: what
+    `decode_pieces` gives, in one tensor.
+    """
+    pieces = decode_pieces(vae, latents, tiles, runtime, budget)
+    num_frames = VideoSize.of_latent(LatentSize(*latents.shape[2:])).num_frames
+    first = next(pieces)
+    if first.shape[2] == num_frames:
+        return first
+    pixels = first.new_empty(*first.shape[:2], num_frames, *first.shape[3:])
+    fill(pixels, chain([first], pieces))
+    return pixels
+
+
+def decode_pieces(
+    vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None
+) -> Iterator[Tensor]:
+    """Pixels (B, 3, t, H, W) in [-1, 1], float32, on the CPU, a few frames at a time: they can be converted or written
+    away before the next are computed, so that a long video is never in memory as a whole.
 
     With tiles "auto" the whole is decoded at once where that fits into `budget` bytes beside the weights, else in
     strips or tiles, with a notice. Without a budget it is what the device has left; the CPU then never needs tiles.
-    When the device runs out of memory nevertheless, smaller tiles are tried, with a notice. Pixels are gathered on the
-    CPU piece by piece.
+    When the device runs out of memory nevertheless, what is left is done in smaller tiles, with a notice. Tiles pass
+    over the whole time and give one piece.
 
     Raises:
-        NonFiniteError: the latents hold NaN or infinity.
+        NonFiniteError: the latents hold NaN or infinity; this is found before the first piece is asked for.
         OutOfMemoryError: the smallest tiles do not fit either.
     """
     check_latents(latents, "before decoding")
@@ -41,7 +58,20 @@ def decode(vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget:
     try:
         if tiles == AUTO:
             tiles = _fitting(vae, size, len(latents), "decode", runtime, budget)
-        return _in_tiles(lambda t: vae.decode(latents, t, runtime.chunks("Decoding")), tiles, size, "decode")
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(str(error), latents) from error
+    return _decoded(vae, latents, tiles, size, runtime)
+
+
+@torch.no_grad()
+def _decoded(
+    vae: WanVAE, latents: Tensor, tiles: TileSettings | None, size: LatentSize, runtime: Runtime
+) -> Iterator[Tensor]:
+    def work(tiles: TileSettings | None) -> Iterator[Tensor]:
+        return vae.decode_pieces(latents, tiles, runtime.chunks("Decoding"))
+
+    try:
+        yield from _in_tiles(work, tiles, size, "decode")
     except OutOfMemoryError as error:
         raise OutOfMemoryError(str(error), latents) from error
 
@@ -60,7 +90,11 @@ def encode(vae: WanVAE, pixels: Tensor, tiles: Tiles, runtime: Runtime, budget: 
     size = LatentSize((frames - 1) // time + 1, height // stride, width // stride)
     if tiles == AUTO:
         tiles = _fitting(vae, size, len(pixels), "encode", runtime, budget)
-    return _in_tiles(lambda t: vae.encode(pixels, t, runtime.chunks("Encoding")), tiles, size, "encode")
+
+    def work(tiles: TileSettings | None) -> Iterator[Tensor]:
+        yield vae.encode(pixels, tiles, runtime.chunks("Encoding"))
+
+    return next(_in_tiles(work, tiles, size, "encode"))
 
 
 def _fitting(
@@ -91,14 +125,23 @@ def _fitting(
 
 
 def _in_tiles(
-    work: Callable[[TileSettings | None], Tensor], tiles: TileSettings | None, size: LatentSize, what: What
-) -> Tensor:
-    """`work` with these tiles, and with ever smaller ones while the device runs out of memory."""
+    work: Callable[[TileSettings | None], Iterator[Tensor]], tiles: TileSettings | None, size: LatentSize, what: What
+) -> Iterator[Tensor]:
+    """The pieces (B, C, t, ...) of `work` with these tiles, and with ever smaller ones while the device runs out of
+    memory; frames that were given already are not given again.
+    """
     tried = [tiles, *(t for t in SMALLER_TILES if _area(t, size) < _area(tiles, size))]
-    doing = {"decode": "decoding", "encode": "encoding"}[what]
+    doing, given = {"decode": "decoding", "encode": "encoding"}[what], 0
     for attempt, choice in enumerate(tried):
         try:
-            return work(choice)
+            start = 0
+            for piece in work(choice):
+                fresh = piece[:, :, max(0, given - start) :]
+                start += piece.shape[2]
+                if fresh.shape[2]:
+                    given = start
+                    yield fresh
+            return
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -50,6 +50,18 @@ def as_frames(value: Pictures, name: str) -> Tensor:
     raise ValueError(f"{name} must be a picture, a list of pictures, or an array (T, H, W, 3); got {shape}.")
 
 
+def as_references(value: Pictures | None, name: str) -> tuple[Tensor, ...] | None:
+    """Each picture of `value` as frames (1, H, W, 3), of its own size; None of None.
+
+    Raises:
+        ValueError: as of `as_frames`.
+    """
+    if value is None:
+        return None
+    several = isinstance(value, (list, tuple)) and len(value)
+    return tuple(as_frames(picture, name) for picture in (value if several else [value]))
+
+
 def as_masks(value: Pictures, name: str) -> Tensor:
     """`value` as masks (T, H, W) in [0, 1], float32 on the CPU: the first channel of pictures, or ComfyUI's MASK.
 

@@ -1,10 +1,10 @@
 """Pixels on their way in and out: PIL images, IMAGE tensors, video files, and the models' (B, 3, T, H, W)."""
 
-import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .drafts import drafted
+
 log = logging.getLogger("wancore")
 
 FPS = 16
 """Frame rate of the videos that Wan 2.1 was trained on."""
 
-Frames = Sequence[Image.Image] | Tensor | np.ndarray
+Frames = Iterable[Image.Image] | Tensor | np.ndarray
 """Frames as PIL images, or as one array (T, H, W, 3): float in [0, 1] or uint8."""
 
 
@@ -38,9 +40,18 @@ def pixels_to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in frames.cpu().numpy()]
 
 
-def pixels_to_frames(pixels: Tensor) -> Tensor:
-    """(B, 3, T, H, W) in [-1, 1] as ComfyUI's IMAGE (B * T, H, W, 3) in [0, 1], float32 on the CPU."""
-    return pixels.permute(0, 2, 3, 4, 1).flatten(0, 1).float().add(1).div_(2).clamp_(0, 1).cpu()
+def pixels_to_frames(pieces: Iterable[Tensor], num_frames: int) -> Tensor:
+    """Videos of so many frames, which come in pieces of pixels (B, 3, t, H, W) in [-1, 1], as ComfyUI's IMAGE
+    (B * T, H, W, 3) in [0, 1], float32 on the CPU.
+    """
+    frames, start = torch.empty(0), 0
+    for piece in pieces:
+        batch, _, length, *sides = piece.shape
+        if not start:
+            frames = torch.empty(batch, num_frames, *sides, 3)
+        frames[:, start : start + length].copy_(piece.permute(0, 2, 3, 4, 1)).add_(1).div_(2).clamp_(0, 1)
+        start += length
+    return frames.flatten(0, 1)
 
 
 def frames_to_pixels(frames: Tensor) -> Tensor:
@@ -53,22 +64,33 @@ def frames_to_tensor(frames: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(f.convert("RGB")) for f in frames])).float().div_(255)
 
 
-def _uint8_frames(frames: Frames) -> np.ndarray:
+def _pictures(frames: Frames) -> Iterator[np.ndarray]:
+    """Each frame as (H, W, 3), uint8, when it is asked for.
+
+    Raises:
+        ValueError: there is none, they differ in size, or a side is odd; of sequences and arrays before the first.
+    """
     if isinstance(frames, Tensor):
         frames = frames.detach().cpu().float().numpy() if frames.is_floating_point() else frames.cpu().numpy()
-    if isinstance(frames, np.ndarray):
-        array = frames
-        if np.issubdtype(array.dtype, np.floating):
-            array = (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
-    else:
-        if len({frame.size for frame in frames}) > 1:
-            raise ValueError(f"All frames of a video need one size; got {sorted({f.size for f in frames})}.")
-        array = np.stack([np.asarray(frame.convert("RGB")) for frame in frames]) if len(frames) else np.empty(0)
-    if array.ndim != 4 or array.shape[-1] != 3 or not len(array):
-        raise ValueError(f"A video needs at least one frame, as (T, H, W, 3); got {array.shape}.")
-    if array.shape[1] % 2 or array.shape[2] % 2:
-        raise ValueError(f"H.264 needs even sides; got {array.shape[2]}x{array.shape[1]}. Crop or resize the frames.")
-    return array
+    if isinstance(frames, np.ndarray) and (frames.ndim != 4 or frames.shape[-1] != 3):
+        raise ValueError(f"A video needs at least one frame, as (T, H, W, 3); got {frames.shape}.")
+    if isinstance(frames, Sequence) and len({frame.size for frame in frames}) > 1:
+        raise ValueError(f"All frames of a video need one size; got {sorted({f.size for f in frames})}.")
+    size = None
+    for frame in frames:
+        if isinstance(frame, Image.Image):
+            frame = np.asarray(frame.convert("RGB"))
+        elif np.issubdtype(frame.dtype, np.floating):
+            frame = (np.clip(frame, 0, 1) * 255).round().astype(np.uint8)
+        height, width = frame.shape[:2]
+        if height % 2 or width % 2:
+            raise ValueError(f"H.264 needs even sides; got {width}x{height}. Crop or resize the frames.")
+        if size not in (None, (width, height)):
+            raise ValueError(f"All frames of a video need one size; got {[size, (width, height)]}.")
+        size = width, height
+        yield np.ascontiguousarray(frame)
+    if size is None:
+        raise ValueError("A video needs at least one frame; got none.")
 
 
 def save_video(
@@ -84,7 +106,8 @@ def save_video(
     its name only when it is complete.
 
     Args:
-        frames: one video.
+        frames: one video. What only comes frame by frame, as a pipeline's `output_type="stream"`, is written as it
+            comes.
         path: where to write; missing folders are made.
         fps: frames per second.
         quality: 0 (smallest file) to 10 (best), the scale of imageio's ffmpeg writer.
@@ -95,27 +118,24 @@ def save_video(
     """
     import av
 
-    array = _uint8_frames(frames)
     if not fps > 0 or not 0 <= quality <= 10:
         raise ValueError(f"A video needs fps above 0 and quality from 0 to 10; got fps {fps}, quality {quality}.")
+    pictures = _pictures(frames)
+    first = next(pictures)
     target = free_path(Path(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.stem}.partial{target.suffix or '.mp4'}")
     crf = str(round((1 - quality / 10) * 51))
-    try:
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "use_metadata_tags"}) as container:
-            container.metadata.update(metadata or {})
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width = array.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": crf}
-            for frame in array:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-            container.mux(stream.encode())
-        partial.rename(target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+    with (
+        drafted(target) as draft,
+        av.open(str(draft), "w", format="mp4", options={"movflags": "use_metadata_tags"}) as container,
+    ):
+        container.metadata.update(metadata or {})
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = first.shape[:2]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": crf}
+        for picture in chain([first], pictures):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
     return target
 
 

@@ -1,7 +1,7 @@
 """The call surface of the reference README: load with `from_pretrained`, generate with a call."""
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +19,8 @@ from .conditioning.camera_path import CameraPath
 from .conditioning.encoders import Fit, LatentEncoder
 from .conditioning.inputs import VideoInputs, condition
 from .conditioning.text import Prompt, TextEncoder, as_prompts, text_conditioning
-from .decode import AUTO, Tiles, decode, encode
-from .fitting import Pictures, as_frames, as_masks
+from .decode import AUTO, Tiles, decode, decode_pieces, encode
+from .fitting import Pictures, as_frames, as_masks, as_references
 from .lora.report import Report
 from .media import pixels_to_images
 from .memory.residency import Residency, on_device
@@ -35,7 +35,7 @@ from .tiling import TileSettings
 from .types import Conditioning, Curve, VideoSize
 from .variants import check
 
-OUTPUT_TYPES = ("pil", "tensor", "latent")
+OUTPUT_TYPES = ("pil", "stream", "tensor", "latent")
 
 
 @dataclass(eq=False)
@@ -210,7 +210,7 @@ class WanVideoPipeline:
         tea_cache_model_id: str = "",
         progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = None,
         output_type: str = "pil",
-    ) -> list[Image.Image] | list[list[Image.Image]] | Tensor:
+    ) -> list[Image.Image] | list[list[Image.Image]] | Iterator[Image.Image] | Tensor:
         """Generate a video.
 
         Which inputs a model takes is decided by its structure; one that it cannot use is refused before anything runs.
@@ -246,13 +246,16 @@ class WanVideoPipeline:
             tea_cache_l1_thresh, tea_cache_model_id: leave out steps (TeaCache); the template is that of the model's
                 catalog row unless one is named.
             progress_bar_cmd: wraps the steps, such as `tqdm` (the default).
-            output_type: `pil` for a list of images, `tensor` for pixels (B, 3, T, H, W) in [-1, 1], `latent` for
-                normalised latents (B, 16, F, h, w).
+            output_type: `pil` for a list of images, `stream` for one after another while the video is decoded (for
+                `save_video`), `tensor` for pixels (B, 3, T, H, W) in [-1, 1], `latent` for normalised latents
+                (B, 16, F, h, w).
 
         Raises:
             ValueError: an argument is out of range, or is not one that this model can use.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
+        if output_type == "stream" and len(as_prompts(prompt)) > 1:
+            raise ValueError("output_type 'stream' gives the frames of one video; give one prompt, or take 'pil'.")
         size = VideoSize.rounded(width, height, num_frames)
         if camera_path is None and camera_control_direction is not None:
             camera_path = CameraPath.from_direction(
@@ -268,7 +271,7 @@ class WanVideoPipeline:
             camera=camera_path,
             vace_video=_frames(vace_video, "vace_video"),
             vace_video_mask=None if vace_video_mask is None else as_masks(vace_video_mask, "vace_video_mask"),
-            vace_reference_image=_references(vace_reference_image),
+            vace_reference_image=as_references(vace_reference_image, "vace_reference_image"),
             motion_bucket_id=motion_bucket_id,
             vace_scale=Curve.of(vace_scale),
         )
@@ -344,12 +347,18 @@ class WanVideoPipeline:
     def _output(self, latents: Tensor, tiles: Tiles, output_type: str, runtime: Runtime) -> Any:
         if output_type == "latent":
             return latents
-        with on_device(self.vae, self.device), torch.no_grad():
-            pixels = decode(self.vae, latents, tiles, runtime)
+        if output_type == "stream":
+            return self._frames_of(latents, tiles, runtime)
         if output_type == "tensor":
-            return pixels
-        videos = [pixels_to_images(video[None]) for video in pixels]
+            with on_device(self.vae, self.device):
+                return decode(self.vae, latents, tiles, runtime)
+        videos = [list(self._frames_of(video, tiles, runtime)) for video in latents.split(1)]
         return videos[0] if len(videos) == 1 else videos
+
+    def _frames_of(self, latents: Tensor, tiles: Tiles, runtime: Runtime) -> Iterator[Image.Image]:
+        with on_device(self.vae, self.device):
+            for piece in decode_pieces(self.vae, latents, tiles, runtime):
+                yield from pixels_to_images(piece)
 
     def _at_work(self, module: torch.nn.Module, activations: int) -> AbstractContextManager[torch.nn.Module]:
         return encoder_at_work(module, self._runtime(), self.memory, activations)
@@ -389,11 +398,3 @@ def _prompts_of_windows(window_prompts: Sequence[Prompt], prompt: Prompt, settin
 
 def _frames(value: Pictures | None, name: str) -> Tensor | None:
     return None if value is None else as_frames(value, name)
-
-
-def _references(value: Pictures | None) -> tuple[Tensor, ...] | None:
-    """Reference pictures, each of its own size."""
-    if value is None:
-        return None
-    several = isinstance(value, (list, tuple)) and len(value)
-    return tuple(as_frames(v, "vace_reference_image") for v in (value if several else [value]))

@@ -3,10 +3,7 @@
 They draw abstract patterns, not films. They exist so that every workflow can run on any machine without a download.
 """
 
-import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import catalog
+from .drafts import drafted
 from .models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
 from .models.dit import WanDiT
 from .models.image_encoder import ImageEncoder
@@ -99,11 +97,10 @@ def write_model(root: Path, model_id: str) -> Path:
         if not (folder / name).exists():
             with torch.device("meta"):
                 module = cls(config)
-            with _drafted(folder / name) as draft:
+            with drafted(folder / name) as draft:
                 (save_file if draft.suffix == ".safetensors" else torch.save)(state_dict(module), draft)
     if model_id == catalog.TINY and not (folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE).exists():
-        (folder / catalog.TOKENIZER_PATTERN).mkdir(parents=True, exist_ok=True)
-        with _drafted(folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE) as draft:
+        with drafted(folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE) as draft:
             write_tokenizer(draft)
     return folder
 
@@ -117,12 +114,3 @@ def _files(model_id: str) -> dict[str, tuple[type[nn.Module], Any]]:
         files[catalog.IMAGE_ENCODER_PATTERN] = (ImageEncoder, IMAGE_ENCODER)
         files[catalog.MOTION_CONTROLLER_PATTERN] = (MotionController, MOTION_CONTROLLER)
     return files
-
-
-@contextmanager
-def _drafted(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which becomes `path` at the end."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
-        draft = Path(temporary) / path.name
-        yield draft
-        draft.replace(path)

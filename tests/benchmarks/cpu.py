@@ -38,9 +38,10 @@ OURS = "ours"
 DIFFSYNTH_PYTHON = "WANCORE_DIFFSYNTH_PYTHON"
 """Environment variable with the Python of an environment that holds `diffsynth`, torch and torchvision."""
 
-TOLERANCES = {"float32": 1e-3, "bfloat16": 6e-2}
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest relative error, in the 2-norm, of what a peer computes against ours; beyond it nothing is timed. In bfloat16
-each contestant keeps other parts in float32.
+each contestant keeps other parts in float32: two layers of UMT5 with random weights are 0.05 (ours), 0.05 (diffusers)
+and 0.07 (DiffSynth-Studio) from their float32 values.
 """
 
 RUN_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15}

@@ -14,6 +14,7 @@ pack.load_pack()
 
 from wancore.wan_core import ModelConfig, WanVideoPipeline, tiny  # noqa: E402
 from wancore.wan_core.catalog import DIT_FILE, TEXT_ENCODER_PATTERN, TINY, VAE_PATTERN  # noqa: E402
+from wancore.wan_core.models.attention import load_backend  # noqa: E402
 from wancore.wan_core.models.config import DiTConfig, TextEncoderConfig, VAEConfig  # noqa: E402
 from wancore.wan_core.models.dit import WanDiT  # noqa: E402
 from wancore.wan_core.models.text_encoder import UMT5Encoder  # noqa: E402
@@ -29,6 +30,7 @@ def _built(cls: type[torch.nn.Module], config: object, job: Job, float32: tuple[
 
 def dit(job: Job) -> Work:
     model, given = _built(WanDiT, DiTConfig(**job.config), job, WanDiT.FLOAT32_PARAMETERS), job.read_inputs()
+    model.attend = load_backend("auto", torch.device("cpu"), job.torch_dtype)
     return lambda: {"velocity": model(given["latents"], given["timestep"], Conditioning(text=given["text"]))}
 
 

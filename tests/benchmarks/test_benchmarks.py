@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from wancore.wan_core.types import LatentSize
 
 from tests.benchmarks import __main__ as entry
 from tests.benchmarks import counting, gpu, meta, report
@@ -79,6 +80,18 @@ def test_what_was_counted_of_two_blocks_is_what_four_take():
 def test_goals_of_the_transformer_hold():
     rows = [row for row in meta.model_rows(meta.Shape("14B", "480p")) if row.goal is not None]
     assert len(rows) == 4 and all(row.met for row in rows)
+
+
+def test_a_decode_is_what_its_frames_take():
+    size = LatentSize(6, 4, 6)
+    assert meta.vae_work(size, torch.bfloat16) == meta.decoded(size, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_goal_of_the_vae_holds(dtype):
+    size = LatentSize(4, 30, 52)
+    cells = meta.SIZES["480p"].latent.height * meta.SIZES["480p"].latent.width / (size.height * size.width)
+    assert cells * meta.decoded(size, dtype).peak <= 0.65 * meta.OFFICIAL_VAE_PEAK["480p", dtype]
 
 
 @pytest.mark.parametrize(

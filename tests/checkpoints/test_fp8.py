@@ -13,6 +13,7 @@ from wancore.wan_core.memory.pieces import weight_bytes
 from wancore.wan_core.memory.quant import FP8, FP8Linear, big_linears, quantise, weight_to_fp8
 from wancore.wan_core.memory.residency import Residency, on_device
 from wancore.wan_core.models.dit import WanDiT
+from wancore.wan_core.models.linear import Linear
 from wancore.wan_core.prepare import DiTSettings, load_dit
 from wancore.wan_core.rest import Rest
 from wancore.wan_core.types import Conditioning
@@ -113,7 +114,7 @@ def test_a_bfloat16_layer_with_a_scale_is_not_fp8(tmp_path, scale):
     """Some packs give layers that are not quantised a scale all the same."""
     tensors = dict(tiny_dit().bfloat16().state_dict()) | {"blocks.0.ffn.0.scale_weight": torch.tensor(scale)}
     module = build(write(tensors, tmp_path), dtype=torch.bfloat16)
-    assert type(module.blocks[0].ffn[0]) is nn.Linear
+    assert type(module.blocks[0].ffn[0]) is Linear
     assert torch.equal(module.blocks[0].ffn[0].weight, scale * tensors["blocks.0.ffn.0.weight"])
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from wancore.wan_core.memory import quant
 from wancore.wan_core.memory.pieces import weight_bytes
 from wancore.wan_core.memory.quant import FP8, FP8_MAX, FP8Linear, big_linears, quantise, to_fp8, weight_to_fp8
+from wancore.wan_core.models.linear import Linear
 from wancore.wan_core.types import Conditioning, VaceInput
 
 from tests.reference import relative_error, tiny_dit, tiny_image_encoder, tiny_text_encoder
@@ -129,7 +130,7 @@ def test_what_is_big(module, count):
 def test_what_should_not_be_quantised_stays():
     dit = quantise(tiny_dit(), lambda path, _: "ffn" in path)
     kinds = {path: type(part) for path, part in big_linears(dit).items()}
-    assert kinds["blocks.0.ffn.0"] is FP8Linear and kinds["blocks.0.self_attn.q"] is nn.Linear
+    assert kinds["blocks.0.ffn.0"] is FP8Linear and kinds["blocks.0.self_attn.q"] is Linear
     first = dit.blocks[0].ffn[0].weight
     assert quantise(dit).blocks[0].ffn[0].weight is first
 

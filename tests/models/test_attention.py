@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 from wancore.wan_core.models import attention
-from wancore.wan_core.models.attention import Fastest, load_backend, sdpa
+from wancore.wan_core.models.attention import Fastest, by_heads, load_backend, sdpa
+from wancore.wan_core.models.linear import onednn_has
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -88,8 +89,7 @@ def test_where_no_kernel_can_be_timed_sdpa_runs():
     torch.testing.assert_close(Fastest({}, refuse)(q, q, q), sdpa(q, q, q))
 
 
-def test_auto_is_sdpa_on_the_cpu_and_exact_kernels_on_cuda(monkeypatch):
-    assert load_backend("auto", CPU, torch.float32) is sdpa
+def test_auto_is_exact_kernels_on_cuda(monkeypatch):
     asked = []
     monkeypatch.setattr(attention, "_flash", lambda: asked.append("flash") or sdpa)
     monkeypatch.setitem(attention._LOADERS, "flash", attention._flash)
@@ -105,3 +105,27 @@ def test_a_kernel_that_pytorch_lacks_here_says_so():
     with pytest.raises(RuntimeError):
         attention._only(SDPBackend.CUDNN_ATTENTION)(q, q, q)
     torch.testing.assert_close(attention._only(SDPBackend.FLASH_ATTENTION)(q, q, q), sdpa(q, q, q))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys"), [(1, 1040, 1040), (2, 700, 512), (1, 521, 2003), (1, 9, 5)], ids=str
+)
+def test_heads_one_by_one_are_as_exact_as_sdpa(monkeypatch, dtype, batch, queries, keys):
+    monkeypatch.setattr(attention, "MOST_LOGITS", 2**18)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch, n, 2, 128, generator=generator).mul_(3).to(dtype) for n in (queries, keys, keys))
+    expected = sdpa(*(x.double() for x in (q, k, v)))
+    error, theirs = ((way(q, k, v) - expected).norm() / expected.norm() for way in (by_heads, sdpa))
+    assert by_heads(q, k, v).dtype == dtype and error < 2 * theirs
+
+
+def test_heads_one_by_one_leave_gradients_to_sdpa():
+    q = torch.randn(1, 600, 1, 128, requires_grad=True)
+    by_heads(q, q, q).sum().backward()
+    assert q.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_auto_takes_heads_one_by_one_where_onednn_multiplies(dtype):
+    assert load_backend("auto", CPU, dtype) is (by_heads if onednn_has(dtype) else sdpa)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
-from wancore.wan_core.models.text_encoder import relative_buckets
+from wancore.wan_core.models.text_encoder import RelativePosition, relative_buckets
 
 from tests.reference import load_case, relative_error, tiny_image_encoder, tiny_text_encoder
 
@@ -22,12 +22,13 @@ def test_what_follows_a_text_does_not_reach_it():
     assert not together[:, length:].any()
 
 
-def test_buckets_equal_the_transformers_table():
-    buckets = relative_buckets(201, 32, torch.device("cpu"))
-    position = torch.arange(201)
-    relative = position[None, :] - position[:, None]
-    theirs = UMT5Attention._relative_position_bucket(_Attention, relative)
-    assert torch.equal(buckets, theirs)
+@pytest.mark.parametrize("length", [1, 2, 7, 201])
+def test_the_bias_of_every_pair_is_that_of_transformers(length):
+    position = torch.arange(length)
+    theirs = UMT5Attention._relative_position_bucket(_Attention, position[None, :] - position[:, None])
+    table = RelativePosition(32, 4)
+    bias = table(relative_buckets(length, 32, torch.device("cpu")))
+    assert torch.equal(bias[0].flip(1), table.embedding(theirs).permute(2, 0, 1))
 
 
 class _Attention:

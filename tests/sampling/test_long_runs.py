@@ -156,12 +156,12 @@ class Small:
     def __init__(self, cells: int) -> None:
         self.vae, self.cells, self.tried = tiny_vae(), cells, []
 
-    def decode(self, latents, tiles, on_chunk):
+    def decode_pieces(self, latents, tiles, on_chunk):
         size = latents.shape[-2:] if tiles is None else tiles.size
         self.tried.append(tuple(size))
         if size[0] * size[1] > self.cells:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return self.vae.decode(latents, tiles, on_chunk)
+        yield from self.vae.decode_pieces(latents, tiles, on_chunk)
 
 
 LARGE = torch.randn(1, 16, 1, 40, 60, generator=torch.manual_seed(0))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checkpoints.detect import Component, detect_files, require_kind
 from ..checkpoints.diffusers_names import diffusers_name
 from ..checkpoints.load import open_component
+from ..drafts import drafted_anew
 from ..lora.patches import LowRank
 from ..lora.read import ADAPTER_METADATA, Skipped
 from ..lora.report import grouped
@@ -190,20 +191,8 @@ def _check_free(out: PathLike, form: LoraFormat) -> Path:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """The name is claimed first, the file written beside it, and put in its place when it is whole."""
-    draft = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("x").close()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}).") from error
-    try:
+    with drafted_anew(path) as draft:
         save_file(dict(tensors), draft, dict(metadata))
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-        raise
 
 
 def _write_peft_config(path: Path, patches: Named) -> None:

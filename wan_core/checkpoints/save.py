@@ -11,7 +11,6 @@ that are not FP8 in the file ComfyUI 0.3.64 casts to FP8 by itself; newer ones a
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ..drafts import drafted_anew
 from ..memory.quant import FP8, big_linears, weight_to_fp8
 from .detect import Component, check_against
 from .header import SAFETENSORS_DTYPES
@@ -200,22 +200,9 @@ def _new_file(path: Path, size: int) -> Iterator[BinaryIO]:
     path = path.expanduser()
     if path.suffix != ".safetensors":
         raise ValueError(f"Models are written as .safetensors; got the name {path.name!r}.")
-    if path.exists():
-        raise ValueError(f"{path} exists already; nothing is overwritten. Choose another name or move it away.")
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with drafted_anew(path) as draft:
         free = shutil.disk_usage(path.parent).free
         if free < size:
             raise ValueError(f"{path} takes {size / 1e9:.2f} GB, but {path.parent} has {free / 1e9:.2f} GB left.")
-        path.open("x").close()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}).") from error
-    try:
         with draft.open("wb") as stream:
             yield stream
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-        raise

@@ -1,8 +1,6 @@
 """Encoded prompts, kept so that the same prompt does not need its encoder again."""
 
 import hashlib
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..checkpoints.header import is_safetensors
+from ..drafts import drafted
 from ..runtime import log
 
 MEMORY_BYTES = 64 * 2**20
@@ -79,17 +78,11 @@ class DiskStore:
             return None
 
     def put(self, key: str, rows: Tensor) -> None:
-        unfinished = None
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            handle, unfinished = tempfile.mkstemp(".part", dir=self.directory)
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(save({NAME: rows}))
-            Path(unfinished).replace(self._file(key))
+            with drafted(self._file(key)) as draft:
+                draft.write_bytes(save({NAME: rows}))
         except OSError as error:
             log.warning("An encoded prompt cannot be kept in %s: %s", self.directory, error)
-            if unfinished:
-                Path(unfinished).unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path:
         return self.directory / f"{key}.safetensors"

@@ -9,6 +9,7 @@ from .attention import AttentionFn
 from .chains import STEPS, Chains
 from .config import HEAD_DIM
 from .elementwise import add_, gelu_tanh_, layer_norm, may_overwrite, rms_norm_
+from .linear import Linear
 from .rope import RotaryTable
 
 EPS = 1e-6
@@ -37,7 +38,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim, EPS), nn.RMSNorm(dim, EPS)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -52,10 +53,10 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, has_image_input: bool) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim, EPS), nn.RMSNorm(dim, EPS)
         if has_image_input:
-            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
             self.norm_k_img = nn.RMSNorm(dim, EPS)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -87,7 +88,7 @@ class WanBlock(nn.Module):
         self.self_attn = SelfAttention(dim)
         self.norm3 = nn.LayerNorm(dim, EPS)
         self.cross_attn = CrossAttention(dim, has_image_input)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = nn.Sequential(Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
     def forward(self, x: Tensor, modulation: Tensor, context: Context) -> Tensor:

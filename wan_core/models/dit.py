@@ -21,6 +21,7 @@ from .chains import STEPS
 from .config import HEAD_DIM, DiTConfig
 from .elementwise import add_, layer_norm, modulate_
 from .embedders import ImageTokens, sinusoid
+from .linear import Linear, linear
 from .rope import RotaryTable, rotary_table
 from .vace import VaceBlock
 
@@ -70,7 +71,7 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, out_features: int) -> None:
         super().__init__()
-        self.head = nn.Linear(dim, out_features)
+        self.head = Linear(dim, out_features)
         self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
 
     def forward(self, x: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,9 +95,9 @@ class WanDiT(nn.Module):
         self.config = config
         dim, patch = config.dim, config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, patch, patch)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU("tanh"), Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
             WanBlock(dim, config.ffn_dim, config.has_image_input) for _ in range(config.num_layers)
         )
@@ -295,4 +296,4 @@ def _patchify(conv: nn.Conv3d, x: Tensor) -> Tensor:
     _, pt, ph, pw = (1, *conv.kernel_size)
     x = x.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))
     patches = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-    return F.linear(patches, conv.weight.flatten(1), conv.bias)
+    return linear(patches, conv.weight.flatten(1), conv.bias)

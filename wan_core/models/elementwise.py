@@ -16,8 +16,10 @@ is 2 to 12 times as fast as the whole at once; elsewhere pieces of `MOST_NORM_TO
 
 MOST_NORM_TOKENS = 4096
 
-FUSED_RMS_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")
-"""Whether this PyTorch has one kernel for RMS norms on CUDA devices."""
+
+def has_fused_rms_norm(x: Tensor) -> bool:
+    """Whether there is one kernel for RMS norms where `x` is: newer PyTorch has it for CUDA devices."""
+    return x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
 def may_overwrite(*tensors: Tensor) -> bool:
@@ -72,7 +74,7 @@ def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Without a fused kernel PyTorch computes it in several whole tensors of float32; it is done in pieces then.
     """
-    if not may_overwrite(x, weight) or (x.is_cuda and FUSED_RMS_NORM):
+    if not may_overwrite(x, weight) or has_fused_rms_norm(x):
         return rms_norm(x, weight, eps)
     for piece in x.split(NORM_TOKENS.get(x.device.type, MOST_NORM_TOKENS), 1):
         piece.copy_(F.rms_norm(piece, x.shape[-1:], weight, eps))

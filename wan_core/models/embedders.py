@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .linear import Linear
+
 
 def sinusoid(position: Tensor, width: int) -> Tensor:
     """Cosines then sines of `position` (B,), (B, width) in float32.
@@ -25,9 +27,9 @@ class ImageTokens(nn.Module):
         super().__init__()
         self.proj = nn.Sequential(
             nn.LayerNorm(image_dim),
-            nn.Linear(image_dim, image_dim),
+            Linear(image_dim, image_dim),
             nn.GELU(),
-            nn.Linear(image_dim, dim),
+            Linear(image_dim, dim),
             nn.LayerNorm(dim),
         )
         self.emb_pos = nn.Parameter(torch.zeros(1, positions, image_dim)) if positions else None

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .attention import sdpa
 from .config import ImageEncoderConfig
+from .linear import Linear
 
 EPS = 1e-5
 SIDE = 224
@@ -22,8 +23,8 @@ class VisionAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.to_qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.to_qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
@@ -38,7 +39,7 @@ class VisionBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, EPS)
         self.attn = VisionAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, EPS)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, dim))
+        self.mlp = nn.Sequential(Linear(dim, mlp_dim), nn.GELU(), Linear(mlp_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))

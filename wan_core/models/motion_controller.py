@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .config import MotionControllerConfig
 from .embedders import sinusoid
+from .linear import Linear
 
 BUCKET_SCALE = 10.0
 """The bucket 0..100 is stretched to the range of a timestep before its sinusoid (DiffSynth-Studio
@@ -20,7 +21,7 @@ class MotionController(nn.Module):
         self.config = config
         dim = config.dim
         self.linear = nn.Sequential(
-            nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim)
+            Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim), nn.SiLU(), Linear(dim, 6 * dim)
         )
 
     def forward(self, motion_bucket: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .attention import sdpa
 from .config import TextEncoderConfig
 from .elementwise import add_, gelu_tanh_, rms_norm
+from .linear import Linear
 
 EPS = 1e-6
 MAX_DISTANCE = 128
@@ -19,13 +20,12 @@ FLOAT16_LIMIT = 65504.0
 
 
 def relative_buckets(length: int, num_buckets: int, device: torch.device) -> Tensor:
-    """The bias table row of every (query, key) pair, (length, length).
+    """The bias table row of every distance from query to key, 1 - length to length - 1: (2 * length - 1,).
 
     Half of the buckets are for keys after the query. In each half the first half is one bucket per position, the rest
     grow logarithmically up to `MAX_DISTANCE` (T5, bidirectional).
     """
-    position = torch.arange(length, device=device)
-    relative = position[None, :] - position[:, None]
+    relative = torch.arange(1 - length, length, device=device)
     half = num_buckets // 2
     exact = half // 2
     distance = relative.abs()
@@ -53,8 +53,13 @@ class RelativePosition(nn.Module):
         self.embedding = nn.Embedding(num_buckets, num_heads)
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """(L, L) buckets to a bias (1, heads, L, L)."""
-        return self.embedding(buckets).permute(2, 0, 1)[None]
+        """Buckets of all distances (2L - 1,) to a bias (1, heads, L, L) for queries from the last to the first.
+
+        In that order each query's row begins one place further on the same line of distances: the bias is a view of
+        that line, not a tensor of its own.
+        """
+        line = self.embedding(buckets).T.contiguous()
+        return line.unfold(1, (len(buckets) + 1) // 2, 1)[None]
 
 
 class T5Attention(nn.Module):
@@ -63,12 +68,13 @@ class T5Attention(nn.Module):
     def __init__(self, dim: int, attention_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q, self.k, self.v = (nn.Linear(dim, attention_dim, bias=False) for _ in range(3))
-        self.o = nn.Linear(attention_dim, dim, bias=False)
+        self.q, self.k, self.v = (Linear(dim, attention_dim, bias=False) for _ in range(3))
+        self.o = Linear(attention_dim, dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """`bias` is that of `RelativePosition`."""
         q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
-        return self.o(sdpa(q, k, v, mask=bias, scale=1.0).flatten(2))
+        return self.o(sdpa(q.flip(1), k, v, mask=bias, scale=1.0).flip(1).flatten(2))
 
 
 class T5FeedForward(nn.Module):
@@ -76,9 +82,9 @@ class T5FeedForward(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.gate = nn.Sequential(nn.Linear(dim, ffn_dim, bias=False), nn.GELU("tanh"))
-        self.fc1 = nn.Linear(dim, ffn_dim, bias=False)
-        self.fc2 = nn.Linear(ffn_dim, dim, bias=False)
+        self.gate = nn.Sequential(Linear(dim, ffn_dim, bias=False), nn.GELU("tanh"))
+        self.fc1 = Linear(dim, ffn_dim, bias=False)
+        self.fc2 = Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.fc1(x) * gelu_tanh_(self.gate[0](x)))

@@ -1,8 +1,9 @@
 """The VACE branch: blocks beside the base model whose outputs are added to it as hints."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .block import Context, WanBlock
+from .linear import Linear
 
 
 class VaceBlock(WanBlock):
@@ -10,8 +11,8 @@ class VaceBlock(WanBlock):
 
     def __init__(self, dim: int, ffn_dim: int, is_first: bool) -> None:
         super().__init__(dim, ffn_dim)
-        self.before_proj = nn.Linear(dim, dim) if is_first else None
-        self.after_proj = nn.Linear(dim, dim)
+        self.before_proj = Linear(dim, dim) if is_first else None
+        self.after_proj = Linear(dim, dim)
 
     def forward(self, hidden: Tensor, tokens: Tensor, modulation: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """`hidden` and `tokens` (B, S, D) to the next hidden state and the hint, both (B, S, D).

@@ -1,6 +1,6 @@
 """The Wan 2.1 causal video autoencoder, streamed in time and tiled in space."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,11 @@ from .vae_blocks import (
 
 WIDTHS = (1, 2, 4, 4)
 """Channel multiples of the four resolutions, finest first."""
+
+FINEST_FRAMES = {torch.float32: 1}
+"""Frames that are decoded at a time at the finest resolution, by dtype, instead of a pair: that needs a sixteenth less
+memory, and copies the frames that are remembered twice as often.
+"""
 
 # Per-channel statistics of the latents, from Wan-Video/Wan2.1 wan/modules/vae.py.
 LATENT_MEAN = (
@@ -110,7 +115,15 @@ class Decoder(nn.Module):
 
     def _fine(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """One frame through the two finest resolutions, whose tensors are the largest, to a pair of frames."""
-        for layer in self.upsamples[-8:]:
+        for layer in self.upsamples[-8:-4]:
+            x = layer(x, cache)
+        parts = list(x.split(FINEST_FRAMES.get(x.dtype, 2), 2))
+        # What is enlarged is not kept beside its enlargement.
+        del x
+        return torch.cat([self._finest(parts.pop(0), cache) for _ in range(len(parts))], 2)
+
+    def _finest(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        for layer in self.upsamples[-4:]:
             x = layer(x, cache)
         return _run_head(self.head, x, cache)
 
@@ -182,14 +195,37 @@ class WanVAE(nn.Module):
         Raises:
             ValueError: the tensor is not (B, 16, F, h, w).
         """
+        pieces = self.decode_pieces(latents, tiles, on_chunk)
+        out = latents.new_empty(self._decoded_size(latents), dtype=torch.float32)
+        fill(out, pieces)
+        return out
+
+    def decode_pieces(
+        self, latents: Tensor, tiles: TileSettings | None = None, on_chunk: OnChunk | None = None
+    ) -> Iterator[Tensor]:
+        """The same pixels as they come: of one latent frame after another, 1 frame and then 4 each, on the device of
+        the latents. Tiles are done one after the other, each over the whole time: theirs come in one piece.
+
+        Raises:
+            ValueError: the tensor is not (B, 16, F, h, w).
+        """
+        size, stride = self._decoded_size(latents), VAE_STRIDE[1]
+        if tiles and len(tiles.plan(*latents.shape[3:])) > 1:
+            yield self._assemble(self.decode_chunks, latents, size, stride, 1, tiles, on_chunk).clamp_(-1, 1)
+            return
+        report = _Counter(latents.shape[2], on_chunk)
+        for chunk in self.decode_chunks(latents):
+            yield chunk.to(latents.device, torch.float32).clamp(-1, 1)
+            report()
+
+    def _decoded_size(self, latents: Tensor) -> tuple[int, ...]:
         time, stride, _ = VAE_STRIDE
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"The VAE decodes (B, {self.config.latent_channels}, F, h, w); got {tuple(latents.shape)}."
             )
         batch, _, frames, height, width = latents.shape
-        size = (batch, 3, time * (frames - 1) + 1, height * stride, width * stride)
-        return self._assemble(self.decode_chunks, latents, size, stride, 1, tiles, on_chunk).clamp_(-1, 1)
+        return batch, 3, time * (frames - 1) + 1, height * stride, width * stride
 
     def encode_chunks(self, video: Tensor) -> Iterator[Tensor]:
         """Normalised latents of one latent frame after another, on the VAE's device."""
@@ -226,7 +262,7 @@ class WanVAE(nn.Module):
         report = _Counter(chunks, on_chunk)
         if len(plan) < 2:
             out = source.new_empty(size, dtype=torch.float32)
-            _fill(out, run(source), report)
+            fill(out, run(source), report)
             return out
         total = TiledSum(size, source.device)
         for row, column in plan:
@@ -234,7 +270,7 @@ class WanVAE(nn.Module):
             tile = source[..., rows.start : rows.end, columns.start : columns.end]
             rows, columns = row.scaled(out_factor), column.scaled(out_factor)
             out = source.new_empty((*size[:3], rows.length, columns.length), dtype=torch.float32)
-            _fill(out, run(tile), report)
+            fill(out, run(tile), report)
             total.add(out, tiles.blend(row, column, out_factor, source.device), rows, columns)
         return total.mean()
 
@@ -249,7 +285,8 @@ class _Counter:
             self.on_chunk(self.done, self.total)
 
 
-def _fill(out: Tensor, chunks: Iterator[Tensor], report: Callable[[], None]) -> None:
+def fill(out: Tensor, chunks: Iterable[Tensor], report: Callable[[], None] = lambda: None) -> None:
+    """Put chunks (B, C, t, H, W) one behind the other into `out`, and call `report` after each."""
     start = 0
     for chunk in chunks:
         out[:, :, start : start + chunk.shape[2]] = chunk

@@ -1,8 +1,6 @@
 """Unfinished runs and finished latents on disk. A file appears under its name only when it is complete."""
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..drafts import drafted, forget_drafts
 from ..runtime import log
 from .state import RunState
 
@@ -66,8 +65,8 @@ class Checkpoint:
 
     def remove(self, run: str) -> None:
         """Forget the run, once it is finished, with what a kill left of its drafts."""
-        for file in (self.path(run), *self._folder.glob(f".{self.path(run).name}.*.part")):
-            file.unlink(missing_ok=True)
+        self.path(run).unlink(missing_ok=True)
+        forget_drafts(self.path(run))
 
 
 def save_latents(folder: Path, name: str, raw: Tensor, manifest: Mapping[str, Any]) -> Path:
@@ -98,20 +97,9 @@ def load_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     """Write a safetensors file that appears under its name all at once, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(
-            {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()},
-            draft,
-            dict(metadata),
-        )
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            draft.unlink()
+    copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    with drafted(path, sync=True) as draft:
+        save_file(copies, draft, dict(metadata))
     return path
 
 
