@@ -23,7 +23,7 @@ log = logging.getLogger("wancore")
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 LEAST_LOGITS = 2**18
-"""Logits of a head from which on a CPU gains by `by_heads`."""
+"""Logits that a head must have for `by_heads` to be worth its loop."""
 
 MOST_LOGITS = 2**20
 """Logits that `by_heads` holds at a time: a few megabytes, which stay in a CPU's cache."""
