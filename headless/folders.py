@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..wan_core.drafts import drafted
+from ..wan_core.drafts import drafted_over_claim
 
 ASSETS = Path(__file__).resolve().parents[1] / "workflows" / "assets"
 """Input files that the shipped workflows name."""
@@ -147,9 +147,5 @@ def _claimed(path: Path) -> Path | None:
 
 @contextmanager
 def _drafted(path: Path, subfolder: str, kind: str) -> Iterator[Draft]:
-    try:
-        with drafted(path) as temporary:
-            yield Draft(temporary, path, subfolder.replace(os.sep, "/"), kind)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    with drafted_over_claim(path) as temporary:
+        yield Draft(temporary, path, subfolder.replace(os.sep, "/"), kind)

@@ -7,6 +7,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..wan_core.drafts import drafted
+
 SIZE = (960, 640)
 MARGIN = (64, 28, 16, 36)
 """Pixels left, above, right and below each plot."""
@@ -79,9 +81,9 @@ def draw_chart(steps: Sequence[Mapping[str, Any]], held_out: Sequence[tuple[int,
 
 def save_chart(file: Path, steps: Sequence[Mapping[str, Any]], held_out: Sequence[tuple[int, float]] = ()) -> Path:
     """Write the chart to `file` as PNG; it is there whole or as before."""
-    draft = file.with_name(f".{file.name}.draft")
-    draw_chart(steps, held_out).save(draft, "PNG")
-    return draft.replace(file)
+    with drafted(file) as draft:
+        draw_chart(steps, held_out).save(draft, "PNG")
+    return file
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -31,8 +31,19 @@ def drafted(path: Path, *, sync: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def drafted_over_claim(path: Path) -> Iterator[Path]:
+    """The same for a name that an empty file holds, so that nobody else takes it; after an error it is free again."""
+    try:
+        with drafted(path) as draft:
+            yield draft
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def drafted_anew(path: Path) -> Iterator[Path]:
-    """The same for a name that must be free: an empty file holds it meanwhile, so that nobody else takes it.
+    """The same for a name that must be free, which is claimed first.
 
     Raises:
         ValueError: the name is taken, or the folder cannot be written to.
@@ -46,12 +57,8 @@ def drafted_anew(path: Path) -> Iterator[Path]:
                 f"{path} exists already; nothing is overwritten. Choose another name or move it away."
             ) from None
         raise ValueError(f"{path} cannot be written ({error}).") from error
-    try:
-        with drafted(path) as draft:
-            yield draft
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    with drafted_over_claim(path) as draft:
+        yield draft
 
 
 def forget_drafts(path: Path) -> None:
