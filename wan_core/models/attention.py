@@ -106,10 +106,10 @@ def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
     Raises:
         ValueError: unknown name, package not installed, or a result that differs from sdpa.
     """
-    if name == "sdpa" or (name == AUTO and device.type not in ("cpu", "cuda")):
+    if name == "sdpa":
         return sdpa
-    if name == AUTO and device.type == "cpu":
-        return by_heads if onednn_has(torch.float32) and onednn_has(dtype) else sdpa
+    if name == AUTO and device.type != "cuda":
+        return by_heads if device.type == "cpu" and onednn_has(torch.float32) and onednn_has(dtype) else sdpa
     if name == AUTO:
         return Fastest(_exact_kernels(device, dtype), _seconds)
     if name not in _LOADERS:

@@ -16,21 +16,24 @@ from .elementwise import may_overwrite
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` for x (..., in) and a weight (out, in), all of one dtype."""
-    if x.device.type == "cpu" and weight.is_contiguous() and _by_onednn(x, weight, bias):
-        return _onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return _onednn(x, weight, bias) if _suits_onednn(x, weight, bias) else F.linear(x, weight, bias)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN's layer computes the same: it knows neither gradients, mixed dtypes nor autocast."""
-    one_dtype = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
-    others = () if bias is None else (bias,)
+def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN's layer computes the same, and fast: it knows neither gradients, mixed dtypes nor autocast, and is
+    slow with weights that are not contiguous."""
+    given = (x, weight) if bias is None else (x, weight, bias)
     return (
-        one_dtype and onednn_has(x.dtype) and may_overwrite(x, weight, *others) and not torch.is_autocast_enabled("cpu")
+        x.device.type == "cpu"
+        and weight.is_contiguous()
+        and all(tensor.dtype == x.dtype for tensor in given)
+        and onednn_has(x.dtype)
+        and may_overwrite(*given)
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
