@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from wancore.wan_core.catalog import find_row, published_config
 from wancore.wan_core.memory.device import used_bytes
 from wancore.wan_core.memory.pieces import weights_of
 from wancore.wan_core.models.config import DiTConfig, VAEConfig
 from wancore.wan_core.models.dit import WanDiT
 from wancore.wan_core.runtime import Runtime
 from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.settings import GuidanceSettings, SamplerSettings
+from wancore.wan_core.settings import SamplerSettings
 from wancore.wan_core.types import Conditioning, LatentSize
 
 
@@ -33,10 +34,13 @@ class Scale:
     budgets: tuple[float, ...]
     names: tuple[str, str] = ("1.3B 480p", "14B 480p")
 
+    @property
+    def tokens(self) -> int:
+        return self.latent.frames * (self.latent.height // 2) * (self.latent.width // 2)
+
 
 TRUE = Scale(
-    DiTConfig(),
-    DiTConfig(dim=5120, ffn_dim=13824, num_layers=40),
+    *(published_config(find_row(f"Wan-AI/Wan2.1-T2V-{size}")) for size in ("1.3B", "14B")),
     VAEConfig(),
     LatentSize(21, 60, 104),
     8192,
@@ -111,13 +115,14 @@ def filled(module: nn.Module, device: torch.device) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def random_dit(config: DiTConfig, device: Device) -> WanDiT:
+def random_dit(config: DiTConfig, device: torch.device) -> WanDiT:
+    """A DiT of that structure in bfloat16, modulations in float32, as loading gives it."""
     with torch.device("meta"):
-        dit = WanDiT(config).to(device.dtype)
+        dit = WanDiT(config).to(torch.bfloat16)
     for name, weight in dit.named_parameters():
         if name.endswith("modulation"):
             weight.data = weight.data.float()
-    return filled(dit, device.torch)
+    return filled(dit, device)
 
 
 def random_conditioning(config: DiTConfig, device: Device) -> Conditioning:
@@ -148,7 +153,6 @@ def sampled(
     size: LatentSize,
     device: Device,
     steps: int,
-    mode: str = "sequential",
     settings: SamplerSettings | None = None,
     **changes: Any,
 ) -> Run:
@@ -167,7 +171,7 @@ def sampled(
         passes.append(len(states))
         original(states, *arguments)
 
-    settings = settings or SamplerSettings(steps=steps, guidance=GuidanceSettings(mode=mode), **changes)
+    settings = settings or SamplerSettings(steps=steps, **changes)
     dit.run_blocks = run_blocks
     try:
         runtime = Runtime(device=device.torch, dtype=dit.dtype, on_progress=on_progress)
@@ -187,13 +191,13 @@ def read_seconds(path: Path, chunk: int = 2**24) -> float:
     return time.perf_counter() - start
 
 
-def forward_of(model: nn.Module, latents: Tensor, text: Tensor, steps: int = 1) -> Callable[[], None]:
+def forward_of(model: nn.Module, latents: Tensor, text: Tensor) -> Callable[[], None]:
     """A guided step of a diffusers transformer: two forwards."""
     time_ = torch.full((1,), 500.0, device=latents.device)
 
     def step() -> None:
         with torch.no_grad():
-            for _ in range(2 * steps):
+            for _ in range(2):
                 model(hidden_states=latents, timestep=time_, encoder_hidden_states=text, return_dict=False)
 
     return step

@@ -103,7 +103,6 @@ class _FusedKernels(TorchFunctionMode):
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Let our norms take the way that they take on CUDA devices."""
-
     name = elementwise.has_fused_rms_norm.__name__
     with mock.patch.object(elementwise, name, lambda _: True), mock.patch.object(vae_blocks, name, lambda _: True):
         yield

@@ -4,7 +4,6 @@ Limits are measured in the same run: the highest rate of a matrix product, and t
 """
 
 import importlib
-import importlib.util
 import logging
 import math
 import sys
@@ -12,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,7 +85,7 @@ def ceilings(bench: Bench) -> Iterator[Row]:
     left, right = (torch.randn(side, side, device=device.torch, dtype=device.dtype) for _ in range(2))
     bench.limits["product"] = 2 * side**3 / device.seconds(lambda: left @ right, 10)
     yield Row(f"matrix product {side}³ bf16", bench.limits["product"] / 1e12, unit="TF/s")
-    tokens = bench.scale.latent.frames * (bench.scale.latent.height // 2) * (bench.scale.latent.width // 2)
+    tokens = bench.scale.tokens
     q = torch.randn(1, tokens, bench.scale.small.num_heads, 128, device=device.torch, dtype=device.dtype)
     attend = load_backend("auto", device.torch, device.dtype)
     kernels = attend.kernels if isinstance(attend, Fastest) else {"sdpa": attend}
@@ -106,7 +106,7 @@ def ceilings(bench: Bench) -> Iterator[Row]:
 def step_rows(bench: Bench, name: str, config: DiTConfig, run: Run) -> Iterator[Row]:
     """A step against what the arithmetic allows."""
     flops = 2 * pass_flops(config, bench.scale.latent.shape)
-    tokens = bench.scale.latent.frames * (bench.scale.latent.height // 2) * (bench.scale.latent.width // 2)
+    tokens = bench.scale.tokens
     attention = 2 * config.num_layers * 4 * tokens**2 * config.dim
     product, attended = bench.limits["product"], bench.limits["attention"]
     goal = None if bench.quick else STEP_GOALS[name]
@@ -122,7 +122,7 @@ def models(bench: Bench) -> Iterator[Row]:
     for name, config in bench.configs():
         device = bench.device
         device.clear()
-        dit, cond = random_dit(config, device), random_conditioning(config, device)
+        dit, cond = random_dit(config, device.torch), random_conditioning(config, device)
         dit.attend = load_backend("auto", device.torch, device.dtype)
         run = sampled(dit, cond, bench.scale.latent, device, 4)
         bench.steps[name] = run.step
@@ -164,7 +164,7 @@ def budgets(bench: Bench) -> Iterator[Row]:
     """The large model below limits of memory: what it takes, and what streaming costs."""
     name, config, device, size = bench.scale.names[1], bench.scale.large, bench.device, bench.scale.latent
     device.clear()
-    dit, cond = random_dit(config, device).to("cpu"), random_conditioning(config, device)
+    dit, cond = random_dit(config, device.torch).to("cpu"), random_conditioning(config, device)
     dit.attend = load_backend("auto", device.torch, device.dtype)
     model = VideoModel(dit, match_variant(config), None, name)
     plain = Runtime(device=device.torch, dtype=device.dtype)
@@ -224,7 +224,7 @@ def loading(bench: Bench) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "wan2.1_t2v_1.3B.safetensors")
         save_file(
-            {k: v.contiguous().cpu() for k, v in random_dit(bench.scale.small, device).state_dict().items()}, path
+            {k: v.contiguous().cpu() for k, v in random_dit(bench.scale.small, device.torch).state_dict().items()}, path
         )
         read = min(read_seconds(path) for _ in range(2))
         component, times = inspect(path, "dit"), []
@@ -271,16 +271,14 @@ def diffsynth(bench: Bench) -> Iterator[Row]:
     for name, config in bench.configs():
         device = bench.device
         device.clear()
+        built = partial(cls, in_dim=16, out_dim=16, eps=1e-6, patch_size=(1, 2, 2), has_image_input=False)
         with torch.device("meta"):
-            model = cls(
-                dim=config.dim, in_dim=16, ffn_dim=config.ffn_dim, out_dim=16, text_dim=config.text_dim,
-                freq_dim=config.freq_dim, eps=1e-6, patch_size=(1, 2, 2), num_heads=config.num_heads,
-                num_layers=config.num_layers, has_image_input=False,
+            model = built(
+                dim=config.dim, ffn_dim=config.ffn_dim, text_dim=config.text_dim, freq_dim=config.freq_dim,
+                num_heads=config.num_heads, num_layers=config.num_layers,
             )  # fmt: skip
-        freqs = cls(
-            dim=256, in_dim=16, ffn_dim=64, out_dim=16, text_dim=64, freq_dim=64, eps=1e-6, patch_size=(1, 2, 2),
-            num_heads=2, num_layers=0, has_image_input=False,
-        ).freqs  # fmt: skip
+        # Its rotary table is no buffer: a small model makes the same one, with values.
+        freqs = built(dim=256, ffn_dim=64, text_dim=64, freq_dim=64, num_heads=2, num_layers=0).freqs
         model = filled(model.to(device.dtype), device.torch)
         model.freqs = freqs
         latents = torch.randn(1, 16, *bench.scale.latent.shape, device=device.torch, dtype=device.dtype)
@@ -299,11 +297,11 @@ def diffsynth(bench: Bench) -> Iterator[Row]:
 
 def training(bench: Bench) -> Iterator[Row]:
     """Steps of training, each way to save memory beside what the trainer said it would take."""
-    if importlib.util.find_spec(f"{__package__}.training") is None:
-        return
-    module = importlib.import_module(".training", __package__)
+    # It brings the trainer, which nothing else here needs.
+    from .training import training_rows
+
     bench.device.clear()
-    for found in module.training_rows(bench.device.torch, bench.quick):
+    for found in training_rows(bench.device.torch, bench.quick):
         name = "training {model}, {trained}, {size}, {frames} frames, {option}".format(**found)
         seconds, peak = (math.nan if found[key] is None else found[key] for key in ("seconds", "peak_gib"))
         yield Row(f"{name}: step", seconds)

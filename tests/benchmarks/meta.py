@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from wancore.wan_core.catalog import find_row, published_config
 from wancore.wan_core.memory.pieces import weights_of
 from wancore.wan_core.memory.plan import Placement
 from wancore.wan_core.memory.residency import Residency
@@ -22,7 +23,7 @@ from .counting import Work, counted
 from .report import Row
 
 META = torch.device("meta")
-DITS = {"1.3B": DiTConfig(), "14B": DiTConfig(dim=5120, ffn_dim=13824, num_layers=40)}
+DITS = {size: published_config(find_row(f"Wan-AI/Wan2.1-T2V-{size}")) for size in ("1.3B", "14B")}
 SIZES = {"480p": VideoSize(832, 480, 81), "720p": VideoSize(1280, 720, 81)}
 TEXT_TOKENS = 512
 

@@ -32,11 +32,12 @@ from wancore.wan_core import catalog, tiny  # noqa: E402
 from wancore.wan_core.memory.device import GIB  # noqa: E402
 from wancore.wan_core.memory.quant import quantise  # noqa: E402
 from wancore.wan_core.models.config import DiTConfig  # noqa: E402
-from wancore.wan_core.models.dit import WanDiT  # noqa: E402
 from wancore.wan_core.prepare import VideoModel  # noqa: E402
 from wancore.wan_core.runtime import OutOfMemoryError  # noqa: E402
 from wancore.wan_core.types import Conditioning, VideoSize  # noqa: E402
 from wancore.wan_core.variants import match_variant  # noqa: E402
+
+from .bench import random_dit  # noqa: E402
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "checkpointing": {},
@@ -106,7 +107,9 @@ def measured(
 
 
 def _measured(config: DiTConfig, size: VideoSize, settings: TrainConfig, accelerator: Any, device: torch.device) -> Any:
-    dit = random_dit(config, torch.device("cpu") if settings.streams else device, settings.fp8_base)
+    dit = random_dit(config, torch.device("cpu") if settings.streams else device)
+    if settings.fp8_base:
+        quantise(dit)
     trainables = prepare(VideoModel(dit, match_variant(dit.config), None, "random", None), settings)
     latents = torch.randn(16, *size.latent.shape)
     sample = Encoded(
@@ -135,19 +138,6 @@ def _measured(config: DiTConfig, size: VideoSize, settings: TrainConfig, acceler
         return told
     peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
     return told | {"seconds": median(clock.seconds[1:]), "peak_gib": peak}
-
-
-def random_dit(config: DiTConfig, device: torch.device, fp8: bool) -> WanDiT:
-    """A DiT of that structure with small random weights in bf16, modulations in float32, as loading gives it."""
-    with torch.device("meta"):
-        dit = WanDiT(config)
-    dit.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in dit.named_parameters():
-        dtype = torch.float32 if name.endswith("modulation") else torch.bfloat16
-        parameter.data = torch.empty_like(parameter, dtype=dtype).normal_(0, 0.02, generator=generator)
-    dit.requires_grad_(False)
-    return quantise(dit) if fp8 else dit
 
 
 def line(row: dict[str, Any]) -> str:
