@@ -1,4 +1,4 @@
-"""`python -m tests.attack [KIND ...] [--count N] [--seed N]`, from the pack's folder: what damaged and hostile input does."""
+"""`python -m tests.attack [KIND ...] [--count N] [--seed N]`: what damaged and hostile input does."""
 
 import argparse
 import collections
@@ -31,7 +31,7 @@ def table(trials: dict[str, list[Trial]], seconds: dict[str, float]) -> Iterator
 def main() -> int:
     """Run the attacks and print the table; 1 where one found a fault, whose trials are listed."""
     parser = argparse.ArgumentParser(prog="python -m tests.attack", description=__doc__)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"what to attack with (default: all): {', '.join(KINDS)}")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"kinds of attack (default: all): {', '.join(KINDS)}")
     parser.add_argument("--count", type=int, help="trials of each kind (default: the long run's number of that kind)")
     parser.add_argument("--seed", type=int, default=0, help="where the trials follow from (default: %(default)s)")
     options = parser.parse_args()
