@@ -19,6 +19,9 @@ RUNS = "training"
 
 LARGEST = 10**9
 
+WIDER = ("dataset_repeat", "lora_rank", "num_epochs")
+"""Flags whose widgets keep the range that they were published with; the trainer refuses what is above its own."""
+
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
@@ -36,7 +39,7 @@ def widget(name: str, default: Any = None, tooltip: str = "") -> sockets.Declara
         return sockets.choice(list(options["choices"]), value, text)
     if kind in (int, float):
         low = 0 if optional or not options["low"] else options["low"]
-        high = min(options["high"], LARGEST)
+        high = LARGEST if name in WIDER else min(options["high"], LARGEST)
         if kind is int:
             return sockets.whole(value or 0, int(low), int(high), text)
         declared = sockets.number(float(value or 0), float(low), float(high), text, step=1e-5)

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ..wan_core.types import SIZE_MULTIPLE, VideoSize
+from . import optimizers
 from .flags import ConfigError, build_parser, check_fields, from_json, option, parse_known, read_json, to_json
 from .inputs import INPUTS, SWITCHES
 
 TRAINABLE = ("dit", "vace", "motion_controller", "vae", "text_encoder")
 LORA_BASES = ("dit", "vace", "motion_controller", "text_encoder")
 FRAME_PICKS = ("head", "middle", "random", "spread")
+
+MAX_SIDE = 16384
+"""Pixels; ComfyUI's largest image side."""
+MAX_RANK = 5120
+"""The width of the largest model: no change of a layer has a higher rank."""
 
 ELSEWHERE = {
     "task": "encoded data is kept by --cache disk, and models are trained by the one loss of the reference",
@@ -54,13 +60,15 @@ class TrainConfig:
     data_file_keys: tuple[str, ...] = option(
         ("image", "video"), "columns that hold media files; the clip that is trained stands in video or image"
     )
-    dataset_repeat: int = option(1, "how often each row is used in an epoch", low=1)
-    height: int | None = option(None, "height in pixels; without height and width every clip keeps its own size", low=1)
-    width: int | None = option(None, "width in pixels", low=1)
+    dataset_repeat: int = option(1, "how often each row is used in an epoch", low=1, high=10**6)
+    height: int | None = option(
+        None, "height in pixels; without height and width every clip keeps its own size", low=1, high=MAX_SIDE
+    )
+    width: int | None = option(None, "width in pixels", low=1, high=MAX_SIDE)
     max_pixels: int = option(
         1920 * 1080, "with sizes of their own, clips of a larger area are scaled down to it", low=256
     )
-    num_frames: int = option(81, "frames of a clip, 4k + 1", low=1)
+    num_frames: int = option(81, "frames of a clip, 4k + 1", low=1, high=10001)
     fps: float | None = option(
         None, "bring clips to this frame rate by their timestamps; none takes frames as stored", low=0.01
     )
@@ -81,7 +89,7 @@ class TrainConfig:
     random_mask: bool = option(
         False, "train inpainting models with random masks over the clip, in place of start and end image"
     )
-    num_workers: int = option(0, "threads that load samples ahead", low=0, aliases=("dataset_num_workers",))
+    num_workers: int = option(0, "threads that load samples ahead", low=0, high=256, aliases=("dataset_num_workers",))
     cache: str = option(
         "disk", "keep encoded samples on disk, or encode them anew at every step", choices=("disk", "off")
     )
@@ -102,7 +110,7 @@ class TrainConfig:
     lora_target_modules: tuple[str, ...] = option(
         ("q", "k", "v", "o", "ffn.0", "ffn.2"), "layers that get a LoRA, by the end of their name"
     )
-    lora_rank: int = option(32, "rank of the LoRA", low=1)
+    lora_rank: int = option(32, "rank of the LoRA", low=1, high=MAX_RANK)
     lora_alpha: float | None = option(None, "scale of the LoRA is alpha / rank; none is the rank", low=1e-6)
     lora_dropout: float = option(0.0, "dropout before the LoRA", low=0, high=0.999)
     lora_checkpoint: str | None = option(None, "LoRA file to start from")
@@ -116,12 +124,14 @@ class TrainConfig:
     )
     warmup_steps: int = option(0, "steps over which the learning rate grows from zero", low=0)
     optimizer: str = option(
-        "torch.optim.AdamW", "dotted name of the optimizer's class", aliases=("customized_optimizer",)
+        "torch.optim.AdamW", "dotted name of one of the optimizers listed below", aliases=("customized_optimizer",)
     )
-    optimizer_args: Mapping[str, Any] | None = option(None, "arguments of the optimizer, as name=value,... or JSON")
+    optimizer_args: Mapping[str, Any] | None = option(
+        None, "further arguments of the optimizer, as name=value,... or JSON"
+    )
     weight_decay: float = option(0.01, "weight decay", low=0)
     clip_norm: float = option(1.0, "largest norm of the gradient; 0 does not limit it", low=0)
-    num_epochs: int = option(1, "passes over the data", low=1)
+    num_epochs: int = option(1, "passes over the data", low=1, high=10**5)
     max_steps: int | None = option(None, "stop after that many steps, whatever the epochs", low=1)
     batch_size: int = option(1, "samples per process and forward pass", low=1)
     gradient_accumulation_steps: int = option(1, "passes per step", low=1)
@@ -167,11 +177,15 @@ class TrainConfig:
     sample_prompt: str | None = option(None, "prompt of the samples; none takes each row's caption")
     sample_negative_prompt: str = option("", "negative prompt of the samples")
     sample_seed: int = option(1, "seed of the samples", low=0, high=2**63 - 1)
-    sample_inference_steps: int = option(20, "steps of the sampler", low=1)
+    sample_inference_steps: int = option(20, "steps of the sampler", low=1, high=1000)
     sample_cfg_scale: float = option(5.0, "guidance of the samples", low=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        try:
+            optimizers.check(self.optimizer, self.optimizer_args)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         rules = {
             "Give --height and --width together, or neither": (self.height is None) != (self.width is None),
             "--min_timestep_boundary must be below --max_timestep_boundary": self.min_timestep_boundary

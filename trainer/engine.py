@@ -2,7 +2,6 @@
 FSDP.
 """
 
-import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from torch import Tensor, nn
 
 from ..wan_core.memory.block_stream import BlockStream
-from . import sharding
+from . import optimizers, sharding
 from .config import TrainConfig
 from .placing import frozen_at_work
 from .state import read_parts, write_parts
@@ -49,15 +48,9 @@ def build_optimizer(config: TrainConfig, trainables: Trainables) -> torch.optim.
     """The optimizer that `config` names, over everything that is trained.
 
     Raises:
-        ValueError: there is no such class, or it does not take these arguments.
+        ValueError: its package is not installed, or it does not take these arguments.
     """
-    module, _, name = config.optimizer.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--optimizer {config.optimizer!r} is not the dotted name of a class that can be imported ({error})."
-        ) from error
+    cls = optimizers.load(config.optimizer)
     try:
         return cls(trainables.groups(config.weight_decay), lr=config.learning_rate, **(config.optimizer_args or {}))
     except (TypeError, ValueError) as error:

@@ -109,8 +109,8 @@ def _reader(name: str, kind: Any, optional: bool) -> Any:
             return None
         try:
             return READERS[kind](text)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error}") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r:.200} cannot be read: {error}") from error
 
     read.__name__ = name
     return read
@@ -177,7 +177,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"The configuration {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"The configuration {path} must be a JSON object of flags; got {type(values).__name__}.")

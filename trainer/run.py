@@ -38,6 +38,8 @@ from .watching import EVENTS, Watcher
 log = logging.getLogger("wancore")
 
 STATES, FIRST_SAMPLES, CONFIG = "states", "first_samples", "config.json"
+LARGEST_EPOCH = 10**6
+"""Samples of rows that are repeated; their order is drawn as a whole."""
 WRONG_INPUT, FAILED = 2, 1
 """Exit codes: nothing was begun because of something the user gave; something went wrong later."""
 
@@ -217,6 +219,12 @@ class _Run:
         if count < 1:
             raise ValueError(
                 f"--validation_clips {config.validation_clips} leaves nothing of {len(rows)} rows to train on."
+            )
+        samples = count * config.dataset_repeat
+        if samples > max(count, LARGEST_EPOCH):
+            raise ValueError(
+                f"--dataset_repeat {config.dataset_repeat} makes {samples} samples of {count} rows; repeated rows "
+                f"make an epoch of at most {LARGEST_EPOCH}. Use --num_epochs for longer runs."
             )
         return rows[:count], rows[count:]
 

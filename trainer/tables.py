@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from .config import TrainConfig
 from .flags import flag_type
 from .inputs import INPUTS
+from .optimizers import PACKAGES
 from .recipes import CATALOG, KINDS, MODES, recipe, short_name
 
 SECTIONS = {
@@ -21,7 +22,7 @@ SECTIONS = {
 
 def filled(text: str) -> str:
     """`text` with each table between `<!-- NAME -->` and `<!-- end -->` made anew."""
-    tables = {"flags": flags, "inputs": inputs, "recipes": recipes}
+    tables = {"flags": flags, "inputs": inputs, "optimizers": optimizers, "recipes": recipes}
 
     def table(match: re.Match[str]) -> str:
         lines = "\n".join(tables[match[1]]())
@@ -47,6 +48,13 @@ def inputs() -> Iterator[str]:
     yield from _head("Input", "From", "What it is")
     for row in INPUTS.values():
         yield _row(f"`{row.name}`", f"column `{row.column}`" if row.column else "the clip itself", row.help)
+
+
+def optimizers() -> Iterator[str]:
+    """Every optimizer that a run may name, by the package that it comes from."""
+    yield from _head("Module", "Package", "Classes")
+    for module, (package, names) in PACKAGES.items():
+        yield _row(f"`{module}`", f"`{package}`", ", ".join(f"`{name}`" for name in names))
 
 
 def recipes() -> Iterator[str]:

@@ -5,6 +5,7 @@ import json
 import shlex
 
 import pytest
+from wancore.trainer import optimizers
 from wancore.trainer.config import ELSEWHERE, TrainConfig, parse, parser
 from wancore.trainer.flags import ConfigError
 
@@ -110,6 +111,16 @@ REFUSED = {
     "--extra_inputs camera_control_speed": "camera_control_direction",
     "--validate_steps 10": "--validation_clips",
     "--optimizer_args betas": "not name=value",
+    "--optimizer AdamW": "not one of the optimizers",
+    "--optimizer torch.optim.AdamV": "not one of the optimizers",
+    "--optimizer transformers.pipeline": "torch.optim.{Adadelta",
+    "--optimizer os.system": "not one of the optimizers",
+    "--optimizer_args lr=1": "--learning_rate",
+    """--optimizer_args '{"betas": {"a": 1}}'""": "list of numbers",
+    "--optimizer_args model=/tmp/evil": "short word",
+    f"--optimizer_args '{{\"a\": {'[' * 100000}'": "cannot be read",
+    "--lora_rank 100000": "5120",
+    "--dataset_repeat 1000000000": "1000000",
     "--model_paths [1": "cannot be read",
     "--lora_format peft": "kohya",
     "--config missing.json": "missing.json",
@@ -184,3 +195,18 @@ def test_every_setting_is_explained_and_can_be_typed():
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name}" in text
         assert len(field.metadata["help"]) > 10 and field.metadata["help"][-1] != "."
+
+
+def test_an_optimizer_is_looked_up_before_anything_is_imported(monkeypatch):
+    """Its name may come from a stranger's settings file."""
+    imported = []
+    monkeypatch.setattr(optimizers.importlib, "import_module", imported.append)
+    for name in ("transformers.pipeline", "antigravity.x", "torch.optim.lr_scheduler.LambdaLR", "", ".", "..AdamW"):
+        with pytest.raises(ValueError, match="not one of the optimizers"):
+            optimizers.load(name)
+    assert not imported
+
+
+def test_an_optimizer_of_an_absent_package_is_named_with_its_installation():
+    with pytest.raises(ValueError, match="pip install -U came-pytorch"):
+        optimizers.load("came_pytorch.CAME")
