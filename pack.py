@@ -6,6 +6,7 @@ folder out of its path, as the one that comes with ComfyUI's portable build does
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,14 @@ def load_pack() -> ModuleType:
     return sys.modules[NAME]
 
 
-if __name__ == "__main__":
+def command(module: str, words: Sequence[str]) -> int:
+    """The exit code of a command of the pack, whose `main` is in `module` and takes `words`."""
+    # Python looks for packages beside a file that it runs, where `config.py` would pass for a package of that name.
+    beside = ROOT.joinpath(*module.split(".")[:-1])
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != beside]
     load_pack()
-    sys.exit(importlib.import_module(f"{NAME}.{sys.argv[1]}").main(sys.argv[2:]))
+    return importlib.import_module(f"{NAME}.{module}").main(words)
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1], sys.argv[2:]))

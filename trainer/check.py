@@ -1,10 +1,9 @@
-"""`python -m trainer.check`, from the pack's folder, with the flags of `trainer.train`: look at the data alone."""
+"""`python <pack>/trainer/check.py` with the flags of `train.py`, from any folder: look at the data alone."""
 
-import importlib
 import sys
-
-from pack import NAME, load_pack
+from pathlib import Path
+from runpy import run_path
 
 if __name__ == "__main__":
-    load_pack()
-    sys.exit(importlib.import_module(f"{NAME}.trainer.checking").main())
+    pack = run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))
+    sys.exit(pack["command"]("trainer.checking", sys.argv[1:]))

@@ -1,10 +1,9 @@
-"""`python -m trainer.recipe`, from the pack's folder."""
+"""`python <pack>/trainer/recipe.py ROW lora|full`, from any folder; see `recipe_command`."""
 
-import importlib
 import sys
-
-from pack import NAME, load_pack
+from pathlib import Path
+from runpy import run_path
 
 if __name__ == "__main__":
-    load_pack()
-    sys.exit(importlib.import_module(f"{NAME}.trainer.recipe_command").main())
+    pack = run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))
+    sys.exit(pack["command"]("trainer.recipe_command", sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""`python -m trainer.recipe ROW lora|full`, from the pack's folder: train a published checkpoint as the reference does.
+"""`python -m trainer.recipe ROW lora|full`: train a published checkpoint as the reference does.
 
 Every flag of `trainer.train` may follow and wins over the recipe's.
 """
@@ -15,6 +15,7 @@ from .config import parse
 from .recipes import CATALOG, MODES, Recipe, recipe, short_name
 
 LAUNCHERS = Path(__file__).parent / "accelerate"
+TRAIN = Path(__file__).parent / "train.py"
 NONE = "none"
 
 
@@ -31,11 +32,10 @@ def command(found: Recipe, overrides: Sequence[str] = (), launcher: str | None =
     words = [*found.words(), *overrides]
     parse(words)
     chosen = found.launcher if launcher is None else launcher
-    begin = [sys.executable, "-m"]
+    begin = [sys.executable]
     if chosen and chosen != NONE:
-        file = LAUNCHERS / f"{chosen}.yaml"
-        begin += ["accelerate.commands.launch", "--config_file", str(file), "-m"]
-    return [*begin, "trainer.train", *words]
+        begin += ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCHERS / f"{chosen}.yaml")]
+    return [*begin, str(TRAIN), *words]
 
 
 def run(words: Sequence[str]) -> int:

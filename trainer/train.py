@@ -1,10 +1,11 @@
-"""`python -m trainer.train` and `accelerate launch -m trainer.train`, from the pack's folder."""
+"""`accelerate launch <pack>/trainer/train.py` and `python <pack>/trainer/train.py`, from any folder; from the pack's
+folder also `python -m trainer.train` and `accelerate launch -m trainer.train`.
+"""
 
-import importlib
 import sys
-
-from pack import NAME, load_pack
+from pathlib import Path
+from runpy import run_path
 
 if __name__ == "__main__":
-    load_pack()
-    sys.exit(importlib.import_module(f"{NAME}.trainer.run").main())
+    pack = run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))
+    sys.exit(pack["command"]("trainer.run", sys.argv[1:]))

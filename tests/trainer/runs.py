@@ -79,9 +79,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def program(settings: TrainConfig, *launcher: str, **more: Any) -> subprocess.Popen[str]:
-    """The same run as a program of its own, begun from the pack's folder."""
+def program(settings: TrainConfig, *launcher: str, cwd: Path = ROOT, **more: Any) -> subprocess.Popen[str]:
+    """The same run as a program of its own, begun from the pack's folder or another."""
     return subprocess.Popen(
-        command(settings, *launcher), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
+        command(settings, *launcher), cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, **more,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 import torch
 from wancore.trainer import models, trainable
 from wancore.trainer.config import parse
-from wancore.trainer.recipe_command import LAUNCHERS, command, main
+from wancore.trainer.recipe_command import LAUNCHERS, TRAIN, command, main
 from wancore.trainer.recipes import KINDS, find_row, recipe, short_name
 from wancore.wan_core import prepare
 from wancore.wan_core.catalog import CATALOG
@@ -208,16 +208,16 @@ def test_a_recipe_trains_and_its_result_changes_the_video(trained, name, mode):
 def test_the_command_for_14b_is_launched_by_accelerate():
     words = command(recipe("Wan2.1-T2V-14B", "full"), ["--num_frames", "33"])
     assert words[1:4] == ["-m", "accelerate.commands.launch", "--config_file"]
-    assert words[4] == str(LAUNCHERS / "zero2_offload.yaml") and words[5:7] == ["-m", "trainer.train"]
-    assert words[-2:] == ["--num_frames", "33"] and parse(words[7:]).num_frames == 33
-    assert command(recipe("Wan2.1-T2V-14B", "full"), launcher="none")[:3] == [sys.executable, "-m", "trainer.train"]
+    assert words[4] == str(LAUNCHERS / "zero2_offload.yaml") and words[5] == str(TRAIN)
+    assert words[-2:] == ["--num_frames", "33"] and parse(words[6:]).num_frames == 33
+    assert command(recipe("Wan2.1-T2V-14B", "full"), launcher="none")[:2] == [sys.executable, str(TRAIN)]
     assert str(LAUNCHERS / "fsdp.yaml") in command(recipe("Wan2.1-T2V-1.3B", "lora"), launcher="fsdp")
 
 
 def test_a_dry_run_prints_the_command_and_runs_nothing(capsys, tmp_path):
     assert main(["Wan2.1-T2V-1.3B", "lora", "--dry-run", "--output_path", str(tmp_path / "my run")]) == 0
     words = shlex.split(capsys.readouterr().out)
-    assert parse(words[3:]).output_path == str(tmp_path / "my run")
+    assert parse(words[2:]).output_path == str(tmp_path / "my run")
     assert not (tmp_path / "my run").exists()
 
 
@@ -241,4 +241,4 @@ def test_a_recipe_obeys_a_signal(shared, tmp_path):
         time.sleep(0.1)
     child.send_signal(signal.SIGTERM)
     text = child.communicate(timeout=120)[0]
-    assert child.returncode == 0 and "Stopped after step" in text and "trainer.train" in text
+    assert child.returncode == 0 and "Stopped after step" in text and str(TRAIN) in text

@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 from wancore.trainer.config import TrainConfig
+from wancore.trainer.recipe_command import TRAIN
 from wancore.wan_core.adapters.open import open_lora
 
 from tests.trainer.runs import ROOT, config, environment, events, losses, program, run, shared
@@ -19,14 +20,27 @@ def ended(process):
 
 
 @pytest.mark.parametrize(
-    "launcher", [(), ("-m", "accelerate.commands.launch", "--cpu", "-m", "trainer.train")], ids=["python", "accelerate"]
+    "launcher",
+    [(str(TRAIN),), ("-m", "accelerate.commands.launch", "--cpu", str(TRAIN))],
+    ids=["python", "accelerate"],
 )
-def test_the_command_trains(shared, tmp_path, launcher):
+def test_the_command_trains_from_any_folder(shared, tmp_path, launcher):
     settings = config(shared, tmp_path / "with space 模型", max_steps=2)
-    code, text = ended(program(settings, *launcher))
+    code, text = ended(program(settings, *launcher, cwd=tmp_path))
     assert code == 0, text
     assert "2 good rows" in text and "Finished after 2 steps" in text
     assert open_lora(tmp_path / "with space 模型" / "step-2.safetensors").layers
+
+
+@pytest.mark.parametrize("name", ["train", "check", "recipe"])
+def test_a_command_that_is_run_as_a_file_hides_no_package(tmp_path, name):
+    """Python looks beside the file first, where ours have names such as `config` and `events`."""
+    look = "import sys, runpy; sys.path[0] = sys.argv[1].rpartition('/')[0]; sys.argv[1:] = ['--help', *sys.argv[1:]]\n"
+    look += "try: runpy.run_path(sys.argv.pop(), run_name='__main__')\n"
+    look += "finally: import importlib.util; assert importlib.util.find_spec('placing') is None; print('clean')"
+    words = [sys.executable, "-c", look, (ROOT / "trainer" / f"{name}.py").as_posix()]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "usage: " in done.stdout and "clean" in done.stdout, done.stderr
 
 
 def test_the_command_gives_what_the_function_gives(shared, tmp_path):
