@@ -1,10 +1,12 @@
 """Load this pack without ComfyUI, the way ComfyUI does: from its folder, under a name that is not its own.
 
 `python pack.py trainer.attended ...` runs one of its commands from anywhere, also by a Python that leaves the current
-folder out of its path, as the one that comes with ComfyUI's portable build does.
+folder out of its path, as the one that comes with ComfyUI's portable build does. `python pack.py -m module ...` is
+Python's own `-m` without the current folder in the path.
 """
 
 import importlib.util
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,5 +37,8 @@ def command(module: str, words: Sequence[str]) -> int:
     return importlib.import_module(f"{NAME}.{module}").main(words)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1] == "-m":
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+elif __name__ == "__main__":
     sys.exit(command(sys.argv[1], sys.argv[2:]))

@@ -76,7 +76,15 @@ def pack_command(pack: Path, module: str, words: Sequence[str], processes: int =
     """The command that runs a module of the pack in `pack` by this very Python; several processes by accelerate."""
     begin = [sys.executable]
     if processes > 1:
-        begin += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        # Not by Python's own -m, which would import what lies in the folder of the run.
+        begin += [
+            str(pack / "pack.py"),
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+        ]
         begin += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*begin, str(pack / "pack.py"), module, *words]
 

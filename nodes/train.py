@@ -2,46 +2,34 @@
 it and wait for it.
 """
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..trainer.config import ELSEWHERE, TrainConfig, parser
-from ..trainer.flags import parse_known
+import torch
+
+from ..trainer.config import TrainConfig
 from ..wan_core import catalog, prepare
 from ..wan_core.runtime import log
 from . import host, sockets
 from .loaders import AUTO, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEncoderLoader, VAELoader
 from .speed import SpeedControl
 from .training_data import TrainingData
+from .training_flags import typed
 from .training_run import Run, chart, files_mark, load_settings, require_packages, samples
-from .training_widgets import RUNS, defaults, image, run_folder, settings_of, true_or_message, widget
+from .training_widgets import (
+    RUNS,
+    check_widgets,
+    defaults,
+    image,
+    run_folder,
+    settings_of,
+    true_or_message,
+    widget,
+)
 
 TINY = {"max_steps": 2, "sample_steps": 0, "validation_clips": 0, "mixed_precision": "no", "download": False}
 WHAT = ("The model to train", "The text encoder", "The VAE")
-
-
-ELSEWHERE_IN_THE_NODE = {
-    "config": "write its settings into the node, or into flags",
-    "output_path": "the run's name decides it",
-    "stop_file": "the node has one of its own",
-    "switched": "name inputs in extra_inputs of Training Data",
-}
-
-
-def _typed(flags: str) -> dict[str, Any]:
-    """The settings that the text box `flags` holds.
-
-    Raises:
-        ValueError: one is unknown, cannot be read, or is not the box's to say.
-    """
-    typed = parse_known(parser(), shlex.split(flags), ELSEWHERE)
-    for name, instead in ELSEWHERE_IN_THE_NODE.items():
-        if name in typed:
-            shown = "input_contains_..." if name == "switched" else name
-            raise ValueError(f"flags: --{shown} is for the command line; {instead}.")
-    return typed
 
 
 class Train:
@@ -114,7 +102,10 @@ class Train:
                 "sample_prompt": widget("sample_prompt"),
                 "gpus": sockets.whole(1, 1, 64, "Processes, one per GPU."),
                 "flags": sockets.text(
-                    "", "Further flags as in docs/training.md, such as --lora_alpha 16; they win.", prompt=False
+                    "",
+                    "Further flags as in docs/training.md, such as --lora_alpha 16; they win. What names files, models "
+                    "or servers is for the command line.",
+                    prompt=False,
                 ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
@@ -134,9 +125,11 @@ class Train:
         Raises:
             ValueError: a value cannot be used.
         """
+        check_widgets(cls, values)
+        _check_gpus(values["gpus"])
         own = {**settings_of(values), **cls.own_settings(values), "output_path": str(run_folder(values["name"]))}
         own["validate_steps"] = own.get("save_steps") if own.get("validation_clips") else None
-        return load_settings(own, _typed(values["flags"]))
+        return load_settings(own, typed(values["flags"]))
 
     @classmethod
     def VALIDATE_INPUTS(cls, **values: Any) -> bool | str:
@@ -167,7 +160,7 @@ class Train:
         files = [Path(file) for group in found["model_paths"] for file in group]
         environment = {"ACCELERATE_USE_CPU": "true"} if host.device().type == "cpu" else {}
         mark = f"{data.mark} {files_mark(files)}"
-        settings = load_settings(settings, _typed(values["flags"]))
+        settings = load_settings(settings, typed(values["flags"]))
         return Run(run_folder(values["name"]), settings, mark, values["gpus"], environment)
 
     def _models(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,7 +176,9 @@ class Train:
             components.append(ImageEncoderLoader().component(name, download))
         if values["adapter"] != NONE:
             components.append(SpeedControl().component(values["adapter"], download))
-        found = {"model_paths": [[str(file.resolve()) for file in part.header.files] for part in components]}
+        # All files are here by now: the process of the run has no need of the network.
+        paths = [[str(file.resolve()) for file in part.header.files] for part in components]
+        found = {"model_paths": paths, "skip_download": True}
         if not prepare.has_tokenizer(text):
             tokenizer = prepare.find_files(
                 catalog.T2V_BASE, catalog.TOKENIZER_PATTERN, models_dir=host.models_dir(), skip_download=not download
@@ -232,3 +227,10 @@ class TrainModel(Train):
     @classmethod
     def own_settings(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         return {"trainable_models": [values["part"]], "remove_prefix_in_ckpt": f"pipe.{values['part']}."}
+
+
+def _check_gpus(wanted: int) -> None:
+    """Raise ValueError when more processes are asked for than the machine has cards for."""
+    cards = torch.cuda.device_count() if wanted > 1 else 1
+    if wanted > max(1, cards):
+        raise ValueError(f"gpus: {wanted} processes need as many cards; this machine has {cards}.")

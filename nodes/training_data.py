@@ -13,7 +13,7 @@ from ..wan_core.runtime import log
 from . import host, sockets
 from .launcher import ChildError, Launch, attend, pack_command
 from .training_run import files_mark, load_settings
-from .training_widgets import defaults, image, settings_of, true_or_message, widget
+from .training_widgets import check_widgets, defaults, image, settings_of, true_or_message, widget
 
 CHECK_PATIENCE = 1.0
 """Seconds that a check has to end by itself; it has nothing to save."""
@@ -87,6 +87,7 @@ class TrainingDataNode:
             ValueError: there is no such folder, or a value cannot be used.
         """
         values = {**defaults(cls), **{name: value for name, value in values.items() if value is not None}}
+        check_widgets(cls, values)
         folder = host.data_folder(values["folder"])
         metadata = values["metadata"].strip()
         found = settings_of(values) | {

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..trainer.config import TrainConfig
 from ..trainer.flags import flag_type
 from ..wan_core.media import frames_to_tensor
+from ..wan_core.settings import check_number
 from . import host, sockets
 
 RUNS = "training"
@@ -55,6 +56,21 @@ def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
             optional = flag_type(FIELDS[name])[1]
             found[name] = None if optional and value in (0, "") else value
     return found
+
+
+def check_widgets(cls: type, values: Mapping[str, Any]) -> None:
+    """Raise ValueError when a value is outside of its widget's range or list.
+
+    ComfyUI leaves this to a node whose VALIDATE_INPUTS takes every input, and never checks values of links.
+    """
+    declared = cls.INPUT_TYPES()
+    for name, (kind, options) in {**declared["required"], **declared.get("optional", {})}.items():
+        value = values.get(name)
+        if isinstance(kind, list) and value is not None:
+            if value not in kind:
+                raise ValueError(f"Value not in list: {name}: {value!r:.200}. Known: {', '.join(kind)}")
+        elif kind in ("INT", "FLOAT") and value is not None:
+            check_number(name, value, low=options["min"], high=options["max"])
 
 
 def defaults(cls: type) -> dict[str, Any]:

@@ -246,9 +246,9 @@ class TrainConfig:
         return cls(**from_json(cls, values, source))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line of `trainer.train`."""
-    made = build_parser(TrainConfig, "python -m trainer.train", "Train a Wan 2.1 model.")
+def parser(*, prints_help: bool = True) -> argparse.ArgumentParser:
+    """The command line of `trainer.train`; without `prints_help` nothing in it ends the program."""
+    made = build_parser(TrainConfig, "python -m trainer.train", "Train a Wan 2.1 model.", prints_help=prints_help)
     made.add_argument("--config", help="JSON file with any of these settings; flags win over it")
     for name in SWITCHES:
         made.add_argument(

@@ -89,9 +89,18 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message[:1].upper()}{message[1:]}. `--help` lists every flag.")
 
 
-def build_parser(cls: type, prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser whose results hold only what was typed, under the names of the fields of `cls`."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+def build_parser(cls: type, prog: str, description: str, *, prints_help: bool = True) -> argparse.ArgumentParser:
+    """A parser whose results hold only what was typed, under the names of the fields of `cls`.
+
+    Without `prints_help` it has no `--help`, which ends the program.
+    """
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        add_help=prints_help,
+    )
     for field in dataclasses.fields(cls):
         kind, optional = flag_type(field)
         names = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
@@ -134,7 +143,7 @@ def parse_known(parser: argparse.ArgumentParser, argv: Sequence[str], elsewhere:
     if unknown:
         strange = next((flag for flag in flags if flag.startswith("-")), flags[0])
         every = [name for action in parser._actions for name in action.option_strings]
-        raise ConfigError(f"There is no flag {strange}.{_meant(strange, every)}")
+        raise ConfigError(f"There is no flag {strange:.100}.{_meant(strange, every)}")
     return vars(known)
 
 

@@ -1,5 +1,6 @@
 """The training nodes as ComfyUI calls them, with real processes on the bundled models."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,8 +14,8 @@ import torch
 import wancore
 from PIL import Image
 from safetensors.torch import load_file
-from wancore.nodes import host, training_run
-from wancore.nodes.launcher import ChildError
+from wancore.nodes import host, training_flags, training_run
+from wancore.nodes.launcher import ChildError, pack_command
 from wancore.nodes.training_run import Display, step_line
 from wancore.nodes.training_widgets import defaults
 from wancore.trainer.config import TrainConfig
@@ -102,6 +103,17 @@ def test_bad_data_is_one_report(tmp_path):
         ("WanCoreTrainLora", {"flags": "--config x.json"}, "--config is for the command line"),
         ("WanCoreTrainLora", {"flags": "--output_path x"}, "name decides"),
         ("WanCoreTrainLora", {"flags": "--input_contains_end_image"}, "extra_inputs of Training Data"),
+        ("WanCoreTrainLora", {"flags": "--help"}, "There is no flag --help"),
+        ("WanCoreTrainLora", {"flags": "--optimizer transformers.pipeline"}, "not one of the optimizers"),
+        ("WanCoreTrainLora", {"flags": "--log_with wandb"}, "takes tensorboard"),
+        ("WanCoreTrainLora", {"flags": "--resume /elsewhere"}, "auto or never"),
+        ("WanCoreTrainLora", {"flags": "--model_id_with_origin_paths evil/repo:*.py"}, "choose models in the node"),
+        ("WanCoreTrainLora", {"flags": "--dataset_base_path /"}, "Training Data"),
+        ("WanCoreTrainLora", {"flags": "--lora_checkpoint /x"}, "in a shell"),
+        ("WanCoreTrainLora", {"gpus": 65}, "gpus"),
+        ("WanCoreTrainLora", {"gpus": 64}, "this machine has"),
+        ("WanCoreTrainLora", {"adapter": "../x"}, "Value not in list: adapter"),
+        ("WanCoreTrainingData", {"width": 10**9}, "width"),
         ("WanCoreTrainLora", {"model": "other"}, "Value not in list"),
         ("WanCoreTrainLora", {"model": "Wan-AI/Wan2.1-T2V-14B"}, "Downloads are switched off"),
         ("WanCoreTrainModel", {"validation_clips": -1}, "validation_clips"),
@@ -271,3 +283,22 @@ def test_widgets_are_those_of_the_trainer():
     default = TrainConfig()
     for name in ("lora_rank", "learning_rate", "batch_size", "lr_scheduler", "mixed_precision"):
         assert rows[name][1]["default"] == getattr(default, name)
+
+
+def test_each_flag_of_the_trainer_is_the_graphs_or_says_what_to_do_instead():
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert fields > training_flags.ALLOWED
+    assert fields - training_flags.ALLOWED <= training_flags.INSTEAD.keys()
+    for name in fields - training_flags.ALLOWED:
+        with pytest.raises(ValueError, match=f"flags: --{name} is for the command line; "):
+            training_flags.typed(f"--{name}" if name == "skip_download" else f"--{name} 1")
+
+
+def test_what_lies_in_the_folder_of_a_run_is_not_imported(tmp_path):
+    """Uploads may put any file there."""
+    (tmp_path / "json.py").write_text("raise SystemExit('imported from the folder')")
+    words = pack_command(ROOT, "trainer.attended", ["--config", "x"], 2)
+    assert words[1:4] == [str(ROOT / "pack.py"), "-m", "accelerate.commands.launch"]
+    words = [*words[:3], "json.tool", "--help"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "usage: python -m json.tool" in done.stdout, done.stderr
