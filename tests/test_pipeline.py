@@ -161,15 +161,6 @@ def test_vace_of_strength_zero_is_text_to_video(bundled):
     assert not torch.equal(pipe("a dog", **SMALL, **video, output_type="latent"), plain)
 
 
-def test_references_leave_the_noise_of_the_video_alone(bundled):
-    """With strength zero the reference frames are denoised beside the video; the video starts from the same noise."""
-    pipe, noise = bundled("vace"), {"num_inference_steps": 1, "cfg_scale": 1.0, "sigma_shift": 0.01}
-    with_references = {"vace_reference_image": [PICTURE]}
-    a = pipe("a dog", **{**SMALL, **noise}, **with_references, vace_scale=0.0, output_type="latent")
-    b = pipe("a dog", **{**SMALL, **noise}, output_type="latent")
-    assert relative_error(a, b) < 0.9
-
-
 def test_pictures_without_the_image_encoder_are_refused_before_anything_runs(models):
     dit = ModelConfig(model_id=tiny_id("i2v"), origin_file_pattern=PATTERNS[DIT])
     pipe = load(models, [dit, *configs(models)[1:]])

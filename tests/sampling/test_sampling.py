@@ -61,6 +61,14 @@ def test_noise_on_the_cpu_is_that_of_comfyui():
     assert torch.equal(initial_noise((1, 16, 3, 4, 6), 7, "cpu", CPU), expected)
 
 
+@pytest.mark.parametrize("references", [1, 2, 5])
+def test_noise_with_references_is_one_draw_whose_last_frames_come_first(references):
+    """By the reference's formula, `concat(noise[:, :, -r:], noise[:, :, :-r])`."""
+    drawn = torch.randn((1, 16, references + 3, 4, 6), generator=torch.manual_seed(7))
+    expected = torch.cat((drawn[:, :, -references:], drawn[:, :, :-references]), 2)
+    assert torch.equal(initial_noise((1, 16, 3, 4, 6), 7, "cpu", CPU, references), expected)
+
+
 def run(dit, cond, **changes):
     guidance = changes.pop("guidance", GuidanceSettings())
     return sample(dit, cond, SIZE, SamplerSettings(steps=3, guidance=guidance, **changes), RUNTIME)

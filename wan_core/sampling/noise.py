@@ -10,13 +10,10 @@ def initial_noise(
     """Standard normal noise (B, C, prefix + F, h, w) in float32 for `shape` = (B, C, F, h, w), drawn on `rand_device`.
 
     Drawn on the CPU it is the same on every machine, and without a prefix equal to ComfyUI's for the same shape and
-    seed. The noise of the prefix frames is drawn after that of the video, so the video's does not depend on them.
+    seed. Prefix frames are drawn as the reference does it, so that a seed gives its film: all frames in one draw, of
+    which the last `prefix` ones are moved to the front (DiffSynth-Studio, `WanVideoUnit_NoiseInitializer`).
     """
     generator = torch.Generator(rand_device).manual_seed(seed)
-
-    def draw(frames: int) -> Tensor:
-        size = (*shape[:2], frames, *shape[3:])
-        return torch.randn(size, generator=generator, device=rand_device, dtype=torch.float32).to(device)
-
-    video = draw(shape[2])
-    return torch.cat((draw(prefix), video), 2) if prefix else video
+    size = (*shape[:2], prefix + shape[2], *shape[3:])
+    noise = torch.randn(size, generator=generator, device=rand_device, dtype=torch.float32).to(device)
+    return noise.roll(prefix, 2) if prefix else noise
