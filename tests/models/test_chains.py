@@ -1,6 +1,8 @@
 """Compiled chains compute what the steps do, for every model, wherever weights are and whatever hangs on the layers."""
 
+import re
 import shutil
+import tempfile
 
 import pytest
 import torch
@@ -127,7 +129,7 @@ def test_a_machine_that_cannot_compile_says_so_before_weights_are_read(checkpoin
 
     monkeypatch.setattr(chains, "compiled", broken)
     monkeypatch.setattr("wancore.wan_core.rest.Rest.load", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(ValueError, match=r"no working C\+\+ compiler It needs .* turn torch_compile off"):
+    with pytest.raises(ValueError, match=r"no working C\+\+ compiler\. It needs .* turn torch_compile off"):
         load_dit(checkpoint, DiTSettings(dtype=torch.float32, torch_compile=True), "cpu")
 
 
@@ -137,7 +139,31 @@ def test_a_compiler_that_errs_is_refused(monkeypatch):
         load_chains(True, CPU, torch.float32)
 
 
+@pytest.mark.parametrize("remedy", ["Move the Python environment", "Set TMPDIR", "Set TORCHINDUCTOR_CACHE_DIR"])
+def test_a_folder_that_torch_cannot_pass_to_a_compiler_is_named(remedy, tmp_path, monkeypatch):
+    place = str(tmp_path / "with a space")
+
+    def broken(*_):
+        raise RuntimeError(f"C++ compile error\nCommand:\ng++ -L{place}/lib\nOutput:\nld: cannot find -ltorch")
+
+    monkeypatch.setattr(chains, "compiled", broken)
+    if remedy.startswith("Move"):
+        monkeypatch.setattr(torch, "__file__", f"{place}/__init__.py")
+    elif remedy.endswith("TMPDIR"):
+        monkeypatch.setattr(tempfile, "tempdir", place)
+    else:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", place)
+    with pytest.raises(
+        ValueError, match=f"path '{re.escape(place)}' has a space, .* without quotes. {remedy} to a folder"
+    ):
+        load_chains(True, CPU, torch.float32)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_the_real_compiler_makes_a_model_that_agrees(checkpoint):
-    model = load_dit(checkpoint, DiTSettings(dtype=torch.float32, torch_compile=True), "cpu")
-    assert relative_error(latents(model.dit), latents(tiny_dit())) < 1e-5
+    settings = DiTSettings(dtype=torch.float32, torch_compile=True)
+    if any(" " in place for place in (torch.__file__, tempfile.gettempdir())):
+        with pytest.raises(ValueError, match=r"has a space"):
+            load_dit(checkpoint, settings, "cpu")
+    else:
+        assert relative_error(latents(load_dit(checkpoint, settings, "cpu").dit), latents(tiny_dit())) < 1e-5

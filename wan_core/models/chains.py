@@ -5,9 +5,12 @@ layers (streamed weights, LoRA branches, FP8) stays out of the compiler's sight.
 """
 
 import logging
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -86,10 +89,8 @@ def load_chains(compile_them: bool, device: torch.device, dtype: torch.dtype) ->
     try:
         error = _error(compiled(), device, dtype)
     except Exception as problem:
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise ValueError(
-            f"torch.compile does not work on {device} here: {reason} It needs Triton on a card and a C++ compiler on a "
-            "CPU. Install what is missing, or turn torch_compile off."
+            f"torch.compile does not work on {device} here: {_failure(problem)}, or turn torch_compile off."
         ) from problem
     if not error < MAX_ERROR:
         raise ValueError(
@@ -98,6 +99,24 @@ def load_chains(compile_them: bool, device: torch.device, dtype: torch.dtype) ->
         )
     log.info("Elementwise steps are compiled (relative error %.2g); each new size takes some seconds more.", error)
     return compiled()
+
+
+def _failure(problem: Exception) -> str:
+    """What was wrong when `problem` ended a compilation, and what to do about it."""
+    # Up to 2.13 at least, torch writes these folders into the command of a C++ compiler without quotes.
+    settings = {"TMPDIR": tempfile.gettempdir(), "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR")}
+    places = {"Move the Python environment": str(Path(torch.__file__).parent)}
+    places |= {f"Set {name}": place for name, place in settings.items() if place}
+    for remedy, place in places.items():
+        if " " in place and place in str(problem):
+            return (
+                f"the path '{place}' has a space, and torch hands it to the C++ compiler without quotes. {remedy} to a "
+                "folder without spaces in its path"
+            )
+    cause = getattr(problem, "inner_exception", problem)
+    lines = (str(getattr(cause, "output", "") or cause).strip() or type(cause).__name__).splitlines()
+    reason = next((line for line in lines if "error: " in line), lines[0]).rstrip(".")
+    return f"{reason}. It needs Triton on a card and a C++ compiler on a CPU. Install what is missing"
 
 
 @torch.no_grad()
