@@ -91,6 +91,17 @@ def test_a_controller_learns_two_clips_by_heart(shared, tmp_path, monkeypatch):
     assert sum(last) / 3 < found[1] / 4
 
 
+LINEAR = dict(learning_rate=1.0, optimizer="torch.optim.SGD")
+
+
+@pytest.fixture(scope="module")
+def plain(shared, tmp_path_factory):
+    """The folder of a run that the others are compared with."""
+    out = tmp_path_factory.mktemp("plain")
+    run(config(shared, out, batch_size=2, **LINEAR))
+    return out
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -104,12 +115,19 @@ def test_a_controller_learns_two_clips_by_heart(shared, tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_how_a_step_is_computed_does_not_change_it(shared, tmp_path, changes):
-    plain, other = tmp_path / "plain", tmp_path / "other"
-    run(config(shared, plain, batch_size=2, learning_rate=1e-3))
-    run(config(shared, other, learning_rate=1e-3, **changes))
-    assert losses(other) == pytest.approx(losses(plain), rel=1e-5)
-    assert difference(plain, other) < 1e-3
+def test_how_a_step_is_computed_does_not_change_it(shared, plain, tmp_path, changes):
+    """By SGD, whose step is linear in the gradient. AdamW divides each gradient by its own size, so that one within
+    rounding of zero moves its weight by the whole learning rate, either way: an error e of the gradients becomes up to
+    2 sqrt(e) of the weights, and how much of that is chance.
+
+    Forward and backward pass are about 250 operations deep, with sums of up to 512 terms. Another order of the terms
+    adds about sqrt(250 * 512) units in the last place, 4e-5.
+    """
+    run(config(shared, tmp_path, **LINEAR, **changes))
+    for name in ("loss", "grad_norm"):
+        expected = [event[name] for event in events(plain)]
+        assert [event[name] for event in events(tmp_path)] == pytest.approx(expected, rel=1e-4)
+    assert difference(plain, tmp_path) < 1e-4
 
 
 def test_a_base_in_8_bits_is_trained_nearly_like_another(shared, tmp_path):
