@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .schema import schemas_of
 from .server import Server, ServerUnreachableError
 from .tiny import apply_tiny
 from .validate import validate
-from .workflow import Workflow, apply_sets
+from .workflow import Workflow, apply_sets, typed_values
 
 OK, FAILED, BAD_USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes; 130 is what shells give to a program that Ctrl-C ended."""
@@ -120,7 +120,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.server and arguments.device:
         raise ValueError("--device holds for runs in this process; a server computes on its own device.")
     workflows = [Workflow.load(file) for file in arguments.files]
-    folders = Folders(arguments.input, arguments.out)
+    typed = typed_values(arguments.sets)
+    folders = Folders(arguments.input, arguments.out, typed)
     on_event = (lambda _: None) if arguments.quiet else Progress().show
     nodes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
     if arguments.tiny:
@@ -133,7 +134,7 @@ def _run(arguments: argparse.Namespace) -> int:
         results = run_all_on_server(workflows, server, folders, schemas=schemas, on_event=on_event)
     else:
         known = schemas_of(nodes)
-        _configure_host(arguments, on_event)
+        _configure_host(arguments, on_event, typed)
         workflows = [validate(apply_sets(workflow, arguments.sets, known), known) for workflow in workflows]
         results = (run(workflow, nodes, on_event=on_event, folders=folders) for workflow in workflows)
     for result in results:
@@ -158,11 +159,12 @@ def _declare_decode(parser: argparse.ArgumentParser) -> None:
 
 
 def _decode(arguments: argparse.Namespace) -> int:
-    folders = Folders(arguments.input, arguments.out)
+    latents = str(arguments.file.absolute())
+    folders = Folders(arguments.input, arguments.out, frozenset([latents]))
     on_event = (lambda _: None) if arguments.quiet else Progress().show
     nodes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
     steps = {
-        "Load latents": ("WanCoreLoadLatents", {"file": str(arguments.file.absolute())}),
+        "Load latents": ("WanCoreLoadLatents", {"file": latents}),
         "Load VAE": ("WanCoreVAELoader", {"vae": catalog.TINY if arguments.tiny else arguments.vae}),
         "Decode": (
             "WanCoreVAEDecode",
@@ -175,7 +177,7 @@ def _decode(arguments: argparse.Namespace) -> int:
         ),
     }
     prompt = {title: {"class_type": cls, "inputs": inputs} for title, (cls, inputs) in steps.items()}
-    _configure_host(arguments, on_event)
+    _configure_host(arguments, on_event, [latents])
     workflow = Workflow.from_api(prompt)
     return _print_files(run(workflow, nodes, on_event=on_event, folders=folders))
 
@@ -186,7 +188,7 @@ def _print_files(result: RunResult) -> int:
     return OK
 
 
-def _configure_host(arguments: argparse.Namespace, on_event: Callable[[Event], None]) -> None:
+def _configure_host(arguments: argparse.Namespace, on_event: Callable[[Event], None], typed: Iterable[str]) -> None:
     def on_progress(phase: str, done: int, total: int) -> None:
         on_event(Event("progress", done=done, total=total, text=phase))
 
@@ -196,6 +198,7 @@ def _configure_host(arguments: argparse.Namespace, on_event: Callable[[Event], N
         output_dir=arguments.out,
         on_progress=on_progress,
         preview_every=getattr(arguments, "preview_every", 0),
+        typed=typed,
     )
 
 

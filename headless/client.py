@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..wan_core.runtime import Cancelled
+from .core_nodes import IMAGES, VIDEOS
 from .events import Event, NodeError, OnEvent, RunResult
 from .folders import ANNOTATED, Folders, file_entries
 from .schema import NodeSchema
@@ -24,6 +25,9 @@ try:
     import websocket
 except ImportError:
     websocket = None
+
+MEDIA = IMAGES | VIDEOS | {".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".txt"}
+"""Suffixes of what a workflow may have uploaded; the input folder may hold other files."""
 
 POLL_SECONDS = 1.0
 """Pause between two looks at the history."""
@@ -48,9 +52,10 @@ def run_on_server(
 ) -> RunResult:
     """Run a workflow on a server and fetch the files it saved into the output folder, under their names there.
 
-    Ranges and choices are checked by the server, which knows its nodes' own checks, before it queues anything. Files
-    that load nodes name are uploaded when they exist here; equal files are kept once by the server. Being interrupted
-    here stops the run there.
+    Ranges and choices are checked by the server, which knows its nodes' own checks, before it queues anything.
+    Pictures, clips, sounds and texts that load nodes name are uploaded when they are in the input folder or among the
+    shipped assets, and what was typed (`Folders.typed`) from anywhere; equal files are kept once by the server. Being
+    interrupted here stops the run there.
 
     Raises:
         ValidationError: the workflow cannot run there; nothing has run.
@@ -121,7 +126,8 @@ def _upload_inputs(
             value = node.inputs.get(name)
             if not spec.takes_file or not isinstance(value, str) or ANNOTATED.fullmatch(value):
                 continue
-            if path := folders.find(value):
+            path = folders.find(value)
+            if path and (path.suffix.lower() in MEDIA or value in folders.typed):
                 parent = PurePosixPath(value).parent
                 # A path outside of the input folder means nothing on the server: its file goes to the top there.
                 inside = not parent.is_absolute() and ".." not in parent.parts and (folders.input / value) == path
@@ -129,7 +135,10 @@ def _upload_inputs(
                 on_event(Event("notice", text=f"{path} uploaded as {stored}"))
                 workflow = workflow.with_inputs(node_id, {name: stored})
             elif value not in (spec.choices or ()):
-                details = f"{name}: '{value}' is neither in {folders.input} nor on the server"
+                why = (
+                    "is no picture, clip, sound or text" if path else f"is neither in {folders.input} nor on the server"
+                )
+                details = f"{name}: '{value}' {why}"
                 missing.append(Issue("value_not_in_list", "Value not in list", details, node))
     if missing:
         raise ValidationError(missing)

@@ -40,7 +40,8 @@ class _Core:
         if path := cls.folders.find(name):
             return path
         raise ValueError(
-            f"Invalid {what} file: {name}. Looked in {cls.folders.input}, the shipped assets, and as a path."
+            f"Invalid {what} file: {name}. It is neither in {cls.folders.input} nor among the shipped assets; "
+            "other paths are taken from --set alone."
         )
 
     @classmethod

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..nodes.places import ASSETS, inside
 from ..wan_core.drafts import drafted_over_claim
-
-ASSETS = Path(__file__).resolve().parents[1] / "workflows" / "assets"
-"""Input files that the shipped workflows name."""
 
 ANNOTATED = re.compile(r"(?P<name>.*?) ?\[(?P<kind>input|output|temp)\]")
 """ComfyUI's way to name a file that is not in the input folder: `name.png [output]`."""
@@ -35,21 +33,36 @@ class Draft:
 
 @dataclass(frozen=True)
 class Folders:
-    """The two folders of a run. Previews, ComfyUI's type "temp", go to `temp` inside the output folder."""
+    """The two folders of a run. Previews, ComfyUI's type "temp", go to `temp` inside the output folder.
+
+    Names in `typed` come from the person who started the run, and not from a workflow: they may be any path.
+    """
 
     input: Path = Path("input")
     output: Path = Path("output")
+    typed: frozenset[str] = frozenset()
 
     def of_kind(self, kind: str) -> Path:
         return {"input": self.input, "output": self.output, "temp": self.output / "temp"}[kind]
 
     def find(self, name: str) -> Path | None:
-        """The file a load node names: in the input folder, among the shipped assets, or as a path; None if nowhere."""
+        """The file a load node names: in the input folder, among the shipped assets, or a path that was typed; None if
+        nowhere.
+        """
         if match := ANNOTATED.fullmatch(name):
-            places = [self.of_kind(match["kind"]) / match["name"]]
+            places = [inside(self.of_kind(match["kind"]), match["name"])]
         else:
-            places = [self.input / name, ASSETS / name, Path(name).expanduser()]
-        return next((place for place in places if name and place.exists() and not place.is_dir()), None)
+            places = [inside(root, name) for root in (self.input, ASSETS)]
+            places += [Path(name).expanduser()] if name in self.typed else []
+        return next((place for place in places if name and place and place.is_file()), None)
+
+    def told(self, text: str) -> str:
+        """`text` as saved files carry it: of a path on this machine, its last part alone."""
+        path = Path(text).expanduser() if text in self.typed else Path(text)
+        roots = (self.input.absolute(), self.output.absolute())
+        is_own = text in self.typed and os.path.exists(path)  # noqa: PTH110 - a long text is no error
+        is_own = is_own or any(path.is_relative_to(root) for root in roots)
+        return path.name if path.is_absolute() and is_own else text
 
     def listed(self, suffixes: frozenset[str]) -> list[str]:
         """Names of the files with these suffixes in the input folder and among the assets, sorted."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..nodes import host, sockets
+from ..nodes import host, places, sockets
 from ..nodes.encoding import tile_settings
 from ..nodes.loaders import DTYPES, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEncoderLoader, VAELoader
 from ..nodes.lora import FOLDER
@@ -244,7 +244,7 @@ def _put_trained(reading: Reading, node: NodeSpec, given: Inputs) -> tuple[Any, 
     model = reading.linked(Model, node, given, "model")
     with suppress(ValueError):
         if isinstance(given["weights"], str):
-            model = _with_lora(model, host.trained_file(given["weights"]), given)
+            model = _with_lora(model, places.trained_file(given["weights"]), given)
     return model, Unknown(node)
 
 

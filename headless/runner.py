@@ -64,7 +64,11 @@ def run(
     schemas = schemas_of(nodes)
     workflow = validate(workflow, schemas)
     prompt = workflow.to_api()
-    hidden = {"PROMPT": prompt, "DYNPROMPT": DynamicPrompt(prompt), "EXTRA_PNGINFO": dict(extra_pnginfo or {})}
+    hidden = {
+        "PROMPT": _carried(prompt, folders),
+        "DYNPROMPT": DynamicPrompt(prompt),
+        "EXTRA_PNGINFO": dict(extra_pnginfo or {}),
+    }
     with torch.inference_mode():
         plan = Plan.of(workflow, nodes, schemas)
         for node_id, kept in plan.same_as.items():
@@ -72,6 +76,20 @@ def run(
                 on_event(Event("cached", workflow.nodes[node_id]))
         ui = _Execution(plan, nodes, schemas, hidden, on_event).run()
     return RunResult(ui, tuple(folders.reported(ui)) if folders else ())
+
+
+def _carried(prompt: Mapping[str, Any], folders: Folders | None) -> dict[str, Any]:
+    """The prompt as files carry it to other people: without the paths of this machine."""
+    if folders is None:
+        return dict(prompt)
+
+    def told(value: Any) -> Any:
+        return folders.told(value) if isinstance(value, str) else value
+
+    return {
+        node_id: {**node, "inputs": {name: told(value) for name, value in node["inputs"].items()}}
+        for node_id, node in prompt.items()
+    }
 
 
 class _Execution:

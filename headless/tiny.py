@@ -17,6 +17,4 @@ def apply_tiny(workflow: Workflow, nodes: Mapping[str, type]) -> Workflow:
     changed = [node for node in workflow.nodes.values() if hasattr(nodes.get(node.class_type), "tiny")]
     if not changed:
         raise WorkflowError("--tiny: no node of this workflow has a tiny form; leave --tiny out.")
-    for node in changed:
-        workflow = workflow.with_inputs(node.id, nodes[node.class_type].tiny(prompt[node.id]["inputs"]))
-    return workflow
+    return workflow.with_all({node.id: nodes[node.class_type].tiny(prompt[node.id]["inputs"]) for node in changed})

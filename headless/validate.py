@@ -1,7 +1,8 @@
 """Check a workflow before anything runs, with ComfyUI's own rules, error types and wording.
 
-Three things are stricter than the host, which would go on with a value nobody meant: NaN and infinity are refused, text
-is not taken for a BOOLEAN, and one invalid output branch refuses the whole run instead of being left out of it.
+Four things are stricter than the host, which would go on with a value nobody meant: NaN and infinity are refused, text
+is not taken for a BOOLEAN, no constant for what only a node can give, and one invalid output branch refuses the whole
+run instead of being left out of it.
 """
 
 import logging
@@ -9,8 +10,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from itertools import islice
 from typing import Any
 
+from ..nodes.sockets import LINKED
 from .schema import INPUT_TYPES, InputSpec, NodeSchema
 from .workflow import Link, NodeSpec, Workflow, WorkflowError, nearest
 
@@ -18,6 +21,9 @@ log = logging.getLogger("wancore")
 
 LONGEST_LIST = 20
 """The host prints a combo's choices up to this many."""
+
+MOST_TOLD = 20
+"""Unknown names that are compared with the known ones."""
 
 EDITOR_ONLY = frozenset({"upload"})
 """Names that the editor's export writes beside the declared inputs."""
@@ -60,8 +66,7 @@ def validate(workflow: Workflow, schemas: Mapping[str, NodeSchema]) -> Workflow:
             f"Node ID '#{node.id}'. Nearest: {', '.join(nearest(node.class_type, schemas).split(', ')[:3])}",
             node,
         )
-        for node in workflow.nodes.values()
-        if node.class_type not in schemas
+        for node in islice((n for n in workflow.nodes.values() if n.class_type not in schemas), MOST_TOLD)
     ]
     if unknown:
         raise ValidationError(unknown)
@@ -69,19 +74,19 @@ def validate(workflow: Workflow, schemas: Mapping[str, NodeSchema]) -> Workflow:
     if not outputs:
         raise ValidationError([Issue("prompt_no_outputs", "Prompt has no outputs", "")])
     needed = needed_nodes(workflow, outputs)
-    issues = []
+    issues: list[Issue] = []
+    converted = {}
     try:
         dependency_order(workflow, needed)
     except ValidationError as error:
         issues += error.issues
     for node_id in needed:
         node = workflow.nodes[node_id]
-        inputs, found = _check_node(node, schemas[node.class_type], workflow, schemas)
+        converted[node_id], found = _check_node(node, schemas[node.class_type], workflow, schemas)
         issues += found
-        workflow = workflow.with_inputs(node_id, inputs)
     if issues:
         raise ValidationError(issues)
-    return workflow
+    return workflow.with_all(converted)
 
 
 def needed_nodes(workflow: Workflow, outputs: Iterable[str]) -> list[str]:
@@ -127,6 +132,9 @@ def _check_node(
                 received[name] = _check_link(
                     spec, value, workflow, schemas, check_type=INPUT_TYPES not in schema.own_checks
                 )
+            elif spec.type in LINKED:
+                message = "Only another node can give this input"
+                raise _InvalidInputError("bad_linked_input", message, f"{name}, {spec.type}, not {value!r:.100}")
             else:
                 inputs[name] = _convert(spec, value)
                 if name not in schema.own_checks:
@@ -135,7 +143,7 @@ def _check_node(
             issues.append(Issue(*error.args, node))
         except Exception as error:
             issues.append(_exception(node, f"{name}: {error}"))
-    for name in node.inputs.keys() - schema.inputs.keys() - schema.hidden.keys() - EDITOR_ONLY:
+    for name in islice(node.inputs.keys() - schema.inputs.keys() - schema.hidden.keys() - EDITOR_ONLY, MOST_TOLD):
         log.warning("%s has no input %r; it is ignored. It has: %s.", node, name, nearest(name, schema.inputs))
     if schema.validate_inputs and not issues:
         issues += _own_validation(node, schema, {**node.inputs, **inputs}, received)
@@ -199,7 +207,7 @@ def _convert(spec: InputSpec, value: Any) -> Any:
         return convert(value) if convert else value
     except (TypeError, ValueError, OverflowError) as error:
         message = f"Failed to convert an input value to a {spec.type} value"
-        raise _InvalidInputError("invalid_input_type", message, f"{spec.name}, {value}, {error}") from error
+        raise _InvalidInputError("invalid_input_type", message, f"{spec.name}, {value!s:.200}, {error}") from error
 
 
 def _check_constant(spec: InputSpec, value: Any) -> None:
@@ -216,7 +224,9 @@ def _check_constant(spec: InputSpec, value: Any) -> None:
         if item not in spec.choices:
             count = len(spec.choices)
             listed = str(list(spec.choices)) if count <= LONGEST_LIST else f"(list of length {count})"
-            raise _InvalidInputError("value_not_in_list", "Value not in list", f"{spec.name}: '{item}' not in {listed}")
+            raise _InvalidInputError(
+                "value_not_in_list", "Value not in list", f"{spec.name}: '{item!s:.200}' not in {listed}"
+            )
 
 
 def _own_validation(

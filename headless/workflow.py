@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,11 @@ from types import MappingProxyType
 from typing import Any
 
 from .schema import InputSpec, NodeSchema
+
+LARGEST_FILE = 64 << 20
+DEEPEST = 64
+"""How deep lists and objects may stand in each other; those of nodes are two or three deep."""
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class WorkflowError(ValueError):
@@ -76,12 +82,18 @@ class Workflow:
         """
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            if path.stat().st_size > LARGEST_FILE:
+                raise WorkflowError(f"{path} is no workflow: it has more than {LARGEST_FILE >> 20} MiB.")
+            data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
         except OSError as error:
             raise WorkflowError(f"Cannot read the workflow {path}: {error.strerror or error}.") from error
         except UnicodeDecodeError as error:
             raise WorkflowError(f"{path} is not a JSON file: it is not UTF-8 text.") from error
-        except json.JSONDecodeError as error:
+        except WorkflowError:
+            raise
+        except RecursionError as error:
+            raise WorkflowError(f"{path} is no workflow: its values are nested too deeply.") from error
+        except ValueError as error:
             raise WorkflowError(f"{path} is not valid JSON: {error}.") from error
         return cls.from_api(data, str(path))
 
@@ -98,18 +110,51 @@ class Workflow:
 
     def with_inputs(self, node_id: str, inputs: Mapping[str, Any]) -> "Workflow":
         """This workflow with `inputs` (constants, Links or `[node id, slot]`) laid over those of one node."""
-        node = self.nodes[node_id]
-        merged = {**node.inputs, **{name: _value(value) for name, value in inputs.items()}}
-        changed = dataclasses.replace(node, inputs=MappingProxyType(merged))
-        return Workflow(MappingProxyType({**self.nodes, node_id: changed}))
+        return self.with_all({node_id: inputs})
+
+    def with_all(self, changes: Mapping[str, Mapping[str, Any]]) -> "Workflow":
+        """The same for several nodes, by their ids."""
+        changed = {}
+        for node_id, inputs in changes.items():
+            node = self.nodes[node_id]
+            merged = {**node.inputs, **{name: _value(value) for name, value in inputs.items()}}
+            changed[node_id] = dataclasses.replace(node, inputs=MappingProxyType(merged))
+        return Workflow(MappingProxyType({**self.nodes, **changed}))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys are different: of two equal ones only the last would count, without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for index, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:index]))
+        raise WorkflowError(f"The workflow has {twice!r:.100} twice in one object; remove one of them.")
+    return found
+
+
+def _check_plain(where: str, value: Any) -> None:
+    """Raise WorkflowError when a value is nested too deeply, or holds text that no file and no program can take."""
+    stack = [(value, 0)]
+    while stack:
+        item, depth = stack.pop()
+        if depth > DEEPEST:
+            raise WorkflowError(f"{where}: values are nested more than {DEEPEST} deep.")
+        if isinstance(item, Mapping):
+            stack += ((inner, depth + 1) for pair in item.items() for inner in pair)
+        elif isinstance(item, list):
+            stack += ((inner, depth + 1) for inner in item)
+        elif isinstance(item, str) and UNWRITABLE.search(item):
+            raise WorkflowError(
+                f"{where}: the text {item!r:.100} has characters that cannot be written (NUL, surrogates)."
+            )
 
 
 def _node(node_id: str, data: Mapping[str, Any]) -> NodeSpec:
+    _check_plain(f"Node #{node_id!r:.100}", {node_id: data})
     class_type, inputs = data.get("class_type"), data.get("inputs", {})
     if not isinstance(class_type, str):
         raise WorkflowError(f"Cannot execute because a node is missing the class_type property.: Node ID '#{node_id}'")
     if not isinstance(inputs, dict):
-        raise WorkflowError(f"Node #{node_id} ({class_type}): inputs must be an object, not {inputs!r}.")
+        raise WorkflowError(f"Node #{node_id} ({class_type}): inputs must be an object, not {inputs!r:.100}.")
     meta = data.get("_meta")
     title = meta.get("title") if isinstance(meta, dict) else None
     values = {name: _value(value) for name, value in inputs.items()}
@@ -155,6 +200,11 @@ def apply_sets(workflow: Workflow, sets: Iterable[str], schemas: Mapping[str, No
             raise WorkflowError(f"--set {text!r}: {error}") from error
         workflow = workflow.with_inputs(node.id, {name: parsed})
     return workflow
+
+
+def typed_values(sets: Iterable[str]) -> frozenset[str]:
+    """The values of `--set`: what the person has typed, and no workflow can have brought along."""
+    return frozenset(text.partition("=")[2] for text in sets) - {""}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

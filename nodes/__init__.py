@@ -10,6 +10,7 @@ from .lora import LoraInfo, LoraLoader, LoraSave
 from .memory import Memory, MemoryPlan
 from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, WindowPrompts, Windows
 from .sampler import LoadLatents, Sampler
+from .sockets import guarded
 from .speed import SpeedControl
 from .text_encode import TextEncode
 from .train import TrainLora, TrainModel
@@ -149,4 +150,4 @@ SEARCH_ALIASES: dict[str, tuple[str, ...]] = {
 
 for _id, _words in SEARCH_ALIASES.items():
     # ComfyUI reads the attribute from the class.
-    NODE_CLASS_MAPPINGS[_id].SEARCH_ALIASES = list(_words)
+    guarded(NODE_CLASS_MAPPINGS[_id]).SEARCH_ALIASES = list(_words)

@@ -11,7 +11,7 @@ from ..wan_core.conditioning.camera_picture import trajectory_picture
 from ..wan_core.conditioning.pose_rows import origin_from_text
 from ..wan_core.media import frames_to_tensor
 from ..wan_core.types import Conditioning, VideoSize
-from . import host, sockets
+from . import host, places, sockets
 
 NO_FILE = "None"
 
@@ -112,7 +112,7 @@ class RowsPath(_Path):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        files = [NO_FILE, *host.list_input_files((".txt",))]
+        files = [NO_FILE, *places.list_input_files((".txt",))]
         tooltip = "A pose file in the input folder; leave poses empty then."
         return {
             "required": {
@@ -191,7 +191,7 @@ def _move(direction: str, num_frames: int, speed: float, origin: str, mode: str)
 
 
 def _file(name: str | None) -> Path | None:
-    return None if name in (None, "", NO_FILE) else host.input_file(name)
+    return None if name in (None, "", NO_FILE) else places.input_file(name)
 
 
 def _rows(poses: str, file: str) -> CameraPath:

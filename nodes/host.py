@@ -1,11 +1,10 @@
 """ComfyUI's services, and what takes their place when the nodes run without it. The only file that imports ComfyUI."""
 
 import contextlib
-import os
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +33,6 @@ except ImportError:
     model_management = comfy_utils = folder_paths = latent_preview = latent_formats = clip_vision = None
 
 PACK_FOLDER = Path(__file__).resolve().parents[1]
-ASSETS = PACK_FOLDER / "workflows" / "assets"
 MODEL_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
 
 TINY_SIZE = {"width": 96, "height": 64, "num_frames": 17}
@@ -60,6 +58,7 @@ class _Standalone:
     output_dir: Path = Path("output")
     on_progress: OnProgress | None = None
     preview_every: int = 0
+    typed: frozenset[str] = frozenset()
 
 
 _standalone = _Standalone()
@@ -74,11 +73,13 @@ def configure(
     output_dir: Path | None = None,
     on_progress: OnProgress | None = None,
     preview_every: int = 0,
+    typed: Iterable[str] = (),
 ) -> None:
     """Set the device, the folders and the progress report of a process that has no ComfyUI.
 
     Input files are looked for in `input` of the current folder when `input_dir` is None; `output` is alike. Every
-    `preview_every` steps of a sampler a preview goes into `previews` of the output folder; 0 makes none.
+    `preview_every` steps of a sampler a preview goes into `previews` of the output folder; 0 makes none. Names in
+    `typed` come from the person who started the process, and not from a workflow: they may be any path.
     """
     _standalone.device = torch.device(device) if device and device != "auto" else None
     _standalone.models_dir = models_dir
@@ -86,6 +87,7 @@ def configure(
     _standalone.output_dir = output_dir or Path("output")
     _standalone.on_progress = on_progress
     _standalone.preview_every = preview_every
+    _standalone.typed = frozenset(typed)
 
 
 def device() -> torch.device:
@@ -278,6 +280,45 @@ def models_dir() -> Path:
     return models_folder(_standalone.models_dir or PACK_FOLDER / "models")
 
 
+def in_comfyui() -> bool:
+    """Whether the folders are ComfyUI's."""
+    return folder_paths is not None
+
+
+def typed_names() -> frozenset[str]:
+    """Names that the person who started this process has typed; none in ComfyUI, which anybody may reach."""
+    return frozenset() if folder_paths else _standalone.typed
+
+
+def input_dir() -> Path:
+    """The folder of pictures, clips and data sets."""
+    return Path(folder_paths.get_input_directory()) if folder_paths else _standalone.input_dir
+
+
+def temp_dir() -> Path | None:
+    """The folder of files that nobody keeps, made when it is absent; None leaves it to the system."""
+    if not folder_paths:
+        return None
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def annotated(name: str) -> tuple[str, Path]:
+    """An input file's name and the folder to look for it in: ComfyUI's `name [output]` and `name [temp]` say which."""
+    plain, folder = folder_paths.annotated_filepath(name) if folder_paths else (name, None)
+    return plain, Path(folder) if folder else input_dir()
+
+
+def model_folders(folder: str) -> list[Path]:
+    """Where model files of a kind are, such as "loras", with extra_model_paths.yaml."""
+    if not folder_paths:
+        return [models_dir() / folder]
+    with contextlib.suppress(KeyError):
+        return [Path(place) for place in folder_paths.get_folder_paths(folder)]
+    return []
+
+
 def output_dir() -> Path:
     """The folder that results go to."""
     return Path(folder_paths.get_output_directory()) if folder_paths else _standalone.output_dir
@@ -288,17 +329,6 @@ def prompts_dir() -> Path:
     if folder_paths and hasattr(folder_paths, "get_user_directory"):
         return Path(folder_paths.get_user_directory()) / "wancore" / "prompts"
     return models_dir() / "wancore_prompts"
-
-
-def saved_file(name: str) -> Path:
-    """The file of that name below the output folder, else as `input_file`.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    root = output_dir().absolute()
-    path = Path(os.path.normpath(root / name))
-    return path if name and path.is_relative_to(root) and path.is_file() else input_file(name)
 
 
 def list_files(folder: str) -> list[str]:
@@ -318,69 +348,6 @@ def find_file(folder: str, name: str) -> Path:
     Raises:
         ValueError: there is no such file.
     """
-    path = folder_paths.get_full_path(folder, name) if folder_paths else models_dir() / folder / name
-    if path is None or not Path(path).is_file():
+    if name not in list_files(folder):
         raise ValueError(f"There is no file {name!r} in the models folder {folder!r}.")
-    return Path(path)
-
-
-def data_folder(name: str) -> Path:
-    """The folder of that name: any path, or one in the input folder or among the shipped assets.
-
-    Raises:
-        ValueError: there is no such folder.
-    """
-    inputs = Path(folder_paths.get_input_directory()) if folder_paths else _standalone.input_dir
-    path = Path(name).expanduser()
-    for place in (path, inputs / name, ASSETS / name):
-        if name.strip() and place.is_dir() and (place.is_absolute() or not folder_paths):
-            return place.absolute()
-    raise ValueError(f"There is no folder {name!r}. Write its full path, or put it into ComfyUI's input folder.")
-
-
-def trained_file(name: str) -> Path:
-    """The file of trained weights of that name: below the output folder, the models folder, or the pack's own
-    `models`; without ComfyUI anywhere.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    roots = [output_dir().absolute(), models_dir().absolute(), PACK_FOLDER / "models"]
-    for start in (Path(), *roots, PACK_FOLDER):
-        place = Path(os.path.normpath(start.absolute() / Path(name).expanduser()))
-        allowed = not folder_paths or any(place.is_relative_to(root) for root in roots)
-        if name.strip() and allowed and place.is_file():
-            return place
-    raise ValueError(
-        f"There is no file of trained weights {name!r}. Link the output of a training node, or write a path below "
-        f"{roots[0]} or {roots[1]}."
-    )
-
-
-def list_input_files(suffixes: tuple[str, ...]) -> list[str]:
-    """Names of the files with these suffixes in the input folder and among the shipped assets, sorted."""
-    folder = Path(folder_paths.get_input_directory()) if folder_paths else _standalone.input_dir
-    found = (file for place in (folder, ASSETS) if place.is_dir() for file in place.iterdir())
-    return sorted({file.name for file in found if file.suffix.lower() in suffixes})
-
-
-def input_file(name: str) -> Path:
-    """The file of that name: in the input folder, then among the assets that come with the workflows.
-
-    In ComfyUI `name [output]` and `name [temp]` are files of those folders, and no name leads out of its folder;
-    without it, `name` may also be any path.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    if folder_paths:
-        plain, folder = folder_paths.annotated_filepath(name)
-        folder = Path(folder or folder_paths.get_input_directory()).absolute()
-        inside = Path(os.path.normpath(folder / plain)).is_relative_to(folder)
-        places = [folder / plain, ASSETS / plain] if inside else []
-    else:
-        places = [_standalone.input_dir / name, ASSETS / name, Path(name).expanduser()]
-    for place in places:
-        if name and place.is_file():
-            return place
-    raise ValueError(f"There is no input file {name!r}. Put it into ComfyUI's input folder, or check the name.")
+    return Path(folder_paths.get_full_path(folder, name)) if folder_paths else models_dir() / folder / name

@@ -27,7 +27,7 @@ from ..wan_core.settings import (
     WindowSettings,
 )
 from ..wan_core.types import Conditioning, LatentSize, VideoSize
-from . import host, sockets
+from . import host, places, sockets
 
 FOLDER = "wancore"
 """Below the output folder: latents that were kept, and unfinished runs."""
@@ -219,16 +219,16 @@ class LoadLatents:
     @classmethod
     def VALIDATE_INPUTS(cls, file: str | None = None) -> bool | str:
         try:
-            return file is None or bool(host.saved_file(file))
+            return file is None or bool(places.saved_file(file))
         except ValueError as error:
             return str(error)
 
     @classmethod
     def IS_CHANGED(cls, file: str) -> float:
-        return host.saved_file(file).stat().st_mtime
+        return places.saved_file(file).stat().st_mtime
 
     def load(self, file: str, extra_pnginfo: dict[str, Any] | None = None) -> tuple[dict[str, Tensor]]:
-        raw, record = load_latents(host.saved_file(file))
+        raw, record = load_latents(places.saved_file(file))
         if extra_pnginfo is not None and record:
             extra_pnginfo.setdefault("wancore", []).append(record)
         return ({"samples": raw},)

@@ -4,7 +4,11 @@ Standard ComfyUI sockets are used wherever the meaning is the same: IMAGE (T, H,
 un-normalised VAE latents (B, 16, F, h, w) under "samples", as ComfyUI's own Wan nodes expect.
 """
 
+import functools
+import inspect
 from typing import Any
+
+import torch
 
 from ..wan_core.fitting import ASPECTS, LENGTH_POLICIES
 
@@ -53,10 +57,58 @@ MEMORY = "WANCORE_MEMORY"
 TRAINING_DATA = "WANCORE_TRAINING_DATA"
 """`train.TrainingData`: a data set that was checked, as settings of the trainer."""
 
+LINKED = frozenset({
+    MODEL, TEXT_ENCODER, IMAGE_ENCODER, REFERENCES, CAMERA_PATH, VAE, CONDITIONING, CACHE, WINDOWS, PROMPTS, GUIDANCE,
+    SCHEDULE, RUN, MEMORY, TRAINING_DATA, "IMAGE", "MASK", "LATENT", "SIGMAS", "CONDITIONING", "VAE", "VIDEO", "AUDIO",
+    "CLIP_VISION_OUTPUT",
+})  # fmt: skip
+"""Types that only another node can give; a workflow may still hold a constant in their place."""
+
 MAX_SIDE = 16384
 """ComfyUI's largest image side."""
 
 Declaration = tuple[Any, dict[str, Any]]
+
+
+def _fits(kind: str, value: Any) -> bool:
+    """Whether a value can be of a type of LINKED; what JSON can hold is none of them, but for two of ComfyUI's own."""
+    if kind == "LATENT":
+        return isinstance(value, dict) and isinstance(value.get("samples"), torch.Tensor)
+    if kind == "CONDITIONING":
+        return isinstance(value, list) and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in value)
+    return not isinstance(value, (str, int, float, list, dict))
+
+
+def guarded(cls: type) -> type:
+    """The node class, whose function refuses constants in sockets: ComfyUI would call it with them.
+
+    The refusal is a ValueError that names the input.
+    """
+    function = getattr(cls, cls.FUNCTION)
+    names = list(inspect.signature(function).parameters)[1:]
+
+    @functools.cache
+    def sockets_of() -> dict[str, tuple[str, bool]]:
+        declared = cls.INPUT_TYPES()
+        rows = [(declared["required"], True), (declared.get("optional", {}), False)]
+        return {
+            name: (entry[0], needed)
+            for group, needed in rows
+            for name, entry in group.items()
+            if isinstance(entry[0], str) and entry[0] in LINKED
+        }
+
+    @functools.wraps(function)
+    def call(self: Any, *values: Any, **inputs: Any) -> Any:
+        given = {**dict(zip(names, values, strict=False)), **inputs}
+        for name, (kind, needed) in sockets_of().items():
+            value = given.get(name)
+            if (name in given and value is None and needed) or (value is not None and not _fits(kind, value)):
+                raise ValueError(f"{name} takes a {kind} from another node; got {value!r:.100}.")
+        return function(self, *values, **inputs)
+
+    setattr(cls, cls.FUNCTION, call)
+    return cls
 
 
 def socket(kind: str, tooltip: str) -> Declaration:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..trainer.events import latest_steps
 from ..wan_core.prepare import VideoModel
 from ..wan_core.runtime import log
-from . import host, sockets
+from . import places, sockets
 from .lora import LIMIT
 from .training_run import chart, files_mark
 from .training_widgets import RUNS, image, run_folder, true_or_message
@@ -29,7 +29,7 @@ class LossPlot:
         return {
             "required": {
                 "run": sockets.line(
-                    "my_training", f"Name of a run below {RUNS} of the output folder, or its full path."
+                    "my_training", f"Name of a run below {RUNS} of the output folder, or a path in a folder of ComfyUI."
                 )
             }
         }
@@ -41,8 +41,12 @@ class LossPlot:
         Raises:
             ValueError: there is none.
         """
-        path = Path(run.strip()).expanduser()
-        path = path if path.is_absolute() and run.strip() else run_folder(run)
+        name = run.strip()
+        path = places.trained_folder(name) if Path(name).is_absolute() else run_folder(name)
+        if path is None:
+            raise ValueError(
+                f"{name!r} is not where a workflow may read; write the name of a run of the output folder."
+            )
         if not (path / "events.jsonl").is_file():
             raise ValueError(f"{path} holds no training run (there is no events.jsonl in it).")
         return path / "events.jsonl"
@@ -90,13 +94,13 @@ class TrainedWeights:
 
     @classmethod
     def VALIDATE_INPUTS(cls, weights: str | None = None) -> bool | str:
-        return True if weights is None else true_or_message(lambda: host.trained_file(weights))
+        return True if weights is None else true_or_message(lambda: places.trained_file(weights))
 
     @classmethod
     def IS_CHANGED(cls, weights: str | None = None, **_: Any) -> str:
-        return files_mark([host.trained_file(weights)]) if weights else ""
+        return files_mark([places.trained_file(weights)]) if weights else ""
 
     def load(self, model: VideoModel, weights: str, strength: float = 1.0) -> tuple[VideoModel, str]:
-        changed, told = model.with_lora(host.trained_file(weights), strength=strength)
+        changed, told = model.with_lora(places.trained_file(weights), strength=strength)
         log.info("%s", told.summary)
         return changed, str(told)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..trainer.inputs import INPUTS
 from ..wan_core.runtime import log
-from . import host, sockets
+from . import host, places, sockets
 from .launcher import ChildError, Launch, attend, pack_command
 from .training_run import files_mark, load_settings
 from .training_widgets import check_widgets, defaults, image, settings_of, true_or_message, widget
@@ -56,7 +56,10 @@ class TrainingDataNode:
         side = "0 with 0 for the other side: clips keep sizes of their own."
         return {
             "required": {
-                "folder": sockets.line(EXAMPLE, "Its full path, or a folder of ComfyUI's input folder."),
+                "folder": sockets.line(
+                    EXAMPLE,
+                    "A folder in ComfyUI's input folder, or a path in one that its owner lets workflows read.",
+                ),
                 "width": sockets.whole(832, 0, sockets.MAX_SIDE, f"Width to train at. {side}", step=16),
                 "height": sockets.whole(480, 0, sockets.MAX_SIDE, f"Height to train at. {side}", step=16),
                 "num_frames": sockets.whole(
@@ -88,11 +91,12 @@ class TrainingDataNode:
         """
         values = {**defaults(cls), **{name: value for name, value in values.items() if value is not None}}
         check_widgets(cls, values)
-        folder = host.data_folder(values["folder"])
+        folder = places.data_folder(values["folder"])
         metadata = values["metadata"].strip()
         found = settings_of(values) | {
             "dataset_base_path": str(folder),
-            "dataset_metadata_path": str(folder / Path(metadata).expanduser()) if metadata else None,
+            "dataset_metadata_path": str(_metadata(folder, metadata)) if metadata else None,
+            "confined": True,
         }
         found["cache"] = "off" if found["frame_pick"] == "random" else "disk"
         load_settings(found, {})
@@ -104,12 +108,12 @@ class TrainingDataNode:
 
     @classmethod
     def IS_CHANGED(cls, folder: str, **_: Any) -> str:
-        return files_mark([host.data_folder(folder)])
+        return files_mark([places.data_folder(folder)])
 
     def check(self, **values: Any) -> dict[str, Any]:
         settings = self.settings(**values)
         mark = files_mark([Path(settings["dataset_base_path"])])
-        with tempfile.TemporaryDirectory(prefix="wancore_") as work:
+        with tempfile.TemporaryDirectory(prefix="wancore_", dir=host.temp_dir()) as work:
             folder = Path(work)
             load_settings(settings, {}).save_json(folder / "settings.json")
             words = ["--out", str(folder), "--config", str(folder / "settings.json")]
@@ -123,6 +127,18 @@ class TrainingDataNode:
             sheet = image([Image.open(folder / "contact_sheet.png")])
         log.info("%s", report.strip())
         return {"ui": {"text": [report]}, "result": (TrainingData(settings, mark), report, sheet)}
+
+
+def _metadata(folder: Path, name: str) -> Path:
+    """The metadata file of that name in the folder of a data set.
+
+    Raises:
+        ValueError: the name leads out of the folder.
+    """
+    found = places.inside(folder, name)
+    if found is None:
+        raise ValueError(f"metadata: {name!r} is not in the folder of the data set; put the file there.")
+    return found
 
 
 def _show_check(event: Mapping[str, Any]) -> None:

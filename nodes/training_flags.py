@@ -34,6 +34,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {"log_with": ("tensorboard",), "resume": 
 INSTEAD: Mapping[str, str] = {
     "cache_dir": "encoded samples are kept in the run's folder",
     "config": "write its settings into the node, or into flags",
+    "confined": "the files of a workflow's data set always lie in its folder",
     "dataset_base_path": "choose the folder in Training Data",
     "dataset_metadata_path": "name it in metadata of Training Data",
     "local_model_path": "models are taken from ComfyUI's folders",

@@ -57,6 +57,9 @@ class TrainConfig:
         None,
         "csv, json or jsonl file, one row per sample; none is metadata.* of the folder, or files with .txt captions",
     )
+    confined: bool = option(
+        False, "refuse rows that name files outside of the folder, as workflows always do; links in it are followed"
+    )
     data_file_keys: tuple[str, ...] = option(
         ("image", "video"), "columns that hold media files; the clip that is trained stands in video or image"
     )

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from reader(path)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
-    except (OSError, csv.Error, ValueError) as error:
+    except (OSError, csv.Error, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
@@ -131,7 +132,7 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
         for line in filter(str.strip, file):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 row = {BROKEN: f"the line is no JSON: {error}"}
             yield row if isinstance(row, dict) else {BROKEN: f"the line is no object: {row!r:.80}"}
 
@@ -159,16 +160,26 @@ def _sample(row: Mapping[str, Any], index: int, base: Path, config: TrainConfig)
     if not captions and BROKEN not in row:
         problems.append(f"the caption (column {CAPTION}) is empty")
     keys = [name for name in TARGETS if name in config.data_file_keys]
-    targets = next((found for name in keys if (found := _paths(row.get(name), base))), ())
-    if not targets and BROKEN not in row:
+    outside: list[Path] = []
+
+    def files_of(cell: Any) -> tuple[Path, ...]:
+        found = _paths(cell, base, config.confined)
+        if not config.confined:
+            return found
+        outside.extend(path for path in found if not _is_inside(path, base))
+        return tuple(path for path in found if path not in outside)
+
+    targets = next((found for name in keys if (found := files_of(row.get(name)))), ())
+    if not targets and not outside and BROKEN not in row:
         problems.append(f"it names no clip (column {' or '.join(keys) or ', '.join(TARGETS)})")
     files, values = {}, {}
     for name in config.extra_inputs:
         cell = row.get(name)
         if INPUTS[name].is_file:
-            files[name] = _paths(cell, base)
+            files[name] = files_of(cell)
         elif INPUTS[name].column and (texts := _texts(cell)):
             values[name] = texts[0]
+    problems += [f"{path} is outside of the data set's folder {base}" for path in outside]
     return Sample(
         position=index,
         where=f"row {index + 1}",
@@ -206,19 +217,29 @@ def _texts(cell: Any) -> tuple[str, ...]:
     )
 
 
-def _paths(cell: Any, base: Path) -> tuple[Path, ...]:
+def _paths(cell: Any, base: Path, confined: bool) -> tuple[Path, ...]:
     """The files of a cell: one path, or several as a list, which may stand in it as JSON text."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             cell = json.loads(cell)
-        except ValueError:
+        except (ValueError, RecursionError):
             cell = [cell]
-    return tuple(_path(text, base) for text in _texts(cell))
+    return tuple(_path(text, base, confined) for text in _texts(cell))
 
 
-def _path(text: str, base: Path) -> Path:
-    path = base / text
-    return path if path.exists() else base / text.replace("\\", "/")
+def _path(text: str, base: Path, confined: bool) -> Path:
+    if not confined:
+        return base / text if (base / text).exists() else base / text.replace("\\", "/")
+    # By its text, so that `link/..` is the folder itself; what lies outside of it is not so much as looked for.
+    path = Path(os.path.normpath(base / text))
+    if not _is_inside(path, base) or path.exists():
+        return path
+    return Path(os.path.normpath(base / text.replace("\\", "/")))
+
+
+def _is_inside(path: Path, base: Path) -> bool:
+    """Whether a path leads nowhere but below `base`, by its text: links in the folder are the owner's, and followed."""
+    return Path(os.path.normpath(path.absolute())).is_relative_to(os.path.normpath(base.absolute()))
 
 
 def _file_mark(path: Path | None) -> Sequence[Any]:

@@ -44,13 +44,13 @@ WRONG_INPUT, FAILED = 2, 1
 """Exit codes: nothing was begun because of something the user gave; something went wrong later."""
 
 FREE = {
-    "cache", "cache_dir", "dataset_base_path", "dataset_metadata_path", "find_unused_parameters", "keep_last",
-    "learning_rate", "local_model_path", "log_with", "lora_checkpoint", "lora_format", "max_steps", "min_free_gb",
-    "model_id_with_origin_paths", "model_paths", "num_epochs", "num_workers", "on_bad_sample", "output_path",
-    "remove_prefix_in_ckpt", "resume", "resume_force", "sample_cfg_scale", "sample_count", "sample_inference_steps",
-    "sample_negative_prompt", "sample_prompt", "sample_seed", "sample_steps", "save_steps", "skip_download",
-    "stop_file", "stream_base", "tokenizer_path", "use_gradient_checkpointing", "use_gradient_checkpointing_offload",
-    "validate_steps", "vram_limit",
+    "cache", "cache_dir", "confined", "dataset_base_path", "dataset_metadata_path", "find_unused_parameters",
+    "keep_last", "learning_rate", "local_model_path", "log_with", "lora_checkpoint", "lora_format", "max_steps",
+    "min_free_gb", "model_id_with_origin_paths", "model_paths", "num_epochs", "num_workers", "on_bad_sample",
+    "output_path", "remove_prefix_in_ckpt", "resume", "resume_force", "sample_cfg_scale", "sample_count",
+    "sample_inference_steps", "sample_negative_prompt", "sample_prompt", "sample_seed", "sample_steps", "save_steps",
+    "skip_download", "stop_file", "stream_base", "tokenizer_path", "use_gradient_checkpointing",
+    "use_gradient_checkpointing_offload", "validate_steps", "vram_limit",
 }  # fmt: skip
 """Settings that may differ between a run and its continuation: they do not change what a step computes, or, as the
 learning rate, are there to be changed. Data and models are known by their content, not by their paths."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,14 +175,27 @@ def test_nothing_is_queued_when_one_workflow_cannot_run(fake_comfy, folders, gra
     assert not fake_comfy.posted and not fake_comfy.uploads
 
 
-def test_paths_from_a_subfolder_keep_it_and_paths_from_elsewhere_do_not(fake_comfy, folders, go, tmp_path):
+def test_paths_from_a_subfolder_keep_it_and_typed_paths_do_not(fake_comfy, folders, graph, tmp_path):
     (folders.input / "sub").mkdir()
     for path in (folders.input / "sub" / "b.png", tmp_path / "c.png"):
         Image.new("RGB", (4, 4)).save(path)
-    go(image="sub/b.png")
-    go(image=str(tmp_path / "c.png"))
+    typed = replace(folders, typed=frozenset([str(tmp_path / "c.png")]))
+    for name in ("sub/b.png", str(tmp_path / "c.png")):
+        save = ("SaveImage", {"images": ["1", 0], "filename_prefix": "x"})
+        run_on_server(graph(n1=("LoadImage", {"image": name}), n2=save), Server(fake_comfy.url), typed)
     assert list(fake_comfy.uploads) == ["sub/b.png", "/c.png"]
     assert fake_comfy.posted[0][1]["prompt"]["1"]["inputs"]["image"] == "sub/server b.png"
+
+
+@pytest.mark.parametrize(
+    "name", ["{outside}/c.png", "../c.png", "key.pem", "~/.ssh/id_rsa", "/etc/passwd", "/dev/zero"]
+)
+def test_a_workflow_has_nothing_uploaded_but_media_of_the_input_folder(fake_comfy, folders, go, tmp_path, name):
+    Image.new("RGB", (4, 4)).save(tmp_path / "c.png")
+    (folders.input / "key.pem").write_text("secret")
+    with pytest.raises(ValidationError, match=r"is neither in|is no picture"):
+        go(image=name.format(outside=tmp_path))
+    assert not fake_comfy.uploads and not fake_comfy.posted
 
 
 def test_a_file_only_the_server_has_is_left_to_it(fake_comfy, go, nodes):

@@ -1,6 +1,7 @@
 """The stand-ins read, write and name files as ComfyUI's core nodes do."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from wancore.headless import core_nodes as module
+from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
 from wancore.headless.runner import run
 from wancore.headless.validate import ValidationError
@@ -62,11 +64,11 @@ def test_load_image_gives_every_frame_of_an_animation(nodes, folders):
     assert load(nodes, "a.webp")[0].shape == (3, 4, 6, 3)
 
 
-def test_inputs_are_looked_up_in_the_input_folder_then_the_assets_then_as_a_path(tmp_path, monkeypatch):
+def test_inputs_are_looked_up_in_the_input_folder_then_the_assets_then_as_a_typed_path(tmp_path, monkeypatch):
     assets = tmp_path / "assets"
     monkeypatch.setattr("wancore.headless.folders.ASSETS", assets)
     monkeypatch.chdir(tmp_path)
-    folders = Folders(tmp_path / "in", tmp_path / "out")
+    folders = Folders(tmp_path / "in", tmp_path / "out", frozenset(["a.png"]))
     places = [tmp_path / "in" / "a.png", assets / "a.png", Path("a.png")]
     for place in reversed(places):
         place.parent.mkdir(exist_ok=True)
@@ -75,6 +77,8 @@ def test_inputs_are_looked_up_in_the_input_folder_then_the_assets_then_as_a_path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "b.png").write_bytes(b"")
     assert folders.find("b.png [output]") == tmp_path / "out" / "b.png"
+    for name in ("../a.png", str(tmp_path / "a.png"), "../a.png [output]", "~/a.png", "b.png\0"):
+        assert folders.find(name) is None, "a workflow does not name paths"
     assert folders.find("b.png") is None and folders.find("") is None and folders.find("in") is None
 
 
@@ -222,3 +226,27 @@ def test_a_video_without_sound_has_no_audio(tmp_path):
     video(5).save_to(tmp_path / "a.mp4")
     assert VideoFromFile(tmp_path / "a.mp4").get_components().audio is None
     assert VideoFromFile(tmp_path / "a.mp4").get_dimensions() == (48, 32)
+
+
+def test_saved_files_carry_names_and_no_paths(nodes, graph, folders, tmp_path):
+    """They are given to other people."""
+    elsewhere = tmp_path / "home" / "me"
+    elsewhere.mkdir(parents=True)
+    for place in (folders.input / "a.png", elsewhere / "b.png"):
+        Image.new("RGB", (8, 8)).save(place)
+    typed = replace(folders, typed=frozenset([str(elsewhere / "b.png")]))
+    for name in (str(folders.input / "a.png"), str(elsewhere / "b.png")):
+        workflow = graph(
+            n1=("LoadImage", {"image": name}), n2=("SaveImage", {"images": ["1", 0], "filename_prefix": "/imagine"[1:]})
+        )
+        made = run(workflow, {**nodes, **core_nodes(typed)}, folders=typed)
+        with Image.open(made.files[0]) as saved:
+            carried = json.loads(saved.text["prompt"])
+        assert carried["1"]["inputs"]["image"] == Path(name).name and str(tmp_path) not in json.dumps(carried)
+    assert typed.told("/imagine a cat") == "/imagine a cat"
+
+
+def test_a_constant_in_place_of_a_node_is_refused(nodes, graph, folders):
+    for value in ("x", 3, None, {"samples": 1}, {"__value__": [1]}):
+        with pytest.raises(ValidationError, match="Only another node can give this input"):
+            run(graph(n1=("SaveImage", {"images": value, "filename_prefix": "x"})), nodes, folders=folders)

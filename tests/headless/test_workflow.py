@@ -118,3 +118,27 @@ def test_tiny_lays_the_nodes_own_small_inputs_over(graph, nodes):
 def test_tiny_refuses_to_run_at_full_size(graph, nodes):
     with pytest.raises(WorkflowError, match="no node of this workflow has a tiny form"):
         apply_tiny(graph(n1=("Number", {"value": 1})), nodes)
+
+
+def nested(depth: int) -> str:
+    return '{"1": {"class_type": "X", "inputs": {"a": ' + "[" * depth + "]" * depth + "}}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (nested(100), "nested more than 64 deep"),
+        (nested(200_000), "nested too deeply"),
+        ('{"1": {"class_type": "X"}, "1": {"class_type": "Y"}}', "has '1' twice"),
+        ('{"1": {"class_type": "X", "inputs": {"a": 1, "a": 2}}}', "has 'a' twice"),
+        ('{"1": {"class_type": "X", "inputs": {"a": "\\u0000"}}}', "cannot be written"),
+        ('{"1": {"class_type": "X", "inputs": {"\\ud800": 1}}}', "cannot be written"),
+        ('{"1": {"class_type": "X", "inputs": {"a": ' + "9" * 5000 + "}}}", "not valid JSON"),
+        ("", "not valid JSON"),
+    ],
+    ids=range(8),
+)
+def test_hostile_files_are_refused_by_name(tmp_path, text, message):
+    (tmp_path / "w.json").write_text(text)
+    with pytest.raises(WorkflowError, match=message):
+        Workflow.load(tmp_path / "w.json")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import wancore
-from wancore.nodes import host
+from wancore.nodes import host, places
 from wancore.wan_core.conditioning.camera import camera_embedding
 from wancore.wan_core.conditioning.camera_path import CameraPath
 from wancore.wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
@@ -137,13 +137,13 @@ def test_the_tiny_forms_fit_together():
 
 def test_input_files_without_comfyui(inputs, monkeypatch):
     (inputs / "mine.txt").write_text("x")
-    assert host.input_file("mine.txt") == inputs / "mine.txt"
-    assert host.input_file(str(inputs / "mine.txt")) == inputs / "mine.txt"
+    assert places.input_file("mine.txt") == inputs / "mine.txt"
+    assert places.input_file(str(inputs / "mine.txt")) == inputs / "mine.txt"
     monkeypatch.chdir(inputs)
-    assert host.input_file("./mine.txt").read_text() == "x"
-    for name in ("", "gone.txt", "."):
+    assert places.input_file("./mine.txt").read_text() == "x"
+    for name in ("", "gone.txt", ".", "..", __file__, "~", "mine.txt\0", "\ud800"):
         with pytest.raises(ValueError, match="no input file"):
-            host.input_file(name)
+            places.input_file(name)
 
 
 def test_input_files_in_comfyui_stay_in_its_folders(tmp_path, monkeypatch):
@@ -156,9 +156,9 @@ def test_input_files_in_comfyui_stay_in_its_folders(tmp_path, monkeypatch):
 
     folders = SimpleNamespace(get_input_directory=lambda: str(tmp_path / "input"), annotated_filepath=annotated)
     monkeypatch.setattr(host, "folder_paths", folders)
-    assert host.list_input_files((".txt",)) == ["mine.txt"]
-    assert host.input_file("mine.txt") == tmp_path / "input" / "mine.txt"
-    assert host.input_file("made.txt [output]").parent == tmp_path / "output"
+    assert places.list_input_files((".txt",)) == ["mine.txt"]
+    assert places.input_file("mine.txt") == tmp_path / "input" / "mine.txt"
+    assert places.input_file("made.txt [output]").parent == tmp_path / "output"
     for name in ("../secret.txt", "../secret.txt [output]", str(tmp_path / "secret.txt"), "sub/../../secret.txt"):
         with pytest.raises(ValueError, match="no input file"):
-            host.input_file(name)
+            places.input_file(name)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from wancore.nodes import host
 from wancore.wan_core import catalog, tiny
 from wancore.wan_core.models.vae import normalise
+from wancore.wan_core.types import Conditioning
 
 from tests.nodes.running import outputs
 from tests.reference import arguments, load_case, relative_error
@@ -235,3 +236,16 @@ def test_a_widget_that_holds_no_number_is_refused_before_the_prompt_starts(name)
     assert check(cfg=5.0, shift=None, denoise=1.0) is True
     assert "must be" in check(**{name: float("nan")})
     assert "must be" in check(**{name: -1.0})
+
+
+@pytest.mark.parametrize("value", ["x", 1, 0.5, None, True, [1, 2], {"samples": 3}, {}])
+def test_constants_in_sockets_are_refused_by_name(value):
+    """ComfyUI calls a node with what the workflow holds there."""
+    for node_id, name, others in (
+        ("WanCoreVAEDecode", "latent", {"vae": object()}),
+        ("WanCoreSampler", "model", {"conditioning": Conditioning()}),
+        ("WanCoreToConditioning", "conditioning", {"width": 32, "height": 32, "num_frames": 5}),
+        ("WanCoreTrainLora", "data", {}),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} takes a "):
+            outputs(node_id, **{name: value, **others})

@@ -41,15 +41,15 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def configured(place, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    host.configure(device="cpu", models_dir=place / "models", output_dir=tmp_path / "out 输出")
+    host.configure(device="cpu", models_dir=place / "models", input_dir=place, output_dir=tmp_path / "out 输出")
     yield
     host.configure()
 
 
 @pytest.fixture(scope="module")
 def data(place):
-    host.configure(device="cpu", models_dir=place / "models")
-    return run("WanCoreTrainingData", folder=str(place / "data 数据"), dataset_repeat=50, **SMALL)[0]
+    host.configure(device="cpu", models_dir=place / "models", input_dir=place)
+    return run("WanCoreTrainingData", folder="data 数据", dataset_repeat=50, **SMALL)[0]
 
 
 def lora(data, **changes):
@@ -78,7 +78,8 @@ def test_a_data_set_is_reported_and_shown(place):
     assert told.settings["extra_inputs"] == "control_video, reference_image" and told.settings["fps"] is None
 
 
-def test_bad_data_is_one_report(tmp_path):
+def test_bad_data_is_one_report(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANCORE_FOLDERS", os.pathsep.join(["", "/nowhere", str(tmp_path)]))
     rows = ["video,prompt", *(f"none{i}.mp4,a dog" for i in range(60))]
     (tmp_path / "metadata.csv").write_text("\n".join(rows), encoding="utf-8")
     with pytest.raises(ValueError, match="0 good rows, 60 bad") as error:
@@ -90,6 +91,14 @@ def test_bad_data_is_one_report(tmp_path):
     ("node_id", "changes", "message"),
     [
         ("WanCoreTrainingData", {"folder": "nowhere"}, "no folder 'nowhere'"),
+        ("WanCoreTrainingData", {"folder": str(ROOT)}, "where a workflow may read"),
+        ("WanCoreTrainingData", {"folder": "data 数据/../../.."}, "where a workflow may read"),
+        (
+            "WanCoreTrainingData",
+            {"folder": "data 数据", "metadata": "/etc/passwd"},
+            "not in the folder of the data set",
+        ),
+        ("WanCoreTrainingData", {"folder": "data 数据", "metadata": "../x.csv"}, "not in the folder of the data set"),
         ("WanCoreTrainingData", {"extra_inputs": "control"}, "control_video"),
         ("WanCoreTrainingData", {"height": 0}, "--width"),
         ("WanCoreTrainingData", {"fps": float("nan")}, "fps"),
@@ -118,6 +127,8 @@ def test_bad_data_is_one_report(tmp_path):
         ("WanCoreTrainLora", {"model": "Wan-AI/Wan2.1-T2V-14B"}, "Downloads are switched off"),
         ("WanCoreTrainModel", {"validation_clips": -1}, "validation_clips"),
         ("WanCoreLossPlot", {"run": "none"}, "no training run"),
+        ("WanCoreLossPlot", {"run": str(ROOT)}, "not where a workflow may read"),
+        ("WanCoreTrainedWeights", {"weights": __file__}, "where a workflow may read"),
         ("WanCoreTrainedWeights", {"weights": "none.safetensors"}, "no file of trained weights"),
     ],
     ids=str,
@@ -291,7 +302,7 @@ def test_each_flag_of_the_trainer_is_the_graphs_or_says_what_to_do_instead():
     assert fields - training_flags.ALLOWED <= training_flags.INSTEAD.keys()
     for name in fields - training_flags.ALLOWED:
         with pytest.raises(ValueError, match=f"flags: --{name} is for the command line; "):
-            training_flags.typed(f"--{name}" if name == "skip_download" else f"--{name} 1")
+            training_flags.typed(f"--{name}" if name in ("skip_download", "confined") else f"--{name} 1")
 
 
 def test_what_lies_in_the_folder_of_a_run_is_not_imported(tmp_path):

@@ -303,3 +303,19 @@ def test_a_dataset_as_json_reads_numbers_and_text_alike(media):
     assert json.loads(json.dumps(rows)) == rows
     (row,) = checked(media, rows, "m.json", extra_inputs=("motion_bucket_id",)).require("error")
     assert row.sample.captions == ("7",) and float(row.sample.values["motion_bucket_id"]) == 12.5
+
+
+def test_a_confined_data_set_names_nothing_outside_of_its_folder(media, tmp_path):
+    """What a workflow trains on may have been uploaded by anybody."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "linked").symlink_to(media, target_is_directory=True)
+    outside = [str(media / "clip.mp4"), "../data/../secret.mp4", "..\\secret.mp4", '["linked/../../secret.mp4"]']
+    rows = [{"prompt": "a", "video": name, "control_video": "linked/clip.mp4"} for name in outside]
+    rows.append({"prompt": "linked", "video": "linked/clip.mp4", "control_video": "linked/../linked/clip.mp4"})
+    rows.append({"prompt": "input", "video": "linked/clip.mp4", "control_video": "/etc/passwd"})
+    found = checked(folder, rows, confined=True, extra_inputs=("control_video",))
+    assert [row.sample.captions for row in found.rows] == [("linked",)]
+    assert [str(bad).count("outside of the data set's folder") for bad in found.bad] == [1] * 5
+    free = checked(folder, [{"prompt": "a", "video": str(media / "clip.mp4")}])
+    assert len(free.rows) == 1

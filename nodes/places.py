@@ -1,0 +1,127 @@
+"""Which files and folders a workflow may name: a workflow is a stranger's file.
+
+They are those of ComfyUI (input, output, temp, models with extra_model_paths.yaml), the assets of this pack, and the
+folders that the owner of the machine names in an environment variable. Without ComfyUI there are `--input`, `--out` and
+the models folder, and whatever the person who started the command has typed there. A name is judged by its text, so
+that links inside of a folder are followed, as ComfyUI follows them. docs/security.md is the page about it.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ..wan_core.checkpoints.download import DEFAULT_FOLDER
+from . import host
+
+ASSETS = host.PACK_FOLDER / "workflows" / "assets"
+OWNERS_FOLDERS = "WANCORE_FOLDERS"
+"""The environment variable: further folders, separated as in PATH."""
+
+MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", "clip_vision", "loras")
+
+
+def inside(root: Path, name: str) -> Path | None:
+    """The place `name` below `root`, which need not be there; None when the name leads out of it.
+
+    Absolute names are looked at as they are; nothing on the disk is touched.
+    """
+    root = Path(os.path.normpath(root.absolute()))
+    if "\0" in name:
+        return None
+    place = Path(os.path.normpath(root / name))
+    return place if place.is_relative_to(root) else None
+
+
+def owners_folders() -> list[Path]:
+    """The folders that the owner of the machine lets workflows read."""
+    return [Path(part).expanduser() for part in os.environ.get(OWNERS_FOLDERS, "").split(os.pathsep) if part.strip()]
+
+
+def _first(name: str, roots: Iterable[Path], fits: Callable[[Path], bool]) -> Path | None:
+    """The first place of that name below one of the folders; a name that was typed may be any path."""
+    if not name.strip():
+        return None
+    places = [place for root in roots if (place := inside(root, name))]
+    if name in host.typed_names():
+        places.append(Path(name).expanduser().absolute())
+    return next((place for place in places if fits(place)), None)
+
+
+def input_file(name: str) -> Path:
+    """The file of that name: in the input folder, then among the assets that come with the workflows.
+
+    In ComfyUI `name [output]` and `name [temp]` are files of those folders.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    plain, folder = host.annotated(name)
+    found = _first(plain, [folder, ASSETS], Path.is_file)
+    if found is None:
+        raise ValueError(f"There is no input file {name!r}. Put it into ComfyUI's input folder, or check the name.")
+    return found
+
+
+def list_input_files(suffixes: tuple[str, ...]) -> list[str]:
+    """Names of the files with these suffixes in the input folder and among the shipped assets, sorted."""
+    found = (file for place in (host.input_dir(), ASSETS) if place.is_dir() for file in place.iterdir())
+    return sorted({file.name for file in found if file.suffix.lower() in suffixes})
+
+
+def saved_file(name: str) -> Path:
+    """The file of that name below the output folder, else as `input_file`.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    return _first(name, [host.output_dir()], Path.is_file) or input_file(name)
+
+
+def data_folder(name: str) -> Path:
+    """The folder of that name: in the input folder, among the shipped assets, in the output folder, or in a folder of
+    the owner's.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    roots = [host.input_dir(), ASSETS, host.output_dir(), *owners_folders()]
+    found = _first(name, roots, Path.is_dir)
+    if found is None:
+        raise ValueError(
+            f"There is no folder {name!r} where a workflow may read. Put it, or a link to it, into ComfyUI's input "
+            f"folder, or name the folder above it in {OWNERS_FOLDERS} where ComfyUI is started (docs/security.md)."
+        )
+    return found
+
+
+def _trained_roots() -> list[Path]:
+    """Where trainings write: the output folder, models folders, and where the shell's trainer writes by itself."""
+    models = [place for folder in MODEL_FOLDERS for place in host.model_folders(folder)]
+    roots = [host.output_dir(), host.models_dir(), *models, host.PACK_FOLDER / "models", *owners_folders()]
+    return roots if host.in_comfyui() else [*roots, DEFAULT_FOLDER]
+
+
+def trained_file(name: str) -> Path:
+    """The file of trained weights of that name: below the output folder, a models folder, the pack's own `models`, or a
+    folder of the owner's.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    roots = _trained_roots()
+    # The shell's trainer tells paths as it writes them, from the pack's folder: models/train/...
+    below_models = name.replace("\\", "/").removeprefix("./")
+    found = _first(name, roots, Path.is_file)
+    if found is None and below_models.startswith("models/"):
+        found = _first(below_models.removeprefix("models/"), [r for r in roots if r.name == "models"], Path.is_file)
+    if found is None:
+        raise ValueError(
+            f"There is no file of trained weights {name!r} where a workflow may read. Link the output of a training "
+            f"node, or write a path below {roots[0]} or {roots[1]}."
+        )
+    return found
+
+
+def trained_folder(name: str) -> Path | None:
+    """The folder of a run that is named by its path; None when it is not where a workflow may read."""
+    return _first(name, _trained_roots(), Path.is_dir)
