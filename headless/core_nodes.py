@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ..wan_core.media import CLIP_SUFFIXES, PICTURE_SUFFIXES, frames_to_tensor, pictures
 from .folders import Folders
 from .video import Audio, Video, VideoComponents, VideoFromComponents, VideoFromFile
 
-IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
-VIDEOS = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpeg", ".mpg", ".gif"})
+IMAGES, VIDEOS = frozenset((*PICTURE_SUFFIXES, ".gif")), frozenset((*CLIP_SUFFIXES, ".webp"))
 HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
 EMPTY_MASK = (64, 64)
 """Height and width of the mask that the host gives for an image without transparency."""
@@ -73,35 +73,18 @@ class LoadImage(_Core):
         return hashlib.sha256(cls._file(image, "image").read_bytes()).hexdigest()
 
     def load_image(self, image: str) -> tuple[Tensor, Tensor]:
-        images, masks = [], []
-        with _opened(self._file(image, "image")) as file:
-            # The further pictures of an MPO are views of other sizes and purposes, not frames.
-            for frame in ImageSequence.Iterator(file) if file.format != "MPO" else (file,):
-                pixels, mask = _pixels_and_mask(ImageOps.exif_transpose(frame))
-                if not images or pixels.shape == images[0].shape:
-                    images.append(pixels)
-                    masks.append(mask)
+        with pictures(self._file(image, "image")) as frames:
+            images, masks = zip(*map(_pixels_and_mask, frames), strict=True)
         return torch.cat(images), torch.cat(masks)
 
 
-def _opened(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that can be read.") from error
-
-
 def _pixels_and_mask(image: Image.Image) -> tuple[Tensor, Tensor]:
-    """(1, H, W, 3) in [0, 1] and (1, H, W), 1 where the image is transparent."""
-    if image.mode.startswith("I"):
-        # 16-bit greys; Pillow's own conversion to RGB would clip them at 255. The host divides by 255 as well.
-        image = Image.fromarray((np.asarray(image).astype(np.int64) // 255).clip(0, 255).astype(np.uint8))
-    has_alpha = "A" in image.getbands() or "transparency" in image.info
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).float().div_(255)[None]
-    if not has_alpha:
-        return pixels, torch.zeros(1, *EMPTY_MASK)
+    """(1, H, W, 3) in [0, 1] and (1, H, W), 1 where the image is transparent; as on the host, what lies under its
+    transparency is kept."""
+    if not image.has_transparency_data:
+        return frames_to_tensor([image]), torch.zeros(1, *EMPTY_MASK)
     alpha = torch.from_numpy(np.array(image.convert("RGBA").getchannel("A"))).float().div_(255)
-    return pixels, 1 - alpha[None]
+    return frames_to_tensor([image.convert("RGBA").convert("RGB")]), 1 - alpha[None]
 
 
 class LoadVideo(_Core):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..wan_core.checkpoints.download import models_folder
+from ..wan_core.folders import files_below
 from ..wan_core.memory.residency import Residency
 from ..wan_core.models.preview_decoder import PreviewDecoder
 from ..wan_core.runtime import Pace, Runtime, default_device, free_bytes, log
@@ -338,7 +339,7 @@ def list_files(folder: str) -> list[str]:
             return list(folder_paths.get_filename_list(folder))
         return []
     root = models_dir() / folder
-    files = (f for f in root.rglob("*") if f.suffix.lower() in MODEL_SUFFIXES) if root.is_dir() else ()
+    files = (f for f in files_below(root) if f.suffix.lower() in MODEL_SUFFIXES) if root.is_dir() else ()
     return sorted(f.relative_to(root).as_posix() for f in files)
 
 

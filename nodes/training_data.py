@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..trainer.inputs import INPUTS
+from ..wan_core.media import load_video
 from ..wan_core.runtime import log
 from . import host, places, sockets
 from .launcher import ChildError, Launch, attend, pack_command
@@ -124,7 +123,7 @@ class TrainingDataNode:
                 told = folder / "report.txt"
                 raise ValueError(told.read_text(encoding="utf-8") if told.exists() else error.said) from error
             report = (folder / "report.txt").read_text(encoding="utf-8")
-            sheet = image([Image.open(folder / "contact_sheet.png")])
+            sheet = image(load_video(folder / "contact_sheet.png"))
         log.info("%s", report.strip())
         return {"ui": {"text": [report]}, "result": (TrainingData(settings, mark), report, sheet)}
 

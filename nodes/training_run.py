@@ -16,6 +16,7 @@ from PIL import Image
 from ..trainer.chart import draw_chart
 from ..trainer.config import TrainConfig
 from ..trainer.events import latest_steps, read_events
+from ..wan_core.folders import files_below
 from ..wan_core.media import load_video
 from ..wan_core.runtime import log
 from . import host
@@ -110,7 +111,7 @@ def samples(folder: Path) -> list[Image.Image]:
     first = sorted(places[1].iterdir()) if places[1].is_dir() else []
     for file in (*drawn[:1], *first):
         with contextlib.suppress(ValueError, OSError, ImportError):
-            return [Image.open(file).convert("RGB")] if file.suffix == ".png" else load_video(file)
+            return load_video(file)
     return [Image.new("RGB", (64, 64))]
 
 
@@ -191,7 +192,7 @@ def step_line(event: Event, held_out: Mapping[int, float]) -> str:
 
 def files_mark(places: Sequence[Path]) -> str:
     """Changes when a file, or one below a folder, gets another name, size or time."""
-    files = (f for place in places for f in ([place] if place.is_file() else sorted(place.rglob("*"))) if f.is_file())
+    files = (f for place in places for f in ([place] if place.is_file() else files_below(place)) if f.is_file())
     marks = [[str(f), (stat := f.stat()).st_size, stat.st_mtime_ns] for f in files]
     return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
 

@@ -1,12 +1,9 @@
-"""Sizes, conditioning, tiles and media."""
+"""Sizes, conditioning and tiles."""
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from wancore.wan_core import media
 from wancore.wan_core.conditioning.text import clean_prompt
 from wancore.wan_core.tiling import TiledSum, TileSettings, blend_weights, plan_spans
 from wancore.wan_core.types import Conditioning, Curve, LatentSize, VaceInput, VideoSize, tensors_in
@@ -142,63 +139,3 @@ def test_tiles_that_leave_gaps_are_refused(size, stride):
 )
 def test_prompts_are_cleaned(prompt, clean):
     assert clean_prompt(prompt) == clean
-
-
-def test_pixels_and_frames_convert_both_ways():
-    frames = torch.rand(5, 4, 6, 3)
-    assert torch.allclose(media.pixels_to_frames(media.frames_to_pixels(frames).split(2, 2), 5), frames, atol=1e-6)
-    images = media.pixels_to_images(media.frames_to_pixels(frames))
-    assert (np.asarray(images[2]) == (frames[2] * 255).to(torch.uint8).numpy()).mean() > 0.99
-    assert torch.allclose(media.frames_to_tensor(images), frames, atol=1 / 254)
-
-
-@pytest.mark.parametrize("kind", ["tensor", "array", "images"])
-def test_a_video_survives_its_file(tmp_path, kind):
-    ramp = torch.linspace(0, 1, 7)[:, None, None, None].expand(7, 32, 48, 3)
-    frames = {
-        "tensor": ramp,
-        "array": (ramp.numpy() * 255).astype(np.uint8),
-        "images": [Image.fromarray((f.numpy() * 255).astype(np.uint8)) for f in ramp],
-    }[kind]
-    path = media.save_video(frames, tmp_path / "deep" / "a.mp4", fps=12, quality=9, metadata={"prompt": '{"a": 1}'})
-    info = media.probe_video(path)
-    assert (info.num_frames, info.fps, info.width, info.height, info.codec) == (7, 12.0, 48, 32, "h264")
-    back = media.frames_to_tensor(media.load_video(path))
-    assert (back - ramp).abs().mean() < 0.02
-    assert [p.name for p in path.parent.iterdir()] == ["a.mp4"]
-
-
-def test_a_video_is_never_overwritten(tmp_path, caplog):
-    frames = torch.rand(1, 16, 16, 3)
-    paths = [media.save_video(frames, tmp_path / "a.mp4") for _ in range(3)]
-    assert [p.name for p in paths] == ["a.mp4", "a_2.mp4", "a_3.mp4"]
-
-
-@pytest.mark.parametrize(
-    ("frames", "options", "words"),
-    [
-        (torch.rand(0, 16, 16, 3), {}, "at least one frame"),
-        ([], {}, "at least one frame"),
-        (torch.rand(2, 15, 16, 3), {}, "even sides"),
-        (torch.rand(2, 16, 16, 3), {"fps": 0}, "fps above 0"),
-        (torch.rand(2, 16, 16, 3), {"quality": 11}, "quality from 0 to 10"),
-        ([Image.new("RGB", (16, 16)), Image.new("RGB", (32, 16))], {}, "one size"),
-        (iter([Image.new("RGB", (16, 16)), Image.new("RGB", (32, 16))]), {}, "one size"),
-        (iter([]), {}, "at least one frame"),
-        ((1 / 0 if i else Image.new("RGB", (16, 16)) for i in range(2)), {}, "division"),
-    ],
-)
-def test_videos_that_cannot_be_written_leave_no_file(tmp_path, frames, options, words):
-    with pytest.raises((ValueError, ZeroDivisionError), match=words):
-        media.save_video(frames, tmp_path / "a.mp4", **options)
-    assert not list(tmp_path.iterdir())
-
-
-def test_files_that_are_no_videos(tmp_path):
-    text = tmp_path / "a.mp4"
-    text.write_text("not a video")
-    for read in (media.load_video, media.probe_video):
-        with pytest.raises(ValueError, match="cannot be read as a video"):
-            read(text)
-        with pytest.raises(ValueError, match="no video file"):
-            read(tmp_path / "b.mp4")

@@ -18,7 +18,7 @@ from wancore.headless.tiny import apply_tiny
 from wancore.headless.validate import validate
 from wancore.headless.workflow import Workflow
 from wancore.nodes import host
-from wancore.wan_core.media import probe_video
+from wancore.wan_core.media import probe
 
 from tests.lora.fixtures import trained_weights
 from workflows import build, thumbnails
@@ -171,7 +171,7 @@ def test_the_command_runs_twice_into_numbered_videos(tmp_path):
 
 
 def check_video(path: Path) -> None:
-    info = probe_video(path)
+    info = probe(path)
     assert (info.codec, info.fps, info.num_frames, info.width, info.height) == ("h264", 16.0, 17, 96, 64)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ..wan_core.drafts import drafted
+from ..wan_core.media import frame_files
 
 log = logging.getLogger("wancore")
 
@@ -47,8 +48,11 @@ class LatentCache:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def file_hash(self, path: str | Path) -> str:
-        """The SHA-256 of a file's content; remembered by path, size and time of the last change."""
+        """The SHA-256 of a file's content, or of the frames in a folder; remembered by path, size and time."""
         path = Path(path).resolve()
+        if path.is_dir():
+            named = [[file.name, self.file_hash(file)] for file in frame_files(path)]
+            return hashlib.sha256(json.dumps(named).encode()).hexdigest()
         stat = path.stat()
         identity = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
         if identity not in self._hashes:

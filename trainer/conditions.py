@@ -25,7 +25,7 @@ from .video import at_rate
 
 log = logging.getLogger("wancore")
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raise it when the same files and options are encoded to other tensors than before."""
 
 ENCODED = ("input_image", "end_image", "inpaint_video", "control_video", "reference_image", "vace")

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..wan_core.folders import files_below
+from ..wan_core.media import CLIP_SUFFIXES, PICTURE_SUFFIXES, MediaError, frame_files, probe
 from .config import TrainConfig
 from .flags import ConfigError
 from .inputs import INPUTS
-from .video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 CAPTION = "prompt"
 TARGETS = ("video", "image")
@@ -22,6 +23,9 @@ TARGETS = ("video", "image")
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
 EXTRA_CELLS = "\0cells beyond the header"
 BROKEN = "\0broken"
+
+MOST_NAMED = 10
+"""Files that are left out, in one message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +59,13 @@ class Dataset:
         samples: in the order of the metadata.
         source: the metadata file, or the folder.
         problems: what is wrong with the data set as a whole.
+        left_out: the files of a folder that are no samples, each with the reason.
     """
 
     samples: tuple[Sample, ...]
     source: Path
     problems: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -81,12 +87,14 @@ def load(config: TrainConfig) -> Dataset:
     if not base.is_dir():
         raise ConfigError(f"--dataset_base_path {str(base)!r} is not a folder.")
     source = _metadata_file(config, base)
-    rows = list(_folder_rows(base) if source == base else _metadata_rows(source))
+    left_out: list[str] = []
+    rows = list(_folder_rows(base, left_out) if source == base else _metadata_rows(source))
     if not rows:
-        raise ConfigError(f"{source} holds no samples.")
+        reasons = f" Left out: {'; '.join(left_out[:MOST_NAMED])}." if left_out else ""
+        raise ConfigError(f"{source} holds no samples.{reasons}")
     columns = {name for row in rows for name in row} - {EXTRA_CELLS, BROKEN}
     samples = [_sample(row, index, base, config) for index, row in enumerate(rows)]
-    return Dataset(tuple(samples), source, tuple(_column_problems(config, columns)))
+    return Dataset(tuple(samples), source, tuple(_column_problems(config, columns)), tuple(left_out))
 
 
 def _metadata_file(config: TrainConfig, base: Path) -> Path:
@@ -137,19 +145,35 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row if isinstance(row, dict) else {BROKEN: f"the line is no object: {row!r:.80}"}
 
 
-def _folder_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """One row per media file, with the text file of the same name as its caption."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES) and not path.name.startswith("."):
-            beside = path.with_suffix(".txt")
-            row = {TARGETS[0]: str(path.relative_to(folder))}
+def _folder_rows(folder: Path, left_out: list[str]) -> Iterator[dict[str, Any]]:
+    """One row per picture, clip or folder of frames, with the text file of the same name as its caption; what else
+    lies in the folder is named in `left_out`.
+    """
+    found = files_below(folder, lambda place: place.with_name(f"{place.name}.txt").is_file())
+    shown = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    # Names in capitals are the same to some file systems and to most people.
+    texts = {str(path).lower(): path for path in shown if path.suffix.lower() == ".txt"}
+    for path in shown:
+        if path.suffix.lower() == ".txt":
+            continue
+        name = path.relative_to(folder)
+        if path.suffix.lower() not in PICTURE_SUFFIXES + CLIP_SUFFIXES:
             try:
-                row[CAPTION] = beside.read_text(encoding="utf-8-sig").strip()
-            except FileNotFoundError:
-                row[BROKEN] = f"there is no caption file {beside.name} beside it"
-            except (OSError, UnicodeDecodeError) as error:
-                row[BROKEN] = f"the caption file {beside.name} is not UTF-8 text: {error}"
-            yield row
+                probe(path)
+            except MediaError as error:
+                left_out.append(f"{name} ({str(error).removeprefix(str(path)).lstrip(': ')})")
+                continue
+        wanted = path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
+        row = {TARGETS[0]: str(name)}
+        try:
+            beside = texts.pop(str(wanted).lower(), wanted)
+            row[CAPTION] = beside.read_text(encoding="utf-8-sig").strip()
+        except FileNotFoundError:
+            row[BROKEN] = f"there is no caption file {wanted.name} beside it"
+        except (OSError, UnicodeDecodeError) as error:
+            row[BROKEN] = f"the caption file {wanted.name} is not UTF-8 text: {error}"
+        yield row
+    left_out += [f"{path.relative_to(folder)} (no picture or clip has that name)" for path in texts.values()]
 
 
 def _sample(row: Mapping[str, Any], index: int, base: Path, config: TrainConfig) -> Sample:
@@ -245,4 +269,6 @@ def _is_inside(path: Path, base: Path) -> bool:
 def _file_mark(path: Path | None) -> Sequence[Any]:
     if path is None:
         return ()
+    if path.is_dir():
+        return (path.name, *(_file_mark(file) for file in frame_files(path)))
     return (path.name, path.stat().st_size if path.is_file() else -1)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..wan_core.conditioning.camera_path import CameraPath
-from ..wan_core.media import FPS
+from ..wan_core.media import FPS, check_frame
 from ..wan_core.types import VideoSize
 from .config import TrainConfig
-from .dataset import Dataset, Sample
+from .dataset import MOST_NAMED, Dataset, Sample
 from .inputs import ALIGNED_KINDS, INPUTS, ExtraInput
-from .video import Clip, MediaError, at_rate, check_decodes, own_size, picked, probe, usable_frames
+from .video import Clip, MediaError, at_rate, own_size, picked, probe, usable_frames
 
 ASPECT_TOLERANCE = 0.02
 """How far the shape of a control clip may be from that of the clip that it belongs to."""
@@ -112,7 +112,7 @@ def check(dataset: Dataset, config: TrainConfig, on_progress: Callable[[int, int
             (rows if isinstance(result, Row) else bad).append(result)
             if on_progress is not None:
                 on_progress(done, len(dataset.samples))
-    return Report(dataset.source, tuple(rows), tuple(bad), dataset.problems, tuple(_notices(rows, config)))
+    return Report(dataset.source, tuple(rows), tuple(bad), dataset.problems, tuple(_notices(rows, dataset, config)))
 
 
 def _checked(sample: Sample, config: TrainConfig) -> Row | BadRow:
@@ -124,7 +124,7 @@ def _checked(sample: Sample, config: TrainConfig) -> Row | BadRow:
             target = probe(sample.target)
             count = len(at_rate(target, config.fps))
             size = _size(target, count, config)
-            check_decodes(target, _last_frame(target, count, size, config))
+            check_frame(target, _last_frame(target, count, size, config))
         except MediaError as error:
             reasons.append(str(error))
             target = None
@@ -192,7 +192,7 @@ def _check_aligned(row: ExtraInput, clip: Clip, target: Clip, count: int, size: 
         have = len(at_rate(clip, config.fps))
         if have < needed:
             raise ValueError(f"{row.name} ({clip.path.name}) has {have} frames; the clip needs {needed}")
-        check_decodes(clip, at_rate(clip, config.fps)[needed - 1])
+        check_frame(clip, at_rate(clip, config.fps)[needed - 1])
     shapes = clip.width / clip.height, target.width / target.height
     if abs(shapes[0] / shapes[1] - 1) > ASPECT_TOLERANCE:
         raise ValueError(
@@ -219,7 +219,10 @@ def _check_value(row: ExtraInput, text: str | None) -> None:
         raise ValueError(f"{row.name} is {text}; it must be from {row.low:g} to {row.high:g}")
 
 
-def _notices(rows: Sequence[Row], config: TrainConfig) -> Iterator[str]:
+def _notices(rows: Sequence[Row], dataset: Dataset, config: TrainConfig) -> Iterator[str]:
+    if dataset.left_out:
+        named, more = dataset.left_out[:MOST_NAMED], len(dataset.left_out) - MOST_NAMED
+        yield f"left out: {'; '.join(named)}" + (f"; and {more} more" if more > 0 else "")
     for name in config.data_file_keys:
         if name in INPUTS and name not in config.extra_inputs:
             yield f"the column {name} is not used; add --extra_inputs {name} to train with it"

@@ -1,77 +1,16 @@
-"""Clips and pictures of a data set: how many frames they hold and when, and chosen frames at a chosen size."""
+"""Which frames of a clip are trained, and those frames at a chosen size."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..wan_core.fitting import resized
-from ..wan_core.media import FPS
+from ..wan_core.media import Clip, MediaError, frames, probe, to_unit
 from ..wan_core.types import SIZE_MULTIPLE, VAE_STRIDE
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".wmv", ".mkv", ".flv", ".webm", ".gif")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-
-class MediaError(ValueError):
-    """A media file that is missing or cannot be decoded."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """What a media file holds, found without decoding it. A picture is a clip of one frame.
-
-    Attributes:
-        path: the file.
-        times: when each frame is shown, in seconds after the first.
-        fps: the file's frame rate; None for a picture.
-        width, height: in pixels, as it is to be shown.
-    """
-
-    path: Path
-    times: tuple[float, ...]
-    fps: float | None
-    width: int
-    height: int
-
-    @property
-    def num_frames(self) -> int:
-        return len(self.times)
-
-
-def probe(path: Path) -> Clip:
-    """What the file at `path` holds; its first frame is decoded.
-
-    Raises:
-        MediaError: it is missing, of an unknown kind, or cannot be decoded; the message says why.
-    """
-    suffix = path.suffix.lower()
-    if suffix not in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
-        known = " ".join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)
-        raise MediaError(f"{path.name}: files of the kind {suffix or 'without extension'} are not read ({known} are)")
-    if suffix in IMAGE_SUFFIXES:
-        height, width, _ = _picture(path).shape
-        return Clip(path, (0.0,), None, width, height)
-    with _opened(path) as (container, stream):
-        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        rate = stream.average_rate or stream.guessed_rate or Fraction(FPS)
-        stamps = [packet.pts for packet in packets]
-    if not packets:
-        raise MediaError(f"{path.name} holds no video frames")
-    first = next(_decoded(path))
-    if None in stamps or len(set(stamps)) < len(stamps):
-        times = [index / float(rate) for index in range(len(packets))]
-    else:
-        ordered = sorted(stamps)
-        times = [float((stamp - ordered[0]) * packets[0].time_base) for stamp in ordered]
-    return Clip(path, tuple(times), float(rate), first.shape[1], first.shape[0])
+__all__ = ["Clip", "MediaError", "at_rate", "own_size", "picked", "probe", "read", "usable_frames"]
 
 
 def at_rate(clip: Clip, fps: float | None) -> list[int]:
@@ -121,75 +60,13 @@ def read(clip: Clip, indices: Sequence[int], width: int | None = None, height: i
         MediaError: a frame cannot be decoded; the message names file and frame.
     """
     size = (width or clip.width, height or clip.height)
-    frames = torch.empty(len(indices), size[1], size[0], 3)
+    found = torch.empty(len(indices), size[1], size[0], 3)
     places: dict[int, list[int]] = {}
     for place, index in enumerate(indices):
         places.setdefault(index, []).append(place)
-    arrays = iter([_picture(clip.path)]) if clip.fps is None else _decoded(clip.path)
-    for index, array in enumerate(arrays):
+    for index, levels in enumerate(frames(clip.path)):
         if index in places:
-            frame = torch.from_numpy(array).float().div_(255)[None]
-            frames[places.pop(index)] = resized(frame, *size, "crop")
+            found[places.pop(index)] = resized(to_unit(levels)[None], *size, "crop")
         if not places:
-            return frames
-    raise MediaError(f"{clip.path.name}: frame {min(places)} cannot be decoded")
-
-
-def check_decodes(clip: Clip, index: int) -> None:
-    """Decode something at frame `index`, from the nearest key frame on.
-
-    Raises:
-        MediaError: nothing can be decoded there.
-    """
-    if clip.fps is None or index == 0:
-        return
-    with _opened(clip.path) as (container, stream):
-        start = stream.start_time or 0
-        container.seek(start + int(clip.times[index] / stream.time_base), stream=stream)
-        if next(container.decode(stream), None) is None:
-            raise MediaError(f"{clip.path.name}: frame {index} cannot be decoded")
-
-
-def _picture(path: Path) -> np.ndarray:
-    """An image file upright as (H, W, 3) uint8; what is transparent is white."""
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if "A" in image.getbands() or "transparency" in image.info:
-                layer = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-            return np.array(image.convert("RGB"))
-    except FileNotFoundError as error:
-        raise MediaError(f"there is no file {path}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path.name} cannot be read as a picture: {error}") from error
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """An open container and its video stream; every failure inside is a MediaError."""
-    import av
-
-    if not path.is_file():
-        raise MediaError(f"there is no file {path}")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise MediaError(f"{path.name} holds no video")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            yield container, stream
-    except (av.FFmpegError, OSError) as error:
-        raise MediaError(f"{path.name} cannot be read as a video: {error}") from error
-
-
-def _decoded(path: Path) -> Iterator[np.ndarray]:
-    """Every frame in the order it is shown, upright, as (H, W, 3) uint8."""
-    with _opened(path) as (container, stream):
-        empty = True
-        for frame in container.decode(stream):
-            empty = False
-            # A phone's clip says how it is to be turned, in degrees against the clock.
-            yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
-        if empty:
-            raise MediaError(f"{path.name} holds no frame that can be decoded")
+            return found
+    raise MediaError(f"{clip.path}: frame {min(places)} cannot be decoded")

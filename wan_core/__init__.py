@@ -1,7 +1,7 @@
 """Wan 2.1 video models, their sampling and their memory, without ComfyUI."""
 
-from .media import load_video, save_video
+from .media import VideoData, load_video, save_frames, save_video
 from .model_config import ModelConfig
 from .pipeline import WanVideoPipeline
 
-__all__ = ["ModelConfig", "WanVideoPipeline", "load_video", "save_video"]
+__all__ = ["ModelConfig", "VideoData", "WanVideoPipeline", "load_video", "save_frames", "save_video"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from .budget.vae import What, choose_tiles, peak_bytes, smallest_tiles
 from .models.vae import WanVAE, fill
 from .runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
-from .sampling.finite import check_latents
+from .sampling.finite import check_latents, check_pixels
 from .tiling import TileSettings
 from .types import VAE_STRIDE, LatentSize, VideoSize
 
@@ -49,7 +49,8 @@ def decode_pieces(
     over the whole time and give one piece.
 
     Raises:
-        NonFiniteError: the latents hold NaN or infinity; this is found before the first piece is asked for.
+        NonFiniteError: the latents hold NaN or infinity, which is found before the first piece is asked for, or a
+            piece does.
         OutOfMemoryError: the smallest tiles do not fit either.
     """
     check_latents(latents, "before decoding")
@@ -71,7 +72,9 @@ def _decoded(
         return vae.decode_pieces(latents, tiles, runtime.chunks("Decoding"))
 
     try:
-        yield from _in_tiles(work, tiles, size, "decode")
+        for piece in _in_tiles(work, tiles, size, "decode"):
+            check_pixels(piece)
+            yield piece
     except OutOfMemoryError as error:
         raise OutOfMemoryError(str(error), latents) from error
 

@@ -1,8 +1,8 @@
 """Pictures and clips of any size and length, brought to the size and length of a video by one stated rule."""
 
 import logging
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .media import frames_to_tensor
+from .media import PictureSequence, as_tensor, frames_to_tensor, to_colour, to_unit
 
 log = logging.getLogger("wancore")
 
@@ -24,30 +24,70 @@ LengthPolicy = Literal["repeat last", "loop", "error"]
 LENGTH_POLICIES: tuple[str, ...] = ("repeat last", "loop", "error")
 """What is done when a clip is too short."""
 
-Pictures = Image.Image | Sequence[Image.Image] | Tensor | np.ndarray
-"""One picture or a clip: PIL images, or an array (T, H, W, C) or (H, W, C), float in [0, 1] or uint8."""
+Pictures = Image.Image | PictureSequence | Tensor | np.ndarray
+"""One picture, or a clip: PIL images of any mode, whatever gives pictures by number, or an array (T, H, W, C), (H, W,
+C) or (H, W) of any number type; see `media.to_unit`.
+"""
 
 
 def as_frames(value: Pictures, name: str) -> Tensor:
-    """`value` as frames (T, H, W, 3) in [0, 1], float32 on the CPU.
+    """`value` as frames (T, H, W, 3) in [0, 1], float32 on the CPU. What is transparent is white.
 
     Raises:
-        ValueError: there is no frame, or it is neither pictures nor an array of that shape.
+        ValueError: there is no frame, frames differ in size, it is neither pictures nor an array of that shape, or its
+            numbers are no pixels.
     """
+    try:
+        frames = _frames(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}.") from error
+    if frames is None or not frames.numel():
+        shape = tuple(value.shape) if hasattr(value, "shape") else type(value).__name__
+        raise ValueError(f"{name} must be a picture, a list of pictures, or an array (T, H, W, 3); got {shape}.")
+    return frames
+
+
+def _frames(value: Any) -> Tensor | None:
+    """None of what is no picture and no clip."""
     if isinstance(value, Image.Image):
-        value = [value]
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, Image.Image) for v in value):
-        if len({v.size for v in value}) > 1:
-            raise ValueError(f"{name}: all frames of a clip need one size; got {sorted({v.size for v in value})}.")
-        return frames_to_tensor(value)
+        return frames_to_tensor([value])
     if isinstance(value, (Tensor, np.ndarray)):
-        frames = torch.as_tensor(value)
-        frames = frames.float() / 255 if frames.dtype == torch.uint8 else frames.float()
-        frames = frames[None] if frames.ndim == 3 else frames
-        if frames.ndim == 4 and len(frames) and frames.shape[-1] in (1, 3, 4):
-            return frames[..., :3].expand(*frames.shape[:3], 3).cpu()
-    shape = tuple(value.shape) if hasattr(value, "shape") else type(value).__name__
-    raise ValueError(f"{name} must be a picture, a list of pictures, or an array (T, H, W, 3); got {shape}.")
+        value = value[..., None] if value.ndim == 2 else value
+        value = value[None] if value.ndim == 3 else value
+        if value.ndim != 4 or value.shape[-1] not in (1, 3, 4):
+            return None
+        return to_colour(to_unit(value)).contiguous()
+    if not is_clip(value) or not len(value):
+        return None
+    pictures = [value[index] for index in range(len(value))]
+    if all(isinstance(picture, Image.Image) for picture in pictures):
+        sizes = {picture.size for picture in pictures}
+        if len(sizes) > 1:
+            raise ValueError(f"all frames of a clip need one size; got {sorted(sizes)}")
+        return frames_to_tensor(pictures)
+    stacked = _stacked(pictures)
+    return None if stacked is None or stacked.ndim not in (3, 4) else _frames(stacked)
+
+
+def _stacked(arrays: Sequence[Any]) -> Tensor | None:
+    """Arrays of one shape as one, so that white is found over all of them; None of anything else.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    if not all(isinstance(array, (Tensor, np.ndarray)) for array in arrays):
+        return None
+    shapes = {tuple(array.shape) for array in arrays}
+    if len(shapes) > 1:
+        raise ValueError(f"all frames of a clip need one size; got {sorted(shapes)}")
+    return torch.stack([as_tensor(array) for array in arrays])
+
+
+def is_clip(value: Any) -> bool:
+    """Whether `value` gives pictures by number: a list, a tuple, or an object with a length and items."""
+    if isinstance(value, (str, bytes, Mapping, Image.Image, Tensor, np.ndarray)):
+        return False
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__")
 
 
 def as_references(value: Pictures | None, name: str) -> tuple[Tensor, ...] | None:
@@ -58,20 +98,27 @@ def as_references(value: Pictures | None, name: str) -> tuple[Tensor, ...] | Non
     """
     if value is None:
         return None
-    several = isinstance(value, (list, tuple)) and len(value)
-    return tuple(as_frames(picture, name) for picture in (value if several else [value]))
+    pictures = [value[index] for index in range(len(value))] if is_clip(value) and len(value) else [value]
+    return tuple(as_frames(picture, name) for picture in pictures)
 
 
 def as_masks(value: Pictures, name: str) -> Tensor:
     """`value` as masks (T, H, W) in [0, 1], float32 on the CPU: the first channel of pictures, or ComfyUI's MASK.
 
-    An array of two or three axes is (H, W) or (T, H, W); one of four has channels.
+    An array of two or three axes is (H, W) or (T, H, W); one of four has channels. Integers that are all 0 or 1 mean
+    0 and 1.
 
     Raises:
         ValueError: as `as_frames`.
     """
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim in (2, 3):
-        value = torch.as_tensor(value).reshape(-1, *value.shape[-2:], 1)
+    if is_clip(value) and len(value) and (stacked := _stacked([value[i] for i in range(len(value))])) is not None:
+        value = stacked
+    if isinstance(value, (Tensor, np.ndarray)):
+        value = value.reshape(-1, *value.shape[-2:], 1) if value.ndim in (2, 3) else value
+        # A comparison gives such masks; as levels of 255 they would be black.
+        value = as_tensor(value)
+        if not value.is_floating_point() and value.numel() and value.float().max() <= 1:
+            value = value.float()
     return as_frames(value, name)[..., 0]
 
 

@@ -14,7 +14,7 @@ from wancore.headless.server import Server
 from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS
-from wancore.wan_core.media import probe_video
+from wancore.wan_core.media import probe
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.comfyui
@@ -70,7 +70,7 @@ def test_a_training_is_interrupted_continued_and_shown(comfy_server, folders):
         if file.suffix == ".mp4"
     ]
     assert steps(run) == list(range(1, done + 3))
-    assert probe_video(video).num_frames == 17
+    assert probe(video).num_frames == 17
 
 
 def test_a_training_outlives_its_comfyui(serve, folders, tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from wancore.nodes import host
 from wancore.nodes.sampler import STATE
 from wancore.wan_core import catalog, tiny
-from wancore.wan_core.media import probe_video
+from wancore.wan_core.media import probe
 from wancore.wan_core.models.config import PreviewDecoderConfig
 from wancore.wan_core.models.preview_decoder import PreviewDecoder
 from wancore.wan_core.sampling.checkpoint import load_latents
@@ -281,7 +281,7 @@ def test_the_command_decodes_kept_latents(loaded, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip())
-    info = probe_video(path)
+    info = probe(path)
     assert (info.num_frames, info.width, info.height, info.fps) == (9, 32, 32, 16.0)
     import av
 

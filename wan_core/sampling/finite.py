@@ -28,6 +28,16 @@ def check_latents(latents: Tensor, when: str) -> None:
         )
 
 
+def check_pixels(pixels: Tensor) -> None:
+    """Raise NonFiniteError when decoded pixels (B, 3, T, H, W) hold anything but numbers."""
+    if not is_finite(pixels):
+        bad = 100 * (~torch.isfinite(pixels)).double().mean().item()
+        raise NonFiniteError(
+            f"{bad:.3g}% of the decoded pixels are NaN or infinite, though the latents are not: the VAE's weights are "
+            "broken, or a value is beyond 65504 in fp16. Check its file, or load the VAE in bf16 or fp32."
+        )
+
+
 def locate(dit: WanDiT, x: Tensor, cond: Conditioning, states: Sequence[TokenState], info: StepInfo) -> NonFiniteError:
     """What to raise for a step whose velocity is not finite: `states` are its tokens, embedded anew.
 
