@@ -5,8 +5,11 @@ import pickle
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from wancore.wan_core.checkpoints.header import CheckpointError, is_safetensors, read_header
+
+from ..attack.mutations import safetensors_mutations
 
 TENSORS = {
     "a.weight": torch.randn(3, 4),
@@ -119,12 +122,12 @@ def test_bad_pickles(tmp_path, capsys):
     whole = pth_bytes(TENSORS, tmp_path)
     cases = {
         "truncated": whole[: len(whole) // 2],
-        "refused: .* would run print": pickle.dumps({"a": Runs()}, 2),
+        "refused: .* would run __builtin__.print": pickle.dumps({"a": Runs()}, 2),
         "is refused: it holds more": pth_bytes({"a": torch.ones(1), "b": Runs()}, tmp_path),
         "holds no named tensors": pth_bytes([torch.ones(1)], tmp_path),
         "holds no named tensors .its top level is a dict": pth_bytes({"epoch": 3}, tmp_path),
         "is a damaged PyTorch": b"\x80\x02garbage",
-        "cannot be read": b"\x80\x02",
+        "is a damaged PyTorch checkpoint: pickle exhausted": b"\x80\x02",
     }
     for message, content in cases.items():
         (tmp_path / "bad.pth").write_bytes(content)
@@ -149,3 +152,32 @@ def test_kind_of_file(tmp_path):
     torch.save(TENSORS, tmp_path / "a")
     save_file(TENSORS, tmp_path / "b")
     assert not is_safetensors(tmp_path / "a") and is_safetensors(tmp_path / "b")
+
+
+STRICTER = (
+    "occurs twice", "is the most", "are the most", "no file can hold", "does not know", "starts with", "indices must",
+)  # fmt: skip
+"""Why files are refused that the library takes."""
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_safetensors_are_refused_where_the_library_refuses_them(tmp_path, seed):
+    """And nowhere else, but for the bounds of a header, names that occur twice, and entries that are no objects."""
+    file, loose, sound, refused = tmp_path / "m.safetensors", 0, 0, 0
+    for name, content in safetensors_mutations(WHOLE, 250, seed):
+        file.write_bytes(content)
+        try:
+            with safe_open(file, "pt") as stream:
+                expected = {key: stream.get_slice(key).get_shape() for key in stream.keys()}  # noqa: SIM118
+        except SafetensorError:
+            expected = None
+        try:
+            found = {key: list(info.shape) for key, info in read_header([file]).items()}
+        except CheckpointError as error:
+            refused += expected is None
+            assert expected is None or any(map(str(error).__contains__, STRICTER)), (name, error)
+            loose += expected is not None
+        else:
+            assert found == expected, name
+            sound += 1
+    assert refused > 100 and sound > 10 and loose < 50

@@ -1,13 +1,13 @@
 """Files that change a model, read for what they are: a LoRA of any dialect, or trained weights of the whole model."""
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 
 from ..checkpoints.detect import Component, detect
 from ..checkpoints.files import describe_files, resolve_model
-from ..checkpoints.header import CheckpointError, Header, open_tensors, read_header
+from ..checkpoints.header import CheckpointError, Header, read_header
 from ..checkpoints.load import open_component
+from ..checkpoints.read import TensorFiles
 from ..lora.naming import take_apart
 from ..lora.patches import Replacement
 from ..lora.read import AdapterConfig, Layer, Lora, read_lora
@@ -35,10 +35,8 @@ def open_lora(path: PathLike) -> Lora:
     name = describe_files(files)
     if not is_lora(header):
         return replacing(detect(header))
-    with ExitStack() as stack:
-        readers = {file: stack.enter_context(open_tensors(file)) for file in files}
-        config = peft_config(files[0])
-        return read_lora(name, header, lambda key: readers[header[key].file](key).clone(), header.metadata, config)
+    with TensorFiles(header) as tensors:
+        return read_lora(name, header, tensors.read, header.metadata, peft_config(files[0]))
 
 
 def is_lora(header: Header) -> bool:

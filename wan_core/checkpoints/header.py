@@ -1,41 +1,25 @@
 """Names, shapes and dtypes of the tensors in model files, read without reading the weights."""
 
 import json
-import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-} | {
-    code: getattr(torch, name)
-    for code, name in (("F8_E8M0", "float8_e8m0fnu"), ("U16", "uint16"), ("U32", "uint32"), ("U64", "uint64"))
-    if hasattr(torch, name)
-}
-WRAPPER_KEYS = ("state_dict", "module", "model_state", "model")
-"""Top-level keys under which training frameworks store a state dict."""
+from ..reading import blamed_on
+from .pickles import read_tensors
+from .stored import SAFETENSORS_DTYPES, CheckpointError, TensorInfo, check_bounds
+
+HEADER_BYTES = 16 * 2**20
+"""The longest header that is read. Those of published models have less than 0.5 MB, most of a LoRA's is metadata."""
+
+HEADER_TEXTS = 2**18
+"""The most texts in a header, five per tensor. Parsed, a text takes up to fifty times its length."""
 
 FOREIGN_STARTS = {
     b"version https://git-lfs": "is a git-LFS pointer, not the weights; run `git lfs pull` or download the file",
@@ -44,23 +28,6 @@ FOREIGN_STARTS = {
     b"{": "is a JSON file, not weights",
 }
 """How files that are not weights begin, and what to tell their owner."""
-
-
-class CheckpointError(ValueError):
-    """A model file that cannot be used as asked; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file's header tells about one tensor.
-
-    `offset` is where its bytes begin in a safetensors file; None in a PyTorch checkpoint, which must be unpickled.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    file: Path
-    offset: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +60,7 @@ def read_header(files: Sequence[Path]) -> Header:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for file in map(Path, files):
-        reader = _safetensors_header if is_safetensors(file) else _pickle_header
-        found, extra = reader(file)
+        found, extra = _read(file)
         double = sorted(found.keys() & tensors.keys())
         if double:
             raise CheckpointError(
@@ -112,8 +78,11 @@ def is_safetensors(file: Path) -> bool:
     Raises:
         CheckpointError: it is neither.
     """
-    with file.open("rb") as stream:
-        start = stream.read(64)
+    with blamed_on(file, "cannot be read", error=CheckpointError):
+        if not file.is_file():
+            raise ValueError("there is no such file")
+        with file.open("rb") as stream:
+            start = stream.read(64)
     size = file.stat().st_size
     if not start:
         raise CheckpointError(f"{file} is empty; download it again.")
@@ -143,58 +112,20 @@ def verify_file(file: Path) -> None:
     Raises:
         CheckpointError: it is empty, truncated, or not a weights file.
     """
-    if is_safetensors(file):
-        _safetensors_header(file)
+    _read(file)
 
 
-@contextmanager
-def open_tensors(file: Path) -> Iterator[Callable[[str], Tensor]]:
-    """A function from a tensor's name to the tensor on the CPU, which may be a view of the file while that is open."""
-    if is_safetensors(file):
-        with safe_open(file, "pt") as stream:
-            yield stream.get_tensor
-    else:
-        yield open_pickle(file, "cpu").__getitem__
-
-
-def open_pickle(file: Path, device: str) -> dict[str, Tensor]:
-    """The tensors of a PyTorch checkpoint, mapped from the file where its format allows, wrapper keys removed.
-
-    `device` "meta" gives shapes without data. Only plain tensors and containers are unpickled.
-
-    Raises:
-        CheckpointError: the file needs code to be run, is damaged, or holds no tensors by name.
-    """
-    try:
-        content = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if not refused:
-            raise CheckpointError(f"{file} is a damaged PyTorch checkpoint; download it again.") from error
-        raise CheckpointError(
-            f"{file} is refused: it holds more than plain tensors and would run {refused[1]} when opened. "
-            "Convert it to safetensors where you trust it."
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    named = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not named:
-        raise CheckpointError(f"{file} holds no named tensors (its top level is a {type(content).__name__}).")
-    return named
-
-
-def _pickle_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    tensors = open_pickle(file, "meta")
-    return {str(k): TensorInfo(tuple(t.shape), t.dtype, file) for k, t in tensors.items()}, {}
+def _read(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors and the metadata of one file."""
+    return _safetensors_header(file) if is_safetensors(file) else (read_tensors(file), {})
 
 
 def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Read the JSON that opens the file: 8 bytes of length, then names with dtype, shape and byte range."""
+    """Read the JSON that opens the file: 8 bytes of length, then names with dtype, shape and byte range.
+
+    The safetensors library judges whether the header is sound and the file as long as it says; beyond that, the bounds
+    of `stored` hold here, and a name must not occur twice, of which the library takes the last.
+    """
     actual = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -203,34 +134,52 @@ def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, st
                 f"{file} is truncated or damaged: its header is said to take {length} bytes, the file has "
                 f"{actual}. Download it again."
             )
-        raw = stream.read(length)
-    try:
-        entries: dict[str, Any] = json.loads(raw)
-        metadata = entries.pop("__metadata__", None) or {}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        found = {
-            name: (tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
-            for name, entry in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{file} has a damaged safetensors header ({_first_line(error)}); download it again."
-        ) from error
-    expected = 8 + length + end
-    if actual != expected:
+        raw = stream.read(min(length, HEADER_BYTES + 1))
+    with blamed_on(file, "has a damaged safetensors header", "Download it again.", CheckpointError):
+        texts = (raw.count(b'"') - raw.count(b'\\"')) // 2
+        if length > HEADER_BYTES or texts > HEADER_TEXTS:
+            raise ValueError(f"it has {length} bytes and {texts} texts; {HEADER_BYTES} and {HEADER_TEXTS} are the most")
+        try:
+            # As arrays of numpy, because the library's mapping for PyTorch needs memory of the file's size.
+            with safe_open(file, "numpy") as checked:
+                metadata = dict(checked.metadata() or {})
+        except SafetensorError as error:
+            _explain(file, raw, actual, error)
+            raise
+        entries = json.loads(raw, object_pairs_hook=_without_doubles)
+        entries.pop("__metadata__", None)
+        found = {}
+        _require_known(file, {entry["dtype"] for entry in entries.values()})
+        for name, entry in entries.items():
+            check_bounds(name, entry["shape"])
+            offset = 8 + length + entry["data_offsets"][0]
+            found[name] = TensorInfo(tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]], file, offset)
+    return found, metadata
+
+
+def _explain(file: Path, raw: bytes, actual: int, error: SafetensorError) -> None:
+    """Raise CheckpointError where more can be said of a header that the library refuses than it says itself."""
+    _require_known(file, {code.decode() for code in re.findall(rb'"dtype"\s*:\s*"(\w*)"', raw)})
+    ends = re.findall(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,18})\s*\]', raw)
+    expected = 8 + len(raw) + max(map(int, ends), default=0)
+    if ends and expected != actual:
         state = "truncated" if actual < expected else "damaged"
         raise CheckpointError(
             f"{file} is {state}: it has {actual} bytes, its header says {expected}. Download it again."
-        )
-    unknown = sorted({code for _, code, _ in found.values()} - SAFETENSORS_DTYPES.keys())
+        ) from error
+
+
+def _require_known(file: Path, codes: set[str]) -> None:
+    unknown = sorted(codes - SAFETENSORS_DTYPES.keys())
     if unknown:
         raise CheckpointError(
-            f"{file} stores tensors as {', '.join(unknown)}, which this version of PyTorch does not know."
+            f"{file} stores tensors as {', '.join(unknown[:5])}, which this version of PyTorch does not know."
         )
-    return {
-        name: TensorInfo(shape, SAFETENSORS_DTYPES[code], file, offset) for name, (shape, code, offset) in found.items()
-    }, metadata
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return unique

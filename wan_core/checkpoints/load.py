@@ -1,7 +1,7 @@
 """From a recognised file to a module with weights, at the memory cost of one copy and at most one tensor."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..settings import check_choice
 from .detect import Component, check_against, require_kind
-from .header import Header, open_tensors
+from .header import CheckpointError, Header
 from .keymap import SPIECE_MODEL, Source
 from .read import TensorFiles, TensorShapes
 
@@ -103,26 +103,25 @@ def load_into(
 
 
 def spiece_model(header: Header) -> bytes | None:
-    """The SentencePiece model that a ComfyUI text encoder pack carries; None when there is none."""
+    """The SentencePiece model that a ComfyUI text encoder pack carries; None when there is none.
+
+    Raises:
+        CheckpointError: what has its name is no sequence of bytes.
+    """
     name = next((name for name in header if name.rpartition(".")[2] == SPIECE_MODEL), None)
     if name is None:
         return None
-    with open_tensors(header[name].file) as read:
-        return read(name).numpy().tobytes()
+    if header[name].dtype != torch.uint8:
+        raise CheckpointError(f"{header[name].file} holds a {SPIECE_MODEL} of {header[name].dtype}, not of bytes.")
+    with TensorFiles(header) as files:
+        return files.read(name).numpy().tobytes()
 
 
 @contextmanager
 def open_component(component: Component) -> Iterator[Callable[[str], Tensor]]:
-    """A function from an original name to its tensor on the CPU, which may be a view of the file while that is open."""
-    with ExitStack() as stack:
-        readers = {file: stack.enter_context(open_tensors(file)) for file in component.header.files}
-
-        def read(name: str) -> Tensor:
-            source = component.sources[name]
-            stored = {n: readers[component.header[n].file](n) for n in (*source.names, *source.scales) if n}
-            return _combine(source, stored)
-
-        yield read
+    """A function from an original name to its tensor on the CPU, which is valid until the next one is asked for."""
+    with TensorFiles(component.header) as files:
+        yield lambda name: combine(component.sources[name], files)
 
 
 class _Filling:
@@ -233,11 +232,8 @@ def combine(source: Source, files: TensorFiles) -> Tensor:
 
     Parts with FP8 scales come out in float32.
     """
-    extra = {name: files.read(name) for name in (*source.names[1:], *source.scales) if name}
-    return _combine(source, extra | {source.names[0]: files.borrow(source.names[0])})
-
-
-def _combine(source: Source, tensors: Mapping[str, Tensor]) -> Tensor:
+    tensors = {name: files.read(name) for name in (*source.names[1:], *source.scales) if name}
+    tensors[source.names[0]] = files.borrow(source.names[0])
     scales = source.scales or (None,) * len(source.names)
     parts = [
         _dequantise(tensors[n], tensors[s]) if s else tensors[n] for n, s in zip(source.names, scales, strict=True)

@@ -1,28 +1,26 @@
 """Tensors of model files: read whole into memory of their own, or seen through a mapping of the file."""
 
 import zipfile
-from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from .header import CheckpointError, Header, TensorInfo, is_safetensors, open_pickle
+from .header import CheckpointError, Header, TensorInfo, is_safetensors
 
 
 class TensorFiles:
     """The tensors of a header, by name. Use as a context manager; tensors that are read or mapped stay valid after it.
 
-    Safetensors are read with plain sequential reads straight into their place: memory then holds each number once, and
-    network drives and slow disks are read as fast as they can. One file is open at a time.
+    They are read with plain sequential reads straight into their place: memory then holds each number once, and network
+    drives and slow disks are read as fast as they can. One file is open at a time.
     """
 
     def __init__(self, header: Header) -> None:
         self._header = header
         self._stream: BinaryIO | None = None
         self._file: Path | None = None
-        self._pickled: dict[str, Tensor] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._storages: dict[Path, torch.UntypedStorage] = {}
 
@@ -40,10 +38,11 @@ class TensorFiles:
             CheckpointError: the file has become shorter since its header was read.
         """
         info = self._header[name]
-        self._open(info)
-        if info.offset is None:
-            return self._pickled[name].clone(memory_format=torch.contiguous_format)
-        return self._fill(torch.empty(info.shape, dtype=info.dtype), name)
+        if info.strides is None:
+            return self._fill(torch.empty(info.shape, dtype=info.dtype), name)
+        reach = 1 + sum((n - 1) * stride for n, stride in zip(info.shape, info.strides, strict=True))
+        numbers = self._fill(torch.empty(reach, dtype=info.dtype), name)
+        return numbers.as_strided(info.shape, info.strides).clone(memory_format=torch.contiguous_format)
 
     def borrow(self, name: str) -> Tensor:
         """A tensor on the CPU that is valid until the next call, for whoever converts it at once.
@@ -54,10 +53,9 @@ class TensorFiles:
             CheckpointError: as for `read`.
         """
         info = self._header[name]
-        self._open(info)
-        if info.offset is None:
-            return self._pickled[name]
-        size = prod(info.shape) * info.dtype.itemsize
+        if info.strides is not None:
+            return self.read(name)
+        size = info.nbytes
         if self._scratch.numel() < size:
             self._scratch = torch.empty(0, dtype=torch.uint8)
             self._scratch = torch.empty(size, dtype=torch.uint8)
@@ -70,11 +68,7 @@ class TensorFiles:
         into the view does not reach the file.
         """
         info = self._header[name]
-        if info.offset is None:
-            self._open(info)
-            tensor = self._pickled[name]
-            return tensor if zipfile.is_zipfile(info.file) and tensor.is_contiguous() else None
-        if info.offset % info.dtype.itemsize:
+        if info.offset % info.dtype.itemsize or info.strides is not None:
             return None
         if info.file not in self._storages:
             size = info.file.stat().st_size
@@ -88,6 +82,7 @@ class TensorFiles:
 
     def _fill(self, tensor: Tensor, name: str) -> Tensor:
         info = self._header[name]
+        self._open(info)
         self._stream.seek(info.offset)
         if self._stream.readinto(tensor.reshape(-1).view(torch.uint8).numpy()) != tensor.nbytes:
             raise CheckpointError(f"{info.file} ended within {name!r}; it was changed while it was read. Try again.")
@@ -97,16 +92,12 @@ class TensorFiles:
         if info.file == self._file:
             return
         self._close()
-        self._file = info.file
-        if info.offset is None:
-            self._pickled = open_pickle(info.file, "cpu")
-        else:
-            self._stream = info.file.open("rb")
+        self._file, self._stream = info.file, info.file.open("rb")
 
     def _close(self) -> None:
         if self._stream is not None:
             self._stream.close()
-        self._stream, self._file, self._pickled = None, None, {}
+        self._stream, self._file = None, None
 
 
 class TensorShapes(TensorFiles):

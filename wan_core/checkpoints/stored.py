@@ -1,0 +1,71 @@
+"""What a file says of one tensor, and the bounds that hold for every format."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+MAX_NAME = 512
+"""The longest name of a tensor, in characters; those of published models and LoRAs have less than 150."""
+
+MAX_AXES = 8
+"""The most axes of a tensor; those of convolutions have five."""
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+} | {
+    code: getattr(torch, name)
+    for code, name in (("F8_E8M0", "float8_e8m0fnu"), ("U16", "uint16"), ("U32", "uint32"), ("U64", "uint64"))
+    if hasattr(torch, name)
+}
+"""Dtypes by the codes of safetensors, as far as the running PyTorch has them."""
+
+
+class CheckpointError(ValueError):
+    """A model file that cannot be used as asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file tells about one tensor.
+
+    Attributes:
+        offset: where its bytes begin in `file`; None when there is no file.
+        strides: numbers between neighbours along each axis; None when they lie in the order of reading.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    offset: int | None = None
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in memory."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def check_bounds(name: str, shape: Sequence[int]) -> None:
+    """Raise ValueError unless PyTorch can hold a tensor of this name and shape."""
+    if len(name) > MAX_NAME:
+        raise ValueError(f"the tensor name {name[:40]!r}... has {len(name)} characters; {MAX_NAME} is the most")
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"{name!r} has {len(shape)} axes; {MAX_AXES} is the most")
+    # An empty tensor takes no bytes of the file whatever its other axes say.
+    if prod(max(n, 1) for n in shape) >= 2**48:
+        raise ValueError(f"{name!r} has the shape {list(shape)}, which no file can hold")
