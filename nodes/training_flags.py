@@ -43,11 +43,17 @@ INSTEAD: Mapping[str, str] = {
     "model_id_with_origin_paths": "choose models in the node, with its switch download",
     "model_paths": "choose models in the node",
     "output_path": "the run's name decides it",
+    "preset_lora_model": "`python -m trainer.train` in a shell makes a LoRA part of the model",
+    "preset_lora_path": "`python -m trainer.train` in a shell makes a LoRA part of the model",
+    "reference": "here every setting has one name; see docs/training.md",
     "resume": "in the graph it takes auto or never; `python -m trainer.train` continues from any folder",
+    "resume_from_checkpoint": "choose the trained weights as the model",
     "skip_download": "use the node's switch download",
     "stop_file": "the node has one of its own",
     "switched": "name inputs in extra_inputs of Training Data",
+    "task": "a node encodes and trains",
     "tokenizer_path": "it is found beside the text encoder",
+    "wandb_project": "what sends data to a server is for `python -m trainer.train`",
 }
 
 
@@ -61,7 +67,8 @@ def typed(flags: str) -> dict[str, Any]:
     for name, value in found.items():
         words = value if isinstance(value, tuple) else (value,)
         if name not in ALLOWED or (name in WORDS and not set(words) <= set(WORDS[name])):
-            shown = "input_contains_..." if name == "switched" else name
+            given = value[0][0] if name == "reference" else name
+            shown = "input_contains_..." if name == "switched" else given
             instead = INSTEAD.get(name, "use `python -m trainer.train` in a shell")
             raise ValueError(f"flags: --{shown} is for the command line; {instead}.")
     return found

@@ -39,11 +39,12 @@ LEVELS = {
 # The same for the trainer's files.
 TRAINER_LEVELS = {
     "__init__": 0, "flags": 0, "inputs": 0, "masks": 0, "video": 0, "sampler": 0, "objective": 0, "checkpointing": 0,
-    "chart": 0, "stopping": 0, "recipes": 0, "optimizers": 0,
-    "cache": 1, "config": 1, "events": 1, "state": 1,
-    "dataset": 2, "models": 2, "trainable": 2, "plan": 2, "synthetic": 2, "recipe_command": 2, "tables": 2,
-    "report": 3, "encoders": 3, "export": 3, "placing": 3, "sharding": 3,
-    "draws": 4, "engine": 4, "estimate": 4,
+    "chart": 0, "stopping": 0, "recipes": 0, "optimizers": 0, "reference": 0,
+    "cache": 1, "config": 1, "state": 1,
+    "dataset": 2, "events": 2, "starting": 2, "task": 2, "trainable": 2, "plan": 2, "synthetic": 2,
+    "recipe_command": 2, "tables": 2,
+    "report": 3, "models": 3, "export": 3, "placing": 3, "sharding": 3,
+    "draws": 4, "encoders": 4, "engine": 4, "estimate": 4,
     "conditions": 5, "checking": 5, "saving": 5,
     "validate": 6,
     "watching": 7,

@@ -12,6 +12,7 @@ from . import dataset, report
 from .config import TrainConfig, parse
 from .events import Events
 from .report import Row
+from .task import with_recorded_data
 from .video import Clip, MediaError, at_rate, read
 
 REPORT, CONTACT_SHEET, EVENTS = "report.txt", "contact_sheet.png", "events.jsonl"
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help=f"folder for {REPORT} and {CONTACT_SHEET}")
     given, words = parser.parse_known_args(argv)
     try:
-        config = parse(words)
+        config = with_recorded_data(parse(words))
         found = _checked(config, given.out)
         found.require(config.on_bad_sample)
     except ValueError as error:

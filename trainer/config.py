@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from ..wan_core.types import SIZE_MULTIPLE, VideoSize
 from . import optimizers
 from .flags import ConfigError, build_parser, check_fields, from_json, option, parse_known, read_json, to_json
 from .inputs import INPUTS, SWITCHES
+from .reference import ACCEPTED, ELSEWHERE, meaning
+
+log = logging.getLogger("wancore")
 
 TRAINABLE = ("dit", "vace", "motion_controller", "vae", "text_encoder")
-LORA_BASES = ("dit", "vace", "motion_controller", "text_encoder")
+LORA_BASES = ("dit", "vace")
 FRAME_PICKS = ("head", "middle", "random", "spread")
 
 MAX_SIDE = 16384
@@ -22,26 +26,8 @@ MAX_SIDE = 16384
 MAX_RANK = 5120
 """The width of the largest model: no change of a layer has a higher rank."""
 
-ELSEWHERE = {
-    "task": "encoded data is kept by --cache disk, and models are trained by the one loss of the reference",
-    "resume_from_checkpoint": "--resume continues a whole run, --lora_checkpoint a LoRA; name a trained model in "
-    "--model_paths to start from it",
-    "preset_lora_path": "fuse the LoRA into a checkpoint first, and name that in --model_paths",
-    "preset_lora_model": "fuse the LoRA into a checkpoint first, and name that in --model_paths",
-    "fp8_models": "use --fp8_base",
-    "offload_models": "encoders leave the memory by themselves; use --stream_base for the trained model",
-    "quant_options": "use --fp8_base",
-    "enable_model_cpu_offload": "use --stream_base",
-    "enable_optimizer_cpu_offload": "launch with a DeepSpeed configuration of trainer/accelerate",
-    "cpu_offload_split_threshold": "use --stream_base with --vram_limit",
-    "initialize_model_on_cpu": "leave it out; weights are always read from the file to where they are needed",
-    "dataset_metadata_paths": "use --dataset_metadata_path",
-    "enable_tensorboard_log": "use --log_with tensorboard",
-    "enable_wandb_log": "use --log_with wandb",
-    "enable_swanlab_log": "use --log_with tensorboard or wandb",
-    "enable_csv_log": "leave it out; events.jsonl is always written",
-}
-"""Flags of DiffSynth-Studio's later trainers, and what takes their place."""
+TASKS = ("sft", "sft:data_process", "sft:train")
+"""What `--task` asks for: all of it, its first half (`task.record`), its second half."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +83,11 @@ class TrainConfig:
         "disk", "keep encoded samples on disk, or encode them anew at every step", choices=("disk", "off")
     )
     cache_dir: str | None = option(None, "where encoded samples are kept; none is <output_path>/cache")
+    task: str = option(
+        "sft",
+        "train; or encode the data into output_path and end; or train on what was encoded in dataset_base_path",
+        choices=TASKS,
+    )
 
     model_paths: tuple[tuple[str, ...], ...] = option(
         (), "JSON list of model files; an inner list holds the shards of one model"
@@ -107,6 +98,11 @@ class TrainConfig:
     local_model_path: str | None = option(None, "root of the published models; none is ./models")
     tokenizer_path: str | None = option(None, "folder of the tokenizer, where the text encoder does not bring one")
     skip_download: bool = option(False, "use only files that are here")
+    resume_from_checkpoint: str | None = option(None, "file of trained weights to start from")
+    preset_lora_path: str | None = option(
+        None, "LoRA that is made part of the model before training; what is trained then goes on top of it"
+    )
+    preset_lora_model: str | None = option(None, "model that this LoRA is for; its names tell", choices=LORA_BASES)
 
     trainable_models: tuple[str, ...] = option((), "comma list of models whose weights are trained", choices=TRAINABLE)
     lora_base_model: str | None = option(None, "model that gets a LoRA", choices=LORA_BASES)
@@ -173,6 +169,7 @@ class TrainConfig:
     )
     min_free_gb: float = option(1.0, "GB that stay free on the disk besides what is saved", low=0)
     log_with: tuple[str, ...] = option((), "further logs besides events.jsonl", choices=("tensorboard", "wandb"))
+    wandb_project: str = option("wancore", "project of Weights & Biases")
     validate_steps: int | None = option(None, "measure the loss on held-out clips every so many steps", low=1)
     validation_clips: int = option(0, "how many rows, from the end, are held out for that", low=0)
     sample_steps: int | None = option(None, "generate sample videos every so many steps", low=1)
@@ -193,10 +190,8 @@ class TrainConfig:
             "Give --height and --width together, or neither": (self.height is None) != (self.width is None),
             "--min_timestep_boundary must be below --max_timestep_boundary": self.min_timestep_boundary
             >= self.max_timestep_boundary,
-            "Inputs that change from epoch to epoch (--frame_pick random, --random_mask) cannot be kept on disk; add "
-            "--cache off": self.cache == "disk" and (self.frame_pick == "random" or self.random_mask),
-            "Encoders that are trained cannot be replaced by what they once gave; add --cache off": self.cache == "disk"
-            and bool({"vae", "text_encoder"} & {*self.trainable_models, self.lora_base_model}),
+            "--task sft:data_process keeps what is encoded on disk, but "
+            + (self._why_uncached or "--cache is off"): self.task == "sft:data_process" and not self.caches,
             "--random_mask takes the place of input_image and end_image; remove them from --extra_inputs": (
                 self.random_mask and bool({"input_image", "end_image"} & set(self.extra_inputs))
             ),
@@ -221,6 +216,36 @@ class TrainConfig:
     def clip_frames(self) -> int:
         """`num_frames`, rounded up to 4k + 1."""
         return (self.size or VideoSize.rounded(SIZE_MULTIPLE, SIZE_MULTIPLE, self.num_frames)).num_frames
+
+    @property
+    def _why_uncached(self) -> str | None:
+        """Why what encoders give cannot be kept; None when it can."""
+        if {"vae", "text_encoder"} & set(self.trainable_models):
+            return "encoders that are trained give something else at every step"
+        if self.frame_pick == "random" or self.random_mask:
+            return "inputs change from epoch to epoch (--frame_pick random, --random_mask)"
+        return None
+
+    @property
+    def caches(self) -> bool:
+        """Whether encoded samples are kept on disk."""
+        return self.cache == "disk" and self._why_uncached is None
+
+    @property
+    def _own_prefixes(self) -> set[str]:
+        trained = filter(None, (*self.trainable_models, self.lora_base_model))
+        return {"", *(f"pipe.{name}." for name in trained)}
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Lines on what these settings come to, where that is not what they say."""
+        prefix = self.remove_prefix_in_ckpt
+        told = {
+            f"Encoded samples are not kept on disk: {self._why_uncached}.": self.cache == "disk" and not self.caches,
+            f"--remove_prefix_in_ckpt {prefix!r} is no prefix of the names of what is trained; they are saved without "
+            "any.": prefix not in {*self._own_prefixes, TrainConfig.remove_prefix_in_ckpt},
+        }
+        return tuple(line for line, is_so in told.items() if is_so)
 
     @property
     def cache_folder(self) -> Path:
@@ -261,7 +286,15 @@ def parser(*, prints_help: bool = True) -> argparse.ArgumentParser:
             const=name,
             help=f"the same as {name} in --extra_inputs: {INPUTS[name].help}",
         )
+    for name, flag in ACCEPTED.items():
+        kept = {"action": "append", "type": partial(_named, name)} if flag.has_value else {
+            "action": "append_const", "const": (name, "")}  # fmt: skip
+        made.add_argument(f"--{name}", dest="reference", help=f"a flag of DiffSynth-Studio: {flag.says}", **kept)
     return made
+
+
+def _named(name: str, word: str) -> tuple[str, str]:
+    return name, word
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
@@ -272,7 +305,12 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     """
     typed = parse_known(parser(), argv, ELSEWHERE)
     file, switched = typed.pop("config", None), typed.pop("switched", ())
+    implied, told = meaning(typed.pop("reference", ()))
+    for line in told:
+        log.info("%s", line)
     values = from_json(TrainConfig, read_json(file), file) if file else {}
-    values |= typed
+    values |= {**implied, **typed}
+    if "log_with" in implied:
+        values["log_with"] = tuple(dict.fromkeys((*typed.get("log_with", ()), *implied["log_with"])))
     values["extra_inputs"] = tuple(dict.fromkeys((*values.get("extra_inputs", ()), *switched)))
     return TrainConfig(**values)

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from .config import TrainConfig
+
 log = logging.getLogger("wancore")
 
 
@@ -111,7 +113,7 @@ class Pace:
 class TensorBoard:
     """TensorBoard's event files in `folder`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder))
@@ -127,11 +129,11 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases, whose files stand in `folder`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(dir=str(folder), project="wancore")
+        self._run = wandb.init(dir=str(folder), project=config.wandb_project)
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
@@ -143,16 +145,16 @@ class WeightsAndBiases:
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
-def open_trackers(names: Sequence[str], folder: Path) -> list[Tracker]:
-    """The trackers that `--log_with` names.
+def open_trackers(config: TrainConfig, folder: Path) -> list[Tracker]:
+    """The trackers that `--log_with` names, with files under `folder`.
 
     Raises:
         ValueError: the package of one is not installed.
     """
     trackers = []
-    for name in names:
+    for name in config.log_with:
         try:
-            trackers.append(TRACKERS[name](folder / "logs" / name))
+            trackers.append(TRACKERS[name](folder / "logs" / name, config))
         except ImportError as error:
             raise ValueError(
                 f"--log_with {name} needs a package ({error}): pip install {name}, or leave it out."

@@ -3,14 +3,14 @@
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..wan_core.adapters.files import DTYPES, LoraFormat, lora_metadata, save
@@ -57,12 +57,15 @@ class Exporter:
     def folder(self) -> Path:
         return Path(self.config.output_path)
 
-    def paths(self, stem: str) -> dict[Part, Path]:
-        """The file of each part; the only part of a run has the plain name."""
+    def paths(self, stem: str) -> dict[Path, tuple[Part, ...]]:
+        """The files, and what each holds: one for each part, as programs other than the reference load one thing from
+        a file; one for all where a LoRA is written in the reference's names. The only file of a run has the plain name.
+        """
         parts = self.trainables.parts
-        if len(parts) == 1:
-            return {parts[0]: self.folder / f"{stem}.safetensors"}
-        return {p: self.folder / f"{stem}.{'lora' if p.is_lora else p.name}.safetensors" for p in parts}
+        together = self.config.lora_format == "diffsynth" and any(part.is_lora for part in parts)
+        if len(parts) == 1 or together:
+            return {self.folder / f"{stem}.safetensors": parts}
+        return {self.folder / f"{stem}.{'lora' if p.is_lora else p.name}.safetensors": (p,) for p in parts}
 
     def write(self, stem: str, tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> list[Path]:
         """Write every part under `stem` and return the files.
@@ -77,20 +80,19 @@ class Exporter:
             ValueError: a file of that name was not written by this run.
         """
         paths = self.paths(stem)
-        for path in paths.values():
+        for path in paths:
             self.require_own(path, self.run)
         self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {**self._metadata(), **told}
-        for part, path in paths.items():
-            write = self._write_lora if part.is_lora else self._write_whole
+        for path, parts in paths.items():
             try:
                 with drafted(path, sync=True) as draft:
-                    write(part, draft, path.stem, tensors, metadata)
+                    self._write(parts, draft, path.stem, tensors, metadata)
             except ValueError as error:
                 # A disk that is full is no mistake of the user's.
                 raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from error
         sync_folder(self.folder)
-        return list(paths.values())
+        return list(paths)
 
     def prune(self, keep: int) -> None:
         """Remove the weights of all but the newest `keep` saves of this run."""
@@ -129,6 +131,18 @@ class Exporter:
             )
         return told
 
+    def _write(
+        self, parts: Sequence[Part], draft: Path, title: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        whole = [part for part in parts if not part.is_lora]
+        loras = [part for part in parts if part.is_lora]
+        for part in loras:
+            self._write_lora(part, draft, title, tensors, metadata)
+        if whole and loras:
+            self._add_whole(whole, draft, tensors)
+        for part in () if loras else whole:
+            self._write_whole(part, draft, title, tensors, metadata)
+
     def _write_lora(
         self, part: Part, draft: Path, title: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> None:
@@ -155,29 +169,43 @@ class Exporter:
     def _write_whole(
         self, part: Part, draft: Path, title: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> None:
-        dtype = DTYPES["bf16" if self.config.mixed_precision == "bf16" else "fp32"]
-        whole = {
-            self._saved_name(part, name): tensors[f"{part.owner}.{name}"].detach().to("cpu", dtype).contiguous()
-            for name in part.names
-        }
+        prefix = "" if self.config.remove_prefix_in_ckpt else f"pipe.{part.name}."
         told = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title, **metadata}
-        save_file(whole, draft, told)
-        with safe_open(draft, "pt") as file:
-            if set(file.keys()) != whole.keys():
-                raise ExportError(f"{draft.name} has other names than what was written.")
-            for name, tensor in whole.items():
-                if not torch.equal(file.get_tensor(name), tensor):
-                    raise ExportError(f"{draft.name}: {name} is not what was written.")
+        _save_checked(self._whole(part, tensors, prefix), draft, told)
         found = detect_files(draft)
         if found.kind != part.name:
             raise ExportError(f"{draft.name} is read as a {found.kind}, not as a {part.name}.")
 
-    def _saved_name(self, part: Part, name: str) -> str:
-        """The name of a parameter in its file: the prefix of the flag is removed, else the one of its own model."""
-        prefix, full = self.config.remove_prefix_in_ckpt, f"pipe.{part.name}.{name}"
-        if not prefix or full.startswith(prefix):
-            return full.removeprefix(prefix)
-        return name
+    def _add_whole(self, parts: Sequence[Part], draft: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Put whole weights beside the LoRA in `draft`, under the names that the reference gives them there."""
+        removed = self.config.remove_prefix_in_ckpt
+        together = load_file(draft)
+        for part in parts:
+            named = self._whole(part, tensors, f"pipe.{part.name}.")
+            together |= {name.removeprefix(removed): tensor for name, tensor in named.items()}
+        _save_checked(together, draft, _told_by(draft))
+
+    def _whole(self, part: Part, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        dtype = DTYPES["bf16" if self.config.mixed_precision == "bf16" else "fp32"]
+        return {
+            f"{prefix}{name}": tensors[f"{part.owner}.{name}"].detach().to("cpu", dtype).contiguous()
+            for name in part.names
+        }
+
+
+def _save_checked(tensors: Mapping[str, Tensor], draft: Path, metadata: Mapping[str, str]) -> None:
+    """Write `tensors` and read them again.
+
+    Raises:
+        ExportError: they are not what was written.
+    """
+    save_file(dict(tensors), draft, dict(metadata))
+    with safe_open(draft, "pt") as file:
+        if set(file.keys()) != tensors.keys():
+            raise ExportError(f"{draft.name} has other names than what was written.")
+        for name, tensor in tensors.items():
+            if not torch.equal(file.get_tensor(name), tensor):
+                raise ExportError(f"{draft.name}: {name} is not what was written.")
 
 
 def _told_by(path: Path) -> dict[str, str]:

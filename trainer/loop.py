@@ -163,7 +163,7 @@ class Loop:
         """The steps after the first `done` with their samples, loaded ahead where threads may do that."""
         steps = self.plan.steps(done)
         # Encoders are not made for several threads; what comes from the cache passes none.
-        threads = self.config.num_workers if self.config.cache == "disk" else 0
+        threads = self.config.num_workers if self.config.caches else 0
         if not threads:
             yield from ((step, self._load(step)) for step in steps)
             return

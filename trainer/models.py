@@ -14,6 +14,7 @@ from ..wan_core.models.config import DiTConfig
 from ..wan_core.rest import Rest
 from ..wan_core.types import Conditioning, VideoSize
 from ..wan_core.variants import IMAGE, Variant
+from . import starting
 from .config import TrainConfig
 from .flags import ConfigError
 from .inputs import INPUTS, given_names
@@ -90,6 +91,10 @@ def find(config: TrainConfig) -> FoundModels:
     defaults = ModelConfig(local_model_path=config.local_model_path, skip_download=config.skip_download)
     found = find_models([model.filled_from(defaults) for model in named], torch.bfloat16)
     components = {kind: model.component for kind, model in found.items()}
+    encoder = starting.trained_encoder(config)
+    if encoder is not None:
+        components[encoder.kind] = encoder
+    starting.check(components, config)
     dit = components["dit"]
     if "vace" in components:
         dit = join_vace(dit, components["vace"])

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ..wan_core.checkpoints.files import resolve_model
+from ..wan_core.memory.quant import quantise
 from ..wan_core.rest import Rest
 from ..wan_core.runtime import OutOfMemoryError, Runtime
-from . import dataset, engine, models, report, trainable
+from . import dataset, engine, models, report, starting, trainable
 from .cache import LatentCache
 from .conditions import Examples
 from .config import TrainConfig, parse
@@ -31,6 +33,7 @@ from .report import Row
 from .saving import SaveError, Saver
 from .state import Progress, States, read_progress, require_same, require_space
 from .stopping import StopRequest
+from .task import record, with_recorded_data
 from .trainable import Trainables
 from .validate import sample_requests, save_first_samples
 from .watching import EVENTS, Watcher
@@ -43,14 +46,20 @@ LARGEST_EPOCH = 10**6
 WRONG_INPUT, FAILED = 2, 1
 """Exit codes: nothing was begun because of something the user gave; something went wrong later."""
 
-FREE = {
-    "cache", "cache_dir", "confined", "dataset_base_path", "dataset_metadata_path", "find_unused_parameters",
-    "keep_last", "learning_rate", "local_model_path", "log_with", "lora_checkpoint", "lora_format", "max_steps",
-    "min_free_gb", "model_id_with_origin_paths", "model_paths", "num_epochs", "num_workers", "on_bad_sample",
-    "output_path", "remove_prefix_in_ckpt", "resume", "resume_force", "sample_cfg_scale", "sample_count",
+ABOUT_FILES = {
+    "cache", "cache_dir", "confined", "dataset_base_path", "dataset_metadata_path", "local_model_path", "max_steps",
+    "min_free_gb", "model_id_with_origin_paths", "model_paths", "num_epochs", "num_workers", "output_path",
+    "preset_lora_path", "resume", "resume_force", "resume_from_checkpoint", "skip_download", "stop_file", "task",
+    "tokenizer_path",
+}  # fmt: skip
+"""Settings that say where things are and how long a run is, not how it trains and what it writes."""
+
+FREE = ABOUT_FILES | {
+    "find_unused_parameters", "keep_last", "learning_rate", "log_with", "lora_checkpoint", "lora_format",
+    "on_bad_sample", "preset_lora_model", "remove_prefix_in_ckpt", "sample_cfg_scale", "sample_count",
     "sample_inference_steps", "sample_negative_prompt", "sample_prompt", "sample_seed", "sample_steps", "save_steps",
-    "skip_download", "stop_file", "stream_base", "tokenizer_path", "use_gradient_checkpointing",
-    "use_gradient_checkpointing_offload", "validate_steps", "vram_limit",
+    "stream_base", "use_gradient_checkpointing", "use_gradient_checkpointing_offload", "validate_steps", "vram_limit",
+    "wandb_project",
 }  # fmt: skip
 """Settings that may differ between a run and its continuation: they do not change what a step computes, or, as the
 learning rate, are there to be changed. Data and models are known by their content, not by their paths."""
@@ -91,15 +100,17 @@ def train(config: TrainConfig) -> Result:
         ValueError: data, models or settings cannot be used; nothing was begun then.
         NonFiniteError, OutOfMemoryError, LoadError, SaveError: see `loop`.
     """
-    trainable.check(config)
+    config = with_recorded_data(config)
+    if config.task != "sft:data_process":
+        trainable.check(config)
+    for line in config.notices:
+        log.info("%s", line)
     accelerator = engine.start(config)
     is_main = accelerator.is_main_process
     folder = Path(config.output_path)
     _make_folder(folder)
     stop = StopRequest(Path(config.stop_file or folder / "stop"))
-    events = Events(
-        folder / EVENTS if is_main else None, open_trackers(config.log_with, folder) if is_main else (), show=True
-    )
+    events = Events(folder / EVENTS if is_main else None, open_trackers(config, folder) if is_main else (), show=True)
     try:
         with stop.listening():
             result = _Run(config, accelerator, events, stop).execute()
@@ -130,14 +141,20 @@ class _Run:
         data = dataset.load(config)
         rows, held_out = self._rows(data)
         found = models.find(config)
+        encoders = Encoders(found, self.dtype, self.accelerator.device)
+        cache = LatentCache(config.cache_folder) if config.caches else None
+        if config.task == "sft:data_process":
+            self._fill(Examples((*rows, *held_out), found, encoders, config, cache))
+            return self._encoded()
         identity = _identity(config, data.fingerprint, found)
         earlier = self._earlier(identity)
         self._require_one_start(earlier)
         require_own_outputs(self.folder, identity)
 
-        encoders = Encoders(found, self.dtype, self.accelerator.device)
-        cache = LatentCache(config.cache_folder) if config.cache == "disk" else None
         examples = Examples(rows, found, encoders, config, cache)
+        plan = Plan(config, examples.shapes, self.accelerator.process_index, self.accelerator.num_processes)
+        if earlier is not None and earlier[1].step >= plan.total:
+            return self._ended_before(earlier[1], plan.total)
         clips = Examples(held_out, found, encoders, replace(config, dataset_repeat=1), cache)
         self._fill(Examples((*rows, *held_out), found, encoders, config, cache))
         watcher = self._watcher(examples, clips)
@@ -153,7 +170,6 @@ class _Run:
             place, progress = earlier
             trained.restore(place)
             done = progress.step
-        plan = Plan(config, examples.shapes, self.accelerator.process_index, trained.world)
         self.events.emit(
             "resume" if earlier else "start", step=done, total=plan.total, epochs=config.num_epochs, rows=len(rows),
             held_out=len(held_out), processes=trained.world, memory=needs.device, disk=needs.saved,
@@ -178,8 +194,13 @@ class _Run:
     def _trainables(self, found: models.FoundModels, encoders: Encoders) -> Trainables:
         trained = self.config.trainable_models
         device = torch.device("cpu") if self.config.streams else self.accelerator.device
-        rest = Rest.on(device, weights="fp8" if self.config.fp8_base else "auto")
+        changes = starting.changes_weights(self.config)
+        rest = Rest.on(device, weights="plain" if changes else "fp8" if self.config.fp8_base else "auto")
         model = found.load_dit(self.dtype, rest)
+        if changes:
+            starting.start(model, self.config)
+            if self.config.fp8_base:
+                quantise(model.dit)
         text_encoder = encoders.text if "text_encoder" in trained else None
         return trainable.prepare(model, self.config, text_encoder, encoders.vae if "vae" in trained else None)
 
@@ -204,6 +225,31 @@ class _Run:
             log.info("Finished after %d steps; everything is in %s.", result.steps, self.folder)
         self.events.emit("end", step=result.steps, total=result.total, stopped=result.stopped, saved=saver.saved)
         return result
+
+    def _encoded(self) -> Result:
+        """The end of a run that only encodes."""
+        if self.is_main:
+            record(self.config)
+            log.info(
+                "Encoded the data into %s. Train on it with --task sft:train --dataset_base_path %s.",
+                self.config.cache_folder, self.folder,
+            )  # fmt: skip
+        self.events.emit("end", step=0, total=0, stopped=False, saved=0)
+        return Result(0, 0)
+
+    def _ended_before(self, progress: Progress, total: int) -> Result:
+        """The end of a run that has no steps left."""
+        now = self.config.resolved()
+        changed = [n for n in FREE - ABOUT_FILES if n in progress.config and progress.config[n] != now[n]]
+        others = f" ({', '.join(sorted(changed))} changed, which no step is left to use)" if changed else ""
+        if self.is_main:
+            log.warning(
+                "Nothing was trained: the run in %s had its %d steps before%s. Raise --num_epochs or --max_steps to "
+                "train longer, or choose another --output_path for another run.",
+                self.folder, progress.step, others,
+            )  # fmt: skip
+        self.events.emit("end", step=progress.step, total=total, stopped=False, saved=progress.step)
+        return Result(progress.step, total)
 
     def _rows(self, data: dataset.Dataset) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
         """The rows to be trained, and those held out."""
@@ -284,6 +330,10 @@ def _identity(config: TrainConfig, fingerprint: str, found: models.FoundModels) 
         kind: [[file.name, file.stat().st_size] for file in component.header.files]
         for kind, component in found.components.items()
     }
+    for name in ("resume_from_checkpoint", "preset_lora_path"):
+        path = getattr(config, name)
+        if path is not None:
+            files[name] = [[file.name, file.stat().st_size] for file in resolve_model(Path(path).expanduser())]
     return {**kept, "data": fingerprint, "models": files}
 
 

@@ -9,6 +9,7 @@ from .flags import flag_type
 from .inputs import INPUTS
 from .optimizers import PACKAGES
 from .recipes import CATALOG, KINDS, MODES, recipe, short_name
+from .reference import ACCEPTED, ELSEWHERE
 
 SECTIONS = {
     "Data": "dataset_base_path",
@@ -22,7 +23,7 @@ SECTIONS = {
 
 def filled(text: str) -> str:
     """`text` with each table between `<!-- NAME -->` and `<!-- end -->` made anew."""
-    tables = {"flags": flags, "inputs": inputs, "optimizers": optimizers, "recipes": recipes}
+    tables = {"flags": flags, "inputs": inputs, "optimizers": optimizers, "recipes": recipes, "reference": reference}
 
     def table(match: re.Match[str]) -> str:
         lines = "\n".join(tables[match[1]]())
@@ -41,6 +42,15 @@ def flags() -> Iterator[str]:
         choices = field.metadata["choices"] if flag_type(field)[0] is str else ()
         meaning = f"{field.metadata['help']}{': ' if choices else ''}{', '.join(f'`{c}`' for c in choices)}"
         yield _row(names, _value(field.default), meaning)
+
+
+def reference() -> Iterator[str]:
+    """Every flag of the reference that is no setting: what it stands for, or why it is refused."""
+    yield from _head("Flag", "Here")
+    for name, flag in ACCEPTED.items():
+        yield _row(f"`--{name}`", flag.says)
+    for name, instead in ELSEWHERE.items():
+        yield _row(f"`--{name}`", f"refused: {instead}")
 
 
 def inputs() -> Iterator[str]:

@@ -23,7 +23,7 @@ from ..wan_core.models.vae import WanVAE
 from ..wan_core.prepare import VideoModel
 from ..wan_core.sampling.predictor import motion_offset
 from ..wan_core.types import Conditioning
-from .config import TRAINABLE, TrainConfig
+from .config import TrainConfig
 from .objective import Draw, errors, noisy
 
 log = logging.getLogger("wancore")
@@ -208,12 +208,6 @@ def check(config: TrainConfig) -> None:
             f"{config.lora_base_model} is in --trainable_models and is --lora_base_model: train its weights or a LoRA "
             "on them, not both."
         )
-    prefixes = ["", *(f"pipe.{name}." for name in TRAINABLE)]
-    if config.remove_prefix_in_ckpt not in prefixes:
-        raise ValueError(
-            f"--remove_prefix_in_ckpt {config.remove_prefix_in_ckpt!r} would leave names that nothing loads; it is one "
-            f"of {', '.join(map(repr, prefixes))}."
-        )
     whole = {"dit", "vace"} & set(config.trainable_models)
     frozen = "--fp8_base" if config.fp8_base else "--stream_base" if config.streams else None
     if frozen and whole:
@@ -249,11 +243,6 @@ def _whole(module: Denoiser, name: str, label: str) -> Part:
 def _inject(module: Denoiser, config: TrainConfig, label: str) -> Part:
     """Put the LoRA that `config` describes on the layers that it names."""
     name = config.lora_base_model
-    if name not in ("dit", "vace"):
-        raise ValueError(
-            f"A LoRA on {name} has no key names that other programs read; use --trainable_models {name} to train its "
-            "weights, or --lora_base_model dit or vace."
-        )
     owner, base = _module_of(module, name, label)
     layers = _target_layers(base, name, config.lora_target_modules)
     settings = LoraConfig(

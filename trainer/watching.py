@@ -78,7 +78,7 @@ class Watcher:
             log.warning("No samples after step %d: %s", step, error)
             self.events.emit("warning", step=step, message=f"no samples: {error}")
         finally:
-            if self.config.cache == "disk":
+            if self.config.caches:
                 self.encoders.free()
 
     def draw_chart(self) -> None:

@@ -109,6 +109,7 @@ def test_bad_data_is_one_report(tmp_path, monkeypatch):
         ("WanCoreTrainLora", {"name": " "}, "plain name"),
         ("WanCoreTrainLora", {"flags": "--lora_alhpa 3"}, "Did you mean --lora_alpha"),
         ("WanCoreTrainLora", {"flags": "--lora_alpha 'x"}, "No closing quotation"),
+        ("WanCoreTrainLora", {"flags": "--fp8_models x.pth"}, "--fp8_models is for the command line"),
         ("WanCoreTrainLora", {"flags": "--config x.json"}, "--config is for the command line"),
         ("WanCoreTrainLora", {"flags": "--output_path x"}, "name decides"),
         ("WanCoreTrainLora", {"flags": "--input_contains_end_image"}, "extra_inputs of Training Data"),

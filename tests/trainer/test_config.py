@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 import shlex
 
 import pytest
 from wancore.trainer import optimizers
-from wancore.trainer.config import ELSEWHERE, TrainConfig, parse, parser
+from wancore.trainer.config import TrainConfig, parse, parser
 from wancore.trainer.flags import ConfigError
+from wancore.trainer.reference import ACCEPTED, ELSEWHERE
 
 SHARED = (
     "--dataset_base_path data/example_video_dataset --dataset_metadata_path data/example_video_dataset/{metadata} "
@@ -104,10 +106,13 @@ REFUSED = {
     "--trainable_models dit,clip": "motion_controller",
     "--height 480": "--width",
     "--min_timestep_boundary 0.5 --max_timestep_boundary 0.5": "below",
-    "--frame_pick random": "--cache off",
-    "--random_mask": "--cache off",
+    "--task sft:data_process --cache off": "--cache is off",
+    "--task sft:data_process --frame_pick random": "inputs change from epoch to epoch",
+    "--task direct_distill": "sft:data_process",
+    "--lora_base_model text_encoder": "dit, vace",
+    "--preset_lora_model clip": "dit, vace",
+    "--fp8_models": "--fp8_models",
     "--random_mask --cache off --extra_inputs input_image": "--random_mask takes the place",
-    "--trainable_models vae": "--cache off",
     "--extra_inputs camera_control_speed": "camera_control_direction",
     "--validate_steps 10": "--validation_clips",
     "--optimizer_args betas": "not name=value",
@@ -133,6 +138,80 @@ REFUSED = {
 def test_mistakes_are_refused_with_a_way_out(line):
     with pytest.raises(ConfigError, match="(?s)" + REFUSED[line].replace("[", r"\[").replace(".", r"\.")):
         parse(shlex.split(line))
+
+
+DIT, T5 = "Wan-AI/W:diffusion_pytorch_model*.safetensors", "Wan-AI/W:models_t5_umt5-xxl-enc-bf16.pth"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--initialize_model_on_cpu", {}),
+        (f"--offload_models {T5}", {}),
+        (f"--fp8_models {T5},{DIT}", {"fp8_base": True}),
+        (f"--fp8_models {T5}", {}),
+        (f"--fp8_models {DIT} --no-fp8_base", {}),
+        (f"--quant_options {T5}:bitsandbytes_nf4;{DIT}:bitsandbytes_nf4/head,time", {"fp8_base": True}),
+        (f"--quant_options {T5}:bitsandbytes_nf4", {}),
+        (
+            "--enable_model_cpu_offload --enable_optimizer_cpu_offload --cpu_offload_split_threshold 40",
+            {"stream_base": True},
+        ),
+        (
+            "--enable_tensorboard_log --enable_wandb_log --wandb_project mine --log_with tensorboard",
+            {"log_with": ("tensorboard", "wandb"), "wandb_project": "mine"},
+        ),
+        ("--enable_csv_log --enable_swanlab_log --swanlab_project mine", {}),
+        ("--task sft", {}),
+        ("--preset_lora_path a.safetensors --preset_lora_model dit",
+         {"preset_lora_path": "a.safetensors", "preset_lora_model": "dit"}),
+        ("--resume_from_checkpoint a.safetensors", {"resume_from_checkpoint": "a.safetensors"}),
+    ],
+)  # fmt: skip
+def test_later_flags_of_the_reference_are_taken(line, expected, caplog):
+    with caplog.at_level("INFO", "wancore"):
+        config = parse(shlex.split(line.replace(";", r"\;")))
+    assert config == TrainConfig(**expected)
+    given = {f"--{name}" for name in ACCEPTED} & set(line.split())
+    assert {record.message.partition(":")[0] for record in caplog.records} == given
+
+
+def test_every_flag_of_the_reference_is_known():
+    """Those of its parsers at the commits 62f6ca2b, 9bb51fe8 and the newest one of August 2026."""
+    flags = """
+        audio_processor_path cpu_offload_split_threshold customized_optimizer data_file_keys
+        dataset_base_path dataset_metadata_path dataset_num_workers dataset_repeat enable_csv_log
+        enable_lora_hot_loading enable_model_cpu_offload enable_optimizer_cpu_offload enable_swanlab_log
+        enable_tensorboard_log enable_wandb_log extra_inputs find_unused_parameters fp8_models
+        framewise_decoding gradient_accumulation_steps height initialize_model_on_cpu
+        input_contains_control_video input_contains_end_image input_contains_input_image
+        input_contains_motion_bucket_id input_contains_reference_image input_contains_vace_reference_image
+        input_contains_vace_video learning_rate lora_base_model lora_checkpoint lora_rank
+        lora_target_modules max_pixels max_timestep_boundary min_timestep_boundary
+        model_id_with_origin_paths model_paths num_epochs num_frames offload_models output_path
+        preset_lora_model preset_lora_path quant_options remove_prefix_in_ckpt resume_from_checkpoint
+        save_steps swanlab_project task template_model_id_or_path tokenizer_path trainable_models
+        use_gradient_checkpointing use_gradient_checkpointing_offload wandb_project weight_decay width
+    """
+    known = {name.lstrip("-") for action in parser()._actions for name in action.option_strings}
+    assert set(re.findall(r"\w+", flags)) <= known | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("--trainable_models vae", "encoders that are trained"),
+        ("--trainable_models dit,text_encoder", "encoders that are trained"),
+        ("--frame_pick random", "inputs change"),
+        ("--random_mask", "inputs change"),
+    ],
+)
+def test_samples_that_cannot_be_kept_are_not(line, why):
+    config = parse(shlex.split(line))
+    assert not config.caches and why in config.notices[0]
+    off = parse([*shlex.split(line), "--cache", "off"])
+    assert not off.caches and not off.notices
+    assert parse([]).caches and not parse([]).notices
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)

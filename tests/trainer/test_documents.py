@@ -7,6 +7,7 @@ import shlex
 import pytest
 from wancore.trainer.config import TrainConfig, parse
 from wancore.trainer.recipe_command import main
+from wancore.trainer.reference import ACCEPTED, ELSEWHERE
 from wancore.trainer.tables import SECTIONS, filled
 
 from tests.trainer.runs import ROOT
@@ -38,7 +39,7 @@ def test_flags_in_the_text_exist():
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
     aliases = {name for f in dataclasses.fields(TrainConfig) for name in f.metadata["aliases"]}
     others = {"config", "launcher", "out", "set", "tiny", "dry-run", "no-", "input_contains_"}
-    others |= {"num_machines", "machine_rank", "main_process_ip", "dataset", "local_dir"}
+    others |= {*ACCEPTED, *ELSEWHERE, "num_machines", "machine_rank", "main_process_ip", "dataset", "local_dir"}
     assert set(re.findall(r"--([\w-]+)", TEXT)) <= fields | aliases | others
 
 

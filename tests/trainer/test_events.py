@@ -5,6 +5,7 @@ import sys
 import pytest
 from PIL import Image
 from wancore.trainer.chart import by_timestep, draw_chart, save_chart, smoothed
+from wancore.trainer.config import TrainConfig
 from wancore.trainer.events import Events, Pace, latest_steps, open_trackers, read_events
 
 
@@ -83,7 +84,7 @@ def test_trackers_get_the_numbers_of_the_main_process(tmp_path):
 def test_a_tracker_that_is_not_installed_is_an_error_that_names_it(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"--log_with {name} .* pip install {name}"):
-        open_trackers([name], tmp_path)
+        open_trackers(TrainConfig(log_with=(name,)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -97,7 +98,7 @@ def test_pace_is_the_median_of_the_last_steps():
 
 def test_tensorboard_reads_what_is_written(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = Events(tmp_path / "events.jsonl", open_trackers(["tensorboard"], tmp_path))
+    events = Events(tmp_path / "events.jsonl", open_trackers(TrainConfig(log_with=("tensorboard",)), tmp_path))
     events.step(1, 2, loss=0.5, lr=1e-4, timesteps=[3.0])
     events.step(2, 2, loss=0.25, lr=1e-4, timesteps=[3.0])
     events.numbers(2, {"validation": 0.75})

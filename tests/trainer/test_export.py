@@ -72,6 +72,9 @@ def test_names_and_metadata_are_what_loaders_look_for(tmp_path):
         ("vace", "vace", "pipe.vace.", "vace_blocks.0.self_attn.q.weight"),
         ("vace", "vace", "pipe.dit.", "vace_blocks.0.self_attn.q.weight"),
         ("t2v", "motion_controller", "pipe.motion_controller.", "linear.0.weight"),
+        ("t2v", "dit", "pipe.", "blocks.0.self_attn.q.weight"),
+        ("t2v", "dit", "pipe.dit.blocks.0.self", "blocks.0.self_attn.q.weight"),
+        ("vace", "vace", "模型", "vace_blocks.0.self_attn.q.weight"),
     ],
 )
 def test_whole_weights_keep_their_original_names(tmp_path, variant, part, prefix, name):
@@ -100,6 +103,16 @@ def test_each_part_gets_a_file_of_its_own(tmp_path):
     for file in files:
         model = model.with_lora(file)[0]
     assert relative_error(*outputs(made, model)) < 1e-5
+
+
+def test_in_the_names_of_the_reference_all_parts_share_one_file(tmp_path):
+    changes = dict(lora_base_model="dit", trainable_models=("motion_controller",), lora_format="diffsynth")
+    made = exporter(tmp_path, **changes)
+    (file,) = written(made)
+    assert file.name == "epoch-0.safetensors"
+    names = {"blocks.0.self_attn.q.lora_A.default.weight", "pipe.motion_controller.linear.0.weight"}
+    assert names <= load_file(file).keys() and open_lora(file).metadata[RUN] == "run"
+    assert relative_error(*outputs(made, video_model().with_lora(file)[0])) < 1e-5
 
 
 def test_a_run_replaces_its_own_files_and_no_others(tmp_path):

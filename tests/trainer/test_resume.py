@@ -160,12 +160,16 @@ def test_a_killed_run_ends_as_one_that_was_not(shared, tmp_path):
     print(f"{kills} kills, {inside} of them inside a save")
 
 
-def test_a_finished_run_has_nothing_left_to_do_until_it_gets_more(shared, tmp_path):
+def test_a_finished_run_has_nothing_left_to_do_until_it_gets_more(shared, tmp_path, caplog):
     settings = config(shared, tmp_path, resume="auto")
     run(settings)
-    before = (tmp_path / "epoch-0.safetensors").read_bytes()
+    before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.suffix in (".json", ".safetensors")}
     assert run(settings).steps == 4
-    assert (tmp_path / "epoch-0.safetensors").read_bytes() == before
+    assert "Nothing was trained" in caplog.text and "changed" not in caplog.text
+    assert run(config(shared, tmp_path, learning_rate=3e-5, lora_format="kohya", max_steps=2)).steps == 4
+    assert "learning_rate, lora_format changed" in caplog.text
+    assert caplog.text.count("Nothing was trained") == 2 and caplog.text.count("Finished after") <= 1
+    assert {file: file.read_bytes() for file in before} == before
     assert run(config(shared, tmp_path, num_epochs=2, learning_rate=1e-5)).steps == 8
     assert [e["lr"] for e in events(tmp_path)][-4:] == [1e-5] * 4
 

@@ -194,6 +194,25 @@ def applied(
         yield run
 
 
+def fuse(modules: Sequence[nn.Module], use: LoraUse) -> None:
+    """Make `use`, at its strength in the first step, part of the weights of `modules` for good.
+
+    Raises:
+        ValueError: it changes a weight that is quantised; nothing is changed then.
+    """
+    places = _places(modules, [use])
+    for place in places:
+        if not place.is_plain:
+            raise ValueError(
+                f"{use.bound.lora.name} changes {place.name}, which is held as {place.tensor.dtype}; load the model "
+                "without quantising it."
+            )
+    for place in places:
+        for part in place.parts:
+            part.set_step(0, 1)
+        place.tensor.data = place.folded(place.tensor.data, place.tensor.device)
+
+
 def _places(modules: Sequence[nn.Module], uses: Sequence[LoraUse]) -> list[_Place]:
     places: dict[str, _Place] = {}
     for use in uses:
