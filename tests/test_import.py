@@ -10,15 +10,16 @@ ROOT = Path(__file__).parents[1]
 
 LOAD = """
 import importlib.util, sys, time
+started = time.process_time()
 import torch
+there = time.process_time()
 root = sys.argv[1]
-started = time.perf_counter()
 name = "custom_nodes_x_pack"
 spec = importlib.util.spec_from_file_location(name, root + "/__init__.py", submodule_search_locations=[root])
 pack = importlib.util.module_from_spec(spec)
 sys.modules[name] = pack
 spec.loader.exec_module(pack)
-print(time.perf_counter() - started, len(pack.NODE_CLASS_MAPPINGS))
+print((time.process_time() - there) / (there - started), len(pack.NODE_CLASS_MAPPINGS))
 foreign = {"nodes", "wan_core", "server", "transformers", "modelscope", "imageio", "av", "diffusers",
            "accelerate", "peft"} & set(sys.modules)
 assert not foreign, foreign
@@ -26,17 +27,18 @@ assert not foreign, foreign
 
 
 def load(folder: Path) -> tuple[float, int]:
+    """The processor's time for the pack at `folder`, over that for torch, and the number of nodes."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", LOAD, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=env, check=False)
     assert not done.returncode, done.stderr
-    seconds, count = done.stdout.split()
-    return float(seconds), int(count)
+    share, count = done.stdout.split()
+    return float(share), int(count)
 
 
 def test_import_is_quick_once_torch_is_there():
     load(ROOT)  # writes the bytecode files
-    assert min(load(ROOT)[0] for _ in range(3)) < 0.5
+    assert load(ROOT)[0] < 0.5
 
 
 def test_a_folder_name_with_a_hyphen(tmp_path):

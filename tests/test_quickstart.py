@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from wancore import quickstart
 
+from tests.programs import PATIENCE
+
 SOURCE = Path(quickstart.__file__)
 HEADLESS = """
 import os, pathlib, signal, sys, time
@@ -50,7 +52,7 @@ def run(pack: Path, *arguments: str, python: str = sys.executable, **env: str) -
     offline = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(pack.parent)}
     command = [python, str(pack / "quickstart.py"), *arguments]
     settings = {"env": {**kept, **offline, **env}, "cwd": pack.parent, "stdin": subprocess.DEVNULL}
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, **settings)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=PATIENCE, **settings)
 
 
 def make_wheel(folder: Path, name: str, version: str) -> None:
@@ -214,7 +216,7 @@ def test_ctrl_c_is_one_line(pack: Path) -> None:
             assert process.poll() is None
         time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
-        errors = process.communicate(timeout=20)[1]
+        errors = process.communicate(timeout=PATIENCE)[1]
     assert (process.returncode, errors.strip()) == (130, "quickstart: stopped.")
 
 

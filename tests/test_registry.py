@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import PATIENCE
+
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("__init__.py", "pack.py", "nodes", "wan_core", "headless", "trainer", "workflows", "editor")
 SOURCES = sorted(
@@ -36,7 +38,7 @@ def field(name: str) -> str:
 def test_comfy_node_validate_passes(tmp_path):
     env = {**os.environ, "HOME": str(tmp_path), "DO_NOT_TRACK": "1", "XDG_CONFIG_HOME": str(tmp_path)}
     command = [comfy_cli(), "--skip-prompt", "--no-enable-telemetry", "node", "validate"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=PATIENCE)
     said = done.stdout + done.stderr
     assert not done.returncode, said
     assert "validation checks passed" in said and "Warning" not in said, said

@@ -13,13 +13,14 @@ from wancore.wan_core.types import LatentSize
 from tests.benchmarks import __main__ as entry
 from tests.benchmarks import counting, gpu, meta, report
 from tests.benchmarks.report import Row
+from tests.programs import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tests.benchmarks", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,19 +106,3 @@ def editor(comfy_server, browser) -> Iterator[Editor]:  # noqa: F811
     editor.load()
     yield editor
     page.close()
-
-
-@pytest.fixture
-def soon() -> Callable[..., Any]:
-    """Waits until a call gives something true, and gives it back."""
-
-    def wait(call: Callable[[], Any], seconds: float = 60.0) -> Any:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            found = call()
-            if found:
-                return found
-            time.sleep(0.5)
-        raise AssertionError(f"not within {seconds} s: {call}")
-
-    return wait

@@ -8,6 +8,7 @@ import pytest
 from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 from editor import texts
+from tests.programs import wait_for
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
@@ -62,7 +63,7 @@ def test_a_workflow_opens_and_is_saved_as_it_is(name, editor):
     assert editor.new_errors() == []
 
 
-def test_a_workflow_runs_by_a_click_and_shows_its_video(editor, soon):
+def test_a_workflow_runs_by_a_click_and_shows_its_video(editor):
     editor.open(load("t2v.json"))
     small = {"steps": 4, "cfg": 1.5, "width": 96, "height": 64, "num_frames": 17}
     editor.page.evaluate(
@@ -78,7 +79,7 @@ def test_a_workflow_runs_by_a_click_and_shows_its_video(editor, soon):
     editor.page.get_by_role("button", name="Run", exact=True).first.click()
     shown = "[...document.querySelectorAll('video')].find(v => v.src.includes('wancore_t2v') && v.readyState > 1)"
     size = f"() => {{ const video = {shown}; return video && [video.videoWidth, video.videoHeight] }}"
-    assert soon(lambda: editor.page.evaluate(size)) == [96, 64]
+    assert wait_for(lambda: editor.page.evaluate(size)) == [96, 64]
     editor.picture("t2v_graph")
 
 
@@ -113,7 +114,7 @@ def test_texts_are_in_the_users_language(language, editor):
 
 
 @pytest.mark.parametrize("language", texts.LANGUAGES)
-def test_the_help_page_is_shown_with_its_picture(language, editor, soon):
+def test_the_help_page_is_shown_with_its_picture(language, editor):
     editor.language(language)
     try:
         editor.open(load("t2v.json"))
@@ -124,7 +125,7 @@ def test_the_help_page_is_shown_with_its_picture(language, editor, soon):
         heading = "采样器 (WanCore)" if language == "zh" else "Sampler (WanCore)"
         editor.page.locator(".node-help-content h1", has_text=heading).wait_for(timeout=20_000)
         drawn = "() => document.querySelector('.node-help-content img[src*=\"WanCoreSampler\"]')?.naturalWidth"
-        assert soon(lambda: editor.page.evaluate(drawn)) > 100
+        assert wait_for(lambda: editor.page.evaluate(drawn)) > 100
         editor.picture(f"help_page_{language}")
     finally:
         if language != "en":
@@ -139,7 +140,7 @@ def test_the_template_browser_is_offered_a_workflow_with_its_picture(name, edito
         assert answer.headers["Content-Type"] == "image/jpeg" and answer.read(2) == b"\xff\xd8"
 
 
-def test_the_template_browser_shows_them(editor, soon):
+def test_the_template_browser_shows_them(editor):
     editor.run_command("Comfy.BrowseTemplates")
     dialog = editor.page.get_by_role("dialog")
     dialog.get_by_text("wancore", exact=False).first.click(timeout=20_000)
@@ -148,7 +149,7 @@ def test_the_template_browser_shows_them(editor, soon):
         ".filter(card => [...card.querySelectorAll('img')].some(picture => picture.naturalWidth))"
         ".map(card => card.dataset.testid.replace('template-workflow-', ''))"
     )
-    shown = soon(lambda: len(names := editor.page.evaluate(drawn)) >= 6 and names)
+    shown = wait_for(lambda: len(names := editor.page.evaluate(drawn)) >= 6 and names)
     assert set(shown) <= set(NAMES)
     editor.picture("templates")
     editor.page.keyboard.press("Escape")

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import subprocess
-import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,9 +18,9 @@ from wancore.headless.folders import Folders
 from wancore.headless.workflow import Workflow
 
 from tests.comfyui import comfyui
+from tests.programs import PATIENCE, wait_for
 
 HERE = Path(__file__).parent
-START_SECONDS = 120
 
 
 def _load(name: str, path: Path):
@@ -140,15 +140,18 @@ def serving(base: Path) -> Iterator[ComfyServer]:
         yield ComfyServer(f"http://127.0.0.1:{port}", base, log, process)
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=PATIENCE)
 
 
 def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
+    def answers() -> bool:
         try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail(f"ComfyUI did not start:\n{log.read_text()[-3000:]}")
+            urllib.request.urlopen(url, timeout=PATIENCE).close()
+        except urllib.error.URLError:
+            return False
+        return True
+
+    try:
+        wait_for(answers, process)
+    except AssertionError:
+        pytest.fail(f"ComfyUI did not start:\n{log.read_text()[-3000:]}")

@@ -16,6 +16,8 @@ from wancore.headless import cli
 from wancore.headless.cli import main
 from wancore.nodes import host
 
+from tests.programs import PATIENCE, wait_for
+
 ROOT = Path(__file__).resolve().parents[2]
 
 COPY = {
@@ -40,7 +42,8 @@ def command(place: Path, *arguments: str, files: tuple[str, ...] = ("copy.json",
 
 
 def headless(place: Path, *arguments: str, **files: tuple[str, ...]) -> subprocess.CompletedProcess:
-    return subprocess.run(command(place, *arguments, **files), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    words = command(place, *arguments, **files)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_run_prints_paths_and_progress(place):
@@ -165,15 +168,17 @@ def test_ctrl_c_exits_with_130(place):
     writer = _open_once_read(place / "in" / "pipe.png")
     time.sleep(1)  # a signal between opening and reading would not wake the read
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=PATIENCE)
     os.close(writer)
     assert (process.returncode, out) == (130, "") and err.splitlines()[-1] == "Interrupted."
 
 
 def _open_once_read(pipe: Path) -> int:
     """Open a pipe for writing as soon as another process has it open for reading."""
-    for _ in range(1200):
+
+    def opened() -> list[int]:
         with suppress(OSError):
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        time.sleep(0.05)
-    raise TimeoutError(f"nobody reads {pipe}")
+            return [os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)]
+        return []
+
+    return wait_for(opened)[0]

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from wancore.headless.events import NodeError
 from wancore.headless.server import RefusedError, Server, ServerUnreachableError
 from wancore.headless.validate import ValidationError
 from wancore.wan_core.runtime import Cancelled
+
+from tests.programs import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT_ID = "11111111-2222-3333-4444-555555555555"
@@ -349,7 +350,7 @@ def test_command_line(fake_comfy, folders, tmp_path):
     fake_comfy.outputs = {"2": {"images": [{"filename": "y_00001_.png", "subfolder": "", "type": "output"}]}}
     fake_comfy.files = {("y_00001_.png", "", "output"): b"picture"}
     process = start(fake_comfy, folders, tmp_path, "--set", "Save.filename_prefix=y")
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out.splitlines()) == (0, [str(folders.output / "y_00001_.png")])
     assert fake_comfy.posted[0][1]["prompt"]["2"]["inputs"]["filename_prefix"] == "y"
 
@@ -358,10 +359,8 @@ def test_command_line(fake_comfy, folders, tmp_path):
 def test_ctrl_c_stops_the_run_on_the_server(fake_comfy, folders, tmp_path):
     fake_comfy.polls_until_done = 10**6
     process = start(fake_comfy, folders, tmp_path)
-    end = time.monotonic() + 60
-    while fake_comfy.polls < 2 and time.monotonic() < end:
-        time.sleep(0.02)
+    wait_for(lambda: fake_comfy.polls >= 2, process)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (130, "")
     assert fake_comfy.posted[1:] == [("queue", {"delete": [PROMPT_ID]}), ("interrupt", {"prompt_id": PROMPT_ID})]

@@ -27,6 +27,8 @@ from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS
 from wancore.wan_core.runtime import Cancelled
 
+from tests.programs import PATIENCE, wait_for
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.comfyui
 
@@ -175,10 +177,7 @@ def test_what_only_the_server_can_check_refuses_the_whole_run(graph, server, fol
 
 
 def _until_idle(server):
-    end = time.monotonic() + 10
-    while any(server.queue().values()):
-        assert time.monotonic() < end, "the server keeps running"
-        time.sleep(0.1)
+    wait_for(lambda: not any(server.queue().values()))
 
 
 def test_progress_arrives(graph, server, folders):
@@ -193,8 +192,7 @@ def test_progress_arrives(graph, server, folders):
 
 def test_an_interruption_on_the_server_ends_the_run(graph, server, folders):
     def interrupt():
-        while not server.queue()["running"]:
-            time.sleep(0.05)
+        wait_for(lambda: server.queue()["running"])
         time.sleep(0.3)
         urllib.request.urlopen(urllib.request.Request(f"{server.url}/interrupt", b"{}")).close()
 
@@ -209,13 +207,11 @@ def test_ctrl_c_stops_the_run_there_and_a_waiting_run_is_left_alone(graph, serve
     (tmp_path / "slow.json").write_text(json.dumps(slow.to_api()))
     command = [sys.executable, "-m", "headless", "run", str(tmp_path / "slow.json"), "--server", server.url]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not server.queue()["running"]:
-        time.sleep(0.05)
-        assert process.poll() is None
+    wait_for(lambda: server.queue()["running"], process)
     quick = graph(n1=("Slow", {"steps": 3}), n9=("Show", {"value": ["1", 0]}))
     waiting = server.submit(quick.to_api(), "another client")["prompt_id"]
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and re.search("Interrupted", err)
     _until_idle(server)
     assert server.history(waiting)["status"]["status_str"] == "success"

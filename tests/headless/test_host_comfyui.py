@@ -28,6 +28,7 @@ from wancore.wan_core.models.vae import WanVAE
 from wancore.wan_core.runtime import Cancelled
 
 from tests.lora.fixtures import trained_weights
+from tests.programs import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 API = ROOT / "workflows" / "api"
@@ -128,10 +129,7 @@ def post(server: Server, path: str, **body) -> None:
 
 
 def until_idle(server: Server) -> None:
-    end = time.monotonic() + 60
-    while any(server.queue().values()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for(lambda: not any(server.queue().values()))
 
 
 def test_interrupt_stops_a_run_in_the_middle_of_a_step(placed, server, folders):
@@ -161,7 +159,7 @@ def test_the_client_in_the_documentation_runs_as_it_is_printed(placed, server, t
     (tmp_path / "workflows" / "api").mkdir(parents=True)
     (tmp_path / "workflows" / "api" / "t2v.json").write_text(json.dumps(on_files("t2v", seed=5).to_api()))
     command = [sys.executable, "-I", "client.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert not done.returncode, done.stderr
     with av.open(str(tmp_path / done.stdout.strip())) as container:
         assert len(list(container.decode(video=0))) == SMALL["num_frames"]
@@ -183,7 +181,7 @@ def test_several_workflows_in_one_command_wait_for_another_run(placed, server, t
     assert "Waiting: 1 run on the server first." in process.stderr.readline()
     assert len(server.queue()["pending"]) == 2
     server.stop(other)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     assert not process.returncode, err
     videos = [Path(line) for line in out.splitlines()]
     assert len(videos) == 2 and videos[0].read_bytes() != videos[1].read_bytes()

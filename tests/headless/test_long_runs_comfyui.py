@@ -23,6 +23,8 @@ from wancore.wan_core.models.config import PreviewDecoderConfig
 from wancore.wan_core.models.preview_decoder import PreviewDecoder
 from wancore.wan_core.sampling.checkpoint import load_latents
 
+from tests.programs import wait_for
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.comfyui
 
@@ -75,9 +77,7 @@ def pictures_during(server: Server, work) -> list[Image.Image]:
 def test_previews_come_and_latents_stay(server, prompt, folders, comfy_server):
     def queue_and_wait(client_id):
         server.submit(prompt, client_id)
-        end = time.monotonic() + 60
-        while not list((comfy_server.base / "output" / "wancore").glob("*.latent")) and time.monotonic() < end:
-            time.sleep(0.2)
+        wait_for(lambda: list((comfy_server.base / "output" / "wancore").glob("*.latent")))
 
     pictures = pictures_during(server, queue_and_wait)
     assert len(pictures) == 6
@@ -101,10 +101,7 @@ def test_previews_are_those_of_the_tiny_autoencoder(server, prompt, comfy_server
 
     def queue_and_wait(client_id):
         server.submit(prompt, client_id)
-        end = time.monotonic() + 60
-        while len(list((comfy_server.base / "output" / "wancore").glob("*.latent"))) == before:
-            assert time.monotonic() < end
-            time.sleep(0.2)
+        wait_for(lambda: len(list((comfy_server.base / "output" / "wancore").glob("*.latent"))) > before)
 
     try:
         pictures = pictures_during(server, queue_and_wait)

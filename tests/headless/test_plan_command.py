@@ -10,6 +10,8 @@ from wancore.headless.cli import main
 from wancore.nodes import host
 from wancore.wan_core import catalog, tiny
 
+from tests.programs import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
 
@@ -167,7 +169,8 @@ def test_what_the_run_would_refuse_the_plan_refuses(name, nodes, message, tmp_pa
 def test_the_command_as_a_process(tmp_path):
     command = [sys.executable, "-m", "headless", "plan", "workflows/api/t2v.json", "--tiny", "--vram"]
     done = [
-        subprocess.run([*command, gib], cwd=ROOT, capture_output=True, text=True, timeout=120) for gib in ("1", "0.2")
+        subprocess.run([*command, gib], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+        for gib in ("1", "0.2")
     ]
     assert [run.returncode for run in done] == [0, 1]
     assert done[0].stdout.startswith("WanCore/tiny, 96x64, 17 frames: fits")

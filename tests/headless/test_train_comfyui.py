@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,8 @@ from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS
 from wancore.wan_core.media import probe
+
+from tests.programs import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.comfyui
@@ -43,23 +44,14 @@ def steps(folder: Path, name: str = "step") -> list[int]:
     return [event["step"] for event in map(json.loads, told) if event["event"] == name]
 
 
-def wait(condition):
-    """Until `condition` gives something; gives that."""
-    until = time.monotonic() + 180
-    while not (found := condition()):
-        assert time.monotonic() < until
-        time.sleep(0.2)
-    return found
-
-
 def test_a_training_is_interrupted_continued_and_shown(comfy_server, folders):
     server = Server(comfy_server.url)
     run = comfy_server.base / "output" / "training" / "中文 run"
     prompt = workflow(folders, name="中文 run", max_steps=200).to_api()
     queued = server.submit(prompt, "a test")["prompt_id"]
-    wait(lambda: len(steps(run)) >= 2)
+    wait_for(lambda: len(steps(run)) >= 2)
     server.stop(queued)
-    found = wait(lambda: server.history(queued))
+    found = wait_for(lambda: server.history(queued))
     assert "execution_interrupted" in json.dumps(found["status"])
     done = steps(run)[-1]
     assert done < 200 and list((run / "states").iterdir())
@@ -78,9 +70,9 @@ def test_a_training_outlives_its_comfyui(serve, folders, tmp_path):
     run = tmp_path / "output" / "training" / "a run"
     with serve(tmp_path) as first:
         Server(first.url).submit(workflow(folders, name="a run", max_steps=200).to_api(), "a test")
-        wait(lambda: len(steps(run)) >= 2)
+        wait_for(lambda: len(steps(run)) >= 2)
         first.process.kill()
-    (begun,) = wait(lambda: steps(run, "end"))
+    (begun,) = wait_for(lambda: steps(run, "end"))
     assert begun == steps(run)[-1] < 200 and (run / "states" / f"step-{begun:07}").is_dir()
     with serve(tmp_path) as second:
         files = run_on_server(workflow(folders, name="a run", max_steps=begun + 1), Server(second.url), folders).files

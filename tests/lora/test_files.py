@@ -19,6 +19,7 @@ from wancore.wan_core.checkpoints.keymap import rename
 
 from tests.lora.fixtures import RANK, WRITERS, factors, linear_paths
 from tests.lora.test_dialects import merged_output, output, used, with_loras
+from tests.programs import PATIENCE
 from tests.reference import relative_error, tiny_dit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -285,7 +286,7 @@ def test_every_original_name_has_its_diffusers_name_and_way_back():
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "headless", "lora", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_the_command(tmp_path):

@@ -15,6 +15,7 @@ from wancore.wan_core.models.vae import denormalise
 from wancore.wan_core.types import Conditioning, Curve, VaceInput, VideoSize, tensors_in
 
 from tests.comfyui import comfyui
+from tests.programs import PATIENCE
 from tests.reference import tiny_dit, tiny_vae
 
 NODES = wancore.NODE_CLASS_MAPPINGS
@@ -40,7 +41,7 @@ def differences() -> dict[str, float]:
     """Largest differences on the real host, see host_parity.py."""
     comfy, script = comfyui(), Path(__file__).with_name("host_parity.py")
     command = [comfy.python, str(script), str(comfy.folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=comfy.folder, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=comfy.folder, timeout=PATIENCE, check=False)
     assert not done.returncode, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

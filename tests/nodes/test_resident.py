@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.comfyui import comfyui
+from tests.programs import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = '''
@@ -75,5 +76,6 @@ print("all true")
 def test_comfyui_sees_evicts_and_forgets_our_weights():
     host = comfyui()
     script = SCRIPT.format(comfy=str(host.folder), root=str(ROOT))
-    done = subprocess.run([host.python, "-c", script], capture_output=True, text=True, cwd=host.folder, timeout=300)
+    command = [host.python, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=host.folder, timeout=PATIENCE)
     assert "all true" in done.stdout, done.stdout + done.stderr

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from wancore.wan_core import catalog
 from wancore.wan_core.runtime import Cancelled
 
 from tests.nodes.running import outputs as run
+from tests.programs import wait_for
 from tests.trainer.runs import ROOT, environment
 
 NODES = wancore.NODE_CLASS_MAPPINGS
@@ -236,15 +236,10 @@ def test_a_run_whose_parent_is_killed_saves_and_ends(data, tmp_path):
     parent = subprocess.Popen(
         words, cwd=ROOT, env={**environment(), "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL
     )
-    until = time.monotonic() + 120
-    while len(steps(folder)) < 3:
-        assert time.monotonic() < until and parent.poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: len(steps(folder)) >= 3, parent)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    while '"stopped": true' not in (folder / "events.jsonl").read_text():
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_for(lambda: '"stopped": true' in (folder / "events.jsonl").read_text())
     before = steps(folder)[-1]
     assert before < 100 and lora(data, max_steps=before + 1)[3] == before + 1
 

@@ -1,5 +1,6 @@
 import pytest
 
+from tests.programs import PATIENCE
 from tests.reference import relative_error
 from tests.trainer.runs import config, events, free_port, losses, program, run, shared, weights
 
@@ -9,13 +10,12 @@ __all__ = ["shared"]
 def launcher(processes):
     """What `accelerate launch` starts on several GPUs; on CPUs alone it would want MPI."""
     return (
-        "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port(),
-        "-m", "trainer.train",
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "trainer.train",
     )  # fmt: skip
 
 
 def finish(process):
-    text = process.communicate(timeout=300)[0]
+    text = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, text
     return text
 
@@ -78,12 +78,12 @@ def test_machines_without_a_common_folder_are_told_so(shared, tmp_path):
     port = free_port()
     machines = [on_machine(rank, port, config(shared, place)) for rank, place in enumerate(places)]
     for machine in machines:
-        text = machine.communicate(timeout=120)[0]
+        text = machine.communicate(timeout=PATIENCE)[0]
         assert machine.returncode != 0 and "a folder that all machines share" in text
 
 
 def test_a_run_of_one_process_is_not_continued_by_two(shared, tmp_path):
     run(config(shared, tmp_path, max_steps=1))
     process = program(config(shared, tmp_path), *launcher(2))
-    text = process.communicate(timeout=120)[0]
+    text = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode != 0 and "processes was 1 and is 2" in text

@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from wancore.wan_core.sampling.loop import sample
 from wancore.wan_core.settings import GuidanceSettings, SamplerSettings
 from wancore.wan_core.types import LatentSize
 
+from tests.programs import PATIENCE, wait_for
 from tests.trainer import material
 from tests.trainer.models import SIZE, inputs
 from tests.trainer.runs import ROOT, environment, events, run, shared
@@ -235,10 +235,7 @@ def test_a_recipe_obeys_a_signal(shared, tmp_path):
     child = subprocess.Popen(
         words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    until = time.monotonic() + 120
-    while not events(tmp_path):
-        assert time.monotonic() < until and child.poll() is None
-        time.sleep(0.1)
+    wait_for(lambda: events(tmp_path), child)
     child.send_signal(signal.SIGTERM)
-    text = child.communicate(timeout=120)[0]
+    text = child.communicate(timeout=PATIENCE)[0]
     assert child.returncode == 0 and "Stopped after step" in text and str(TRAIN) in text

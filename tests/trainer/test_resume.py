@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from wancore.trainer.state import StateError
 from wancore.trainer.stopping import QUIT_NOW
 
+from tests.programs import PATIENCE, wait_for
 from tests.trainer.runs import config, events, losses, program, run, shared, weights
 
 __all__ = ["shared"]
@@ -87,12 +88,7 @@ def stop_after(out, steps):
 
 
 def wait_for_step(process, out, step):
-    limit = time.monotonic() + 120
-    while time.monotonic() < limit and process.poll() is None:
-        if any(event["step"] >= step for event in events(out)):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no step {step}: {process.communicate()[0]}")
+    wait_for(lambda: any(event["step"] >= step for event in events(out)), process)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
@@ -101,7 +97,7 @@ def test_a_signal_ends_the_step_saves_and_exits_well(shared, tmp_path, number):
     process = program(settings)
     wait_for_step(process, tmp_path, 2)
     process.send_signal(number)
-    text = process.communicate(timeout=60)[0]
+    text = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, text
     done = max(losses(tmp_path))
     assert f"Stopped after step {done} of 4000" in text
@@ -117,7 +113,7 @@ def test_a_second_signal_quits_on_the_spot(shared, tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):
         process.send_signal(number)
     os.kill(process.pid, signal.SIGCONT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     process = program(settings)
     wait_for_step(process, tmp_path, max(losses(tmp_path)) + 1)

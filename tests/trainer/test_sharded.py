@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 
+from tests.programs import PATIENCE
 from tests.reference import relative_error
 from tests.trainer import material
 from tests.trainer.runs import ROOT, config, environment, events, free_port, losses, run, shared
@@ -38,7 +39,7 @@ def launch(launcher, runs, place, processes=2):
     words += ["--main_process_port", free_port()]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "tests.trainer.sharded", str(file)],
-        cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=100, check=False,
+        cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 

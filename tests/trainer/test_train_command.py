@@ -9,13 +9,14 @@ from wancore.trainer.config import TrainConfig
 from wancore.trainer.recipe_command import TRAIN
 from wancore.wan_core.adapters.open import open_lora
 
+from tests.programs import PATIENCE
 from tests.trainer.runs import ROOT, config, environment, events, losses, program, run, shared
 
 __all__ = ["shared"]
 
 
 def ended(process):
-    text = process.communicate(timeout=120)[0]
+    text = process.communicate(timeout=PATIENCE)[0]
     return process.returncode, text
 
 
@@ -39,7 +40,7 @@ def test_a_command_that_is_run_as_a_file_hides_no_package(tmp_path, name):
     look += "try: runpy.run_path(sys.argv.pop(), run_name='__main__')\n"
     look += "finally: import importlib.util; assert importlib.util.find_spec('placing') is None; print('clean')"
     words = [sys.executable, "-c", look, (ROOT / "trainer" / f"{name}.py").as_posix()]
-    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and "usage: " in done.stdout and "clean" in done.stdout, done.stderr
 
 
@@ -54,7 +55,7 @@ def test_a_run_repeats_itself_from_its_config_file(shared, tmp_path):
     run(config(shared, tmp_path / "first", max_steps=2))
     again = [sys.executable, "-m", "trainer.train", "--config", str(tmp_path / "first" / "config.json")]
     again += ["--output_path", str(tmp_path / "second")]
-    done = subprocess.run(again, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(again, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "first") == pytest.approx(losses(tmp_path / "second"), rel=1e-6)
 
@@ -73,7 +74,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, words, message):
     if "--dataset_base_path" in words:
         words = [*words, "--lora_base_model", "dit"]
     command = [sys.executable, "-m", "trainer.train", "--output_path", str(tmp_path / "out"), *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
 
