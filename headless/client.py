@@ -310,5 +310,5 @@ def _download(ui: Mapping[str, Mapping[str, Any]], server: Server, folders: Fold
         kind = entry.get("type", "output")
         if kind in ("output", "temp"):
             with folders.copied(entry["filename"], entry.get("subfolder", ""), kind) as draft:
-                server.download(entry, draft.temporary)
+                server.download(entry, draft.partial)
             yield draft.path

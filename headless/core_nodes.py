@@ -201,7 +201,7 @@ class SaveImage(_Saver):
             prefix = filename_prefix.replace("%batch_num%", str(number))
             pixels = image.detach().float().cpu().mul(255).clamp(0, 255).to(torch.uint8).numpy()
             with self.folders.numbered(prefix, ".png", width, height, self.kind) as draft:
-                Image.fromarray(pixels).save(draft.temporary, pnginfo=info, compress_level=self.compress_level)
+                Image.fromarray(pixels).save(draft.partial, pnginfo=info, compress_level=self.compress_level)
             saved.append(draft.reported)
         return {"ui": {"images": saved}}
 
@@ -247,7 +247,7 @@ class SaveVideo(_Saver):
         extra_pnginfo: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         with self.folders.numbered(filename_prefix, ".mp4", *video.get_dimensions()) as draft:
-            video.save_to(draft.temporary, _metadata(prompt, extra_pnginfo))
+            video.save_to(draft.partial, _metadata(prompt, extra_pnginfo))
         return {"ui": {"images": [draft.reported], "animated": (True,)}}
 
 

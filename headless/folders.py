@@ -3,14 +3,15 @@
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..nodes.places import ASSETS, inside
-from ..wan_core.drafts import drafted_over_claim
+from ..wan_core.atomic import NewFile, creating_first, numbered
 
 ANNOTATED = re.compile(r"(?P<name>.*?) ?\[(?P<kind>input|output|temp)\]")
 """ComfyUI's way to name a file that is not in the input folder: `name.png [output]`."""
@@ -18,12 +19,19 @@ ANNOTATED = re.compile(r"(?P<name>.*?) ?\[(?P<kind>input|output|temp)\]")
 
 @dataclass(frozen=True)
 class Draft:
-    """A file being written: write to `temporary`; it becomes `path` when the block that holds it ends well."""
+    """A file being written: write to `partial`. Its name is certain after the block that holds it."""
 
-    temporary: Path
-    path: Path
+    file: NewFile
     subfolder: str
     kind: str
+
+    @property
+    def partial(self) -> Path:
+        return self.file.partial
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @property
     def reported(self) -> dict[str, str]:
@@ -88,13 +96,7 @@ class Folders:
         """
         subfolder, stem = self.place(_expanded(prefix, width, height), kind)
         folder = self.of_kind(kind) / subfolder
-        folder.mkdir(parents=True, exist_ok=True)
-        pattern = re.compile(rf"{re.escape(stem)}_(\d+)(?:_.*)?", re.IGNORECASE if os.name == "nt" else 0)
-        taken = [int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.stem))]
-        number = max(taken, default=0) + 1
-        while not (path := _claimed(folder / f"{stem}_{number:05}_{suffix}")):
-            number += 1
-        with _drafted(path, subfolder, kind) as draft:
+        with _created(self._numbered(folder, stem, suffix), subfolder, kind) as draft:
             yield draft
 
     @contextmanager
@@ -105,16 +107,19 @@ class Folders:
             ValueError: as `place`.
         """
         subfolder, name = self.place(f"{subfolder}/{filename}".replace("\\", "/").lstrip("/"), kind)
-        folder = self.of_kind(kind) / subfolder
-        folder.mkdir(parents=True, exist_ok=True)
-        if path := _claimed(folder / name):
-            with _drafted(path, subfolder, kind) as draft:
-                yield draft
-        else:
-            counted = re.fullmatch(r"(.*)_\d+_", Path(name).stem)
-            prefix = counted[1] if counted else Path(name).stem
-            with self.numbered(str(Path(subfolder, prefix)), Path(name).suffix, kind=kind) as draft:
-                yield draft
+        path = self.of_kind(kind) / subfolder / name
+        counted = re.fullmatch(r"(.*)_\d+_", path.stem)
+        others = self._numbered(path.parent, counted[1] if counted else path.stem, path.suffix)
+        with _created(chain([path], others), subfolder, kind) as draft:
+            yield draft
+
+    @staticmethod
+    def _numbered(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
+        """The names after the highest number in `folder`."""
+        pattern = re.compile(rf"{re.escape(stem)}_(\d+)(?:_.*)?", re.IGNORECASE if os.name == "nt" else 0)
+        there = folder.iterdir() if folder.is_dir() else ()
+        taken = [int(match[1]) for path in there if (match := pattern.fullmatch(path.stem))]
+        yield from numbered(folder, stem, f"_{suffix}", max(taken, default=0) + 1)
 
     def place(self, name: str, kind: str = "output") -> tuple[str, str]:
         """(subfolder, file name) of a name below the output folder; nothing is made.
@@ -149,16 +154,7 @@ def _expanded(prefix: str, width: int, height: int) -> str:
     return prefix
 
 
-def _claimed(path: Path) -> Path | None:
-    """The path, now an empty file that no other run can claim; None when it exists."""
-    try:
-        path.open("x").close()
-    except FileExistsError:
-        return None
-    return path
-
-
 @contextmanager
-def _drafted(path: Path, subfolder: str, kind: str) -> Iterator[Draft]:
-    with drafted_over_claim(path) as temporary:
-        yield Draft(temporary, path, subfolder.replace(os.sep, "/"), kind)
+def _created(paths: Iterable[Path], subfolder: str, kind: str) -> Iterator[Draft]:
+    with creating_first(paths) as file:
+        yield Draft(file, subfolder.replace(os.sep, "/"), kind)

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..wan_core.adapters.files import DTYPES, LoraFormat, convert, free_path
+from ..wan_core.adapters.files import DTYPES, LoraFormat, convert
 from ..wan_core.adapters.model import Target, report, report_alone, use_lora
 from ..wan_core.adapters.open import open_lora
+from ..wan_core.atomic import numbered
 from ..wan_core.lora.apply import MODES
 from ..wan_core.lora.bind import BlockStrengths
 from ..wan_core.lora.write import FORMATS
@@ -225,6 +226,6 @@ class LoraSave:
         sources = [(host.find_file(FOLDER, lora), strength)]
         if second_lora != "none":
             sources.append((host.find_file(FOLDER, second_lora), second_strength))
-        out = free_path(host.output_dir() / FOLDER, filename.strip())
+        out = numbered(host.output_dir() / FOLDER, filename.strip(), ".safetensors")
         told = str(convert(sources, out, LoraFormat(format, dtype), rank=rank or None))
         return {"ui": {"text": [told]}, "result": (told,)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..wan_core.drafts import drafted
+from ..wan_core.atomic import replacing
 from ..wan_core.models.preview_decoder import PreviewDecoder
 from ..wan_core.prepare import load_preview_decoder
 from ..wan_core.runtime import log
@@ -29,8 +29,8 @@ def write(pictures: list[Image.Image], folder: Path, step: int) -> None:
 def _save(pictures: list[Image.Image], path: Path) -> None:
     first, *rest = pictures
     animated = {"save_all": True, "append_images": rest, "duration": MILLISECONDS_PER_FRAME} if rest else {}
-    with drafted(path) as draft:
-        first.save(draft, format="PNG", **animated)
+    with replacing(path) as partial:
+        first.save(partial, format="PNG", **animated)
 
 
 @lru_cache(maxsize=1)

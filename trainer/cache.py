@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor
 
-from ..wan_core.drafts import drafted
+from ..wan_core.atomic import replacing
+from ..wan_core.checkpoints.write import write_safetensors
 from ..wan_core.media import frame_files
 
 log = logging.getLogger("wancore")
@@ -64,8 +65,8 @@ class LatentCache:
                     digest.update(chunk)
             self._hashes[identity] = digest.hexdigest()
             text = json.dumps(self._hashes, indent=0, ensure_ascii=False)
-            with drafted(self.folder / HASHES, sync=True) as draft:
-                draft.write_text(text, encoding="utf-8")
+            with replacing(self.folder / HASHES, sync=True) as partial:
+                partial.write_text(text, encoding="utf-8")
         return self._hashes[identity]
 
     def __contains__(self, key: str) -> bool:
@@ -89,9 +90,8 @@ class LatentCache:
         Raises:
             OSError: the disk is full or fails; nothing appears under the key.
         """
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with drafted(self._path(key), sync=True) as draft:
-            save_file(stored, draft)
+        with replacing(self._path(key), sync=True) as partial:
+            write_safetensors(partial, tensors)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

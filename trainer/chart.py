@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..wan_core.drafts import drafted
+from ..wan_core.atomic import replacing
 
 SIZE = (960, 640)
 MARGIN = (64, 28, 16, 36)
@@ -81,8 +81,8 @@ def draw_chart(steps: Sequence[Mapping[str, Any]], held_out: Sequence[tuple[int,
 
 def save_chart(file: Path, steps: Sequence[Mapping[str, Any]], held_out: Sequence[tuple[int, float]] = ()) -> Path:
     """Write the chart to `file` as PNG; it is there whole or as before."""
-    with drafted(file) as draft:
-        draw_chart(steps, held_out).save(draft, "PNG")
+    with replacing(file) as partial:
+        draw_chart(steps, held_out).save(partial, "PNG")
     return file
 
 

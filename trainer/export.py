@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load
 from torch import Tensor
 
-from ..wan_core.adapters.files import DTYPES, LoraFormat, lora_metadata, save
+from ..wan_core.adapters.files import DTYPES, LoraFormat, lora_metadata, write_lora
 from ..wan_core.adapters.model import Target, fit_to
 from ..wan_core.adapters.open import open_lora
+from ..wan_core.atomic import replacing, sync_folder
 from ..wan_core.checkpoints.detect import detect_files
-from ..wan_core.drafts import drafted
+from ..wan_core.checkpoints.write import write_safetensors
 from ..wan_core.lora.write import Merged
 from .config import TrainConfig
-from .state import sync_folder
 from .trainable import Part, Trainables, lora_patches
 
 log = logging.getLogger("wancore")
@@ -85,12 +85,8 @@ class Exporter:
         self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {**self._metadata(), **told}
         for path, parts in paths.items():
-            try:
-                with drafted(path, sync=True) as draft:
-                    self._write(parts, draft, path.stem, tensors, metadata)
-            except ValueError as error:
-                # A disk that is full is no mistake of the user's.
-                raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from error
+            with replacing(path, sync=True) as partial:
+                self._write(parts, partial, path.stem, tensors, metadata)
         sync_folder(self.folder)
         return list(paths)
 
@@ -132,58 +128,66 @@ class Exporter:
         return told
 
     def _write(
-        self, parts: Sequence[Part], draft: Path, title: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+        self,
+        parts: Sequence[Part],
+        partial: Path,
+        title: str,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
     ) -> None:
         whole = [part for part in parts if not part.is_lora]
         loras = [part for part in parts if part.is_lora]
         for part in loras:
-            self._write_lora(part, draft, title, tensors, metadata)
+            self._write_lora(part, partial, title, tensors, metadata)
         if whole and loras:
-            self._add_whole(whole, draft, tensors)
+            self._add_whole(whole, partial, tensors)
         for part in () if loras else whole:
-            self._write_whole(part, draft, title, tensors, metadata)
+            self._write_whole(part, partial, title, tensors, metadata)
 
     def _write_lora(
-        self, part: Part, draft: Path, title: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+        self, part: Part, partial: Path, title: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> None:
         config = self.config
         patches = tuple(lora_patches(part, tensors, config.lora_alpha or config.lora_rank))
         told = {**lora_metadata(patches, title), **metadata}
-        save(Merged(patches), draft, LoraFormat(config.lora_format, _lora_dtype(config)), told, {"trained": True})
-        self._check_lora(part, draft, dict(patches))
+        form = LoraFormat(config.lora_format, _lora_dtype(config))
+        write_lora(partial, Merged(patches), title, form, told, {"trained": True})
+        self._check_lora(part, partial, dict(patches))
 
-    def _check_lora(self, part: Part, draft: Path, patches: Mapping[str, Any]) -> None:
+    def _check_lora(self, part: Part, partial: Path, patches: Mapping[str, Any]) -> None:
         shapes = {name: patch.shape for name, patch in patches.items()}
-        bound = fit_to(open_lora(draft), Target(self.trainables.model.name, shapes))
+        bound = fit_to(open_lora(partial), Target(self.trainables.model.name, shapes))
         found = dict(bound.patches)
         if bound.skipped or found.keys() != patches.keys():
-            raise ExportError(f"{draft.name} lacks {sorted(patches.keys() - found.keys())[:3]} when it is read again.")
+            lacking = sorted(patches.keys() - found.keys())[:3]
+            raise ExportError(f"{partial.name} lacks {lacking} when it is read again.")
         tolerance = {"bf16": 2**-7, "fp16": 2**-9, "fp32": 1e-6}[_lora_dtype(self.config)]
         for name, patch in patches.items():
             size = max(patch.norm(), 1e-30)
             if torch.linalg.vector_norm(found[name].delta() - patch.delta().cpu()) > 2 * tolerance * size:
-                raise ExportError(f"{draft.name} changes {name} in another way than what was trained.")
+                raise ExportError(f"{partial.name} changes {name} in another way than what was trained.")
         if not any(patch.up.any() for patch in patches.values()):
             log.warning("Every up factor of the LoRA on %s is zero: the file will change nothing.", part.name)
 
     def _write_whole(
-        self, part: Part, draft: Path, title: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+        self, part: Part, partial: Path, title: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> None:
         prefix = "" if self.config.remove_prefix_in_ckpt else f"pipe.{part.name}."
         told = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title, **metadata}
-        _save_checked(self._whole(part, tensors, prefix), draft, told)
-        found = detect_files(draft)
+        _save_checked(self._whole(part, tensors, prefix), partial, told)
+        found = detect_files(partial)
         if found.kind != part.name:
-            raise ExportError(f"{draft.name} is read as a {found.kind}, not as a {part.name}.")
+            raise ExportError(f"{partial.name} is read as a {found.kind}, not as a {part.name}.")
 
-    def _add_whole(self, parts: Sequence[Part], draft: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Put whole weights beside the LoRA in `draft`, under the names that the reference gives them there."""
+    def _add_whole(self, parts: Sequence[Part], partial: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Put whole weights beside the LoRA in `partial`, under the names that the reference gives them there."""
         removed = self.config.remove_prefix_in_ckpt
-        together = load_file(draft)
+        # Read, not mapped: the file is written again.
+        together = load(partial.read_bytes())
         for part in parts:
             named = self._whole(part, tensors, f"pipe.{part.name}.")
             together |= {name.removeprefix(removed): tensor for name, tensor in named.items()}
-        _save_checked(together, draft, _told_by(draft))
+        _save_checked(together, partial, _told_by(partial))
 
     def _whole(self, part: Part, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         dtype = DTYPES["bf16" if self.config.mixed_precision == "bf16" else "fp32"]
@@ -193,19 +197,19 @@ class Exporter:
         }
 
 
-def _save_checked(tensors: Mapping[str, Tensor], draft: Path, metadata: Mapping[str, str]) -> None:
+def _save_checked(tensors: Mapping[str, Tensor], partial: Path, metadata: Mapping[str, str]) -> None:
     """Write `tensors` and read them again.
 
     Raises:
         ExportError: they are not what was written.
     """
-    save_file(dict(tensors), draft, dict(metadata))
-    with safe_open(draft, "pt") as file:
+    write_safetensors(partial, tensors, metadata)
+    with safe_open(partial, "pt") as file:
         if set(file.keys()) != tensors.keys():
-            raise ExportError(f"{draft.name} has other names than what was written.")
+            raise ExportError(f"{partial.name} has other names than what was written.")
         for name, tensor in tensors.items():
             if not torch.equal(file.get_tensor(name), tensor):
-                raise ExportError(f"{draft.name}: {name} is not what was written.")
+                raise ExportError(f"{partial.name}: {name} is not what was written.")
 
 
 def _told_by(path: Path) -> dict[str, str]:

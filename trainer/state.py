@@ -4,11 +4,9 @@ A folder is filled under a draft's name, its files reach the disk, a manifest wi
 last, and only then does the folder get its own name. A folder without a manifest that holds is no state.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..wan_core.drafts import sync_file
+from ..wan_core.atomic import sync_file, sync_folder
+from ..wan_core.checkpoints.write import write_safetensors
 
 log = logging.getLogger("wancore")
 
@@ -117,7 +116,7 @@ class States:
 
 def write_parts(folder: Path, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
     """Put trained weights and an optimizer's `state_dict` into a state's folder."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    write_safetensors(folder / WEIGHTS, weights)
     torch.save(optimizer, folder / OPTIMIZER)
 
 
@@ -198,13 +197,3 @@ def _seal(folder: Path) -> None:
     manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8")
     sync_file(manifest)
     sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on the disk, where the system can."""
-    with contextlib.suppress(OSError, AttributeError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -9,7 +9,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from ..wan_core.drafts import drafted
+from ..wan_core.atomic import replacing
 from .config import TrainConfig
 from .flags import ConfigError, from_json, read_json
 
@@ -31,8 +31,8 @@ def record(config: TrainConfig) -> Path:
     if config.dataset_metadata_path is not None:
         told["dataset_metadata_path"] = _absolute(config.dataset_metadata_path)
     file = Path(config.output_path) / RECORD
-    with drafted(file) as draft:
-        draft.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return file
 
 

@@ -4,17 +4,18 @@ They draw abstract patterns, not films. They exist so that every workflow can ru
 """
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import catalog
-from .drafts import drafted
+from .atomic import replacing
+from .checkpoints.write import write_safetensors
 from .models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
 from .models.dit import WanDiT
 from .models.image_encoder import ImageEncoder
@@ -97,12 +98,17 @@ def write_model(root: Path, model_id: str) -> Path:
         if not (folder / name).exists():
             with torch.device("meta"):
                 module = cls(config)
-            with drafted(folder / name) as draft:
-                (save_file if draft.suffix == ".safetensors" else torch.save)(state_dict(module), draft)
+            write = write_safetensors if name.endswith(".safetensors") else _write_pth
+            with replacing(folder / name) as partial:
+                write(partial, state_dict(module))
     if model_id == catalog.TINY and not (folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE).exists():
-        with drafted(folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE) as draft:
-            write_tokenizer(draft)
+        with replacing(folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE) as partial:
+            write_tokenizer(partial)
     return folder
+
+
+def _write_pth(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    torch.save(dict(tensors), file)
 
 
 def _files(model_id: str) -> dict[str, tuple[type[nn.Module], Any]]:

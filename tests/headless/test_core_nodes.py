@@ -120,7 +120,7 @@ def test_a_prefix_that_leaves_the_output_folder_is_refused_before_anything_runs(
 
 def test_a_failed_write_leaves_nothing(folders):
     with pytest.raises(OSError), folders.numbered("x", ".png") as draft:
-        draft.temporary.write_bytes(b"half")
+        draft.partial.write_bytes(b"half")
         raise OSError
     assert list(folders.output.iterdir()) == []
 
@@ -128,7 +128,7 @@ def test_a_failed_write_leaves_nothing(folders):
 def test_two_writers_never_get_one_name(folders):
     with folders.numbered("x", ".png") as first, folders.numbered("x", ".png") as second:
         for draft in (first, second):
-            draft.temporary.write_text(draft.path.name)
+            draft.partial.write_text(draft.path.name)
     assert [path.read_text() for path in sorted(folders.output.iterdir())] == ["x_00001_.png", "x_00002_.png"]
 
 
@@ -141,7 +141,7 @@ def test_a_copied_file_keeps_its_name_when_that_is_free(folders, name, expected)
     for taken in ("x_00003_.png", "x_00009_.png", "plain.png"):
         (folders.output / taken).write_bytes(b"mine")
     with folders.copied(name) as draft:
-        draft.temporary.write_bytes(b"theirs")
+        draft.partial.write_bytes(b"theirs")
     assert (draft.path.name, draft.path.read_bytes()) == (expected, b"theirs")
     assert (folders.output / "x_00003_.png").read_bytes() == b"mine"
 

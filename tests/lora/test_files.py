@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from wancore.headless.cli import main
-from wancore.wan_core.adapters.files import LoraFormat, convert, extract_lora, free_path
-from wancore.wan_core.adapters.model import Target, use_lora
+from wancore.wan_core.adapters.files import LoraFormat, convert, extract_lora
+from wancore.wan_core.adapters.model import Target, report_alone, use_lora
 from wancore.wan_core.adapters.open import open_lora
+from wancore.wan_core.atomic import numbered, partial_path
 from wancore.wan_core.checkpoints.dialects import DIALECTS
 from wancore.wan_core.checkpoints.diffusers_names import diffusers_name
 from wancore.wan_core.checkpoints.keymap import rename
@@ -215,9 +216,6 @@ def test_nothing_is_overwritten(tmp_path):
         with pytest.raises(ValueError, match="exists already; nothing is overwritten"):
             call()
     assert existing.read_text() == "precious"
-    assert free_path(tmp_path, "a").name == "a_00001.safetensors"
-    (tmp_path / "a_00001.safetensors").touch()
-    assert free_path(tmp_path, "a").name == "a_00002.safetensors"
     with pytest.raises(ValueError, match=r"written as \.safetensors"):
         convert([(source, 1.0)], tmp_path / "lora.pt", EXACT)
     with pytest.raises(ValueError, match="different sizes"):
@@ -225,8 +223,36 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(ValueError, match="LoRA format must be one of"):
         convert([(source, 1.0)], tmp_path / "x.safetensors", LoraFormat("webui"))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "a_00001.safetensors", "big.safetensors", "lora.safetensors", "mine.safetensors",
+        "big.safetensors", "lora.safetensors", "mine.safetensors",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", ["comfyui", "peft"])
+def test_the_first_free_name_is_taken(tmp_path, names):
+    source = lora_file(tmp_path, sized(1536, 2), "source")
+    (tmp_path / "a_00001.safetensors").write_text("precious")
+    saved = convert([(source, 1.0)], numbered(tmp_path, "a", ".safetensors"), LoraFormat(names))
+    assert saved.path == tmp_path / "a_00002.safetensors"
+    assert str(report_alone(open_lora(saved.path)))
+
+
+def test_what_a_kill_left_of_a_peft_folder_is_taken_over(tmp_path):
+    source, out = lora_file(tmp_path, sized(1536, 2), "source"), tmp_path / "peft"
+    out.mkdir()
+    weights = out / "adapter_model.safetensors"
+    partial_path(weights).write_bytes(b"half")
+    (out / "adapter_config.json").write_text("{}")
+    convert([(source, 1.0)], out, LoraFormat("peft"))
+    assert sorted(p.name for p in out.iterdir()) == ["adapter_config.json", weights.name]
+    assert str(report_alone(open_lora(out)))
+    for left in (["notes.txt"], ["adapter_config.json"], [weights.name]):
+        other = tmp_path / left[0]
+        other.mkdir()
+        for name in left:
+            (other / name).write_text("precious")
+        with pytest.raises(ValueError, match="exists already; nothing is overwritten"):
+            convert([(source, 1.0)], other, LoraFormat("peft"))
+        assert [(other / name).read_text() for name in left] == ["precious"]
 
 
 def test_what_is_written_into_the_file(tmp_path):

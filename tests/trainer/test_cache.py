@@ -1,12 +1,13 @@
 """The cache on disk: what it keeps is what was put, and nothing stale or half written is ever found."""
 
-import errno
 import os
 
 import pytest
 import torch
 from wancore.trainer import cache as cache_module
 from wancore.trainer.cache import LatentCache
+
+from tests.disks import full_disk
 
 
 def test_what_is_put_comes_back_bit_for_bit(tmp_path):
@@ -45,14 +46,9 @@ def test_a_damaged_file_counts_as_missing(tmp_path, damage, caplog):
     assert "damaged" in caplog.text
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
     cache = LatentCache(tmp_path)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(cache_module, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with full_disk(8), pytest.raises(OSError, match="too large"):
         cache.put("abcd", {"x": torch.ones(3)})
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

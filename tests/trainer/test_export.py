@@ -10,7 +10,9 @@ from wancore.trainer.trainable import lora_patches, prepare
 from wancore.wan_core.adapters.open import open_lora
 from wancore.wan_core.checkpoints.detect import detect_files
 from wancore.wan_core.checkpoints.diffusers_names import diffusers_name
+from wancore.wan_core.checkpoints.write import write_safetensors
 
+from tests.disks import full_disk
 from tests.reference import relative_error, tiny_text_encoder, tiny_vae
 from tests.trainer.models import config, inputs, trainables, video_model
 
@@ -139,26 +141,21 @@ def test_a_lora_that_changes_nothing_is_reported(tmp_path, caplog):
 def test_a_file_that_differs_from_what_was_trained_never_gets_its_name(tmp_path, monkeypatch, mode):
     made = exporter(tmp_path, **mode)
 
-    def spoiled(tensors, file, metadata):
-        save_file({name: t + (t.ndim > 1) for name, t in tensors.items()}, file, metadata)
+    def spoiled(file, tensors, metadata):
+        write_safetensors(file, {name: t + (t.ndim > 1) for name, t in tensors.items()}, metadata)
 
     for module in ("trainer.export", "wan_core.adapters.files"):
-        monkeypatch.setattr(f"wancore.{module}.save_file", spoiled)
+        monkeypatch.setattr(f"wancore.{module}.write_safetensors", spoiled)
     with pytest.raises(ExportError):
         written(made)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_older_file(tmp_path):
     made = exporter(tmp_path, lora_base_model="dit")
     (file,) = written(made)
     before = file.read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("wancore.wan_core.adapters.files.save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with full_disk(2**10), pytest.raises(OSError, match="too large"):
         written(made)
     assert [p.name for p in tmp_path.iterdir()] == [file.name] and file.read_bytes() == before
 

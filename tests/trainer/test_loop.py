@@ -258,15 +258,15 @@ def fill_the_disk(monkeypatch, failing):
     from wancore.trainer import state
 
     calls = []
-    real = state.save_file
+    real = state.write_safetensors
 
-    def save_file(*arguments):
+    def write_safetensors(*arguments):
         calls.append(1)
         if len(calls) in failing:
             raise OSError(28, "No space left on device")
         return real(*arguments)
 
-    monkeypatch.setattr(state, "save_file", save_file)
+    monkeypatch.setattr(state, "write_safetensors", write_safetensors)
 
 
 def test_one_failed_save_costs_that_save_alone(shared, tmp_path, monkeypatch, caplog):

@@ -1,18 +1,19 @@
 """New LoRA files: converted, merged, extracted. A file that exists is never touched."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..atomic import creating_first, partial_path, replacing
 from ..checkpoints.detect import Component, detect_files, require_kind
 from ..checkpoints.diffusers_names import diffusers_name
 from ..checkpoints.load import open_component
-from ..drafts import drafted_anew
+from ..checkpoints.write import write_safetensors
 from ..lora.patches import LowRank
 from ..lora.read import ADAPTER_METADATA, Skipped
 from ..lora.report import grouped
@@ -61,9 +62,14 @@ class Saved:
 
 
 def convert(
-    sources: Sequence[tuple[PathLike, float]], out: PathLike, form: LoraFormat, *, rank: int | None = None
+    sources: Sequence[tuple[PathLike, float]],
+    out: PathLike | Iterable[Path],
+    form: LoraFormat,
+    *,
+    rank: int | None = None,
 ) -> Saved:
-    """One LoRA file at `out` that does what `sources`, each at its strength, do together.
+    """One LoRA file at `out`, or at the first of several paths that is free, that does what `sources`, each at its
+    strength, do together.
 
     One source is converted as it is. Several are joined exactly, which adds up their ranks, unless `rank` limits it.
 
@@ -83,11 +89,11 @@ def convert(
     if len(set(widths) - {None}) > 1:
         sizes = ", ".join(f"{lora.name} (width {width})" for (lora, _), width in zip(loras, widths, strict=True))
         raise ValueError(f"LoRAs of models of different sizes cannot be merged: {sizes}.")
-    merged = merge([(patches, strength) for (patches, _), (_, strength) in zip(named, loras, strict=True)], rank)
+    pairs = [(patches, strength) for (patches, _), (_, strength) in zip(named, loras, strict=True)]
     kept = {k: v for k, v in loras[0][0].metadata.items() if k not in OWN_METADATA} if len(loras) == 1 else {}
     origin = {"sources": [{"name": lora.name, "strength": strength} for lora, strength in loras]}
     skipped = tuple(s for _, left in named for s in left)
-    return save(merged, out, form, kept, origin, skipped)
+    return save(lambda: merge(pairs, rank), out, form, kept, origin, skipped)
 
 
 def extract_lora(base: PathLike, tuned: PathLike, out: PathLike, form: LoraFormat, *, rank: int) -> Saved:
@@ -105,9 +111,12 @@ def extract_lora(base: PathLike, tuned: PathLike, out: PathLike, form: LoraForma
         raise ValueError(
             f"{first.name} and {second.name} are models of different structure; extract from a fine-tune of that base."
         )
-    with open_component(first) as read_base, open_component(second) as read_tuned:
-        merged = extract(_pairs(first, second, read_base, read_tuned), rank)
-    return save(merged, out, form, {}, {"base": first.name, "tuned": second.name, "extracted_rank": rank})
+
+    def extracted() -> Merged:
+        with open_component(first) as read_base, open_component(second) as read_tuned:
+            return extract(_pairs(first, second, read_base, read_tuned), rank)
+
+    return save(extracted, out, form, {}, {"base": first.name, "tuned": second.name, "extracted_rank": rank})
 
 
 def _pairs(
@@ -119,30 +128,53 @@ def _pairs(
 
 
 def save(
-    merged: Merged,
-    out: PathLike,
+    make: Callable[[], Merged],
+    out: PathLike | Iterable[Path],
     form: LoraFormat,
     metadata: Mapping[str, str],
     origin: Mapping[str, object],
     skipped: tuple[Skipped, ...] = (),
 ) -> Saved:
-    """Write `merged` to `out`: a new file, for `peft` a new folder with its configuration.
+    """Write what `make` gives to `out`: a new file, for `peft` a new folder with its configuration. The name is claimed
+    before anything is made.
 
     Raises:
         ValueError: `out` exists or cannot be written, or the format cannot hold one of the patches.
+        OSError: the disk is full or fails.
     """
-    target = _check_free(out, form)
-    tensors = encode(merged.patches, form.names, DTYPES[form.dtype], diffusers_name)
+    with creating_first(_targets(out, form)) as file:
+        merged = make()
+        path = file.path.parent if form.names == "peft" else file.path
+        write_lora(file.partial, merged, path.stem, form, metadata, origin)
+        if form.names == "peft":
+            # Before the weights get their name, so that these are never there without it.
+            with replacing(file.path.with_name(PEFT_CONFIG)) as config:
+                config.write_text(json.dumps(_peft_config(merged.patches), indent=2), encoding="utf-8")
+    path = file.path.parent if form.names == "peft" else file.path
     ranks = tuple(sorted({p.rank for _, p in merged.patches if p.rank}))
+    return Saved(path, len(merged.patches), ranks, merged.error, skipped)
+
+
+def write_lora(
+    file: Path,
+    merged: Merged,
+    title: str,
+    form: LoraFormat,
+    metadata: Mapping[str, str],
+    origin: Mapping[str, object],
+) -> None:
+    """Write `merged` into `file`, in place of its content.
+
+    Raises:
+        ValueError: the format cannot hold one of the patches.
+        OSError: the disk is full or fails.
+    """
     told = {
-        **lora_metadata(merged.patches, Path(out).stem),
+        **lora_metadata(merged.patches, title),
         **metadata,
         "wancore": json.dumps({**origin, "names": form.names, "lost": round(merged.error, 6)}),
     }
-    _write(target, tensors, told)
-    if form.names == "peft":
-        _write_peft_config(target.with_name(PEFT_CONFIG), merged.patches)
-    return Saved(Path(out), len(merged.patches), ranks, merged.error, skipped)
+    write_safetensors(file, encode(merged.patches, form.names, DTYPES[form.dtype], diffusers_name), told)
 
 
 def lora_metadata(patches: Named, title: str) -> dict[str, str]:
@@ -165,42 +197,47 @@ def lora_metadata(patches: Named, title: str) -> dict[str, str]:
     return told
 
 
-def free_path(folder: Path, stem: str) -> Path:
-    """`<stem>_00001.safetensors` in `folder`, or the next number that is not taken."""
-    number = 1
-    while (path := folder / f"{stem}_{number:05}.safetensors").exists():
-        number += 1
-    return path
-
-
 def _check_rank(rank: int | None) -> None:
     if rank is not None:
         check_whole("rank", rank, low=1, high=MAX_RANK)
 
 
-def _check_free(out: PathLike, form: LoraFormat) -> Path:
-    """The file that will hold the tensors."""
+def _check_free(out: PathLike | Iterable[Path], form: LoraFormat) -> None:
+    """Refuse a name that is taken or wrong, before anything long."""
+    if not isinstance(out, (str, os.PathLike)):
+        return
     path = Path(out).expanduser()
-    if path.exists():
+    if not (_is_left_over(path) if form.names == "peft" else not os.path.lexists(path)):
         raise ValueError(f"{path} exists already; nothing is overwritten. Choose another name or move it away.")
-    if form.names == "peft":
-        return path / f"{PEFT_FILE}.safetensors"
-    if path.suffix != ".safetensors":
+    if form.names != "peft" and path.suffix != ".safetensors":
         raise ValueError(f"LoRAs are written as .safetensors; got the name {path.name!r}.")
-    return path
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    with drafted_anew(path) as draft:
-        save_file(dict(tensors), draft, dict(metadata))
+def _targets(out: PathLike | Iterable[Path], form: LoraFormat) -> Iterator[Path]:
+    """The files that may hold the tensors, the one that is wanted most first."""
+    _check_free(out, form)
+    for path in [Path(out).expanduser()] if isinstance(out, (str, os.PathLike)) else out:
+        if form.names != "peft":
+            yield path
+        elif _is_left_over(path):
+            yield path / f"{PEFT_FILE}.safetensors"
 
 
-def _write_peft_config(path: Path, patches: Named) -> None:
+def _is_left_over(folder: Path) -> bool:
+    """Whether a new LoRA can be written to `folder`: it is not there, empty, or what a killed process left of one."""
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
+    names = {entry.name for entry in folder.iterdir()}
+    config, weights = folder / PEFT_CONFIG, partial_path(folder / f"{PEFT_FILE}.safetensors")
+    return not names or (weights.name in names and names <= {weights.name, config.name, partial_path(config).name})
+
+
+def _peft_config(patches: Named) -> dict[str, object]:
     """PEFT's configuration for factors with their scale folded in: alpha is the rank of every module."""
     ranks = {name.rpartition(".")[0]: patch.rank for name, patch in patches if isinstance(patch, LowRank)}
     usual = max(ranks.values(), key=list(ranks.values()).count)
     others = {module: rank for module, rank in ranks.items() if rank != usual}
-    config = {
+    return {
         "peft_type": "LORA",
         "r": usual,
         "lora_alpha": usual,
@@ -210,4 +247,3 @@ def _write_peft_config(path: Path, patches: Named) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    path.write_text(json.dumps(config, indent=2), encoding="utf-8")

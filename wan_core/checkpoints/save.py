@@ -9,28 +9,25 @@ tensor only (its `scaled_fp8_ops` declares it as a scalar), and newer ones, whic
 that are not FP8 in the file ComfyUI 0.3.64 casts to FP8 by itself; newer ones and WanCore keep them.
 """
 
-import json
 import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..drafts import drafted_anew
+from ..atomic import creating
 from ..memory.quant import FP8, big_linears, weight_to_fp8
 from .detect import Component, check_against
-from .header import SAFETENSORS_DTYPES
 from .keymap import SPIECE_MODEL
 from .load import CLASSES, combine, spiece_model
 from .read import TensorFiles
+from .write import file_size, write_made
 
 log = logging.getLogger("wancore")
 
@@ -58,8 +55,6 @@ UMT5_NAMES = (
     (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
 )
 """From the original names of UMT5 to those of Hugging Face, the only ones that ComfyUI reads."""
-
-CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -168,41 +163,28 @@ def _stored_name(component: Component, name: str) -> str:
 
 
 def _write(component: Component, path: Path, entries: list[_Entry], on_progress: Progress) -> Path:
-    """A safetensors file of `entries`, widest numbers first, so that all of them are aligned."""
-    placed = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offsets, end = {}, 0
-    for entry in placed:
-        offsets[entry.name] = end
-        span = [end, end := end + entry.nbytes]
-        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with _new_file(path, 8 + len(text) + end) as stream, TensorFiles(component.header) as files:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        done = 0
-        for entry in entries:
-            tensor = entry.make(files).reshape(entry.shape).contiguous()
-            stream.seek(8 + len(text) + offsets[entry.name])
-            stream.write(tensor.reshape(-1).view(torch.uint8).numpy())
-            done += entry.nbytes
-            on_progress(done, end)
-    return path
-
-
-@contextmanager
-def _new_file(path: Path, size: int) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole; nothing is left of it after an error.
+    """The file of `entries` at `path`, which gets its name when it is whole.
 
     Raises:
-        ValueError: the name is taken or wrong, the folder cannot be written, or `size` bytes do not fit there.
+        ValueError: the name is taken or wrong, the folder cannot be written, or the file does not fit there.
     """
     path = path.expanduser()
     if path.suffix != ".safetensors":
         raise ValueError(f"Models are written as .safetensors; got the name {path.name!r}.")
-    with drafted_anew(path) as draft:
+    layout = {entry.name: (entry.dtype, entry.shape) for entry in entries}
+    size = file_size(layout)
+
+    def made(files: TensorFiles) -> Iterator[tuple[str, Tensor]]:
+        done = 0
+        for entry in entries:
+            yield entry.name, entry.make(files).reshape(entry.shape)
+            done += entry.nbytes
+            on_progress(done, size)
+
+    with creating(path) as partial:
         free = shutil.disk_usage(path.parent).free
         if free < size:
             raise ValueError(f"{path} takes {size / 1e9:.2f} GB, but {path.parent} has {free / 1e9:.2f} GB left.")
-        with draft.open("wb") as stream:
-            yield stream
+        with TensorFiles(component.header) as files:
+            write_made(partial, layout, made(files), {"format": "pt"})
+    return path

@@ -10,11 +10,11 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from ..atomic import replacing
 from ..checkpoints.header import is_safetensors
-from ..drafts import drafted
+from ..checkpoints.write import write_safetensors
 from ..runtime import log
 
 MEMORY_BYTES = 64 * 2**20
@@ -79,8 +79,8 @@ class DiskStore:
 
     def put(self, key: str, rows: Tensor) -> None:
         try:
-            with drafted(self._file(key)) as draft:
-                draft.write_bytes(save({NAME: rows}))
+            with replacing(self._file(key)) as partial:
+                write_safetensors(partial, {NAME: rows})
         except OSError as error:
             log.warning("An encoded prompt cannot be kept in %s: %s", self.directory, error)
 

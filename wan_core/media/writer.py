@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from ..drafts import drafted
+from ..atomic import replacing
 from .pixels import FPS, Frames, eight_bit
 
 
@@ -74,8 +74,8 @@ def save_video(
     if kind is None or target.is_dir():
         raise ValueError(f"save_path must be a file name that ends in {', '.join(KINDS)}; got {str(save_path)!r}.")
     encode = _encoder(kind, frames, fps, quality, ffmpeg_params, metadata)
-    with _writing(save_path), drafted(target) as draft:
-        encode(draft)
+    with _writing(save_path), replacing(target) as partial:
+        encode(partial)
     return target
 
 
@@ -119,8 +119,8 @@ def save_frames(frames: Frames, save_path: str | Path) -> list[Path]:
     files = []
     for index, picture in enumerate(eight_bit(frames)):
         files.append(Path(save_path) / f"{index}.png")
-        with _writing(save_path), drafted(files[-1]) as draft:
-            Image.fromarray(picture).save(draft)
+        with _writing(save_path), replacing(files[-1]) as partial:
+            Image.fromarray(picture).save(partial)
     return files
 
 

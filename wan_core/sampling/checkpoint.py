@@ -1,5 +1,7 @@
-"""Unfinished runs and finished latents on disk. A file appears under its name only when it is complete."""
+"""Unfinished runs and finished latents on disk."""
 
+import contextlib
+import glob
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..drafts import drafted, forget_drafts
+from ..atomic import clean, creating_first, numbered, replacing
+from ..checkpoints.write import write_safetensors
 from ..runtime import log
 from .state import RunState
 
@@ -22,11 +24,15 @@ FORMAT_MARK = "latent_format_version_0"
 
 
 class Checkpoint:
-    """The place where unfinished runs are kept, one file per run, named after its digest."""
+    """The place where unfinished runs are kept, one file per run, named after its digest.
+
+    A disk that does not take them costs a warning, never the run.
+    """
 
     def __init__(self, folder: Path, every: int = 0) -> None:
-        """`every` this many steps a run is written down; 0 only when it runs out of memory."""
+        """`every` this many steps a run is written down, and after its last one; 0 only when it runs out of memory."""
         self._folder, self.every = folder, every
+        self.resumed, self._warned = False, False
 
     @property
     def in_use(self) -> bool:
@@ -36,17 +42,31 @@ class Checkpoint:
     def path(self, run: str) -> Path:
         return self._folder / f"unfinished_{run[:16]}.safetensors"
 
-    def save(self, state: RunState) -> Path:
-        """Write `state` down in place of what is there of the same run."""
+    def save(self, state: RunState) -> Path | None:
+        """Write `state` down in place of what is there of the same run; None where the disk does not take it."""
         tensors = {f"memory.{key}": value for key, value in state.memory.items()} | {"latents": state.latents}
         if state.done is not None:
             tensors["done"] = state.done
         numbers = {"prefix": state.prefix, "step": state.step, "clip": state.clip}
         metadata = {key: str(value) for key, value in numbers.items()} | {"run": state.run, "schedule": state.schedule}
-        return write_tensors(self.path(state.run), tensors, metadata)
+        path = self.path(state.run)
+        try:
+            with replacing(path, sync=True) as partial:
+                write_safetensors(partial, tensors, metadata)
+        except OSError as error:
+            if not self._warned:
+                log.warning(
+                    "The unfinished run cannot be kept in %s (%s). It goes on, but after a kill it starts over.",
+                    path, error,
+                )  # fmt: skip
+            self._warned = True
+            return None
+        return path
 
     def load(self, run: str) -> RunState | None:
-        """The kept state of the run with this digest, or None; a file that cannot be read counts as none."""
+        """The kept state of the run with this digest, or None; a file that cannot be read counts as none. `resumed`
+        tells from then on whether there was one.
+        """
         if not self.path(run).is_file():
             return None
         try:
@@ -58,28 +78,43 @@ class Checkpoint:
             return None
         memory = {key.removeprefix("memory."): value for key, value in tensors.items() if key.startswith("memory.")}
         numbers = {key: int(metadata[key]) for key in ("prefix", "step", "clip")}
+        self.resumed = True
         return RunState(
             latents=tensors["latents"], memory=memory, done=tensors.get("done"),
             run=run, schedule=metadata["schedule"], **numbers,
         )  # fmt: skip
 
     def remove(self, run: str) -> None:
-        """Forget the run, once it is finished, with what a kill left of its drafts."""
-        self.path(run).unlink(missing_ok=True)
-        forget_drafts(self.path(run))
+        """Forget the run, once what it made is saved, with what killed processes left unwritten."""
+        try:
+            self.path(run).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s is not needed any more, but cannot be removed (%s).", self.path(run), error)
+        clean(self._folder)
 
 
 def save_latents(folder: Path, name: str, raw: Tensor, manifest: Mapping[str, Any]) -> Path:
     """Write raw latents (B, 16, F, h, w) and a manifest into a new file `<name>_00001_.latent` and return its path.
 
     The file is the one that ComfyUI's own LoadLatent reads. The manifest is JSON in its metadata, under "wancore".
+
+    Raises:
+        ValueError: the folder cannot be written to.
+        OSError: the disk is full or fails.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while (path := folder / f"{name}_{number:05}_.latent").exists():
-        number += 1
-    tensors = {LATENT_FORMAT: raw.cpu(), FORMAT_MARK: torch.zeros(0)}
-    return write_tensors(path, tensors, {"wancore": json.dumps(manifest)})
+    tensors = {LATENT_FORMAT: raw, FORMAT_MARK: torch.zeros(0)}
+    with creating_first(numbered(folder, name, "_.latent")) as file:
+        write_safetensors(file.partial, tensors, {"wancore": json.dumps(manifest)})
+    return file.path
+
+
+def find_latents(folder: Path, name: str, manifest: Mapping[str, Any]) -> Path | None:
+    """The newest file that `save_latents` wrote with this name and manifest, or None."""
+    for path in sorted(folder.glob(f"{glob.escape(name)}_*_.latent"), reverse=True):
+        with contextlib.suppress(OSError, SafetensorError, ValueError), safe_open(path, "pt") as file:
+            if json.loads((file.metadata() or {}).get("wancore", "{}")) == manifest:
+                return path
+    return None
 
 
 def load_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
@@ -93,14 +128,6 @@ def load_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
     if raw is None or raw.ndim != 5:
         raise ValueError(f"{path} holds no video latents; expected {LATENT_FORMAT!r} of shape (B, 16, F, h, w).")
     return raw.float(), json.loads(metadata.get("wancore", "{}"))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write a safetensors file that appears under its name all at once, or not at all."""
-    copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    with drafted(path, sync=True) as draft:
-        save_file(copies, draft, dict(metadata))
-    return path
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
