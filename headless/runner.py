@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..nodes import finishing
 from ..wan_core.runtime import Cancelled
 from .calling import Returned, arguments, mapped, merged_outputs, merged_ui
 from .events import Event, NodeError, OnEvent, RunResult
@@ -69,7 +70,7 @@ def run(
         "DYNPROMPT": DynamicPrompt(prompt),
         "EXTRA_PNGINFO": dict(extra_pnginfo or {}),
     }
-    with torch.inference_mode():
+    with torch.inference_mode(), finishing.workflow():
         plan = Plan.of(workflow, nodes, schemas)
         for node_id, kept in plan.same_as.items():
             if node_id != kept:

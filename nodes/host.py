@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -155,11 +156,17 @@ def show(phase: str, done: int, total: int, picture: Image.Image | None = None) 
 
 def say(line: str, node_id: str | None) -> None:
     """A line of text on a node of the editor."""
-    # ComfyUI has loaded its server by the time that any node runs; a script that only imports its parts has not.
-    server = sys.modules.get("server") if comfy_utils else None
+    server = prompt_server()
     if server and node_id:
         with previews.never_fail():
-            server.PromptServer.instance.send_progress_text(line, node_id)
+            server.send_progress_text(line, node_id)
+
+
+def prompt_server() -> Any | None:
+    """ComfyUI's server; None without one."""
+    # It is loaded by the time that any node runs; a script that only imports ComfyUI's parts has none.
+    module = sys.modules.get("server") if comfy_utils else None
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
 def memory_left() -> float | None:

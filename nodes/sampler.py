@@ -1,6 +1,8 @@
 """The sampler: model and conditioning to latents, and latents that it kept."""
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from ..wan_core.budget.room import limited
 from ..wan_core.models.vae import denormalise, normalise
 from ..wan_core.prepare import VideoModel
 from ..wan_core.runtime import log
-from ..wan_core.sampling.checkpoint import Checkpoint, load_latents, save_latents
+from ..wan_core.sampling.checkpoint import Checkpoint, find_latents, load_latents, save_latents
 from ..wan_core.sampling.loop import sample_state
 from ..wan_core.sampling.state import RunState, manifest
 from ..wan_core.settings import (
@@ -27,7 +29,7 @@ from ..wan_core.settings import (
     WindowSettings,
 )
 from ..wan_core.types import Conditioning, LatentSize, VideoSize
-from . import host, places, sockets
+from . import finishing, host, places, sockets
 
 FOLDER = "wancore"
 """Below the output folder: latents that were kept, and unfinished runs."""
@@ -189,12 +191,22 @@ def _finished(
     raw = denormalise(state.video)
     record = manifest(settings, size, state.video)
     if run.keep_latents:
-        log.info("Latents are kept in %s.", save_latents(host.output_dir() / FOLDER, run.name, raw, record))
+        _keep(host.output_dir() / FOLDER, run.name, raw, record, checkpoint.resumed)
     if state.run and state.step == settings.total_steps:
-        checkpoint.remove(state.run)
+        finishing.when_saved(partial(checkpoint.remove, state.run))
     if extra_pnginfo is not None:
         extra_pnginfo.setdefault("wancore", []).append(record)
     return {"samples": raw, STATE: state} if settings.is_part else {"samples": raw}
+
+
+def _keep(folder: Path, name: str, raw: Tensor, record: dict[str, Any], resumed: bool) -> None:
+    """Save latents, unless this run was cut off after it had saved them; a disk that is full costs a warning."""
+    try:
+        path = (find_latents(folder, name, record) if resumed else None) or save_latents(folder, name, raw, record)
+    except (OSError, ValueError) as error:
+        log.warning("The latents cannot be kept (%s); the run goes on.", error)
+    else:
+        log.info("Latents are kept in %s.", path)
 
 
 class LoadLatents:

@@ -77,7 +77,8 @@ def sample_state(
         start: normalised latents of that size: a clean video when the first noise level is below 1, latents on their
             way when `start_step` is above 0; ignored else.
         prompts: conditioning whose text each window gets in place of that of `cond`, the last one for all after.
-        checkpoint: where the run is written down as it goes on. A run that was cut off goes on from there.
+        checkpoint: where the run is written down as it goes on. A run that was cut off goes on from there, also one
+            whose steps are all done: give the `run` of the state to `checkpoint.remove` once its video is saved.
         earlier: the state that an earlier part of this schedule ended with, in place of `start`.
         adapters: fingerprints of what changes the model for this run; a kept run goes on only with the same ones.
 
@@ -267,7 +268,8 @@ class _Run:
         def on_step(done: int, latents: Tensor, clean: Tensor) -> None:
             latest[0] = (done, latents)
             self._report(done, before.clip, clean)
-            if self.checkpoint and self.checkpoint.every and done % self.checkpoint.every == 0:
+            every = self.checkpoint.every if self.checkpoint else 0
+            if every and (done % every == 0 or done == self.settings.last_step):
                 self.checkpoint.save(state_at(done, latents))
 
         problem = ""
@@ -295,7 +297,8 @@ class _Run:
         kept = ""
         if self.checkpoint is not None:
             path = self.checkpoint.save(dataclasses.replace(state, run=self.digest))
-            kept = f" The {self._count(state)} steps done are kept in {path}; the same settings go on from there."
+            if path is not None:
+                kept = f" The {self._count(state)} steps done are kept in {path}; the same settings go on from there."
         mode = self.settings.guidance.mode
         advice = ["lower width, height or num_frames", "connect a Windows node"]
         if mode != "sequential":
