@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .detect import Component, check_against, detect, require_kind
 from .dialects import Kind
 from .header import Header, TensorInfo
-from .load import CLASSES, combine
+from .load import combine, unfilled
 
 
 class _Held:
@@ -44,8 +44,7 @@ def adopt(
     Raises:
         CheckpointError: names or shapes do not fit.
     """
-    with torch.device("meta"):
-        module = CLASSES[component.kind](component.config)
+    module = unfilled(component)
     check_against(component, module)
     held = _Held(weights)
     copies = {name: combine(source, held).to(device, dtype, copy=True) for name, source in component.sources.items()}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..memory.quant import FP8_DTYPES
+from ..reading import blamed_on
 from .dialects import Kind
 from .files import describe_files, resolve_model
 from .header import CheckpointError, Header, read_header
@@ -85,6 +86,8 @@ def detect(header: Header) -> Component:
     Raises:
         CheckpointError: an unknown or unsupported model, or one that lacks a tensor its sizes are read from.
     """
+    if not header:
+        raise CheckpointError(f"{describe_files(header.files)} holds no tensors; download it again.")
     names = strip_prefix(header)
     dtype = _predominant_dtype(header)
     if any(LORA.fullmatch(name) for name in names):
@@ -94,8 +97,9 @@ def detect(header: Header) -> Component:
     dialect = find_dialect(names)
     if dialect is None:
         raise CheckpointError(_unknown(header, names))
-    sources = convert(dialect, header, names)
     file = describe_files(header.files)
+    with blamed_on(file, "holds tensors that do not fit together", error=CheckpointError):
+        sources = convert(dialect, header, names)
     config = READERS[dialect.kind](Shapes(sources, f"{file} ({KINDS[dialect.kind][0]})"))
     scaled = any(source.scales for source in sources.values())
     plain = any(source.dtype in FP8_DTYPES for source in sources.values())

@@ -2,11 +2,11 @@
 
 import difflib
 import glob
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..reading import blamed_on, read_json
 from .header import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -55,7 +55,9 @@ def describe_files(files: Sequence[Path]) -> str:
 
 def missing_shards(file: Path) -> list[str]:
     """The names in the shard series of `file` that are not in its folder; empty for a file that is no shard."""
-    return [name for name in _series_names(file) if not (file.parent / name).is_file()]
+    names = _series_names(file)
+    here = {path.name for path in file.parent.iterdir()} if len(names) > 1 else {file.name}
+    return [name for name in names if name not in here or not (file.parent / name).is_file()]
 
 
 def _expand(item: PathLike) -> list[Path]:
@@ -93,10 +95,11 @@ def _series(file: Path) -> list[Path]:
         CheckpointError: some of them are missing.
     """
     names = _series_names(file)
-    missing = [name for name in names if not (file.parent / name).is_file()]
+    missing = missing_shards(file)
     if missing:
         raise CheckpointError(
-            f"{len(missing)} of the {len(names)} files of this model are missing: {', '.join(missing)}. "
+            f"{len(missing)} of the {len(names)} files of this model are missing: {', '.join(missing[:9])}"
+            f"{', ...' if len(missing) > 9 else ''}. "
             f"Download them into {file.parent}."
         )
     return [file.parent / name for name in names]
@@ -125,10 +128,12 @@ def _series_names(file: Path) -> list[str]:
 
 
 def _indexed_names(index: Path) -> set[str]:
-    """The file names in an index; empty when it is not one."""
+    """The file names in an index; empty when it is not one. Those of files in other folders count for nothing."""
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+        with blamed_on(index, "is no shard index"):
+            names = set(read_json(index)["weight_map"].values())
+            return names if all(Path(name).name == name for name in names) else set()
+    except ValueError:
         return set()
 
 

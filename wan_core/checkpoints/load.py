@@ -16,8 +16,9 @@ from ..models.motion_controller import MotionController
 from ..models.preview_decoder import PreviewDecoder
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
+from ..reading import blamed_on
 from ..settings import check_choice
-from .detect import Component, check_against, require_kind
+from .detect import KINDS, Component, check_against, require_kind
 from .header import CheckpointError, Header
 from .keymap import SPIECE_MODEL, Source
 from .read import TensorFiles, TensorShapes
@@ -53,9 +54,18 @@ def build(
         ValueError: the settings do not fit the file.
     """
     require_kind(component, tuple(CLASSES))
-    with torch.device("meta"):
-        module = CLASSES[component.kind](component.config)
-    return load_into(module, component, dtype, device, weights=weights, mapped=mapped)
+    return load_into(unfilled(component), component, dtype, device, weights=weights, mapped=mapped)
+
+
+def unfilled(component: Component) -> nn.Module:
+    """The module of `component` on the meta device.
+
+    Raises:
+        CheckpointError: a model of its sizes cannot be made.
+    """
+    problem = f"cannot be {KINDS[component.kind][0]}, by the shapes of its tensors"
+    with blamed_on(component.name, problem, error=CheckpointError), torch.device("meta"):
+        return CLASSES[component.kind](component.config)
 
 
 def load_into(

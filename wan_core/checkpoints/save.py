@@ -13,19 +13,19 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..atomic import creating
 from ..memory.quant import FP8, big_linears, weight_to_fp8
 from .detect import Component, check_against
 from .keymap import SPIECE_MODEL
-from .load import CLASSES, combine, spiece_model
+from .load import CLASSES, combine, spiece_model, unfilled
 from .read import TensorFiles
 from .write import file_size, write_made
 
@@ -85,8 +85,7 @@ def save_fp8(component: Component, path: Path, on_progress: Progress = lambda do
             f"{component.name} is not written in FP8: only video models and text encoders are read that way. Write it "
             "with --dtype bf16."
         )
-    with torch.device("meta"):
-        module = CLASSES[component.kind](component.config)
+    module = unfilled(component)
     check_against(component, module)
     linears = {f"{name}.weight" for name in big_linears(module)}
     mark = torch.zeros(2, dtype=FP8)
@@ -105,11 +104,24 @@ def save_plain(
 
     Raises:
         ValueError: `path` exists, has another ending or no room, or `component` is a LoRA.
+        CheckpointError: the model is incomplete.
     """
     if not component.sources:
         raise ValueError(f"{component.name} is a LoRA; convert it with `python -m headless lora`.")
+    _check_whole(component)
     entries = [*_extra(component), *(_plain_entry(component, name, dtype) for name in component.sources)]
     return _write(component, Path(path), entries, on_progress)
+
+
+def _check_whole(component: Component) -> None:
+    """Raise CheckpointError unless every tensor of the model is there, in its shape."""
+    if component.kind != "vace":
+        check_against(component, unfilled(component))
+        return
+    # Alone in its file, but a part of a model whose other sizes it does not tell.
+    model = unfilled(replace(component, kind="dit"))
+    parts = {name: part for name, part in model.named_children() if name.startswith("vace_")}
+    check_against(component, nn.ModuleDict(parts))
 
 
 def _plain_entry(component: Component, name: str, dtype: torch.dtype) -> _Entry:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from functools import wraps
 from math import prod
 
 from ..models.config import (
@@ -13,6 +14,7 @@ from ..models.config import (
     TextEncoderConfig,
     VAEConfig,
 )
+from ..reading import blamed_on
 from .dialects import Kind
 from .header import CheckpointError
 from .keymap import Source
@@ -27,6 +29,9 @@ CAMERA_FOLD = 64
 
 BASE_LAYERS = {15: 30, 8: 40}
 """Blocks of the published base model for each number of VACE blocks."""
+
+MAX_BLOCKS = 200
+"""More than any model has; each costs some 100 kB as a module, whatever the file holds of it."""
 
 BASE_CHANNELS = {16: False, 36: True, 48: True, 32: True}
 """Input channels of the Wan 2.1 models, and whether those models read image tokens."""
@@ -55,9 +60,18 @@ class Shapes:
         return any(re.match(pattern, name) for name in self.sources)
 
     def count(self, pattern: str) -> int:
-        """How many blocks there are, by the highest index that `pattern` captures."""
+        """How many blocks there are, by the indices that `pattern` captures, each of which must be there."""
         found = (re.match(pattern, name) for name in self.sources)
-        return max((int(match[1]) + 1 for match in found if match), default=0)
+        indices = {match[1]: match[0] for match in found if match}
+        strange = sorted(indices[i] for i in indices.keys() - set(map(str, range(len(indices)))))
+        if strange:
+            raise self.error(
+                f"holds tensors of {strange[0]}* but not of all the blocks before it; it has {len(indices)} blocks, "
+                "the file is incomplete, download it again"
+            )
+        if len(indices) > MAX_BLOCKS:
+            raise self.error(f"has {len(indices)} blocks; the largest Wan 2.1 model has 40")
+        return len(indices)
 
     def error(self, text: str) -> CheckpointError:
         return CheckpointError(f"{self.owner} {text}.")
@@ -191,12 +205,26 @@ def _read_preview_decoder(shapes: Shapes) -> PreviewDecoderConfig:
     return PreviewDecoderConfig(widths=tuple(shapes[f"decoder.{place}.weight"][0] for place in (1, 8, 14, 20)))
 
 
-READERS: Mapping[Kind, Callable[[Shapes], Config]] = {
-    "dit": _read_dit,
-    "vace": _read_vace,
-    "motion_controller": _read_motion_controller,
-    "text_encoder": _read_text_encoder,
-    "vae": _read_vae,
-    "image_encoder": _read_image_encoder,
-    "preview_decoder": _read_preview_decoder,
+Reader = Callable[[Shapes], Config]
+
+
+def _on_damage(read: Reader) -> Reader:
+    """`read`, with CheckpointError for tensors whose axes are not those of such a model at all."""
+
+    @wraps(read)
+    def checked(shapes: Shapes) -> Config:
+        with blamed_on(shapes.owner, "holds tensors of shapes that no such model has", error=CheckpointError):
+            return read(shapes)
+
+    return checked
+
+
+READERS: Mapping[Kind, Reader] = {
+    "dit": _on_damage(_read_dit),
+    "vace": _on_damage(_read_vace),
+    "motion_controller": _on_damage(_read_motion_controller),
+    "text_encoder": _on_damage(_read_text_encoder),
+    "vae": _on_damage(_read_vae),
+    "image_encoder": _on_damage(_read_image_encoder),
+    "preview_decoder": _on_damage(_read_preview_decoder),
 }
