@@ -145,7 +145,7 @@ class ModelLoader(Loader):
             "attention": sockets.choice(
                 list(BACKENDS),
                 "auto",
-                "Attention kernel. auto: the fastest exact one on this card, timed in the first step; sdpa: PyTorch's "
+                "Attention kernel. auto: the fastest exact one here, timed in the first step; sdpa: PyTorch's "
                 "own choice. The others need their package installed.",
             ),
             "precision": sockets.choice(
@@ -168,6 +168,11 @@ class ModelLoader(Loader):
                 False,
                 "Fuse the elementwise steps with torch.compile: a few percent faster on a card, after some seconds for "
                 "each new size.",
+            ),
+            "deterministic": sockets.flag(
+                False,
+                "Compute with fixed kernels instead of the fastest ones, which are found by timing them: the same bits "
+                "on equal machines. Otherwise only this machine repeats a video to the last bit.",
             ),
         }
         return {"required": listed, "optional": {**shared, **own}}
@@ -199,6 +204,7 @@ class ModelLoader(Loader):
         fp8_matmul: bool = False,
         rest: str = "memory",
         torch_compile: bool = False,
+        deterministic: bool = False,
     ) -> tuple[prepare.VideoModel]:
         component = self.component(model, download)
         vace = None
@@ -210,6 +216,7 @@ class ModelLoader(Loader):
             exact=precision == "exact",
             fp8_matmul=fp8_matmul,
             torch_compile=torch_compile,
+            deterministic=deterministic,
         )
         chosen = None if preset == AUTO else preset
         model = prepare.load_dit(

@@ -189,7 +189,7 @@ def _finished(
 ) -> dict[str, Any]:
     """The LATENT of a state. What made it goes into the metadata of the files that the host saves."""
     raw = denormalise(state.video)
-    record = manifest(settings, size, state.video)
+    record = manifest(settings, size, state.video, state.kernels)
     if run.keep_latents:
         _keep(host.output_dir() / FOLDER, run.name, raw, record, checkpoint.resumed)
     if state.run and state.step == settings.total_steps:

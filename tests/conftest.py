@@ -10,6 +10,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from pack import load_pack
 
+# Kernels by default, not by their time: a test's bits must not depend on what else the machine does.
+os.environ.setdefault("WANCORE_DETERMINISTIC", "1")
+
 # A shell that runs the tests in the background ignores Ctrl-C for them, and the programs they start would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -29,6 +29,7 @@ from .lora.report import Report
 from .memory.plan import Placement
 from .memory.quant import require_fp8_matmul, use_fp8_matmul
 from .memory.residency import Residency
+from .models import kernels
 from .models.attention import load_backend
 from .models.chains import load_chains
 from .models.dit import WanDiT
@@ -60,6 +61,7 @@ class DiTSettings:
         exact: keep the residual stream in float32, as the authors do; costs memory and a little time.
         fp8_matmul: multiply FP8 weights as FP8 numbers, on cards that can; faster, and less exact.
         torch_compile: let `torch.compile` fuse the elementwise steps; takes seconds for each new size.
+        deterministic: use the default kernels instead of those that are fastest here, see `models.kernels`.
     """
 
     dtype: torch.dtype = torch.bfloat16
@@ -67,6 +69,7 @@ class DiTSettings:
     exact: bool = False
     fp8_matmul: bool = False
     torch_compile: bool = False
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class VideoModel:
         name: what to call it in messages.
         motion_controller: the speed-control adapter that was loaded beside it.
         loras: what is applied to both for the length of a run; the weights themselves stay as they are.
+        deterministic: its runs use the default kernels.
     """
 
     dit: WanDiT
@@ -88,6 +92,7 @@ class VideoModel:
     name: str
     motion_controller: MotionController | None = None
     loras: tuple[LoraUse, ...] = ()
+    deterministic: bool = False
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -143,6 +148,7 @@ class VideoModel:
         streamed = placement is not None and bool(placement.streamed)
         # LoRAs first: what is folded into weights has to move with them.
         with ExitStack() as stack:
+            stack.enter_context(kernels.run(deterministic=self.deterministic))
             run = stack.enter_context(
                 applied(self.modules, self.loras, LAYOUT, steps=steps, device=device, streamed=streamed)
             )
@@ -233,7 +239,7 @@ def load_dit(
     row = catalog.find_row(preset) if preset else recommended_row(component, variant)
     name = row.model_id if row and _names(row, component) else component.name
     log.info("%s: %s; recommended settings of %s.", name, variant.label, row.model_id if row else "no published model")
-    return VideoModel(dit, variant, row, name)
+    return VideoModel(dit, variant, row, name, deterministic=settings.deterministic)
 
 
 def recommended_row(component: Component, variant: Variant) -> catalog.CatalogRow | None:

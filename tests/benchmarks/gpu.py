@@ -21,7 +21,7 @@ from wancore.wan_core.budget.dit import pass_flops
 from wancore.wan_core.budget.room import limited
 from wancore.wan_core.memory.device import GIB
 from wancore.wan_core.memory.quant import quantise, supports_fp8_matmul, use_fp8_matmul
-from wancore.wan_core.models.attention import Fastest, load_backend
+from wancore.wan_core.models.attention import FastestAttention, load_backend
 from wancore.wan_core.models.config import DiTConfig
 from wancore.wan_core.models.vae import WanVAE
 from wancore.wan_core.prepare import DiTSettings, VideoModel, inspect, load_dit
@@ -88,7 +88,7 @@ def ceilings(bench: Bench) -> Iterator[Row]:
     tokens = bench.scale.tokens
     q = torch.randn(1, tokens, bench.scale.small.num_heads, 128, device=device.torch, dtype=device.dtype)
     attend = load_backend("auto", device.torch, device.dtype)
-    kernels = attend.kernels if isinstance(attend, Fastest) else {"sdpa": attend}
+    kernels = attend.operation.kernels if isinstance(attend, FastestAttention) else {"sdpa": attend}
     for name, kernel in kernels.items():
         try:
             rate = 4 * tokens**2 * q.shape[2] * 128 / device.seconds(lambda kernel=kernel: kernel(q, q, q))

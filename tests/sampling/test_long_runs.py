@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from wancore.wan_core.decode import decode
+from wancore.wan_core.models import kernels
+from wancore.wan_core.models.linear import onednn_has
 from wancore.wan_core.runtime import Cancelled, OutOfMemoryError, Pace, Runtime
 from wancore.wan_core.sampling.checkpoint import Checkpoint, load_latents, save_latents
 from wancore.wan_core.sampling.finite import NonFiniteError
@@ -94,6 +96,29 @@ def test_another_run_does_not_take_it_up(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not onednn_has(torch.float32), reason="this PyTorch has one product only")
+def test_it_goes_on_with_the_kernels_that_it_began_with(tmp_path, monkeypatch):
+    """However fast another one seems after a restart, and however the file of choices fared."""
+
+    def choosing(name, folder):
+        monkeypatch.setenv(kernels.CACHE_FOLDER, str(tmp_path / folder))
+        monkeypatch.setattr(kernels, "fastest", lambda operation, _: (
+            name if name in operation.kernels else operation.default, {}))  # fmt: skip
+        return kernels.run()
+
+    monkeypatch.setattr(kernels.current(), "deterministic", False)
+    with choosing("PyTorch", "a"):
+        expected = run(tmp_path / "whole")
+    with choosing("PyTorch", "b"):
+        cut_off(tmp_path / "kept")
+    with choosing("oneDNN", "c"):
+        assert torch.equal(run(tmp_path / "kept"), expected)
+    assert not (tmp_path / "c" / "kernels.jsonl").exists()
+    cut_off(tmp_path / "kept")
+    with kernels.run(deterministic=True):
+        assert steps_of(tmp_path / "kept") == [1, 2, 3, 4]
+
+
 def test_a_broken_file_starts_over_and_says_so(tmp_path, caplog):
     cut_off(tmp_path)
     (file,) = tmp_path.iterdir()
@@ -107,8 +132,9 @@ def test_a_state_survives_its_file(tmp_path):
     memory = {"solver.x": torch.randn(2, 3), "cache.residual.positive.0": torch.randn(2).bfloat16()}
     memory["cache.rule.rate.0"] = torch.tensor(0.3, dtype=torch.float64)
     state = RunState(
-        latents=torch.randn(1, 16, 2, 2, 2), prefix=1, step=3, memory=memory, run="ab", schedule="c", clip=2
-    )
+        latents=torch.randn(1, 16, 2, 2, 2), prefix=1, step=3, memory=memory, run="ab", schedule="c", clip=2,
+        kernels={"linear 1x2x3 float32 cpu": "oneDNN"},
+    )  # fmt: skip
     checkpoint.save(state)
     back = checkpoint.load("ab")
     assert torch.equal(back.latents, state.latents)
@@ -116,6 +142,7 @@ def test_a_state_survives_its_file(tmp_path):
         key: (value.dtype, value.tolist()) for key, value in memory.items()
     }
     assert (back.prefix, back.step, back.run, back.schedule, back.clip, back.done) == (1, 3, "ab", "c", 2, None)
+    assert back.kernels == state.kernels
     assert checkpoint.load("other") is None
 
 

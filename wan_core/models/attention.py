@@ -1,6 +1,6 @@
 """Scaled dot-product attention behind one function, with a choice of kernels.
 
-`sdpa` is PyTorch's own and always there, and `auto` the fastest exact kernel of a CUDA device. The others are used only
+`sdpa` is PyTorch's own and always there, and `auto` the fastest exact kernel of the device. The others are used only
 when their package is installed and agrees with sdpa on random data: some builds of them produce noise on some cards,
 and a video full of noise is a slow way to find out.
 """
@@ -8,7 +8,7 @@ and a video full of noise is a slow way to find out.
 import importlib
 import logging
 from collections.abc import Callable, Mapping
-from itertools import pairwise, product
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +16,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .elementwise import may_overwrite
-from .linear import linear, onednn_has
+from .kernels import Operation
+from .linear import linear
 
 log = logging.getLogger("wancore")
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-LEAST_LOGITS = 2**18
-"""Logits that a head must have for `by_heads` to be worth its loop."""
 
 MOST_LOGITS = 2**20
 """Logits that `by_heads` holds at a time: a few megabytes, which stay in a CPU's cache."""
 
 LEAST_ROWS = 256
 """Queries that it takes at a time nevertheless: fewer would spend their time on rearranging keys and values."""
+
+MOST_TIMED_LOGITS, LEAST_TIMED_ROWS = 2**25, 512
+"""How much of a long sequence a CPU is timed with."""
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -41,11 +42,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: 
 
 
 def by_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`sdpa` as matrix products of one head after another, with float32 logits; oneDNN makes that the fastest way on a
-    CPU. Short sequences and what requires gradients take `sdpa`.
+    """`sdpa` as matrix products of one head after another, with float32 logits. It knows no gradients.
+
+    Logits in bfloat16 would be faster still, but their error grows with the sharpness of the logits, which differs from
+    block to block (0.005 to 0.045 instead of 0.002): no test on the first tensors could vouch for the later ones.
     """
-    if q.shape[1] * k.shape[1] < LEAST_LOGITS or not may_overwrite(q, k, v):
-        return sdpa(q, k, v)
     out, scale = torch.empty_like(q), q.shape[-1] ** -0.5
     rows = max(LEAST_ROWS, MOST_LOGITS // k.shape[1])
     for sample, head in product(range(q.shape[0]), range(q.shape[2])):
@@ -89,11 +90,6 @@ _SDPA_KERNELS = {
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 
-CLEARLY_FASTER = 0.95
-"""Share of sdpa's time below which another kernel takes its place: less could be chance, and would change from run to
-run.
-"""
-
 MAX_SELF_TEST_ERROR = 0.05
 """Largest relative error against sdpa. 8-bit SageAttention stays near 0.02; a broken kernel is off by 1 and more."""
 
@@ -108,10 +104,8 @@ def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
     """
     if name == "sdpa":
         return sdpa
-    if name == AUTO and device.type != "cuda":
-        return by_heads if device.type == "cpu" and onednn_has(torch.float32) and onednn_has(dtype) else sdpa
     if name == AUTO:
-        return Fastest(_exact_kernels(device, dtype), _seconds)
+        return FastestAttention(_exact_kernels(device, dtype), device)
     if name not in _LOADERS:
         raise ValueError(f"Unknown attention backend {name!r}; choose one of {', '.join(BACKENDS)}.")
     try:
@@ -142,45 +136,46 @@ def _self_test(candidate: AttentionFn, device: torch.device, dtype: torch.dtype)
     return ((got - expected).norm() / expected.norm()).item()
 
 
-class Fastest:
-    """The fastest of several kernels for each shape, found by running them on the first tensors of that shape.
-
-    Only that first call waits for the device. What requires gradients takes sdpa.
+class FastestAttention:
+    """`sdpa`, or for shapes at which it is clearly faster another kernel, see `kernels`. What requires gradients takes
+    sdpa.
 
     Attributes:
-        kernels: those to choose from, by name.
+        operation: the kernels to choose from.
     """
 
-    def __init__(self, kernels: Mapping[str, AttentionFn], seconds: Callable[[Callable[[], Tensor]], float]) -> None:
-        """`kernels` beside sdpa; `seconds` is the time of a call, and raises RuntimeError where a kernel cannot run."""
-        self.kernels, self._seconds = {"sdpa": sdpa, **kernels}, seconds
-        self._chosen: dict[tuple[object, ...], AttentionFn] = {}
+    def __init__(self, kernels: Mapping[str, AttentionFn], device: torch.device) -> None:
+        """`kernels` for `device` beside sdpa."""
+        # The kernels of a card are exact by their makers' word, and a float32 twin would take memory there.
+        reference = _in_float32 if device.type == "cpu" else None
+        self.operation = Operation("attention", {"sdpa": sdpa, **kernels}, _some_rows, reference)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if not may_overwrite(q, k, v):
             return sdpa(q, k, v)
-        key = (q.shape, k.shape, q.dtype, q.device)
-        if key not in self._chosen:
-            self._chosen[key] = self.kernels[self._fastest(q, k, v)]
-        return self._chosen[key](q, k, v)
+        return self.operation(q, k, v, sizes=(*q.shape, k.shape[1]))
 
-    def _fastest(self, q: Tensor, k: Tensor, v: Tensor) -> str:
-        times: dict[str, float] = {}
-        for name, kernel in self.kernels.items():
-            try:
-                times[name] = self._seconds(lambda kernel=kernel: kernel(q, k, v))
-            except RuntimeError as error:
-                log.debug("attention: %s does not run here: %s", name, error)
-        best = min(times, key=times.__getitem__, default="sdpa")
-        if best != "sdpa" and times[best] >= CLEARLY_FASTER * times.get("sdpa", float("inf")):
-            best = "sdpa"
-        shown = ", ".join(f"{name} {1000 * time:.2f} ms" for name, time in times.items())
-        log.info("attention of %d to %d tokens: %s (%s)", q.shape[1], k.shape[1], best, shown)
-        return best
+
+def _some_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first queries, as many as take a CPU a fraction of a second."""
+    if q.device.type != "cpu":
+        return q, k, v
+    rows = max(LEAST_TIMED_ROWS, MOST_TIMED_LOGITS // (q.shape[0] * q.shape[2] * k.shape[1]))
+    return q[:, :rows], k, v
+
+
+def _in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sdpa(q.float(), k.float(), v.float())
 
 
 def _exact_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, AttentionFn]:
-    """What computes the same as sdpa up to rounding: its own kernels, and FlashAttention where it is installed."""
+    """Kernels that compute the same as sdpa up to rounding: those of a card are PyTorch's own and FlashAttention where
+    it is installed, those of a CPU are chains of matrix products.
+    """
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        return {"by heads": by_heads}
+    if device.type != "cuda":
+        return {}
     found = {name: _only(backend) for name, backend in _SDPA_KERNELS.items()}
     try:
         found["FlashAttention"] = load_backend("flash", device, dtype)
@@ -195,15 +190,3 @@ def _only(backend: SDPBackend) -> AttentionFn:
             return sdpa(q, k, v)
 
     return attend
-
-
-def _seconds(run: Callable[[], Tensor]) -> float:
-    """The time of a call on the present CUDA device: the better of two, after one that may have to be prepared."""
-    run()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-    for event in events:
-        event.record()
-        if event is not events[-1]:
-            run()
-    events[-1].synchronize()
-    return min(first.elapsed_time(second) for first, second in pairwise(events)) / 1000

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .elementwise import has_fused_rms_norm, may_overwrite, rms_norm
+from .kernels import Operation
 from .linear import onednn_has
 
 FeatureCache = dict[nn.Module, Tensor]
@@ -66,13 +67,25 @@ class ChannelNorm(nn.Module):
 
 
 def conv3d(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    """The plain convolution of x (B, C, T, H, W). On a CPU it is oneDNN's: PyTorch's own choice for small float32
-    tensors takes 2 to 10 times as long and leaves channels-last memory.
-    """
+    """The plain convolution of x (B, C, T, H, W)."""
     if x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32 and onednn_has(torch.float32):
-        sizes = conv.padding, conv.stride, conv.dilation, conv.groups
-        return torch.mkldnn_convolution(x, conv.weight, conv.bias, *sizes)
+        if may_overwrite(x, conv.weight):
+            return _CONV3D(x, conv, sizes=(*x.shape, *conv.weight.shape))
+        return _conv3d_onednn(x, conv)
+    return _conv3d_pytorch(x, conv)
+
+
+def _conv3d_onednn(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    sizes = conv.padding, conv.stride, conv.dilation, conv.groups
+    return torch.mkldnn_convolution(x, conv.weight, conv.bias, *sizes)
+
+
+def _conv3d_pytorch(x: Tensor, conv: nn.Conv3d) -> Tensor:
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+# PyTorch's own choice for small float32 tensors takes 2 to 10 times as long and leaves channels-last memory.
+_CONV3D = Operation("conv3d", {"oneDNN": _conv3d_onednn, "PyTorch": _conv3d_pytorch})
 
 
 class CausalConv3d(nn.Conv3d):
@@ -212,18 +225,11 @@ class Upsample(nn.Module):
         return from_frames(self._enlarged(to_frames(x), cache), x.shape[0])
 
     def _enlarged(self, frames: Tensor, cache: FeatureCache) -> Tensor:
-        """Every pixel four times, then a 3 x 3 convolution: together a transposed one that meets each pixel once.
-
-        Its 4 x 4 kernel holds sums of the taps that meet the same pixel.
-        """
-        conv = self.resample[1]
-        kernel = cache.get(conv)
-        if kernel is None:
-            taps = conv.weight.float().transpose(0, 1).flip(2, 3)
-            rows = F.pad(taps, (0, 0, 0, 1)) + F.pad(taps, (0, 0, 1, 0))
-            kernel = (F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))).to(conv.weight.dtype)
-            cache[conv] = kernel = kernel.contiguous(memory_format=torch.channels_last)
-        return F.conv_transpose2d(frames, kernel, conv.bias, stride=2, padding=1)
+        """Every pixel four times, then a 3 x 3 convolution."""
+        if frames.device.type != "cpu" or not may_overwrite(frames, *self.resample.parameters()):
+            # The steps hold the enlarged frames, for which memory of a card is not planned.
+            return _enlarge_transposed(frames, self.resample, cache)
+        return _ENLARGE(frames, self.resample, cache, sizes=(*frames.shape, self.resample[1].out_channels))
 
     def _double_frames(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """The first frame of a video passes unchanged and unseen: before the second one lie zeros."""
@@ -232,6 +238,27 @@ class Upsample(nn.Module):
             return x
         pairs = self.time_conv(x, cache).unflatten(1, (2, -1))
         return pairs.movedim(1, 3).flatten(2, 3).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _enlarge_transposed(frames: Tensor, resample: nn.Sequential, cache: FeatureCache) -> Tensor:
+    """Both steps as one transposed convolution that meets each pixel once: its 4 x 4 kernel holds sums of the taps that
+    meet the same pixel.
+    """
+    conv = resample[1]
+    kernel = cache.get(conv)
+    if kernel is None:
+        taps = conv.weight.float().transpose(0, 1).flip(2, 3)
+        rows = F.pad(taps, (0, 0, 0, 1)) + F.pad(taps, (0, 0, 1, 0))
+        kernel = (F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))).to(conv.weight.dtype)
+        cache[conv] = kernel = kernel.contiguous(memory_format=torch.channels_last)
+    return F.conv_transpose2d(frames, kernel, conv.bias, stride=2, padding=1)
+
+
+def _enlarge_steps(frames: Tensor, resample: nn.Sequential, cache: FeatureCache) -> Tensor:
+    return resample(frames)
+
+
+_ENLARGE = Operation("enlarge", {"transposed": _enlarge_transposed, "steps": _enlarge_steps})
 
 
 def silu_(x: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class Checkpoint:
             tensors["done"] = state.done
         numbers = {"prefix": state.prefix, "step": state.step, "clip": state.clip}
         metadata = {key: str(value) for key, value in numbers.items()} | {"run": state.run, "schedule": state.schedule}
+        metadata["kernels"] = json.dumps(dict(state.kernels))
         path = self.path(state.run)
         try:
             with replacing(path, sync=True) as partial:
@@ -81,7 +82,7 @@ class Checkpoint:
         self.resumed = True
         return RunState(
             latents=tensors["latents"], memory=memory, done=tensors.get("done"),
-            run=run, schedule=metadata["schedule"], **numbers,
+            run=run, schedule=metadata["schedule"], kernels=json.loads(metadata.get("kernels", "{}")), **numbers,
         )  # fmt: skip
 
     def remove(self, run: str) -> None:

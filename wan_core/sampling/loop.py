@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..models import kernels
 from ..models.dit import WanDiT
 from ..models.motion_controller import MotionController
 from ..runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
@@ -91,7 +92,8 @@ def sample_state(
     run.check(start, earlier)
     if settings.sigmas is None and settings.denoise == 0:
         return RunState(latents=start.float().cpu(), prefix=0, step=settings.total_steps)
-    return run.execute(start, earlier)
+    with kernels.run():
+        return run.execute(start, earlier)
 
 
 class _Run:
@@ -150,6 +152,11 @@ class _Run:
     def execute(self, start: Tensor | None, earlier: RunState | None) -> RunState:
         self.start = start if earlier is None and self.settings.starts_clean else None
         kept = self.checkpoint.load(self.digest) if self.checkpoint is not None and self.checkpoint.in_use else None
+        if kept is not None and kept.kernels and kernels.current().deterministic:
+            log.warning("An unfinished run is there, but with kernels chosen by their time; this one begins anew.")
+            kept = None
+        if (before := kept or earlier) is not None:
+            kernels.current().used.update(before.kernels)
         if kept is not None:
             log.info("Going on with an unfinished run after %d of its steps.", self._count(kept))
         noise = initial_noise(
@@ -261,7 +268,7 @@ class _Run:
             memory = memory_of({name: parts.memories[name] for name in names or parts.memories})
             return dataclasses.replace(
                 before, latents=latents.float().cpu(), step=step, memory=memory,
-                done=None if before.done is None else before.done.cpu(),
+                done=None if before.done is None else before.done.cpu(), kernels=dict(kernels.current().used),
                 run=self.digest if self._is_kept else "", schedule=self.schedule,
             )  # fmt: skip
 

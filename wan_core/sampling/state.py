@@ -36,6 +36,7 @@ class RunState:
         schedule: digest of solver and noise levels; with these alone the same, the solver can still go on.
         done: latents of finished clips, where the video is made in several.
         clip: number of the clip that `step` counts in.
+        kernels: those that the run computed with, see `models.kernels.Choices`; with others it would not go on exactly.
     """
 
     latents: Tensor
@@ -46,6 +47,7 @@ class RunState:
     schedule: str = ""
     done: Tensor | None = None
     clip: int = 0
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def video(self) -> Tensor:
@@ -84,11 +86,14 @@ def _sample(weight: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // WEIGHT_SAMPLE)]
 
 
-def manifest(settings: SamplerSettings, size: VideoSize, latents: Tensor) -> dict[str, Any]:
+def manifest(
+    settings: SamplerSettings, size: VideoSize, latents: Tensor, kernels: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """What made these normalised latents, and their digest, as values that JSON can hold."""
     return {
         "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
         "size": dataclasses.asdict(size),
+        "kernels": dict(kernels or {}),
         "latents": {"shape": list(latents.shape), "sha256": digest(latents.float())},
     }
 
