@@ -19,17 +19,24 @@ from .core_nodes import core_nodes
 from .events import Event, RunResult
 from .folders import Folders
 from .runner import run
-from .schema import schemas_of
+from .schema import NodeSchema, schemas_of
 from .server import Server, ServerUnreachableError
 from .tiny import apply_tiny
 from .validate import validate
-from .workflow import Workflow, apply_sets, typed_values
+from .workflow import Workflow, apply_sets, expand_prefixes, typed_values
 
 OK, FAILED, BAD_USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes; 130 is what shells give to a program that Ctrl-C ended."""
 
 STEP_INTERVAL = 0.5
 """Seconds between two progress lines of one node."""
+
+
+def _folder(text: str) -> Path:
+    """A folder as it is typed; nothing at all is most likely a variable of the shell that is not set."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} names no folder")
+    return Path(text)
 
 
 RUN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
@@ -46,10 +53,10 @@ RUN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
         "default": [],
         "help": "override an input; NODE is a title or an id; may be given many times",
     },
-    "--out": {"metavar": "DIR", "type": Path, "default": Path("output"), "help": "where files go (default: output)"},
+    "--out": {"metavar": "DIR", "type": _folder, "default": Path("output"), "help": "where files go (default: output)"},
     "--input": {
         "metavar": "DIR",
-        "type": Path,
+        "type": _folder,
         "default": Path("input"),
         "help": "where input images and videos are (default: input)",
     },
@@ -130,16 +137,35 @@ def _run(arguments: argparse.Namespace) -> int:
         server = Server(arguments.server)
         schemas = [server.schemas(workflow) for workflow in workflows]
         pairs = zip(workflows, schemas, strict=True)
-        workflows = [apply_sets(workflow, arguments.sets, known) for workflow, known in pairs]
+        workflows = [expand_prefixes(apply_sets(workflow, arguments.sets, known)) for workflow, known in pairs]
+        folders.check("downloaded")
         results = run_all_on_server(workflows, server, folders, schemas=schemas, on_event=on_event)
     else:
         known = schemas_of(nodes)
         _configure_host(arguments, on_event, typed)
-        workflows = [validate(apply_sets(workflow, arguments.sets, known), known) for workflow in workflows]
+        workflows = [expand_prefixes(apply_sets(workflow, arguments.sets, known)) for workflow in workflows]
+        workflows = _validated(workflows, known)
         results = (run(workflow, nodes, on_event=on_event, folders=folders) for workflow in workflows)
     for result in results:
         _print_files(result)
     return OK
+
+
+def _validated(workflows: Sequence[Workflow], schemas: Mapping[str, NodeSchema]) -> list[Workflow]:
+    """The workflows, checked before the first of them runs.
+
+    Raises:
+        ValueError: what is wrong with all of them.
+    """
+    valid, wrong = [], []
+    for workflow in workflows:
+        try:
+            valid.append(validate(workflow, schemas))
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n".join(dict.fromkeys(wrong)))
+    return valid
 
 
 DECODE_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {

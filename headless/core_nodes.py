@@ -166,7 +166,8 @@ class _Saver(_Core):
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
         try:
-            cls.folders.place(filename_prefix or "linked")
+            # A linked prefix is known when its node has run.
+            cls.folders.check("linked" if filename_prefix is None else filename_prefix)
         except ValueError as error:
             return str(error)
         return True

@@ -12,9 +12,13 @@ from typing import Any
 
 from ..nodes.places import ASSETS, inside
 from ..wan_core.atomic import NewFile, creating_first, numbered
+from ..wan_core.folders import check_name, check_writable
 
 ANNOTATED = re.compile(r"(?P<name>.*?) ?\[(?P<kind>input|output|temp)\]")
 """ComfyUI's way to name a file that is not in the input folder: `name.png [output]`."""
+
+SHOWN, SPARE_DIGITS = 60, 4
+"""Letters of a long name in a message, and digits that a number may get beyond five."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,20 @@ class Folders:
         taken = [int(match[1]) for path in there if (match := pattern.fullmatch(path.stem))]
         yield from numbered(folder, stem, f"_{suffix}", max(taken, default=0) + 1)
 
+    def check(self, prefix: str, suffix: str = ".mp4") -> None:
+        """Raise ValueError unless `numbered` can make files of that prefix; nothing is made."""
+        name = _expanded(prefix, 0, 0)
+        try:
+            check_name(name, spare=len(f"_00001_{suffix}") + SPARE_DIGITS)
+        except ValueError as error:
+            shown = prefix if len(prefix) <= SHOWN else f"{prefix[:SHOWN]}..."
+            raise ValueError(f"{shown!r} is no file name: {error}.") from None
+        subfolder, _ = self.place(name)
+        try:
+            check_writable(self.output / subfolder)
+        except ValueError as error:
+            raise ValueError(f"The output folder {self.output} cannot be used: {error}. Give another --out.") from None
+
     def place(self, name: str, kind: str = "output") -> tuple[str, str]:
         """(subfolder, file name) of a name below the output folder; nothing is made.
 
@@ -131,7 +149,7 @@ class Folders:
         root = self.of_kind(kind).resolve()
         if not (root / subfolder).resolve().is_relative_to(root):
             raise ValueError(f"{name!r} leads out of the output folder {root}; name a place inside it.")
-        if stem in ("", ".", ".."):
+        if not name.strip() or stem.strip() in ("", ".", ".."):
             raise ValueError(f"{name!r} names no file; write a name such as 'video/WanCore'.")
         return subfolder, stem
 

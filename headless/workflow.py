@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +18,12 @@ LARGEST_FILE = 64 << 20
 DEEPEST = 64
 """How deep lists and objects may stand in each other; those of nodes are two or three deep."""
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+
+
+PREFIX = "filename_prefix"
+DATE_PART = re.compile("dd?|MM?|hh?|mm?|ss?|yyy?y?")
+NOT_IN_NAMES = re.compile(r'[/?<>\\:*|"\x00-\x1f\x7f]')
+"""What the editor replaces by an underscore in a value that becomes a part of a file's name."""
 
 
 class WorkflowError(ValueError):
@@ -205,6 +212,43 @@ def apply_sets(workflow: Workflow, sets: Iterable[str], schemas: Mapping[str, No
 def typed_values(sets: Iterable[str]) -> frozenset[str]:
     """The values of `--set`: what the person has typed, and no workflow can have brought along."""
     return frozenset(text.partition("=")[2] for text in sets) - {""}
+
+
+def expand_prefixes(workflow: Workflow, now: datetime | None = None) -> Workflow:
+    """The workflow with what the editor replaces in each `filename_prefix` when it queues it: `%date:yyyy-MM-dd%` by
+    `now`, and `%Node.widget%` by the value of a node that is found by its class or else its title. Anything else
+    between percent signs is left; the node that saves knows `%width%` and its like.
+    """
+    given, now = workflow, now or datetime.now()
+    for node in workflow.nodes.values():
+        prefix = node.inputs.get(PREFIX)
+        if isinstance(prefix, str) and "%" in prefix:
+            expanded = re.sub(r"%([^%]+)%", lambda found: _replacement(found, given, now), prefix)
+            workflow = workflow.with_inputs(node.id, {PREFIX: expanded})
+    return workflow
+
+
+def _replacement(found: re.Match[str], workflow: Workflow, now: datetime) -> str:
+    parts = found[1].split(".")
+    if len(parts) != 2:
+        is_date = parts[0].startswith("date:")
+        return DATE_PART.sub(lambda part: _date_part(part[0], now), parts[0][5:]) if is_date else found[0]
+    nodes = workflow.nodes.values()
+    named = [n for n in nodes if n.class_type == parts[0]] or [n for n in nodes if n.title == parts[0]]
+    if not named or parts[1] not in named[0].inputs or isinstance(named[0].inputs[parts[1]], Link):
+        return found[0]
+    value = named[0].inputs[parts[1]]
+    if isinstance(value, bool) or value is None:
+        value = "" if value is None else str(value).lower()
+    elif isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return NOT_IN_NAMES.sub("_", str(value))
+
+
+def _date_part(letters: str, now: datetime) -> str:
+    numbers = {"d": now.day, "M": now.month, "h": now.hour, "m": now.minute, "s": now.second}
+    years = {"yy": f"{now.year:04}"[2:], "yyyy": str(now.year)}
+    return str(numbers[letters[0]]).zfill(len(letters)) if letters[0] in numbers else years.get(letters, letters)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

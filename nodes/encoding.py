@@ -20,7 +20,28 @@ from ..wan_core.tiling import TileSettings
 from . import host, sockets
 
 
-class Encode:
+class Tiled:
+    """A node with the widgets of tiles, which are checked before anything runs."""
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        tiled: bool | None = False,
+        tile_height: int | None = 30,
+        tile_width: int | None = 52,
+        stride_height: int | None = 15,
+        stride_width: int | None = 26,
+    ) -> bool | str:
+        # What comes over a link (None) is judged when it is there.
+        sizes = {"tile_height": tile_height, "tile_width": tile_width}
+        strides = {"stride_height": stride_height, "stride_width": stride_width}
+        for (name, size), (other, stride) in zip(sizes.items(), strides.items(), strict=True):
+            if tiled and None not in (size, stride) and not 1 <= stride <= size:
+                return f"{other} must be from 1 to {name}, or tiles leave gaps; got {stride} and {size}."
+        return True
+
+
+class Encode(Tiled):
     """A node that adds pictures or clips to conditioning."""
 
     CATEGORY = "WanCore/conditioning"

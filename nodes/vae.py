@@ -10,7 +10,7 @@ from ..wan_core.models.vae import WanVAE, denormalise, normalise
 from ..wan_core.runtime import log
 from ..wan_core.types import SIZE_MULTIPLE, VAE_STRIDE, LatentSize, VideoSize
 from . import sockets
-from .encoding import at_work, tile_settings
+from .encoding import Tiled, at_work, tile_settings
 
 
 def _fitted(frames: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def _fitted(frames: Tensor) -> Tensor:
     return frames[: length - spare, top:bottom, left:right]
 
 
-class VAEDecode:
+class VAEDecode(Tiled):
     """Latents to frames."""
 
     CATEGORY = "WanCore/vae"
@@ -64,7 +64,7 @@ class VAEDecode:
             return (pixels_to_frames(pieces, video.num_frames),)
 
 
-class VAEEncode:
+class VAEEncode(Tiled):
     """Frames to latents."""
 
     CATEGORY = "WanCore/vae"

@@ -25,7 +25,7 @@ SHOWN = {"config", "flags", "inputs", "events", "chart"}
 
 # Inside wan_core a room imports from itself and from rooms of lower levels; rooms of one level do not know each other.
 LEVELS = {
-    "types": 0, "settings": 0, "runtime": 0, "atomic": 0, "tiling": 0, "folders": 0, "reading": 0,
+    "types": 0, "settings": 0, "runtime": 0, "atomic": 0, "tiling": 0, "folders": -1, "reading": 0,
     "media": 1, "models": 1, "memory": 1, "lora": 1,
     "fitting": 2, "variants": 2, "catalog": 2, "checkpoints": 2,
     "tiny": 3, "conditioning": 3, "sampling": 3, "adapters": 3,

@@ -49,7 +49,7 @@ def check_name(name: str, spare: int = 0) -> None:
     try:
         encoded = name.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"it holds half of a character, {name[error.start]!a}") from None
+        raise ValueError(f"it holds half of a character, {name[error.start]!r}") from None
     if os.name == "nt" and (reserved := set(name) & set(WINDOWS_RESERVED)):
         raise ValueError(f"it holds {' '.join(sorted(reserved))}, which Windows does not take")
     for part in encoded.replace(b"\\", b"/" if os.name == "nt" else b"\\").split(b"/"):

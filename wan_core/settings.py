@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
+from .folders import check_name
+
 SOLVER_NAMES = ("euler", "unipc", "dpm++", "lcm")
 CFG_MODES = ("sequential", "interleaved", "batched")
 WINDOW_MODES = ("blend", "chain")
@@ -181,8 +183,12 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_whole("checkpoint_every", self.checkpoint_every, low=0, high=10000)
-        if not self.name or set(self.name) & set('/\\:*?"<>|') or self.name.startswith("."):
+        if not self.name.strip() or set(self.name) & set('/\\:*?"<>|') or self.name.startswith("."):
             raise ValueError(f"name must be a plain file name without folders; got {self.name!r}.")
+        try:
+            check_name(self.name, spare=len("_00001_.latent"))
+        except ValueError as error:
+            raise ValueError(f"name must be a plain file name, but {error}; got {self.name[:60]!r}.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
