@@ -24,7 +24,7 @@ from .launcher import Event, Launch, attend, pack_command
 
 SETTINGS, FINISHED = "request.json", "finished.json"
 MODULE = "trainer.attended"
-PACKAGES = ("accelerate", "peft", "imageio")
+PACKAGES = ("accelerate", "peft", "av")
 SECONDS_BETWEEN_PICTURES = 2.0
 FAR = 86400
 

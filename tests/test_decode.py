@@ -1,5 +1,6 @@
 """Encoding and decoding within a budget: whole, in strips, in tiles, and what is said about it."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -204,6 +205,15 @@ def test_frames_come_while_the_rest_is_not_decoded_yet(vae):
 def test_latents_without_numbers_are_refused_before_a_frame_is_asked_for(vae):
     with pytest.raises(NonFiniteError, match="before decoding"):
         decode_pieces(vae, torch.full((1, 16, 1, 4, 4), float("nan")), AUTO, RUNTIME)
+
+
+@pytest.mark.parametrize("tiles", [AUTO, TileSettings(size=(4, 4), stride=(3, 3))])
+def test_pixels_without_numbers_are_refused_although_the_latents_are_sound(vae, tiles):
+    broken = copy.deepcopy(vae)
+    with torch.no_grad():
+        list(broken.decoder.parameters())[-1].fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="of the decoded pixels are NaN"):
+        decode(broken, torch.zeros(1, 16, 2, 5, 4), tiles, RUNTIME)
 
 
 def test_a_long_video_is_held_once(vae):

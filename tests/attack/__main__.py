@@ -13,7 +13,9 @@ pack.load_pack()
 
 from . import FAULTS, Trial  # noqa: E402
 
-KINDS: dict[str, int] = {}
+KINDS: dict[str, int] = {
+    "media": 2000,
+}
 """Each kind of attack (a module of this folder) and how many trials a long run makes of it."""
 
 

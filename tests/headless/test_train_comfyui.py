@@ -24,7 +24,7 @@ pytestmark = pytest.mark.comfyui
 @pytest.fixture(scope="module", autouse=True)
 def equipped():
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    if subprocess.run([python, "-c", "import accelerate, imageio, peft"], capture_output=True, check=False).returncode:
+    if subprocess.run([python, "-c", "import accelerate, av, peft"], capture_output=True, check=False).returncode:
         pytest.skip("ComfyUI's Python lacks what training needs: install requirements.txt")
 
 

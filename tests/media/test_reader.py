@@ -17,6 +17,8 @@ from wancore.trainer import video as trainer
 from wancore.wan_core import media
 from wancore.wan_core.media import MediaError, load_video, probe
 
+from tests.attack import FAULTS
+from tests.attack.media import attack
 from tests.trainer.material import number_of, numbered, write_video
 
 RED, GREEN, BLUE, GREY = (220, 20, 20), (20, 200, 20), (20, 20, 220), (120, 120, 120)
@@ -309,3 +311,8 @@ def test_torch_sees_what_pillow_shows(tmp_path):
     path = animation(tmp_path / "a.webp", "WEBP", 3)
     shown = media.frames_to_tensor(load_video(path))
     assert torch.equal(shown, trainer.read(probe(path), range(3)))
+
+
+def test_changed_files_are_read_or_refused_by_name():
+    faults = [trial for trial in attack(60, seed=1) if trial.verdict in FAULTS]
+    assert not faults
