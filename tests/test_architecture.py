@@ -32,8 +32,8 @@ LEVELS = {
     "budget": 4, "rest": 4,
     "prepare": 5, "decode": 5,
     "model_config": 6, "inspection": 6,
-    "pipeline": 7,
-    "__init__": 8,
+    "loading": 7, "parts": 8, "pipeline": 9,
+    "__init__": 10,
 }  # fmt: skip
 
 # The same for the trainer's files.

@@ -59,7 +59,7 @@ def reference_pipeline(pipe: WanVideoPipeline, variant: str) -> WanVideoPipeline
     encoder = None
     if config.has_image_input:
         encoder = filled(ImageEncoder, ImageEncoderConfig(dim=1280, mlp_dim=5120, num_layers=2, out_dim=64))
-    return dataclasses.replace(pipe, model=model, image_encoder=encoder)
+    return dataclasses.replace(pipe, models=dataclasses.replace(pipe.models, video=model, image=encoder))
 
 
 @pytest.mark.parametrize("name", ["t2v", "i2v", "fun_control", "vace_video"])
@@ -266,19 +266,19 @@ def test_rounding_is_said(pipe, caplog):
         ({"num_frames": 0}, "num_frames must be"),
         ({"num_frames": 4.5}, "num_frames must be"),
         ({"cfg_scale": float("nan")}, "cfg_scale must be"),
-        ({"sigma_shift": float("inf")}, "shift must be"),
-        ({"num_inference_steps": 0}, "steps must be"),
+        ({"sigma_shift": float("inf")}, "sigma_shift must be"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be"),
         ({"solver": "heun"}, "solver must be one of"),
         ({"seed": -1}, "seed must be"),
-        ({"tiled": True, "tile_size": (4, 4), "tile_stride": (5, 4)}, "Tiles need"),
+        ({"tiled": True, "tile_size": (4, 4), "tile_stride": (5, 4)}, "tile_stride must not be above tile_size"),
         ({"output_type": "gif"}, "output_type must be"),
         ({"input_image": object()}, "input_image must be a picture"),
         ({"input_image": PICTURE}, r"WanCore/tiny takes motion_bucket_id, but got input_image\. Remove it, or load"),
         ({"motion_bucket_id": 50}, "needs the speed-control adapter"),
         ({"camera_control_direction": "Left"}, "but got camera"),
-        ({"vace_video": [PICTURE], "vace_scale": float("nan")}, "curve needs at least one finite number"),
-        ({"tea_cache_l1_thresh": 0.1, "tea_cache_model_id": "Wan3"}, "TeaCache template must be one of"),
-        ({"tea_cache_l1_thresh": -1.0}, "TeaCache threshold must be"),
+        ({"vace_video": [PICTURE], "vace_scale": float("nan")}, "vace_scale must be a number"),
+        ({"tea_cache_l1_thresh": 0.1, "tea_cache_model_id": "Wan3"}, "tea_cache_model_id must be one of"),
+        ({"tea_cache_l1_thresh": -1.0}, "tea_cache_l1_thresh must be"),
         ({"sliding_window_size": 5}, "belong together"),
         ({"sliding_window_size": 2, "sliding_window_stride": 3}, "sliding_window_stride must be from 1 to 2"),
         ({"cfg_scale": [5.0, float("nan")]}, "cfg_scale must be"),
@@ -289,7 +289,7 @@ def test_rounding_is_said(pipe, caplog):
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(pipe, monkeypatch, change, words):
-    monkeypatch.setattr(type(pipe.text_encoder.model), "forward", lambda *_: pytest.fail("the text encoder ran"))
+    monkeypatch.setattr(type(pipe.models.text.model), "forward", lambda *_: pytest.fail("the text encoder ran"))
     with pytest.raises(ValueError, match=words):
         pipe(**{"prompt": "a dog", **SMALL, **change})
 
@@ -423,5 +423,5 @@ def test_a_lora_is_applied_and_cleared(models, tmp_path):
     assert relative_error(pipe("a dog", **SMALL, output_type="latent"), plain) > 1e-3
     pipe.clear_lora()
     assert torch.equal(pipe("a dog", **SMALL, output_type="latent"), plain)
-    with pytest.raises(ValueError, match=r"pipe\.dit or pipe\.motion_controller"):
+    with pytest.raises(ValueError, match=r"pipe\.dit, pipe\.vace or pipe\.motion_controller; got vae"):
         pipe.load_lora(pipe.vae, tmp_path / "style.safetensors")

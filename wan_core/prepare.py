@@ -174,20 +174,23 @@ def find_files(
     skip_download: bool = False,
     redirect_common_files: bool = True,
     on_download: OnProgress | None = None,
+    source: str | None = None,
 ) -> list[Path]:
     """The local files of a published model that match `pattern`, downloaded when they are absent and that is allowed.
 
-    Bundled models are made on the spot.
+    Bundled models are made on the spot; `source` is where others are downloaded from, of `download.SOURCES`.
 
     Raises:
-        ValueError: nothing matches, a file is broken or missing, or the download failed.
+        ValueError: there is no such source, nothing matches, a file is broken or missing, or the download failed.
     """
     if model_id in BUNDLED:
         tiny.write_model(models_dir, model_id)
         skip_download = True
     elif redirect_common_files:
         model_id, pattern = redirect(model_id, pattern, models_dir)
-    return fetch(model_id, pattern, root=models_dir, skip_download=skip_download, on_progress=on_download)
+    return fetch(
+        model_id, pattern, root=models_dir, skip_download=skip_download, on_progress=on_download, source=source
+    )
 
 
 def inspect(path: PathLike | Sequence[PathLike], kind: str) -> Component:

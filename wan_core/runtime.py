@@ -42,6 +42,29 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def usable_device(name: str, value: "str | torch.device") -> torch.device:
+    """`value` as a device of this machine; `name` is the parameter's.
+
+    Raises:
+        ValueError: it names no device, or one that is not here.
+    """
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        known = "'cuda', 'cuda:1', 'mps' or 'cpu'"
+        raise ValueError(f"{name} must name a device, such as {known}; got {value!r}.") from error
+    try:
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        raise ValueError(
+            f"{name}: {str(value)!r} cannot be used on this machine ({reason}); {default_device().type!r} can."
+        ) from error
+    return device
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that this process can still use on `device`, also what PyTorch holds for reuse.
 

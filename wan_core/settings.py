@@ -53,7 +53,7 @@ class TeaCacheSettings:
     """Steps left out by a plan that is made before the first one (TeaCache, Liu et al. 2024).
 
     Attributes:
-        threshold: how much change may add up before the blocks run again; 0 leaves out nothing.
+        threshold: how much change may add up before the blocks run again, of any size; 0 leaves out nothing.
         speedup: look for the threshold that makes the run this many times faster, in place of giving one.
         template: whose coefficients, of `TEACACHE_TEMPLATES`; `auto` is replaced by what the catalog recommends.
         start_step: steps at the beginning that always run; the authors advise 5.
@@ -70,7 +70,7 @@ class TeaCacheSettings:
         if (self.threshold is None) == (self.speedup is None):
             raise ValueError("TeaCache needs either a threshold or a speed-up to look for, and not both.")
         if self.threshold is not None:
-            check_number("TeaCache threshold", self.threshold, low=0, high=1000)
+            check_number("TeaCache threshold", self.threshold, low=0, high=math.inf)
         if self.speedup is not None:
             check_number("TeaCache speed-up", self.speedup, low=1, high=1000)
         check_choice("TeaCache template", self.template, ("auto", *TEACACHE_TEMPLATES))
@@ -287,11 +287,19 @@ def _check_interval(name: str, start: float, end: float) -> None:
 
 
 def check_number(name: str, value: Any, *, low: float, high: float) -> None:
-    """Raise ValueError unless `value` is a finite number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a number from {low:g} to {high:g}; got {value!r}.")
+    """Raise ValueError unless `value` is a finite number from `low` to `high`, which may be infinite."""
+    allowed = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+        raise ValueError(f"{name} must be a number {allowed}; got {value!r}.")
     if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low:g} to {high:g}; got {value:g}.")
+        raise ValueError(f"{name} must be {allowed}; got {value:g}.")
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_whole(name: str, value: Any, *, low: int, high: int) -> None:

@@ -55,7 +55,8 @@ class VideoSize:
             ValueError: a side or the frame count is not a positive whole number.
         """
         for name, value in (("width", width), ("height", height), ("num_frames", num_frames)):
-            if isinstance(value, bool) or value != value or int(value) != value or value < 1:
+            whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            if isinstance(value, bool) or not whole or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}.")
         time = VAE_STRIDE[0]
         size = cls(

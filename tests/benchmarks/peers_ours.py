@@ -73,7 +73,7 @@ def run(job: Job) -> Work:
         skip_download=True,
     )
 
-    pipe.text_encoder = replace(pipe.text_encoder, cache=None)
+    pipe.models = replace(pipe.models, text=replace(pipe.models.text, cache=None))
 
     def work() -> dict[str, torch.Tensor]:
         frames = pipe(**job.config["call"], progress_bar_cmd=iter)

@@ -236,7 +236,7 @@ def test_a_pipeline_keeps_prompts_across_processes(models, tmp_path):
     expected = pipe(**call)
     assert not list(tmp_path.iterdir())
     pipe.text_cache_dir = tmp_path
-    pipe.text_encoder.encode(["a bird"])
+    pipe.models.text.encode(["a bird"])
     assert torch.equal(pipe(**call), expected)
     pipe = load(models)
     pipe.text_cache_dir = tmp_path
@@ -244,7 +244,7 @@ def test_a_pipeline_keeps_prompts_across_processes(models, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     pipe = load(models)
     pipe.text_cache_dir = tmp_path
-    pipe.text_encoder.model.to("meta")
+    pipe.models.text.model.to("meta")
     assert torch.equal(pipe(**call), expected)
 
 

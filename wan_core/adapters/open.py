@@ -1,13 +1,18 @@
 """Files that change a model, read for what they are: a LoRA of any dialect, or trained weights of the whole model."""
 
 import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+
+from torch import Tensor
 
 from ..checkpoints.detect import Component, detect
 from ..checkpoints.files import describe_files, resolve_model
 from ..checkpoints.header import CheckpointError, Header, read_header
-from ..checkpoints.load import open_component
+from ..checkpoints.load import combine, open_component
 from ..checkpoints.read import TensorFiles
+from ..checkpoints.state_dict import GivenTensors, given_header
 from ..lora.naming import take_apart
 from ..lora.patches import Replacement
 from ..lora.read import AdapterConfig, Layer, Lora, read_lora
@@ -39,6 +44,19 @@ def open_lora(path: PathLike) -> Lora:
         return read_lora(name, header, tensors.read, header.metadata, peft_config(files[0]))
 
 
+def given_lora(tensors: Mapping[str, Tensor], name: str = "state_dict") -> Lora:
+    """The LoRA, or the trained weights, in a state dict; `name` stands for it in messages.
+
+    Raises:
+        ValueError: it is no dict of tensors, or holds neither.
+    """
+    header = given_header(tensors, name)
+    if is_lora(header):
+        return read_lora(name, header, lambda key: tensors[key].detach().cpu().clone(), {})
+    component, given = detect(header), GivenTensors(tensors)
+    return replacing(component, lambda key: combine(component.sources[key], given))
+
+
 def is_lora(header: Header) -> bool:
     """Whether any key can only belong to a LoRA."""
     parts = (take_apart(key) for key in header)
@@ -60,8 +78,10 @@ def peft_config(file: Path) -> AdapterConfig | None:
         raise ValueError(f"{config} is no JSON object ({error}); save the adapter again.") from error
 
 
-def replacing(component: Component) -> Lora:
+def replacing(component: Component, read: Callable[[str], Tensor] | None = None) -> Lora:
     """Trained weights of a DiT, a VACE branch or a motion controller as replacements of every parameter.
+
+    `read` gives a tensor by its original name, from the files if None.
 
     Raises:
         CheckpointError: the file is a model of another kind.
@@ -72,7 +92,7 @@ def replacing(component: Component) -> Lora:
             f"{component.kind.replace('_', ' ')}; load it with the loader of that kind."
         )
     layers = []
-    with open_component(component) as read:
+    with nullcontext(read) if read else open_component(component) as read:
         for name in component.sources:
             owner, _, leaf = name.rpartition(".")
             layers.append(Layer(owner, False, ((leaf, Replacement(read(name).clone())),)))

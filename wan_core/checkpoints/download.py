@@ -1,4 +1,4 @@
-"""Published files on this machine: found under the models folder, or fetched from ModelScope into it."""
+"""Published files on this machine: found under the models folder, or fetched from ModelScope or Hugging Face."""
 
 import os
 import re
@@ -14,6 +14,14 @@ from .header import CheckpointError, verify_file
 BASE_PATH_VARIABLE = "DIFFSYNTH_MODEL_BASE_PATH"
 SKIP_VARIABLE = "DIFFSYNTH_SKIP_DOWNLOAD"
 """Environment variables that users of DiffSynth-Studio have set; they win over arguments."""
+
+SOURCE_VARIABLE = "DIFFSYNTH_DOWNLOAD_SOURCE"
+"""Where to download from when no argument says it."""
+
+SOURCES = {"modelscope": "https://modelscope.cn/models", "huggingface": "https://huggingface.co"}
+"""Where published files come from, by name in any case, and the address of a repository there."""
+
+NAMES = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}
 
 DEFAULT_FOLDER = Path("models")
 
@@ -45,6 +53,19 @@ def skips_download(skip: bool | None = None) -> bool:
     return bool(skip) or os.environ.get(SKIP_VARIABLE, "").lower() in ("1", "true", "yes")
 
 
+def download_source(source: str | None = None) -> str:
+    """The name in `SOURCES` that `source`, else the environment says; ModelScope if neither does.
+
+    Raises:
+        ValueError: there is no such source.
+    """
+    given = source or os.environ.get(SOURCE_VARIABLE) or "modelscope"
+    name = given.lower().replace("_", "") if isinstance(given, str) else given
+    if name not in SOURCES:
+        raise ValueError(f"download_source ({SOURCE_VARIABLE}) must be one of {', '.join(SOURCES)}; got {given!r}.")
+    return name
+
+
 def local_files(root: Path, model_id: str, pattern: str) -> list[Path]:
     """What matches `pattern` in `<root>/<model_id>`, sorted, whether complete or not.
 
@@ -74,29 +95,38 @@ def redirect(model_id: str, pattern: str, root: Path) -> tuple[str, str]:
 
 
 def fetch(
-    model_id: str, pattern: str, *, root: Path, skip_download: bool, on_progress: OnProgress | None = None
+    model_id: str,
+    pattern: str,
+    *,
+    root: Path,
+    skip_download: bool,
+    on_progress: OnProgress | None = None,
+    source: str | None = None,
 ) -> list[Path]:
     """The files of `model_id` that match `pattern`, as one model in `<root>/<model_id>`; downloaded when not complete.
 
     A complete copy is used as it is, without asking the network. What `on_progress` raises stops the download and is
-    raised; the next call resumes it.
+    raised; the next call resumes it. Hugging Face reports no progress. `source` is that of `download_source`.
 
     Raises:
-        ValueError: the id or the pattern is not one.
+        ValueError: the id, the pattern or the source is not one.
         DownloadError: the files are not here and may not be downloaded, or the download failed.
     """
+    source = download_source(source)
     found = local_files(root, model_id, pattern)
     folder = Path(root, model_id)
     defect = _defect(found) if found else f"nothing matches {pattern!r} in {folder}"
     if defect is None:
         return found
     if skips_download(skip_download):
-        raise DownloadError(f"Downloads are switched off, and {defect}. {_by_hand(model_id, pattern, folder)}")
-    _download(model_id, pattern, folder, on_progress)
+        raise DownloadError(f"Downloads are switched off, and {defect}. {_by_hand(model_id, pattern, folder, source)}")
+    (_from_modelscope if source == "modelscope" else _from_huggingface)(model_id, pattern, folder, on_progress)
     found = local_files(root, model_id, pattern)
     defect = _defect(found) if found else f"the repository has no file that matches {pattern!r}"
     if defect:
-        raise DownloadError(f"The download of {model_id} ended, but {defect}. {_by_hand(model_id, pattern, folder)}")
+        raise DownloadError(
+            f"The download of {model_id} ended, but {defect}. {_by_hand(model_id, pattern, folder, source)}"
+        )
     return found
 
 
@@ -117,7 +147,7 @@ def _defect(found: list[Path]) -> str | None:
     return None
 
 
-def _download(model_id: str, pattern: str, folder: Path, on_progress: OnProgress | None) -> None:
+def _from_modelscope(model_id: str, pattern: str, folder: Path, on_progress: OnProgress | None) -> None:
     try:
         from modelscope import snapshot_download
         from modelscope.hub.callback import ProgressCallback
@@ -126,23 +156,52 @@ def _download(model_id: str, pattern: str, folder: Path, on_progress: OnProgress
             f"Downloading needs the modelscope package ({error}); run `pip install modelscope`. "
             f"{_by_hand(model_id, pattern, folder)}"
         ) from error
-    here = (path for path in local_files(folder.parents[1], model_id, pattern) if path.is_file())
-    complete = [escape(path.relative_to(folder).as_posix()) for path in here if _file_is_whole(path)]
     try:
         snapshot_download(
             model_id,
             local_dir=str(folder),
-            allow_file_pattern=[f"{pattern}*" if pattern.endswith("/") else pattern],
-            ignore_file_pattern=complete or None,
+            allow_file_pattern=[_wanted(pattern)],
+            ignore_file_pattern=_complete(model_id, pattern, folder) or None,
             progress_callbacks=[_progress(ProgressCallback, on_progress)] if on_progress else None,
         )
     except _StoppedByCallerError as stop:
         raise stop.reason from None
     except Exception as error:
+        raise _failed(model_id, pattern, folder, "modelscope", error) from error
+
+
+def _from_huggingface(model_id: str, pattern: str, folder: Path, on_progress: OnProgress | None) -> None:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
         raise DownloadError(
-            f"Could not download {pattern!r} of {model_id} from ModelScope: {_reason(error)}. "
-            f"Check the connection and try again; what is already here is kept. {_by_hand(model_id, pattern, folder)}"
+            f"Downloading from Hugging Face needs the huggingface_hub package ({error}); run `pip install "
+            f"huggingface_hub`. {_by_hand(model_id, pattern, folder, 'huggingface')}"
         ) from error
+    complete = _complete(model_id, pattern, folder)
+    try:
+        snapshot_download(
+            model_id, local_dir=str(folder), allow_patterns=[_wanted(pattern)], ignore_patterns=complete or None
+        )
+    except Exception as error:
+        raise _failed(model_id, pattern, folder, "huggingface", error) from error
+
+
+def _wanted(pattern: str) -> str:
+    return f"{pattern}*" if pattern.endswith("/") else pattern
+
+
+def _complete(model_id: str, pattern: str, folder: Path) -> list[str]:
+    """Patterns of the files that need no download."""
+    here = (path for path in local_files(folder.parents[1], model_id, pattern) if path.is_file())
+    return [escape(path.relative_to(folder).as_posix()) for path in here if _file_is_whole(path)]
+
+
+def _failed(model_id: str, pattern: str, folder: Path, source: str, error: Exception) -> DownloadError:
+    return DownloadError(
+        f"Could not download {pattern!r} of {model_id} from {NAMES[source]}: {_reason(error)}. Check the connection "
+        f"and try again; what is already here is kept. {_by_hand(model_id, pattern, folder, source)}"
+    )
 
 
 def _file_is_whole(path: Path) -> bool:
@@ -191,5 +250,5 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _by_hand(model_id: str, pattern: str, folder: Path) -> str:
-    return f"You can also put the files ({pattern}) of https://modelscope.cn/models/{model_id} into {folder} by hand."
+def _by_hand(model_id: str, pattern: str, folder: Path, source: str = "modelscope") -> str:
+    return f"You can also put the files ({pattern}) of {SOURCES[source]}/{model_id} into {folder} by hand."

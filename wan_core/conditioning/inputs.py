@@ -1,16 +1,21 @@
 """Everything a user can give a model besides text, as one value, and the way from it to conditioning."""
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
+from ..fitting import Pictures, as_frames, as_masks, as_references
 from ..models.image_encoder import ImageEncoder
+from ..settings import check_choice
 from ..types import Conditioning, Curve, VideoSize
 from ..variants import FIRST_FRAME, Variant
 from .camera import camera_conditioning
-from .camera_path import CameraPath
+from .camera_path import MOVES, CameraPath
 from .control import control_conditioning, reference_conditioning
 from .encoders import Fit, LatentEncoder
 from .image import first_frame_conditioning, image_conditioning
@@ -38,6 +43,43 @@ class VideoInputs:
     motion_bucket_id: float | None = None
     vace_scale: float | Sequence[float] | Curve = 1.0
 
+    @classmethod
+    def of_call(
+        cls,
+        *,
+        num_frames: int,
+        camera_control_direction: str | None,
+        camera_control_speed: float,
+        camera_control_origin: Sequence[float] | None,
+        camera_path: CameraPath | None,
+        motion_bucket_id: float | None,
+        vace_scale: Curve,
+        vace_reference_image: Pictures | None,
+        **pictures: Pictures | None,
+    ) -> "VideoInputs":
+        """The inputs as a pipeline is given them; `pictures` are the fields that hold pictures, clips and masks.
+
+        Raises:
+            ValueError: one is not what its name asks for.
+        """
+        if camera_path is None and camera_control_direction is not None:
+            check_choice("camera_control_direction", camera_control_direction, tuple(MOVES))
+            if not isinstance(camera_control_speed, numbers.Real) or not math.isfinite(camera_control_speed):
+                raise ValueError(f"camera_control_speed must be a finite number; got {camera_control_speed!r}.")
+            camera_path = CameraPath.from_direction(
+                camera_control_direction, num_frames, float(camera_control_speed), _origin(camera_control_origin)
+            )
+        if camera_path is not None and not isinstance(camera_path, CameraPath):
+            raise ValueError(f"camera_path must be a CameraPath; got {type(camera_path).__name__}.")
+        given = {name: value for name, value in pictures.items() if value is not None}
+        return cls(
+            camera=camera_path,
+            motion_bucket_id=motion_bucket_id,
+            vace_scale=vace_scale,
+            vace_reference_image=as_references(vace_reference_image, "vace_reference_image"),
+            **{name: (as_masks if "mask" in name else as_frames)(value, name) for name, value in given.items()},
+        )
+
     def given(self) -> tuple[str, ...]:
         """The names of the inputs that are there; a mask counts with its video."""
         settings = ("vace_scale", "inpaint_mask")
@@ -47,6 +89,12 @@ class VideoInputs:
     @property
     def uses_vace(self) -> bool:
         return any(v is not None for v in (self.vace_video, self.vace_video_mask, self.vace_reference_image))
+
+
+def _origin(origin: Sequence[float] | None) -> Sequence[float] | None:
+    if origin is not None and (isinstance(origin, str) or not isinstance(origin, (Sequence, np.ndarray))):
+        raise ValueError(f"camera_control_origin must be a pose row of 19 numbers; got {origin!r}.")
+    return origin
 
 
 def condition(

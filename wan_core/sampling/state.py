@@ -75,10 +75,18 @@ def digest_run(dit: nn.Module, cond: Conditioning, size: LatentSize, settings: S
     """
     cache = settings.cache and dataclasses.replace(settings.cache, residual_on_cpu=False)
     settings = dataclasses.replace(settings, start_step=0, end_step=None, cache=cache, keep_projections=False)
-    weights = dit.state_dict()
+    return digest(*_samples(dit), cond, size, settings, *others)
+
+
+def digest_weights(module: nn.Module) -> str:
+    """A digest of the weights of `module`, of each of which a sample is read."""
+    return digest(*_samples(module))
+
+
+def _samples(module: nn.Module) -> tuple[Any, Any]:
+    weights = module.state_dict()
     names = tuple((name, tuple(weight.shape), str(weight.dtype)) for name, weight in weights.items())
-    samples = tuple(_sample(weight).float().cpu() for weight in weights.values())
-    return digest(names, samples, cond, size, settings, *others)
+    return names, tuple(_sample(weight).float().cpu() for weight in weights.values())
 
 
 def _sample(weight: Tensor) -> Tensor:
