@@ -80,14 +80,14 @@ class ModelConfig:
         """
         if self.path is not None:
             return [file for group in resolve_files(self._paths()) for file in group]
+        for name in ("model_id", "origin_file_pattern"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a string; got {getattr(self, name)!r}. Make a ModelConfig of each.")
         if not self.model_id or not self.origin_file_pattern:
             raise ValueError(
                 "ModelConfig needs `path`, or `model_id` with `origin_file_pattern`; got "
                 f"model_id={self.model_id!r}, origin_file_pattern={self.origin_file_pattern!r}."
             )
-        for name in ("model_id", "origin_file_pattern"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a string; got {getattr(self, name)!r}. Make a ModelConfig of each.")
         _check_path("local_model_path", self.local_model_path)
         return prepare.find_files(
             self.model_id,
@@ -119,8 +119,8 @@ class ModelConfig:
         self._refuse_unknown()
         offload = device if self.offload_device is None else self.offload_device
         on_disk = str(offload) == DISK
-        dtype = None if self.offload_dtype == DISK else self._dtype("offload_dtype")
-        if self.offload_dtype in (None, DISK):
+        dtype = self._dtype("offload_dtype")
+        if dtype is None:
             wanted = (self._dtype(name) for name in ("onload_dtype", "preparing_dtype"))
             eight = next((found for found in wanted if found in FP8_DTYPES), None)
             if eight is not None and on_disk:
@@ -162,9 +162,11 @@ class ModelConfig:
 
     def _dtype(self, name: str) -> torch.dtype | None:
         value = getattr(self, name)
-        if value is not None and value != DISK and not isinstance(value, torch.dtype):
+        if isinstance(value, str) and value == DISK:
+            return None
+        if value is not None and not isinstance(value, torch.dtype):
             raise ValueError(f"{name} must be a torch.dtype or None; got {value!r}.")
-        return None if value == DISK else value
+        return value
 
     def _refuse_unknown(self) -> None:
         for name in ("onload_device", "preparing_device"):
@@ -183,8 +185,9 @@ def compute_dtype(name: str, value: Any) -> torch.dtype:
     Raises:
         ValueError: it is none.
     """
-    if value not in COMPUTE_DTYPES:
-        hint = " FP8 is for weights at rest: offload_dtype." if value in FP8_DTYPES else ""
+    if not isinstance(value, torch.dtype) or value not in COMPUTE_DTYPES:
+        is_fp8 = isinstance(value, torch.dtype) and value in FP8_DTYPES
+        hint = " FP8 is for weights at rest: offload_dtype." if is_fp8 else ""
         raise ValueError(f"{name} must be torch.bfloat16, torch.float16 or torch.float32; got {value!r}.{hint}")
     return value
 

@@ -94,7 +94,7 @@ class WanVideoPipeline(PipelineParts):
         torch_dtype = compute_dtype("torch_dtype", torch_dtype)
         device = usable_device("device", device)
         memory = _memory(vram_limit=vram_limit)
-        if use_usp:
+        if use_usp is not False:
             raise ValueError("use_usp is not available: a pipeline computes on one device. Leave it out.")
         defaults = ModelConfig(local_model_path=local_model_path, skip_download=skip_download)
         models = load_models(

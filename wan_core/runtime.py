@@ -50,7 +50,7 @@ def usable_device(name: str, value: "str | torch.device") -> torch.device:
     """
     try:
         device = torch.device(value)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         known = "'cuda', 'cuda:1', 'mps' or 'cpu'"
         raise ValueError(f"{name} must name a device, such as {known}; got {value!r}.") from error
     try:

@@ -14,6 +14,7 @@ pack.load_pack()
 from . import FAULTS, Trial  # noqa: E402
 
 KINDS: dict[str, int] = {
+    "calls": 400,
     "media": 2000,
 }
 """Each kind of attack (a module of this folder) and how many trials a long run makes of it."""

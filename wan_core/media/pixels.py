@@ -190,9 +190,15 @@ def eight_bit(frames: Frames) -> Iterator[np.ndarray]:
 
 
 def each(frames: Frames) -> Iterator[Any]:
-    """The frames one by one; of what has only a length and numbers too."""
-    if hasattr(frames, "__len__") and not hasattr(frames, "__iter__"):
+    """The frames one by one; of what has only a length and numbers too.
+
+    Raises:
+        ValueError: there are no frames in it.
+    """
+    if hasattr(frames, "__len__") and hasattr(frames, "__getitem__") and not hasattr(frames, "__iter__"):
         return (frames[index] for index in range(len(frames)))
+    if isinstance(frames, type) or not hasattr(frames, "__iter__"):
+        raise ValueError(f"frames must be pictures, one by one or as an array (T, H, W, 3); got {frames!r}.")
     return iter(frames)
 
 

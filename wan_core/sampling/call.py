@@ -1,7 +1,6 @@
 """The reference pipeline's call parameters, checked under their own names, as parts of the sampler's settings."""
 
 import math
-import numbers
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,14 +80,20 @@ def curve(name: str, value: Any, limits: tuple[float, float]) -> float | tuple[f
         ValueError: it is none of that, or one is out of range.
     """
     value = plain_number(value)
-    several = not isinstance(value, numbers.Real)
-    listed = list(value) if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str) else [value]
-    found = tuple(map(plain_number, listed))
+    listed = _members(value)
+    found = (value,) if listed is None else tuple(map(plain_number, listed))
     if not found:
         raise ValueError(f"{name} needs at least one number; got {value!r}.")
     for number in found:
         check_number(name, number, low=limits[0], high=limits[1])
-    return found if several else found[0]
+    return value if listed is None else found
+
+
+def _members(value: Any) -> list[Any] | None:
+    """What a list, a tuple or an array of one axis holds; None of anything else."""
+    if isinstance(value, np.ndarray):
+        return list(value) if value.ndim == 1 else None
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else None
 
 
 def strength(name: str, value: Any) -> Curve:
@@ -158,7 +163,8 @@ def cache_of_call(
         ValueError: the threshold is out of range, or there is no such template, or none is recommended.
     """
     threshold = checked(tea_cache_l1_thresh=tea_cache_l1_thresh)["tea_cache_l1_thresh"]
-    if tea_cache_model_id:
+    is_open = tea_cache_model_id is None or (isinstance(tea_cache_model_id, str) and not tea_cache_model_id)
+    if not is_open:
         check_choice("tea_cache_model_id", tea_cache_model_id, TEACACHE_TEMPLATES)
     if threshold is None:
         return None
@@ -193,8 +199,7 @@ def tiles_of_call(tile_size: Sequence[int], tile_stride: Sequence[int]) -> TileS
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
-    if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str) and len(value) == 2:
-        pair = tuple(map(plain_number, value))
-        if all(isinstance(cells, int) and not isinstance(cells, bool) and cells >= 1 for cells in pair):
-            return pair
+    pair = tuple(map(plain_number, _members(value) or ()))
+    if len(pair) == 2 and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair):
+        return pair
     raise ValueError(f"{name} must be two whole numbers of latent cells, (height, width); got {value!r}.")
