@@ -146,13 +146,12 @@ def test_a_folder_that_torch_cannot_pass_to_a_compiler_is_named(remedy, tmp_path
     def broken(*_):
         raise RuntimeError(f"C++ compile error\nCommand:\ng++ -L{place}/lib\nOutput:\nld: cannot find -ltorch")
 
+    places = {"Move the Python environment": "/torch", "Set TMPDIR": "/tmp", "Set TORCHINDUCTOR_CACHE_DIR": "/cache"}
+    places[remedy] = place
     monkeypatch.setattr(chains, "compiled", broken)
-    if remedy.startswith("Move"):
-        monkeypatch.setattr(torch, "__file__", f"{place}/__init__.py")
-    elif remedy.endswith("TMPDIR"):
-        monkeypatch.setattr(tempfile, "tempdir", place)
-    else:
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", place)
+    monkeypatch.setattr(torch, "__file__", f"{places['Move the Python environment']}/__init__.py")
+    monkeypatch.setattr(tempfile, "tempdir", places["Set TMPDIR"])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", places["Set TORCHINDUCTOR_CACHE_DIR"])
     with pytest.raises(
         ValueError, match=f"path '{re.escape(place)}' has a space, .* without quotes. {remedy} to a folder"
     ):

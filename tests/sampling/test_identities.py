@@ -1,6 +1,7 @@
 """Features that do not know one another, together: caches, windows and guidance modes on every structure."""
 
 import dataclasses
+import functools
 import gc
 import itertools
 
@@ -24,7 +25,7 @@ from wancore.wan_core.settings import (
 from wancore.wan_core.types import LatentSize
 
 from tests.reference import DITS, relative_error, tiny_dit, tiny_motion_controller
-from tests.sampling.variants import conditioning
+from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 SIZE = LatentSize(4, 2, 4)
@@ -52,18 +53,27 @@ def run(variant: str, dit: WanDiT | None = None, runtime: Runtime = RUNTIME, siz
     return sample(dit or tiny_dit(variant), cond, size, settings, runtime, motion_controller=controller)
 
 
+shared_dit = functools.cache(small_dit)
+
+
+@functools.cache
+def guided(variant: str, cache: object, windows: WindowSettings | None, mode: str = "sequential", **guidance) -> Tensor:
+    """The latents of a small model; the cases below have some of them in common."""
+    settings = SamplerSettings(
+        steps=5, seed=2, shift=3.0, cache=cache, windows=windows,
+        guidance=GuidanceSettings(scale=3.0, mode=mode, **guidance),
+    )  # fmt: skip
+    controller = small_motion_controller() if variant == "t2v" else None
+    cond = conditioning(variant, SIZE, models=SMALL)
+    return sample(shared_dit(variant), cond, SIZE, settings, RUNTIME, motion_controller=controller)
+
+
 @pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("variant", DITS)
 def test_caches_windows_and_guidance_go_together(variant, cache, windows):
-    dit = tiny_dit(variant)
     (cached, uncached), (cut, whole) = CACHES[cache], WINDOWS[windows]
-
-    def result(cache, windows, mode="sequential", **guidance):
-        return run(
-            variant, dit, cache=cache, windows=windows, guidance=GuidanceSettings(scale=3.0, mode=mode, **guidance)
-        )
-
+    result = functools.partial(guided, variant)
     plain = result(cached, cut)
     assert plain.shape == (1, 16, *SIZE.shape)
     # Whatever the order in which branches run, whether all of the time or for a part of it.

@@ -1,11 +1,15 @@
 """A conditioning for every tiny model, of any length."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
-from wancore.wan_core.models.config import DiTConfig
+from wancore.wan_core.models.config import DiTConfig, MotionControllerConfig
+from wancore.wan_core.models.dit import WanDiT
+from wancore.wan_core.models.motion_controller import MotionController
 from wancore.wan_core.types import Conditioning, LatentSize, VaceInput
 
-from tests.reference import DITS
+from tests.reference import DITS, filled
 
 REFERENCES = 1
 """Reference frames in front of the video where a model takes VACE inputs."""
@@ -14,9 +18,27 @@ TEXT = 24
 """Rows of text; the models take any number, and few are fast."""
 
 
-def conditioning(variant: str, size: LatentSize, seed: int = 5, references: int = REFERENCES) -> Conditioning:
+SMALL = {variant: replace(config, dim=128, ffn_dim=256, num_layers=3, image_dim=64) for variant, config in DITS.items()}
+"""The same structures with one head, and with image tokens that cost little: for what compares runs with each other."""
+
+
+def small_dit(variant: str) -> WanDiT:
+    return filled(WanDiT, SMALL[variant])
+
+
+def small_motion_controller() -> MotionController:
+    return filled(MotionController, MotionControllerConfig(dim=128, freq_dim=64))
+
+
+def conditioning(
+    variant: str,
+    size: LatentSize,
+    seed: int = 5,
+    references: int = REFERENCES,
+    models: dict[str, DiTConfig] = DITS,
+) -> Conditioning:
     """Random values for every input that the model of this structure has."""
-    config: DiTConfig = DITS[variant]
+    config = models[variant]
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -24,7 +46,7 @@ def conditioning(variant: str, size: LatentSize, seed: int = 5, references: int 
 
     fields: dict = {"text": draw(TEXT, 64), "negative_text": draw(TEXT, 64)}
     if config.has_image_input:
-        fields["clip"] = draw(config.image_positions or 257, 1280)
+        fields["clip"] = draw(config.image_positions or 257, config.image_dim)
     if config.concat_channels:
         fields["concat"] = draw(config.concat_channels, *size.shape)
     if config.has_reference:
