@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..trainer.chart import draw_chart
 from ..trainer.config import TrainConfig
-from ..trainer.events import latest_steps, read_events
+from ..trainer.events import latest_steps, read_events, validation_points
 from ..wan_core.folders import files_below
 from ..wan_core.media import load_video
 from ..wan_core.runtime import log
@@ -100,8 +100,7 @@ class Run:
 def chart(folder: Path) -> Image.Image:
     """The loss chart of the run in `folder`."""
     file = folder / "events.jsonl"
-    points = {e["step"]: e["loss"] for e in read_events(file) if e.get("event") == "validation"}
-    return draw_chart(latest_steps(file), sorted(points.items()))
+    return draw_chart(latest_steps(file), validation_points(file))
 
 
 def samples(folder: Path) -> list[Image.Image]:

@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import load
 from torch import Tensor
 
 from ..wan_core.atomic import replacing
 from ..wan_core.checkpoints.write import write_safetensors
 from ..wan_core.media import frame_files
+from ..wan_core.reading import read_json
 
 log = logging.getLogger("wancore")
 
 HASHES = "hashes.json"
+HASHES_BYTES = 2**28
+"""A million files with long names."""
 READ_BYTES = 2**22
+DIGEST = "sha256"
+"""Name of the tensor that says what the others of a file are."""
 
 
 class LatentCache:
@@ -77,7 +83,10 @@ class LatentCache:
         path = self._path(key)
         try:
             # Read, not mapped: what a run holds must not change with the file.
-            return load(path.read_bytes())
+            tensors = load(path.read_bytes())
+            if tensors.pop(DIGEST, torch.empty(0)).tolist() != _digest(tensors):
+                raise ValueError("its tensors are not those that were written")
+            return tensors
         except FileNotFoundError:
             return None
         except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -90,15 +99,28 @@ class LatentCache:
         Raises:
             OSError: the disk is full or fails; nothing appears under the key.
         """
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        stored[DIGEST] = torch.tensor(_digest(stored), dtype=torch.uint8)
         with replacing(self._path(key), sync=True) as partial:
-            write_safetensors(partial, tensors)
+            write_safetensors(partial, stored)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> list[int]:
+    """The 32 bytes of a SHA-256 over names, shapes and values of `tensors`."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else b"")
+    return list(total.digest())
+
+
 def _remembered(path: Path) -> dict[str, str]:
+    """The hashes in `path`; none where it is no such file."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = read_json(path, limit=HASHES_BYTES)
     except (OSError, ValueError):
         return {}
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}

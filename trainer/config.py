@@ -11,7 +11,17 @@ from typing import Any
 
 from ..wan_core.types import SIZE_MULTIPLE, VideoSize
 from . import optimizers
-from .flags import ConfigError, build_parser, check_fields, from_json, option, parse_known, read_json, to_json
+from .flags import (
+    ConfigError,
+    build_parser,
+    check_fields,
+    from_json,
+    is_nameable,
+    option,
+    parse_known,
+    read_json,
+    to_json,
+)
 from .inputs import INPUTS, SWITCHES
 from .reference import ACCEPTED, ELSEWHERE, meaning
 
@@ -25,6 +35,12 @@ MAX_SIDE = 16384
 """Pixels; ComfyUI's largest image side."""
 MAX_RANK = 5120
 """The width of the largest model: no change of a layer has a higher rank."""
+
+PATHS = (
+    "dataset_base_path", "dataset_metadata_path", "cache_dir", "local_model_path", "tokenizer_path",
+    "resume_from_checkpoint", "preset_lora_path", "lora_checkpoint", "output_path", "resume", "stop_file",
+)  # fmt: skip
+"""Settings that name a file or folder."""
 
 TASKS = ("sft", "sft:data_process", "sft:train")
 """What `--task` asks for: all of it, its first half (`task.record`), its second half."""
@@ -131,9 +147,9 @@ class TrainConfig:
     weight_decay: float = option(0.01, "weight decay", low=0)
     clip_norm: float = option(1.0, "largest norm of the gradient; 0 does not limit it", low=0)
     num_epochs: int = option(1, "passes over the data", low=1, high=10**5)
-    max_steps: int | None = option(None, "stop after that many steps, whatever the epochs", low=1)
-    batch_size: int = option(1, "samples per process and forward pass", low=1)
-    gradient_accumulation_steps: int = option(1, "passes per step", low=1)
+    max_steps: int | None = option(None, "stop after that many steps, whatever the epochs", low=1, high=10**12)
+    batch_size: int = option(1, "samples per process and forward pass", low=1, high=10**6)
+    gradient_accumulation_steps: int = option(1, "passes per step", low=1, high=10**6)
     seed: int = option(0, "seed of data order, noise, timesteps and dropout", low=0, high=2**63 - 1)
     mixed_precision: str = option(
         "bf16", "dtype of frozen weights and of matrix products; what is trained is float32", choices=("bf16", "no")
@@ -156,9 +172,9 @@ class TrainConfig:
 
     output_path: str = option("./models", "folder for everything that the run writes")
     remove_prefix_in_ckpt: str = option("pipe.dit.", "prefix that is left out of the names of saved weights")
-    save_steps: int | None = option(None, "save after that many steps, not after each epoch", low=1)
+    save_steps: int | None = option(None, "save after that many steps, not after each epoch", low=1, high=10**12)
     keep_last: int | None = option(
-        None, "how many saves stay, weights and states; none keeps all weights and two states", low=1
+        None, "how many saves stay, weights and states; none keeps all weights and two states", low=1, high=10**6
     )
     resume: str = option(
         "auto", "continue a stopped run: auto looks in output_path, never starts anew, else the folder of a state"
@@ -170,10 +186,12 @@ class TrainConfig:
     min_free_gb: float = option(1.0, "GB that stay free on the disk besides what is saved", low=0)
     log_with: tuple[str, ...] = option((), "further logs besides events.jsonl", choices=("tensorboard", "wandb"))
     wandb_project: str = option("wancore", "project of Weights & Biases")
-    validate_steps: int | None = option(None, "measure the loss on held-out clips every so many steps", low=1)
+    validate_steps: int | None = option(
+        None, "measure the loss on held-out clips every so many steps", low=1, high=10**12
+    )
     validation_clips: int = option(0, "how many rows, from the end, are held out for that", low=0)
-    sample_steps: int | None = option(None, "generate sample videos every so many steps", low=1)
-    sample_count: int = option(1, "how many samples, each conditioned as one row of the data", low=1)
+    sample_steps: int | None = option(None, "generate sample videos every so many steps", low=1, high=10**12)
+    sample_count: int = option(1, "how many samples, each conditioned as one row of the data", low=1, high=1000)
     sample_prompt: str | None = option(None, "prompt of the samples; none takes each row's caption")
     sample_negative_prompt: str = option("", "negative prompt of the samples")
     sample_seed: int = option(1, "seed of the samples", low=0, high=2**63 - 1)
@@ -182,6 +200,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in PATHS:
+            path = getattr(self, name)
+            if path is not None and not is_nameable(path):
+                raise ConfigError(f"--{name}: {path[:60]!r}... is no name that a file can have.")
+        for group in self.model_paths:
+            strange = [path for path in group if not isinstance(path, str) or not is_nameable(path)]
+            if strange or not group:
+                raise ConfigError(f"--model_paths: {strange or group!s:.60} is no name that a file can have.")
         try:
             optimizers.check(self.optimizer, self.optimizer_args)
         except ValueError as error:

@@ -13,7 +13,7 @@ from typing import Any
 from ..wan_core.folders import files_below
 from ..wan_core.media import CLIP_SUFFIXES, PICTURE_SUFFIXES, MediaError, frame_files, probe
 from .config import TrainConfig
-from .flags import ConfigError
+from .flags import ConfigError, is_nameable
 from .inputs import INPUTS
 
 CAPTION = "prompt"
@@ -185,16 +185,19 @@ def _sample(row: Mapping[str, Any], index: int, base: Path, config: TrainConfig)
         problems.append(f"the caption (column {CAPTION}) is empty")
     keys = [name for name in TARGETS if name in config.data_file_keys]
     outside: list[Path] = []
+    no_names: list[str] = []
 
     def files_of(cell: Any) -> tuple[Path, ...]:
-        found = _paths(cell, base, config.confined)
+        texts = _path_texts(cell)
+        no_names.extend(text for text in texts if not is_nameable(text))
+        found = tuple(_path(text, base, config.confined) for text in texts if is_nameable(text))
         if not config.confined:
             return found
         outside.extend(path for path in found if not _is_inside(path, base))
         return tuple(path for path in found if path not in outside)
 
     targets = next((found for name in keys if (found := files_of(row.get(name)))), ())
-    if not targets and not outside and BROKEN not in row:
+    if not targets and not outside and not no_names and BROKEN not in row:
         problems.append(f"it names no clip (column {' or '.join(keys) or ', '.join(TARGETS)})")
     files, values = {}, {}
     for name in config.extra_inputs:
@@ -203,6 +206,7 @@ def _sample(row: Mapping[str, Any], index: int, base: Path, config: TrainConfig)
             files[name] = files_of(cell)
         elif INPUTS[name].column and (texts := _texts(cell)):
             values[name] = texts[0]
+    problems += [f"{text:.60}... is no name that a file can have" for text in no_names]
     problems += [f"{path} is outside of the data set's folder {base}" for path in outside]
     return Sample(
         position=index,
@@ -241,14 +245,14 @@ def _texts(cell: Any) -> tuple[str, ...]:
     )
 
 
-def _paths(cell: Any, base: Path, confined: bool) -> tuple[Path, ...]:
-    """The files of a cell: one path, or several as a list, which may stand in it as JSON text."""
+def _path_texts(cell: Any) -> tuple[str, ...]:
+    """The paths of a cell: one, or several as a list, which may stand in it as JSON text."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             cell = json.loads(cell)
         except (ValueError, RecursionError):
             cell = [cell]
-    return tuple(_path(text, base, confined) for text in _texts(cell))
+    return _texts(cell)
 
 
 def _path(text: str, base: Path, confined: bool) -> Path:

@@ -14,10 +14,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from torch import Tensor, nn
 
 from ..wan_core.memory.block_stream import BlockStream
+from ..wan_core.reading import blamed_on
 from . import optimizers, sharding
 from .config import TrainConfig
 from .placing import frozen_at_work
-from .state import read_parts, write_parts
+from .state import StateError, read_parts, write_parts
 from .trainable import Trainables
 
 log = logging.getLogger("wancore")
@@ -194,7 +195,8 @@ class Engine:
             raise ValueError(f"The state {folder} has other weights than this run, such as {min(wrong)}.")
         for name, parameter in trained.items():
             parameter.data.copy_(weights[name])
-        self.optimizer.load_state_dict(optimizer)
+        with blamed_on(f"The optimizer of {folder}", "does not fit this run", error=StateError):
+            self.optimizer.load_state_dict(optimizer)
 
 
 def _shape(tensors: dict[str, Any], name: str) -> tuple[int, ...] | None:

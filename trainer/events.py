@@ -20,6 +20,9 @@ from .config import TrainConfig
 
 log = logging.getLogger("wancore")
 
+LARGEST = 1e18
+"""Numbers from here on are no step, loss or timestep of a run."""
+
 
 class Tracker(Protocol):
     """A program that plots numbers."""
@@ -33,13 +36,19 @@ class Events:
     """The events of one process. Only the main process of a run has a `file`; the others keep silent."""
 
     def __init__(self, file: Path | None, trackers: Sequence[Tracker] = (), show: bool = False) -> None:
-        """Append to `file`; `show` a progress bar when there is a terminal."""
+        """Append to `file`; `show` a progress bar when there is a terminal.
+
+        Raises:
+            ValueError: `file` is there and is no file.
+        """
         self._file = file
         self._trackers = trackers
         self._show = show and file is not None and sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._warned = False
         if file is not None:
+            if file.exists() and not file.is_file():
+                raise ValueError(f"{file} is no file, so that events cannot be written to it; move it away.")
             file.parent.mkdir(parents=True, exist_ok=True)
             _end_last_line(file)
 
@@ -80,16 +89,39 @@ class Events:
 
 def read_events(file: Path) -> Iterator[dict[str, Any]]:
     """The events in `file`, in their order; a line that a kill cut off is left out."""
-    with contextlib.suppress(FileNotFoundError), file.open(encoding="utf-8", errors="replace") as stream:
+    if not file.is_file():
+        return
+    with file.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+            event = None
+            with contextlib.suppress(ValueError, RecursionError):
+                event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                yield event
 
 
 def latest_steps(file: Path) -> list[dict[str, Any]]:
     """The `step` events in ascending order; of steps that ran twice, after a stop, the later one."""
-    steps = {event["step"]: event for event in read_events(file) if event.get("event") == "step"}
+    steps = {event["step"]: event for event in read_events(file) if event["event"] == "step" and _is_measured(event)}
     return [steps[step] for step in sorted(steps)]
+
+
+def validation_points(file: Path) -> list[tuple[int, float]]:
+    """Held-out losses as (step, loss), ascending."""
+    found = (event for event in read_events(file) if event["event"] == "validation" and _is_measured(event))
+    return sorted({event["step"]: event["loss"] for event in found}.items())
+
+
+def _is_measured(event: Mapping[str, Any]) -> bool:
+    """Whether an event holds the numbers that one of a step has; a file in a run's folder may hold anything."""
+    step, loss = event.get("step"), event.get("loss")
+    rows = [event.get(name, []) for name in ("timesteps", "errors")]
+    whole = isinstance(step, int) and 0 < step < LARGEST and (loss is None or _is_number(loss))
+    return whole and all(isinstance(row, list) and all(map(_is_number, row)) for row in rows)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 class Pace:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..wan_core import reading
 from ..wan_core.settings import check_choice, check_number, check_whole
 
 
@@ -184,13 +185,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, or no JSON object in it.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"The configuration {path} cannot be read: {error}") from error
+    values = reading.read_json(Path(path), "cannot be read as a configuration", error=ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"The configuration {path} must be a JSON object of flags; got {type(values).__name__}.")
     return values
+
+
+def is_nameable(path: str) -> bool:
+    """Whether a file could be called that; systems give up at 255 bytes for a name and 4096 for a path."""
+    try:
+        parts = path.encode().replace(b"\\", b"/").split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in path and max(map(len, parts)) <= 255 and sum(map(len, parts)) + len(parts) < 4096
 
 
 def check_fields(value: Any) -> None:

@@ -16,7 +16,7 @@ from ..wan_core.types import Conditioning, VideoSize
 from ..wan_core.variants import IMAGE, Variant
 from . import starting
 from .config import TrainConfig
-from .flags import ConfigError
+from .flags import ConfigError, is_nameable
 from .inputs import INPUTS, given_names
 
 INPAINT = "inpaint_video"
@@ -83,13 +83,16 @@ def find(config: TrainConfig) -> FoundModels:
     named = [ModelConfig(path=list(group)) for group in config.model_paths]
     for name in config.model_id_with_origin_paths:
         model_id, _, pattern = name.rpartition(":")
-        if not model_id or not pattern:
-            raise ConfigError(f"--model_id_with_origin_paths takes model_id:file_pattern; got {name!r}.")
+        if not model_id or not pattern or not is_nameable(f"{model_id}/{pattern}"):
+            raise ConfigError(f"--model_id_with_origin_paths takes model_id:file_pattern; got {name:.100!r}.")
         named.append(ModelConfig(model_id=model_id, origin_file_pattern=pattern))
     if not named:
         raise ConfigError("Name the models with --model_paths or --model_id_with_origin_paths.")
     defaults = ModelConfig(local_model_path=config.local_model_path, skip_download=config.skip_download)
-    found = find_models([model.filled_from(defaults) for model in named], torch.bfloat16)
+    try:
+        found = find_models([model.filled_from(defaults) for model in named], torch.bfloat16)
+    except ValueError as error:
+        raise ConfigError(f"--model_paths, --model_id_with_origin_paths: {error}") from error
     components = {kind: model.component for kind, model in found.items()}
     encoder = starting.trained_encoder(config)
     if encoder is not None:

@@ -35,6 +35,8 @@ OPTIMIZERS: Mapping[str, str] = {
 """Dotted names of the classes, and the package that each comes from."""
 
 WORD = re.compile(r"[A-Za-z0-9_-]{1,32}")
+LARGEST = 1e30
+"""Numbers beyond it, and those that are none, are no argument of an optimizer."""
 GIVEN = ("params", "lr", "weight_decay")
 """Arguments that have flags of their own or come from the run."""
 
@@ -58,8 +60,8 @@ def check(name: str, arguments: Mapping[str, Any] | None) -> None:
         items = value if isinstance(value, (list, tuple)) else [value]
         if len(items) > 16 or not all(_is_plain(item, word=items is not value) for item in items):
             raise ValueError(
-                f"--optimizer_args: {key} must be a number, true, false, null, a short word or a list of numbers; "
-                f"got {value!r:.200}."
+                f"--optimizer_args: {key} must be a number up to 1e30, true, false, null, a short word or a list of "
+                f"numbers; got {value!r:.200}."
             )
 
 
@@ -80,4 +82,6 @@ def load(name: str) -> type:
 
 
 def _is_plain(value: Any, *, word: bool) -> bool:
-    return value is None or isinstance(value, (bool, int, float)) or (word and bool(WORD.fullmatch(str(value))))
+    if isinstance(value, (int, float)):
+        return abs(value) <= LARGEST
+    return value is None or (word and bool(WORD.fullmatch(str(value))))

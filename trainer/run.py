@@ -31,7 +31,7 @@ from .objective import Objective
 from .plan import Plan
 from .report import Row
 from .saving import SaveError, Saver
-from .state import Progress, States, read_progress, require_same, require_space
+from .state import Progress, StateError, States, read_progress, require_same, require_space
 from .stopping import StopRequest
 from .task import record, with_recorded_data
 from .trainable import Trainables
@@ -299,7 +299,10 @@ class _Run:
         place = self.states.latest() if config.resume == "auto" else Path(config.resume)
         if place is None:
             return None
-        progress = read_progress(place)
+        try:
+            progress = read_progress(place)
+        except StateError as error:
+            raise StateError(f"--resume {config.resume}: {error}") from error
         require_same(progress, identity, self.accelerator.num_processes, config.resume_force)
         if self.is_main:
             log.info("Continuing from %s, after step %d.", place, progress.step)

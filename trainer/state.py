@@ -20,11 +20,14 @@ from torch import Tensor
 
 from ..wan_core.atomic import sync_file, sync_folder
 from ..wan_core.checkpoints.write import write_safetensors
+from ..wan_core.reading import blamed_on, read_json
+from ..wan_core.settings import check_whole
 
 log = logging.getLogger("wancore")
 
 MANIFEST, PROGRESS, WEIGHTS, OPTIMIZER = "manifest.json", "progress.json", "weights.safetensors", "optimizer.pt"
 FORMAT = 1
+LARGEST_STEP = 10**15
 BLOCK = 2**22
 
 
@@ -121,8 +124,13 @@ def write_parts(folder: Path, weights: Mapping[str, Tensor], optimizer: Mapping[
 
 
 def read_parts(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights and the optimizer's `state_dict` of a state, on the CPU."""
-    return load_file(folder / WEIGHTS), torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    """The weights and the optimizer's `state_dict` of a state, on the CPU.
+
+    Raises:
+        StateError: they cannot be read.
+    """
+    with blamed_on(f"The saved state {folder}", "cannot be read", error=StateError):
+        return load_file(folder / WEIGHTS), torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
 
 
 def read_progress(folder: Path) -> Progress:
@@ -132,19 +140,23 @@ def read_progress(folder: Path) -> Progress:
         StateError: there is no state, or it is damaged.
     """
     verify(folder)
-    values = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-    return Progress(**values)
+    with blamed_on(folder / PROGRESS, "is not what a state holds", error=StateError):
+        progress = Progress(**read_json(folder / PROGRESS))
+        if not isinstance(progress.run, dict) or not isinstance(progress.config, dict):
+            raise ValueError("run and config are no objects")
+        check_whole("step", progress.step, low=0, high=LARGEST_STEP)
+        check_whole("world", progress.world, low=1, high=LARGEST_STEP)
+    return progress
 
 
 def verify(folder: Path) -> None:
     """Raise StateError unless every file of the state in `folder` is as it was written."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StateError(f"{folder} is no saved state ({error}).") from error
-    for name, entry in manifest["files"].items():
+    with blamed_on(folder, "is no saved state", error=StateError):
+        files = read_json(folder / MANIFEST)["files"].items()
+        entries = {name: (entry["size"], entry["sha256"]) for name, entry in files}
+    for name, (size, sha256) in entries.items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != entry["size"] or digest(file) != entry["sha256"]:
+        if not file.is_file() or file.stat().st_size != size or digest(file) != sha256:
             raise StateError(f"The saved state {folder} is damaged: {name} is not as it was written.")
 
 

@@ -11,7 +11,7 @@ from .conditions import Encoded
 from .config import TrainConfig
 from .encoders import Encoders
 from .engine import Engine
-from .events import Events, latest_steps, read_events
+from .events import Events, latest_steps, validation_points
 from .validate import SampleRequest, draw_samples, held_out_errors, save_samples
 
 log = logging.getLogger("wancore")
@@ -85,8 +85,7 @@ class Watcher:
         if not self.engine.is_main:
             return
         file = self.folder / EVENTS
-        points = {e["step"]: e["loss"] for e in read_events(file) if e.get("event") == "validation"}
         try:
-            save_chart(self.folder / CHART, latest_steps(file), sorted(points.items()))
+            save_chart(self.folder / CHART, latest_steps(file), validation_points(file))
         except OSError as error:
             log.warning("The loss chart cannot be written (%s).", error)

@@ -16,6 +16,7 @@ from . import FAULTS, Trial  # noqa: E402
 KINDS: dict[str, int] = {
     "calls": 400,
     "media": 2000,
+    "training_inputs": 440,
 }
 """Each kind of attack (a module of this folder) and how many trials a long run makes of it."""
 

@@ -1,9 +1,11 @@
 """The cache on disk: what it keeps is what was put, and nothing stale or half written is ever found."""
 
+import hashlib
 import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from wancore.trainer import cache as cache_module
 from wancore.trainer.cache import LatentCache
 
@@ -81,3 +83,35 @@ def test_a_broken_memory_of_hashes_is_made_anew(tmp_path):
     file = tmp_path / "clip.mp4"
     file.write_bytes(b"first")
     assert len(LatentCache(tmp_path).file_hash(file)) == 64
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "null", "3", '"a"', "[" * 10_000, '[["a", "b"]]', '{"a": 1}', "{", "\x00"], ids=lambda t: t[:9]
+)
+def test_remembered_hashes_that_are_none_are_forgotten(tmp_path, text):
+    (tmp_path / "clip").write_bytes(b"clip")
+    (tmp_path / "hashes.json").write_text(text, encoding="utf-8")
+    assert LatentCache(tmp_path).file_hash(tmp_path / "clip") == hashlib.sha256(b"clip").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: {},
+        lambda tensors: {"x": tensors["a"]},
+        lambda tensors: {**tensors, "a": tensors["a"] + 1},
+        lambda tensors: {**tensors, "a": tensors["a"].half()},
+        lambda tensors: {**tensors, "a": tensors["a"][:1]},
+        lambda tensors: {**tensors, "b": torch.zeros(1)},
+    ],
+    ids=["empty", "renamed", "changed", "another dtype", "shorter", "longer"],
+)
+def test_what_was_not_written_so_is_made_again(tmp_path, change, caplog):
+    cache = LatentCache(tmp_path)
+    written = {"a": torch.ones(2, 3)}
+    cache.put("k", written)
+    assert cache.get("k").keys() == {"a"} and torch.equal(cache.get("k")["a"], written["a"])
+    (file,) = tmp_path.rglob("*.safetensors")
+    tensors = load_file(file)
+    save_file(change(tensors), file)
+    assert cache.get("k") is None and "not those that were written" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from wancore.trainer.chart import by_timestep, draw_chart, save_chart, smoothed
 from wancore.trainer.config import TrainConfig
-from wancore.trainer.events import Events, Pace, latest_steps, open_trackers, read_events
+from wancore.trainer.events import Events, Pace, latest_steps, open_trackers, read_events, validation_points
 
 
 def step(number, loss=0.5, **more):
@@ -142,3 +142,26 @@ def test_smoothing_keeps_a_constant_and_follows_a_step():
 def test_errors_are_sorted_by_timestep():
     found = by_timestep([step(1, timesteps=[5.0, 1000.0], errors=[1.0, 3.0]), step(2, timesteps=[50.0], errors=[2.0])])
     assert found[0] == 1.5 and found[9] == 3.0 and found[1:9] == [None] * 8
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "3", "null", "[1]", '"step"', "[" * 10_000, "{}", '{"event": 3}', '{"event": "step"}', "\x00\xff",
+        '{"event": "step", "step": "one", "loss": 1}', '{"event": "step", "step": 1, "loss": "low"}',
+        '{"event": "step", "step": true, "loss": [1]}', '{"event": "step", "step": 2, "loss": 1, "errors": [{}]}',
+        '{"event": "validation", "step": {}, "loss": 1}', '{"event": "step", "step": 1e400, "loss": 1}',
+    ],
+)  # fmt: skip
+def test_what_is_no_event_is_passed_over(tmp_path, line):
+    file = tmp_path / "events.jsonl"
+    file.write_text(f'{line}\n{{"event": "step", "step": 7, "loss": 0.5}}\n', encoding="utf-8")
+    assert [event["step"] for event in latest_steps(file)] == [7]
+    assert validation_points(file) == []
+    draw_chart(latest_steps(file), validation_points(file))
+    assert list(read_events(tmp_path)) == [], "a folder holds no events"
+
+
+def test_events_need_a_file(tmp_path):
+    with pytest.raises(ValueError, match="is no file"):
+        Events(tmp_path)
