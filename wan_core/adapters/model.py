@@ -55,12 +55,12 @@ IMAGE_BRANCH = re.compile(r"img_emb\.|.*\.(k_img|v_img|norm_k_img)\b")
 """Names that only models with image input have."""
 
 OTHER_MODELS = {
-    r".*double_blocks.*": "FLUX or HunyuanVideo",
-    r".*single_transformer_blocks.*": "FLUX",
-    r".*joint_blocks.*": "Stable Diffusion 3",
-    r".*(input_blocks|down_blocks|mid_block).*": "Stable Diffusion",
-    r".*transformer_blocks.*": "LTX-Video, CogVideoX or another diffusers transformer",
-    r".*layers\.\d+\..*": "a language model or Lumina",
+    r"double_blocks": "FLUX or HunyuanVideo",
+    r"single_transformer_blocks": "FLUX",
+    r"joint_blocks": "Stable Diffusion 3",
+    r"input_blocks|down_blocks|mid_block": "Stable Diffusion",
+    r"transformer_blocks": "LTX-Video, CogVideoX or another diffusers transformer",
+    r"layers\.\d+\.": "a language model or Lumina",
 }
 
 

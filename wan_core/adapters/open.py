@@ -1,6 +1,5 @@
 """Files that change a model, read for what they are: a LoRA of any dialect, or trained weights of the whole model."""
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..checkpoints.state_dict import GivenTensors, given_header
 from ..lora.naming import take_apart
 from ..lora.patches import Replacement
 from ..lora.read import AdapterConfig, Layer, Lora, read_lora
+from ..reading import blamed_on, read_json
 
 PathLike = str | Path
 
@@ -72,10 +72,8 @@ def peft_config(file: Path) -> AdapterConfig | None:
     config = file.with_name(PEFT_CONFIG)
     if file.stem != PEFT_FILE or not config.is_file():
         return None
-    try:
-        return AdapterConfig(dict(json.loads(config.read_text(encoding="utf-8"))))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{config} is no JSON object ({error}); save the adapter again.") from error
+    with blamed_on(config, "is no configuration of PEFT", "Save the adapter again."):
+        return AdapterConfig(read_json(config))
 
 
 def replacing(component: Component, read: Callable[[str], Tensor] | None = None) -> Lora:

@@ -95,6 +95,8 @@ class LowRank(Patch):
 
     def norm(self) -> float:
         down, up = self.factors()
+        if down.shape[0] > min(up.shape[0], down.shape[1]):
+            return super().norm()
         return max((up.T @ up * (down @ down.T)).sum().item(), 0.0) ** 0.5
 
 

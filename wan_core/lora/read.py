@@ -2,21 +2,37 @@
 
 import hashlib
 import json
+import math
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
+from ..reading import blamed_on
 from .naming import Dialect, take_apart
 from .patches import Decomposed, Difference, Hadamard, Kronecker, LowRank, Patch, Replacement
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 """Metadata key under which diffusers keeps the PEFT configuration as JSON, each name behind its component's."""
+
+MATCH_SECONDS = 2.0
+"""How long the patterns of a configuration may take; those of a thousand modules take a few tenths of a second."""
+
+MAX_PATTERN = 500
+"""The longest pattern, in characters; the paths of modules have less than a hundred."""
+
+MAX_NUMBER = 1e9
+"""Above every rank and alpha."""
+
+MAX_ELEMENTS = 2**27
+"""The most elements that a patch may change; the largest matrix of Wan 2.1 14B has 2**26."""
 
 
 @dataclass(frozen=True)
@@ -81,38 +97,105 @@ class Lora:
         return Counter(patch.label for layer in self.layers for _, patch in layer.patches)
 
 
+class _Patterns:
+    """A table of PEFT's from patterns of module paths to numbers: that of the first pattern counts which matches a path
+    at its end, behind a dot or from its beginning.
+
+    Patterns come with files, and a short one can keep Python's `re` busy for ever; that of `regex` can be stopped.
+    """
+
+    def __init__(self, name: str, table: Any) -> None:
+        if not isinstance(table, Mapping) or not all(isinstance(key, str) for key in table):
+            raise ValueError(f"{name} must be an object of patterns; got {table!r:.80}")
+        if long := next((key for key in table if len(key) > MAX_PATTERN), None):
+            raise ValueError(f"{name} has a pattern of {len(long)} characters; {MAX_PATTERN} is the most")
+        self._name, self._left = name, MATCH_SECONDS
+        self._numbers = {key: _number(f"{name}[{key!r:.80}]", value) for key, value in table.items()}
+        self._compiled: dict[str, Any] = {}
+
+    def find(self, path: str) -> float | None:
+        """The number of the module at `path`.
+
+        Raises:
+            ValueError: a pattern is none, or the patterns take too long.
+        """
+        for key, number in self._numbers.items():
+            started = time.thread_time()
+            try:
+                matches = self._pattern(key).match(path, timeout=MATCH_SECONDS)
+            except (re.error, regex.error, RecursionError, TimeoutError) as error:
+                raise ValueError(f"{self._name} has the pattern {key!r:.80}, which cannot be used ({error})") from error
+            self._left -= time.thread_time() - started
+            if self._left < 0:
+                raise ValueError(f"{self._name} has patterns that take more than {MATCH_SECONDS:g} s to match")
+            if matches:
+                return number
+        return None
+
+    def _pattern(self, key: str) -> Any:
+        if key not in self._compiled:
+            re.compile(key)  # `regex` knows more than PEFT does: recursion, fuzzy matching
+            self._compiled[key] = regex.compile(rf"(.*\.)?({key})$")
+        return self._compiled[key]
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_NUMBER:
+        raise ValueError(f"{name} must be a number from 0 to {MAX_NUMBER:g}; got {value!r:.80}")
+    return value
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What PEFT's configuration says of scales: it keeps alpha beside the tensors, not among them."""
+    """What PEFT's configuration says of scales: it keeps alpha beside the tensors, not among them.
+
+    Raises:
+        ValueError: `values` are no such configuration; the name of the wrong one is given.
+    """
 
     values: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Mapping):
+            raise ValueError(f"an object is expected; got {self.values!r:.80}")
+        for name in ("r", "lora_alpha", "alpha"):
+            if self.values.get(name) is not None:
+                _number(name, self.values[name])
+        _ = self._ranks, self._alphas  # they check themselves
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> "AdapterConfig | None":
         """The configuration that diffusers writes into a file's metadata, None when there is none.
 
         Raises:
-            ValueError: it is no JSON object.
+            ValueError: it is no JSON object, or no such configuration.
         """
         if ADAPTER_METADATA not in metadata:
             return None
-        try:
+        with blamed_on(f"The metadata {ADAPTER_METADATA!r} of the LoRA", "cannot be used"):
             values = json.loads(metadata[ADAPTER_METADATA])
             return cls({name.removeprefix("transformer."): value for name, value in values.items()})
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"The metadata {ADAPTER_METADATA!r} of the LoRA is no JSON object ({error}).") from error
 
     def scale(self, path: str) -> float | None:
         """The factor on the product of the factors of the module that the file calls `path`; None when not said."""
-        rank = self._of("rank_pattern", path, self.values.get("r"))
-        alpha = self._of("alpha_pattern", path, self.values.get("lora_alpha", self.values.get("alpha")))
+        rank, alpha = self._ranks.find(path), self._alphas.find(path)
+        rank = self.values.get("r") if rank is None else rank
+        alpha = self._alpha if alpha is None else alpha
         if not rank or alpha is None:
             return None
         return alpha / (rank**0.5 if self.values.get("use_rslora") else rank)
 
-    def _of(self, table: str, path: str, default: Any) -> Any:
-        patterns = self.values.get(table) or {}
-        return next((v for k, v in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{k})", path)), default)
+    @cached_property
+    def _ranks(self) -> _Patterns:
+        return _Patterns("rank_pattern", self.values.get("rank_pattern") or {})
+
+    @cached_property
+    def _alphas(self) -> _Patterns:
+        return _Patterns("alpha_pattern", self.values.get("alpha_pattern") or {})
+
+    @property
+    def _alpha(self) -> float | None:
+        return self.values.get("lora_alpha", self.values.get("alpha"))
 
     @property
     def trains_biases(self) -> bool:
@@ -121,9 +204,8 @@ class AdapterConfig:
 
     def rule(self) -> str:
         """The rule in words."""
-        alpha = self.values.get("lora_alpha", self.values.get("alpha"))
         root = "the root of " if self.values.get("use_rslora") else ""
-        return f"PEFT configuration: alpha {alpha} over {root}rank {self.values.get('r')}"
+        return f"PEFT configuration: alpha {self._alpha} over {root}rank {self.values.get('r')}"
 
 
 def read_lora(
@@ -138,7 +220,9 @@ def read_lora(
     Raises:
         ValueError: none of the keys belongs to a LoRA, or the factors of a module do not fit each other.
     """
-    config = config or AdapterConfig.from_metadata(metadata)
+    if config is None:
+        with blamed_on(name, "cannot be read"):
+            config = AdapterConfig.from_metadata(metadata)
     groups: dict[tuple[Dialect, str], dict[str, str]] = defaultdict(dict)
     skipped: list[Skipped] = []
     dialects: Counter[str] = Counter()
@@ -157,7 +241,11 @@ def read_lora(
     layers: list[Layer] = []
     rules: Counter[str] = Counter()
     for (dialect, path), roles in groups.items():
-        patches, used, rule = _patches(path, {role: tensor(key) for role, key in roles.items()}, config)
+        stored = {role: tensor(key) for role, key in roles.items()}
+        with blamed_on(name, f"is damaged at {path}"):
+            patches, used, rule = _patches(path, stored, config)
+            for _, patch in patches:
+                _check_shapes(patch)
         skipped += [Skipped(roles[r], "its counterpart is missing from the file") for r in roles.keys() - used]
         rules.update([rule] if rule else [])
         if patches:
@@ -232,6 +320,7 @@ def _kronecker_factor(t: Stored, name: str) -> Tensor | None:
     if f"{name}_a" not in t or f"{name}_b" not in t:
         return None
     a, b, core = t[f"{name}_a"].float(), t[f"{name}_b"].float(), t.get("lokr_t2")
+    _check_elements(a.shape[0], *b.shape[1:])
     if core is not None and name == "lokr_w2":
         return torch.einsum("st...,so,ti->oi...", core.float(), a, b)
     return (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:])
@@ -241,21 +330,34 @@ BUILDERS = (_low_rank, _hadamard, _kronecker)
 """From a module's tensors to its weight's patch and the roles that went into it; None when it is of another kind."""
 
 
+def _check_elements(*shape: int) -> None:
+    if math.prod(shape) > MAX_ELEMENTS:
+        raise ValueError(f"it would change a matrix {list(shape)}, larger than any of Wan 2.1")
+
+
+def _check_shapes(patch: Patch) -> None:
+    """Raise unless the tensors of `patch` fit together; on the meta device, where nothing is computed."""
+    _check_elements(*patch.shape)
+    meta = torch.device("meta")
+    change = patch.to(meta, torch.float32).delta(torch.empty(patch.shape, device=meta))
+    if change.shape != patch.shape:
+        raise ValueError(f"its tensors make a change {list(change.shape)} of a matrix {list(patch.shape)}")
+
+
 def _patches(
     path: str, stored: Stored, config: AdapterConfig | None
 ) -> tuple[list[tuple[str, Patch]], set[str], str | None]:
     """The patches of one module, the roles that they use, and the rule of the scale."""
     whole = WHOLE.keys() & stored.keys()
     patches = [(WHOLE[role][0], WHOLE[role][1](stored[role])) for role in sorted(whole)]
-    try:
-        built = next((found for build in BUILDERS if (found := build(stored))), None)
-    except ValueError as error:
-        raise ValueError(f"The LoRA is damaged at {path}: {error}.") from error
+    built = next((found for build in BUILDERS if (found := build(stored))), None)
     if built is None:
         return patches, whole, None
     weight, roles = built
     scale, rule = _scale(weight, path, stored, config)
     scale *= stored["scalar"].item() if "scalar" in stored else 1.0
+    if not math.isfinite(scale):
+        raise ValueError(f"its factors are scaled by {scale}")
     weight = replace(weight, scale=scale)
     if "magnitude" in stored:
         weight = Decomposed(weight, stored["magnitude"])
