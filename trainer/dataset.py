@@ -1,5 +1,6 @@
 """The rows of a data set, read and not yet opened: captions, files and values by column. Nothing of it is changed."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -149,7 +150,7 @@ def _folder_rows(folder: Path, left_out: list[str]) -> Iterator[dict[str, Any]]:
     """One row per picture, clip or folder of frames, with the text file of the same name as its caption; what else
     lies in the folder is named in `left_out`.
     """
-    found = files_below(folder, lambda place: place.with_name(f"{place.name}.txt").is_file())
+    found = files_below(folder, _is_clip)
     shown = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     # Names in capitals are the same to some file systems and to most people.
     texts = {str(path).lower(): path for path in shown if path.suffix.lower() == ".txt"}
@@ -174,6 +175,20 @@ def _folder_rows(folder: Path, left_out: list[str]) -> Iterator[dict[str, Any]]:
             row[BROKEN] = f"the caption file {wanted.name} is not UTF-8 text: {error}"
         yield row
     left_out += [f"{path.relative_to(folder)} (no picture or clip has that name)" for path in texts.values()]
+
+
+def _is_clip(folder: Path) -> bool:
+    """Whether a folder holds the frames of one clip: its caption is beside it, and in it are pictures alone, without
+    captions of their own.
+    """
+    if not folder.with_name(f"{folder.name}.txt").is_file():
+        return False
+    with contextlib.suppress(OSError):
+        inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        pictures = {path.stem for path in inside if path.suffix.lower() in PICTURE_SUFFIXES}
+        others = {path.stem for path in inside if path.suffix.lower() in (*CLIP_SUFFIXES, ".txt")}
+        return bool(pictures) and not pictures & others and not any(path.is_dir() for path in inside)
+    return False
 
 
 def _sample(row: Mapping[str, Any], index: int, base: Path, config: TrainConfig) -> Sample:

@@ -208,6 +208,15 @@ HOSTILE = {
 }
 
 
+def flood(width: int, height: int, count: int) -> bytes:
+    """A GIF of so many frames, each one pixel on a large canvas."""
+    frame = b"\x2c" + struct.pack("<4HB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
+    return b"GIF89a" + struct.pack("<2H3B", width, height, 0x80, 0, 0) + bytes(6) + frame * count + b";"
+
+
+HOSTILE["flood"] = flood(10000, 10000, 400)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".mp4"])
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_what_is_no_plain_picture_or_clip_is_refused_by_name(tmp_path, monkeypatch, kind, suffix):

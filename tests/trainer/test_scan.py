@@ -91,9 +91,13 @@ def test_a_folder_of_frames_with_a_caption_beside_it_is_a_clip(tmp_path, clip):
         for index, frame in enumerate(numbered(count)):
             Image.fromarray(frame).save(tmp_path / name / f"{index}.png")
         (tmp_path / f"{name}.txt").write_text("frames")
-    put(clip, tmp_path / "no frames" / "a.mp4")
+    # A text beside a folder of samples is no caption of a clip.
+    put(clip, tmp_path / "no frames" / "a.mp4", tmp_path / "pictures" / "b.png")
+    for name in ("no frames", "pictures"):
+        (tmp_path / f"{name}.txt").write_text("notes")
     found = report(tmp_path)
-    assert names(found) == ["a.mp4", "shot.1"]
+    assert names(found) == ["a.mp4", "b.png", "shot.1"]
+    assert any("pictures.txt (no picture or clip has that name)" in notice for notice in found.notices)
     assert "2 frames, fewer than the 5 wanted" in str(found.bad[0])
     row = next(row for row in found.rows if row.name == "shot.1")
     assert (row.target.num_frames, row.target.fps) == (12, 16)
