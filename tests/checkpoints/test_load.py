@@ -189,10 +189,11 @@ needs_proc = pytest.mark.skipif(
 
 
 @needs_proc
-def test_two_gigabytes_in_shards_peak_at_their_stored_size(tmp_path):
-    total, _ = write_shards(tmp_path, medium_dit(40), torch.bfloat16)
+def test_shards_peak_at_their_stored_size(tmp_path):
+    """What a process needs beside its weights weighs most where they are few."""
+    total, _ = write_shards(tmp_path, medium_dit(10), torch.bfloat16)
     extra, size = measure(tmp_path, "bfloat16", "auto")
-    assert total > 1.9e9 and size == pytest.approx(total, rel=0.01)
+    assert total > 5e8 and size == pytest.approx(total, rel=0.01)
     assert extra <= 1.1 * total, f"{extra / 1e6:.0f} MB for {total / 1e6:.0f} MB"
 
 
