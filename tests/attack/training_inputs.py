@@ -332,8 +332,10 @@ def attack(count: int, seed: int) -> Iterator[Trial]:
 
 
 def _trial(case: Case, place: Place) -> Trial:
-    handler = signal.signal(signal.SIGALRM, _alarm)
+    handler, folder = signal.signal(signal.SIGALRM, _alarm), Path.cwd()
     signal.alarm(LIMIT)
+    # Names that are no absolute path must not lead into the pack.
+    os.chdir(place.root)
     try:
         words = place.words(*(() if case.command == "check" else ("--max_steps=1",)), *case.spoil(place))
         code, text = _outcome(place, case.command, words)
@@ -343,6 +345,7 @@ def _trial(case: Case, place: Place) -> Trial:
         return Trial(case.name, "raw", f"{type(error).__name__}: {error}"[:300])
     finally:
         signal.alarm(0)
+        os.chdir(folder)
         signal.signal(signal.SIGALRM, handler)
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
