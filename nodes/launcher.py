@@ -151,7 +151,7 @@ class _Tail:
             self._place += len(added)
             *lines, self._rest = (self._rest + added).split(b"\n")
             for line in lines:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     event = json.loads(line.decode("utf-8", "replace"))
                     if isinstance(event, dict) and "event" in event:
                         yield event

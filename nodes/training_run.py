@@ -59,7 +59,7 @@ class Run:
 
     def finished(self) -> Outcome | None:
         """The result of this very run, when it is there already."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
             found = json.loads((self.folder / FINISHED).read_text(encoding="utf-8"))
             files = tuple(self.folder / name for name in found["files"])
             if found["identity"] == self.identity and all(file.is_file() for file in files):

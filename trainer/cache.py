@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
 from ..wan_core.atomic import replacing
+from ..wan_core.checkpoints.read import read_whole
 from ..wan_core.checkpoints.write import write_safetensors
 from ..wan_core.media import frame_files
 from ..wan_core.reading import read_json
@@ -81,15 +80,15 @@ class LatentCache:
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors under `key`; None when there are none or their file is damaged, which is said in the log."""
         path = self._path(key)
+        if not path.is_file():
+            return None
         try:
             # Read, not mapped: what a run holds must not change with the file.
-            tensors = load(path.read_bytes())
+            tensors = read_whole(path)[0]
             if tensors.pop(DIGEST, torch.empty(0)).tolist() != _digest(tensors):
                 raise ValueError("its tensors are not those that were written")
             return tensors
-        except FileNotFoundError:
-            return None
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
+        except ValueError as error:
             log.warning("The cached file %s is damaged (%s); it is made anew.", path, error)
             return None
 

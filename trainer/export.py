@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from ..wan_core.adapters.model import Target, fit_to
 from ..wan_core.adapters.open import open_lora
 from ..wan_core.atomic import replacing, sync_folder
 from ..wan_core.checkpoints.detect import detect_files
+from ..wan_core.checkpoints.header import read_header
 from ..wan_core.checkpoints.write import write_safetensors
 from ..wan_core.lora.write import Merged
 from .config import TrainConfig
@@ -215,9 +216,8 @@ def _save_checked(tensors: Mapping[str, Tensor], partial: Path, metadata: Mappin
 def _told_by(path: Path) -> dict[str, str]:
     """The metadata of a file; none where it cannot be read."""
     try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError):
+        return dict(read_header([path]).metadata)
+    except ValueError:
         return {}
 
 

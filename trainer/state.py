@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..wan_core.atomic import sync_file, sync_folder
+from ..wan_core.checkpoints.pickles import require_plain
+from ..wan_core.checkpoints.read import read_whole
 from ..wan_core.checkpoints.write import write_safetensors
 from ..wan_core.reading import blamed_on, read_json
 from ..wan_core.settings import check_whole
@@ -127,10 +128,12 @@ def read_parts(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights and the optimizer's `state_dict` of a state, on the CPU.
 
     Raises:
-        StateError: they cannot be read.
+        StateError: a file is missing or damaged, or the optimizer's holds more than numbers, texts and tensors.
     """
     with blamed_on(f"The saved state {folder}", "cannot be read", error=StateError):
-        return load_file(folder / WEIGHTS), torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        require_plain(folder / OPTIMIZER)
+        optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        return read_whole(folder / WEIGHTS)[0], optimizer
 
 
 def read_progress(folder: Path) -> Progress:
@@ -154,6 +157,8 @@ def verify(folder: Path) -> None:
     with blamed_on(folder, "is no saved state", error=StateError):
         files = read_json(folder / MANIFEST)["files"].items()
         entries = {name: (entry["size"], entry["sha256"]) for name, entry in files}
+        if outside := next((name for name in entries if Path(name).is_absolute() or ".." in Path(name).parts), None):
+            raise ValueError(f"it names {outside!r:.80}, which is none of its files")
     for name, (size, sha256) in entries.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != size or digest(file) != sha256:

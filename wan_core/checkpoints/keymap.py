@@ -198,5 +198,5 @@ def _declared_formats(header: Header) -> dict[str, str]:
     try:
         layers = json.loads(header.metadata.get("_quantization_metadata", "{}")).get("layers", {})
         return {layer: str(entry.get("format")) for layer, entry in layers.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{header.files[0].name} has unreadable quantisation metadata: {error}.") from error

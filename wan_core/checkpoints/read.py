@@ -7,7 +7,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .header import CheckpointError, Header, TensorInfo, is_safetensors
+from .header import CheckpointError, Header, TensorInfo, is_safetensors, read_header
 
 
 class TensorFiles:
@@ -98,6 +98,17 @@ class TensorFiles:
         if self._stream is not None:
             self._stream.close()
         self._stream, self._file = None, None
+
+
+def read_whole(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file, on the CPU in memory of their own, and its metadata.
+
+    Raises:
+        CheckpointError: it is not there, damaged, or no file of tensors.
+    """
+    header = read_header([file])
+    with TensorFiles(header) as files:
+        return {name: files.read(name) for name in header}, dict(header.metadata)
 
 
 class TensorShapes(TensorFiles):

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..reading import blamed_on
+
 PAD_ID, EOS_ID = 0, 1
 """Fixed by the T5 vocabularies."""
 
@@ -43,10 +45,8 @@ class Tokenizer:
         if fast.is_file():
             from tokenizers import Tokenizer as FastTokenizer
 
-            try:
+            with blamed_on(fast, "is not a tokenizer file", "Download it again."):
                 tokenizer = FastTokenizer.from_file(str(fast))
-            except Exception as error:
-                raise ValueError(f"{fast} is not a tokenizer file: {error}. Download it again.") from error
             tokenizer.no_truncation()
             tokenizer.no_padding()
             return cls(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.get_vocab_size())

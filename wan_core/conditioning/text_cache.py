@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..atomic import replacing
-from ..checkpoints.header import is_safetensors
+from ..checkpoints.header import CheckpointError, is_safetensors
+from ..checkpoints.read import read_whole
 from ..checkpoints.write import write_safetensors
 from ..runtime import log
 
@@ -72,9 +72,8 @@ class DiskStore:
 
     def get(self, key: str) -> Tensor | None:
         try:
-            with safe_open(self._file(key), "pt") as file:
-                return file.get_tensor(NAME)
-        except (OSError, SafetensorError):
+            return read_whole(self._file(key))[0].get(NAME)
+        except CheckpointError:
             return None
 
     def put(self, key: str, rows: Tensor) -> None:

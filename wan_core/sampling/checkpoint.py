@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..atomic import clean, creating_first, numbered, replacing
+from ..checkpoints.header import read_header
+from ..checkpoints.read import read_whole
 from ..checkpoints.write import write_safetensors
+from ..reading import blamed_on, parse_json
 from ..runtime import log
 from .state import RunState
 
@@ -71,19 +73,15 @@ class Checkpoint:
         if not self.path(run).is_file():
             return None
         try:
-            tensors, metadata = read_tensors(self.path(run))
+            with blamed_on(self.path(run), "is no unfinished run"):
+                state = _state(*read_whole(self.path(run)))
         except ValueError as error:
             log.warning("%s Starting from the beginning.", error)
             return None
-        if metadata["run"] != run:
+        if state.run != run:
             return None
-        memory = {key.removeprefix("memory."): value for key, value in tensors.items() if key.startswith("memory.")}
-        numbers = {key: int(metadata[key]) for key in ("prefix", "step", "clip")}
         self.resumed = True
-        return RunState(
-            latents=tensors["latents"], memory=memory, done=tensors.get("done"),
-            run=run, schedule=metadata["schedule"], kernels=json.loads(metadata.get("kernels", "{}")), **numbers,
-        )  # fmt: skip
+        return state
 
     def remove(self, run: str) -> None:
         """Forget the run, once what it made is saved, with what killed processes left unwritten."""
@@ -92,6 +90,16 @@ class Checkpoint:
         except OSError as error:
             log.warning("%s is not needed any more, but cannot be removed (%s).", self.path(run), error)
         clean(self._folder)
+
+
+def _state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> RunState:
+    """The run in a file that `Checkpoint.save` wrote."""
+    memory = {key.removeprefix("memory."): value for key, value in tensors.items() if key.startswith("memory.")}
+    numbers = {key: int(metadata[key]) for key in ("prefix", "step", "clip")}
+    return RunState(
+        latents=tensors["latents"], memory=memory, done=tensors.get("done"), run=metadata["run"],
+        schedule=metadata["schedule"], kernels=dict(json.loads(metadata.get("kernels", "{}"))), **numbers,
+    )  # fmt: skip
 
 
 def save_latents(folder: Path, name: str, raw: Tensor, manifest: Mapping[str, Any]) -> Path:
@@ -112,8 +120,8 @@ def save_latents(folder: Path, name: str, raw: Tensor, manifest: Mapping[str, An
 def find_latents(folder: Path, name: str, manifest: Mapping[str, Any]) -> Path | None:
     """The newest file that `save_latents` wrote with this name and manifest, or None."""
     for path in sorted(folder.glob(f"{glob.escape(name)}_*_.latent"), reverse=True):
-        with contextlib.suppress(OSError, SafetensorError, ValueError), safe_open(path, "pt") as file:
-            if json.loads((file.metadata() or {}).get("wancore", "{}")) == manifest:
+        with contextlib.suppress(ValueError):
+            if _manifest(path, read_header([path]).metadata) == manifest:
                 return path
     return None
 
@@ -124,21 +132,12 @@ def load_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
     Raises:
         ValueError: the file is missing, broken, or holds no video latents.
     """
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_whole(path)
     raw = tensors.get(LATENT_FORMAT)
     if raw is None or raw.ndim != 5:
         raise ValueError(f"{path} holds no video latents; expected {LATENT_FORMAT!r} of shape (B, 16, F, h, w).")
-    return raw.float(), json.loads(metadata.get("wancore", "{}"))
+    return raw.float(), _manifest(path, metadata)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        ValueError: the file is missing or broken.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
+def _manifest(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    return dict(parse_json(metadata.get("wancore", "{}"), path, "has a manifest that is no JSON"))
