@@ -119,7 +119,9 @@ class Stage:
         with contextlib.ExitStack() as stack:
             stack.callback(os.chdir, Path.cwd())
             os.chdir(self.folder)
-            stack.enter_context(mock.patch.dict(sys.modules, modelscope=hub))
+            # Not by `mock.patch.dict`, which forgets every module that is imported meanwhile.
+            stack.callback(_put_module, "modelscope", sys.modules.get("modelscope"))
+            _put_module("modelscope", hub)
             stack.enter_context(mock.patch.object(pipeline, "__call__", small))
             stack.enter_context(mock.patch.dict(os.environ, DIFFSYNTH_SKIP_DOWNLOAD="true"))
             if not cuda:
@@ -182,6 +184,13 @@ class Stage:
                 self.core.save_video(frames, str(file), fps=15)
             else:
                 Image.new("RGB", (104, 60), "teal").save(file)
+
+
+def _put_module(name: str, module: Any) -> None:
+    if module is None:
+        del sys.modules[name]
+    else:
+        sys.modules[name] = module
 
 
 def _link(source: Path, target: Path) -> None:
