@@ -31,6 +31,7 @@ modelscope_hub = pytest.importorskip("modelscope_hub")
 PACK = Path(__file__).resolve().parents[2]
 PROXIES = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 REPO = "Wan-AI/Wan2.1-T2V-14B"
+COMMIT = "0" * 40
 SHARDS = [f"diffusion_pytorch_model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)]
 CONTENT = {name: save({f"t{i}": torch.full((40_000 + i,), float(i))}) for i, name in enumerate(SHARDS)} | {
     "Wan2.1_VAE.safetensors": save({"vae": torch.ones(3)}),
@@ -82,6 +83,19 @@ class Handler(BaseHTTPRequestHandler):
             self.file(query["FilePath"])
         elif url.path == f"/api/v1/models/{REPO}":
             self.json({"Id": 1})
+        elif url.path == f"/api/models/{REPO}/revision/main":
+            listed = [{"rfilename": name} for name in self.server.files]
+            self.answer(200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": listed}).encode())
+        elif url.path == f"/api/models/{REPO}/tree/{COMMIT}":
+            files = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in self.server.files.items()
+            ]
+            self.answer(200, json.dumps(files).encode())
+        elif (name := url.path.removeprefix(f"/{REPO}/resolve/{COMMIT}/")) in self.server.files:
+            self.server.asked.append((name, "Hugging Face"))
+            data = self.server.files[name]
+            self.answer(200, data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=COMMIT)
         else:
             self.answer(404, json.dumps({"Code": 404, "Message": "record not found", "Success": False}).encode())
 
@@ -142,6 +156,29 @@ def point_client_at(url, folder):
     """What MODELSCOPE_ENDPOINT does, which the client reads only once in a process."""
     config = modelscope_hub.HubConfig(endpoint=url, cache_dir=folder / "cache", config_dir=folder / "config", token="")
     modelscope_hub.set_default_config(config)
+
+
+@pytest.fixture
+def hugging_face(hub, monkeypatch):
+    """The real client of Hugging Face at the same server; it reads HF_ENDPOINT only when it is imported."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    return hub
+
+
+@pytest.mark.parametrize("asked", ["argument", "environment"])
+def test_files_come_from_hugging_face_where_that_is_asked_for(hugging_face, root, monkeypatch, asked):
+    place(root, SHARDS[0])
+    monkeypatch.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", "HuggingFace" if asked == "environment" else "ModelScope")
+    found = get(root, source="huggingface" if asked == "argument" else None)
+    assert [path.read_bytes() for path in found] == [CONTENT[name] for name in SHARDS]
+    assert {name for name, source in hugging_face.asked if source == "Hugging Face"} == set(SHARDS[1:])
+
+
+def test_what_hugging_face_does_not_have_is_told_with_its_address(hugging_face, root):
+    with pytest.raises(DownloadError, match=r"from Hugging Face.* https://huggingface\.co/nobody/nothing into"):
+        fetch("nobody/nothing", "x.pth", root=root, skip_download=False, source="huggingface")
 
 
 @pytest.fixture
