@@ -61,6 +61,8 @@ class Folders:
         """The file a load node names: in the input folder, among the shipped assets, or a path that was typed; None if
         nowhere.
         """
+        if not isinstance(name, str):
+            return None
         if match := ANNOTATED.fullmatch(name):
             places = [inside(self.of_kind(match["kind"]), match["name"])]
         else:

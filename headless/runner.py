@@ -187,4 +187,6 @@ def _blamed_on(node: NodeSpec) -> Iterator[None]:
     except Cancelled:
         raise
     except Exception as error:
-        raise NodeError(node, type(error).__name__, str(error)) from error
+        # A library's or the pack's own kind of ValueError speaks to the user as well.
+        kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
+        raise NodeError(node, kind, str(error)) from error

@@ -10,6 +10,7 @@ from ..wan_core.conditioning.camera_path import DEFAULT_SPEED, MODES, MOVES, Cam
 from ..wan_core.conditioning.camera_picture import trajectory_picture
 from ..wan_core.conditioning.pose_rows import origin_from_text
 from ..wan_core.media import frames_to_tensor
+from ..wan_core.settings import check_choice
 from ..wan_core.types import Conditioning, VideoSize
 from . import host, places, sockets
 
@@ -187,6 +188,8 @@ class CameraEncode:
 
 
 def _move(direction: str, num_frames: int, speed: float, origin: str, mode: str) -> CameraPath:
+    check_choice("direction", direction, tuple(MOVES))
+    check_choice("mode", mode, tuple(MODES))
     return CameraPath.from_direction(direction, num_frames, speed, origin_from_text(origin), mode)
 
 

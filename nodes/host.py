@@ -303,11 +303,9 @@ def input_dir() -> Path:
     return Path(folder_paths.get_input_directory()) if folder_paths else _standalone.input_dir
 
 
-def temp_dir() -> Path | None:
-    """The folder of files that nobody keeps, made when it is absent; None leaves it to the system."""
-    if not folder_paths:
-        return None
-    folder = Path(folder_paths.get_temp_directory())
+def temp_dir() -> Path:
+    """The folder of files that nobody keeps, made when it is absent."""
+    folder = Path(folder_paths.get_temp_directory()) if folder_paths else _standalone.output_dir / "temp"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

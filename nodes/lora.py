@@ -15,6 +15,7 @@ from ..wan_core.prepare import VideoModel
 from ..wan_core.runtime import log
 from ..wan_core.types import Curve
 from . import host, sockets
+from .places import plain_name
 
 FOLDER = "loras"
 NO_FILES = f"no files in models/{FOLDER}"
@@ -31,7 +32,7 @@ def strength_curve(strength: float, text: str) -> Curve:
     if not text.strip():
         return Curve((strength,))
     numbers, sign, part = text.partition("@")
-    bounds = re.fullmatch(r"\s*(\d*\.?\d+)\s*-\s*(\d*\.?\d+)\s*", part if sign else "0-1")
+    bounds = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*-\s*(\d+\.?\d*|\.\d+)\s*", part if sign else "0-1")
     try:
         values = tuple(strength * float(number) for number in re.split(r"[,;\s]+", numbers.strip(" ,;\n\t")))
     except ValueError:
@@ -39,7 +40,7 @@ def strength_curve(strength: float, text: str) -> Curve:
     if not values or not bounds:
         raise ValueError(
             f"A strength curve is a list of numbers such as '1, 0.5, 0', perhaps with the part of the run that it "
-            f"covers: '1, 0 @ 0-0.5'; got {text!r}."
+            f"covers: '1, 0 @ 0-0.5'; got {text!r:.200}."
         )
     return Curve(values, float(bounds[1]), float(bounds[2]))
 
@@ -204,8 +205,10 @@ class LoraSave:
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora: str, filename: str, second_lora: str = "none") -> bool | str:
-        if not re.fullmatch(r"[^/\\]*[^/\\.][^/\\]*", filename.strip()):
-            return f"filename: write a plain name such as 'my_style', without folders; got {filename!r}."
+        try:
+            plain_name("filename", filename)
+        except ValueError as error:
+            return str(error)
         return _check(lora) if second_lora == "none" or (ok := _check(second_lora)) is True else ok
 
     @classmethod
@@ -226,6 +229,6 @@ class LoraSave:
         sources = [(host.find_file(FOLDER, lora), strength)]
         if second_lora != "none":
             sources.append((host.find_file(FOLDER, second_lora), second_strength))
-        out = numbered(host.output_dir() / FOLDER, filename.strip(), ".safetensors")
+        out = numbered(host.output_dir() / FOLDER, plain_name("filename", filename), ".safetensors")
         told = str(convert(sources, out, LoraFormat(format, dtype), rank=rank or None))
         return {"ui": {"text": [told]}, "result": (told,)}

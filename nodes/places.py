@@ -7,15 +7,21 @@ that links inside of a folder are followed, as ComfyUI follows them. docs/securi
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..wan_core.checkpoints.download import DEFAULT_FOLDER
+from ..wan_core.folders import check_name
 from . import host
 
 ASSETS = host.PACK_FOLDER / "workflows" / "assets"
 OWNERS_FOLDERS = "WANCORE_FOLDERS"
 """The environment variable: further folders, separated as in PATH."""
+
+PLAIN = re.compile(r"""[^/\\:*?"<>|]*[^/\\:*?"<>|. ]""")
+SPARE = 32
+"""Bytes of numbers and suffixes that are added to a name."""
 
 MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", "clip_vision", "loras")
 
@@ -30,6 +36,22 @@ def inside(root: Path, name: str) -> Path | None:
         return None
     place = Path(os.path.normpath(root / name))
     return place if place.is_relative_to(root) else None
+
+
+def plain_name(label: str, name: str) -> str:
+    """`name` without blanks around it, when it can be that of a file or folder on every system.
+
+    Raises:
+        ValueError: it has folders in it, or cannot; the message begins with `label`.
+    """
+    name = name.strip()
+    if not PLAIN.fullmatch(name):
+        raise ValueError(f"{label}: write a plain name such as 'my_style', without folders; got {name!r:.100}.")
+    try:
+        check_name(name, SPARE)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}.") from None
+    return name
 
 
 def owners_folders() -> list[Path]:
@@ -55,6 +77,8 @@ def input_file(name: str) -> Path:
     Raises:
         ValueError: there is no such file.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"An input file is named by text; got {name!r:.100}.")
     plain, folder = host.annotated(name)
     found = _first(plain, [folder, ASSETS], Path.is_file)
     if found is None:

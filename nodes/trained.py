@@ -61,9 +61,12 @@ class LossPlot:
 
     def plot(self, run: str) -> tuple[Tensor, str]:
         file = self.events(run)
-        steps = latest_steps(file)
+        try:
+            steps, picture = latest_steps(file), chart(file.parent)
+        except (AttributeError, KeyError, OverflowError, TypeError) as error:
+            raise ValueError(f"{file} is damaged: its events lack numbers that every run writes.") from error
         told = f"{len(steps)} of {steps[-1]['total']} steps" if steps else "no steps yet"
-        return image([chart(file.parent)]), told
+        return image([picture]), told
 
 
 class TrainedWeights:

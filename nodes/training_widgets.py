@@ -1,7 +1,6 @@
 """What the training nodes share: flags of the trainer as widgets, and where runs are."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ..trainer.flags import flag_type
 from ..wan_core.media import frames_to_tensor
 from ..wan_core.settings import check_number
 from . import host, sockets
+from .places import plain_name
 
 RUNS = "training"
 """Below the output folder: a folder for each run."""
@@ -86,10 +86,7 @@ def run_folder(name: str) -> Path:
     Raises:
         ValueError: the name is none.
     """
-    name = name.strip()
-    if not re.fullmatch(r"[^/\\:*?\"<>|]*[^/\\:*?\"<>|. ]", name):
-        raise ValueError(f"name: write a plain name such as 'my_style', without folders; got {name!r}.")
-    return host.output_dir().absolute() / RUNS / name
+    return host.output_dir().absolute() / RUNS / plain_name("name", name)
 
 
 def image(pictures: Sequence[Image.Image]) -> Tensor:

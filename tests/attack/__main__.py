@@ -17,6 +17,7 @@ KINDS: dict[str, int] = {
     "calls": 400,
     "media": 2000,
     "training_inputs": 440,
+    "workflows": 600,
 }
 """Each kind of attack (a module of this folder) and how many trials a long run makes of it."""
 

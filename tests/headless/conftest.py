@@ -7,7 +7,7 @@ import socket
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,24 +110,25 @@ def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServ
 
 
 @pytest.fixture(scope="session")
-def serve() -> Callable[[Path], AbstractContextManager[ComfyServer]]:
-    """Starts further ComfyUIs, each for a block, with their base directories."""
+def serve() -> Callable[..., AbstractContextManager[ComfyServer]]:
+    """Starts further ComfyUIs, each for a block, with their base directories; see `serving`."""
     return serving
 
 
 @contextmanager
-def serving(base: Path) -> Iterator[ComfyServer]:
+def serving(base: Path, before: Sequence[str] = ()) -> Iterator[ComfyServer]:
+    """A ComfyUI in `base` for the length of a block; `before` stands before its command: a program that watches it."""
     host = comfyui()
     packs = base / "custom_nodes"
     if not packs.exists():
         packs.mkdir()
         (packs / "wancore").symlink_to(HERE.parents[1], target_is_directory=True)
         (packs / "headless_test_pack").symlink_to(HERE / "pack", target_is_directory=True)
-        (base / "input").mkdir()
+        (base / "input").mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [host.python, "main.py", "--cpu", "--disable-api-nodes"]
+    command = [*before, host.python, "main.py", "--cpu", "--disable-api-nodes"]
     command += ["--preview-method", "latent2rgb"]
     if os.environ.get("COMFYUI_FRONTEND"):
         command += ["--front-end-root", os.environ["COMFYUI_FRONTEND"]]

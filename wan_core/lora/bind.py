@@ -95,7 +95,7 @@ class BlockStrengths:
             return cls()
         ranges, rest = [], 0.0
         for piece in filter(None, re.split(r"[,;\s]+(?![=-])", text.strip())):
-            match = re.fullmatch(r"(?:(other)|(?:(\w+)\.)?(\d+)(?:-(\d+))?)(?:[=:](-?\d*\.?\d+))?", piece)
+            match = re.fullmatch(r"(?:(other)|(?:(\w+)\.)?(\d+)(?:-(\d+))?)(?:[=:](-?(?:\d+\.?\d*|\.\d+)))?", piece)
             first, last = (int(match[3]), int(match[4] or match[3])) if match and match[3] else (0, 0)
             if match is None or last < first:
                 raise ValueError(

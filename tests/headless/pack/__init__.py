@@ -231,6 +231,22 @@ class Show:
         return {"ui": {"values": [value], "ids": [unique_id], "classes": classes, "extra": [extra]}}
 
 
+class Sink:
+    """Takes anything, so that whatever is before it runs."""
+
+    CATEGORY = "test"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "run"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("*",)}}
+
+    def run(self, value):
+        return {}
+
+
 class PassImage:
     """Image in, the folder-free part of its contract out; used to keep a tensor alive for one more step."""
 
@@ -307,8 +323,8 @@ class Apart:
 
 _PREFIX = "HeadlessTest"
 _NODES = (
-    Number, Text, Add, CountTo, Total, Switch, Always, Checked, Fail, Slow, Plain, Show, PassImage, Living, Conditions,
-    Apart,
+    Number, Text, Add, CountTo, Total, Switch, Always, Checked, Fail, Slow, Plain, Show, Sink, PassImage, Living,
+    Conditions, Apart,
 )  # fmt: skip
 NODE_CLASS_MAPPINGS = {_PREFIX + node.__name__: node for node in _NODES}
 FOLDER = Path(__file__).parent
