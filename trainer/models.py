@@ -84,7 +84,7 @@ def find(config: TrainConfig) -> FoundModels:
     for name in config.model_id_with_origin_paths:
         model_id, _, pattern = name.rpartition(":")
         if not model_id or not pattern or not is_nameable(f"{model_id}/{pattern}"):
-            raise ConfigError(f"--model_id_with_origin_paths takes model_id:file_pattern; got {name:.100!r}.")
+            raise ConfigError(f"--model_id_with_origin_paths takes model_id:file_pattern; got {name[:100]!r}.")
         named.append(ModelConfig(model_id=model_id, origin_file_pattern=pattern))
     if not named:
         raise ConfigError("Name the models with --model_paths or --model_id_with_origin_paths.")

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from wancore.trainer import models, starting
 from wancore.trainer.checking import main as check
+from wancore.trainer.config import TrainConfig
 from wancore.trainer.flags import ConfigError
 from wancore.trainer.task import RECORD
 from wancore.wan_core.memory.quant import FP8Linear
@@ -145,3 +146,10 @@ def test_the_record_holds_whole_paths(shared, tmp_path, monkeypatch):
     told = json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))
     assert told["dataset_base_path"] == str((shared / "data").resolve())
     assert told["cache_dir"] == str((tmp_path / "cache").resolve())
+
+
+@pytest.mark.parametrize("name", ["x", ":", "a/b:", "\0:x", "a/b:" + "x" * 300])
+def test_a_published_model_is_named_by_id_and_pattern(name):
+    settings = TrainConfig(model_id_with_origin_paths=(name,), skip_download=True)
+    with pytest.raises(ConfigError, match="--model_id_with_origin_paths takes model_id:file_pattern; got '"):
+        models.find(settings)
