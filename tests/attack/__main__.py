@@ -16,6 +16,8 @@ from . import FAULTS, Trial  # noqa: E402
 KINDS: dict[str, int] = {
     "calls": 400,
     "media": 2000,
+    "pickles": 600,
+    "safetensor_files": 2400,
     "training_inputs": 440,
     "workflows": 600,
 }
