@@ -19,8 +19,8 @@ from typing import Any
 from . import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 60
-"""The longest that a job may take; a whole model is read in less than one, on a machine that has nothing else to do."""
+SECONDS, PATIENCE = 20, 300
+"""The longest that a job may compute, and may take in all, on a machine that does much else."""
 
 ALLOWANCE = 200 * 2**20
 CEILING = 4 * 2**30
@@ -38,7 +38,8 @@ class Child:
     """Runs jobs of one module: functions from a path to a short text.
 
     The text says what came of the job; a ValueError is the pack's own, clear if it names the file. What else is raised,
-    more time than `SECONDS`, more memory than twice the file and `ALLOWANCE`, and anything executed are faults.
+    more time than `SECONDS` and `PATIENCE`, more memory than twice the file and `ALLOWANCE`, and anything executed are
+    faults.
     """
 
     def __init__(self, module: str) -> None:
@@ -57,7 +58,7 @@ class Child:
         answer = self._ask({"job": job, "path": str(path)})
         label = f"{job}: {name}"
         if answer is None:
-            return Trial(label, "hang", f"no answer in {SECONDS} s, or the process died")
+            return Trial(label, "hang", f"no answer in {SECONDS} s of computing or {PATIENCE} s, or the process died")
         if answer["executed"]:
             return Trial(label, "executed", answer["detail"])
         if answer["taken"] > 2 * size + ALLOWANCE or NO_MEMORY.search(answer["detail"]):
@@ -71,17 +72,22 @@ class Child:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             self._process.stdin.flush()
             line = b""
-            end = time.monotonic() + SECONDS
+            end, computed = time.monotonic() + PATIENCE, self._computed() + SECONDS
             while not line.endswith(b"\n"):
-                ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))
+                ready, _, _ = select.select([self._process.stdout], [], [], 0.2)
                 piece = os.read(self._process.stdout.fileno(), 2**16) if ready else b""
-                if not piece:
+                if (ready and not piece) or time.monotonic() > end or self._computed() > computed:
                     raise TimeoutError
                 line += piece
             return json.loads(line)
         except (OSError, TimeoutError):
             self._end()
             return None
+
+    def _computed(self) -> float:
+        """Seconds that the child's threads have computed."""
+        words = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
     def _start(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

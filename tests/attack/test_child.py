@@ -48,5 +48,5 @@ def judge(tmp_path_factory):
 @pytest.mark.parametrize("job", JOBS)
 def test_every_fault_is_seen(judge, job, monkeypatch):
     if job == "hang":
-        monkeypatch.setattr(child_module, "SECONDS", 1)
+        monkeypatch.setattr(child_module, "PATIENCE", 1)
     assert judge(job).verdict == VERDICTS.get(job, job)

@@ -147,11 +147,13 @@ def test_hostile_files(tmp_path, name):
 
 
 def test_hostile_directories(tmp_path):
-    """The end of an archive may promise a directory of any length at any place."""
+    """The end of an archive may promise a directory of any length at any place, on any of several disks."""
     whole = bytearray(archive(state(GOOD)))
     end = whole.rindex(b"PK\5\6")
-    for at, value in ((12, 2**32 - 1), (16, 2**32 - 1), (12, 0), (16, 1)):
-        changed = whole.copy()
+    disks = b"PK\6\7" + struct.pack("<IQI", 0, 0, 2)
+    for at, value in ((12, 2**32 - 1), (16, 2**32 - 1), (12, 0), (16, 1), (None, 0)):
+        changed = whole.copy() if at is not None else whole[:end] + disks + whole[end:]
+        at = at or 12
         struct.pack_into("<I", changed, end + at, value)
         (tmp_path / "m.pth").write_bytes(changed)
         with pytest.raises(CheckpointError, match=r"m\.pth"):

@@ -93,7 +93,9 @@ def is_safetensors(file: Path) -> bool:
         if start.lstrip().startswith(mark):
             raise CheckpointError(f"{file} {meaning}.")
     if start[:4] == b"PK\x03\x04":
-        if not zipfile.is_zipfile(file):
+        with blamed_on(file, "is a damaged PyTorch checkpoint", "Download it again.", CheckpointError):
+            is_whole = zipfile.is_zipfile(file)
+        if not is_whole:
             raise CheckpointError(f"{file} is truncated: {size} bytes, and the end is missing; download it again.")
         if file.suffix == ".safetensors":
             # `torch.load` goes by this suffix, too.
