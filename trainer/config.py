@@ -221,6 +221,9 @@ class TrainConfig:
             "--random_mask takes the place of input_image and end_image; remove them from --extra_inputs": (
                 self.random_mask and bool({"input_image", "end_image"} & set(self.extra_inputs))
             ),
+            "--lora_target_modules names no layer; leave it out for those of the reference": (
+                self.lora_base_model is not None and not self.lora_target_modules
+            ),
             "--validate_steps needs clips to validate on; set --validation_clips": (
                 self.validate_steps is not None and not self.validation_clips
             ),
