@@ -288,7 +288,7 @@ def _check_interval(name: str, start: float, end: float) -> None:
 
 def check_number(name: str, value: Any, *, low: float, high: float) -> None:
     """Raise ValueError unless `value` is a finite number from `low` to `high`, which may be infinite."""
-    allowed = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+    allowed = f"from {low:g} to {high:g}" if math.isfinite(high) else f"from {low:g} up"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
         raise ValueError(f"{name} must be a number {allowed}; got {value!r:.100}.")
     if not low <= value <= high:

@@ -23,7 +23,7 @@ def test_arguments_become_settings():
         (windows_of_call, (4, 9), "from 1 to 4"),
         (cache_of_call, (0.1, "", None), "not a published one"),
         (cache_of_call, (0.1, "Wan2.2", None), "tea_cache_model_id must be one of"),
-        (cache_of_call, (-0.1, LARGE, None), "tea_cache_l1_thresh must be of at least 0"),
+        (cache_of_call, (-0.1, LARGE, None), "tea_cache_l1_thresh must be from 0 up"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(function, arguments, words):
