@@ -17,9 +17,9 @@ from wancore.wan_core.settings import CFG_MODES, GuidanceSettings, MemorySetting
 from wancore.wan_core.types import Conditioning, LatentSize, VideoSize, tensors_in
 from wancore.wan_core.variants import match_variant
 
-from tests.reference import DITS, tiny_dit, tiny_motion_controller
+from tests.reference import DITS
 
-from .variants import conditioning
+from .variants import SMALL, conditioning, small_dit, small_motion_controller
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 RUNTIME = Runtime(device=CPU, dtype=torch.float32)
@@ -27,28 +27,28 @@ SIZE = LatentSize(4, 2, 4)
 
 
 def run(variant: str, dit: WanDiT, **settings) -> torch.Tensor:
-    controller = tiny_motion_controller() if variant == "t2v" else None
+    controller = small_motion_controller() if variant == "t2v" else None
     settings = SamplerSettings(steps=3, seed=1, **settings)
-    return sample(dit, conditioning(variant, SIZE), SIZE, settings, RUNTIME, motion_controller=controller)
+    return sample(dit, conditioning(variant, SIZE, models=SMALL), SIZE, settings, RUNTIME, motion_controller=controller)
 
 
 @pytest.mark.parametrize("mode", CFG_MODES)
 @pytest.mark.parametrize("variant", DITS)
 def test_the_latents_are_the_same_bits(variant, mode):
-    dit, guidance = tiny_dit(variant), GuidanceSettings(scale=3.0, mode=mode, start=0.3)
+    dit, guidance = small_dit(variant), GuidanceSettings(scale=3.0, mode=mode, start=0.3)
     again = run(variant, dit, guidance=guidance)
     assert torch.equal(run(variant, dit, guidance=guidance, keep_projections=True), again)
 
 
 @pytest.mark.parametrize("windows", [WindowSettings(size=3, stride=2), WindowSettings(size=3, stride=2, mode="chain")])
 def test_windows_have_their_own(windows):
-    dit = tiny_dit("i2v")
+    dit = small_dit("i2v")
     assert torch.equal(run("i2v", dit, windows=windows, keep_projections=True), run("i2v", dit, windows=windows))
 
 
 @pytest.mark.parametrize(("keep", "times"), [(True, 1), (False, 3)])
 def test_each_layer_makes_them_once_per_branch(keep, times):
-    dit, calls = tiny_dit("i2v"), []
+    dit, calls = small_dit("i2v"), []
     for layer in (dit.blocks[1].cross_attn.k, dit.blocks[1].cross_attn.v_img):
         layer.register_forward_hook(lambda *_: calls.append(1))
     run("i2v", dit, keep_projections=keep)
@@ -106,7 +106,7 @@ def test_what_they_take_is_planned(monkeypatch):
 
 
 def test_a_lora_that_changes_over_the_steps_keeps_nothing(tmp_path):
-    dit = tiny_dit()
+    dit = small_dit()
     weight = dit.blocks[0].cross_attn.k.weight
     path = tmp_path / "lora.safetensors"
     name = "diffusion_model.blocks.0.cross_attn.k.lora_"
@@ -125,7 +125,7 @@ def test_a_lora_that_changes_over_the_steps_keeps_nothing(tmp_path):
 
 
 def test_a_run_is_the_same_run_with_and_without_them():
-    dit, cond = tiny_dit(), conditioning("t2v", SIZE)
+    dit, cond = small_dit(), conditioning("t2v", SIZE)
     plain, kept = SamplerSettings(steps=3), SamplerSettings(steps=3, keep_projections=True)
     assert digest_run(dit, cond, SIZE, plain) == digest_run(dit, cond, SIZE, kept)
 

@@ -22,7 +22,7 @@ SMALL = {variant: replace(config, dim=128, ffn_dim=256, num_layers=3, image_dim=
 """The same structures with one head, and with image tokens that cost little: for what compares runs with each other."""
 
 
-def small_dit(variant: str) -> WanDiT:
+def small_dit(variant: str = "t2v") -> WanDiT:
     return filled(WanDiT, SMALL[variant])
 
 
