@@ -2,12 +2,16 @@
 
 import argparse
 import logging
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
@@ -26,7 +30,8 @@ from .validate import validate
 from .workflow import Workflow, apply_sets, expand_prefixes, typed_values
 
 OK, FAILED, BAD_USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
-"""Exit codes; 130 is what shells give to a program that Ctrl-C ended."""
+SIGNALLED = 128
+"""Exit codes; a signal's number is added to the last. 130 is what shells give to a program that Ctrl-C ended."""
 
 STEP_INTERVAL = 0.5
 """Seconds between two progress lines of one node."""
@@ -97,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = logging.ERROR if getattr(arguments, "quiet", False) else logging.INFO
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s")
     try:
-        return arguments.execute(arguments)
+        with _signals_as_exceptions():
+            return arguments.execute(arguments)
+    except _Ended as error:
+        return _fail(SIGNALLED + error.number, f"Ended by {signal.Signals(error.number).name}.")
     except (KeyboardInterrupt, Cancelled) as error:
         return _fail(INTERRUPTED, str(error) or "Interrupted.")
     except RuntimeError as error:
@@ -109,10 +117,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(UNREACHABLE, str(error))
     except ValueError as error:
         return _fail(BAD_USAGE, str(error))
+    except OSError as error:
+        return _fail(FAILED, str(error))
+
+
+class _Ended(BaseException):
+    """A signal asked for the end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP end the program as Ctrl-C does, so that nothing half-written stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Ended(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # `nohup` has SIGHUP ignored, and means that.
+    before = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(code: int, message: str) -> int:
-    print(message, file=sys.stderr)
+    with suppress(OSError):
+        print(message, file=sys.stderr)
     return code
 
 
@@ -243,7 +282,9 @@ class Progress:
             if event.done < event.total and now - self.shown < STEP_INTERVAL:
                 return
             self.shown = now
-        print(self._line(event) + left, file=sys.stderr, flush=True)
+        # Progress that nobody can be told of, as of a full disk, is no reason to stop.
+        with suppress(OSError):
+            print(self._line(event) + left, file=sys.stderr, flush=True)
 
     @staticmethod
     def _line(event: Event) -> str:

@@ -16,10 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
+from ..wan_core.atomic import try_lock
 
 POLL = 0.25
 """Seconds between two looks at the process."""
@@ -175,21 +172,21 @@ def _own_log(
     of the program that started it.
     """
     with launch.log.open("ab") as log:
-        while fcntl is not None:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                on_event({"event": "waiting"})
-                check_cancelled()
-                time.sleep(POLL)
+        while try_lock(log) is False:
+            on_event({"event": "waiting"})
+            check_cancelled()
+            time.sleep(POLL)
         yield log
 
 
 def _end(child: subprocess.Popen[bytes], launch: Launch, patience: float) -> None:
     """End the process, gently first; a further interruption ends it at once."""
     try:
-        launch.stop.touch()
+        try:
+            launch.stop.touch()
+        except OSError:
+            # A full disk; the signal asks for the same.
+            _signal(child, signal.SIGTERM)
         child.wait(patience)
     except subprocess.TimeoutExpired:
         _signal(child, signal.SIGTERM)

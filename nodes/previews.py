@@ -46,10 +46,16 @@ def load_decoder(path: Path, changed: int) -> PreviewDecoder | None:
         return None
 
 
+@lru_cache(maxsize=16)
+def _warn(problem: str) -> None:
+    """Say once what is wrong with previews, and not after each step."""
+    log.warning("No preview: %s", problem)
+
+
 @contextlib.contextmanager
 def never_fail() -> Iterator[None]:
     """A preview that goes wrong is left out; the run goes on."""
     try:
         yield
     except Exception as error:
-        log.warning("No preview: %s", error)
+        _warn(getattr(error, "strerror", None) or str(error))

@@ -16,6 +16,7 @@ from PIL import Image
 from ..trainer.chart import draw_chart
 from ..trainer.config import TrainConfig
 from ..trainer.events import latest_steps, read_events, validation_points
+from ..wan_core.atomic import replacing
 from ..wan_core.folders import files_below
 from ..wan_core.media import load_video
 from ..wan_core.runtime import log
@@ -83,7 +84,11 @@ class Run:
         outcome = self._outcome(launch.events)
         if outcome.steps >= outcome.total:
             finished = {"identity": self.identity, "files": [f.name for f in outcome.files], "steps": outcome.steps}
-            (self.folder / FINISHED).write_text(json.dumps(finished), encoding="utf-8")
+            try:
+                with replacing(self.folder / FINISHED) as partial:
+                    partial.write_text(json.dumps(finished), encoding="utf-8")
+            except OSError as error:
+                log.warning("%s cannot be written (%s); queued again, the run is looked at again.", FINISHED, error)
         return outcome
 
     def _outcome(self, events: Path) -> Outcome:

@@ -48,7 +48,7 @@ TRAINER_LEVELS = {
     "conditions": 5, "checking": 5, "saving": 5,
     "validate": 6,
     "watching": 7,
-    "loop": 8,
+    "loop": 8, "output": 8,
     "run": 9,
     "train": 10, "recipe": 10, "check": 10, "attended": 10, "documents": 10,
 }  # fmt: skip

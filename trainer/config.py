@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from ..wan_core.atomic import replacing
 from ..wan_core.types import SIZE_MULTIPLE, VideoSize
 from . import optimizers
 from .flags import (
@@ -291,7 +292,8 @@ class TrainConfig:
 
     def save_json(self, path: str | Path) -> None:
         """Write a file that `--config` reads."""
-        Path(path).write_text(json.dumps(self.resolved(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with replacing(Path(path)) as partial:
+            partial.write_text(json.dumps(self.resolved(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "The configuration") -> "TrainConfig":

@@ -42,7 +42,7 @@ class Events:
             ValueError: `file` is there and is no file.
         """
         self._file = file
-        self._trackers = trackers
+        self._trackers = list(trackers)
         self._show = show and file is not None and sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._warned = False
@@ -77,8 +77,12 @@ class Events:
     def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         """Numbers for the trackers alone."""
         if self._file is not None:
-            for tracker in self._trackers:
-                tracker.add(step, numbers)
+            for tracker in tuple(self._trackers):
+                try:
+                    tracker.add(step, numbers)
+                except Exception as error:
+                    log.warning("%s gets no more numbers (%s).", type(tracker).__name__, error)
+                    self._trackers.remove(tracker)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,11 +1,10 @@
 """A training run from its settings to its files, in the order in which things happen."""
 
-import hashlib
-import json
 import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from .encoders import Encoders
 from .engine import Engine
 from .estimate import Estimate, estimate
 from .events import Events, open_trackers
-from .export import WEIGHTS, Exporter
+from .export import Exporter
 from .loop import LoadError, Loop, NonFiniteError
 from .objective import Objective
+from .output import CONFIG, FIRST_SAMPLES, record_settings, require_own_outputs, run_id, taken
 from .plan import Plan
 from .report import Row
 from .saving import SaveError, Saver
@@ -40,7 +40,7 @@ from .watching import EVENTS, Watcher
 
 log = logging.getLogger("wancore")
 
-STATES, FIRST_SAMPLES, CONFIG = "states", "first_samples", "config.json"
+STATES = "states"
 LARGEST_EPOCH = 10**6
 """Samples of rows that are repeated; their order is drawn as a whole."""
 WRONG_INPUT, FAILED = 2, 1
@@ -108,7 +108,12 @@ def train(config: TrainConfig) -> Result:
     accelerator = engine.start(config)
     is_main = accelerator.is_main_process
     folder = Path(config.output_path)
-    _make_folder(folder)
+    with taken(folder) if is_main else nullcontext():
+        return _train(config, accelerator, folder)
+
+
+def _train(config: TrainConfig, accelerator: Accelerator, folder: Path) -> Result:
+    is_main = accelerator.is_main_process
     stop = StopRequest(Path(config.stop_file or folder / "stop"))
     events = Events(folder / EVENTS if is_main else None, open_trackers(config, folder) if is_main else (), show=True)
     try:
@@ -150,6 +155,8 @@ class _Run:
         earlier = self._earlier(identity)
         self._require_one_start(earlier)
         require_own_outputs(self.folder, identity)
+        if self.is_main:
+            self.states.tidy()
 
         examples = Examples(rows, found, encoders, config, cache)
         plan = Plan(config, examples.shapes, self.accelerator.process_index, self.accelerator.num_processes)
@@ -175,7 +182,7 @@ class _Run:
             held_out=len(held_out), processes=trained.world, memory=needs.device, disk=needs.saved,
         )  # fmt: skip
         if self.is_main:
-            config.save_json(self.folder / CONFIG)
+            record_settings(config, self.folder / CONFIG)
         exporter = Exporter(config, trainables, run_id(identity))
         saver = Saver(config, trained, exporter, self.states, self.events, needs.saved, identity, done)
         loop = Loop(config, trained, examples, plan, _objective(config), saver, watcher, self.events, self.stop)
@@ -185,8 +192,11 @@ class _Run:
     def _watcher(self, examples: Examples, clips: Examples) -> Watcher:
         """What is shown between steps, encoded while the encoders are there; the engine is still to come."""
         if self.is_main:
-            files = save_first_samples(examples, self.folder / FIRST_SAMPLES, self.runtime)
-            self.events.emit("first_samples", files=files)
+            try:
+                files = save_first_samples(examples, self.folder / FIRST_SAMPLES, self.runtime)
+                self.events.emit("first_samples", files=files)
+            except (OSError, ValueError) as error:
+                log.warning("The first samples cannot be shown in %s (%s).", self.folder / FIRST_SAMPLES, error)
         validation = [clips.encode(clips.fixed(index), index) for index in range(len(clips.rows))]
         requests = sample_requests(examples, self.config)
         return Watcher(self.config, None, examples.encoders, self.events, validation, requests)
@@ -319,13 +329,6 @@ class _Run:
             )
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output_path {folder} cannot be made ({error}).") from error
-
-
 def _identity(config: TrainConfig, fingerprint: str, found: models.FoundModels) -> dict[str, Any]:
     """What must be the same for a run to be continued exactly."""
     kept = {name: value for name, value in config.resolved().items() if name not in FREE}
@@ -348,18 +351,6 @@ def _objective(config: TrainConfig) -> Objective:
         low=config.min_timestep_boundary,
         high=config.max_timestep_boundary,
     )
-
-
-def run_id(identity: Mapping[str, Any]) -> str:
-    """A name for a run that files can carry."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def require_own_outputs(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Raise ValueError when `folder` holds weights of another run under names that this one uses."""
-    for file in sorted(folder.glob("*.safetensors")):
-        if WEIGHTS.fullmatch(file.name):
-            Exporter.require_own(file, run_id(identity))
 
 
 def _latent_shape(row: Row) -> tuple[int, ...]:

@@ -68,15 +68,33 @@ class States:
         return sorted(int(match[1]) for match in found if match)
 
     def latest(self) -> Path | None:
-        """The newest state that holds; damaged ones are passed over with a notice."""
+        """The newest state that holds; damaged ones are passed over with a notice. None where there is no state.
+
+        Raises:
+            StateError: there are states, but all of them are damaged.
+        """
+        damaged = []
         for step in reversed(self.steps()):
             try:
                 verify(self.path(step))
             except StateError as error:
-                log.warning("%s It is passed over.", error)
+                damaged.append(str(error))
             else:
+                for problem in damaged:
+                    log.warning("%s It is passed over.", problem)
                 return self.path(step)
+        damaged += [f"{folder} has no {MANIFEST}." for folder in self._without_manifest()]
+        if damaged:
+            raise StateError(
+                f"{' '.join(damaged)} No saved state holds, and the training does not start over beside its weights. "
+                f"Bring the files back, choose another --output_path, or remove {self.folder} to start over."
+            )
         return None
+
+    def _without_manifest(self) -> list[Path]:
+        """Folders that are named as states and are none."""
+        found = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        return [path for path in found if re.fullmatch(r"step-\d{7,}", path.name) and not (path / MANIFEST).is_file()]
 
     def draft(self, step: int) -> Path:
         """The folder that a state is written into before it is one."""
@@ -112,10 +130,14 @@ class States:
             # Without its manifest a folder is no state, however far its removal comes.
             (self.path(step) / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(self.path(step), ignore_errors=True)
-        whole = {self.path(step).name for step in self.steps()}
-        for left in self.folder.iterdir():
-            if re.fullmatch(r"\.step-\d+\.draft|step-\d+", left.name) and left.name not in whole:
-                shutil.rmtree(left, ignore_errors=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what kills left behind: drafts, and states whose removal had begun."""
+        drafts = self.folder.glob(".step-*.draft")
+        # Without any whole state, folders without a manifest are damaged ones, which `latest` refuses.
+        for left in (*drafts, *(self._without_manifest() if self.steps() else ())):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_parts(folder: Path, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Asking a run to end: Ctrl-C, SIGTERM, or a file. The step that runs is finished and everything saved."""
+"""Asking a run to end: Ctrl-C, SIGTERM, a closed terminal, or a file. The step that runs is finished, and all saved."""
 
 import contextlib
 import os
@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+
+from ..wan_core.atomic import abandon
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 QUIT_NOW = 130
@@ -39,7 +41,11 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        numbers = list(SIGNALS)
+        # `nohup` has it ignored, and means that.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield
         finally:
@@ -49,4 +55,5 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._seen[number] += 1
         if self._seen[number] > 1:
+            abandon()
             os._exit(QUIT_NOW)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..wan_core.atomic import replacing
 from ..wan_core.decode import decode_pieces
 from ..wan_core.media import pixels_to_images, save_video
 from ..wan_core.models.vae import WanVAE
@@ -103,7 +104,8 @@ def save_samples(
         frames = [image for piece in decode_pieces(vae, clip, None, runtime) for image in pixels_to_images(piece)]
         if len(frames) == 1:
             file = folder / f"{name}.png"
-            frames[0].save(file)
+            with replacing(file) as partial:
+                frames[0].save(partial)
         else:
             file = save_video(frames, folder / f"{name}.mp4")
         files.append(file)
@@ -112,9 +114,9 @@ def save_samples(
 
 def save_first_samples(examples: Examples, folder: Path, runtime: Runtime) -> list[Path]:
     """The first training samples as the model gets them: encoded, decoded again, and written into `folder`."""
-    if folder.exists():
-        return []
     count = min(FIRST_SAMPLES, len(examples.rows))
+    if folder.is_dir() and sum(1 for file in folder.iterdir() if not file.name.startswith(".")) >= count:
+        return []
     samples = [examples.encode(examples.fixed(index), index) for index in range(count)]
     frames = [examples.rows[index].size.latent.frames for index in range(count)]
     latents = [sample.latents[None, :, -n:] for sample, n in zip(samples, frames, strict=True)]

@@ -75,7 +75,7 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
         partial = partial_path(path, slot)
         if (lock := _take(partial, looks=2)) is not None:
             break
-    with _held(partial, lock):
+    with _held(partial, lock, path):
         yield partial
         if sync:
             sync_file(partial)
@@ -119,7 +119,7 @@ def creating_first(paths: Iterable[Path]) -> Iterator[NewFile]:
     else:
         raise _taken(path)
     file = NewFile(partial_path(path), path)
-    with _held(file.partial, lock):
+    with _held(file.partial, lock, path):
         # Another writer may have become ready between the two looks above.
         while os.path.lexists(file.path):
             file.path = _next(names, file.path)
@@ -247,13 +247,15 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 @contextmanager
-def _held(partial: Path, lock: IO[bytes]) -> Iterator[None]:
-    """Around the writing of `partial`; after an error nothing of it is left."""
+def _held(partial: Path, lock: IO[bytes], path: Path) -> Iterator[None]:
+    """Around the writing of `partial`; after an error nothing of it is left, and a full disk's names `path`."""
     _being_written.add(partial)
     with lock:
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno and error.filename is None:
+                error.filename = str(path)
             # Once it has its name, the partial one may be somebody else's already.
             ours = lock.closed or _is_at(lock, partial)
             if WINDOWS:

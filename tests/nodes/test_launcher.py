@@ -147,7 +147,6 @@ def test_a_stop_that_nobody_obeyed_does_not_stop_the_next_run(folder):
     attend(child(folder, code), lambda event: None, never)
 
 
-@pytest.mark.skipif(launcher.fcntl is None, reason="no file locks")
 def test_two_never_work_in_one_folder(folder):
     """The second waits for the first, also when whoever started the first is gone."""
     code = f"tell(event='begin')\n{WAIT}tell(event='done')"

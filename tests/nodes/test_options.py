@@ -11,7 +11,7 @@ import torch
 import wancore
 from PIL import Image
 from safetensors.torch import save_file
-from wancore.nodes import host
+from wancore.nodes import finishing, host
 from wancore.nodes.sampler import STATE
 from wancore.wan_core import catalog, tiny
 from wancore.wan_core.media import probe
@@ -28,6 +28,7 @@ from wancore.wan_core.settings import (
     WindowSettings,
 )
 
+from tests.disks import full_disk
 from tests.nodes.running import outputs
 
 ROOT = Path(__file__).parents[2]
@@ -183,6 +184,35 @@ def test_latents_are_kept_with_what_made_them(loaded, tmp_path):
     again = {}
     assert torch.equal(run("WanCoreLoadLatents", file=f"wancore/{kept.name}", extra_pnginfo=again)["samples"], raw)
     assert again == metadata
+
+
+def test_a_run_cut_off_after_its_last_step_goes_on_there(loaded, models, tmp_path):
+    run_settings, folder = RunSettings(checkpoint_every=3), tmp_path / "out" / "wancore"
+    with pytest.raises(ZeroDivisionError), finishing.workflow():
+        first = sampled(loaded, run=run_settings)
+        raise ZeroDivisionError("while decoding")
+    assert sorted(path.suffix for path in folder.iterdir()) == [".latent", ".safetensors"]
+    seen = []
+    host.configure(
+        device="cpu", models_dir=models, output_dir=tmp_path / "out", on_progress=lambda phase, *_: seen.append(phase)
+    )
+    with finishing.workflow():
+        again = sampled(loaded, run=run_settings)
+        assert len(list(folder.iterdir())) == 2
+    assert "Sampling" not in seen and torch.equal(again["samples"], first["samples"])
+    assert [path.name for path in folder.iterdir()] == ["wancore_00001_.latent"]
+    sampled(loaded, run=run_settings)
+    assert len(list(folder.glob("*.latent"))) == 2
+
+
+def test_a_full_disk_costs_what_is_kept_and_not_the_run(loaded, models, tmp_path, caplog):
+    plain = sampled(loaded)["samples"]
+    host.configure(device="cpu", models_dir=models, output_dir=tmp_path / "out", preview_every=1)
+    with full_disk():
+        latent = sampled(loaded, run=RunSettings(checkpoint_every=1))
+    assert torch.equal(latent["samples"], plain)
+    assert caplog.text.count("unfinished run cannot be kept") == caplog.text.count("latents cannot be kept") == 1
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_previews_are_written_every_few_steps(loaded, models, tmp_path):

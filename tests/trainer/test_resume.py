@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from wancore.trainer.state import StateError
 from wancore.trainer.stopping import QUIT_NOW
+from wancore.wan_core.atomic import locked, partial_path
 
 from tests.programs import PATIENCE, wait_for
 from tests.trainer.runs import config, events, losses, program, run, shared, weights
@@ -91,7 +92,7 @@ def wait_for_step(process, out, step):
     wait_for(lambda: any(event["step"] >= step for event in events(out)), process)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_step_saves_and_exits_well(shared, tmp_path, number):
     settings = config(shared, tmp_path, dataset_repeat=2000)
     process = program(settings)
@@ -185,6 +186,66 @@ def test_a_changed_run_is_continued_when_forced(shared, tmp_path):
     run(config(shared, tmp_path, max_steps=1, save_steps=9))
     (tmp_path / "step-1.safetensors").unlink()
     assert run(config(shared, tmp_path, seed=3, resume_force=True)).steps == 4
+
+
+def test_two_trainings_in_one_folder_are_told_of_each_other(shared, tmp_path):
+    settings = config(shared, tmp_path)
+    with locked(tmp_path / "events.jsonl") as mine, pytest.raises(ValueError, match="Another training is at work in"):
+        assert mine
+        run(settings)
+    assert names(tmp_path) == ["events.jsonl"]
+    assert run(settings).steps == 4
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_unrelated_file_of_settings_is_left_alone(shared, tmp_path):
+    file = tmp_path / "config.json"
+    for content in ('{"_class_name": "WanTransformer3DModel", "num_layers": 30}', "not JSON", "[1]"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json exists already and is not the record of a training"):
+            run(config(shared, tmp_path))
+        assert file.read_text() == content and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_run_whose_states_are_all_damaged_does_not_start_over(shared, tmp_path):
+    settings = config(shared, tmp_path, save_steps=1)
+    run(settings)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    for folder in (tmp_path / "states").iterdir():
+        (folder / "optimizer.pt").write_bytes(b"damaged")
+    with pytest.raises(StateError, match=r"step-0000004 is damaged: optim.*step-0000003 is damaged: optim"):
+        run(settings)
+    for folder in (tmp_path / "states").iterdir():
+        (folder / "manifest.json").unlink()
+    with pytest.raises(StateError, match=r"step-0000003 has no manifest\.json.*remove .*states to start over"):
+        run(settings)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == before
+
+
+def test_what_killed_trainings_left_goes_away_with_the_next(shared, tmp_path):
+    run(config(shared, tmp_path, max_steps=1, save_steps=1))
+    left = [
+        partial_path(tmp_path / "step-2.safetensors"), partial_path(tmp_path / "loss.png"),
+        tmp_path / "states" / ".step-0000002.draft" / "weights.safetensors",
+        tmp_path / "states" / "step-0000000" / "weights.safetensors",
+    ]  # fmt: skip
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    run(config(shared, tmp_path, max_steps=1, save_steps=1))
+    assert not any(path.exists() for path in left)
+    assert names(tmp_path / "states") == ["step-0000001"]
+
+
+def test_what_is_only_shown_costs_no_training(shared, tmp_path, caplog):
+    """As on a full disk: files stand where folders and files would be."""
+    (tmp_path / "first_samples").write_text("in the way")
+    (tmp_path / "loss.png").mkdir()
+    assert run(config(shared, tmp_path)).steps == 4
+    assert "first samples cannot be shown" in caplog.text and "loss chart cannot be written" in caplog.text
 
 
 def test_nothing_of_an_older_run_is_overwritten(shared, tmp_path):

@@ -73,9 +73,16 @@ def test_a_folder_without_a_manifest_is_no_state(tmp_path):
     states = States(tmp_path)
     folder = save(states, 1)
     (folder / MANIFEST).unlink()
-    assert states.latest() is None
     with pytest.raises(StateError, match="no saved state"):
         verify(folder)
+    with pytest.raises(StateError, match=r"has no manifest\.json.*remove .* to start over"):
+        states.latest()
+    states.tidy()
+    assert folder.is_dir()
+    save(states, 2)
+    assert states.latest() == states.path(2)
+    states.tidy()
+    assert not folder.exists()
 
 
 def test_a_manifest_names_every_file(tmp_path):

@@ -81,10 +81,16 @@ class DiskStore:
             with replacing(self._file(key)) as partial:
                 write_safetensors(partial, {NAME: rows})
         except OSError as error:
-            log.warning("An encoded prompt cannot be kept in %s: %s", self.directory, error)
+            _warn(self.directory, error.strerror or str(error))
 
     def _file(self, key: str) -> Path:
         return self.directory / f"{key}.safetensors"
+
+
+@cache
+def _warn(directory: Path, problem: str) -> None:
+    """Say once for each folder what is wrong with it."""
+    log.warning("Encoded prompts cannot be kept in %s: %s", directory, problem)
 
 
 @dataclass(frozen=True)
