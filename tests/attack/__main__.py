@@ -20,6 +20,9 @@ KINDS: dict[str, int] = {
     "safetensor_files": 2400,
     "training_inputs": 440,
     "workflows": 600,
+    "kills": 120,
+    "pairs": 70,
+    "disks": 16,
 }
 """Each kind of attack (a module of this folder) and how many trials a long run makes of it."""
 

@@ -1,0 +1,93 @@
+"""Kills at random moments, by every signal that ends programs; then the same command again. What it makes has to be
+what it makes undisturbed, bit for bit, and nothing else may stay.
+"""
+
+import itertools
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import Trial
+from .processes import Nursery, files, partial_files, scratch
+from .work import Job, prepare
+
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
+ORDER = ("sample", "convert", "sample", "extract", "train")
+"""Sampling, decoding and saving a video are one command; it gets twice as many kills."""
+
+TWICE = 0.3
+"""The share of trials in which the second attempt is killed too."""
+
+QUICK = 4
+"""Trials in the tests: all kinds of work but a training."""
+
+
+def attack(count: int, seed: int) -> Iterator[Trial]:
+    moments = random.Random(seed)
+    with scratch("kills") as folder, Nursery() as nursery:
+        jobs = prepare(folder)
+        whole, seconds = {}, {}
+        for number, name in zip(range(count), itertools.cycle(ORDER), strict=False):
+            if name not in whole:
+                for _ in range(2):
+                    # The first time fills caches; what the second takes, an attempt takes.
+                    out = folder / f"whole_{name}_{_}"
+                    out.mkdir()
+                    started = time.monotonic()
+                    code, said = nursery.run(jobs[name].module, jobs[name].words(out), folder / "log")
+                    seconds[name] = time.monotonic() - started
+                    assert code == 0, said
+                whole[name] = results(jobs[name], out)
+            kills = [
+                (SIGNALS[(number + again) % 4] if not again else moments.choice(SIGNALS), moments.random())
+                for again in range(1 + (moments.random() < TWICE))
+            ]
+            out = folder / f"trial_{number}"
+            out.mkdir()
+            yield tried(nursery, jobs[name], name, out, kills, seconds[name], whole[name])
+
+
+def tried(
+    nursery: Nursery,
+    job: Job,
+    name: str,
+    out: Path,
+    kills: list[tuple[str, float]],
+    seconds: float,
+    whole: dict[str, bytes],
+) -> Trial:
+    """One command, killed after these shares of the time that it takes."""
+    told = f"{name}, " + ", then ".join(f"{how} after {share:.3f}" for how, share in kills)
+    log, was_ready = out.parent / "log", False
+    try:
+        for how, share in kills:
+            process = nursery.start(job.module, job.words(out), log)
+            time.sleep(share * seconds * 1.05)
+            process.send(getattr(signal, how))
+            process.wait()
+            if how != "SIGKILL" and (left := partial_files(out)):
+                return Trial(told, "left over", f"after {how}: {left}")
+            was_ready = was_ready or results(job, out).keys() >= whole.keys()
+        if not was_ready or name == "train":
+            code, said = nursery.run(job.module, job.words(out), log)
+            if code:
+                return Trial(told, "raw", f"the next attempt ended with {code}: {said[-300:]}")
+    except TimeoutError as error:
+        return Trial(told, "hang", str(error))
+    found = results(job, out)
+    if lost := [file for file in whole if found.get(file) != whole[file]]:
+        return Trial(told, "lost", f"not as undisturbed: {lost}")
+    extra = sorted(set(found) - set(whole)) + partial_files(out)
+    if was_ready and how == "SIGKILL":
+        # Killed between its last file and its end: what it would have tidied goes with the next run.
+        extra = [file for file in extra if "unfinished_" not in file and ".wancore-part" not in file]
+    unfinished = [file for file in files(out) if "unfinished_" in file]
+    if extra or (unfinished and not was_ready):
+        return Trial(told, "left over", f"{extra + unfinished}")
+    return Trial(told, "survived")
+
+
+def results(job: Job, out: Path) -> dict[str, bytes]:
+    return {file: content for file, content in files(out).items() if job.results(file)}
