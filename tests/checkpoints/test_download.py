@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save
 from wancore.wan_core.checkpoints.download import (
     COMMON_FILES,
+    CONVERTED,
     DownloadError,
     fetch,
     local_files,
@@ -351,6 +352,19 @@ def test_shared_files_come_from_one_repository(tmp_path, pattern, source):
     own = tmp_path / REPO / pattern.replace("*", "umt5-xxl")
     own.mkdir(parents=True)
     assert redirect(REPO, pattern, tmp_path) == (REPO, pattern)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMON_FILES if name.endswith(".pth")])
+@pytest.mark.parametrize("asked", [REPO, "Wan-AI/Wan2.1-T2V-1.3B"])
+def test_a_models_folder_of_diffsynth_2_is_found(tmp_path, name, asked):
+    converted = tmp_path / CONVERTED / name.replace(".pth", ".safetensors")
+    converted.parent.mkdir(parents=True)
+    converted.touch()
+    assert redirect(asked, name, tmp_path) == (CONVERTED, converted.name)
+    published = tmp_path / COMMON_FILES[name] / name
+    published.parent.mkdir(parents=True)
+    published.touch()
+    assert redirect(asked, name, tmp_path) == (COMMON_FILES[name], name)
 
 
 def test_environment(monkeypatch, tmp_path):

@@ -33,6 +33,9 @@ COMMON_FILES = {
 }
 """Files of which every Wan 2.1 repository has its own copy, and the repository to take them from."""
 
+CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
+"""Where DiffSynth-Studio 2 takes the .pth files among them from, as .safetensors of the same names."""
+
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 OnProgress = Callable[[str, int, int], None]
@@ -87,10 +90,14 @@ def local_files(root: Path, model_id: str, pattern: str) -> list[Path]:
 
 
 def redirect(model_id: str, pattern: str, root: Path) -> tuple[str, str]:
-    """Where to take a file that all repositories share: its one source, unless the repository's own copy is here."""
+    """Where to take a file that all repositories share: its one source, unless the repository's own copy is here, or
+    only the converted one is."""
     source = next((source for name, source in COMMON_FILES.items() if fnmatchcase(pattern, name)), None)
     if source is None or local_files(root, model_id, pattern):
         return model_id, pattern
+    converted = f"{pattern.removesuffix('.pth')}.safetensors"
+    if pattern.endswith(".pth") and not local_files(root, source, pattern) and local_files(root, CONVERTED, converted):
+        return CONVERTED, converted
     return source, pattern
 
 
