@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .budget.vae import What, choose_tiles, peak_bytes, smallest_tiles
+from .budget.vae import What, choose_tiles, peak_bytes, pixel_stride, smallest_tiles
 from .models.vae import WanVAE, fill
 from .runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
 from .sampling.finite import check_latents, check_pixels
@@ -25,7 +25,7 @@ Tiles = TileSettings | Literal["auto"] | None
 
 def decode(vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None) -> Tensor:
     """Normalised latents (B, 16, F, h, w) to pixels (B, 3, T, H, W) in [-1, 1], float32, on the CPU: what
-    `decode_pieces` gives, in one tensor.
+    `decode_pieces` gives, in one tensor. H and W are 8h and 8w, twice that with a VAE that upscales.
     """
     pieces = decode_pieces(vae, latents, tiles, runtime, budget)
     num_frames = VideoSize.of_latent(LatentSize(*latents.shape[2:])).num_frames
@@ -119,10 +119,11 @@ def _fitting(
         if budget is not None:
             raise
         tiles = smallest_tiles(size)
-    pieces = len(tiles.plan(size.height, size.width))
+    pieces, side = len(tiles.plan(size.height, size.width)), pixel_stride(vae.config, what)
     log.warning(
         "To %s %dx%d at once takes %.1f GB, and there are %.1f GB: working in %d tiles of %dx%d pixels.",
-        what, size.width * 8, size.height * 8, needed / 1e9, room / 1e9, pieces, tiles.size[1] * 8, tiles.size[0] * 8,
+        what, size.width * side, size.height * side, needed / 1e9, room / 1e9, pieces,
+        tiles.size[1] * side, tiles.size[0] * side,
     )  # fmt: skip
     return tiles
 

@@ -43,6 +43,11 @@ _SAMPLE_SIDE = 32
 """Cells of the square on which memory per cell is counted."""
 
 
+def pixel_stride(config: VAEConfig, what: What) -> int:
+    """Pixels per latent cell and side, of what is encoded or of what is decoded."""
+    return VAE_STRIDE[1] * (config.upscale if what == "decode" else 1)
+
+
 def peak_bytes(
     config: VAEConfig,
     dtype: torch.dtype,
@@ -115,8 +120,9 @@ def choose_tiles(
         # The first of equals, so strips before tiles: their seams run in one direction only.
         return min(fitting, key=lambda tiles: computed_cells(tiles, size))
     needed = peak_bytes(config, dtype, size, smallest_tiles(size), what, batch)
+    side = pixel_stride(config, what)
     raise OutOfMemoryError(
-        f"To {what} {size.width * VAE_STRIDE[2]}x{size.height * VAE_STRIDE[1]} even in the smallest tiles takes "
+        f"To {what} {size.width * side}x{size.height * side} even in the smallest tiles takes "
         f"{needed / 1e9:.2f} GB beside the VAE's weights; the budget is {budget_bytes / 1e9:.2f} GB, "
         f"{(needed - budget_bytes) / 1e9:.2f} GB short."
     )

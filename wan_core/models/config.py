@@ -87,7 +87,12 @@ class PreviewDecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """The causal video autoencoder; widths are `base_dim` times (1, 2, 4, 4)."""
+    """The causal video autoencoder; widths are `base_dim` times (1, 2, 4, 4).
+
+    `upscale` is how many times larger it decodes, per side, than it encodes: its decoder then gives the pixels of each
+    cell of that many squared as channels (Wan2.1-VAE-upscale2x).
+    """
 
     base_dim: int = 96
     latent_channels: int = 16
+    upscale: int = 1

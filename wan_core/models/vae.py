@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tiling import TiledSum, TileSettings, chunk_lengths
@@ -91,8 +92,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B, latent channels, F, h, w) to pixels (B, 3, T, H, W), one latent frame at a time."""
 
-    def __init__(self, base: int, latent_channels: int) -> None:
+    def __init__(self, base: int, latent_channels: int, upscale: int = 1) -> None:
         super().__init__()
+        self.upscale = upscale
         channels = base * WIDTHS[-1]
         self.conv1 = CausalConv3d(latent_channels, channels, (3, 3, 3))
         self.middle = nn.Sequential(*_middle(channels))
@@ -105,7 +107,9 @@ class Decoder(nn.Module):
                 layers.append(Upsample(channels, temporal=level < 2))
                 channels //= 2
         self.upsamples = nn.Sequential(*layers)
-        self.head = nn.Sequential(ChannelNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 3, (3, 3, 3)))
+        self.head = nn.Sequential(
+            ChannelNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 3 * upscale**2, (3, 3, 3))
+        )
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = self.conv1(x, cache)
@@ -125,7 +129,10 @@ class Decoder(nn.Module):
     def _finest(self, x: Tensor, cache: FeatureCache) -> Tensor:
         for layer in self.upsamples[-4:]:
             x = layer(x, cache)
-        return _run_head(self.head, x, cache)
+        x = _run_head(self.head, x, cache)
+        if self.upscale == 1:
+            return x
+        return F.pixel_shuffle(x.transpose(1, 2), self.upscale).transpose(1, 2)
 
 
 def _middle(channels: int) -> tuple[nn.Module, ...]:
@@ -155,7 +162,7 @@ class WanVAE(nn.Module):
         self.encoder = Encoder(config.base_dim, latent)
         self.conv1 = CausalConv3d(2 * latent, 2 * latent, (1, 1, 1))
         self.conv2 = CausalConv3d(latent, latent, (1, 1, 1))
-        self.decoder = Decoder(config.base_dim, latent)
+        self.decoder = Decoder(config.base_dim, latent, config.upscale)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -190,7 +197,8 @@ class WanVAE(nn.Module):
         return self._assemble(self.encode_chunks, video, size, 1, stride, tiles, on_chunk)
 
     def decode(self, latents: Tensor, tiles: TileSettings | None = None, on_chunk: OnChunk | None = None) -> Tensor:
-        """Normalised latents (B, 16, F, h, w) to pixels (B, 3, 4F - 3, 8h, 8w), float32 in [-1, 1].
+        """Normalised latents (B, 16, F, h, w) to pixels (B, 3, 4F - 3, 8h, 8w), float32 in [-1, 1]; sides are
+        `upscale` times as long.
 
         Raises:
             ValueError: the tensor is not (B, 16, F, h, w).
@@ -209,7 +217,7 @@ class WanVAE(nn.Module):
         Raises:
             ValueError: the tensor is not (B, 16, F, h, w).
         """
-        size, stride = self._decoded_size(latents), VAE_STRIDE[1]
+        size, stride = self._decoded_size(latents), VAE_STRIDE[1] * self.config.upscale
         if tiles and len(tiles.plan(*latents.shape[3:])) > 1:
             yield self._assemble(self.decode_chunks, latents, size, stride, 1, tiles, on_chunk).clamp_(-1, 1)
             return
@@ -225,6 +233,7 @@ class WanVAE(nn.Module):
                 f"The VAE decodes (B, {self.config.latent_channels}, F, h, w); got {tuple(latents.shape)}."
             )
         batch, _, frames, height, width = latents.shape
+        stride *= self.config.upscale
         return batch, 3, time * (frames - 1) + 1, height * stride, width * stride
 
     def encode_chunks(self, video: Tensor) -> Iterator[Tensor]:
