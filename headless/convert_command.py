@@ -16,6 +16,7 @@ log = logging.getLogger("wancore")
 
 HELP = "Write a model as one safetensors file, in FP8 or in another dtype, from any file this library reads."
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KINDS = ("dit", "text_encoder", "vae", "image_encoder")
 LINE_INTERVAL = 2.0
 """Seconds between two lines of progress."""
 
@@ -25,6 +26,7 @@ FP8_HELP = (
 )
 CONVERT_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "file": {"metavar": "FILE", "help": "the model: a file, a folder, or one shard of a series; .pth is fine"},
+    "--part": {"choices": KINDS, "help": "which model of an all-in-one file (default: the video model)"},
     "out": {"metavar": "OUT", "type": Path, "help": "the new .safetensors file; nothing is overwritten"},
 }
 FORM_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
@@ -48,7 +50,7 @@ def answer(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError: the model cannot be read, or the file cannot be written.
     """
-    component = detect_files(arguments.file)
+    component = detect_files(arguments.file, (arguments.part,) if arguments.part else ())
     report = Report()
     if arguments.fp8:
         path = save_fp8(component, arguments.out, report)

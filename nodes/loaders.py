@@ -9,7 +9,7 @@ import torch
 from ..wan_core import catalog, prepare
 from ..wan_core.checkpoints.detect import Component
 from ..wan_core.checkpoints.download import OnProgress
-from ..wan_core.checkpoints.load import WEIGHTS
+from ..wan_core.memory.formats import WEIGHTS
 from ..wan_core.models.attention import BACKENDS
 from ..wan_core.rest import DISK, Rest
 from . import host, sockets

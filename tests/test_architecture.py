@@ -26,14 +26,15 @@ SHOWN = {"config", "flags", "inputs", "events", "chart"}
 # Inside wan_core a room imports from itself and from rooms of lower levels; rooms of one level do not know each other.
 LEVELS = {
     "types": 0, "settings": 0, "runtime": 0, "atomic": 0, "tiling": 0, "folders": -1, "reading": 0,
-    "media": 1, "models": 1, "memory": 1, "lora": 1,
-    "fitting": 2, "variants": 2, "catalog": 2, "checkpoints": 2,
-    "tiny": 3, "conditioning": 3, "sampling": 3, "adapters": 3,
-    "budget": 4, "rest": 4,
-    "prepare": 5, "decode": 5,
-    "model_config": 6, "inspection": 6,
-    "loading": 7, "parts": 8, "pipeline": 9,
-    "__init__": 10,
+    "media": 1, "models": 1, "memory": 1,
+    "lora": 2,
+    "fitting": 3, "variants": 3, "catalog": 3, "checkpoints": 3,
+    "tiny": 4, "conditioning": 4, "sampling": 4, "adapters": 4,
+    "budget": 5, "rest": 5,
+    "prepare": 6, "decode": 6,
+    "model_config": 7, "inspection": 7,
+    "loading": 8, "parts": 9, "pipeline": 10,
+    "__init__": 11,
 }  # fmt: skip
 
 # The same for the trainer's files.

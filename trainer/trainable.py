@@ -16,7 +16,7 @@ from ..wan_core.adapters.model import Target, fit_to
 from ..wan_core.adapters.open import open_lora
 from ..wan_core.conditioning.text import TEXT_TOKENS, TextEncoder, clean_prompt
 from ..wan_core.lora.patches import LowRank
-from ..wan_core.memory.quant import FP8_DTYPES
+from ..wan_core.memory.quant import QuantisedLinear
 from ..wan_core.models.dit import WanDiT, check_shapes, vace_strengths
 from ..wan_core.models.motion_controller import MotionController
 from ..wan_core.models.vae import WanVAE
@@ -265,10 +265,10 @@ def _inject(module: Denoiser, config: TrainConfig, label: str) -> Part:
 
 
 def _start_in_float32(base: nn.Module, layers: Sequence[str], seed: int) -> None:
-    """Draw factors again where layers are FP8: PEFT gives factors the dtype of their layer, here too coarse a one."""
-    eight = [layer for layer in layers if base.get_submodule(layer).get_base_layer().weight.dtype in FP8_DTYPES]
+    """Draw factors again where layers are quantised: PEFT gives factors the dtype of their layer, too coarse a one."""
+    coarse = {layer for layer in layers if isinstance(base.get_submodule(layer).get_base_layer(), QuantisedLinear)}
     torch.manual_seed(seed)
-    for layer in (module for name, module in base.named_modules() if name in set(eight)):
+    for layer in (module for name, module in base.named_modules() if name in coarse):
         layer.lora_A[ADAPTER].float(), layer.lora_B[ADAPTER].float()
         layer.reset_lora_parameters(ADAPTER, True)
 

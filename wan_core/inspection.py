@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from math import prod
 
 from . import catalog
-from .checkpoints.detect import Component, detect_files
+from .checkpoints.detect import Component, detect_all
+from .checkpoints.files import describe_files, resolve_model
+from .checkpoints.header import read_header
+from .checkpoints.load import check_fits
 from .models.config import DiTConfig
 from .prepare import PathLike, recommended_row
 from .variants import Variant, match_variant
@@ -39,19 +42,30 @@ def report(path: PathLike | Sequence[PathLike]) -> FileReport:
     Raises:
         ValueError: the files are absent, broken, or no model of the family.
     """
-    component = detect_files(path)
-    numbers = sum(prod(info.shape) for info in component.header.values())
+    header = read_header(resolve_model(path))
+    parts = detect_all(header)
+    for part in parts:
+        check_fits(part)
+    lines = [line for part in parts for line in _lines(part)]
+    return FileReport((("file", describe_files(header.files)), *lines))
+
+
+def _lines(component: Component) -> list[tuple[str, str]]:
+    stored_shapes = component.sources.values() or component.header.values()
+    numbers = sum(prod(entry.shape) for entry in stored_shapes)
     stored = str(component.dtype).removeprefix("torch.")
-    fp8 = f", {component.fp8} FP8" if component.fp8 else ""
     lines = [
-        ("file", component.name),
         ("kind", KINDS[component.kind]),
         ("layout", component.layout),
-        ("tensors", f"{len(component.header)}, {numbers / 1e9:.3f} billion numbers, {stored}{fp8}"),
+        ("tensors", f"{len(component.header)}, {numbers / 1e9:.3f} billion numbers, mostly {stored}"),
     ]
+    if component.quantised:
+        lines.append(("weights", component.quantised))
     if component.kind == "dit":
         lines += _model_lines(component)
-    return FileReport(tuple(lines))
+    if component.kind == "vae" and component.config.upscale > 1:
+        lines.append(("decodes", f"pictures of {component.config.upscale} times the width and height"))
+    return lines
 
 
 def _model_lines(component: Component) -> list[tuple[str, str]]:

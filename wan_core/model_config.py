@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from . import catalog, prepare
-from .checkpoints.detect import Component, detect_files
+from .checkpoints.detect import Component, detect_all
 from .checkpoints.download import models_folder
 from .checkpoints.files import resolve_files
-from .memory.quant import FP8_DTYPES
+from .checkpoints.header import read_header
+from .memory.formats import FP8_DTYPES
 from .rest import DISK, Rest
 from .runtime import usable_device
 
@@ -226,11 +227,11 @@ def find_models(
             raise ValueError(f"model_configs must be a list of ModelConfig; one of them is {config!r}.")
         config = config.filled_from(defaults) if defaults is not None else config
         for group in resolve_files(config.files(redirect_common_files)):
-            component = detect_files(group)
-            if component.kind in found:
-                other = found[component.kind].component
-                raise ValueError(f"Two models of one kind were given: {other.name} and {component.name}.")
-            found[component.kind] = FoundModel(component, config)
+            for component in detect_all(read_header(group)):
+                if component.kind in found:
+                    other = found[component.kind].component
+                    raise ValueError(f"Two models of one kind were given: {other.name} and {component.name}.")
+                found[component.kind] = FoundModel(component, config)
     for kind, what in NEEDED.items():
         if kind not in found:
             raise ValueError(f"model_configs lacks {what}; it has {', '.join(found) or 'nothing'}.")

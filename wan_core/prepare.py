@@ -14,7 +14,8 @@ from . import catalog, tiny
 from .adapters.model import LAYOUT, Target, report, use_lora
 from .budget.room import available
 from .budget.run import RunPlan, placed_run, plan_run
-from .checkpoints.detect import Component, detect_files, join_vace, require_kind
+from .checkpoints import load
+from .checkpoints.detect import Component, join_vace
 from .checkpoints.download import OnProgress, fetch, redirect
 from .checkpoints.keymap import SPIECE_MODEL
 from .checkpoints.load import build, spiece_model
@@ -194,14 +195,12 @@ def find_files(
 
 
 def inspect(path: PathLike | Sequence[PathLike], kind: str) -> Component:
-    """What the model file or files at `path` are, read from their headers.
+    """What the model file or files at `path` are, read from their headers; of an all-in-one file the part of `kind`.
 
     Raises:
         ValueError: they are not a model of that kind, or not readable, or not complete.
     """
-    component = detect_files(path)
-    require_kind(component, (kind,))
-    return component
+    return load.inspect(path, kind)
 
 
 def load_dit(
@@ -328,6 +327,6 @@ def load_preview_decoder(path: PathLike) -> PreviewDecoder:
     Raises:
         CheckpointError: the file is broken, or is something else.
     """
-    component = require_kind(detect_files(path), "preview_decoder")
+    component = load.inspect(path, "preview_decoder")
     # Half of the time on a CPU.
     return build(component, dtype=torch.float32, device="cpu").to(memory_format=torch.channels_last)

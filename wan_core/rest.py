@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from .checkpoints.detect import Component
-from .checkpoints.load import WEIGHTS, Weights, build
-from .memory.quant import FP8_DTYPES
+from .checkpoints.load import build
+from .memory.formats import FP8_DTYPES, WEIGHTS, Weights
 from .memory.residency import Residency
 from .settings import check_choice
 

@@ -10,7 +10,7 @@ from torch import nn
 from wancore.wan_core.checkpoints.detect import detect_files
 from wancore.wan_core.checkpoints.load import build
 from wancore.wan_core.memory.pieces import weight_bytes
-from wancore.wan_core.memory.quant import FP8, FP8Linear, big_linears, quantise, weight_to_fp8
+from wancore.wan_core.memory.quant import FP8, QuantisedLinear, big_linears, quantise, weight_to_fp8
 from wancore.wan_core.memory.residency import Residency, on_device
 from wancore.wan_core.models.dit import WanDiT
 from wancore.wan_core.models.linear import Linear
@@ -62,7 +62,7 @@ def test_fp8_files_stay_fp8_and_stand_for_the_same_weights(tmp_path, name, diale
     module = build(component, dtype=torch.bfloat16)
     plain = build(component, dtype=torch.float32, weights="plain")
     layers, wide = big_linears(module), big_linears(plain)
-    assert layers and all(isinstance(layer, FP8Linear) and layer.weight.dtype == FP8 for layer in layers.values())
+    assert layers and all(isinstance(layer, QuantisedLinear) and layer.weight.dtype == FP8 for layer in layers.values())
     assert all(torch.equal(layer.dequantised(), wide[path].weight) for path, layer in layers.items())
     assert all(layer.compute_dtype == torch.bfloat16 for layer in layers.values())
     rest = {id(p) for layer in layers.values() for p in layer.parameters()}
@@ -85,7 +85,7 @@ def test_quantised_on_the_way_is_quantised_afterwards(tmp_path, dtype):
     component = write(tiny_dit("vace").state_dict(), tmp_path)
     there = build(component, dtype=dtype, weights="fp8")
     after = quantise(filled(WanDiT, DITS["vace"]))
-    assert all(isinstance(layer, FP8Linear) for layer in big_linears(there).values())
+    assert all(isinstance(layer, QuantisedLinear) for layer in big_linears(there).values())
     expected = after.state_dict()
     assert there.state_dict().keys() == expected.keys()
     for name, tensor in there.state_dict().items():

@@ -125,7 +125,7 @@ def test_bad_pickles(tmp_path, capsys):
         "refused: .* would run __builtin__.print": pickle.dumps({"a": Runs()}, 2),
         "is refused: it holds more": pth_bytes({"a": torch.ones(1), "b": Runs()}, tmp_path),
         "holds no named tensors": pth_bytes([torch.ones(1)], tmp_path),
-        "holds no named tensors .its top level is a dict": pth_bytes({"epoch": 3}, tmp_path),
+        "holds no named tensors that are known: its top level holds 'epoch'": pth_bytes({"epoch": 3}, tmp_path),
         "is a damaged PyTorch": b"\x80\x02garbage",
         "is a damaged PyTorch checkpoint: pickle exhausted": b"\x80\x02",
     }

@@ -260,7 +260,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 def test_plain_fp8(tmp_path, name, dtype):
     tensors = {k: t.to(dtype) if t.ndim == 2 else t for k, t in inv.tiny(name).items()}
     component = detect_files(write(tensors, tmp_path))
-    assert component.fp8 == "plain" and component.dtype == dtype
+    assert component.quantised == "FP8" and component.dtype == dtype
     same(build(component, dtype=None, weights="plain"), tensors)
     same(build(component, dtype=torch.float32, weights="plain"), {k: t.float() for k, t in tensors.items()})
 
@@ -301,7 +301,7 @@ def test_scaled_fp8(tmp_path, dialect, name, shape):
     weights, scales, expected = scaled(inv.tiny(name), shape)
     stored = weights | dialect(scales)
     component = detect_files(write({f"model.diffusion_model.{k}": t for k, t in stored.items()}, tmp_path))
-    assert component.fp8 == "scaled"
+    assert component.quantised.startswith("FP8, a scale per")
     check_against(component, inv.StandIn({k: t.shape for k, t in expected.items()}))
     same(build(component, dtype=torch.float32, weights="plain"), expected)
     kept = {k: t.bfloat16() if k.removesuffix(".weight") in scales else t for k, t in expected.items()}

@@ -33,7 +33,7 @@ def dit(tmp_path):
 def test_a_saved_file_round_trips(dit, tmp_path):
     first = save_fp8(dit, tmp_path / "new" / "fp8.safetensors")
     component = detect_files(first)
-    assert component.fp8 == "scaled"
+    assert component.quantised.startswith("FP8, a scale per")
     module = build(component, dtype=torch.bfloat16)
     for path, layer in big_linears(module).items():
         weight, scale = weight_to_fp8(big_linears(tiny_dit("vace").bfloat16())[path].weight, per_row=False)
@@ -98,7 +98,7 @@ def test_shards_and_scaled_fp8_to_bfloat16(tmp_path):
     component = detect_files(tmp_path)
     after = detect_files(save_plain(component, tmp_path / "one" / "b.safetensors", torch.bfloat16))
     state = build(component, dtype=torch.bfloat16, weights="plain").state_dict()
-    assert after.fp8 is None
+    assert after.quantised is None
     assert all(torch.equal(t, state[k].to(t.dtype)) for k, t in build(after, dtype=None).state_dict().items())
 
 
@@ -109,7 +109,11 @@ def test_a_text_encoder_takes_its_sentencepiece_model_along(tmp_path):
     torch.save(dict(tiny_text_encoder().bfloat16().state_dict()), tmp_path / "t5.pth")
     component = detect_files(tmp_path / "t5.pth")
     after = detect_files(save_fp8(component, tmp_path / "new" / "t5.safetensors"))
-    assert (after.layout, after.fp8, spiece_model(after.header)) == ("Hugging Face", "scaled", b"sentences")
+    assert (after.layout, after.quantised, spiece_model(after.header)) == (
+        "Hugging Face",
+        "FP8, a scale per tensor",
+        b"sentences",
+    )
     assert spiece_model(detect_files(save_fp8(after, tmp_path / "t5.safetensors")).header) == b"sentences"
     fp8, same, plain = (
         build(c, dtype=torch.float32, weights=w) for c, w in ((after, "auto"), (after, "plain"), (component, "auto"))
@@ -162,9 +166,10 @@ def test_a_source_that_shrinks_while_it_is_read(dit, tmp_path):
 def test_on_the_command_line(dit, tmp_path, capsys):
     out = tmp_path / "fp8.safetensors"
     assert main(["convert", str(dit.header.files[0]), "--fp8", str(out)]) == 0
-    assert capsys.readouterr().out.startswith(f"{out} (0.0") and detect_files(out).fp8 == "scaled"
+    assert capsys.readouterr().out.startswith(f"{out} (0.0")
+    assert detect_files(out).quantised == "FP8, a scale per tensor"
     assert main(["convert", str(out), str(tmp_path / "b.safetensors"), "--dtype", "bf16"]) == 0
-    assert detect_files(tmp_path / "b.safetensors").fp8 is None
+    assert detect_files(tmp_path / "b.safetensors").quantised is None
     assert main(["convert", str(out), "--fp8", str(out)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     with pytest.raises(SystemExit):

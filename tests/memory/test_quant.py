@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 from wancore.wan_core.memory import quant
+from wancore.wan_core.memory.formats import FP8_DTYPES
 from wancore.wan_core.memory.pieces import weight_bytes
-from wancore.wan_core.memory.quant import FP8, FP8_MAX, FP8Linear, big_linears, quantise, to_fp8, weight_to_fp8
+from wancore.wan_core.memory.quant import FP8, FP8_MAX, QuantisedLinear, big_linears, quantise, to_fp8, weight_to_fp8
 from wancore.wan_core.models.linear import Linear
 from wancore.wan_core.types import Conditioning, VaceInput
 
@@ -53,7 +54,7 @@ def test_weights_are_quantised_in_float32_whatever_they_are_stored_in(chunk, dty
 def test_a_linear_is_within_four_percent(dtype, bias):
     plain = layer(dtype, bias)
     x = normal(64, 256, seed=1, dtype=dtype)
-    fp8 = FP8Linear.of(plain)
+    fp8 = QuantisedLinear.of(plain)
     out = fp8(x)
     assert out.dtype == dtype and 0 < relative_error(out, plain(x)) < 0.04
     assert relative_error(fp8.dequantised(), plain.weight) < 0.04
@@ -62,18 +63,18 @@ def test_a_linear_is_within_four_percent(dtype, bias):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(512, 1), (1, 1), None])
-@pytest.mark.parametrize("stored", quant.FP8_DTYPES)
+@pytest.mark.parametrize("stored", FP8_DTYPES)
 def test_the_weight_is_rounded_once(dtype, shape, stored):
     weight = normal(512, 256).to(stored)
     scale = None if shape is None else normal(*shape, seed=3).abs() * 0.01
-    fp8 = FP8Linear(weight, scale, None, dtype)
+    fp8 = QuantisedLinear(weight, scale, None, dtype)
     exact = weight.double() * (1 if scale is None else scale.double())
     assert torch.equal(fp8(torch.eye(256, dtype=dtype)).T, exact.to(dtype))
     assert torch.equal(fp8.dequantised(), exact.float())
 
 
 def test_gradients_reach_the_input_and_not_the_weight():
-    fp8 = FP8Linear.of(layer())
+    fp8 = QuantisedLinear.of(layer())
     x = normal(4, 256, seed=1).requires_grad_()
     fp8(x).square().sum().backward()
     plain = nn.Linear(256, 512)
@@ -104,7 +105,7 @@ def test_a_dit_is_within_five_percent_at_a_quarter_of_float32(variant):
     before = sum(weight_bytes(part) for part in big_linears(dit).values())
     assert quantise(dit) is dit
     layers = big_linears(dit)
-    assert all(isinstance(part, FP8Linear) for part in layers.values())
+    assert all(isinstance(part, QuantisedLinear) for part in layers.values())
     assert sum(weight_bytes(part) for part in layers.values()) == pytest.approx(before / 4, rel=0.03)
     assert 0 < relative_error(run(dit, variant), expected) < 0.05
 
@@ -130,7 +131,7 @@ def test_what_is_big(module, count):
 def test_what_should_not_be_quantised_stays():
     dit = quantise(tiny_dit(), lambda path, _: "ffn" in path)
     kinds = {path: type(part) for path, part in big_linears(dit).items()}
-    assert kinds["blocks.0.ffn.0"] is FP8Linear and kinds["blocks.0.self_attn.q"] is Linear
+    assert kinds["blocks.0.ffn.0"] is QuantisedLinear and kinds["blocks.0.self_attn.q"] is Linear
     first = dit.blocks[0].ffn[0].weight
     assert quantise(dit).blocks[0].ffn[0].weight is first
 
@@ -144,7 +145,7 @@ needs_fp8_matmul = pytest.mark.skipif(
 @needs_fp8_matmul
 @pytest.mark.parametrize("scale", ["rows", "tensor", None])
 def test_products_in_fp8_are_those_of_the_rounded_numbers(scale):
-    fp8 = FP8Linear.of(layer(torch.bfloat16))
+    fp8 = QuantisedLinear.of(layer(torch.bfloat16))
     if scale != "rows":
         fp8.scale = torch.full((1, 1), 0.01) if scale else None
     x = normal(2, 24, 256, seed=1, dtype=torch.bfloat16)

@@ -10,7 +10,7 @@ from wancore.trainer.checking import main as check
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.flags import ConfigError
 from wancore.trainer.task import RECORD
-from wancore.wan_core.memory.quant import FP8Linear
+from wancore.wan_core.memory.quant import QuantisedLinear
 
 from tests.trainer import material
 from tests.trainer.runs import config, losses, run, shared
@@ -116,7 +116,7 @@ def test_frozen_weights_are_8_bit_after_a_preset_lora(shared, tmp_path, earlier)
         from wancore.wan_core.memory.quant import quantise
 
         run(config(shared, tmp_path, max_steps=1, preset_lora_path=earlier["lora"], fp8_base=True))
-    assert any(isinstance(layer, FP8Linear) for layer in kept[0].modules())
+    assert any(isinstance(layer, QuantisedLinear) for layer in kept[0].modules())
 
 
 @pytest.mark.parametrize(

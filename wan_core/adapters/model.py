@@ -27,9 +27,10 @@ from ..lora.bind import (
     parameter_shapes,
 )
 from ..lora.naming import Spellings
-from ..lora.patches import Patch
+from ..lora.patches import Patch, Replacement
 from ..lora.read import Lora, Skipped
 from ..lora.report import Report, describe, estimated_norm
+from ..memory.quant import quantised_layers
 from ..models.config import DiTConfig, MotionControllerConfig
 from ..models.dit import WanDiT
 from ..models.motion_controller import MotionController
@@ -50,6 +51,9 @@ WIDTHS = (
     (r"linear\.[02]\.weight", 0),
 )
 """Where a patch shows the width of the model it was made for: parameter and axis."""
+
+SAMPLED_ROWS = 64
+"""Rows of a quantised weight that its size is estimated from."""
 
 IMAGE_BRANCH = re.compile(r"img_emb\.|.*\.(k_img|v_img|norm_k_img)\b")
 """Names that only models with image input have."""
@@ -88,10 +92,14 @@ class Target:
     def of_modules(cls, name: str, modules: Sequence[nn.Module]) -> "Target":
         """A loaded model, with the parts that belong to it."""
         found = {n: t for module in modules for n, t in module.state_dict(keep_vars=True).items()}
+        layers = {f"{path}.weight": layer for module in modules for path, layer in quantised_layers(module).items()}
 
-        def norm(parameter: str) -> float | None:
-            tensor = found[parameter]
-            return estimated_norm(tensor) if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+        def norm(parameter: str) -> float:
+            layer = layers.get(parameter)
+            if layer is None:
+                return estimated_norm(found[parameter])
+            rows = layer.some_rows(SAMPLED_ROWS)
+            return estimated_norm(rows) * (layer.out_features / len(rows)) ** 0.5
 
         return cls(name, parameter_shapes(modules), norm)
 
@@ -254,8 +262,9 @@ def _notes(bound: Bound, target: Target) -> list[str]:
         notes.append(f"{others} names are not used; they are listed with the reason.")
     if "PEFT" in bound.lora.dialects and bound.lora.alpha.startswith("no alpha"):
         notes.append("PEFT keeps alpha in adapter_config.json, which is not beside the file; factor 1 is assumed.")
-    if bound.lora.kinds.get("replacement"):
-        notes.append(f"Trained weights: {bound.lora.kinds['replacement']} parameters take the place of the model's.")
+    replaced = {name for name, patch in bound.patches if isinstance(patch, Replacement)}
+    if replaced:
+        notes.append(f"Trained weights: {len(replaced)} parameters take the place of the model's.")
     declared = bound.lora.metadata.get("ss_network_alpha")
     if declared and bound.lora.alpha.startswith("no alpha"):
         notes.append(f"The metadata say alpha {declared}, but there are no alpha tensors: taken as folded in.")
@@ -284,11 +293,12 @@ def use_lora(
 def report(use: LoraUse, target: Target, stacked: Sequence[LoraUse] = ()) -> Report:
     """What `use` does to `target`, beside the LoRAs that are `stacked` under it."""
     named, _ = canonical(use.bound.lora)
+    is_used = any((*use.strength.values, use.strength.outside))
     return describe(
         use.bound.lora,
         made_for(named),
         target=str(target),
-        patches=use.bound.patches,
+        patches=use.bound.patches if is_used else (),
         skipped=use.bound.skipped,
         notes=_notes(use.bound, target),
         stacked=(*stacked, use),

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ..checkpoints.detect import Component, detect
 from ..checkpoints.files import describe_files, resolve_model
-from ..checkpoints.header import CheckpointError, Header, read_header
+from ..checkpoints.header import CheckpointError, read_header
 from ..checkpoints.load import combine, open_component
 from ..checkpoints.read import TensorFiles
 from ..checkpoints.state_dict import GivenTensors, given_header
-from ..lora.naming import take_apart
+from ..lora.naming import is_lora
 from ..lora.patches import Replacement
 from ..lora.read import AdapterConfig, Layer, Lora, read_lora
 from ..reading import blamed_on, read_json
@@ -22,9 +22,6 @@ PathLike = str | Path
 PEFT_FILE = "adapter_model"
 """PEFT's fixed file name; the configuration with alpha lies beside it."""
 PEFT_CONFIG = "adapter_config.json"
-
-SHARED_ROLES = {"set_weight", "set_bias", "base", "base_bias"}
-"""Roles whose keys end like those of a whole model."""
 
 REPLACING_KINDS = ("dit", "vace", "motion_controller")
 
@@ -39,7 +36,7 @@ def open_lora(path: PathLike) -> Lora:
     header = read_header(files)
     name = describe_files(files)
     if not is_lora(header):
-        return replacing(detect(header))
+        return replacing(detect(header, REPLACING_KINDS))
     with TensorFiles(header) as tensors:
         return read_lora(name, header, tensors.read, header.metadata, peft_config(files[0]))
 
@@ -53,14 +50,8 @@ def given_lora(tensors: Mapping[str, Tensor], name: str = "state_dict") -> Lora:
     header = given_header(tensors, name)
     if is_lora(header):
         return read_lora(name, header, lambda key: tensors[key].detach().cpu().clone(), {})
-    component, given = detect(header), GivenTensors(tensors)
+    component, given = detect(header, REPLACING_KINDS), GivenTensors(tensors)
     return replacing(component, lambda key: combine(component.sources[key], given))
-
-
-def is_lora(header: Header) -> bool:
-    """Whether any key can only belong to a LoRA."""
-    parts = (take_apart(key) for key in header)
-    return any(part is not None and part.role not in SHARED_ROLES for part in parts)
 
 
 def peft_config(file: Path) -> AdapterConfig | None:

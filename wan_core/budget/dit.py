@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..memory.pieces import weights_of
-from ..memory.quant import FP8Linear
 from ..models.chains import STEPS
 from ..models.config import DiTConfig
 from ..models.dit import CLIP_TOKENS, TokenState, WanDiT
@@ -82,9 +81,7 @@ def _described(*values: object) -> str:
     def described(value: object) -> str:
         if isinstance(value, nn.Module):
             weights = {name: (tuple(w.shape), w.dtype) for name, w in weights_of(value).items()}
-            flags = [(vars(value).get("exact"), value)]
-            flags += [(m.fp8_matmul, m.compute_dtype) for m in value.modules() if isinstance(m, FP8Linear)]
-            return f"{flags} {weights}"
+            return f"{vars(value).get('exact')} {value} {weights}"
         return repr(map_tensors(value, lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}"))
 
     return "; ".join(map(described, values))

@@ -12,10 +12,11 @@ from .. import catalog, tiny
 from ..checkpoints.detect import Component, detect
 from ..checkpoints.dialects import Kind
 from ..checkpoints.header import Header, TensorInfo
-from ..checkpoints.load import CLASSES, Weights, build
+from ..checkpoints.load import CLASSES, build
+from ..memory.formats import Weights
 from ..memory.pieces import weights_of
 from ..memory.plan import SLOTS, Inventory
-from ..memory.quant import FP8Linear, big_linears, quantise
+from ..memory.quant import QuantisedLinear, big_linears, quantise
 from ..memory.residency import Residency
 from ..models.config import ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
 from .dit import meta_twin
@@ -79,8 +80,8 @@ class Part:
         return weights_of(self.module)
 
     def in_fp8(self) -> "Part | None":
-        """The same part with the layers of its blocks as FP8; None where they are, or must stay as they rest."""
-        done = all(isinstance(layer, FP8Linear) for layer in big_linears(self.module).values())
+        """The same part with the layers of its blocks as FP8; None where they are quantised, or stay as they rest."""
+        done = all(isinstance(layer, QuantisedLinear) for layer in big_linears(self.module).values())
         if done or self.residency.mapped or self.residency.work_dtypes:
             return None
         return Part(quantise(meta_twin(self.module)))

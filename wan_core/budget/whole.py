@@ -22,7 +22,7 @@ from .parts import Part
 from .room import IMAGE_ENCODER_BYTES
 from .run import COPIED_PER_SECOND, FLOPS_PER_SECOND, RunPlan, plan_run
 from .text import peak_bytes as text_bytes
-from .vae import WORKSPACE_BYTES, What, choose_tiles, peak_bytes, smallest_tiles
+from .vae import WORKSPACE_BYTES, What, choose_tiles, peak_bytes, pixel_stride, smallest_tiles
 
 TEXT_TOKENS = 512
 VACE_CHANNELS = 96
@@ -269,7 +269,8 @@ def _vae_phase(name: str, job: Job, what: What, size: LatentSize, resident: int,
     peak = resident + peak_bytes(*plan, tiles, what)
     note = "at once"
     if tiles is not None:
-        height, width = (min(side, of) * 8 for side, of in zip(tiles.size, (size.height, size.width), strict=True))
+        stride = pixel_stride(vae.config, what)
+        height, width = (min(side, of) * stride for side, of in zip(tiles.size, (size.height, size.width), strict=True))
         note = f"in {len(tiles.plan(size.height, size.width))} tiles of {width}x{height}"
     return Phase(name=name, peak_bytes=peak, resident_bytes=resident, missing=_missing(peak, limit), note=note)
 
@@ -295,7 +296,7 @@ def _ram(job: Job, sampling: RunPlan) -> dict[str, int]:
     pixels = 3 * job.size.num_frames * job.size.height * job.size.width * torch.float32.itemsize
     if job.vae is not None and job.decodes:
         # Pixels as the VAE gives them, and as the frames of an IMAGE.
-        ram["frames of the video"] = 2 * pixels
+        ram["frames of the video"] = 2 * pixels * job.vae.module.config.upscale**2
     if job.settings.cache is not None and job.settings.cache.residual_on_cpu:
         size, config = job.size.latent, job.dit.module.config
         tokens = size.frames * (size.height // config.patch_size[1]) * (size.width // config.patch_size[2])

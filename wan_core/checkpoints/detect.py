@@ -8,17 +8,16 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 import torch
 from torch import nn
 
-from ..memory.quant import FP8_DTYPES
+from ..lora.naming import is_lora
 from ..reading import blamed_on
 from .dialects import Kind
 from .files import describe_files, resolve_model
-from .header import CheckpointError, Header, read_header
-from .keymap import LORA, Source, convert, find_dialect, strip_prefix
+from .header import CheckpointError, Header, TensorInfo, read_header
+from .keymap import Source, convert, find_dialect, stored_weights, strip_prefix
 from .structure import READERS, Config, Shapes, vace_layers
 
 KINDS: Mapping[Kind, tuple[str, str]] = {
@@ -33,19 +32,43 @@ KINDS: Mapping[Kind, tuple[str, str]] = {
 }
 """What each kind is called, and where it is loaded."""
 
+SECTIONS = (
+    r"model\.diffusion_model\.",
+    r"text_encoders\.\w+\.|cond_stage_model\.|conditioner\.",
+    r"(vae|first_stage_model)\.",
+    r"(clip_vision|image_encoder)\.",
+)
+"""Prefixes of the models in an all-in-one file, as ComfyUI's CheckpointSave writes it, the video model first; several
+text encoders are several models."""
+
 GUESSES = {
+    r".*(patchify_proj|adaln_single\.\w+|caption_projection)\..+": "an LTX-Video model",
+    r".*single_stream_blocks\.0\..+|.*double_stream_blocks\.0\..+": "a HiDream model",
+    r".*txt_in\.(individual_token_refiner|t_embedder)\..+": "a HunyuanVideo model",
     r".*double_blocks\.0\..+": "a FLUX or HunyuanVideo model",
     r".*joint_blocks\.0\..+": "a Stable Diffusion 3 model",
     r".*input_blocks\.0\..+": "a Stable Diffusion UNet",
-    r"visual\.transformer\.resblocks\..+|transformer\.resblocks\..+": "an OpenCLIP model in its own layout; "
+    r".*down_blocks\.0\.(attentions|resnets|motion_modules)\..+": "a Stable Diffusion UNet in diffusers' layout",
+    r".*transformer_blocks\.0\.(img_mod|txt_mod)\..+": "a Qwen-Image model",
+    r".*patch_embed\.(proj|text_proj)\..+": "a CogVideoX or PixArt model",
+    r".*(cap_embedder|noise_refiner)\..+": "a Lumina or Z-Image model",
+    r".*t_block\.1\..+": "a PixArt or Mochi model",
+    r"(visual\.)?transformer\.resblocks\..+": "an OpenCLIP model in its own layout; "
     "Wan uses the published models_clip_open-clip file or clip_vision_h.safetensors",
     r"text_model\.encoder\..+|.*embeddings\.token_embedding\..+": "a CLIP text encoder; Wan reads text with UMT5-XXL",
-    r"(encoder|decoder)\.(up|down|mid)\..+|.*mid_block\.resnets\.0\.norm1\.weight": "the VAE of an image model",
+    r"(encoder|decoder)\.(up|down|mid)\..+|.*mid_block\.resnets\.0\.norm1\.weight|"
+    r"(encoder|decoder)\.(up|down)_blocks\..+": "the VAE of an image model, or of another video model",
     r"(encoder|decoder)\.\d+\..+|taesd.+": "a tiny autoencoder for previews",
     r"transformer_blocks\.0\..+": "a diffusers transformer that is not Wan",
     r"model\.layers\.0\..+|layers\.0\..+": "a language model",
     r"enc\.blk\.0\..+": "a converted GGUF text encoder",
+    r".*\.(oft_blocks|oft_diag|oft_R|boft_\w+|ia3_l|on_input|a1|b1)(\.weight)?": "an OFT, BOFT, IA3 or GLoRA adapter, "
+    "which is not read; use a LoRA, LoHa, LoKr or DoRA",
+    r".*control(net)?_(blocks|layers|net)\..+|controlnet_.+": "a ControlNet, which Wan 2.1 has none of here; "
+    "use a VACE or Fun Control model",
+    r"(state|optimizer|exp_avg)\..+": "the state of an optimizer",
 }
+"""What other models are told by, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,34 +86,92 @@ class Component:
     sources: Mapping[str, Source]
     header: Header
     dtype: torch.dtype
-    fp8: Literal[None, "plain", "scaled"] = None
     optional: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
         return describe_files(self.header.files)
 
+    @property
+    def quantised(self) -> str | None:
+        """How most of the quantised weights are stored, in words; None when none is quantised."""
+        parts = (part for source in self.sources.values() for part in source.parts)
+        words = Counter(part.words for part in parts if part.format.quantised)
+        return words.most_common(1)[0][0] if words else None
 
-def detect_files(path: str | Path | Sequence[str | Path]) -> Component:
-    """The component in the files that `path` names (see `files.resolve_model`).
+
+def detect_files(path: str | Path | Sequence[str | Path], kinds: Sequence[Kind] = ()) -> Component:
+    """The component in the files that `path` names (see `files.resolve_model`); of an all-in-one file that of `kinds`.
 
     Raises:
         CheckpointError: the files are not there, damaged, or no model this library knows.
     """
-    return detect(read_header(resolve_model(path)))
+    return detect(read_header(resolve_model(path)), kinds)
 
 
-def detect(header: Header) -> Component:
-    """What the tensors of `header` are.
+def detect(header: Header, kinds: Sequence[Kind] = ()) -> Component:
+    """What the tensors of `header` are; where they are several models, the first of `kinds`, or just the first.
 
     Raises:
-        CheckpointError: an unknown or unsupported model, or one that lacks a tensor its sizes are read from.
+        CheckpointError: an unknown or unsupported model, one that lacks a tensor its sizes are read from, or several of
+            which none is of `kinds`.
     """
+    found, errors = _detect_sections(header)
+    wanted = [component for component in found if component.kind in kinds or not kinds]
+    if wanted:
+        return wanted[0]
+    if errors:
+        raise errors[0]
+    if len(found) == 1:
+        return found[0]
+    held = " and ".join(KINDS[component.kind][0] for component in found)
+    needed = " nor ".join(KINDS[kind][0].partition(" ")[2] for kind in kinds)
+    raise CheckpointError(f"{describe_files(header.files)} holds {held}, but no {needed}.")
+
+
+def detect_all(header: Header) -> tuple[Component, ...]:
+    """The models that the tensors of `header` are: one, or those of an all-in-one file that this library knows.
+
+    Raises:
+        CheckpointError: as of `detect`, when none is known.
+    """
+    found, errors = _detect_sections(header)
+    if not found:
+        raise errors[0]
+    return tuple(found)
+
+
+def _detect_sections(header: Header) -> tuple[list[Component], list[CheckpointError]]:
+    """The models of an all-in-one file, or the one of any other, and what is wrong with those that are not known."""
+    sections = _sections(header)
+    if len(sections) < 2 or is_lora(header):
+        return [_detect_one(header)], []
+    found, errors = [], []
+    for section in sections:
+        try:
+            found.append(_detect_one(section))
+        except CheckpointError as error:
+            errors.append(error)
+    return found, errors
+
+
+def _sections(header: Header) -> list[Header]:
+    """The models of an all-in-one file as headers of their own; names outside of all sections belong to none."""
+    grouped: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in header.items():
+        match = next(filter(None, (re.match(pattern, name) for pattern in SECTIONS)), None)
+        if match:
+            grouped.setdefault(match[0], {})[name] = info
+    ordered = sorted(grouped, key=lambda prefix: [not re.match(pattern, prefix) for pattern in SECTIONS])
+    return [replace(header, tensors=MappingProxyType(grouped[prefix])) for prefix in ordered]
+
+
+def _detect_one(header: Header) -> Component:
     if not header:
         raise CheckpointError(f"{describe_files(header.files)} holds no tensors; download it again.")
     names = strip_prefix(header)
     dtype = _predominant_dtype(header)
-    if any(LORA.fullmatch(name) for name in names):
+    if is_lora(header):
         return Component(
             kind="lora", layout="lora", config=None, sources=MappingProxyType({}), header=header, dtype=dtype
         )
@@ -99,10 +180,8 @@ def detect(header: Header) -> Component:
         raise CheckpointError(_unknown(header, names))
     file = describe_files(header.files)
     with blamed_on(file, "holds tensors that do not fit together", error=CheckpointError):
-        sources = convert(dialect, header, names)
+        sources = convert(dialect, stored_weights(header, names))
     config = READERS[dialect.kind](Shapes(sources, f"{file} ({KINDS[dialect.kind][0]})"))
-    scaled = any(source.scales for source in sources.values())
-    plain = any(source.dtype in FP8_DTYPES for source in sources.values())
     return Component(
         kind=dialect.kind,
         layout=dialect.layout,
@@ -110,7 +189,6 @@ def detect(header: Header) -> Component:
         sources=sources,
         header=header,
         dtype=dtype,
-        fp8="scaled" if scaled else "plain" if plain else None,
         optional=frozenset(dialect.optional),
     )
 
@@ -149,9 +227,14 @@ def check_against(component: Component, module: nn.Module) -> None:
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):
         parts = "; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in problems.items() if names)
+        verdict = (
+            "The file is incomplete; download it again, or use the published one."
+            if missing and not unexpected
+            else "It is a variant that is not supported, or stored in a way that is not read; use the published file."
+        )
         raise CheckpointError(
             f"{component.name} was recognised as {KINDS[component.kind][0]}, but its tensors do not fit: {parts}. "
-            "The file is incomplete or a variant that is not supported; download it again or use the published one."
+            f"{verdict}"
         )
 
 
@@ -184,7 +267,6 @@ def join_vace(base: Component, branch: Component) -> Component:
         config=replace(base.config, vace_layers=layers, vace_channels=branch.config.vace_channels),
         sources=MappingProxyType({**base.sources, **branch.sources}),
         header=header,
-        fp8="scaled" if "scaled" in (base.fp8, branch.fp8) else base.fp8 or branch.fp8,
     )
 
 

@@ -1,23 +1,22 @@
 """From the names in a file to the original names of Wan 2.1.
 
-What a rename cannot do is written in the `Source` of a tensor: joined parts, a transpose, leading axes, an FP8 scale.
+What a rename cannot do is written in the `Source` of a tensor: joined parts, a transpose, leading axes, the format.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from math import prod
 from types import MappingProxyType
 
 import torch
 
+from ..memory.formats import BESIDE, FormatError, Stored, check_declared, plain_name, recognise
 from .dialects import DIALECTS, Combine, Dialect
+from .files import describe_files
 from .header import CheckpointError, Header
-
-FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
-"""Formats of ComfyUI's quantisation metadata that are a weight times one scale per tensor or row."""
+from .read import TensorFiles
 
 SPIECE_MODEL = "spiece_model"
 """Name of the byte tensor in ComfyUI's UMT5 packs that holds the SentencePiece model."""
@@ -25,12 +24,14 @@ SPIECE_MODEL = "spiece_model"
 PREFIXES = (
     "model.diffusion_model.",
     "diffusion_model.",
-    "_orig_mod.",
     "module.",
     "pipe.dit.",
     "pipe.vace.",
     "pipe.motion_controller.",
     "text_encoders.umt5xxl.",
+    "text_encoders.t5xxl.",
+    "clip_vision.",
+    "vae.",
     "cond_stage_model.",
     "first_stage_model.",
     "transformer.",
@@ -39,46 +40,50 @@ PREFIXES = (
 )
 """What programs put before every name of a model. The longer of two that overlap stands first."""
 
-SCALES = (".scale_weight", ".weight_scale")
-"""Endings of FP8 scales in older and newer ComfyUI packs; `X.weight` times its scale is the effective weight."""
+MARK_BYTES = 4096
+"""The longest text beside a weight that is read; those of ComfyUI have less than 200."""
+
+INNER_PREFIXES = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What FSDP, activation checkpointing and torch.compile put into names, at any place of them."""
 
 UNUSED = re.compile(
-    r"scaled_fp8|spiece_model|log_scale|logit_scale|textual\..+|text_model\..+|text_projection\..+|.+\.position_ids"
-    r"|.+\.(scale_weight|weight_scale|scale_input|input_scale|comfy_quant)"
+    r"spiece_model|log_scale|logit_scale|textual\..+|text_model\..+|text_projection\..+|.+\.position_ids"
 )
 """Names that stand beside the weights of a model and are no parameters of it."""
-
-UNSUPPORTED = {
-    ".weight_scale_2": "NVFP4",
-    ".pre_quant_scale": "pre-scaled",
-    ".absmax": "bitsandbytes",
-    ".qweight": "GPTQ",
-}
-"""Endings that mark quantised packs this library does not read."""
-
-LORA = re.compile(r".+\.(lora_(A|B|down|up)(\.\w+)?\.weight|diff|diff_b|diff_m|hada_w[12]_[ab]|lokr_w[12](_[ab])?)")
-
-
-ADVICE = "Use the fp16, bf16 or scaled fp8 file of this model."
 
 
 @dataclass(frozen=True)
 class Source:
-    """How one original tensor is made: the names to read, how they combine, the resulting shape, the stored dtype.
+    """How one original tensor is made: the stored weights to read, how they combine, the resulting shape."""
 
-    `scales` holds the FP8 scale name of each of `names`; it is empty when there are none.
-    """
-
-    names: tuple[str, ...]
+    parts: tuple[Stored, ...]
     shape: tuple[int, ...]
-    dtype: torch.dtype
     combine: Combine = "identity"
-    scales: tuple[str | None, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The stored names of the numbers of each part."""
+        return tuple(part.numbers for part in self.parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored numbers."""
+        return self.parts[0].dtype
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether a cast makes the weights of the stored numbers."""
+        return all(part.is_cast for part in self.parts)
+
+    @property
+    def single(self) -> Stored | None:
+        """The one stored weight that this is, as it stands; None when parts are joined or turned."""
+        return self.parts[0] if self.combine == "identity" else None
 
 
 def strip_prefix(names: Iterable[str]) -> dict[str, str]:
     """The names without the prefixes that a host program put on most of them, mapped to the names in the file."""
-    stripped = {name: name for name in names}
+    stripped = {INNER_PREFIXES.sub("", name): name for name in names}
     while True:
         prefix = next((p for p in PREFIXES if 2 * sum(name.startswith(p) for name in stripped) > len(stripped)), None)
         if prefix is None:
@@ -88,7 +93,8 @@ def strip_prefix(names: Iterable[str]) -> dict[str, str]:
 
 def find_dialect(names: Iterable[str]) -> Dialect | None:
     """The layout whose marks are best found among `names` (without prefixes), None when fewer than half are."""
-    text = "\n".join(name for name in names if not UNUSED.fullmatch(name))
+    weights = (name for name in names if not (UNUSED.fullmatch(name) or BESIDE.fullmatch(name)))
+    text = "\n".join(map(plain_name, weights))
 
     def has(pattern: str) -> bool:
         return re.search(rf"^(?:{pattern})$", text, re.MULTILINE) is not None
@@ -114,20 +120,27 @@ def rename(dialect: Dialect, name: str) -> tuple[str, Combine, int, int]:
     return name, combine, part, parts
 
 
-def convert(dialect: Dialect, header: Header, names: Mapping[str, str]) -> Mapping[str, Source]:
-    """The source of every original tensor that the file can give.
+def stored_weights(header: Header, names: Mapping[str, str]) -> dict[str, Stored]:
+    """The weights of a file by the names that they would have if they were plain (`memory.formats`).
 
-    `names` are the names without prefixes, mapped to those in the file. A tensor that lacks some of its parts is left
-    out.
+    `names` are the names without prefixes, mapped to those in the file.
 
     Raises:
-        CheckpointError: the file is quantised in a way that cannot be read.
+        CheckpointError: a weight is stored in a way that is not read.
     """
-    _check_quantisation(header, names)
-    scales = _scales(header, names)
-    found: dict[str, dict[int, str]] = {}
+    try:
+        for layer, entry in _declared(header, names).items():
+            check_declared(layer, entry)
+        return recognise(names, header)
+    except FormatError as error:
+        raise CheckpointError(f"{describe_files(header.files)} {error}") from error
+
+
+def convert(dialect: Dialect, weights: Mapping[str, Stored]) -> Mapping[str, Source]:
+    """The source of every original tensor that the file can give; one that lacks some of its parts is left out."""
+    found: dict[str, dict[int, Stored]] = {}
     how: dict[str, tuple[Combine, int]] = {}
-    for name, stored in names.items():
+    for name, stored in weights.items():
         if UNUSED.fullmatch(name) or (dialect.ignored and re.fullmatch(dialect.ignored, name)):
             continue
         target, combine, part, parts = rename(dialect, name)
@@ -135,68 +148,43 @@ def convert(dialect: Dialect, header: Header, names: Mapping[str, str]) -> Mappi
         how[target] = (combine, parts)
     return MappingProxyType(
         {
-            target: _source(header, tuple(pieces[i] for i in sorted(pieces)), how[target][0], scales)
+            target: _source(tuple(pieces[i] for i in sorted(pieces)), how[target][0])
             for target, pieces in found.items()
             if len(pieces) == how[target][1]
         }
     )
 
 
-def _source(header: Header, names: tuple[str, ...], combine: Combine, scales: Mapping[str, str]) -> Source:
-    first = header[names[0]]
-    shape = first.shape
+def _source(parts: tuple[Stored, ...], combine: Combine) -> Source:
+    shape = parts[0].shape
     if combine == "cat":
-        shape = (sum(header[name].shape[0] for name in names), *shape[1:])
+        shape = (sum(part.shape[0] for part in parts), *shape[1:])
     elif combine == "transpose":
         shape = shape[::-1]
     elif combine == "reshape":
         shape = (1,) * (3 - len(shape)) + shape
-    own = tuple(scales.get(name) for name in names)
-    return Source(names, shape, first.dtype, combine, own if any(own) else ())
+    return Source(parts, shape, combine)
 
 
-def _scales(header: Header, names: Mapping[str, str]) -> dict[str, str]:
-    """Stored weight name -> stored scale name.
-
-    Raises:
-        CheckpointError: a scale does not belong to a floating-point weight, or is neither one number nor one per row.
-    """
-    scales = {}
-    for name, stored in names.items():
-        ending = next((ending for ending in SCALES if name.endswith(ending)), None)
-        weight = names.get(f"{name.removesuffix(ending)}.weight") if ending else None
-        if weight is None:
-            continue
-        info, scale = header[weight], header[stored]
-        if not info.dtype.is_floating_point or prod(scale.shape) not in (1, info.shape[0]):
-            raise CheckpointError(
-                f"{info.file.name} is quantised in a way that is not supported: {weight!r} is {info.dtype} "
-                f"{list(info.shape)} with a scale {list(scale.shape)}. {ADVICE}"
-            )
-        scales[weight] = stored
-    return scales
-
-
-def _check_quantisation(header: Header, names: Mapping[str, str]) -> None:
-    for name, stored in names.items():
-        method = next((method for ending, method in UNSUPPORTED.items() if name.endswith(ending)), None)
-        if method:
-            raise CheckpointError(
-                f"{header[stored].file.name} is quantised ({method}: it holds {stored!r}), which is not supported. "
-                f"{ADVICE}"
-            )
-    for layer, value in _declared_formats(header).items():
-        if value not in FP8_FORMATS:
-            raise CheckpointError(
-                f"{header.files[0].name} stores {layer!r} as {value}, which is not supported; only "
-                f"{' and '.join(FP8_FORMATS)} are. {ADVICE}"
-            )
-
-
-def _declared_formats(header: Header) -> dict[str, str]:
-    """Layer -> format, from the `_quantization_metadata` of ComfyUI's newer packs; empty when there is none."""
+def _declared(header: Header, names: Mapping[str, str]) -> dict[str, Mapping[str, object]]:
+    """Layer -> what ComfyUI's newer packs say of its format, in the file's metadata or beside the weight."""
     try:
-        layers = json.loads(header.metadata.get("_quantization_metadata", "{}")).get("layers", {})
-        return {layer: str(entry.get("format")) for layer, entry in layers.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{header.files[0].name} has unreadable quantisation metadata: {error}.") from error
+        layers = dict(json.loads(header.metadata.get("_quantization_metadata", "{}")).get("layers", {}))
+        layers |= {name: json.loads(text) for name, text in _marks(header, names)}
+        return {layer: dict(entry) for layer, entry in layers.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{describe_files(header.files)} has unreadable quantisation metadata: {error}."
+        ) from error
+
+
+def _marks(header: Header, names: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
+    """The text beside each int8 weight: numbers of that dtype may be rotated, which nothing else tells."""
+    with TensorFiles(header) as files:
+        for name, stored in names.items():
+            layer, ending, _ = name.partition(".comfy_quant")
+            weight, info = names.get(f"{layer}.weight"), header[stored]
+            if ending and weight and header[weight].dtype == torch.int8 and info.file.is_file():
+                if info.nbytes > MARK_BYTES:
+                    raise ValueError(f"{stored!r} has {info.nbytes} bytes")
+                yield layer, bytes(files.read(stored).tolist())

@@ -1,14 +1,17 @@
 """From a recognised file to a module with weights, at the memory cost of one copy and at most one tensor."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..memory.formats import WEIGHTS, Stored, Weights
 from ..memory.pieces import blocks_of
-from ..memory.quant import FP8_DTYPES, FP8Linear, big_linears, replace_layer, weight_to_fp8
+from ..memory.quant import QuantisedLinear, big_linears, replace_layer, weight_to_fp8
 from ..memory.residency import Residency
 from ..models.dit import WanDiT
 from ..models.image_encoder import ImageEncoder
@@ -18,13 +21,11 @@ from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..reading import blamed_on
 from ..settings import check_choice
-from .detect import KINDS, Component, check_against, require_kind
+from .detect import KINDS, Component, check_against, detect_files, require_kind
+from .dialects import Kind
 from .header import CheckpointError, Header
 from .keymap import SPIECE_MODEL, Source
 from .read import TensorFiles, TensorShapes
-
-Weights = Literal["auto", "fp8", "plain"]
-WEIGHTS: tuple[Weights, ...] = ("auto", "fp8", "plain")
 
 CLASSES = {
     "dit": WanDiT,
@@ -36,7 +37,7 @@ CLASSES = {
 }
 
 DEQUANTISED_DTYPE = torch.bfloat16
-"""The dtype of scaled FP8 weights when no dtype is asked for: alone, the stored numbers are not the weights."""
+"""The dtype of scaled weights when no dtype is asked for: alone, the stored numbers are not the weights."""
 
 
 def build(
@@ -68,6 +69,34 @@ def unfilled(component: Component) -> nn.Module:
         return CLASSES[component.kind](component.config)
 
 
+def inspect(path: str | Path | Sequence[str | Path], *kinds: Kind) -> Component:
+    """What the model at `path` is, of an all-in-one file the one of `kinds`; whole as `load_into` wants it.
+
+    `info`, the loaders' validation and loading all ask here.
+
+    Raises:
+        CheckpointError: it is of another kind, not readable, incomplete, or a variant that is not known.
+    """
+    component = require_kind(detect_files(path, kinds), kinds or tuple(KINDS))
+    check_fits(component)
+    return component
+
+
+def check_fits(component: Component) -> None:
+    """Compare names and shapes with those of the module that `component` would be loaded into.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if component.kind in CLASSES:
+        check_against(component, unfilled(component))
+    elif component.kind == "vace":
+        # Alone in its file, but a part of a model whose other sizes it does not tell.
+        model = unfilled(replace(component, kind="dit"))
+        parts = {name: part for name, part in model.named_children() if name.startswith("vace_")}
+        check_against(component, nn.ModuleDict(parts))
+
+
 def load_into(
     module: nn.Module,
     component: Component,
@@ -84,8 +113,9 @@ def load_into(
     more. On the meta device no file is read: every weight has its size and dtype there, and nothing else.
 
     Args:
-        weights: `auto` leaves linear layers of blocks that are stored in FP8 as they are, as `FP8Linear`; `fp8` also
-            quantises those that are not; `plain` makes all of them `dtype`. FP8 weights elsewhere become `dtype`.
+        weights: `auto` leaves linear layers of blocks that are stored quantised as they are, as `QuantisedLinear`;
+            `fp8` makes those that are not FP8 so; `plain` makes all of them `dtype`. Quantised weights elsewhere become
+            `dtype`.
         mapped: do not read the weights inside of blocks: they are views of the file in their stored dtype, and
             `Residency.of(module).work_dtypes` says in which one they are to work. The rest is read.
 
@@ -153,16 +183,15 @@ class _Filling:
 
     def read(self, name: str, files: TensorFiles) -> None:
         """Give the parameter `name` memory of its own."""
-        source = self.component.sources[name]
-        if self._stays_fp8(name):
-            weight = files.read(source.names[0]).reshape(source.shape).to(self.device)
-            self._assign_fp8(name, weight, self._scale(source, files))
+        source, kept = self.component.sources[name], self._kept(name)
+        if kept is not None:
+            self._keep(name, kept, files.read(kept.numbers).to(self.device), files)
             return
         if self.weights == "fp8" and name in self.linears:
-            self._assign_fp8(name, *weight_to_fp8(combine(source, files).to(self.device)))
+            self._put(name, QuantisedLinear, *weight_to_fp8(combine(source, files).to(self.device)))
             return
         work = self._work_dtype(name)
-        is_whole = source.combine in ("identity", "reshape") and not source.scales
+        is_whole = source.combine in ("identity", "reshape") and source.is_cast
         if is_whole and work == source.dtype and self.device.type == "cpu":
             tensor = files.read(source.names[0]).reshape(source.shape)
         else:
@@ -171,18 +200,17 @@ class _Filling:
 
     def map(self, name: str, files: TensorFiles) -> bool:
         """Make the parameter `name` a view of its file, where that is possible."""
-        source = self.component.sources[name]
-        stays = self._stays_fp8(name)
-        if source.combine not in ("identity", "reshape") or (source.scales and not stays):
+        source, kept = self.component.sources[name], self._kept(name)
+        if source.combine not in ("identity", "reshape") or not (kept or source.is_cast):
             return False
         view = files.map(source.names[0])
         if view is None:
             return False
-        view = view.reshape(source.shape)
         Residency.of(self.module).mapped.add(name)
-        if stays:
-            self._assign_fp8(name, view, self._scale(source, files))
+        if kept is not None:
+            self._keep(name, kept, view, files)
             return True
+        view = view.reshape(source.shape)
         _assign(self.module, name, view)
         if self._work_dtype(name) != view.dtype:
             Residency.of(self.module).work_dtypes[name] = self._work_dtype(name)
@@ -198,66 +226,54 @@ class _Filling:
                 f"{file} is a PyTorch checkpoint of an old format, which cannot stay on disk. Convert it with "
                 f"`python -m headless convert {file} --dtype bf16 NEW.safetensors`."
             )
-        if self.weights == "fp8" and not all(map(self._stays_fp8, self.linears)):
+        if self.weights == "fp8" and not all(map(self._kept, self.linears)):
             raise ValueError(
                 f"{file} does not hold its weights as FP8, so they cannot be FP8 and stay on disk. Convert it with "
                 f"`python -m headless convert {file} --fp8 NEW.safetensors`, or set weights to 'auto'."
             )
-        if self.weights == "plain" and any(self.component.sources[name].scales for name in self.linears):
+        if self.weights == "plain" and not all(self.component.sources[name].is_cast for name in self.linears):
             raise ValueError(
-                f"{file} holds scaled FP8 weights, which cannot be plain and stay on disk; set weights to 'auto'."
+                f"{file} holds quantised weights ({self.component.quantised}), which cannot be plain and stay on disk; "
+                "set weights to 'auto'."
             )
 
-    def _stays_fp8(self, name: str) -> bool:
-        source = self.component.sources[name]
-        is_whole = source.combine == "identity" and source.dtype in FP8_DTYPES
-        return self.weights != "plain" and name in self.linears and is_whole
+    def _kept(self, name: str) -> Stored | None:
+        """The stored weight of the parameter `name`, if its layer is to keep it as it is."""
+        stored = self.component.sources[name].single
+        return stored if stored and name in self.linears and stored.kept(self.weights) else None
 
     def _work_dtype(self, name: str) -> torch.dtype:
         source = self.component.sources[name]
         if self.dtype is None:
-            return DEQUANTISED_DTYPE if source.scales else source.dtype
+            return source.dtype if source.is_cast else DEQUANTISED_DTYPE
         return torch.float32 if name.rpartition(".")[2] in self.in_float32 else self.dtype
 
-    def _scale(self, source: Source, files: TensorFiles) -> Tensor | None:
-        """The factor of an FP8 weight (out, in) as (out, 1) or (1, 1)."""
-        return files.read(source.scales[0]).float().reshape(-1, 1).to(self.device) if source.scales else None
+    def _keep(self, name: str, stored: Stored, numbers: Tensor, files: TensorFiles) -> None:
+        """Let the layer of the parameter `name` hold `numbers` as they are stored."""
+        shape = tuple(numbers.shape)
+        scale = stored.scale and stored.held_scale(files.read(stored.scale), shape).to(self.device)
+        self._put(name, partial(QuantisedLinear, form=stored.format), numbers, scale)
 
-    def _assign_fp8(self, name: str, weight: Tensor, scale: Tensor | None) -> None:
-        """Put an FP8 layer in the place of the plain one; its bias stays where it is or comes later."""
-        layer = FP8Linear(weight, scale, self.linears[name].bias, self.dtype or DEQUANTISED_DTYPE)
-        replace_layer(self.module, name.removesuffix(".weight"), layer)
-
-
-class Reader(Protocol):
-    """Where stored tensors are read from, such as `TensorFiles`; see there."""
-
-    def read(self, name: str) -> Tensor: ...
-
-    def borrow(self, name: str) -> Tensor: ...
+    def _put(self, name: str, layer: Callable[..., QuantisedLinear], weight: Tensor, scale: Tensor | None) -> None:
+        """Put a quantised layer in the place of the plain one; its bias stays where it is or comes later."""
+        made = layer(weight, scale, self.linears[name].bias, self.dtype or DEQUANTISED_DTYPE)
+        replace_layer(self.module, name.removesuffix(".weight"), made)
 
 
 def combine(source: Source, files: TensorFiles) -> Tensor:
     """An original tensor on the CPU, made of its parts in `files`; valid until `files` is asked for the next one.
 
-    Parts with FP8 scales come out in float32.
+    Parts with scales come out in float32.
     """
-    tensors = {name: files.read(name) for name in (*source.names[1:], *source.scales) if name}
-    tensors[source.names[0]] = files.borrow(source.names[0])
-    scales = source.scales or (None,) * len(source.names)
-    parts = [
-        _dequantise(tensors[n], tensors[s]) if s else tensors[n] for n, s in zip(source.names, scales, strict=True)
-    ]
+    first, *others = [*source.names, *(part.scale for part in source.parts if part.scale)]
+    tensors = {name: files.read(name) for name in others}
+    tensors[first] = files.borrow(first)
+    parts = [part.weight(tensors) for part in source.parts]
     if source.combine == "cat":
         return torch.cat(parts)
     if source.combine == "transpose":
         return parts[0].T.contiguous()
     return parts[0].reshape(source.shape)
-
-
-def _dequantise(weight: Tensor, scale: Tensor) -> Tensor:
-    rows = scale.float().reshape(-1, *(1,) * (weight.ndim - 1))
-    return weight.float() * rows
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

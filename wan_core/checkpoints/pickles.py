@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..reading import blamed_on
-from .stored import MAX_AXES, SAFETENSORS_DTYPES, CheckpointError, TensorInfo, check_bounds
+from .stored import MAX_AXES, SAFETENSORS_DTYPES, CheckpointError, TensorInfo, check_bounds, named_tensors
 
 PICKLE_BYTES = 16 * 2**20
 """The longest pickle that is read. That of UMT5-XXL has 30 kB, that of a training's optimizer less than a megabyte."""
@@ -35,9 +35,6 @@ DIRECTORY_BYTES = 4 * 2**20
 MAX_SHARING = 2
 """How many times its own size a file's tensors may take: storages can be shared, as an embedding that is stored twice
 in name is, but a file must not name a thousand tensors in one storage."""
-
-WRAPPER_KEYS = ("state_dict", "module", "model_state", "model")
-"""Top-level keys under which training frameworks store a state dict."""
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """The number that opens a checkpoint of the format before PyTorch 1.6: five pickles, then the storages."""
@@ -88,12 +85,7 @@ def read_tensors(file: Path) -> dict[str, TensorInfo]:
             no tensors by name.
     """
     content, places = _open(file)
-    for _ in range(4):  # a dictionary may hold itself
-        inner = (content.get(key) for key in WRAPPER_KEYS) if isinstance(content, dict) else ()
-        content = next((value for value in inner if isinstance(value, dict)), content)
-    named = {str(k): v for k, v in content.items() if isinstance(v, StoredTensor)} if isinstance(content, dict) else {}
-    if not named:
-        raise CheckpointError(f"{file} holds no named tensors (its top level is a {type(content).__name__}).")
+    named = named_tensors(file, content, StoredTensor)
     with blamed_on(file, "is a damaged PyTorch checkpoint", "Download it again.", CheckpointError):
         found = {name: _placed(name, tensor, file, places) for name, tensor in named.items()}
     _check_total(file, found.values())

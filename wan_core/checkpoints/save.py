@@ -12,20 +12,21 @@ that are not FP8 in the file ComfyUI 0.3.64 casts to FP8 by itself; newer ones a
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..atomic import creating
 from ..memory.quant import FP8, big_linears, weight_to_fp8
 from .detect import Component, check_against
 from .keymap import SPIECE_MODEL
-from .load import CLASSES, combine, spiece_model, unfilled
+from .load import CLASSES, check_fits, combine, spiece_model, unfilled
 from .read import TensorFiles
 from .write import file_size, write_made
 
@@ -71,10 +72,21 @@ class _Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def save_fp8(component: Component, path: Path, on_progress: Progress = lambda done, total: None) -> Path:
+Changes = Mapping[str, Callable[[Tensor], Tensor]]
+"""What becomes of weights on the way into a file, by original name."""
+
+NO_CHANGES: Changes = MappingProxyType({})
+
+
+def save_fp8(
+    component: Component,
+    path: Path,
+    on_progress: Progress = lambda done, total: None,
+    changes: Changes = NO_CHANGES,
+) -> Path:
     """Write a DiT or text encoder with the linear layers of its blocks in FP8, the rest in bfloat16; returns `path`.
 
-    FP8 weights with one scale, or none, keep their numbers; all others are rounded once.
+    FP8 weights with one scale, or none, keep their numbers; all others, and those in `changes`, are rounded once.
 
     Raises:
         ValueError: `path` exists, has another ending or no room, or the model is of a kind that stays as it is.
@@ -91,14 +103,19 @@ def save_fp8(component: Component, path: Path, on_progress: Progress = lambda do
     mark = torch.zeros(2, dtype=FP8)
     entries = [_Entry("scaled_fp8", (2,), FP8, lambda files: mark), *_extra(component)]
     for name in component.sources:
-        entries += _fp8_entries(component, name) if name in linears else [_plain_entry(component, name, torch.bfloat16)]
+        make = _fp8_entries if name in linears else partial(_plain_entries, dtype=torch.bfloat16)
+        entries += make(component, name, changes.get(name))
     return _write(component, Path(path), entries, on_progress)
 
 
 def save_plain(
-    component: Component, path: Path, dtype: torch.dtype, on_progress: Progress = lambda done, total: None
+    component: Component,
+    path: Path,
+    dtype: torch.dtype,
+    on_progress: Progress = lambda done, total: None,
+    changes: Changes = NO_CHANGES,
 ) -> Path:
-    """Write a model with its weights in `dtype`, FP8 weights multiplied by their scales; returns `path`.
+    """Write a model with its weights in `dtype`, quantised ones multiplied by their scales; returns `path`.
 
     Parameters that work in float32 stay float32 where they are stored so.
 
@@ -108,44 +125,45 @@ def save_plain(
     """
     if not component.sources:
         raise ValueError(f"{component.name} is a LoRA; convert it with `python -m headless lora`.")
-    _check_whole(component)
-    entries = [*_extra(component), *(_plain_entry(component, name, dtype) for name in component.sources)]
+    check_fits(component)
+    entries = _extra(component)
+    for name in component.sources:
+        entries += _plain_entries(component, name, changes.get(name), dtype)
     return _write(component, Path(path), entries, on_progress)
 
 
-def _check_whole(component: Component) -> None:
-    """Raise CheckpointError unless every tensor of the model is there, in its shape."""
-    if component.kind != "vace":
-        check_against(component, unfilled(component))
-        return
-    # Alone in its file, but a part of a model whose other sizes it does not tell.
-    model = unfilled(replace(component, kind="dit"))
-    parts = {name: part for name, part in model.named_children() if name.startswith("vace_")}
-    check_against(component, nn.ModuleDict(parts))
+Change = Callable[[Tensor], Tensor] | None
 
 
-def _plain_entry(component: Component, name: str, dtype: torch.dtype) -> _Entry:
+def _plain_entries(component: Component, name: str, change: Change, dtype: torch.dtype) -> list[_Entry]:
     source = component.sources[name]
     exact = name.rpartition(".")[2] in getattr(CLASSES.get(component.kind), "FLOAT32_PARAMETERS", ())
     if exact and source.dtype == torch.float32:
         dtype = torch.float32
-    return _Entry(_stored_name(component, name), source.shape, dtype, lambda files: combine(source, files).to(dtype))
+
+    def make(files: TensorFiles) -> Tensor:
+        weight = combine(source, files)
+        return (change(weight) if change else weight).to(dtype)
+
+    return [_Entry(_stored_name(component, name), source.shape, dtype, make)]
 
 
-def _fp8_entries(component: Component, name: str) -> Iterator[_Entry]:
+def _fp8_entries(component: Component, name: str, change: Change) -> Iterator[_Entry]:
     """An FP8 weight and its scale, which are made together when the first of them is written."""
     source = component.sources[name]
     stored = _stored_name(component, name)
-    scales = [prod(component.header[scale].shape) for scale in source.scales if scale]
-    is_kept = source.dtype == FP8 and source.combine == "identity" and scales in ([], [1])
+    kept = None if change else source.single
+    if kept and (kept.dtype != FP8 or (kept.scale and prod(component.header[kept.scale].shape) != 1)):
+        kept = None
     pair: list[Tensor] = []
 
     def make(files: TensorFiles, part: int) -> Tensor:
-        if not pair and is_kept:
-            scale = files.read(source.scales[0]).float() if source.scales else torch.ones(())
-            pair.extend((files.read(source.names[0]), scale))
+        if not pair and kept:
+            scale = files.read(kept.scale).float() * kept.unit if kept.scale else torch.ones(())
+            pair.extend((files.read(kept.numbers), scale))
         elif not pair:
-            pair.extend(weight_to_fp8(combine(source, files), per_row=False))
+            weight = combine(source, files)
+            pair.extend(weight_to_fp8(change(weight) if change else weight, per_row=False))
         tensor, pair[part] = pair[part], torch.empty(0)
         return tensor
 

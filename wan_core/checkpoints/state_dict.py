@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..memory.quant import FP8Linear, weight_to_fp8
+from ..memory.quant import QuantisedLinear, weight_shapes
 from ..memory.residency import Residency
 from ..runtime import usable_device
 from .dialects import Dialect
 from .files import PathLike, resolve_files
 from .header import CheckpointError, Header, TensorInfo, read_header
-from .keymap import Source, convert, find_dialect, strip_prefix
+from .keymap import Source, convert, find_dialect, stored_weights, strip_prefix
 from .load import combine
 from .read import TensorFiles
 
@@ -104,7 +104,7 @@ def replace_weights(
     """Give `module` the weights of a state dict for good, where and how its weights rest; what fits nothing, or was not
     given, comes back.
 
-    Layers that hold FP8 weights get the given ones as FP8, with a scale per row. Weights that were views of a file rest
+    Layers that hold quantised weights get the given ones as FP8, with a scale per row. Weights that were views of a file rest
     in memory from now on. Nothing is changed when an error is raised.
 
     Args:
@@ -118,7 +118,7 @@ def replace_weights(
     Raises:
         ValueError: no tensor fits, shapes differ, or with `strict` a name is missing or fits nothing.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if not _is_scale(module, name)}
+    shapes = weight_shapes(module)
     sources = _sources(given_header(tensors, "state_dict"), shapes)
     owned = shapes.keys() if own is None else [name for name in own if name in shapes]
     missing = [name for name in owned if name not in sources]
@@ -144,19 +144,13 @@ def replace_weights(
     return missing, unexpected
 
 
-def _is_scale(module: nn.Module, name: str) -> bool:
-    """Whether `name` is how an FP8 layer stores its weight, and not a weight of the model."""
-    path, _, leaf = name.rpartition(".")
-    return leaf == "scale" and isinstance(module.get_submodule(path), FP8Linear)
-
-
 def _sources(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Source]:
     prefix = _prefix(header, shapes)
     names = {name.removeprefix(prefix): name for name in header}
     if not any(name in shapes for name in names):
         names = strip_prefix(header)
-        return convert(find_dialect(names) or Dialect("dit", "given", ()), header, names)
-    return convert(Dialect("dit", "given", ()), header, names)
+        return convert(find_dialect(names) or Dialect("dit", "given", ()), stored_weights(header, names))
+    return convert(Dialect("dit", "given", ()), stored_weights(header, names))
 
 
 def _prefix(names: Iterable[str], known: Mapping[str, Any]) -> str:
@@ -177,9 +171,8 @@ def _replace(module: nn.Module, name: str, given: Tensor, residency: Residency) 
     work = residency.work_dtypes.get(name, old.dtype)
     was_mapped = name in residency.mapped
     residency.mapped.discard(name)
-    if isinstance(owner, FP8Linear) and leaf == "weight":
-        stored, owner.scale = weight_to_fp8(given.to(old.device))
-        owner.weight = nn.Parameter(stored, requires_grad=False)
+    if isinstance(owner, QuantisedLinear) and leaf == "weight":
+        owner.set_weight(given.to(old.device))
         return
     if was_mapped:
         residency.work_dtypes.pop(name, None)

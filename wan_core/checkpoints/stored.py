@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -58,6 +59,53 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Its size in memory."""
         return prod(self.shape) * self.dtype.itemsize
+
+
+WRAPPER_KEYS = (
+    *("generator_ema", "generator", "model_ema", "ema_model", "ema_state_dict", "ema", "params_ema", "state_dict"),
+    *("model_state_dict", "module", "model_state", "model", "params", "dit", "transformer", "student", "net"),
+)
+"""Top-level keys under which programs store a state dict, averaged weights first: Self-Forcing and CausVid keep the
+model that generates beside its critic and optimizer."""
+
+MAX_WRAPPERS = 4
+"""How deep wrappers are looked through: a dictionary may hold itself."""
+
+OPTIMIZER_KEYS = {"optimizer", "optimizer_state_dict", "optimizer_states", "state", "param_groups", "exp_avg"}
+"""Top-level keys of files that hold the state of an optimizer."""
+
+T = TypeVar("T")
+
+
+def named_tensors(file: Path, content: object, kind: type[T]) -> dict[str, T]:
+    """The tensors, values of `kind`, of a state dict or of the one inside of the first wrapper that holds any.
+
+    Raises:
+        CheckpointError: there are none; the message says what the file holds instead.
+    """
+    found = _unwrapped(content, kind, MAX_WRAPPERS)
+    if not found:
+        raise CheckpointError(_without_tensors(file, content))
+    return found
+
+
+def _unwrapped(content: object, kind: type[T], depth: int) -> dict[str, T]:
+    if not isinstance(content, dict) or not depth:
+        return {}
+    wrapped = (_unwrapped(content[key], kind, depth - 1) for key in WRAPPER_KEYS if key in content)
+    return next(filter(None, wrapped), {str(k): v for k, v in content.items() if isinstance(v, kind)})
+
+
+def _without_tensors(file: Path, content: object) -> str:
+    if not isinstance(content, dict):
+        return f"{file} holds no named tensors (its top level is a {type(content).__name__})."
+    keys = ", ".join(repr(str(key)[:40]) for key in list(content)[:5]) or "nothing"
+    if content.keys() & OPTIMIZER_KEYS:
+        return f"{file} is the state of an optimizer (it holds {keys}), not a model; name the model file beside it."
+    return (
+        f"{file} holds no named tensors that are known: its top level holds {keys}. If the weights are under one of "
+        "these, save that part as a .safetensors file."
+    )
 
 
 def check_bounds(name: str, shape: Sequence[int]) -> None:

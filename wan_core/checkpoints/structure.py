@@ -3,8 +3,9 @@
 import re
 from collections.abc import Callable, Mapping
 from functools import wraps
-from math import prod
+from math import isqrt, prod
 
+from ..memory.formats import ADVICE
 from ..models.config import (
     HEAD_DIM,
     DiTConfig,
@@ -53,8 +54,16 @@ class Shapes:
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
         if name not in self.sources:
-            raise self.error(f"lacks the tensor {name!r}; the file is incomplete, download it again")
+            raise self.error(self._lack(name))
         return self.sources[name].shape
+
+    def _lack(self, name: str) -> str:
+        """Why the weight `name` is not there: tensors in its place are another way to store it, none a loss."""
+        layer = name.removesuffix("weight")
+        instead = [other for other in self.sources if other.startswith(layer) and other != f"{layer}bias"]
+        if not instead:
+            return f"lacks the tensor {name!r}; the file is incomplete, download it again"
+        return f"holds {', '.join(map(repr, instead[:3]))} in place of {name!r}, which is not read. {ADVICE[:-1]}"
 
     def any(self, pattern: str) -> bool:
         return any(re.match(pattern, name) for name in self.sources)
@@ -183,7 +192,11 @@ def _read_vae(shapes: Shapes) -> VAEConfig:
     if latents != VAEConfig.latent_channels:
         what = "is the VAE of Wan 2.2 TI2V-5B" if latents == 48 else "is not the Wan 2.1 VAE"
         raise shapes.error(f"{what}: it has {latents} latent channels, Wan 2.1 has {VAEConfig.latent_channels}")
-    return VAEConfig(base_dim=shapes["encoder.conv1.weight"][0], latent_channels=latents)
+    pixels = shapes["decoder.head.2.weight"][0]
+    upscale = isqrt(pixels // 3)
+    if pixels != 3 * upscale**2 or not upscale:
+        raise shapes.error(f"decodes {pixels} channels; Wan 2.1 has 3, or 12 for pictures of twice the size")
+    return VAEConfig(base_dim=shapes["encoder.conv1.weight"][0], latent_channels=latents, upscale=upscale)
 
 
 def _read_image_encoder(shapes: Shapes) -> ImageEncoderConfig:

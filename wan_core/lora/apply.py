@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..memory.formats import PLAIN
+from ..memory.quant import QuantisedLinear, weight_of
 from ..runtime import Runtime
 from ..types import Curve
 from .bind import EVERYWHERE, BlockStrengths, Bound
@@ -19,9 +21,6 @@ from .patches import Decomposed, LowRank, Patch, Replacement
 
 Mode = Literal["auto", "fold", "side"]
 MODES: tuple[Mode, ...] = ("auto", "fold", "side")
-
-PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""Weights of other dtypes are quantised: they are never folded into, so that no second rounding arises."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -102,21 +101,31 @@ class _Place:
 
     @property
     def is_plain(self) -> bool:
-        return self.tensor.dtype in PLAIN_DTYPES
+        """Whether a change can be folded in; into quantised weights it is not, so that no second rounding arises."""
+        return not isinstance(self.owner, QuantisedLinear) and self.tensor.dtype in PLAIN.dtypes
+
+    @property
+    def held(self) -> str:
+        """How the weight is held, in words."""
+        return self.owner.words if isinstance(self.owner, QuantisedLinear) else str(self.tensor.dtype)
 
     def folded(self, base: Tensor, device: torch.device) -> Tensor:
         """`base` with all parts at their present strength, in its dtype on its device, computed on `device`."""
-        active = [part for part in self.parts if part.strength]
-        if len(active) == 1 and isinstance(active[0].patch, Replacement) and active[0].strength == 1:
-            return active[0].patch.value.to(base.device, base.dtype).reshape(base.shape)
-        if not active:
-            return base
-        start = base.to(device, torch.float32)
-        total = start.clone()
-        for part in active:
-            patch = part.patch.to(device, torch.float32)
-            total.add_(patch.delta(start).reshape(base.shape), alpha=part.strength)
-        return total.to(base.device, base.dtype)
+        return folded(base, [(part.patch, part.strength) for part in self.parts], device)
+
+
+def folded(base: Tensor, changes: Sequence[tuple[Patch, float]], device: torch.device) -> Tensor:
+    """`base` with each patch at its strength, in its dtype on its device, computed on `device` in float32."""
+    active = [(patch, strength) for patch, strength in changes if strength]
+    if len(active) == 1 and isinstance(active[0][0], Replacement) and active[0][1] == 1:
+        return active[0][0].value.to(base.device, base.dtype).reshape(base.shape)
+    if not active:
+        return base
+    start = base.to(device, torch.float32)
+    total = start.clone()
+    for patch, strength in active:
+        total.add_(patch.to(device, torch.float32).delta(start).reshape(base.shape), alpha=strength)
+    return total.to(base.device, base.dtype)
 
 
 class LoraRun:
@@ -245,8 +254,8 @@ def _way(
     if not place.is_plain and (replaces or not in_block):
         advice = "Load that checkpoint itself as the model." if replaces else "Load the model without quantising it."
         raise ValueError(
-            f"{place.parts[0].use.bound.lora.name} changes {place.name}, which this model holds as "
-            f"{place.tensor.dtype}. {advice}"
+            f"{place.parts[0].use.bound.lora.name} changes {place.name}, which this model holds as {place.held}. "
+            f"{advice}"
         )
     if not in_block:
         return "fold"
@@ -320,7 +329,7 @@ def _branch_hook(place: _Place) -> Callable[[nn.Module, tuple[Tensor, ...], Tens
 
     def gain(index: int, patch: Decomposed, module: nn.Module, device: torch.device) -> Tensor:
         if (index, device) not in gains:
-            gains[index, device] = patch.to(device, torch.float32).gain(base_weight(module).to(device))
+            gains[index, device] = patch.to(device, torch.float32).gain(weight_of(module).to(device, torch.float32))
         return gains[index, device]
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
@@ -356,9 +365,3 @@ def _decomposed_branch(patch: Decomposed, gain: Tensor, module: nn.Module, x: Te
         return (plain - bias) * (gain - 1) + patch.inner.branch(x) * gain
     scaled = x * gain.to(x.dtype)
     return module.forward(scaled - x) - bias + patch.inner.branch(scaled)
-
-
-def base_weight(module: nn.Module) -> Tensor:
-    """The weight that `module` computes with, in float32; quantised modules tell it through `dequantised()`."""
-    dequantised = getattr(module, "dequantised", None)
-    return dequantised().float() if dequantised is not None else module.weight.float()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..memory.quant import weight_shapes
 from .naming import Spellings
 from .patches import Patch, fits
 from .read import Lora, Skipped
@@ -37,7 +38,7 @@ class Bound:
 
 def parameter_shapes(modules: Sequence[nn.Module]) -> dict[str, tuple[int, ...]]:
     """Shapes of everything that a patch could change in `modules`, whose names must not collide."""
-    return {name: tuple(t.shape) for module in modules for name, t in module.state_dict(keep_vars=True).items()}
+    return {name: shape for module in modules for name, shape in weight_shapes(module).items()}
 
 
 def module_names(shapes: Shapes) -> list[str]:

@@ -107,6 +107,16 @@ def take_apart(key: str) -> KeyName | None:
     return KeyName(outer, path, match.lastgroup)
 
 
+PROOFS = ("down", "up", "magnitude", "diff", "diff_b", "diff_m", *(r for r in ROLES if r.startswith(("hada", "lokr"))))
+"""Roles whose keys belong to a LoRA alone; those of other roles end like keys of models (`alpha`, `weight`)."""
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys is a LoRA: one key proves it."""
+    parts = (take_apart(key) for key in keys)
+    return any(part is not None and part.role in PROOFS for part in parts)
+
+
 @dataclass(frozen=True)
 class Spellings:
     """Finds the module or parameter that a path of a file means, by the model's own names.

@@ -9,6 +9,7 @@ from torch import nn
 
 from .device import GIB
 from .pieces import blocks_of, tables_of, weights_of
+from .quant import parameter_counts
 from .slab import Layout
 
 SLOTS = 2
@@ -49,7 +50,7 @@ class Inventory:
             idle: blocks that no pass will run.
         """
         paths = blocks_of(module) if order is None else order
-        weights = weights_of(module)
+        weights, counts = weights_of(module), parameter_counts(module)
         layouts = {path: Layout.of(path, weights, dtypes) for path in paths if path not in idle}
         apart = tuple(f"{path}." for path in (*layouts, *idle))
         tables = tables_of(module)
@@ -60,8 +61,11 @@ class Inventory:
         }
         size = sum(weight.numel() * dtypes.get(name, weight.dtype).itemsize for name, weight in outside.items())
         return cls(
-            Weights(size, sum(weight.numel() for weight in outside.values())),
-            {path: Weights(layout.bytes, layout.elements) for path, layout in layouts.items()},
+            Weights(size, sum(counts[name] for name in outside)),
+            {
+                path: Weights(layout.bytes, sum(counts[entry.name] for entry in layout.entries))
+                for path, layout in layouts.items()
+            },
             frozenset(idle),
         )
 

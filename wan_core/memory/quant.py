@@ -1,22 +1,24 @@
-"""Linear layers whose weights are stored as 8-bit floats, at half the bytes of bfloat16.
+"""Linear layers whose weights stay in the format that they are stored in, at half the bytes of bfloat16 or fewer.
 
-A scale per row (or per tensor, or none, as a file has it) brings the weights into the range of the format. Layers
-compute in their compute dtype; where the hardware multiplies FP8 numbers they can be told to do that instead.
+A scale brings the numbers into the range of the weights (`formats`). Layers compute in their compute dtype; where the
+hardware multiplies FP8 numbers they can be told to do that instead.
 """
 
 from collections.abc import Callable
 from functools import cache
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .pieces import blocks_of
+from . import formats
+from .formats import WeightFormat, format_of
+from .pieces import blocks_of, weights_of
 
 FP8 = torch.float8_e4m3fn
 """The format of weights that are quantised here: 4 bits of exponent, 3 of mantissa."""
 
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_MAX = torch.finfo(FP8).max
 
 CHUNK = 1 << 18
@@ -58,11 +60,13 @@ def weight_to_fp8(weight: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tens
     return stored, scale
 
 
-class FP8Linear(nn.Linear):
-    """A linear layer with an FP8 weight (out, in), inference only: gradients reach its input, not its weight.
+class QuantisedLinear(nn.Linear):
+    """A linear layer whose weight is held as its format stores it; inference only: gradients reach its input alone.
 
     Attributes:
-        scale: float32 factor of the weight, (out, 1) or (1, 1); None where the stored numbers are the weights.
+        weight: the stored numbers, in the shape that the format gives them; `weight_shape` is that of the weight.
+        scale: float32 factor of the weight, see `WeightFormat.scale_shape`; None where there is none.
+        format: how weight and scale make the weight.
         compute_dtype: of inputs, bias and outputs.
         fp8_matmul: multiply in FP8 where no gradient is asked for, with a scale per row of the input.
     """
@@ -70,10 +74,17 @@ class FP8Linear(nn.Linear):
     scale: Tensor | None
 
     def __init__(
-        self, weight: Tensor, scale: Tensor | None, bias: Tensor | None, compute_dtype: torch.dtype | None = None
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype | None = None,
+        form: WeightFormat | None = None,
     ) -> None:
-        """Takes the tensors as they are; the compute dtype is that of `bias` when it is not given."""
-        out_features, in_features = weight.shape
+        """Takes the tensors as they are; the compute dtype is that of `bias`, the format that of the dtype of `weight`,
+        when they are not given."""
+        self.format = form or format_of(weight.dtype)
+        out_features, in_features = self.format.weight_shape(tuple(weight.shape))
         super().__init__(in_features, out_features, bias is not None, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
@@ -83,22 +94,48 @@ class FP8Linear(nn.Linear):
         self.fp8_matmul = False
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> "FP8Linear":
-        """A plain layer quantised with a scale per row, on the device where it is."""
-        weight, scale = weight_to_fp8(linear.weight.detach())
+    def of(cls, linear: nn.Linear) -> "QuantisedLinear":
+        """A layer in FP8 with a scale per row, on the device where it is."""
+        weight, scale = weight_to_fp8(weight_of(linear).detach())
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls(weight, scale, bias, linear.weight.dtype)
+        return cls(weight, scale, bias, getattr(linear, "compute_dtype", linear.weight.dtype))
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Hold `weight` from now on, as FP8 with a scale per row."""
+        stored, self.scale = weight_to_fp8(weight)
+        self.weight, self.format = nn.Parameter(stored, requires_grad=False), formats.FP8
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def words(self) -> str:
+        """The format in words."""
+        return self.format.describe(None if self.scale is None else tuple(self.scale.shape), tuple(self.weight.shape))
+
+    @property
+    def multiplies_fp8(self) -> bool:
+        """Whether the format is one of FP8 products: a scale per row or for all."""
+        return self.format == formats.FP8 and (self.scale is None or self.scale.shape[1] == 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fp8_matmul and not (torch.is_grad_enabled() and x.requires_grad):
             return self._multiply_fp8(x)
-        weight = self.weight.to(self.compute_dtype)
-        return F.linear(x, weight if self.scale is None else weight.mul_(self.scale), self.bias)
+        return F.linear(x, self.format.dequantise(self.weight, self.scale, self.compute_dtype), self.bias)
 
     def dequantised(self) -> Tensor:
         """The weight that this layer stands for, in float32."""
-        weight = self.weight.float()
-        return weight if self.scale is None else weight.mul_(self.scale)
+        return self.format.dequantise(self.weight, self.scale)
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """The rows from `start` to `end` of that weight."""
+        return self.format.rows(self.weight, self.scale, start, end)
+
+    def some_rows(self, count: int) -> Tensor:
+        """At least `count` evenly spaced rows of that weight, or all."""
+        step = max(1, self.out_features // count)
+        return torch.cat([self.rows(index, index + 1) for index in range(0, self.out_features, step)])
 
     def _multiply_fp8(self, x: Tensor) -> Tensor:
         rows, row_scale = to_fp8(x.reshape(-1, self.in_features))
@@ -110,7 +147,34 @@ class FP8Linear(nn.Linear):
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight={self.weight.dtype}, compute={self.compute_dtype}"
+        product = ", product=FP8" if self.fp8_matmul else ""
+        return f"{super().extra_repr()}, weight={self.words}, compute={self.compute_dtype}{product}"
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight that `layer` computes with: in float32 where it is quantised, else its parameter."""
+    return layer.dequantised() if isinstance(layer, QuantisedLinear) else layer.weight
+
+
+def quantised_layers(module: nn.Module) -> dict[str, QuantisedLinear]:
+    """The quantised layers of `module` by path."""
+    return {path: layer for path, layer in module.named_modules() if isinstance(layer, QuantisedLinear)}
+
+
+def parameter_counts(module: nn.Module) -> dict[str, int]:
+    """How many numbers each parameter and buffer of `module` stands for, whatever bytes they take."""
+    counts = {name: tensor.numel() for name, tensor in weights_of(module).items()}
+    return counts | {f"{path}.weight": prod(layer.weight_shape) for path, layer in quantised_layers(module).items()}
+
+
+def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter and buffer that a file of `module` holds; of quantised layers that of the weight
+    itself, without the scale beside it."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
+    for path, layer in quantised_layers(module).items():
+        shapes[f"{path}.weight"] = layer.weight_shape
+        shapes.pop(f"{path}.scale", None)
+    return shapes
 
 
 def big_linears(module: nn.Module) -> dict[str, nn.Linear]:
@@ -128,14 +192,14 @@ def big_linears(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def quantise(module: nn.Module, should: Callable[[str, nn.Linear], bool] = lambda path, layer: True) -> nn.Module:
-    """Replace the big linear layers that `should` names by FP8 ones, one after the other. Returns `module`.
+    """Replace the big plain layers that `should` names by FP8 ones, one after the other. Returns `module`.
 
     The projections at the ends of VACE blocks are among them: they are as large as those of attention, and what they
     give is added to the token stream like that of any other layer.
     """
     for path, layer in big_linears(module).items():
-        if not isinstance(layer, FP8Linear) and should(path, layer):
-            replace_layer(module, path, FP8Linear.of(layer))
+        if not isinstance(layer, QuantisedLinear) and should(path, layer):
+            replace_layer(module, path, QuantisedLinear.of(layer))
     return module
 
 
@@ -152,9 +216,12 @@ def use_fp8_matmul(module: nn.Module, device: torch.device) -> nn.Module:
         ValueError: it has none, they compute in another dtype than bfloat16, or `device` cannot do it.
     """
     require_fp8_matmul(device, MATMUL_DTYPE)
-    layers = [layer for layer in module.modules() if isinstance(layer, FP8Linear)]
+    quantised = list(quantised_layers(module).values())
+    layers = [layer for layer in quantised if layer.multiplies_fp8]
     if not layers:
-        raise ValueError("fp8_matmul needs FP8 weights, and this model has none; set weights to 'fp8'.")
+        held = f"this model has {quantised[0].words}" if quantised else "this model has none"
+        way = "turn it off" if any(layer.format == formats.FP8 for layer in quantised) else "set weights to 'fp8'"
+        raise ValueError(f"fp8_matmul needs FP8 weights with a scale per row or tensor, and {held}; {way}.")
     for layer in layers:
         require_fp8_matmul(device, layer.compute_dtype)
         layer.fp8_matmul = True

@@ -12,6 +12,7 @@ from .block_stream import BlockStream, Copies, StreamedBlock, copies_for
 from .device import used_bytes
 from .pieces import blocks_of, tables_of, weights_of
 from .plan import Inventory, Placement, place
+from .quant import quantised_layers
 from .slab import Layout, Slab
 
 
@@ -66,10 +67,12 @@ class Residency:
             weight.data = weight.data.to(device)
 
     def rest_as(self, dtype: torch.dtype, works_as: torch.dtype) -> None:
-        """Let the weights of blocks that work in `works_as` rest in `dtype` from now on."""
+        """Let the weights of blocks that work in `works_as` rest in `dtype` from now on; quantised ones stay as they
+        are, with their scales."""
         inside = tuple(f"{path}." for path in blocks_of(self._module()))
+        kept = {f"{path}.{leaf}" for path in quantised_layers(self._module()) for leaf in ("weight", "scale")}
         for name, weight in weights_of(self._module()).items():
-            if name.startswith(inside) and weight.dtype == works_as:
+            if name.startswith(inside) and weight.dtype == works_as and name not in kept:
                 weight.data = weight.data.to(dtype)
                 self.work_dtypes[name] = works_as
 

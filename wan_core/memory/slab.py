@@ -59,10 +59,6 @@ class Layout:
             offset += -(-weight.numel() * entry.dtype.itemsize // ALIGNMENT) * ALIGNMENT
         return cls(tuple(entries), offset)
 
-    @property
-    def elements(self) -> int:
-        return sum(prod(entry.shape) for entry in self.entries)
-
     def fill(self, row: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Copy `weights` into `row`, each in its dtype."""
         for entry in self.entries:
