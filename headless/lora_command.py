@@ -1,11 +1,11 @@
-"""`python -m headless lora`: what a LoRA is and does, converting, merging, extracting."""
+"""`python -m headless lora`: what a LoRA is and does, converting, merging, extracting, fusing into a model."""
 
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..wan_core.adapters.files import DTYPES, LoraFormat, convert, extract_lora
+from ..wan_core.adapters.files import DTYPES, LoraFormat, convert, extract_lora, fuse
 from ..wan_core.adapters.model import Target, report, report_alone, use_lora
 from ..wan_core.adapters.open import REPLACING_KINDS, open_lora
 from ..wan_core.checkpoints.detect import detect_files, require_kind
@@ -13,7 +13,7 @@ from ..wan_core.lora.apply import LoraUse
 from ..wan_core.lora.report import Report
 from ..wan_core.lora.write import FORMATS
 
-HELP = "Say what LoRA files are and what they do to a model; convert, merge or extract them."
+HELP = "Say what LoRA files are and what they do to a model; convert, merge or extract them, or fuse them into it."
 DEFAULT_RANK = 32
 
 LORA_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
@@ -25,8 +25,12 @@ LORA_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "--base": {"metavar": "FILE", "help": "the model to match with, and to extract from"},
     "--out": {"metavar": "FILE", "type": Path, "help": "write one new LoRA made of the files; nothing is overwritten"},
     "--format": {"choices": tuple(FORMATS), "default": "comfyui", "help": "whose names to write (default: comfyui)"},
-    "--dtype": {"choices": tuple(DTYPES), "default": "bf16", "help": "how to store it (default: bf16)"},
+    "--dtype": {"choices": tuple(DTYPES), "help": "how to store it (default: bf16; with --fuse as the model is)"},
     "--rank": {"type": int, "help": f"cut the result to this rank (default: exact; {DEFAULT_RANK} for --extract)"},
+    "--fuse": {
+        "metavar": "FILE",
+        "help": "write this model with the LoRAs in its weights to --out, as ComfyUI loads it; a quantised one as FP8",
+    },
     "--extract": {
         "action": "store_true",
         "help": "FILE is a fine-tuned checkpoint; write its difference from --base as a LoRA to --out",
@@ -47,7 +51,11 @@ def answer(arguments: argparse.Namespace) -> str:
         ValueError: a file cannot be used, or arguments do not go together.
     """
     files = [with_strength(text) for text in arguments.files]
-    form = LoraFormat(arguments.format, arguments.dtype)
+    if arguments.fuse:
+        if not arguments.out or arguments.extract or arguments.base or arguments.rank is not None:
+            raise ValueError("--fuse takes LoRAs, a model and a new file to write, --out; it goes with --dtype alone.")
+        return str(fuse(files, arguments.fuse, arguments.out, arguments.dtype))
+    form = LoraFormat(arguments.format, arguments.dtype or "bf16")
     if arguments.extract:
         if len(files) != 1 or not arguments.base or not arguments.out:
             raise ValueError("--extract takes one fine-tuned checkpoint, its --base and a new file to write, --out.")
@@ -79,7 +87,7 @@ def with_strength(text: str) -> tuple[str, float]:
 
 def _reports(files: list[tuple[str, float]], base: str) -> list[Report]:
     """What each file does to the model at `base`, on top of those before it."""
-    component = require_kind(detect_files(base), REPLACING_KINDS)
+    component = require_kind(detect_files(base, REPLACING_KINDS), REPLACING_KINDS)
     stacked: list[LoraUse] = []
     reports = []
     with Target.of_file(component) as target:

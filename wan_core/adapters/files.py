@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,17 +15,22 @@ from ..atomic import creating_first, partial_path, replacing
 from ..checkpoints.detect import Component, detect_files, require_kind
 from ..checkpoints.diffusers_names import diffusers_name
 from ..checkpoints.load import open_component
+from ..checkpoints.save import save_fp8, save_plain
 from ..checkpoints.write import write_safetensors
-from ..lora.patches import LowRank
+from ..lora.apply import folded
+from ..lora.patches import LowRank, Patch
 from ..lora.read import ADAPTER_METADATA, Skipped
 from ..lora.report import grouped
 from ..lora.write import Merged, Named, encode, extract, merge
 from ..settings import check_choice, check_whole
-from .model import IMAGE_BRANCH, SIZES, canonical, made_for, width_of
+from .model import IMAGE_BRANCH, SIZES, Target, canonical, made_for, use_lora, width_of
 from .open import PEFT_CONFIG, PEFT_FILE, PathLike, open_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_RANK = 4096
+
+FUSED_KINDS = ("dit", "vace", "motion_controller")
+"""Models that LoRAs change."""
 
 OWN_METADATA = (ADAPTER_METADATA, "ss_network_dim", "ss_network_alpha", "ss_network_module", "sshs_model_hash")
 """Metadata of a source that no longer hold for what is written from it."""
@@ -106,7 +113,7 @@ def extract_lora(base: PathLike, tuned: PathLike, out: PathLike, form: LoraForma
     """
     _check_rank(rank)
     _check_free(out, form)
-    first, second = (require_kind(detect_files(path), "dit") for path in (base, tuned))
+    first, second = (require_kind(detect_files(path, ("dit",)), "dit") for path in (base, tuned))
     if first.config != second.config:
         raise ValueError(
             f"{first.name} and {second.name} are models of different structure; extract from a fine-tune of that base."
@@ -117,6 +124,46 @@ def extract_lora(base: PathLike, tuned: PathLike, out: PathLike, form: LoraForma
             return extract(_pairs(first, second, read_base, read_tuned), rank)
 
     return save(extracted, out, form, {}, {"base": first.name, "tuned": second.name, "extracted_rank": rank})
+
+
+def fuse(sources: Sequence[tuple[PathLike, float]], base: PathLike, out: PathLike, dtype: str | None = None) -> Saved:
+    """The checkpoint `base` with `sources`, each at its strength, in its weights: one file at `out`, in the names that
+    ComfyUI loads.
+
+    Args:
+        dtype: of the weights (`DTYPES`); None keeps that of `base`, and writes a quantised one as scaled FP8.
+
+    Raises:
+        ValueError: `out` exists or cannot be written, a source cannot be read, was made for another model, or nothing
+            would change.
+    """
+    _check_free(out, LoraFormat())
+    target = Path(out).expanduser()
+    component = require_kind(detect_files(base, FUSED_KINDS), FUSED_KINDS)
+    changes: dict[str, list[tuple[Patch, float]]] = defaultdict(list)
+    skipped: list[Skipped] = []
+    with Target.of_file(component) as model:
+        for path, strength in sources:
+            bound = use_lora(path, model).bound
+            skipped += bound.skipped
+            for name, patch in bound.patches:
+                if strength and patch.norm() != 0:
+                    changes[name].append((patch, strength))
+    if not changes:
+        raise ValueError(f"Nothing would change in {component.name}: every change is zero, or its strength is.")
+    made = {name: partial(_fused, changes=parts) for name, parts in changes.items()}
+    if component.quantised and dtype is None:
+        save_fp8(component, target, changes=made)
+    else:
+        stored = component.dtype if component.dtype in DTYPES.values() else torch.bfloat16
+        save_plain(component, target, DTYPES[dtype] if dtype else stored, changes=made)
+    ranks = tuple(sorted({patch.rank for parts in changes.values() for patch, _ in parts if patch.rank}))
+    return Saved(Path(out), len(changes), ranks, 0.0, tuple(skipped))
+
+
+@torch.no_grad()
+def _fused(weight: Tensor, changes: Sequence[tuple[Patch, float]]) -> Tensor:
+    return folded(weight.float(), changes, weight.device)
 
 
 def _pairs(
@@ -152,7 +199,7 @@ def save(
                 config.write_text(json.dumps(_peft_config(merged.patches), indent=2), encoding="utf-8")
     path = file.path.parent if form.names == "peft" else file.path
     ranks = tuple(sorted({p.rank for _, p in merged.patches if p.rank}))
-    return Saved(path, len(merged.patches), ranks, merged.error, skipped)
+    return Saved(path, len({name for name, _ in merged.patches}), ranks, merged.error, skipped)
 
 
 def write_lora(

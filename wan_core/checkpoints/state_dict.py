@@ -104,8 +104,8 @@ def replace_weights(
     """Give `module` the weights of a state dict for good, where and how its weights rest; what fits nothing, or was not
     given, comes back.
 
-    Layers that hold quantised weights get the given ones as FP8, with a scale per row. Weights that were views of a file rest
-    in memory from now on. Nothing is changed when an error is raised.
+    Layers that hold quantised weights get the given ones as FP8, with a scale per row. Weights that were views of a
+    file rest in memory from now on. Nothing is changed when an error is raised.
 
     Args:
         tensors: under the module's own names, with or without a prefix, or in any layout that files are read in.

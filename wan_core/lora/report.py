@@ -43,7 +43,8 @@ class Report:
         name: of the file.
         made_for: the model it was trained on, as far as its shapes tell.
         target: the model it was matched with, None when there was none.
-        applied: parameters that are changed; without a model, the modules that the file names.
+        applied: parameters that are changed, each once; those that a patch of zeros, a strength of 0 or a choice of
+            blocks leaves as they are do not count. Without a model, those that the file would change.
         skipped: keys and parameters that are not used, with the reason.
         notes: what the user should know, a sentence each.
         conflicts: sentences on LoRAs that are stacked with this one.
@@ -84,7 +85,7 @@ class Report:
             f"  alpha     {self.alpha}",
             f"  made for  {self.made_for}",
             f"  model     {self.target or 'none given'}",
-            f"  applied   {len(self.applied)}" if self.target else f"  names     {len(self.applied)}",
+            f"  {'applied ' if self.target else 'changes '}  {len(self.applied)} parameters",
             *(f"    {name}" for name in grouped(self.applied)),
             f"  skipped   {len(self.skipped)}",
         ]
@@ -229,7 +230,7 @@ def describe(
             alpha=lora.alpha,
             made_for=made_for,
             target=target,
-            applied=tuple(name for name, _ in patches),
+            applied=tuple(dict.fromkeys(name for name, patch in patches if blocks.factor(name) and patch.norm() != 0)),
             skipped=tuple(skipped),
             notes=tuple(notes),
             conflicts=conflicts(stacked),
