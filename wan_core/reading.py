@@ -64,7 +64,7 @@ def read_json(path: Path, problem: str = "holds no JSON", *, limit: int = JSON_B
 
 def _reason(error: BaseException) -> str:
     """The first line of what `error` says."""
-    line = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
+    line = (str(error).strip().splitlines() or [""])[0][:400].rstrip(".")
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, KeyError):

@@ -22,6 +22,7 @@ from ..lora.patches import LowRank, Patch
 from ..lora.read import ADAPTER_METADATA, Skipped
 from ..lora.report import grouped
 from ..lora.write import Merged, Named, encode, extract, merge
+from ..reading import blamed_on
 from ..settings import check_choice, check_whole
 from .model import IMAGE_BRANCH, SIZES, Target, canonical, made_for, use_lora, width_of
 from .open import PEFT_CONFIG, PEFT_FILE, PathLike, open_lora
@@ -100,7 +101,12 @@ def convert(
     kept = {k: v for k, v in loras[0][0].metadata.items() if k not in OWN_METADATA} if len(loras) == 1 else {}
     origin = {"sources": [{"name": lora.name, "strength": strength} for lora, strength in loras]}
     skipped = tuple(s for _, left in named for s in left)
-    return save(lambda: merge(pairs, rank), out, form, kept, origin, skipped)
+
+    def merged() -> Merged:
+        with blamed_on(" and ".join(lora.name for lora, _ in loras), "cannot be converted"):
+            return merge(pairs, rank)
+
+    return save(merged, out, form, kept, origin, skipped)
 
 
 def extract_lora(base: PathLike, tuned: PathLike, out: PathLike, form: LoraFormat, *, rank: int) -> Saved:
