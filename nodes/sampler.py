@@ -236,7 +236,7 @@ class LoadLatents:
             return str(error)
 
     @classmethod
-    def IS_CHANGED(cls, file: str) -> float:
+    def IS_CHANGED(cls, file: str, **_: Any) -> float:
         return places.saved_file(file).stat().st_mtime
 
     def load(self, file: str, extra_pnginfo: dict[str, Any] | None = None) -> tuple[dict[str, Tensor]]:

@@ -259,8 +259,12 @@ def verdict(file: Path, place: Place, nodes: dict[str, type], watch: Watch) -> t
 
 def attack(count: int, seed: int) -> Iterator[Trial]:
     """Trials drawn from the table and from the files that are broken as a whole; a different one each."""
-    with tempfile.TemporaryDirectory(prefix="wancore_attack_") as folder, _home(Path(folder) / "outside"):
-        place = Place.made(Path(folder).resolve())
+    with tempfile.TemporaryDirectory(prefix="wancore_attack_") as folder:
+        yield from _trials(Place.made(Path(folder).resolve()), count, seed)
+
+
+def _trials(place: Place, count: int, seed: int) -> Iterator[Trial]:
+    with _home(place.root / "outside", place.root / "cache"):
         host.configure(
             device="cpu",
             models_dir=place.root / "models",
@@ -272,7 +276,8 @@ def attack(count: int, seed: int) -> Iterator[Trial]:
         drawn = random.Random(seed).sample(rows, min(count, len(rows)))
         own = (sys.executable, str(host.PACK_FOLDER / "pack.py"))
         compiler = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")  # PyTorch makes it when imported
-        watch = Watch((place.root / "output", place.root / "models", compiler), place.root / "outside", own)
+        own_folders = (place.root / "output", place.root / "models", place.root / "cache", compiler)
+        watch = Watch(own_folders, place.root / "outside", own)
         file = place.root / "workflow.json"
         try:
             for name, text in drawn:
@@ -289,14 +294,16 @@ def _memory() -> int:
 
 
 @contextlib.contextmanager
-def _home(folder: Path) -> Iterator[None]:
-    """A home folder that is out of bounds."""
-    before = os.environ.get("HOME")
-    os.environ["HOME"] = str(folder)
+def _home(folder: Path, cache: Path) -> Iterator[None]:
+    """A home folder that is out of bounds; only what is measured of this machine is kept, in `cache`."""
+    given = {"HOME": str(folder), "XDG_CACHE_HOME": str(cache)}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
     try:
         yield
     finally:
-        os.environ.pop("HOME") if before is None else os.environ.__setitem__("HOME", before)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 @contextlib.contextmanager
