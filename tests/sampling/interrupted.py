@@ -1,5 +1,7 @@
 """A run for a process of its own, which says on every line which step it has done."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,9 +28,16 @@ WINDOWS = {
 }
 
 
-def run(folder: Path | None, solver: str, cache: str, windows: str) -> torch.Tensor:
+def run(
+    folder: Path | None, solver: str, cache: str, windows: str, before_end: Callable[[], object] = bool
+) -> torch.Tensor:
     settings = SamplerSettings(steps=7, seed=4, solver=solver, cache=CACHES[cache], windows=WINDOWS[windows])
-    report = lambda phase, done, total, latents: print(done, flush=True)  # noqa: E731
+
+    def report(phase: str, done: int, total: int, latents: torch.Tensor) -> None:
+        print(done, flush=True)
+        if done == total:
+            before_end()
+
     runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32, on_progress=report)
     checkpoint = Checkpoint(folder, every=1) if folder else None
     return sample(tiny_dit("vace"), conditioning("vace", SIZE), SIZE, settings, runtime, checkpoint=checkpoint)
@@ -36,4 +45,6 @@ def run(folder: Path | None, solver: str, cache: str, windows: str) -> torch.Ten
 
 def main(folder: str, solver: str, cache: str, windows: str, result: str) -> None:
     torch.set_num_threads(1)
-    save_file({"latents": run(Path(folder), solver, cache, windows).contiguous()}, result)
+    # Whoever means to kill this process has time to do so, however busy the machine is.
+    latents = run(Path(folder), solver, cache, windows, before_end=sys.stdin.read)
+    save_file({"latents": latents.contiguous()}, result)

@@ -40,14 +40,14 @@ def test_a_killed_run_goes_on_bit_for_bit(solver, cache, windows, tmp_path):
     command = [sys.executable, "-c", PROGRAM, tmp_path / "kept", solver, cache, windows, result]
     total = 7 * (2 if windows == "chain" else 1)
     at = random.randint(1, total - 1)
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if int(line) == at:
                 process.kill()
                 break
     assert process.wait() == -9
     assert not result.exists()
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    again = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     steps = [int(line) for line in again.stdout.split()]
     assert steps[0] >= at
     assert steps[-1] == total
