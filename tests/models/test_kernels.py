@@ -148,6 +148,18 @@ def test_a_run_goes_on_with_the_kernels_that_it_began_with(measuring, monkeypatc
     torch.testing.assert_close(made(X, sizes=(6,)), X + 1)
 
 
+def test_a_run_records_the_same_kernels_whether_it_measured_them_or_not(measuring):
+    """A kernel that calls an operation itself is timed and left: the first run on a machine must not tell of that."""
+    part = Operation("part", {"only": taking(0), "other": taking(0)})
+    whole = Operation("whole", {"default": taking(0), "slow": lambda x: taking(0.001)(part(x, sizes=(6,)))})
+    records = []
+    for _ in range(2):
+        with kernels.run() as choices:
+            whole(X, sizes=(6,))
+            records.append(dict(choices.used))
+    assert records[0] == records[1] and list(records[1].values()) == ["default"]
+
+
 def test_deterministic_runs_use_the_defaults_whatever_was_measured(measuring, monkeypatch):
     monkeypatch.setattr(kernels, "fastest", lambda *_: pytest.fail("nothing is to be measured"))
     made = operation(a=lambda x: x + 1, b=lambda x: x + 2)
