@@ -39,7 +39,7 @@ def table(trials: dict[str, list[Trial]], seconds: dict[str, float]) -> Iterator
 
 
 def main() -> int:
-    """Run the attacks and print the table; 1 where one found a fault, whose trials are listed."""
+    """Run the attacks, print each fault when it is found, and the table at the end; 1 where there was a fault."""
     parser = argparse.ArgumentParser(prog="python -m tests.attack", description=__doc__)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"kinds of attack (default: all): {', '.join(KINDS)}")
     parser.add_argument("--count", type=int, help="trials of each kind (default: the long run's number of that kind)")
@@ -51,12 +51,15 @@ def main() -> int:
     for kind in options.kinds or KINDS:
         started = time.monotonic()
         module = importlib.import_module(f".{kind}", __package__)
-        trials[kind] = list(module.attack(options.count or KINDS[kind], options.seed))
+        trials[kind] = []
+        for trial in module.attack(options.count or KINDS[kind], options.seed):
+            trials[kind].append(trial)
+            if trial.verdict in FAULTS:
+                number = len(trials[kind])
+                print(f"{kind} {number}: {trial.verdict}: {trial.name}: {trial.detail}", flush=True)
         seconds[kind] = time.monotonic() - started
-    faults = [(kind, trial) for kind, rows in trials.items() for trial in rows if trial.verdict in FAULTS]
     sys.stdout.writelines(f"{line}\n" for line in table(trials, seconds))
-    sys.stdout.writelines(f"{kind}: {trial.verdict}: {trial.name}: {trial.detail}\n" for kind, trial in faults)
-    return 1 if faults else 0
+    return 1 if any(trial.verdict in FAULTS for rows in trials.values() for trial in rows) else 0
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import inventories as inv
-from ..checkpoints.test_pickles import HOSTILE, archive, call, state, text
+from tests.checkpoints import inventories as inv
+from tests.checkpoints.test_pickles import HOSTILE, archive, call, state, text
+
 from . import Trial
 from .child import Child
 from .mutations import pickle_mutations

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from ..checkpoints import inventories as inv
+from tests.checkpoints import inventories as inv
+
 from . import Trial
 from .child import Child
 from .mutations import safetensors_mutations

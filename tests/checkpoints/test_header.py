@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from wancore.wan_core.checkpoints.header import CheckpointError, is_safetensors, read_header
 
-from ..attack.mutations import safetensors_mutations
+from tests.attack.mutations import safetensors_mutations
 
 TENSORS = {
     "a.weight": torch.randn(3, 4),
