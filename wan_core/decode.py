@@ -108,10 +108,12 @@ def _fitting(
     What the device says to have left is no promise either way: when even the smallest tiles seem not to fit into that,
     they are tried. A budget that was given is kept.
     """
+    if budget is None and runtime.unbounded:
+        return None
     plan = (vae.config, vae.dtype, size)
     needed = peak_bytes(*plan, None, what, batch)
     room = runtime.room(needed) if budget is None else budget
-    if room is None or needed <= room:
+    if needed <= room:
         return None
     try:
         tiles = choose_tiles(*plan, room, what, batch)
