@@ -5,14 +5,13 @@ writes beside that costs a warning at most.
 import contextlib
 import itertools
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import Trial
-from .kills import results
-from .processes import Nursery, files, partial_files, scratch
-from .work import Job, prepare
+from .processes import files, partial_files, scratch
+from .work import Bench, bench, results
 
 ROOM = 2**11
 """Bytes that fit on the full disk, for each file: less than any result, more than what a quiet command says."""
@@ -61,47 +60,40 @@ class Case:
 
 CASES = (
     Case("sample", "full", ("--preview-every", "1")),
-    Case("sample", "read-only", ("--preview-every", "1")),
-    Case("sample", "file", ("--preview-every", "1")),
-    Case("sample", "full log"),
     Case("sample", "no room", ("--quiet",), is_made=False),
     Case("convert", "no room", is_made=False),
+    Case("sample", "full log"),
+    Case("sample", "read-only", ("--preview-every", "1")),
+    Case("sample", "file", ("--preview-every", "1")),
     Case("extract", "no room", is_made=False),
     Case("train", "no room", is_made=False),
 )
 
 
-QUICK = 4
+QUICK = 3
 """Trials in the tests."""
 
 
 def attack(count: int, seed: int) -> Iterator[Trial]:
     """All cases, in turns; nothing in them is random."""
-    with scratch("disks") as folder, Nursery() as nursery:
-        jobs, whole = prepare(folder), {}
+    with scratch("disks") as folder:
         for number, case in zip(range(count), itertools.cycle(CASES), strict=False):
-            job = jobs[case.job]
-            if case.job not in whole:
-                alone = folder / f"whole_{case.job}"
-                alone.mkdir()
-                code, said = nursery.run(job.module, job.words(alone), folder / "log")
-                assert code == 0, said
-                whole[case.job] = results(job, alone)
             out = folder / f"trial_{number}"
             out.mkdir()
             try:
-                trial = (made if case.is_made else refused)(nursery, job, case, out, whole[case.job])
+                trial = (made if case.is_made else refused)(bench(), case, out)
             except TimeoutError as error:
                 trial = Trial("", "hang", str(error))
             yield Trial(f"{case.job}, {case.how}", trial.verdict, trial.detail)
 
 
-def made(nursery: Nursery, job: Job, case: Case, out: Path, whole: dict[str, bytes]) -> Trial:
+def made(bench: Bench, case: Case, out: Path) -> Trial:
     """What is written beside the video fails; the video comes."""
+    job, (whole, _) = bench.jobs[case.job], bench.undisturbed(case.job)
     options = {"errors": "/dev/full"} if case.how == "full log" else {}
     around = contextlib.nullcontext() if options else bad_folders(out, case.how)
     with around:
-        code, said = nursery.run(job.module, (*job.words(out), *case.more), out.parent / "log", **options)
+        code, said = bench.nursery.run(job.module, (*job.words(out), *case.more), out.parent / "log", **options)
         found = {name: content for name, content in results(job, out).items() if name.endswith(".mp4")}
     if code:
         return Trial("", "lost", f"ended with {code}: {said[-300:]}")
@@ -113,9 +105,9 @@ def made(nursery: Nursery, job: Job, case: Case, out: Path, whole: dict[str, byt
     return Trial("", "survived") if not partial_files(out) else Trial("", "left over", str(partial_files(out)))
 
 
-def refused(nursery: Nursery, job: Job, case: Case, out: Path, whole: dict[str, bytes]) -> Trial:
+def refused(bench: Bench, case: Case, out: Path) -> Trial:
     """Nothing fits; once there is room, the same command makes everything."""
-    run: Callable[..., tuple[int, str]] = nursery.run
+    job, (whole, _), run = bench.jobs[case.job], bench.undisturbed(case.job), bench.nursery.run
     code, said = run(job.module, (*job.words(out), *case.more), out.parent / "log", room=ROOM)
     if code not in (1, 2) or "too large" not in said or "Traceback" in said:
         return Trial("", "raw", f"ended with {code}: {said[-400:]}")

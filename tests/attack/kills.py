@@ -10,55 +10,37 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import Trial
-from .processes import Nursery, files, partial_files, scratch
-from .work import Job, prepare
+from .processes import files, partial_files, scratch
+from .work import Bench, bench, results
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
-ORDER = ("sample", "convert", "sample", "extract", "train")
+ORDER = ("sample", "convert", "extract", "sample", "train")
 """Sampling, decoding and saving a video are one command; it gets twice as many kills."""
 
 TWICE = 0.3
 """The share of trials in which the second attempt is killed too."""
 
-QUICK = 4
+QUICK = 3
 """Trials in the tests: all kinds of work but a training."""
 
 
 def attack(count: int, seed: int) -> Iterator[Trial]:
     moments = random.Random(seed)
-    with scratch("kills") as folder, Nursery() as nursery:
-        jobs = prepare(folder)
-        whole, seconds = {}, {}
+    with scratch("kills") as folder:
         for number, name in zip(range(count), itertools.cycle(ORDER), strict=False):
-            if name not in whole:
-                for _ in range(2):
-                    # The first time fills caches; what the second takes, an attempt takes.
-                    out = folder / f"whole_{name}_{_}"
-                    out.mkdir()
-                    started = time.monotonic()
-                    code, said = nursery.run(jobs[name].module, jobs[name].words(out), folder / "log")
-                    seconds[name] = time.monotonic() - started
-                    assert code == 0, said
-                whole[name] = results(jobs[name], out)
             kills = [
                 (SIGNALS[(number + again) % 4] if not again else moments.choice(SIGNALS), moments.random())
                 for again in range(1 + (moments.random() < TWICE))
             ]
             out = folder / f"trial_{number}"
             out.mkdir()
-            yield tried(nursery, jobs[name], name, out, kills, seconds[name], whole[name])
+            yield tried(bench(), name, out, kills)
 
 
-def tried(
-    nursery: Nursery,
-    job: Job,
-    name: str,
-    out: Path,
-    kills: list[tuple[str, float]],
-    seconds: float,
-    whole: dict[str, bytes],
-) -> Trial:
+def tried(bench: Bench, name: str, out: Path, kills: list[tuple[str, float]]) -> Trial:
     """One command, killed after these shares of the time that it takes."""
+    nursery, job = bench.nursery, bench.jobs[name]
+    whole, seconds = bench.undisturbed(name)
     told = f"{name}, " + ", then ".join(f"{how} after {share:.3f}" for how, share in kills)
     log, was_ready = out.parent / "log", False
     try:
@@ -87,7 +69,3 @@ def tried(
     if extra or (unfinished and not was_ready):
         return Trial(told, "left over", f"{extra + unfinished}")
     return Trial(told, "survived")
-
-
-def results(job: Job, out: Path) -> dict[str, bytes]:
-    return {file: content for file, content in files(out).items() if job.results(file)}

@@ -8,31 +8,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import Trial
-from .kills import results
 from .processes import ROOT, Nursery, files, partial_files, scratch
-from .work import Job, prepare, training
+from .work import Bench, bench, results, training
 
 PROMPTS = ROOT / "models" / "wancore_prompts"
 """Where runs without ComfyUI keep encoded prompts."""
 
-Kind = Callable[[Nursery, dict[str, Job], Path, float, dict[str, dict[str, bytes]]], Trial]
+Kind = Callable[[Bench, Path, float], Trial]
 
 
-QUICK = 4
-"""Trials in the tests: all kinds of pairs but trainings."""
+QUICK = 3
+"""Trials in the tests: pairs of samplings and of conversions."""
 
 
 def attack(count: int, seed: int) -> Iterator[Trial]:
     moments = random.Random(seed)
-    with scratch("pairs") as folder, Nursery() as nursery:
-        jobs = prepare(folder)
-        whole: dict[str, dict[str, bytes]] = {}
+    with scratch("pairs") as folder:
         for number, (name, kind) in zip(range(count), itertools.cycle(KINDS.items()), strict=False):
             out = folder / f"trial_{number}"
             out.mkdir()
             apart = moments.choice((0.0, moments.random() * 0.3))
             try:
-                trial = kind(nursery, jobs, out, apart, whole)
+                trial = kind(bench(), out, apart)
             except TimeoutError as error:
                 trial = Trial(name, "hang", str(error))
             yield Trial(f"{name}, {apart:.3f} s apart", trial.verdict, trial.detail)
@@ -48,23 +45,13 @@ def both(
     return [(process.wait(), process.output) for process in (first, second)]
 
 
-def undisturbed(nursery: Nursery, job: Job, out: Path, whole: dict[str, dict[str, bytes]], name: str) -> dict:
-    if name not in whole:
-        alone = out.with_name(f"whole_{name}")
-        alone.mkdir()
-        code, said = nursery.run(job.module, job.words(alone), out.parent / "log")
-        assert code == 0, said
-        whole[name] = results(job, alone)
-    return whole[name]
-
-
-def same_run(nursery, jobs, out, apart, whole) -> Trial:
+def same_run(bench: Bench, out: Path, apart: float) -> Trial:
     """Both give a video and its latents, under numbers of their own."""
-    expected = undisturbed(nursery, jobs["sample"], out, whole, "sample")
-    ended = both(nursery, jobs["sample"].module, jobs["sample"].words(out), out, apart)
+    expected = bench.undisturbed("sample")[0]
+    ended = both(bench.nursery, bench.jobs["sample"].module, bench.jobs["sample"].words(out), out, apart)
     if any(code for code, _ in ended):
         return Trial("", "raw", str(ended)[-400:])
-    found = results(jobs["sample"], out)
+    found = results(bench.jobs["sample"], out)
     for suffix in (".mp4", ".latent"):
         (content,) = (content for name, content in expected.items() if name.endswith(suffix))
         made = [own for name, own in found.items() if name.endswith(suffix)]
@@ -74,13 +61,13 @@ def same_run(nursery, jobs, out, apart, whole) -> Trial:
     return clean(out, len(found))
 
 
-def same_name(nursery, jobs, out, apart, whole) -> Trial:
+def same_name(bench: Bench, out: Path, apart: float) -> Trial:
     """Two different videos under one name: both are there."""
-    words = jobs["sample"].words(out)
-    ended = both(nursery, "headless.cli", words, out, apart, (*words, "--set", "Sampler.seed=6"))
+    words = bench.jobs["sample"].words(out)
+    ended = both(bench.nursery, "headless.cli", words, out, apart, (*words, "--set", "Sampler.seed=6"))
     if any(code for code, _ in ended):
         return Trial("", "raw", str(ended)[-400:])
-    found = results(jobs["sample"], out)
+    found = results(bench.jobs["sample"], out)
     for suffix in (".mp4", ".latent"):
         if len({content for name, content in found.items() if name.endswith(suffix)}) != 2:
             return Trial("", "lost", f"{sorted(found)}")
@@ -90,13 +77,13 @@ def same_name(nursery, jobs, out, apart, whole) -> Trial:
 def one_new_file(name: str) -> Kind:
     """One writes the file, the other is told that it may not; or one after the other, both are told the same."""
 
-    def run(nursery, jobs, out, apart, whole) -> Trial:
-        expected = undisturbed(nursery, jobs[name], out, whole, name)
-        ended = both(nursery, jobs[name].module, jobs[name].words(out), out, apart)
+    def run(bench: Bench, out: Path, apart: float) -> Trial:
+        expected = bench.undisturbed(name)[0]
+        ended = both(bench.nursery, bench.jobs[name].module, bench.jobs[name].words(out), out, apart)
         if sorted(code for code, _ in ended) != [0, 2]:
             return Trial("", "raw", str(ended)[-400:])
         (said,) = (said for code, said in ended if code)
-        if results(jobs[name], out) != expected:
+        if results(bench.jobs[name], out) != expected:
             return Trial("", "lost", f"{sorted(files(out))}")
         if "being written by another process" not in said and "exists already" not in said:
             return Trial("", "raw", said[-300:])
@@ -105,37 +92,37 @@ def one_new_file(name: str) -> Kind:
     return run
 
 
-def two_trainings(nursery, jobs, out, apart, whole) -> Trial:
+def two_trainings(bench: Bench, out: Path, apart: float) -> Trial:
     """One trains as if it were alone, the other is told of it, or finds it finished."""
-    expected = undisturbed(nursery, jobs["train"], out, whole, "train")
-    ended = both(nursery, "trainer.run", jobs["train"].words(out), out, apart)
+    expected = bench.undisturbed("train")[0]
+    ended = both(bench.nursery, "trainer.run", bench.jobs["train"].words(out), out, apart)
     codes = sorted(code for code, _ in ended)
     if codes not in ([0, 2], [0, 0]):
         return Trial("", "raw", str(ended)[-400:])
     if codes == [0, 2] and "Another training is at work" not in "".join(said for code, said in ended if code == 2):
         return Trial("", "raw", str(ended)[-400:])
-    if results(jobs["train"], out) != expected:
+    if results(bench.jobs["train"], out) != expected:
         return Trial("", "lost", f"{sorted(files(out))}")
     return clean(out)
 
 
-def one_cache(nursery, jobs, out, apart, whole) -> Trial:
+def one_cache(bench: Bench, out: Path, apart: float) -> Trial:
     """Two trainings in folders of their own fill one cache of encoded samples."""
     folders = [out / "a", out / "b"]
-    words = [training(out.parent, folder, cache_dir=str(out / "cache")) for folder in folders]
-    ended = both(nursery, "trainer.run", words[0], out, apart, words[1])
+    words = [training(bench.folder, folder, cache_dir=str(out / "cache")) for folder in folders]
+    ended = both(bench.nursery, "trainer.run", words[0], out, apart, words[1])
     if any(code for code, _ in ended):
         return Trial("", "raw", str(ended)[-400:])
-    first, second = (results(jobs["train"], folder) for folder in folders)
+    first, second = (results(bench.jobs["train"], folder) for folder in folders)
     return clean(out) if first == second else Trial("", "lost", "the two differ")
 
 
-def text_cache(nursery, jobs, out, apart, whole) -> Trial:
+def text_cache(bench: Bench, out: Path, apart: float) -> Trial:
     """Two runs keep the same prompts in one folder; both are right, and so is what they keep."""
     shutil.rmtree(PROMPTS, ignore_errors=True)
-    words = (*jobs["sample"].words(out / "a"), "--set", "Prompt.cache_on_disk=true")
-    other = (*jobs["sample"].words(out / "b"), "--set", "Prompt.cache_on_disk=true")
-    ended = both(nursery, "headless.cli", words, out, apart, other)
+    words = (*bench.jobs["sample"].words(out / "a"), "--set", "Prompt.cache_on_disk=true")
+    other = (*bench.jobs["sample"].words(out / "b"), "--set", "Prompt.cache_on_disk=true")
+    ended = both(bench.nursery, "headless.cli", words, out, apart, other)
     if any(code for code, _ in ended):
         return Trial("", "raw", str(ended)[-400:])
     made = [[v for k, v in files(out / side).items() if k.endswith(".latent")] for side in ("a", "b")]
