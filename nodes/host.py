@@ -31,6 +31,7 @@ try:
     import comfy.utils as comfy_utils
     import folder_paths
     import latent_preview
+    from comfy_execution.utils import get_executing_context
 except ImportError:
     model_management = comfy_utils = folder_paths = latent_preview = latent_formats = clip_vision = None
 
@@ -167,6 +168,12 @@ def prompt_server() -> Any | None:
     # It is loaded by the time that any node runs; a script that only imports ComfyUI's parts has none.
     module = sys.modules.get("server") if comfy_utils else None
     return getattr(getattr(module, "PromptServer", None), "instance", None)
+
+
+def executing() -> tuple[str, str] | None:
+    """The ids of the prompt and of the node that ComfyUI runs in this thread; None outside of a run."""
+    context = get_executing_context() if comfy_utils else None
+    return context and (context.prompt_id, context.node_id)
 
 
 def memory_left() -> float | None:

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
+from wancore.headless.folders import Folders
 from wancore.headless.server import Server
 from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
@@ -135,3 +136,62 @@ def test_a_run_that_is_stopped_goes_on(server, prompt, folders, comfy_server):
         run_on_server(Workflow.from_api(prompt), server, folders, on_event=watch)
     assert resumed[0] >= 5
     assert list((comfy_server.base / "output" / "wancore").glob("unfinished_*.safetensors"))
+
+
+@pytest.fixture
+def slow_to_decode(prompt) -> Workflow:
+    """Two steps, and a video that takes a while to decode."""
+    sampler = next(node for node in prompt.values() if node["class_type"] == "WanCoreSampler")
+    sampler["inputs"] |= {"steps": 2, "width": 256, "height": 256, "num_frames": 33}
+    del sampler["inputs"]["cache"]
+    return Workflow.from_api(prompt)
+
+
+def leave(workflow: Workflow, server: Server, folders: Folders, kind: str, class_type: str, how=lambda: None) -> None:
+    """Run `workflow` up to the first event of that kind from a node of that class; then do `how`, and stop the run."""
+
+    def follow(event):
+        if event.kind == kind and event.node.class_type == class_type:
+            how()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_on_server(workflow, server, folders, on_event=follow)
+
+
+def finish(workflow: Workflow, server: Server, folders: Folders, kept: Path) -> None:
+    """Run `workflow` to its end: nothing is sampled, there is one video, and its latents are kept once."""
+    events = []
+    (video,) = run_on_server(workflow, server, folders, on_event=events.append).files
+    assert "WanCoreVAEDecode" in {event.node.class_type for event in events if event.kind == "progress"}
+    assert "WanCoreSampler" not in {event.node.class_type for event in events if event.kind == "progress"}
+    with av.open(str(video)) as container:
+        assert len(list(container.decode(video=0))) == 33
+    wait_for(lambda: not list(kept.glob("unfinished_*")))
+
+
+def test_after_kills_while_decoding_and_saving_nothing_is_sampled_again(slow_to_decode, folders, serve, tmp_path):
+    base = tmp_path / "comfy"
+    base.mkdir()
+    for kind, class_type in (("progress", "WanCoreVAEDecode"), ("start", "SaveVideo")):
+        with serve(base) as comfy:
+            leave(slow_to_decode, Server(comfy.url), folders, kind, class_type, comfy.process.kill)
+        assert sorted(path.suffix for path in (base / "output" / "wancore").iterdir()) == [".latent", ".safetensors"]
+    with serve(base) as comfy:
+        finish(slow_to_decode, Server(comfy.url), folders, base / "output" / "wancore")
+    assert [path.name for path in (base / "output" / "wancore").iterdir()] == ["wancore_00001_.latent"]
+    assert [path.name for path in (base / "output" / "video").iterdir()] == ["wancore_t2v_00001_.mp4"]
+
+
+def test_a_run_whose_decoding_was_stopped_is_forgotten_once_its_video_is_saved(
+    slow_to_decode, server, folders, comfy_server
+):
+    """Its sampler is not run again then, because ComfyUI has its result in the cache."""
+    kept = comfy_server.base / "output" / "wancore"
+    for unfinished in kept.glob("unfinished_*"):
+        unfinished.unlink()
+    for _ in range(2):
+        leave(slow_to_decode, server, folders, "progress", "WanCoreVAEDecode")
+        wait_for(lambda: not any(server.queue().values()))
+        assert len(list(kept.glob("unfinished_*"))) == 1
+    finish(slow_to_decode, server, folders, kept)
