@@ -292,7 +292,7 @@ def models_dir() -> Path:
     """Root of `<org>/<repo>` folders as ModelScope lays them out, and of ComfyUI's model folders."""
     if folder_paths:
         return Path(folder_paths.models_dir)
-    return models_folder(_standalone.models_dir or PACK_FOLDER / "models")
+    return models_folder(_standalone.models_dir or PACK_FOLDER / "models").absolute()
 
 
 def in_comfyui() -> bool:
@@ -307,12 +307,12 @@ def typed_names() -> frozenset[str]:
 
 def input_dir() -> Path:
     """The folder of pictures, clips and data sets."""
-    return Path(folder_paths.get_input_directory()) if folder_paths else _standalone.input_dir
+    return Path(folder_paths.get_input_directory()) if folder_paths else _standalone.input_dir.absolute()
 
 
 def temp_dir() -> Path:
     """The folder of files that nobody keeps, made when it is absent."""
-    folder = Path(folder_paths.get_temp_directory()) if folder_paths else _standalone.output_dir / "temp"
+    folder = Path(folder_paths.get_temp_directory()) if folder_paths else output_dir() / "temp"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -334,7 +334,7 @@ def model_folders(folder: str) -> list[Path]:
 
 def output_dir() -> Path:
     """The folder that results go to."""
-    return Path(folder_paths.get_output_directory()) if folder_paths else _standalone.output_dir
+    return Path(folder_paths.get_output_directory()) if folder_paths else _standalone.output_dir.absolute()
 
 
 def prompts_dir() -> Path:

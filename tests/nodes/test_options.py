@@ -205,6 +205,14 @@ def test_a_run_cut_off_after_its_last_step_goes_on_there(loaded, models, tmp_pat
     assert len(list(folder.glob("*.latent"))) == 2
 
 
+@pytest.mark.parametrize("place", [host.models_dir, host.input_dir, host.output_dir, host.temp_dir])
+def test_folders_mean_the_same_to_a_process_that_works_elsewhere(place, tmp_path, monkeypatch):
+    """As those of a training do, and what checks its data."""
+    monkeypatch.chdir(tmp_path)
+    host.configure(models_dir=Path("models"), input_dir=Path("in"), output_dir=Path("out"))
+    assert place().is_absolute() and place().is_relative_to(tmp_path)
+
+
 def test_a_full_disk_costs_what_is_kept_and_not_the_run(loaded, models, tmp_path, caplog):
     plain = sampled(loaded)["samples"]
     host.configure(device="cpu", models_dir=models, output_dir=tmp_path / "out", preview_every=1)
