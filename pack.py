@@ -17,14 +17,26 @@ NAME = "wancore"
 
 
 def load_pack() -> ModuleType:
-    """The pack as the package `wancore`, with `wancore.wan_core`, `wancore.nodes` and so on inside it."""
+    """The pack as the package `wancore`, with `wancore.wan_core`, `wancore.nodes` and so on inside it.
+
+    A Python without the packages of requirements.txt ends here with exit code 2 and a line that says what to do.
+    """
     if NAME not in sys.modules:
         spec = importlib.util.spec_from_file_location(
             NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
         )
         module = importlib.util.module_from_spec(spec)
         sys.modules[NAME] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except ModuleNotFoundError as error:
+            if error.name.partition(".")[0] == NAME:
+                raise
+            sys.stderr.write(
+                f"{sys.executable} has no package {error.name}. Use the Python in .venv, which `python quickstart.py` "
+                "makes, or install requirements.txt into this one.\n"
+            )
+            raise SystemExit(2) from None
     return sys.modules[NAME]
 
 

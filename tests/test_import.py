@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 LOAD = """
@@ -54,3 +56,11 @@ def test_the_library_stands_alone(tmp_path):
     code = "from wan_core import WanVideoPipeline, ModelConfig, save_video, load_video"
     check = "import sys; assert not {'comfy', 'nodes', 'folder_paths'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", f"{code}; {check}"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("command", [("-m", "headless"), ("-m", "trainer.recipe"), ("trainer/train.py",)])
+def test_a_python_without_torch_is_told_in_a_line(command):
+    """`-S` leaves installed packages out."""
+    done = subprocess.run([sys.executable, "-S", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "has no package" in done.stderr and ".venv" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
