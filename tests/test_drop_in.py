@@ -32,6 +32,7 @@ CPU = torch.device("cpu")
 SMALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "seed": 1, "output_type": "latent"}
 PATTERNS = ("diffusion_pytorch_model*.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth")
 PICTURE = Image.new("RGB", (40, 30), "red")
+LORA_TENSORS = {f"blocks.0.self_attn.q.lora_{factor}.default.weight": torch.ones(1) for factor in "AB"}
 
 # Names and defaults in their order, at 9bb51fe8; what later revisions put in between is for other families of models.
 CALL = {
@@ -174,6 +175,8 @@ def test_the_vace_branch_is_a_part_of_its_own(load):
         (lambda w: dict(list(w.items())[1:]), "1 missing"),
         (lambda w: {**w, "head.modulation": torch.ones(1, 2, 5)}, r"head\.modulation \[1, 2, 5\] instead of"),
         (lambda w: {"decoder.conv1.weight": torch.ones(2)}, "does not fit WanDiT"),
+        (lambda w: LORA_TENSORS, "It holds a LoRA, which pipe.load_lora applies"),
+        (lambda w: {**w, **LORA_TENSORS}, "It holds a LoRA, which pipe.load_lora applies"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_and_change_nothing(load, change, words):

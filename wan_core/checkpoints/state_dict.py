@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..lora.naming import is_lora
 from ..memory.quant import QuantisedLinear, weight_shapes
 from ..memory.residency import Residency
 from ..runtime import usable_device
@@ -133,10 +134,10 @@ def replace_weights(
         fatal |= {"missing": missing, "unknown": unexpected}
     problems = [f"{len(names)} {what}: {_first(names)}" for what, names in fatal.items() if names]
     if problems:
-        raise CheckpointError(
-            f"The state_dict does not fit {type(module).__name__}; {'; '.join(problems)}. Give what was saved of the "
-            "same model."
-        )
+        advice = "Give what was saved of the same model"
+        if is_lora(unexpected):
+            advice = "It holds a LoRA, which pipe.load_lora applies, with the weights that are saved beside it"
+        raise CheckpointError(f"The state_dict does not fit {type(module).__name__}; {'; '.join(problems)}. {advice}.")
     reader, residency = GivenTensors(tensors), Residency.of(module)
     for name, source in sources.items():
         if name in shapes:
