@@ -205,6 +205,18 @@ def test_a_lock_ends_with_its_holder(tmp_path):
         assert mine
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
+def test_only_a_file_is_locked(tmp_path):
+    """Without a reader, opening a pipe waits without end."""
+    pipe = tmp_path / "events.jsonl"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    for path in (pipe, tmp_path):
+        with pytest.raises(OSError, match=rf"is no file: '.*{path.name}'"), locked(path):
+            pass
+    os.close(reader)
+
+
 def test_without_locks_nothing_is_cleaned_and_a_claim_holds(tmp_path, monkeypatch):
     """As on network drives that have none: a partial file may be another machine's."""
     monkeypatch.setattr(atomic, "try_lock", lambda file: None)

@@ -72,6 +72,8 @@ def require_own_outputs(folder: Path, identity: Mapping[str, Any]) -> None:
 
 def _is_record(file: Path) -> bool:
     """Whether a training of ours wrote its settings into `file`."""
+    if not file.is_file():
+        return False
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -165,8 +165,10 @@ def locked(path: Path) -> Iterator[bool]:
     is held: not where another process or thread holds it. Reading and writing it need no lock.
 
     Raises:
-        OSError: it cannot be opened for writing.
+        OSError: it cannot be opened for writing, or is no file: a pipe would be waited for without end.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is there and is no file", str(path))
     with path.open("ab") as file:
         yield try_lock(file) is not False
 

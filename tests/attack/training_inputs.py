@@ -254,6 +254,10 @@ def _special() -> Iterator[Case]:
         (("fifo.pth",), ('--model_paths=["ROOT/fifo.pth"]',), "fifo.pth"),
         (("out", "cache", "hashes.json"), (), "hashes"),
         (("out", "events.jsonl"), (), "events"),
+        (("out", "config.json"), (), "config.json"),
+        (("out", "step-1.safetensors"), (), "step-1"),
+        (("out", "states", "step-0000001", "progress.json"), (), "progress.json"),
+        (("out", "data_process.json"), ("--task=sft:train", "--dataset_base_path=ROOT/out"), "no data was encoded"),
     ):
         yield Case(f"FIFO {path[-1]}", (told,), _then(_fifo(*path), *words))
     rank = _then(_no_spoil, "--lora_checkpoint=ROOT/lora.safetensors", "--lora_rank=3", "--output_path=ROOT/new")
