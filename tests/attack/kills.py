@@ -51,7 +51,8 @@ def tried(bench: Bench, name: str, out: Path, kills: list[tuple[str, float]]) ->
             process.wait()
             if how != "SIGKILL" and (left := partial_files(out)):
                 return Trial(told, "left over", f"after {how}: {left}")
-            was_ready = was_ready or results(job, out).keys() >= whole.keys()
+            if was_ready := results(job, out).keys() >= whole.keys():
+                break  # it was faster than the kill, and once more would make the same once more
         if not was_ready or name == "train":
             code, said = nursery.run(job.module, job.words(out), log)
             if code:
