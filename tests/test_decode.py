@@ -207,11 +207,12 @@ def test_latents_without_numbers_are_refused_before_a_frame_is_asked_for(vae):
         decode_pieces(vae, torch.full((1, 16, 1, 4, 4), float("nan")), AUTO, RUNTIME)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("tiles", [AUTO, TileSettings(size=(4, 4), stride=(3, 3))])
-def test_pixels_without_numbers_are_refused_although_the_latents_are_sound(vae, tiles):
+def test_pixels_without_numbers_are_refused_although_the_latents_are_sound(vae, tiles, value):
     broken = copy.deepcopy(vae)
     with torch.no_grad():
-        list(broken.decoder.parameters())[-1].fill_(float("nan"))
+        list(broken.decoder.parameters())[-1].fill_(value)
     with pytest.raises(NonFiniteError, match="of the decoded pixels are NaN"):
         decode(broken, torch.zeros(1, 16, 2, 5, 4), tiles, RUNTIME)
 

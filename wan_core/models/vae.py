@@ -1,5 +1,6 @@
 """The Wan 2.1 causal video autoencoder, streamed in time and tiled in space."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -219,11 +220,11 @@ class WanVAE(nn.Module):
         """
         size, stride = self._decoded_size(latents), VAE_STRIDE[1] * self.config.upscale
         if tiles and len(tiles.plan(*latents.shape[3:])) > 1:
-            yield self._assemble(self.decode_chunks, latents, size, stride, 1, tiles, on_chunk).clamp_(-1, 1)
+            yield _in_range(self._assemble(self.decode_chunks, latents, size, stride, 1, tiles, on_chunk))
             return
         report = _Counter(latents.shape[2], on_chunk)
         for chunk in self.decode_chunks(latents):
-            yield chunk.to(latents.device, torch.float32).clamp(-1, 1)
+            yield _in_range(chunk.to(latents.device, torch.float32))
             report()
 
     def _decoded_size(self, latents: Tensor) -> tuple[int, ...]:
@@ -292,6 +293,14 @@ class _Counter:
         self.done += 1
         if self.on_chunk is not None:
             self.on_chunk(self.done, self.total)
+
+
+def _in_range(pixels: Tensor) -> Tensor:
+    """The pixels (B, C, T, H, W), in place, from -1 to 1. Infinity becomes NaN: an overflow is no bright pixel."""
+    for start in range(0, pixels.shape[2], VAE_STRIDE[0]):
+        frames = pixels[:, :, start : start + VAE_STRIDE[0]]
+        frames.masked_fill_(frames.isinf(), math.nan).clamp_(-1, 1)
+    return pixels
 
 
 def fill(out: Tensor, chunks: Iterable[Tensor], report: Callable[[], None] = lambda: None) -> None:
