@@ -11,8 +11,9 @@ from typing import Any
 
 from ..wan_core.atomic import clean, locked
 from .config import TrainConfig
+from .events import read_events
 from .export import WEIGHTS, Exporter
-from .watching import EVENTS, SAMPLES
+from .watching import CHART, EVENTS, SAMPLES
 
 log = logging.getLogger("wancore")
 
@@ -64,6 +65,12 @@ def require_own_outputs(folder: Path, identity: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{folder / CONFIG} exists already and is not the record of a training; nothing is overwritten. Choose "
             "another --output_path or move it away."
+        )
+    chart = folder / CHART
+    if chart.is_file() and not any(event["event"] == "step" for event in read_events(folder / EVENTS)):
+        raise ValueError(
+            f"{chart} exists already and no training was in {folder}; nothing is overwritten. Choose another "
+            "--output_path or move it away."
         )
     for file in sorted(folder.glob("*.safetensors")):
         if WEIGHTS.fullmatch(file.name):

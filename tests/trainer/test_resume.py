@@ -210,6 +210,14 @@ def test_an_unrelated_file_of_settings_is_left_alone(shared, tmp_path):
         assert file.read_text() == content and not list(tmp_path.glob("*.safetensors"))
 
 
+def test_a_chart_of_somebody_else_is_left_alone(shared, tmp_path):
+    (tmp_path / "loss.png").write_bytes(b"of my own")
+    for _ in range(2):  # what a refused run writes down does not make the chart its own
+        with pytest.raises(ValueError, match=r"loss\.png exists already"):
+            run(config(shared, tmp_path))
+    assert (tmp_path / "loss.png").read_bytes() == b"of my own" and not list(tmp_path.glob("*.safetensors"))
+
+
 def test_a_run_whose_states_are_all_damaged_does_not_start_over(shared, tmp_path):
     settings = config(shared, tmp_path, save_steps=1)
     run(settings)
