@@ -188,10 +188,17 @@ class Examples:
             pixels=frames_to_pixels(media.frames)[0] if "vae" in self.config.trainable_models else None,
         )
 
-    def fill(self, rank: int = 0, world: int = 1, on_progress: Callable[[int, int], None] | None = None) -> None:
+    def fill(
+        self,
+        rank: int = 0,
+        world: int = 1,
+        on_progress: Callable[[int, int], None] | None = None,
+        stops: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Encode what the cache lacks, this process's share of it, with the text encoder gone before the others load.
 
-        Call `encoders.free()` afterwards; nothing is encoded again. `on_progress` is called as (done, total).
+        Call `encoders.free()` afterwards; nothing is encoded again. `on_progress` is called as (done, total), and
+        `stops` before each: whether to leave the others for another time.
 
         Raises:
             ValueError: a file cannot be read; the message names the row.
@@ -204,6 +211,8 @@ class Examples:
         mine = choices[rank::world]
         total = len(texts) + len(mine)
         for done, work in enumerate((*texts, *mine), 1):
+            if stops():
+                return
             if isinstance(work, str):
                 self._fill_one(self._text_parts(work), lambda caption=work: self._text(caption))
             else:

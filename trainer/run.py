@@ -67,7 +67,10 @@ learning rate, are there to be changed. Data and models are known by their conte
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: after how many of its steps, and whether it was stopped before the last."""
+    """How a run ended: after how many of its steps, and whether it was stopped before the last.
+
+    A run that only encodes has none; one that was stopped has the rows for its total.
+    """
 
     steps: int
     total: int
@@ -149,7 +152,8 @@ class _Run:
         encoders = Encoders(found, self.dtype, self.accelerator.device)
         cache = LatentCache(config.cache_folder) if config.caches else None
         if config.task == "sft:data_process":
-            self._fill(Examples((*rows, *held_out), found, encoders, config, cache))
+            if self._fill(Examples((*rows, *held_out), found, encoders, config, cache)):
+                return self._stopped_encoding(0, len(rows) + len(held_out))
             return self._encoded()
         identity = _identity(config, data.fingerprint, found)
         earlier = self._earlier(identity)
@@ -163,7 +167,8 @@ class _Run:
         if earlier is not None and earlier[1].step >= plan.total:
             return self._ended_before(earlier[1], plan.total)
         clips = Examples(held_out, found, encoders, replace(config, dataset_repeat=1), cache)
-        self._fill(Examples((*rows, *held_out), found, encoders, config, cache))
+        if self._fill(Examples((*rows, *held_out), found, encoders, config, cache)):
+            return self._stopped_encoding(earlier[1].step if earlier else 0, plan.total)
         watcher = self._watcher(examples, clips)
         trainables = self._trainables(found, encoders)
         if cache is not None:
@@ -247,6 +252,16 @@ class _Run:
         self.events.emit("end", step=0, total=0, stopped=False, saved=0)
         return Result(0, 0)
 
+    def _stopped_encoding(self, step: int, total: int) -> Result:
+        """The end of a run that was stopped before its first step."""
+        if self.is_main:
+            log.info(
+                "Stopped while the data was being encoded. Start the same command again to go on from %s.",
+                self.config.cache_folder,
+            )
+        self.events.emit("end", step=step, total=total, stopped=True, saved=step)
+        return Result(step, total)
+
     def _ended_before(self, progress: Progress, total: int) -> Result:
         """The end of a run that has no steps left."""
         now = self.config.resolved()
@@ -284,12 +299,15 @@ class _Run:
             )
         return rows[:count], rows[count:]
 
-    def _fill(self, examples: Examples) -> None:
-        """Fill the cache, each process a share of it."""
-        if examples.cache is not None:
-            index, world = self.accelerator.process_index, self.accelerator.num_processes
-            examples.fill(index, world, lambda done, total: self.events.emit("cache", done=done, total=total))
-            self.accelerator.wait_for_everyone()
+    def _fill(self, examples: Examples) -> bool:
+        """Fill the cache, each process a share of it; whether any of them was asked to stop meanwhile."""
+        if examples.cache is None:
+            return False
+        index, world = self.accelerator.process_index, self.accelerator.num_processes
+        stops = self.stop.__bool__
+        examples.fill(index, world, lambda done, total: self.events.emit("cache", done=done, total=total), stops)
+        asked = torch.tensor(float(stops()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum").item())
 
     def _earlier(self, identity: Mapping[str, Any]) -> tuple[Path, Progress] | None:
         """The state to continue from, with its folder; None for a new run.

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from wancore.trainer.cache import LatentCache
 from wancore.trainer.state import StateError
 from wancore.trainer.stopping import QUIT_NOW
 from wancore.wan_core.atomic import locked, partial_path
@@ -216,6 +217,23 @@ def test_a_chart_of_somebody_else_is_left_alone(shared, tmp_path):
         with pytest.raises(ValueError, match=r"loss\.png exists already"):
             run(config(shared, tmp_path))
     assert (tmp_path / "loss.png").read_bytes() == b"of my own" and not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("task", ["sft", "sft:data_process"])
+def test_a_run_is_stopped_while_it_encodes_and_goes_on_from_there(shared, tmp_path, monkeypatch, task):
+    settings = config(shared, tmp_path, cache="disk", cache_dir=str(tmp_path / "cache"), task=task)
+    put = LatentCache.put
+
+    def put_and_stop(cache, *arguments):
+        put(cache, *arguments)
+        (tmp_path / "stop").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LatentCache, "put", put_and_stop)
+        result = run(settings)
+    assert result.stopped and result.steps == 0 and events(tmp_path, "end")[-1]["stopped"]
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1 and not (tmp_path / "stop").exists()
+    assert not run(settings).stopped
 
 
 def test_a_run_whose_states_are_all_damaged_does_not_start_over(shared, tmp_path):
