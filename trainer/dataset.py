@@ -13,9 +13,13 @@ from typing import Any
 
 from ..wan_core.folders import files_below
 from ..wan_core.media import CLIP_SUFFIXES, PICTURE_SUFFIXES, MediaError, frame_files, probe
+from ..wan_core.reading import read_text
 from .config import TrainConfig
 from .flags import ConfigError, is_nameable
 from .inputs import INPUTS
+
+JSON_BYTES = 2**28
+"""How long a table in one JSON value may be: it is in memory as a whole, in several times its length."""
 
 CAPTION = "prompt"
 TARGETS = ("video", "image")
@@ -113,6 +117,8 @@ def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(f"Metadata is read from {', '.join(readers)} files; got {path.name}.")
+    if path.stat().st_size > JSON_BYTES and reader is _json_rows:
+        raise ConfigError(f"{path} has more than {JSON_BYTES >> 20} MiB; JSON Lines (.jsonl) are read row by row.")
     try:
         yield from reader(path)
     except UnicodeDecodeError as error:
@@ -166,13 +172,11 @@ def _folder_rows(folder: Path, left_out: list[str]) -> Iterator[dict[str, Any]]:
                 continue
         wanted = path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
         row = {TARGETS[0]: str(name)}
+        beside = texts.pop(str(wanted).lower(), wanted)
         try:
-            beside = texts.pop(str(wanted).lower(), wanted)
-            row[CAPTION] = beside.read_text(encoding="utf-8-sig").strip()
-        except FileNotFoundError:
-            row[BROKEN] = f"there is no caption file {wanted.name} beside it"
-        except (OSError, UnicodeDecodeError) as error:
-            row[BROKEN] = f"the caption file {wanted.name} is not UTF-8 text: {error}"
+            row[CAPTION] = read_text(beside, "is no caption").strip()
+        except ValueError as error:
+            row[BROKEN] = str(error) if beside.exists() else f"there is no caption file {wanted.name} beside it"
         yield row
     left_out += [f"{path.relative_to(folder)} (no picture or clip has that name)" for path in texts.values()]
 

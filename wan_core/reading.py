@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+TEXT_BYTES = 16 * 2**20
+"""How long a text file may be: a pose for each of 10,000 frames has 2 MB."""
+
 JSON_BYTES = 4 * 2**20
 """How long a JSON file may be that a stranger may have made. Parsed, the worst kind takes thirty times its length."""
 
@@ -55,11 +58,25 @@ def read_json(path: Path, problem: str = "holds no JSON", *, limit: int = JSON_B
         ValueError: there is no regular file, it is longer than `limit`, no UTF-8, no JSON, or nested too deeply.
     """
     with blamed_on(path, problem, **blame):
-        if not path.is_file():
-            raise ValueError("it does not exist or is no file")
-        if path.stat().st_size > limit:
-            raise ValueError(f"it has {path.stat().st_size} bytes, and at most {limit} are read")
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(_text(path, limit))
+
+
+def read_text(path: Path, problem: str = "cannot be read as text", *, limit: int = TEXT_BYTES, **blame: Any) -> str:
+    """The UTF-8 text of the file at `path`, without a byte order mark; arguments are those of `read_json`.
+
+    Raises:
+        ValueError: there is no regular file, it is longer than `limit`, or no UTF-8.
+    """
+    with blamed_on(path, problem, **blame):
+        return _text(path, limit)
+
+
+def _text(path: Path, limit: int) -> str:
+    if not path.is_file():
+        raise ValueError("it does not exist or is no file")
+    if path.stat().st_size > limit:
+        raise ValueError(f"it has {path.stat().st_size} bytes, and at most {limit} are read")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def _reason(error: BaseException) -> str:

@@ -260,6 +260,10 @@ def test_a_file_that_is_none(tmp_path):
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match=r"binary\.txt.*text"):
         CameraPath.from_file(tmp_path / "binary.txt")
+    with (tmp_path / "long.txt").open("wb") as stream:
+        stream.truncate(2**40)
+    with pytest.raises(ValueError, match=r"long\.txt.*1099511627776 bytes, and at most"):
+        CameraPath.from_file(tmp_path / "long.txt")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..reading import read_text
 from .pose_rows import DEFAULT_ORIGIN, LENS, MATRIX, PoseRow, check_row, pose_row, rows_from_text
 from .rotation import slerp
 
@@ -89,10 +90,7 @@ class CameraPath:
             ValueError: there is no such text file or no row in it, or a line is not one; the message names the file
                 and the line.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"The pose file {path} cannot be read as text: {error}") from error
+        text = read_text(Path(path))
         return cls(tuple(rows_from_text(text, f"The pose file {path}")))
 
     @classmethod
