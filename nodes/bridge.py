@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..wan_core.budget.room import size_held
 from ..wan_core.checkpoints.adopt import adopt, describe_weights
 from ..wan_core.models.vae import WanVAE
-from ..wan_core.types import Conditioning, VideoSize
+from ..wan_core.types import Conditioning
 from . import host, sockets
 from .loaders import DTYPES, choose_dtype
 from .native import Native, from_native, to_native
@@ -75,7 +76,7 @@ class ToConditioning:
     def convert(
         self, conditioning: Conditioning, width: int, height: int, num_frames: int
     ) -> tuple[Native, Native, dict[str, Tensor], int]:
-        size = VideoSize.rounded(width, height, num_frames)
+        size = size_held(width, height, num_frames)
         positive, negative, empty, trim = to_native(conditioning, size, host.clip_vision_output)
         return positive, negative, {"samples": empty}, trim
 

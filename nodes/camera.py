@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ..wan_core.budget.room import size_held
 from ..wan_core.conditioning.camera import camera_conditioning
 from ..wan_core.conditioning.camera_path import DEFAULT_SPEED, MODES, MOVES, CameraPath
 from ..wan_core.conditioning.camera_picture import trajectory_picture
 from ..wan_core.conditioning.pose_rows import origin_from_text
 from ..wan_core.media import frames_to_tensor
 from ..wan_core.settings import check_choice
-from ..wan_core.types import Conditioning, VideoSize
+from ..wan_core.types import Conditioning
 from . import host, places, sockets
 
 NO_FILE = "None"
@@ -184,7 +185,7 @@ class CameraEncode:
     def encode(
         self, conditioning: Conditioning, camera_path: CameraPath, width: int, height: int, num_frames: int
     ) -> tuple[Conditioning]:
-        return (camera_conditioning(conditioning, camera_path, VideoSize.rounded(width, height, num_frames)),)
+        return (camera_conditioning(conditioning, camera_path, size_held(width, height, num_frames)),)
 
 
 def _move(direction: str, num_frames: int, speed: float, origin: str, mode: str) -> CameraPath:

@@ -4,12 +4,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..wan_core.budget.room import size_held
 from ..wan_core.conditioning.control import control_conditioning, reference_conditioning
 from ..wan_core.conditioning.encoders import Fit
 from ..wan_core.conditioning.image import first_frame_conditioning
 from ..wan_core.models.image_encoder import ImageEncoder
 from ..wan_core.models.vae import WanVAE
-from ..wan_core.types import Conditioning, VideoSize
+from ..wan_core.types import Conditioning
 from . import host, sockets
 from .encoding import Encode, encoders, tile_settings
 
@@ -52,7 +53,7 @@ class ControlEncode(Encode):
     ) -> tuple[Conditioning]:
         if control_video is None and start_image is None and reference_image is None:
             raise ValueError("Connect a control video, a start image or a reference image.")
-        size, fit = VideoSize.rounded(width, height, num_frames), Fit(aspect=aspect, length=too_short)
+        size, fit = size_held(width, height, num_frames), Fit(aspect=aspect, length=too_short)
         cond = conditioning
         with encoders(vae, image_encoder, tile_settings(**tiles)) as encoder:
             if control_video is not None:

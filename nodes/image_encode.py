@@ -4,11 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..wan_core.budget.room import size_held
 from ..wan_core.conditioning.encoders import Fit
 from ..wan_core.conditioning.image import image_conditioning
 from ..wan_core.models.image_encoder import ImageEncoder
 from ..wan_core.models.vae import WanVAE
-from ..wan_core.types import Conditioning, VideoSize
+from ..wan_core.types import Conditioning
 from . import host, sockets
 from .encoding import Encode, encoders, tile_settings
 
@@ -51,7 +52,7 @@ class ImageEncode(Encode):
         too_short: str = "repeat last",
         **tiles: Any,
     ) -> tuple[Conditioning]:
-        size = VideoSize.rounded(width, height, num_frames)
+        size = size_held(width, height, num_frames)
         pictures = {"start": start_image, "end": end_image, "video": video, "mask": mask}
         with encoders(vae, image_encoder, tile_settings(**tiles)) as encoder:
             cond = image_conditioning(

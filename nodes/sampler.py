@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..wan_core.budget.room import limited
+from ..wan_core.budget.room import limited, size_held
 from ..wan_core.models.vae import denormalise, normalise
 from ..wan_core.prepare import VideoModel
 from ..wan_core.runtime import log
@@ -142,7 +142,7 @@ class Sampler:
             sigmas=schedule.sigmas, start_step=schedule.start_step, end_step=schedule.end_step,
             cache=_with_template(cache, model), windows=windows,
         )  # fmt: skip
-        start, size = None, VideoSize.rounded(width, height, num_frames)
+        start, size = None, size_held(width, height, num_frames)
         if latent is not None and (settings.starts_clean or settings.start_step):
             start = normalise(latent["samples"])
             size = VideoSize.of_latent(LatentSize(*start.shape[2:]))

@@ -4,10 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..wan_core.budget.room import size_held
 from ..wan_core.conditioning.encoders import Fit
 from ..wan_core.conditioning.vace import vace_conditioning
 from ..wan_core.models.vae import WanVAE
-from ..wan_core.types import Conditioning, Curve, VideoSize
+from ..wan_core.types import Conditioning, Curve
 from . import host, sockets
 from .encoding import Encode, encoders, tile_settings
 
@@ -87,7 +88,7 @@ class VaceEncode(Encode):
         too_short: str = "repeat last",
         **tiles: Any,
     ) -> tuple[Conditioning]:
-        size = VideoSize.rounded(width, height, num_frames)
+        size = size_held(width, height, num_frames)
         curve = Curve((strength,) if end_strength < 0 else (strength, end_strength), start, end)
         pictures = references if reference_images is None else (reference_images, *references)
         with encoders(vae, None, tile_settings(**tiles)) as encoder:

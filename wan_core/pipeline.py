@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .budget.room import IMAGE_ENCODER_BYTES, encoder_at_work, limited
+from .budget.room import IMAGE_ENCODER_BYTES, encoder_at_work, limited, size_held
 from .budget.text import peak_bytes as text_bytes
 from .conditioning.camera_path import CameraPath
 from .conditioning.encoders import Fit, LatentEncoder
@@ -223,7 +223,7 @@ class WanVideoPipeline(PipelineParts):
             raise ValueError(f"fit must be a Fit (wan_core.conditioning.encoders); got {fit!r}.")
         if progress_bar_cmd is not None and not callable(progress_bar_cmd):
             raise ValueError(f"progress_bar_cmd must wrap an iterable, such as tqdm; got {progress_bar_cmd!r}.")
-        size = VideoSize.rounded(**checked(width=width, height=height, num_frames=num_frames))
+        size = size_held(**checked(width=width, height=height, num_frames=num_frames))
         model = self.models.video
         inputs = VideoInputs.of_call(
             num_frames=size.num_frames, camera_control_direction=camera_control_direction,

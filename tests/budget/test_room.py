@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from wancore.wan_core.budget import room
-from wancore.wan_core.budget.room import available, encoder_at_work, limited
+from wancore.wan_core.budget.room import available, encoder_at_work, limited, size_held
 from wancore.wan_core.memory.device import GIB
 from wancore.wan_core.memory.residency import Residency
 from wancore.wan_core.runtime import Runtime
@@ -32,6 +32,16 @@ def test_the_host_is_asked_only_for_what_is_missing(left, wanted, expected, aske
     module = tiny_text_encoder()
     assert available(module, runtime, MemorySettings(), wanted) == expected
     assert requests == asked
+
+
+@pytest.mark.parametrize(("frames", "fits"), [(1, True), (81, True), (85, False), (10001, False)])
+def test_a_video_that_the_machine_cannot_hold_is_refused(monkeypatch, frames, fits):
+    monkeypatch.setattr(room, "installed_ram", lambda: 3 * 1280 * 720 * 81)
+    if fits:
+        assert size_held(1280, 720, frames).num_frames == frames
+    else:
+        with pytest.raises(ValueError, match=rf"width 1280, height 720 and num_frames {frames} has .* GB; this mach"):
+            size_held(1280, 720, frames)
 
 
 def test_a_limit_counts_what_others_use(monkeypatch):

@@ -7,15 +7,34 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..memory.device import GIB, used_bytes
+from ..memory.device import GIB, installed_ram, used_bytes
 from ..memory.plan import place
 from ..memory.residency import Residency
 from ..runtime import Runtime
 from ..settings import MemorySettings
+from ..types import VideoSize
 from .vae import WORKSPACE_BYTES
 
 IMAGE_ENCODER_BYTES = 64 * 2**20
 """Activations of CLIP ViT-H/14 for one picture of 257 tokens: its widest tensor, 257 x 5120, is 5 MiB in float32."""
+
+
+def size_held(width: int, height: int, num_frames: int) -> VideoSize:
+    """`VideoSize.rounded`, of a video that this machine can hold at one byte per colour, the least that any work on it
+    takes.
+
+    Raises:
+        ValueError: it cannot, or `VideoSize.rounded` refuses a number.
+    """
+    size = VideoSize.rounded(width, height, num_frames)
+    held, memory = 3 * size.width * size.height * size.num_frames, installed_ram()
+    if held > memory:
+        raise ValueError(
+            f"A video of width {size.width}, height {size.height} and num_frames {size.num_frames} has "
+            f"{held / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB of memory. Choose a smaller size or fewer "
+            "frames."
+        )
+    return size
 
 
 def limited(runtime: Runtime, memory: MemorySettings) -> Runtime:

@@ -16,6 +16,11 @@ def used_bytes(device: torch.device) -> int:
     return 0
 
 
+def installed_ram() -> int:
+    """Bytes of host memory of this machine, swap included."""
+    return psutil.virtual_memory().total + psutil.swap_memory().total
+
+
 def available_ram() -> int:
     """Bytes of host memory that programs could still take without swapping."""
     return psutil.virtual_memory().available
