@@ -67,6 +67,7 @@ def load_models(
     *,
     redirect_common_files: bool = True,
     torch_compile: bool = False,
+    deterministic: bool = False,
 ) -> LoadedModels:
     """The models that `configs` name; every file's header is read and checked before the first weight is.
 
@@ -82,7 +83,9 @@ def load_models(
     tokenizer = tokenizer_folder(component["text_encoder"], tokenizer_config, defaults)
     rest = {kind: model.config.rest(device) for kind, model in found.items()}
     dtype = {kind: model.config.work_dtype(torch_dtype) for kind, model in found.items()}
-    settings = prepare.DiTSettings(dtype=dtype["dit"], attention=attention, torch_compile=torch_compile)
+    settings = prepare.DiTSettings(
+        dtype=dtype["dit"], attention=attention, torch_compile=torch_compile, deterministic=deterministic
+    )
     video = prepare.load_dit(component["dit"], settings, rest["dit"], vace=component.get("vace"), compute_device=device)
     if "motion_controller" in found:
         video = prepare.with_speed_control(video, component["motion_controller"], rest["motion_controller"])

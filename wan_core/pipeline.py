@@ -71,11 +71,11 @@ class WanVideoPipeline(PipelineParts):
         vram_limit: float | None = None,
         *,
         torch_compile: bool = False,
+        deterministic: bool = False,
     ) -> "WanVideoPipeline":
         """Find, check and load the models.
 
-        Every file's header is read and checked before the first weight is. `torch_compile` fuses elementwise steps of
-        the video model, see `prepare.DiTSettings`.
+        Every file's header is read and checked before the first weight is.
 
         Args:
             torch_dtype: what the models compute in, unless a `ModelConfig` says otherwise.
@@ -87,9 +87,12 @@ class WanVideoPipeline(PipelineParts):
             redirect_common_files: take files that all repositories share from one of them.
             use_usp: not available; one process computes on one device.
             vram_limit: as of `enable_vram_management`.
+            torch_compile: fuse the elementwise steps of the video model, see `prepare.DiTSettings`.
+            deterministic: use fixed kernels instead of those that are fastest here, see `models.kernels`.
 
         Raises:
-            ValueError: a model is missing, given twice, unknown or broken, or an argument is none of that.
+            ValueError: a model is missing, given twice, unknown or broken, or an argument has a value that it cannot
+                have.
         """
         torch_dtype = compute_dtype("torch_dtype", torch_dtype)
         device = usable_device("device", device)
@@ -99,7 +102,7 @@ class WanVideoPipeline(PipelineParts):
         defaults = ModelConfig(local_model_path=local_model_path, skip_download=skip_download)
         models = load_models(
             model_configs, torch_dtype, device, tokenizer_config, defaults,
-            redirect_common_files=redirect_common_files, torch_compile=torch_compile,
+            redirect_common_files=redirect_common_files, torch_compile=torch_compile, deterministic=deterministic,
         )  # fmt: skip
         return cls(device, torch_dtype, models, memory=memory)
 
