@@ -20,7 +20,7 @@ RUNS = "training"
 
 LARGEST = 10**9
 
-WIDER = ("dataset_repeat", "lora_rank", "num_epochs")
+WIDER = ("batch_size", "dataset_repeat", "gradient_accumulation_steps", "lora_rank", "num_epochs")
 """Flags whose widgets keep the range that they were published with; the trainer refuses what is above its own."""
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}

@@ -20,8 +20,10 @@ import importlib
 import io
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,9 +101,10 @@ class Stage:
         text = re.sub(r"^from diffsynth[\w.]* import", "from wan_core import", script.text, flags=re.MULTILINE)
         for path in TRAINED.findall(text):
             self._lay_trained(path, text)
-        namespace = {"__name__": "__main__"}
-        with self._set(script) as cuda:
-            exec(compile(text if cuda else text.replace('"cuda"', '"cpu"'), str(script), "exec"), namespace)
+        with self._set(script) as cuda, tempfile.TemporaryDirectory() as place:
+            changed = Path(place) / "script.py"
+            changed.write_text(text if cuda else text.replace('"cuda"', '"cpu"'), encoding="utf-8")
+            namespace = runpy.run_path(str(changed), run_name="__main__")
         written = [p for p in self.folder.glob("*.mp4") if before.get(p) != p.stat().st_mtime_ns]
         return namespace["pipe"], written
 

@@ -18,6 +18,7 @@ from wancore.headless.tiny import apply_tiny
 from wancore.headless.validate import validate
 from wancore.headless.workflow import Workflow
 from wancore.nodes import host
+from wancore.nodes.places import OWNERS_FOLDERS
 from wancore.wan_core.media import probe
 
 from tests.lora.fixtures import trained_weights
@@ -148,7 +149,11 @@ def with_inputs(workflow: Workflow, title: str, inputs: dict) -> Workflow:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    return trained_weights(tmp_path_factory.mktemp("weights"))
+    """What the shell has trained, in a folder from which the machine's owner lets workflows read."""
+    folder = tmp_path_factory.mktemp("weights")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(OWNERS_FOLDERS, str(folder))
+        yield trained_weights(folder)
 
 
 @pytest.mark.parametrize("name", NAMES)
