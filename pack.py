@@ -1,52 +1,78 @@
-"""Load this pack without ComfyUI, the way ComfyUI does: from its folder, under a name that is not its own.
+"""The names of this pack's modules, the same however a process was entered.
+
+The library is the package `wan_core`; `nodes`, `headless` and `trainer` are `wancore.nodes`, `wancore.headless` and
+`wancore.trainer`. ComfyUI loads the pack under a name made from its path, `python -m headless` from its folder, and pip
+installs it: `register` makes both names in each of them, so that every class exists once.
 
 `python pack.py trainer.attended ...` runs one of its commands from anywhere, also by a Python that leaves the current
 folder out of its path, as the one that comes with ComfyUI's portable build does. `python pack.py -m module ...` is
 Python's own `-m` without the current folder in the path.
 """
 
+import importlib
 import importlib.util
 import runpy
 import sys
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent
-NAME = "wancore"
+NAME, LIBRARY = "wancore", "wan_core"
 
 
-def load_pack() -> ModuleType:
-    """The pack as the package `wancore`, with `wancore.wan_core`, `wancore.nodes` and so on inside it.
+def register() -> None:
+    """Put `wancore`, with nothing of it imported, and `wan_core` of this folder into `sys.modules`.
 
-    A Python without the packages of requirements.txt ends here with exit code 2 and a line that says what to do.
+    Raises:
+        ImportError: another folder's copy of the pack is in this process.
     """
     if NAME not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[NAME] = module
+        spec = ModuleSpec(NAME, None, is_package=True)
+        spec.submodule_search_locations = [str(ROOT)]
+        sys.modules[NAME] = importlib.util.module_from_spec(spec)
+    # In this folder it could be imported under this name as well, and would be a second copy.
+    sys.modules[f"{NAME}.{LIBRARY}"] = None
+    # pip puts the library beside `wancore`.
+    library = next(folder for folder in (ROOT / LIBRARY, ROOT.parent / LIBRARY) if folder.is_dir())
+    if LIBRARY not in sys.modules:
+        # Not by sys.path: in ComfyUI its `nodes` must stay the module of that name.
+        spec = importlib.util.spec_from_file_location(LIBRARY, library / "__init__.py")
+        sys.modules[LIBRARY] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
-        except ModuleNotFoundError as error:
-            if error.name.partition(".")[0] == NAME:
-                raise
-            sys.stderr.write(
-                f"{sys.executable} has no package {error.name}. Use the Python in .venv, which `python quickstart.py` "
-                "makes, or install requirements.txt into this one.\n"
+            spec.loader.exec_module(sys.modules[LIBRARY])
+        except BaseException:
+            del sys.modules[LIBRARY]
+            raise
+    for name, folder in ((NAME, ROOT), (LIBRARY, library)):
+        found = [Path(place).resolve() for place in getattr(sys.modules[name], "__path__", ())]
+        if folder not in found:
+            raise ImportError(
+                f"WanCore in {ROOT} cannot be loaded: this process already has the package {name} from "
+                f"{found[0] if found else sys.modules[name]}. Keep one of the two copies."
             )
-            raise SystemExit(2) from None
-    return sys.modules[NAME]
 
 
 def command(module: str, words: Sequence[str]) -> int:
-    """The exit code of a command of the pack, whose `main` is in `module` and takes `words`."""
+    """The exit code of a command of the pack, whose `main` is in `module` and takes `words`.
+
+    A Python without the packages of requirements.txt ends here with exit code 2 and a line that says what to do.
+    """
     # Python looks for packages beside a file that it runs, where `config.py` would pass for a package of that name.
     beside = ROOT.joinpath(*module.split(".")[:-1])
     sys.path[:] = [place for place in sys.path if Path(place).resolve() != beside]
-    load_pack()
-    return importlib.import_module(f"{NAME}.{module}").main(words)
+    try:
+        register()
+        main = importlib.import_module(f"{NAME}.{module}").main
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] in (NAME, LIBRARY):
+            raise
+        sys.stderr.write(
+            f"{sys.executable} has no package {error.name}. Use the Python in .venv, which `python quickstart.py` "
+            "makes, or install requirements.txt into this one.\n"
+        )
+        return 2
+    return main(words)
 
 
 if __name__ == "__main__" and sys.argv[1] == "-m":

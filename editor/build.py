@@ -1,6 +1,5 @@
 """`python -m editor.build`, from the pack's folder: write `locales/` and `web/docs/`."""
 
-import importlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pack import NAME, ROOT, load_pack
+from pack import ROOT
+from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, host
 from workflows import build as workflows_build
 from workflows.descriptions import WORKFLOWS
 
@@ -22,8 +22,6 @@ WRITTEN = ("locales", "web/docs")
 @contextmanager
 def no_files() -> Iterator[None]:
     """Nodes list what is published and nothing that lies on this machine."""
-    load_pack()
-    host = importlib.import_module(f"{NAME}.nodes.host")
     with tempfile.TemporaryDirectory() as folder:
         host.configure(models_dir=Path(folder), input_dir=Path(folder))
         try:
@@ -34,12 +32,12 @@ def no_files() -> Iterator[None]:
 
 def node_classes() -> dict[str, type]:
     """The pack's nodes by id."""
-    return dict(load_pack().NODE_CLASS_MAPPINGS)
+    return dict(NODE_CLASS_MAPPINGS)
 
 
 def display_names() -> dict[str, str]:
     """The pack's display names by id."""
-    return dict(load_pack().NODE_DISPLAY_NAME_MAPPINGS)
+    return dict(NODE_DISPLAY_NAME_MAPPINGS)
 
 
 def api_workflows() -> dict[str, dict[str, Any]]:

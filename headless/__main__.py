@@ -1,9 +1,8 @@
 """`python -m headless`, from the pack's folder."""
 
-import importlib
 import sys
+from pathlib import Path
+from runpy import run_path
 
-from pack import NAME, load_pack
-
-load_pack()
-sys.exit(importlib.import_module(f"{NAME}.headless.cli").main())
+pack = run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))
+sys.exit(pack["command"]("headless.cli", sys.argv[1:]))

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from wan_core import catalog
+from wan_core.runtime import Cancelled, Pace
+
 from ..nodes import NODE_CLASS_MAPPINGS, host
-from ..wan_core import catalog
-from ..wan_core.runtime import Cancelled, Pace
 from . import convert_command, info_command, lora_command, plan_command
 from .client import run_all_on_server
 from .core_nodes import core_nodes

@@ -12,7 +12,8 @@ from contextlib import closing, suppress
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..wan_core.runtime import Cancelled
+from wan_core.runtime import Cancelled
+
 from .core_nodes import IMAGES, VIDEOS
 from .events import Event, NodeError, OnEvent, RunResult
 from .folders import ANNOTATED, Folders, file_entries

@@ -16,7 +16,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..wan_core.media import CLIP_SUFFIXES, PICTURE_SUFFIXES, frames_to_tensor, pictures
+from wan_core.media import CLIP_SUFFIXES, PICTURE_SUFFIXES, frames_to_tensor, pictures
+
 from .folders import Folders
 from .video import Audio, Video, VideoComponents, VideoFromComponents, VideoFromFile
 

@@ -10,9 +10,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from wan_core.atomic import NewFile, creating_first, numbered
+from wan_core.folders import check_name, check_writable
+
 from ..nodes.places import ASSETS, inside
-from ..wan_core.atomic import NewFile, creating_first, numbered
-from ..wan_core.folders import check_name, check_writable
 
 ANNOTATED = re.compile(r"(?P<name>.*?) ?\[(?P<kind>input|output|temp)\]")
 """ComfyUI's way to name a file that is not in the input folder: `name.png [output]`."""

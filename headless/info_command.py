@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..wan_core.inspection import report
+from wan_core.inspection import report
 
 HELP = "Say what model files are, what they need and which settings are recommended, from their headers."
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wan_core.budget.fit import Fit, fit, helps
+from wan_core.budget.report import data_of, text_of
+from wan_core.budget.whole import Job, plan_whole
+from wan_core.memory.device import GIB
+from wan_core.runtime import free_bytes
+from wan_core.settings import check_number
+
 from ..nodes import NODE_CLASS_MAPPINGS, host
-from ..wan_core.budget.fit import Fit, fit, helps
-from ..wan_core.budget.report import data_of, text_of
-from ..wan_core.budget.whole import Job, plan_whole
-from ..wan_core.memory.device import GIB
-from ..wan_core.runtime import free_bytes
-from ..wan_core.settings import check_number
 from .core_nodes import core_nodes
 from .folders import Folders
 from .reading import Reading

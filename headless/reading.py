@@ -8,22 +8,23 @@ from typing import Any
 
 import torch
 
+from wan_core import catalog, prepare
+from wan_core.adapters.model import Target, use_lora
+from wan_core.budget.parts import Part, published_dit, published_part
+from wan_core.budget.whole import Given, Job
+from wan_core.checkpoints.detect import Component, join_vace
+from wan_core.decode import Tiles
+from wan_core.lora.apply import LoraUse
+from wan_core.runtime import log
+from wan_core.settings import GuidanceSettings, SamplerSettings
+from wan_core.types import VideoSize
+from wan_core.variants import SPEED, Variant, check, match_variant
+
 from ..nodes import host, places, sockets
 from ..nodes.encoding import tile_settings
 from ..nodes.loaders import DTYPES, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEncoderLoader, VAELoader
 from ..nodes.lora import FOLDER
 from ..nodes.speed import SpeedControl
-from ..wan_core import catalog, prepare
-from ..wan_core.adapters.model import Target, use_lora
-from ..wan_core.budget.parts import Part, published_dit, published_part
-from ..wan_core.budget.whole import Given, Job
-from ..wan_core.checkpoints.detect import Component, join_vace
-from ..wan_core.decode import Tiles
-from ..wan_core.lora.apply import LoraUse
-from ..wan_core.runtime import log
-from ..wan_core.settings import GuidanceSettings, SamplerSettings
-from ..wan_core.types import VideoSize
-from ..wan_core.variants import SPEED, Variant, check, match_variant
 from .schema import NodeSchema
 from .validate import dependency_order
 from .workflow import Link, NodeSpec, Workflow, WorkflowError

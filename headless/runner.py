@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from wan_core.runtime import Cancelled
+
 from ..nodes import finishing
-from ..wan_core.runtime import Cancelled
 from .calling import Returned, arguments, mapped, merged_outputs, merged_ui
 from .events import Event, NodeError, OnEvent, RunResult
 from .folders import Folders

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..wan_core.media import (
+from wan_core.media import (
     FPS,
     MediaError,
     frames_to_tensor,
@@ -22,7 +22,7 @@ from ..wan_core.media import (
     video_stream,
     write_video,
 )
-from ..wan_core.runtime import log
+from wan_core.runtime import log
 
 HOST_QUALITY = 5.5
 """Gives libx264's own default, CRF 23, which the host leaves in place."""

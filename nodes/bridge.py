@@ -4,10 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..wan_core.budget.room import size_held
-from ..wan_core.checkpoints.adopt import adopt, describe_weights
-from ..wan_core.models.vae import WanVAE
-from ..wan_core.types import Conditioning
+from wan_core.budget.room import size_held
+from wan_core.checkpoints.adopt import adopt, describe_weights
+from wan_core.models.vae import WanVAE
+from wan_core.types import Conditioning
+
 from . import host, sockets
 from .loaders import DTYPES, choose_dtype
 from .native import Native, from_native, to_native

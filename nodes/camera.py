@@ -5,14 +5,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..wan_core.budget.room import size_held
-from ..wan_core.conditioning.camera import camera_conditioning
-from ..wan_core.conditioning.camera_path import DEFAULT_SPEED, MODES, MOVES, CameraPath
-from ..wan_core.conditioning.camera_picture import trajectory_picture
-from ..wan_core.conditioning.pose_rows import origin_from_text
-from ..wan_core.media import frames_to_tensor
-from ..wan_core.settings import check_choice
-from ..wan_core.types import Conditioning
+from wan_core.budget.room import size_held
+from wan_core.conditioning.camera import camera_conditioning
+from wan_core.conditioning.camera_path import DEFAULT_SPEED, MODES, MOVES, CameraPath
+from wan_core.conditioning.camera_picture import trajectory_picture
+from wan_core.conditioning.pose_rows import origin_from_text
+from wan_core.media import frames_to_tensor
+from wan_core.settings import check_choice
+from wan_core.types import Conditioning
+
 from . import host, places, sockets
 
 NO_FILE = "None"

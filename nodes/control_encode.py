@@ -4,13 +4,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..wan_core.budget.room import size_held
-from ..wan_core.conditioning.control import control_conditioning, reference_conditioning
-from ..wan_core.conditioning.encoders import Fit
-from ..wan_core.conditioning.image import first_frame_conditioning
-from ..wan_core.models.image_encoder import ImageEncoder
-from ..wan_core.models.vae import WanVAE
-from ..wan_core.types import Conditioning
+from wan_core.budget.room import size_held
+from wan_core.conditioning.control import control_conditioning, reference_conditioning
+from wan_core.conditioning.encoders import Fit
+from wan_core.conditioning.image import first_frame_conditioning
+from wan_core.models.image_encoder import ImageEncoder
+from wan_core.models.vae import WanVAE
+from wan_core.types import Conditioning
+
 from . import host, sockets
 from .encoding import Encode, encoders, tile_settings
 

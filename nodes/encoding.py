@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..wan_core.budget.room import IMAGE_ENCODER_BYTES, encoder_at_work
-from ..wan_core.budget.text import peak_bytes as text_bytes
-from ..wan_core.conditioning.encoders import LatentEncoder
-from ..wan_core.conditioning.text import TextEncoder
-from ..wan_core.decode import AUTO, Tiles, encode
-from ..wan_core.models.image_encoder import ImageEncoder
-from ..wan_core.models.vae import WanVAE
-from ..wan_core.runtime import Runtime
-from ..wan_core.tiling import TileSettings
+from wan_core.budget.room import IMAGE_ENCODER_BYTES, encoder_at_work
+from wan_core.budget.text import peak_bytes as text_bytes
+from wan_core.conditioning.encoders import LatentEncoder
+from wan_core.conditioning.text import TextEncoder
+from wan_core.decode import AUTO, Tiles, encode
+from wan_core.models.image_encoder import ImageEncoder
+from wan_core.models.vae import WanVAE
+from wan_core.runtime import Runtime
+from wan_core.tiling import TileSettings
+
 from . import host, sockets
 
 

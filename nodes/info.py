@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ..wan_core.inspection import report
+from wan_core.inspection import report
+
 from . import host, sockets
 
 FOLDERS = ("diffusion_models", "text_encoders", "vae", "clip_vision", "loras")

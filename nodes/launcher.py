@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..wan_core.atomic import try_lock
+from wan_core.atomic import try_lock
 
 POLL = 0.25
 """Seconds between two looks at the process."""

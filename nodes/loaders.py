@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from ..wan_core import catalog, prepare
-from ..wan_core.checkpoints.detect import Component
-from ..wan_core.checkpoints.download import OnProgress
-from ..wan_core.memory.formats import WEIGHTS
-from ..wan_core.models.attention import BACKENDS
-from ..wan_core.rest import DISK, Rest
+from wan_core import catalog, prepare
+from wan_core.checkpoints.detect import Component
+from wan_core.checkpoints.download import OnProgress
+from wan_core.memory.formats import WEIGHTS
+from wan_core.models.attention import BACKENDS
+from wan_core.rest import DISK, Rest
+
 from . import host, sockets
 
 log = logging.getLogger("wancore")

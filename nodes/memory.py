@@ -2,22 +2,23 @@
 
 from typing import Any
 
-from ..wan_core.budget.fit import fit
-from ..wan_core.budget.parts import Part
-from ..wan_core.budget.report import text_of
-from ..wan_core.budget.whole import Given, Job
-from ..wan_core.conditioning.text import TextEncoder
-from ..wan_core.memory.device import GIB
-from ..wan_core.models.vae import WanVAE
-from ..wan_core.prepare import VideoModel
-from ..wan_core.settings import (
+from wan_core.budget.fit import fit
+from wan_core.budget.parts import Part
+from wan_core.budget.report import text_of
+from wan_core.budget.whole import Given, Job
+from wan_core.conditioning.text import TextEncoder
+from wan_core.memory.device import GIB
+from wan_core.models.vae import WanVAE
+from wan_core.prepare import VideoModel
+from wan_core.settings import (
     CacheSettings,
     GuidanceSettings,
     MemorySettings,
     SamplerSettings,
     WindowSettings,
 )
-from ..wan_core.types import Conditioning, VideoSize
+from wan_core.types import Conditioning, VideoSize
+
 from . import host, sockets
 
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..wan_core.conditioning.slots import assemble_concat
-from ..wan_core.conditioning.text import TEXT_TOKENS
-from ..wan_core.models.dit import CLIP_TOKENS
-from ..wan_core.models.vae import denormalise, normalise
-from ..wan_core.runtime import log
-from ..wan_core.types import Conditioning, Curve, LatentSize, Slot, VaceInput, VideoSize
-from ..wan_core.variants import CONTROL, FIRST_FRAME, IMAGE, MASK
+from wan_core.conditioning.slots import assemble_concat
+from wan_core.conditioning.text import TEXT_TOKENS
+from wan_core.models.dit import CLIP_TOKENS
+from wan_core.models.vae import denormalise, normalise
+from wan_core.runtime import log
+from wan_core.types import Conditioning, Curve, LatentSize, Slot, VaceInput, VideoSize
+from wan_core.variants import CONTROL, FIRST_FRAME, IMAGE, MASK
 
 Native = Sequence[tuple[Tensor, Mapping[str, Any]]]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..wan_core.conditioning.text import TextEncoder, text_conditioning
-from ..wan_core.settings import (
+from wan_core.conditioning.text import TextEncoder, text_conditioning
+from wan_core.settings import (
     TEACACHE_TEMPLATES,
     WINDOW_MODES,
     CacheSettings,
@@ -19,7 +19,8 @@ from ..wan_core.settings import (
     TeaCacheSettings,
     WindowSettings,
 )
-from ..wan_core.types import Conditioning
+from wan_core.types import Conditioning
+
 from . import host, sockets
 from .encoding import text_encoder_at_work
 

@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..wan_core.checkpoints.download import DEFAULT_FOLDER
-from ..wan_core.folders import check_name
+from wan_core.checkpoints.download import DEFAULT_FOLDER
+from wan_core.folders import check_name
+
 from . import host
 
 ASSETS = host.PACK_FOLDER / "workflows" / "assets"

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..wan_core.budget.room import limited, size_held
-from ..wan_core.models.vae import denormalise, normalise
-from ..wan_core.prepare import VideoModel
-from ..wan_core.runtime import log
-from ..wan_core.sampling.checkpoint import Checkpoint, find_latents, load_latents, save_latents
-from ..wan_core.sampling.loop import sample_state
-from ..wan_core.sampling.state import RunState, manifest
-from ..wan_core.settings import (
+from wan_core.budget.room import limited, size_held
+from wan_core.models.vae import denormalise, normalise
+from wan_core.prepare import VideoModel
+from wan_core.runtime import log
+from wan_core.sampling.checkpoint import Checkpoint, find_latents, load_latents, save_latents
+from wan_core.sampling.loop import sample_state
+from wan_core.sampling.state import RunState, manifest
+from wan_core.settings import (
     CFG_MODES,
     MAX_SEED,
     SOLVER_NAMES,
@@ -28,7 +28,8 @@ from ..wan_core.settings import (
     TeaCacheSettings,
     WindowSettings,
 )
-from ..wan_core.types import Conditioning, LatentSize, VideoSize
+from wan_core.types import Conditioning, LatentSize, VideoSize
+
 from . import finishing, host, places, sockets
 
 FOLDER = "wancore"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..wan_core.fitting import ASPECTS, LENGTH_POLICIES
+from wan_core.fitting import ASPECTS, LENGTH_POLICIES
 
 MODEL = "WANCORE_MODEL"
 """`prepare.VideoModel`: a DiT whose weights rest on the host's offload device."""

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from ..wan_core import catalog, prepare
-from ..wan_core.conditioning.speed import FASTEST, SLOWEST, speed_conditioning
-from ..wan_core.types import Conditioning
+from wan_core import catalog, prepare
+from wan_core.conditioning.speed import FASTEST, SLOWEST, speed_conditioning
+from wan_core.types import Conditioning
+
 from . import host, sockets
 from .loaders import Loader
 

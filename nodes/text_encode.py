@@ -3,9 +3,10 @@
 from functools import partial
 from typing import Any
 
-from ..wan_core.catalog import NEGATIVE_PROMPT
-from ..wan_core.conditioning.text import TextEncoder, text_conditioning
-from ..wan_core.types import Conditioning
+from wan_core.catalog import NEGATIVE_PROMPT
+from wan_core.conditioning.text import TextEncoder, text_conditioning
+from wan_core.types import Conditioning
+
 from . import host, sockets
 from .encoding import text_encoder_at_work
 

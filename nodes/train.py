@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from wan_core import catalog, prepare
+from wan_core.runtime import log
+
 from ..trainer.config import TrainConfig
-from ..wan_core import catalog, prepare
-from ..wan_core.runtime import log
 from . import host, sockets
 from .loaders import AUTO, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEncoderLoader, VAELoader
 from .speed import SpeedControl

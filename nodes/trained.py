@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
+from wan_core.prepare import VideoModel
+from wan_core.runtime import log
+
 from ..trainer.events import latest_steps
-from ..wan_core.prepare import VideoModel
-from ..wan_core.runtime import log
 from . import places, sockets
 from .lora import LIMIT
 from .training_run import chart, files_mark

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wan_core.media import load_video
+from wan_core.runtime import log
+
 from ..trainer.inputs import INPUTS
-from ..wan_core.media import load_video
-from ..wan_core.runtime import log
 from . import host, places, sockets
 from .launcher import ChildError, Launch, attend, pack_command
 from .training_run import files_mark, load_settings

@@ -13,13 +13,14 @@ from typing import Any
 
 from PIL import Image
 
+from wan_core.atomic import replacing
+from wan_core.folders import files_below
+from wan_core.media import load_video
+from wan_core.runtime import log
+
 from ..trainer.chart import draw_chart
 from ..trainer.config import TrainConfig
 from ..trainer.events import latest_steps, read_events, validation_points
-from ..wan_core.atomic import replacing
-from ..wan_core.folders import files_below
-from ..wan_core.media import load_video
-from ..wan_core.runtime import log
 from . import host
 from .launcher import Event, Launch, attend, pack_command
 

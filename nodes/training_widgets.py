@@ -8,10 +8,11 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from wan_core.media import frames_to_tensor
+from wan_core.settings import check_number
+
 from ..trainer.config import TrainConfig
 from ..trainer.flags import flag_type
-from ..wan_core.media import frames_to_tensor
-from ..wan_core.settings import check_number
 from . import host, sockets
 from .places import plain_name
 

@@ -4,11 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..wan_core.budget.room import size_held
-from ..wan_core.conditioning.encoders import Fit
-from ..wan_core.conditioning.vace import vace_conditioning
-from ..wan_core.models.vae import WanVAE
-from ..wan_core.types import Conditioning, Curve
+from wan_core.budget.room import size_held
+from wan_core.conditioning.encoders import Fit
+from wan_core.conditioning.vace import vace_conditioning
+from wan_core.models.vae import WanVAE
+from wan_core.types import Conditioning, Curve
+
 from . import host, sockets
 from .encoding import Encode, encoders, tile_settings
 

@@ -4,11 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..wan_core.decode import decode_pieces, encode
-from ..wan_core.media import frames_to_pixels, pixels_to_frames
-from ..wan_core.models.vae import WanVAE, denormalise, normalise
-from ..wan_core.runtime import log
-from ..wan_core.types import SIZE_MULTIPLE, VAE_STRIDE, LatentSize, VideoSize
+from wan_core.decode import decode_pieces, encode
+from wan_core.media import frames_to_pixels, pixels_to_frames
+from wan_core.models.vae import WanVAE, denormalise, normalise
+from wan_core.runtime import log
+from wan_core.types import SIZE_MULTIPLE, VAE_STRIDE, LatentSize, VideoSize
+
 from . import sockets
 from .encoding import Tiled, at_work, tile_settings
 

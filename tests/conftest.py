@@ -1,4 +1,4 @@
-"""Tests import the pack through its alias (`from wancore.wan_core...`): one identity of every class."""
+"""Tests import the pack as it imports itself: `from wan_core...`, `from wancore.nodes...`."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import signal
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from pack import load_pack
+from pack import register
 
 # Kernels by default, not by their time: a test's bits must not depend on what else the machine does.
 os.environ.setdefault("WANCORE_DETERMINISTIC", "1")
@@ -17,4 +17,4 @@ os.environ.setdefault("WANCORE_DETERMINISTIC", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-load_pack()
+register()

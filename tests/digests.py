@@ -12,7 +12,7 @@ os.environ.setdefault("WANCORE_DETERMINISTIC", "1")
 
 import pack
 
-pack.load_pack()
+pack.register()
 
 import dataclasses
 import functools
@@ -32,34 +32,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from wancore.trainer.engine import build_optimizer
-from wancore.trainer.objective import Objective, weighted
-from wancore.trainer.trainable import prepare
-from wancore.wan_core import ModelConfig, WanVideoPipeline
-from wancore.wan_core.adapters.model import LAYOUT, Target, use_lora
-from wancore.wan_core.catalog import tiny_id
-from wancore.wan_core.checkpoints.detect import detect_files
-from wancore.wan_core.checkpoints.load import build
-from wancore.wan_core.decode import decode, encode
-from wancore.wan_core.lora.apply import applied, fuse
-from wancore.wan_core.memory.quant import big_linears
-from wancore.wan_core.models.config import PreviewDecoderConfig, VAEConfig
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.models.preview_decoder import PreviewDecoder
-from wancore.wan_core.models.vae import WanVAE
-from wancore.wan_core.prepare import VideoModel
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.settings import (
-    EasyCacheSettings,
-    GuidanceSettings,
-    SamplerSettings,
-    TeaCacheSettings,
-    WindowSettings,
-)
-from wancore.wan_core.tiling import TileSettings
-from wancore.wan_core.types import Conditioning, LatentSize
-from wancore.wan_core.variants import match_variant
 
 from tests.lora.fixtures import WRITERS, factors, linear_paths, streaming
 from tests.reference import (
@@ -74,6 +46,34 @@ from tests.reference import (
 )
 from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
 from tests.trainer.models import config as train_config
+from wan_core import ModelConfig, WanVideoPipeline
+from wan_core.adapters.model import LAYOUT, Target, use_lora
+from wan_core.catalog import tiny_id
+from wan_core.checkpoints.detect import detect_files
+from wan_core.checkpoints.load import build
+from wan_core.decode import decode, encode
+from wan_core.lora.apply import applied, fuse
+from wan_core.memory.quant import big_linears
+from wan_core.models.config import PreviewDecoderConfig, VAEConfig
+from wan_core.models.dit import WanDiT
+from wan_core.models.preview_decoder import PreviewDecoder
+from wan_core.models.vae import WanVAE
+from wan_core.prepare import VideoModel
+from wan_core.runtime import Runtime
+from wan_core.sampling.loop import sample
+from wan_core.settings import (
+    EasyCacheSettings,
+    GuidanceSettings,
+    SamplerSettings,
+    TeaCacheSettings,
+    WindowSettings,
+)
+from wan_core.tiling import TileSettings
+from wan_core.types import Conditioning, LatentSize
+from wan_core.variants import match_variant
+from wancore.trainer.engine import build_optimizer
+from wancore.trainer.objective import Objective, weighted
+from wancore.trainer.trainable import prepare
 
 FILE = Path(__file__).parent / "data" / "digests.json"
 PACKAGES = ("torch", "numpy", "pillow", "peft")

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from wancore.wan_core import tiny
-from wancore.wan_core.models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.models.image_encoder import ImageEncoder
-from wancore.wan_core.models.motion_controller import MotionController
-from wancore.wan_core.models.text_encoder import UMT5Encoder
-from wancore.wan_core.models.vae import WanVAE
+
+from wan_core import tiny
+from wan_core.models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig
+from wan_core.models.dit import WanDiT
+from wan_core.models.image_encoder import ImageEncoder
+from wan_core.models.motion_controller import MotionController
+from wan_core.models.text_encoder import UMT5Encoder
+from wan_core.models.vae import WanVAE
 
 DATA = Path(__file__).parent / "data"
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from wancore.wan_core import atomic
-from wancore.wan_core.atomic import (
+
+from wan_core import atomic
+from wan_core.atomic import (
     abandon,
     clean,
     creating,
@@ -23,7 +24,7 @@ from wancore.wan_core.atomic import (
     partial_path,
     replacing,
 )  # fmt: skip
-from wancore.wan_core.checkpoints.write import write_safetensors
+from wan_core.checkpoints.write import write_safetensors
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,8 +117,8 @@ def test_writers_do_not_meet(tmp_path):
 def killed_in(way: str, path: Path, work: str = "partial.write_text('half')") -> None:
     """Let a process be killed while it writes `path`."""
     program = (
-        "import os, signal, pathlib, pack; pack.load_pack()\n"
-        f"from wancore.wan_core.atomic import {way}\n"
+        "import os, signal, pathlib\n"
+        f"from wan_core.atomic import {way}\n"
         f"with {way}(pathlib.Path({str(path)!r})) as partial:\n"
         f"    {work}\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -188,8 +189,8 @@ def test_a_long_name_may_be_used_to_its_end(tmp_path):
 def test_a_lock_ends_with_its_holder(tmp_path):
     path = tmp_path / "events.jsonl"
     program = (
-        "import sys, pathlib, pack; pack.load_pack()\n"
-        "from wancore.wan_core.atomic import locked\n"
+        "import sys, pathlib\n"
+        "from wan_core.atomic import locked\n"
         f"with locked(pathlib.Path({str(path)!r})) as mine:\n"
         "    print(mine, flush=True)\n"
         "    sys.stdin.read()\n"

@@ -5,18 +5,18 @@ import dataclasses
 
 import pytest
 import torch
-from wancore.wan_core import tiny
-from wancore.wan_core.budget.vae import WORKSPACE_BYTES, choose_tiles, peak_bytes, smallest_tiles
-from wancore.wan_core.decode import AUTO, SMALLER_TILES, decode, decode_pieces, encode
-from wancore.wan_core.media import pixels_to_frames
-from wancore.wan_core.memory.count import LiveBytes
-from wancore.wan_core.models.vae import WanVAE
-from wancore.wan_core.runtime import OutOfMemoryError, Runtime, free_bytes
-from wancore.wan_core.sampling.finite import NonFiniteError
-from wancore.wan_core.tiling import TileSettings
-from wancore.wan_core.types import LatentSize
 
 from tests.reference import relative_error, tiny_vae
+from wan_core import tiny
+from wan_core.budget.vae import WORKSPACE_BYTES, choose_tiles, peak_bytes, smallest_tiles
+from wan_core.decode import AUTO, SMALLER_TILES, decode, decode_pieces, encode
+from wan_core.media import pixels_to_frames
+from wan_core.memory.count import LiveBytes
+from wan_core.models.vae import WanVAE
+from wan_core.runtime import OutOfMemoryError, Runtime, free_bytes
+from wan_core.sampling.finite import NonFiniteError
+from wan_core.tiling import TileSettings
+from wan_core.types import LatentSize
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(device=CPU, dtype=torch.float32)

@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from wancore.wan_core import ModelConfig, WanVideoPipeline, load_state_dict
-from wancore.wan_core.catalog import tiny_id
-from wancore.wan_core.checkpoints.download import download_source
-from wancore.wan_core.loading import attention_of_environment
-from wancore.wan_core.model_config import TOKENIZER_CONFIG
-from wancore.wan_core.rest import Rest
-from wancore.wan_core.runtime import default_device
 
 from tests import reference_scripts
 from tests.reference import relative_error
+from wan_core import ModelConfig, WanVideoPipeline, load_state_dict
+from wan_core.catalog import tiny_id
+from wan_core.checkpoints.download import download_source
+from wan_core.loading import attention_of_environment
+from wan_core.model_config import TOKENIZER_CONFIG
+from wan_core.rest import Rest
+from wan_core.runtime import default_device
 
 CHECKOUT = os.environ.get("WANCORE_DIFFSYNTH")
 """A clone of modelscope/DiffSynth-Studio, with its history."""

@@ -1,4 +1,4 @@
-"""The pack loads quickly and anywhere."""
+"""The pack loads quickly and anywhere, and each of its modules once."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ pack = importlib.util.module_from_spec(spec)
 sys.modules[name] = pack
 spec.loader.exec_module(pack)
 print((time.process_time() - there) / (there - started), len(pack.NODE_CLASS_MAPPINGS))
-foreign = {"nodes", "wan_core", "server", "transformers", "modelscope", "imageio", "av", "diffusers",
+foreign = {"nodes", "server", "transformers", "modelscope", "imageio", "av", "diffusers",
            "accelerate", "peft"} & set(sys.modules)
 assert not foreign, foreign
 """
@@ -43,12 +43,85 @@ def test_import_is_quick_once_torch_is_there():
     assert load(ROOT)[0] < 0.5
 
 
-def test_a_folder_name_with_a_hyphen(tmp_path):
-    folder = tmp_path / "ComfyUI-Wan-Core"
-    for part in ("nodes", "trainer", "wan_core"):
+COMFYUI = """
+import importlib.util
+def load(folder):
+    name = folder.replace(".", "_x_")
+    spec = importlib.util.spec_from_file_location(name, folder + "/__init__.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+pack = load(folder)
+assert pack.WEB_DIRECTORY and pack.NODE_CLASS_MAPPINGS and pack.NODE_DISPLAY_NAME_MAPPINGS
+try:
+    load(root)
+except ImportError as error:
+    assert root in str(error) and folder in str(error), error
+else:
+    raise AssertionError("two copies in one process")
+"""
+
+PROGRAM = """
+import runpy
+try:
+    {start}
+except SystemExit as end:
+    assert not end.code
+"""
+
+LIBRARY = """
+sys.path.insert(0, folder)
+import wan_core, pack
+pack.register()
+"""
+
+ONE_IDENTITY = """
+import collections, pathlib, wan_core, wancore.headless.cli, wancore.nodes, wancore.trainer.models, wan_core.parts
+assert wan_core.ModelConfig is wan_core.parts.ModelConfig is wan_core.model_config.ModelConfig
+assert wancore.nodes.loaders.prepare is wancore.trainer.models.prepare is wan_core.prepare
+try:
+    import wancore.wan_core
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("the library has a second name")
+names = collections.defaultdict(set)
+for name, module in list(sys.modules.items()):
+    if getattr(module, "__file__", None) is not None:
+        names[pathlib.Path(module.__file__).resolve()].add(name)
+for file, known in names.items():
+    if file.is_relative_to(folder) and file.parent != pathlib.Path(folder) and not known & {"__main__", "__mp_main__"}:
+        name = ".".join(file.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
+        expected = name if name.startswith("wan_core") else "wancore." + name
+        assert known - {"headless"} <= {expected}, (file, known)
+assert any(file.is_relative_to(folder) for file in names)
+"""
+
+ENTRIES = {
+    "ComfyUI": COMFYUI,
+    "headless": PROGRAM.format(start="sys.path.insert(0, folder); runpy.run_module('headless', run_name='__main__')"),
+    "trainer": PROGRAM.format(start="runpy.run_path(folder + '/trainer/train.py', run_name='__main__')"),
+    "library": LIBRARY,
+}
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """The pack in a folder whose name no package can have."""
+    folder = tmp_path_factory.mktemp("custom_nodes") / "ComfyUI-Wan 2.1 Core"
+    for part in ("nodes", "trainer", "headless", "wan_core"):
         shutil.copytree(ROOT / part, folder / part)
-    shutil.copy(ROOT / "__init__.py", folder)
-    assert load(folder)[1] == load(ROOT)[1] > 0
+    for file in ("__init__.py", "pack.py"):
+        shutil.copy(ROOT / file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_process_has_each_module_once(entry, copied):
+    code = "import sys; root, folder = sys.argv[1:]; sys.argv[1:] = ['--help']\n" + ENTRIES[entry] + ONE_IDENTITY
+    command = [sys.executable, "-c", code, ROOT, copied]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+    assert not done.returncode, done.stderr
 
 
 def test_the_library_stands_alone(tmp_path):

@@ -2,21 +2,21 @@
 
 import pytest
 import torch
-from wancore.wan_core import catalog
-from wancore.wan_core.checkpoints.detect import detect_files
-from wancore.wan_core.checkpoints.load import build
-from wancore.wan_core.conditioning.camera_path import CameraPath
-from wancore.wan_core.conditioning.encoders import LatentEncoder
-from wancore.wan_core.conditioning.image import fold_mask, image_conditioning
-from wancore.wan_core.conditioning.vace import vace_conditioning
-from wancore.wan_core.models.dit import Head
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.settings import GuidanceSettings, SamplerSettings, TeaCacheSettings
-from wancore.wan_core.tiling import TileSettings
-from wancore.wan_core.types import Conditioning, LatentSize, VideoSize
 
 from tests.reference import relative_error, tiny_dit, tiny_image_encoder, tiny_text_encoder, tiny_vae
+from wan_core import catalog
+from wan_core.checkpoints.detect import detect_files
+from wan_core.checkpoints.load import build
+from wan_core.conditioning.camera_path import CameraPath
+from wan_core.conditioning.encoders import LatentEncoder
+from wan_core.conditioning.image import fold_mask, image_conditioning
+from wan_core.conditioning.vace import vace_conditioning
+from wan_core.models.dit import Head
+from wan_core.runtime import Runtime
+from wan_core.sampling.loop import sample
+from wan_core.settings import GuidanceSettings, SamplerSettings, TeaCacheSettings
+from wan_core.tiling import TileSettings
+from wan_core.types import Conditioning, LatentSize, VideoSize
 
 SIZE = VideoSize(48, 32, 9)
 TEXT = Conditioning(text=torch.randn(1, 8, 64), negative_text=torch.randn(1, 8, 64))

@@ -5,22 +5,22 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import save_file
-from wancore.wan_core.memory.pieces import blocks_of, weights_of
-from wancore.wan_core.memory.residency import Residency
-from wancore.wan_core.prepare import DiTSettings, VideoModel, inspect, load_dit
-from wancore.wan_core.rest import Rest
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.settings import (
+
+from tests.reference import tiny_dit
+from wan_core.memory.pieces import blocks_of, weights_of
+from wan_core.memory.residency import Residency
+from wan_core.prepare import DiTSettings, VideoModel, inspect, load_dit
+from wan_core.rest import Rest
+from wan_core.runtime import Runtime
+from wan_core.sampling.loop import sample
+from wan_core.settings import (
     GuidanceSettings,
     MemorySettings,
     SamplerSettings,
     TeaCacheSettings,
     WindowSettings,
 )
-from wancore.wan_core.types import Conditioning, Curve, LatentSize, VaceInput
-
-from tests.reference import tiny_dit
+from wan_core.types import Conditioning, Curve, LatentSize, VaceInput
 
 CPU = torch.device("cpu")
 SIZE = LatentSize(5, 8, 8)

@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from wancore.wan_core import ModelConfig, WanVideoPipeline, load_video, save_video
-from wancore.wan_core.catalog import tiny_id
-from wancore.wan_core.checkpoints.download import DownloadError
-from wancore.wan_core.models.config import ImageEncoderConfig
-from wancore.wan_core.models.image_encoder import ImageEncoder
-from wancore.wan_core.prepare import VideoModel
-from wancore.wan_core.variants import match_variant
 
 from tests.pictures import materialised
 from tests.reference import DITS, arguments, filled, load_case, relative_error, tiny_dit
+from wan_core import ModelConfig, WanVideoPipeline, load_video, save_video
+from wan_core.catalog import tiny_id
+from wan_core.checkpoints.download import DownloadError
+from wan_core.models.config import ImageEncoderConfig
+from wan_core.models.image_encoder import ImageEncoder
+from wan_core.prepare import VideoModel
+from wan_core.variants import match_variant
 
 PATTERNS = ("diffusion_pytorch_model*.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth")
 DIT, TEXT, VAE = range(3)

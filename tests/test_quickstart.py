@@ -12,9 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from wancore import quickstart
 
 from tests.programs import PATIENCE
+from wancore import quickstart
 
 SOURCE = Path(quickstart.__file__)
 HEADLESS = """

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from wancore.nodes import NODE_DISPLAY_NAME_MAPPINGS
 
 ROOT = Path(__file__).parents[1]

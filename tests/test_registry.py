@@ -113,7 +113,8 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 sys.path.insert(0, sys.argv[1])
 import pack
-pack.load_pack()
+pack.register()
+import wancore.nodes
 assert not [entry for entry in written if entry != "/dev/null"], written
 """
 

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from wancore.wan_core.conditioning.text import clean_prompt
-from wancore.wan_core.tiling import TiledSum, TileSettings, blend_weights, plan_spans
-from wancore.wan_core.types import Conditioning, Curve, LatentSize, VaceInput, VideoSize, tensors_in
+
+from wan_core.conditioning.text import clean_prompt
+from wan_core.tiling import TiledSum, TileSettings, blend_weights, plan_spans
+from wan_core.types import Conditioning, Curve, LatentSize, VaceInput, VideoSize, tensors_in
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import wancore
 from PIL import Image
+
+from tests.lora.fixtures import trained_weights
+from wan_core.media import probe
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
 from wancore.headless.runner import run
@@ -17,11 +19,8 @@ from wancore.headless.schema import schemas_of
 from wancore.headless.tiny import apply_tiny
 from wancore.headless.validate import validate
 from wancore.headless.workflow import Workflow
-from wancore.nodes import host
+from wancore.nodes import NODE_CLASS_MAPPINGS, host
 from wancore.nodes.places import OWNERS_FOLDERS
-from wancore.wan_core.media import probe
-
-from tests.lora.fixtures import trained_weights
 from workflows import build, thumbnails
 from workflows.graph import declared_inputs, is_widget
 from workflows.training import VALIDATIONS
@@ -29,7 +28,7 @@ from workflows.training import VALIDATIONS
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-CLASSES = {**core_nodes(Folders()), **wancore.NODE_CLASS_MAPPINGS}
+CLASSES = {**core_nodes(Folders()), **NODE_CLASS_MAPPINGS}
 
 
 def load(*parts: str) -> dict:
@@ -72,7 +71,7 @@ def test_nodes_say_where_they_and_their_files_come_from(name):
     note, *nodes = workflow["nodes"]
     assert note["type"] == "MarkdownNote" and note["widgets_values"][0].startswith("## ")
     for node in nodes:
-        ours = node["type"] in wancore.NODE_CLASS_MAPPINGS
+        ours = node["type"] in NODE_CLASS_MAPPINGS
         expected = ("wancore", build.version()) if ours else ("comfy-core", "0.3.64")
         assert (node["properties"]["cnr_id"], node["properties"]["ver"]) == expected
         assert node["color"] != node["bgcolor"]
@@ -192,7 +191,7 @@ def run_tiny(models, weights, tmp_path):
     def execute(name: str, changes: dict[str, dict] | None = None) -> Path:
         host.configure(device="cpu", models_dir=models, output_dir=tmp_path / "out")
         folders = Folders(tmp_path / "in", tmp_path / "out")
-        nodes = {**core_nodes(folders), **wancore.NODE_CLASS_MAPPINGS}
+        nodes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
         workflow = loaded(name, nodes, weights.get(name))
         for title, inputs in {"Sampler": {"steps": 2, "cfg": 1.5}, **(changes or {})}.items():
             workflow = with_inputs(workflow, title, inputs)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..wan_core.atomic import replacing
-from ..wan_core.checkpoints.read import read_whole
-from ..wan_core.checkpoints.write import write_safetensors
-from ..wan_core.media import frame_files
-from ..wan_core.reading import read_json
+from wan_core.atomic import replacing
+from wan_core.checkpoints.read import read_whole
+from wan_core.checkpoints.write import write_safetensors
+from wan_core.media import frame_files
+from wan_core.reading import read_json
 
 log = logging.getLogger("wancore")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..wan_core.atomic import replacing
+from wan_core.atomic import replacing
 
 SIZE = (960, 640)
 MARGIN = (64, 28, 16, 36)

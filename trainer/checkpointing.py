@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from ..wan_core.memory.block_stream import BlockStream
+from wan_core.memory.block_stream import BlockStream
 
 
 @contextmanager

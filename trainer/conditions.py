@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..wan_core.conditioning.inputs import condition
-from ..wan_core.conditioning.text import TEXT_TOKENS, clean_prompt
-from ..wan_core.media import frames_to_pixels
-from ..wan_core.types import Conditioning, VaceInput, VideoSize
+from wan_core.conditioning.inputs import condition
+from wan_core.conditioning.text import TEXT_TOKENS, clean_prompt
+from wan_core.media import frames_to_pixels
+from wan_core.types import Conditioning, VaceInput, VideoSize
+
 from .cache import LatentCache
 from .config import TrainConfig
 from .draws import Choice, Media, choose, fixed

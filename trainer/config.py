@@ -9,8 +9,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from ..wan_core.atomic import replacing
-from ..wan_core.types import SIZE_MULTIPLE, VideoSize
+from wan_core.atomic import replacing
+from wan_core.types import SIZE_MULTIPLE, VideoSize
+
 from . import optimizers
 from .flags import (
     ConfigError,

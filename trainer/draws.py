@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..wan_core.conditioning.camera_path import CameraPath
-from ..wan_core.conditioning.inputs import VideoInputs
+from wan_core.conditioning.camera_path import CameraPath
+from wan_core.conditioning.inputs import VideoInputs
+
 from .config import TrainConfig
 from .inputs import ALIGNED_KINDS, INPUTS, given_names
 from .masks import BOTH, START, draw_mask, mask_kind

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from ..wan_core import catalog, prepare
-from ..wan_core.conditioning.encoders import LatentEncoder
-from ..wan_core.conditioning.text import TextEncoder
-from ..wan_core.models.image_encoder import ImageEncoder
-from ..wan_core.models.vae import WanVAE
+from wan_core import catalog, prepare
+from wan_core.conditioning.encoders import LatentEncoder
+from wan_core.conditioning.text import TextEncoder
+from wan_core.models.image_encoder import ImageEncoder
+from wan_core.models.vae import WanVAE
+
 from .cache import LatentCache
 from .models import FoundModels
 

@@ -13,8 +13,9 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from ..wan_core.memory.block_stream import BlockStream
-from ..wan_core.reading import blamed_on
+from wan_core.memory.block_stream import BlockStream
+from wan_core.reading import blamed_on
+
 from . import optimizers, sharding
 from .config import TrainConfig
 from .placing import frozen_at_work

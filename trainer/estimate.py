@@ -6,8 +6,9 @@ from math import prod
 
 from torch import Tensor
 
-from ..wan_core.memory.residency import Residency
-from ..wan_core.models.config import DiTConfig
+from wan_core.memory.residency import Residency
+from wan_core.models.config import DiTConfig
+
 from .config import TrainConfig
 from .placing import placement_within
 from .trainable import Trainables

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..wan_core import reading
-from ..wan_core.settings import check_choice, check_number, check_whole
+from wan_core import reading
+from wan_core.settings import check_choice, check_number, check_whole
 
 
 class ConfigError(ValueError):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..wan_core.conditioning.camera_path import DEFAULT_SPEED, MOVES
-from ..wan_core.conditioning.speed import FASTEST, SLOWEST
+from wan_core.conditioning.camera_path import DEFAULT_SPEED, MOVES
+from wan_core.conditioning.speed import FASTEST, SLOWEST
 
 Kind = Literal["start", "end", "clip", "mask", "picture", "pictures", "poses", "number", "word"]
 """`start` and `end` are pictures of the trained clip itself; `clip` and `mask` follow it frame by frame."""

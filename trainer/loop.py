@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..wan_core.runtime import OutOfMemoryError, is_out_of_memory
+from wan_core.runtime import OutOfMemoryError, is_out_of_memory
+
 from .checkpointing import checkpointed
 from .conditions import Batch, Examples, collate
 from .config import TrainConfig

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
-from ..wan_core import prepare, variants
-from ..wan_core.checkpoints.detect import Component, join_vace
-from ..wan_core.conditioning.slots import fit
-from ..wan_core.model_config import ModelConfig, find_models, tokenizer_folder
-from ..wan_core.models.config import DiTConfig
-from ..wan_core.rest import Rest
-from ..wan_core.types import Conditioning, VideoSize
-from ..wan_core.variants import IMAGE, Variant
+from wan_core import prepare, variants
+from wan_core.checkpoints.detect import Component, join_vace
+from wan_core.conditioning.slots import fit
+from wan_core.model_config import ModelConfig, find_models, tokenizer_folder
+from wan_core.models.config import DiTConfig
+from wan_core.rest import Rest
+from wan_core.types import Conditioning, VideoSize
+from wan_core.variants import IMAGE, Variant
+
 from . import starting
 from .config import TrainConfig
 from .flags import ConfigError, is_nameable

@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..wan_core.atomic import clean, locked
+from wan_core.atomic import clean, locked
+
 from .config import TrainConfig
 from .events import read_events
 from .export import WEIGHTS, Exporter

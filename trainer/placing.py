@@ -6,10 +6,11 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from ..wan_core.memory.block_stream import BlockStream
-from ..wan_core.memory.device import GIB
-from ..wan_core.memory.plan import Inventory, Placement, place
-from ..wan_core.memory.residency import Residency
+from wan_core.memory.block_stream import BlockStream
+from wan_core.memory.device import GIB
+from wan_core.memory.plan import Inventory, Placement, place
+from wan_core.memory.residency import Residency
+
 from .config import TrainConfig
 from .trainable import Denoiser
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..wan_core.catalog import (
+from wan_core.catalog import (
     CATALOG,
     DIT_PATTERN,
     IMAGE_ENCODER_PATTERN,

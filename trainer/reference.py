@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..wan_core.catalog import IMAGE_ENCODER_PATTERN, TEXT_ENCODER_PATTERN, VAE_PATTERN
+from wan_core.catalog import IMAGE_ENCODER_PATTERN, TEXT_ENCODER_PATTERN, VAE_PATTERN
 
 ENCODER_FILES = (TEXT_ENCODER_PATTERN, VAE_PATTERN, IMAGE_ENCODER_PATTERN)
 

@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..wan_core.conditioning.camera_path import CameraPath
-from ..wan_core.media import FPS, check_frame
-from ..wan_core.types import VideoSize
+from wan_core.conditioning.camera_path import CameraPath
+from wan_core.media import FPS, check_frame
+from wan_core.types import VideoSize
+
 from .config import TrainConfig
 from .dataset import MOST_NAMED, Dataset, Sample
 from .inputs import ALIGNED_KINDS, INPUTS, ExtraInput

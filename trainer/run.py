@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..wan_core.checkpoints.files import resolve_model
-from ..wan_core.memory.quant import quantise
-from ..wan_core.rest import Rest
-from ..wan_core.runtime import OutOfMemoryError, Runtime
+from wan_core.checkpoints.files import resolve_model
+from wan_core.memory.quant import quantise
+from wan_core.rest import Rest
+from wan_core.runtime import OutOfMemoryError, Runtime
+
 from . import dataset, engine, models, report, starting, trainable
 from .cache import LatentCache
 from .conditions import Examples

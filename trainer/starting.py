@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..wan_core.adapters.model import Target, fit_to, report, use_lora
-from ..wan_core.adapters.open import open_lora
-from ..wan_core.checkpoints.detect import Component, detect_files
-from ..wan_core.lora.apply import LoraUse, fuse
-from ..wan_core.prepare import VideoModel
+from wan_core.adapters.model import Target, fit_to, report, use_lora
+from wan_core.adapters.open import open_lora
+from wan_core.checkpoints.detect import Component, detect_files
+from wan_core.lora.apply import LoraUse, fuse
+from wan_core.prepare import VideoModel
+
 from .config import TrainConfig
 
 log = logging.getLogger("wancore")

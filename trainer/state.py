@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..wan_core.atomic import sync_file, sync_folder
-from ..wan_core.checkpoints.pickles import require_plain
-from ..wan_core.checkpoints.read import read_whole
-from ..wan_core.checkpoints.write import write_safetensors
-from ..wan_core.reading import blamed_on, read_json
-from ..wan_core.settings import check_whole
+from wan_core.atomic import sync_file, sync_folder
+from wan_core.checkpoints.pickles import require_plain
+from wan_core.checkpoints.read import read_whole
+from wan_core.checkpoints.write import write_safetensors
+from wan_core.reading import blamed_on, read_json
+from wan_core.settings import check_whole
 
 log = logging.getLogger("wancore")
 

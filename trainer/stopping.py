@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from ..wan_core.atomic import abandon
+from wan_core.atomic import abandon
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 QUIT_NOW = 130

@@ -5,7 +5,6 @@ Coloured shapes move over coloured grounds; each row has a caption and all input
 
 import argparse
 import csv
-import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ def write_dataset(
     Raises:
         ValueError: `folder` holds metadata.csv already, or a size is too small to draw on.
     """
-    from ..wan_core.media import save_video
+    from wan_core.media import save_video
 
     folder = Path(folder)
     metadata = folder / "metadata.csv"
@@ -150,7 +149,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from pack import NAME, load_pack
-
-    load_pack()
-    sys.exit(importlib.import_module(f"{NAME}.trainer.synthetic").main())
+    sys.exit(main())

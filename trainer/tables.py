@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from .config import TrainConfig
 from .flags import flag_type
@@ -19,6 +21,14 @@ SECTIONS = {
     "Writing and watching": "output_path",
 }
 """Heading to the first setting under it, in the order of the settings."""
+
+
+def main(_: Sequence[str]) -> int:
+    """Write the tables into docs/training.md."""
+    file = Path(__file__).resolve().parents[1] / "docs" / "training.md"
+    file.write_text(filled(file.read_text(encoding="utf-8")), encoding="utf-8")
+    sys.stdout.write(f"{file}\n")
+    return 0
 
 
 def filled(text: str) -> str:

@@ -9,7 +9,8 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from ..wan_core.atomic import replacing
+from wan_core.atomic import replacing
+
 from .config import TrainConfig
 from .flags import ConfigError, from_json, read_json
 

@@ -12,17 +12,18 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..wan_core.adapters.model import Target, fit_to
-from ..wan_core.adapters.open import open_lora
-from ..wan_core.conditioning.text import TEXT_TOKENS, TextEncoder, clean_prompt
-from ..wan_core.lora.patches import LowRank
-from ..wan_core.memory.quant import QuantisedLinear
-from ..wan_core.models.dit import WanDiT, check_shapes, vace_strengths
-from ..wan_core.models.motion_controller import MotionController
-from ..wan_core.models.vae import WanVAE
-from ..wan_core.prepare import VideoModel
-from ..wan_core.sampling.predictor import motion_offset
-from ..wan_core.types import Conditioning
+from wan_core.adapters.model import Target, fit_to
+from wan_core.adapters.open import open_lora
+from wan_core.conditioning.text import TEXT_TOKENS, TextEncoder, clean_prompt
+from wan_core.lora.patches import LowRank
+from wan_core.memory.quant import QuantisedLinear
+from wan_core.models.dit import WanDiT, check_shapes, vace_strengths
+from wan_core.models.motion_controller import MotionController
+from wan_core.models.vae import WanVAE
+from wan_core.prepare import VideoModel
+from wan_core.sampling.predictor import motion_offset
+from wan_core.types import Conditioning
+
 from .config import TrainConfig
 from .objective import Draw, errors, noisy
 

@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..wan_core.atomic import replacing
-from ..wan_core.decode import decode_pieces
-from ..wan_core.media import pixels_to_images, save_video
-from ..wan_core.models.vae import WanVAE
-from ..wan_core.prepare import VideoModel
-from ..wan_core.runtime import Runtime
-from ..wan_core.sampling.loop import sample
-from ..wan_core.settings import GuidanceSettings, SamplerSettings
-from ..wan_core.types import Conditioning, VideoSize
+from wan_core.atomic import replacing
+from wan_core.decode import decode_pieces
+from wan_core.media import pixels_to_images, save_video
+from wan_core.models.vae import WanVAE
+from wan_core.prepare import VideoModel
+from wan_core.runtime import Runtime
+from wan_core.sampling.loop import sample
+from wan_core.settings import GuidanceSettings, SamplerSettings
+from wan_core.types import Conditioning, VideoSize
+
 from .conditions import Encoded, Examples, collate
 from .config import TrainConfig
 from .objective import Draw, generator_for

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..wan_core.fitting import resized
-from ..wan_core.media import Clip, MediaError, frames, probe, to_unit
-from ..wan_core.types import SIZE_MULTIPLE, VAE_STRIDE
+from wan_core.fitting import resized
+from wan_core.media import Clip, MediaError, frames, probe, to_unit
+from wan_core.types import SIZE_MULTIPLE, VAE_STRIDE
 
 __all__ = ["Clip", "MediaError", "at_rate", "own_size", "picked", "probe", "read", "usable_frames"]
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..wan_core.runtime import Runtime
+from wan_core.runtime import Runtime
+
 from .chart import save_chart
 from .conditions import Encoded
 from .config import TrainConfig

@@ -4,13 +4,16 @@ With `--thumbnails` every workflow also runs on the bundled tiny models, and a p
 """
 
 import argparse
-import importlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from pack import NAME, ROOT, load_pack
+from pack import NAME, ROOT
+from wan_core import catalog
+from wancore.headless.core_nodes import core_nodes
+from wancore.headless.folders import Folders
+from wancore.nodes import NODE_CLASS_MAPPINGS
 
 from . import descriptions, training
 from .graph import to_api, to_ui
@@ -24,15 +27,12 @@ def version() -> str:
 
 def core_classes() -> dict[str, type]:
     """The stand-ins of ComfyUI's own nodes that the workflows use."""
-    load_pack()
-    core, folders = (importlib.import_module(f"{NAME}.headless.{part}") for part in ("core_nodes", "folders"))
-    return core.core_nodes(folders.Folders())
+    return core_nodes(Folders())
 
 
 def files() -> dict[Path, dict[str, Any]]:
     """Every workflow file's path, relative to this folder, and what it holds."""
-    classes = {**core_classes(), **load_pack().NODE_CLASS_MAPPINGS}
-    catalog = importlib.import_module(f"{NAME}.wan_core.catalog")
+    classes = {**core_classes(), **NODE_CLASS_MAPPINGS}
     built = {}
     described = [(descriptions, name) for name in descriptions.WORKFLOWS]
     described += [(training, name) for name in training.NAMES]

@@ -5,13 +5,13 @@ A red ball rolls over hills. Small and simple on purpose: each workflow runs as 
 better.
 """
 
-import importlib
 import shutil
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from pack import NAME, load_pack
+from wan_core.media import save_video
+from wancore.trainer.synthetic import write_dataset
 
 SIZE = (416, 240)
 FRAMES = 33
@@ -76,8 +76,6 @@ def reference() -> Image.Image:
 
 
 def main() -> None:
-    load_pack()
-    save_video = importlib.import_module(f"{NAME}.wan_core.media").save_video
     ASSETS.mkdir(exist_ok=True)
     for name, picture in (("start", scene(0)), ("end", scene(FRAMES - 1)), ("reference", reference())):
         picture.save(ASSETS / f"{name}.png", optimize=True)
@@ -85,7 +83,6 @@ def main() -> None:
         path = ASSETS / f"{name}.mp4"
         path.unlink(missing_ok=True)
         save_video([draw(i) for i in range(FRAMES)], path, fps=FPS, quality=6)
-    write_dataset = importlib.import_module(f"{NAME}.trainer.synthetic").write_dataset
     shutil.rmtree(ASSETS / TRAINING, ignore_errors=True)
     write_dataset(ASSETS / TRAINING, count=4, width=SIZE[0] // 2, height=SIZE[1] // 2, num_frames=FRAMES, fps=FPS)
 

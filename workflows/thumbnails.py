@@ -1,6 +1,5 @@
 """A workflow's picture in ComfyUI's template browser: three moments of its own run on the bundled tiny models."""
 
-import importlib
 import json
 import tempfile
 from pathlib import Path
@@ -8,7 +7,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pack import NAME, load_pack
+from wan_core.media import load_video
+from wancore.headless.core_nodes import core_nodes
+from wancore.headless.folders import Folders
+from wancore.headless.runner import run
+from wancore.headless.tiny import apply_tiny
+from wancore.headless.workflow import Workflow
+from wancore.nodes import NODE_CLASS_MAPPINGS, host
 
 from .descriptions import WORKFLOWS
 from .training import TITLES as TRAINING_TITLES
@@ -28,21 +33,17 @@ def frames(name: str) -> list[Image.Image]:
     A workflow that shows what was trained shows what the one that trains a LoRA makes; for a whole model, with its
     training node exchanged.
     """
-    pack = load_pack()
-    parts = ("core_nodes", "folders", "runner", "tiny", "workflow")
-    core_nodes, folders, runner, tiny, workflow = (importlib.import_module(f"{NAME}.headless.{p}") for p in parts)
-    host, media = (importlib.import_module(f"{NAME}.{part}") for part in ("nodes.host", "wan_core.media"))
     with tempfile.TemporaryDirectory() as place:
-        here = folders.Folders(Path(place, "in"), Path(place, "out"))
-        nodes = {**core_nodes.core_nodes(here), **pack.NODE_CLASS_MAPPINGS}
+        here = Folders(Path(place, "in"), Path(place, "out"))
+        nodes = {**core_nodes(here), **NODE_CLASS_MAPPINGS}
 
         def execute(prompt: dict[str, Any], changes: dict[str, Any]) -> Path:
-            graph = tiny.apply_tiny(workflow.Workflow.from_api(prompt), nodes)
+            graph = apply_tiny(Workflow.from_api(prompt), nodes)
             for class_type, inputs in changes.items():
                 graph = graph.with_inputs(
                     next(n.id for n in graph.nodes.values() if n.class_type == class_type), inputs
                 )
-            return runner.run(graph, nodes, folders=here).files[-1]
+            return run(graph, nodes, folders=here).files[-1]
 
         host.configure(device="cpu", models_dir=Path(place, "models"), output_dir=here.output)
         try:
@@ -52,7 +53,7 @@ def frames(name: str) -> list[Image.Image]:
                 trained = {
                     "WanCoreTrainedWeights": {"weights": str(next(here.output.rglob("training/*/*.safetensors")))}
                 }
-            return media.load_video(execute(_api(name), {"WanCoreSampler": SETTINGS, **trained}))
+            return load_video(execute(_api(name), {"WanCoreSampler": SETTINGS, **trained}))
         finally:
             host.configure()
 

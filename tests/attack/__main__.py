@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pack
 
-pack.load_pack()
+pack.register()
 
 from . import FAULTS, Trial  # noqa: E402
 

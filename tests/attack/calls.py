@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from wancore.wan_core import ModelConfig, WanVideoPipeline, load_state_dict, save_video
-from wancore.wan_core.catalog import TINY
+
+from wan_core import ModelConfig, WanVideoPipeline, load_state_dict, save_video
+from wan_core.catalog import TINY
 
 from . import Trial
 

@@ -91,7 +91,7 @@ class Child:
 
     def _start(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        program = f"import pack; pack.load_pack(); from tests.attack import child; child.serve({self._module!r})"
+        program = f"import pack; pack.register(); from tests.attack import child; child.serve({self._module!r})"
         self._process = subprocess.Popen(
             [sys.executable, "-c", program],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment,

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from wan_core.media import MediaError, load_video, probe, save_video
 from wancore.headless.video import VideoFromFile
 from wancore.trainer import video as trainer
-from wancore.wan_core.media import MediaError, load_video, probe, save_video
 
 from . import Trial
 

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 300
 """Seconds after which a process counts as hanging."""
 
-PROGRAM = "import pack; pack.load_pack(); from tests.attack.processes import tend; tend()"
-IMPORTED = ("headless.cli", "trainer.run", "wan_core.conditioning.text_cache")
+PROGRAM = "import pack; pack.register(); from tests.attack.processes import tend; tend()"
+IMPORTED = ("wancore.headless.cli", "wancore.trainer.run", "wan_core.conditioning.text_cache")
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Nursery:
 def tend() -> None:
     """The nursery's own loop: orders come in and answers go out as lines of JSON."""
     for name in IMPORTED:
-        importlib.import_module(f"wancore.{name}")
+        importlib.import_module(name)
     for line in sys.stdin:
         order = json.loads(line)
         answer = _ended(order["wait"]) if "wait" in order else _fork(order)

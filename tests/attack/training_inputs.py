@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file, save_file
+
+from tests.trainer import material
 from wancore.trainer import checking
 from wancore.trainer import run as running
 from wancore.trainer.chart import draw_chart
 from wancore.trainer.events import latest_steps, read_events
 from wancore.trainer.state import digest
 from wancore.trainer.task import RECORD
-
-from tests.trainer import material
 
 from . import Trial
 

@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from wan_core.adapters.files import LoraFormat, convert
+from wan_core.adapters.model import report_alone
+from wan_core.adapters.open import open_lora
+from wan_core.checkpoints.detect import detect_files
+from wan_core.checkpoints.load import build
+from wan_core.checkpoints.save import save_plain
+from wan_core.conditioning.text_cache import DiskStore
+from wan_core.inspection import report
+from wan_core.sampling.checkpoint import load_latents
 from wancore.trainer.cache import LatentCache
 from wancore.trainer.state import OPTIMIZER, WEIGHTS, read_parts
-from wancore.wan_core.adapters.files import LoraFormat, convert
-from wancore.wan_core.adapters.model import report_alone
-from wancore.wan_core.adapters.open import open_lora
-from wancore.wan_core.checkpoints.detect import detect_files
-from wancore.wan_core.checkpoints.load import build
-from wancore.wan_core.checkpoints.save import save_plain
-from wancore.wan_core.conditioning.text_cache import DiskStore
-from wancore.wan_core.inspection import report
-from wancore.wan_core.sampling.checkpoint import load_latents
 
 
 def _info(path: Path) -> str:

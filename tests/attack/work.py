@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.trainer import material
+from wan_core import tiny
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
 from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS
-from wancore.wan_core import tiny
-
-from tests.trainer import material
 
 from .processes import ROOT, Nursery, files, scratch
 

@@ -21,6 +21,10 @@ from typing import Any
 
 import torch
 from PIL import Image
+
+from tests.lora.fixtures import trained_weights
+from wan_core import catalog
+from wan_core.sampling.checkpoint import save_latents
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.events import NodeError
 from wancore.headless.folders import Folders
@@ -32,10 +36,6 @@ from wancore.nodes import NODE_CLASS_MAPPINGS, host
 from wancore.nodes.sockets import LINKED
 from wancore.nodes.training_data import TrainingData
 from wancore.trainer.synthetic import write_dataset
-from wancore.wan_core import catalog
-from wancore.wan_core.sampling.checkpoint import save_latents
-
-from tests.lora.fixtures import trained_weights
 
 from . import Trial
 from .hostile import FLAGS, NAMED, VALUES, structural

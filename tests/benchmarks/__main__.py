@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pack
 
-pack.load_pack()
+pack.register()
 
 from . import report  # noqa: E402
 

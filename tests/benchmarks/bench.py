@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from wancore.wan_core.catalog import find_row, published_config
-from wancore.wan_core.memory.device import used_bytes
-from wancore.wan_core.memory.pieces import weights_of
-from wancore.wan_core.models.config import DiTConfig, VAEConfig
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.settings import SamplerSettings
-from wancore.wan_core.types import Conditioning, LatentSize
+
+from wan_core.catalog import find_row, published_config
+from wan_core.memory.device import used_bytes
+from wan_core.memory.pieces import weights_of
+from wan_core.models.config import DiTConfig, VAEConfig
+from wan_core.models.dit import WanDiT
+from wan_core.runtime import Runtime
+from wan_core.sampling.loop import sample
+from wan_core.settings import SamplerSettings
+from wan_core.types import Conditioning, LatentSize
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from wancore.wan_core.memory.count import LiveBytes
-from wancore.wan_core.models import elementwise, vae_blocks
+
+from wan_core.memory.count import LiveBytes
+from wan_core.models import elementwise, vae_blocks
 
 aten = torch.ops.aten
 FREE = {aten.detach, aten._unsafe_view, aten.lift_fresh, aten.set_, aten.alias, aten.empty, aten.empty_like}

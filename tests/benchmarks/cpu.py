@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from wancore.wan_core import tiny
-from wancore.wan_core.models.config import DiTConfig, TextEncoderConfig, VAEConfig
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.models.text_encoder import UMT5Encoder
-from wancore.wan_core.models.vae import WanVAE
 
 import pack
+from wan_core import tiny
+from wan_core.models.config import DiTConfig, TextEncoderConfig, VAEConfig
+from wan_core.models.dit import WanDiT
+from wan_core.models.text_encoder import UMT5Encoder
+from wan_core.models.vae import WanVAE
 
 from .peers import Job
 from .report import Row

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from wancore.wan_core.models.config import HEAD_DIM, DiTConfig
+
+from wan_core.models.config import HEAD_DIM, DiTConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel

@@ -17,18 +17,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from wancore.wan_core.budget.dit import pass_flops
-from wancore.wan_core.budget.room import limited
-from wancore.wan_core.memory.device import GIB
-from wancore.wan_core.memory.quant import quantise, supports_fp8_matmul, use_fp8_matmul
-from wancore.wan_core.models.attention import FastestAttention, load_backend
-from wancore.wan_core.models.config import DiTConfig
-from wancore.wan_core.models.vae import WanVAE
-from wancore.wan_core.prepare import DiTSettings, VideoModel, inspect, load_dit
-from wancore.wan_core.rest import Rest
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.settings import MemorySettings, SamplerSettings, TeaCacheSettings
-from wancore.wan_core.variants import match_variant
+
+from wan_core.budget.dit import pass_flops
+from wan_core.budget.room import limited
+from wan_core.memory.device import GIB
+from wan_core.memory.quant import quantise, supports_fp8_matmul, use_fp8_matmul
+from wan_core.models.attention import FastestAttention, load_backend
+from wan_core.models.config import DiTConfig
+from wan_core.models.vae import WanVAE
+from wan_core.prepare import DiTSettings, VideoModel, inspect, load_dit
+from wan_core.rest import Rest
+from wan_core.runtime import Runtime
+from wan_core.settings import MemorySettings, SamplerSettings, TeaCacheSettings
+from wan_core.variants import match_variant
 
 from . import diffusers_models as peers
 from .bench import (

@@ -18,23 +18,23 @@ import torch
 
 import pack
 
-pack.load_pack()
+pack.register()
 
-from wancore.wan_core import catalog  # noqa: E402
-from wancore.wan_core.budget.parts import Part, published_dit  # noqa: E402
-from wancore.wan_core.budget.run import RunPlan, dit_inventory, plan_run  # noqa: E402
-from wancore.wan_core.budget.whole import Given, made_up  # noqa: E402
-from wancore.wan_core.memory.block_stream import PlainCopies  # noqa: E402
-from wancore.wan_core.memory.count import LiveBytes  # noqa: E402
-from wancore.wan_core.memory.device import GIB  # noqa: E402
-from wancore.wan_core.memory.pieces import weights_of  # noqa: E402
-from wancore.wan_core.memory.plan import Placement  # noqa: E402
-from wancore.wan_core.memory.residency import Residency  # noqa: E402
-from wancore.wan_core.models.dit import WanDiT  # noqa: E402
-from wancore.wan_core.runtime import Runtime  # noqa: E402
-from wancore.wan_core.sampling.loop import sample  # noqa: E402
-from wancore.wan_core.settings import MemorySettings, SamplerSettings  # noqa: E402
-from wancore.wan_core.types import Conditioning, VideoSize, tensors_in  # noqa: E402
+from wan_core import catalog  # noqa: E402
+from wan_core.budget.parts import Part, published_dit  # noqa: E402
+from wan_core.budget.run import RunPlan, dit_inventory, plan_run  # noqa: E402
+from wan_core.budget.whole import Given, made_up  # noqa: E402
+from wan_core.memory.block_stream import PlainCopies  # noqa: E402
+from wan_core.memory.count import LiveBytes  # noqa: E402
+from wan_core.memory.device import GIB  # noqa: E402
+from wan_core.memory.pieces import weights_of  # noqa: E402
+from wan_core.memory.plan import Placement  # noqa: E402
+from wan_core.memory.residency import Residency  # noqa: E402
+from wan_core.models.dit import WanDiT  # noqa: E402
+from wan_core.runtime import Runtime  # noqa: E402
+from wan_core.sampling.loop import sample  # noqa: E402
+from wan_core.settings import MemorySettings, SamplerSettings  # noqa: E402
+from wan_core.types import Conditioning, VideoSize, tensors_in  # noqa: E402
 
 DOCUMENT = Path(pack.ROOT) / "docs" / "memory.md"
 BEGIN, END = "<!-- table: python -m tests.benchmarks.memory_table --write -->", "<!-- end of table -->"

@@ -6,16 +6,17 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from wancore.wan_core.catalog import find_row, published_config
-from wancore.wan_core.memory.pieces import weights_of
-from wancore.wan_core.memory.plan import Placement
-from wancore.wan_core.memory.residency import Residency
-from wancore.wan_core.models.config import DiTConfig, VAEConfig
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.models.vae import WanVAE
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.types import Conditioning, LatentSize, VideoSize
+
+from wan_core.catalog import find_row, published_config
+from wan_core.memory.pieces import weights_of
+from wan_core.memory.plan import Placement
+from wan_core.memory.residency import Residency
+from wan_core.models.config import DiTConfig, VAEConfig
+from wan_core.models.dit import WanDiT
+from wan_core.models.vae import WanVAE
+from wan_core.runtime import Runtime
+from wan_core.sampling.loop import sample
+from wan_core.types import Conditioning, LatentSize, VideoSize
 
 from . import diffusers_models as peers
 from . import memory_table

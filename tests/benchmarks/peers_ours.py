@@ -10,16 +10,16 @@ import pack
 
 from .peers import Job, Work, filled, training_step
 
-pack.load_pack()
+pack.register()
 
-from wancore.wan_core import ModelConfig, WanVideoPipeline, tiny  # noqa: E402
-from wancore.wan_core.catalog import DIT_FILE, TEXT_ENCODER_PATTERN, TINY, VAE_PATTERN  # noqa: E402
-from wancore.wan_core.models.attention import load_backend  # noqa: E402
-from wancore.wan_core.models.config import DiTConfig, TextEncoderConfig, VAEConfig  # noqa: E402
-from wancore.wan_core.models.dit import WanDiT  # noqa: E402
-from wancore.wan_core.models.text_encoder import UMT5Encoder  # noqa: E402
-from wancore.wan_core.models.vae import WanVAE  # noqa: E402
-from wancore.wan_core.types import Conditioning  # noqa: E402
+from wan_core import ModelConfig, WanVideoPipeline, tiny  # noqa: E402
+from wan_core.catalog import DIT_FILE, TEXT_ENCODER_PATTERN, TINY, VAE_PATTERN  # noqa: E402
+from wan_core.models.attention import load_backend  # noqa: E402
+from wan_core.models.config import DiTConfig, TextEncoderConfig, VAEConfig  # noqa: E402
+from wan_core.models.dit import WanDiT  # noqa: E402
+from wan_core.models.text_encoder import UMT5Encoder  # noqa: E402
+from wan_core.models.vae import WanVAE  # noqa: E402
+from wan_core.types import Conditioning  # noqa: E402
 
 
 def _built(cls: type[torch.nn.Module], config: object, job: Job, float32: tuple[str, ...] = ()) -> torch.nn.Module:

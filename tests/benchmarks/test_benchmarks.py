@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from wancore.wan_core.types import LatentSize
 
 from tests.benchmarks import __main__ as entry
 from tests.benchmarks import counting, gpu, meta, report
 from tests.benchmarks.report import Row
 from tests.programs import PATIENCE
+from wan_core.types import LatentSize
 
 ROOT = Path(__file__).parents[2]
 

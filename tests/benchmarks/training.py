@@ -17,8 +17,16 @@ from accelerate.state import AcceleratorState, PartialState
 
 import pack
 
-pack.load_pack()
+pack.register()
 
+from wan_core import catalog, tiny  # noqa: E402
+from wan_core.memory.device import GIB  # noqa: E402
+from wan_core.memory.quant import quantise  # noqa: E402
+from wan_core.models.config import DiTConfig  # noqa: E402
+from wan_core.prepare import VideoModel  # noqa: E402
+from wan_core.runtime import OutOfMemoryError  # noqa: E402
+from wan_core.types import Conditioning, VideoSize  # noqa: E402
+from wan_core.variants import match_variant  # noqa: E402
 from wancore.trainer import engine, run  # noqa: E402
 from wancore.trainer.conditions import Encoded  # noqa: E402
 from wancore.trainer.config import TrainConfig  # noqa: E402
@@ -28,14 +36,6 @@ from wancore.trainer.loop import Loop  # noqa: E402
 from wancore.trainer.plan import Plan  # noqa: E402
 from wancore.trainer.stopping import StopRequest  # noqa: E402
 from wancore.trainer.trainable import prepare  # noqa: E402
-from wancore.wan_core import catalog, tiny  # noqa: E402
-from wancore.wan_core.memory.device import GIB  # noqa: E402
-from wancore.wan_core.memory.quant import quantise  # noqa: E402
-from wancore.wan_core.models.config import DiTConfig  # noqa: E402
-from wancore.wan_core.prepare import VideoModel  # noqa: E402
-from wancore.wan_core.runtime import OutOfMemoryError  # noqa: E402
-from wancore.wan_core.types import Conditioning, VideoSize  # noqa: E402
-from wancore.wan_core.variants import match_variant  # noqa: E402
 
 from .bench import random_dit  # noqa: E402
 

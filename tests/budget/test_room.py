@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wancore.wan_core.budget import room
-from wancore.wan_core.budget.room import available, encoder_at_work, limited, size_held
-from wancore.wan_core.memory.device import GIB
-from wancore.wan_core.memory.residency import Residency
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.settings import MemorySettings
 
 from tests.reference import tiny_image_encoder, tiny_text_encoder
+from wan_core.budget import room
+from wan_core.budget.room import available, encoder_at_work, limited, size_held
+from wan_core.memory.device import GIB
+from wan_core.memory.residency import Residency
+from wan_core.runtime import Runtime
+from wan_core.settings import MemorySettings
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(device=CPU, dtype=torch.float32)
@@ -54,7 +54,7 @@ def test_a_limit_counts_what_others_use(monkeypatch):
 
 def test_what_is_on_the_device_already_counts_as_available(monkeypatch):
     module = tiny_text_encoder()
-    monkeypatch.setattr("wancore.wan_core.memory.residency.used_bytes", lambda device: 1)
+    monkeypatch.setattr("wan_core.memory.residency.used_bytes", lambda device: 1)
     own = sum(p.nbytes for p in module.parameters())
     runtime, requests = with_left(10, 10)
     assert available(module, runtime, MemorySettings(), own + 5) == own + 10

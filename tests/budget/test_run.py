@@ -4,19 +4,20 @@ from functools import cache
 
 import pytest
 import torch
-from wancore.wan_core.budget.run import plan_run
-from wancore.wan_core.memory.block_stream import PlainCopies
-from wancore.wan_core.memory.count import LiveBytes
-from wancore.wan_core.memory.device import GIB
-from wancore.wan_core.memory.pieces import weights_of
-from wancore.wan_core.memory.quant import quantise
-from wancore.wan_core.memory.residency import Residency
-from wancore.wan_core.models.config import DiTConfig
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling import loop
-from wancore.wan_core.settings import MemorySettings, SamplerSettings
-from wancore.wan_core.types import Conditioning, VideoSize, tensors_in
+
+from wan_core.budget.run import plan_run
+from wan_core.memory.block_stream import PlainCopies
+from wan_core.memory.count import LiveBytes
+from wan_core.memory.device import GIB
+from wan_core.memory.pieces import weights_of
+from wan_core.memory.quant import quantise
+from wan_core.memory.residency import Residency
+from wan_core.models.config import DiTConfig
+from wan_core.models.dit import WanDiT
+from wan_core.runtime import Runtime
+from wan_core.sampling import loop
+from wan_core.settings import MemorySettings, SamplerSettings
+from wan_core.types import Conditioning, VideoSize, tensors_in
 
 META = torch.device("meta")
 LARGE = DiTConfig(dim=5120, ffn_dim=13824, num_layers=40)

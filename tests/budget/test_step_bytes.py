@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wancore.wan_core.budget import dit as counting
-from wancore.wan_core.memory.quant import quantise
-from wancore.wan_core.settings import GuidanceSettings
-from wancore.wan_core.types import Curve, LatentSize, VaceInput
 
 from tests.reference import tiny_dit, tiny_motion_controller
 from tests.sampling.variants import conditioning
+from wan_core.budget import dit as counting
+from wan_core.memory.quant import quantise
+from wan_core.settings import GuidanceSettings
+from wan_core.types import Curve, LatentSize, VaceInput
 
 SIZE = LatentSize(2, 4, 4)
 FRAMES = {"vace": (3, 4, 4)}

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from wancore.wan_core.budget.text import peak_bytes
-from wancore.wan_core.memory.count import LiveBytes
-from wancore.wan_core.models.config import TextEncoderConfig
-from wancore.wan_core.models.text_encoder import UMT5Encoder
 
 from tests.reference import load_case, tiny_text_encoder
+from wan_core.budget.text import peak_bytes
+from wan_core.memory.count import LiveBytes
+from wan_core.models.config import TextEncoderConfig
+from wan_core.models.text_encoder import UMT5Encoder
 
 META = torch.device("meta")
 XXL = TextEncoderConfig()

@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
-from wancore.wan_core import tiny
-from wancore.wan_core.budget import vae
-from wancore.wan_core.budget.vae import (
+
+from tests.reference import tiny_vae
+from wan_core import tiny
+from wan_core.budget import vae
+from wan_core.budget.vae import (
     LEAST_STRIP,
     LEAST_TILE,
     OVERLAP,
@@ -17,13 +19,11 @@ from wancore.wan_core.budget.vae import (
     peak_bytes,
     smallest_tiles,
 )
-from wancore.wan_core.memory.count import LiveBytes
-from wancore.wan_core.models.config import VAEConfig
-from wancore.wan_core.runtime import OutOfMemoryError
-from wancore.wan_core.tiling import TileSettings
-from wancore.wan_core.types import LatentSize, VideoSize
-
-from tests.reference import tiny_vae
+from wan_core.memory.count import LiveBytes
+from wan_core.models.config import VAEConfig
+from wan_core.runtime import OutOfMemoryError
+from wan_core.tiling import TileSettings
+from wan_core.types import LatentSize, VideoSize
 
 REAL = VAEConfig()
 BF16 = torch.bfloat16

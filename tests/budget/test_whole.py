@@ -4,31 +4,31 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wancore.wan_core import catalog, tiny
-from wancore.wan_core.budget.fit import fit
-from wancore.wan_core.budget.parts import Part, published_dit, published_part
-from wancore.wan_core.budget.report import data_of, text_of
-from wancore.wan_core.budget.room import encoder_at_work
-from wancore.wan_core.budget.text import peak_bytes as text_bytes
-from wancore.wan_core.budget.vae import WORKSPACE_BYTES, choose_tiles, peak_bytes
-from wancore.wan_core.budget.whole import Given, Job, made_up, plan_whole
-from wancore.wan_core.checkpoints.detect import detect_files
-from wancore.wan_core.checkpoints.load import build
-from wancore.wan_core.memory.pieces import weights_of
-from wancore.wan_core.memory.residency import Residency
-from wancore.wan_core.prepare import VideoModel
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.settings import (
+
+from tests.models.test_real_shapes import STRUCTURES
+from tests.reference import tiny_dit
+from wan_core import catalog, tiny
+from wan_core.budget.fit import fit
+from wan_core.budget.parts import Part, published_dit, published_part
+from wan_core.budget.report import data_of, text_of
+from wan_core.budget.room import encoder_at_work
+from wan_core.budget.text import peak_bytes as text_bytes
+from wan_core.budget.vae import WORKSPACE_BYTES, choose_tiles, peak_bytes
+from wan_core.budget.whole import Given, Job, made_up, plan_whole
+from wan_core.checkpoints.detect import detect_files
+from wan_core.checkpoints.load import build
+from wan_core.memory.pieces import weights_of
+from wan_core.memory.residency import Residency
+from wan_core.prepare import VideoModel
+from wan_core.runtime import Runtime
+from wan_core.settings import (
     EasyCacheSettings,
     GuidanceSettings,
     MemorySettings,
     SamplerSettings,
 )
-from wancore.wan_core.types import VideoSize
-from wancore.wan_core.variants import match_variant
-
-from tests.models.test_real_shapes import STRUCTURES
-from tests.reference import tiny_dit
+from wan_core.types import VideoSize
+from wan_core.variants import match_variant
 
 SIZE = VideoSize(416, 240, 33)
 SHAPES = {

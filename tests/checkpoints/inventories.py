@@ -9,7 +9,8 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from wancore.wan_core.checkpoints.header import Header, TensorInfo
+
+from wan_core.checkpoints.header import Header, TensorInfo
 
 Shapes = dict[str, tuple[int, ...]]
 MANIFESTS = Path(__file__).resolve().parents[1] / "data" / "manifests"

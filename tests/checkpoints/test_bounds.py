@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from wancore.wan_core.checkpoints.detect import detect_files
-from wancore.wan_core.checkpoints.header import CheckpointError
-from wancore.wan_core.checkpoints.load import build
-from wancore.wan_core.checkpoints.save import save_plain
+
+from wan_core.checkpoints.detect import detect_files
+from wan_core.checkpoints.header import CheckpointError
+from wan_core.checkpoints.load import build
+from wan_core.checkpoints.save import save_plain
 
 from . import inventories as inv
 

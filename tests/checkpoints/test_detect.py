@@ -7,10 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from wancore.wan_core.checkpoints.detect import check_against, detect, fingerprint, join_vace, require_kind, vace_layers
-from wancore.wan_core.checkpoints.header import CheckpointError
-from wancore.wan_core.checkpoints.load import CLASSES
-from wancore.wan_core.models.config import (
+
+from wan_core.checkpoints.detect import check_against, detect, fingerprint, join_vace, require_kind, vace_layers
+from wan_core.checkpoints.header import CheckpointError
+from wan_core.checkpoints.load import CLASSES
+from wan_core.models.config import (
     DiTConfig,
     ImageEncoderConfig,
     MotionControllerConfig,

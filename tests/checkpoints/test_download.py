@@ -15,7 +15,8 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 import torch
 from safetensors.torch import save
-from wancore.wan_core.checkpoints.download import (
+
+from wan_core.checkpoints.download import (
     COMMON_FILES,
     CONVERTED,
     DownloadError,
@@ -25,7 +26,7 @@ from wancore.wan_core.checkpoints.download import (
     redirect,
     skips_download,
 )
-from wancore.wan_core.checkpoints.files import resolve_model
+from wan_core.checkpoints.files import resolve_model
 
 modelscope_hub = pytest.importorskip("modelscope_hub")
 

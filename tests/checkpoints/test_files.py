@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from wancore.wan_core.checkpoints.files import describe_files, missing_shards, resolve_files, resolve_model
-from wancore.wan_core.checkpoints.header import CheckpointError
+
+from wan_core.checkpoints.files import describe_files, missing_shards, resolve_files, resolve_model
+from wan_core.checkpoints.header import CheckpointError
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from wancore.wan_core.checkpoints.detect import detect, detect_all, detect_files
-from wancore.wan_core.checkpoints.header import CheckpointError
-from wancore.wan_core.checkpoints.keymap import strip_prefix
-from wancore.wan_core.checkpoints.load import inspect
-from wancore.wan_core.inspection import report
+
+from wan_core.checkpoints.detect import detect, detect_all, detect_files
+from wan_core.checkpoints.header import CheckpointError
+from wan_core.checkpoints.keymap import strip_prefix
+from wan_core.checkpoints.load import inspect
+from wan_core.inspection import report
 
 from . import inventories as inv
 from .inventories import header

@@ -7,22 +7,22 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from wancore.wan_core.budget.parts import Part
-from wancore.wan_core.checkpoints.detect import detect_files
-from wancore.wan_core.checkpoints.header import CheckpointError
-from wancore.wan_core.checkpoints.load import build
-from wancore.wan_core.checkpoints.save import save_fp8, save_plain
-from wancore.wan_core.inspection import report as info
-from wancore.wan_core.memory import formats
-from wancore.wan_core.memory.formats import EightBit, WeightFormat
-from wancore.wan_core.memory.pieces import weights_of
-from wancore.wan_core.memory.plan import place
-from wancore.wan_core.memory.quant import QuantisedLinear, big_linears, weight_shapes
-from wancore.wan_core.memory.residency import Residency
-from wancore.wan_core.prepare import DiTSettings, load_dit
-from wancore.wan_core.types import Conditioning
 
 from tests.reference import relative_error, tiny_dit
+from wan_core.budget.parts import Part
+from wan_core.checkpoints.detect import detect_files
+from wan_core.checkpoints.header import CheckpointError
+from wan_core.checkpoints.load import build
+from wan_core.checkpoints.save import save_fp8, save_plain
+from wan_core.inspection import report as info
+from wan_core.memory import formats
+from wan_core.memory.formats import EightBit, WeightFormat
+from wan_core.memory.pieces import weights_of
+from wan_core.memory.plan import place
+from wan_core.memory.quant import QuantisedLinear, big_linears, weight_shapes
+from wan_core.memory.residency import Residency
+from wan_core.prepare import DiTSettings, load_dit
+from wan_core.types import Conditioning
 
 FP8 = torch.float8_e4m3fn
 CPU = torch.device("cpu")

@@ -7,18 +7,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from wancore.wan_core.checkpoints.detect import detect_files
-from wancore.wan_core.checkpoints.load import build
-from wancore.wan_core.memory.pieces import weight_bytes
-from wancore.wan_core.memory.quant import FP8, QuantisedLinear, big_linears, quantise, weight_to_fp8
-from wancore.wan_core.memory.residency import Residency, on_device
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.models.linear import Linear
-from wancore.wan_core.prepare import DiTSettings, load_dit
-from wancore.wan_core.rest import Rest
-from wancore.wan_core.types import Conditioning
 
 from tests.reference import DITS, filled, relative_error, tiny_dit, tiny_image_encoder, tiny_text_encoder
+from wan_core.checkpoints.detect import detect_files
+from wan_core.checkpoints.load import build
+from wan_core.memory.pieces import weight_bytes
+from wan_core.memory.quant import FP8, QuantisedLinear, big_linears, quantise, weight_to_fp8
+from wan_core.memory.residency import Residency, on_device
+from wan_core.models.dit import WanDiT
+from wan_core.models.linear import Linear
+from wan_core.prepare import DiTSettings, load_dit
+from wan_core.rest import Rest
+from wan_core.types import Conditioning
 
 MODULES = {"dit": tiny_dit, "umt5": tiny_text_encoder, "clip": tiny_image_encoder}
 DIALECTS = ("old", "new", "plain")
@@ -130,9 +130,9 @@ def test_an_unknown_way_of_holding_weights(tmp_path, weights):
 @pytest.mark.parametrize("works", [True, False])
 def test_fp8_products_are_refused_before_weights_are_read(tmp_path, monkeypatch, works):
     component = write(tiny_dit().state_dict(), tmp_path)
-    monkeypatch.setattr("wancore.wan_core.memory.quant.supports_fp8_matmul", lambda device: works)
+    monkeypatch.setattr("wan_core.memory.quant.supports_fp8_matmul", lambda device: works)
     dtype = torch.float32 if works else torch.bfloat16
-    monkeypatch.setattr("wancore.wan_core.rest.build", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("wan_core.rest.build", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match="set dtype to bf16" if works else "Turn it off"):
         load_dit(component, DiTSettings(dtype=dtype, fp8_matmul=True), Rest(weights="fp8"))
 

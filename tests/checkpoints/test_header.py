@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
-from wancore.wan_core.checkpoints.header import CheckpointError, is_safetensors, read_header
 
 from tests.attack.mutations import safetensors_mutations
+from wan_core.checkpoints.header import CheckpointError, is_safetensors, read_header
 
 TENSORS = {
     "a.weight": torch.randn(3, 4),

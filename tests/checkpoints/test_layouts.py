@@ -14,12 +14,12 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import save_file
 from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from wancore.wan_core.checkpoints.detect import check_against, detect, detect_files
-from wancore.wan_core.checkpoints.files import resolve_files
-from wancore.wan_core.checkpoints.header import read_header
-from wancore.wan_core.checkpoints.load import build, load_into, spiece_model
 
 from tests.reference import relative_error
+from wan_core.checkpoints.detect import check_against, detect, detect_files
+from wan_core.checkpoints.files import resolve_files
+from wan_core.checkpoints.header import read_header
+from wan_core.checkpoints.load import build, load_into, spiece_model
 
 from . import inventories as inv
 

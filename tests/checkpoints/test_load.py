@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from wancore.wan_core.checkpoints import load as load_module
-from wancore.wan_core.checkpoints.detect import detect, detect_files
-from wancore.wan_core.checkpoints.header import CheckpointError
-from wancore.wan_core.checkpoints.load import build, load_into
+
+from wan_core.checkpoints import load as load_module
+from wan_core.checkpoints.detect import detect, detect_files
+from wan_core.checkpoints.header import CheckpointError
+from wan_core.checkpoints.load import build, load_into
 
 from . import inventories as inv
 

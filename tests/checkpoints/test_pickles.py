@@ -11,9 +11,10 @@ from types import MappingProxyType
 import pytest
 import torch
 from torch import nn
-from wancore.wan_core.checkpoints.header import CheckpointError, read_header
-from wancore.wan_core.checkpoints.pickles import MAX_OPERATIONS, require_plain
-from wancore.wan_core.checkpoints.read import TensorFiles
+
+from wan_core.checkpoints.header import CheckpointError, read_header
+from wan_core.checkpoints.pickles import MAX_OPERATIONS, require_plain
+from wan_core.checkpoints.read import TensorFiles
 
 BASE = torch.arange(24.0)
 CONTENT = OrderedDict(

@@ -7,18 +7,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from wancore.headless.cli import main
-from wancore.wan_core.checkpoints import save as save_module
-from wancore.wan_core.checkpoints.detect import detect_files
-from wancore.wan_core.checkpoints.header import CheckpointError
-from wancore.wan_core.checkpoints.load import build, spiece_model
-from wancore.wan_core.checkpoints.save import save_fp8, save_plain
-from wancore.wan_core.memory.quant import FP8, big_linears, weight_to_fp8
-from wancore.wan_core.models.config import DiTConfig
-from wancore.wan_core.models.dit import WanDiT
 
 from tests.comfyui import comfyui
 from tests.reference import filled, relative_error, tiny_dit, tiny_text_encoder
+from wan_core.checkpoints import save as save_module
+from wan_core.checkpoints.detect import detect_files
+from wan_core.checkpoints.header import CheckpointError
+from wan_core.checkpoints.load import build, spiece_model
+from wan_core.checkpoints.save import save_fp8, save_plain
+from wan_core.memory.quant import FP8, big_linears, weight_to_fp8
+from wan_core.models.config import DiTConfig
+from wan_core.models.dit import WanDiT
+from wancore.headless.cli import main
 
 from . import inventories as inv
 from .test_fp8 import stored, velocity

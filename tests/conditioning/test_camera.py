@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 from PIL import ImageColor
-from wancore.wan_core.conditioning.camera import camera_conditioning, camera_embedding, plucker_rays
-from wancore.wan_core.conditioning.camera_path import MOVES, CameraPath
-from wancore.wan_core.conditioning.camera_picture import END, START, trajectory_picture
-from wancore.wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
-from wancore.wan_core.media import frames_to_tensor
-from wancore.wan_core.types import Conditioning, VideoSize
 
 from tests.reference import load_case, tiny_dit
+from wan_core.conditioning.camera import camera_conditioning, camera_embedding, plucker_rays
+from wan_core.conditioning.camera_path import MOVES, CameraPath
+from wan_core.conditioning.camera_picture import END, START, trajectory_picture
+from wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
+from wan_core.media import frames_to_tensor
+from wan_core.types import Conditioning, VideoSize
 
 move = CameraPath.from_direction
 

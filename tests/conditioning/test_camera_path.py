@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from wancore.wan_core.conditioning.camera_path import DEFAULT_SPEED, MODES, MOVES, CameraPath
-from wancore.wan_core.conditioning.pose_rows import DEFAULT_ORIGIN, origin_from_text
+
+from wan_core.conditioning.camera_path import DEFAULT_SPEED, MODES, MOVES, CameraPath
+from wan_core.conditioning.pose_rows import DEFAULT_ORIGIN, origin_from_text
 
 S = DEFAULT_SPEED
 TRANSLATIONS = {

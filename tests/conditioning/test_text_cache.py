@@ -7,16 +7,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from tests.reference import tiny_text_encoder
+from wan_core import ModelConfig, WanVideoPipeline, catalog, prepare, tiny
+from wan_core.checkpoints.tokenizer import Tokenizer
+from wan_core.conditioning import text_cache
+from wan_core.conditioning.text import TextEncoder, text_conditioning
+from wan_core.conditioning.text_cache import MemoryStore, TextCache, fingerprint
 from wancore.nodes import host
 from wancore.nodes.options import WindowPrompts
 from wancore.nodes.text_encode import TextEncode
-from wancore.wan_core import ModelConfig, WanVideoPipeline, catalog, prepare, tiny
-from wancore.wan_core.checkpoints.tokenizer import Tokenizer
-from wancore.wan_core.conditioning import text_cache
-from wancore.wan_core.conditioning.text import TextEncoder, text_conditioning
-from wancore.wan_core.conditioning.text_cache import MemoryStore, TextCache, fingerprint
-
-from tests.reference import tiny_text_encoder
 
 PROMPTS = ["a dog is running", "", "a cat sees the river and the mountain in the snow", "a dog"]
 FILE = catalog.TEXT_ENCODER_PATTERN

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-import wancore
+
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
+from wancore.nodes import NODE_CLASS_MAPPINGS
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-CLASSES = {**core_nodes(Folders()), **wancore.NODE_CLASS_MAPPINGS}
+CLASSES = {**core_nodes(Folders()), **NODE_CLASS_MAPPINGS}
 
 
 def object_info() -> dict:

@@ -5,10 +5,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 from editor import texts
 from tests.programs import wait_for
+from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pack import load_pack
+from pack import register
 
-load_pack()
+register()
 
 from editor.build import display_names, no_files, node_classes  # noqa: E402
 

@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-import wancore
-from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, SEARCH_ALIASES
 
 from editor import build, pages, texts
+from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, SEARCH_ALIASES
 
 ROOT = Path(__file__).parents[2]
 NODES = sorted(NODE_CLASS_MAPPINGS)
@@ -99,11 +98,11 @@ def test_chinese_is_chinese_and_keeps_the_numbers():
 
 
 def test_pages_name_pictures_that_are_served():
-    docs = ROOT / wancore.WEB_DIRECTORY / "docs"
+    docs = ROOT / "web" / "docs"
     for page in docs.rglob("*.md"):
         (picture,) = re.findall(r"!\[.*\]\((.+)\)", page.read_text(encoding="utf-8"))
         assert (docs / picture).is_file(), f"{page.name} shows {picture}"
-    assert not list((ROOT / wancore.WEB_DIRECTORY).rglob("*.js"))
+    assert not list((ROOT / "web").rglob("*.js"))
 
 
 def test_both_languages_have_the_same_keys():

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from wancore.headless.core_nodes import core_nodes
-from wancore.headless.folders import Folders
-from wancore.headless.workflow import Workflow
 
 from tests.comfyui import comfyui
 from tests.programs import PATIENCE, wait_for
+from wancore.headless.core_nodes import core_nodes
+from wancore.headless.folders import Folders
+from wancore.headless.workflow import Workflow
 
 HERE = Path(__file__).parent
 

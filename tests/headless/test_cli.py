@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+
+from tests.programs import PATIENCE
 from wancore.headless import cli
 from wancore.headless.cli import main
 from wancore.nodes import host
-
-from tests.programs import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 

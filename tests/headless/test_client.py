@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from tests.programs import PATIENCE, wait_for
+from wan_core.runtime import Cancelled
 from wancore.headless import client
 from wancore.headless.client import run_on_server
 from wancore.headless.events import NodeError
 from wancore.headless.server import RefusedError, Server, ServerUnreachableError
 from wancore.headless.validate import ValidationError
-from wancore.wan_core.runtime import Cancelled
-
-from tests.programs import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT_ID = "11111111-2222-3333-4444-555555555555"

@@ -15,6 +15,9 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.programs import PATIENCE, wait_for
+from wan_core.runtime import Cancelled
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.events import NodeError
@@ -25,9 +28,6 @@ from wancore.headless.tiny import apply_tiny
 from wancore.headless.validate import ValidationError
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS
-from wancore.wan_core.runtime import Cancelled
-
-from tests.programs import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.comfyui

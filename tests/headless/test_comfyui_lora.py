@@ -7,6 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from tests.lora.fixtures import WRITERS, factors, linear_paths
+from tests.reference import tiny_dit
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.runner import run
@@ -14,9 +17,6 @@ from wancore.headless.server import Server
 from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS, host
-
-from tests.lora.fixtures import WRITERS, factors, linear_paths
-from tests.reference import tiny_dit
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.comfyui

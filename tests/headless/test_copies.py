@@ -7,10 +7,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from wancore.headless.video import VideoComponents, VideoFromComponents, VideoFromFile
-from wancore.wan_core.media import load_video, probe, save_video
 
 from tests.trainer.material import number_of, numbered
+from wan_core.media import load_video, probe, save_video
+from wancore.headless.video import VideoComponents, VideoFromComponents, VideoFromFile
 
 COUNT = 17
 

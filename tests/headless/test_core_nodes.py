@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from wancore.headless import core_nodes as module
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders

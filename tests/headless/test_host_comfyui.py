@@ -14,6 +14,14 @@ import av
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from tests.lora.fixtures import trained_weights
+from tests.programs import PATIENCE, wait_for
+from wan_core import catalog, tiny
+from wan_core.models.config import DiTConfig, VAEConfig
+from wan_core.models.dit import WanDiT
+from wan_core.models.vae import WanVAE
+from wan_core.runtime import Cancelled
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
@@ -21,14 +29,6 @@ from wancore.headless.server import Server
 from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from wancore.wan_core import catalog, tiny
-from wancore.wan_core.models.config import DiTConfig, VAEConfig
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.models.vae import WanVAE
-from wancore.wan_core.runtime import Cancelled
-
-from tests.lora.fixtures import trained_weights
-from tests.programs import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 API = ROOT / "workflows" / "api"

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wancore.headless.core_nodes import core_nodes
-from wancore.headless.schema import schemas_of
-from wancore.headless.server import RefusedError, Server
-from wancore.nodes import NODE_CLASS_MAPPINGS, host
 
 from tests.attack.hostile import FLAGS
 from tests.attack.watch import SYSTEM, aged, mark
 from tests.attack.workflows import RAW, Place, base, table
+from wancore.headless.core_nodes import core_nodes
+from wancore.headless.schema import schemas_of
+from wancore.headless.server import RefusedError, Server
+from wancore.nodes import NODE_CLASS_MAPPINGS, host
 
 pytestmark = pytest.mark.comfyui
 

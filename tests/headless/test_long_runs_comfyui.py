@@ -13,6 +13,11 @@ import torch
 import websocket
 from PIL import Image
 from safetensors.torch import save_file
+
+from tests.programs import wait_for
+from wan_core.models.config import PreviewDecoderConfig
+from wan_core.models.preview_decoder import PreviewDecoder
+from wan_core.sampling.checkpoint import load_latents
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
@@ -20,11 +25,6 @@ from wancore.headless.server import Server
 from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS
-from wancore.wan_core.models.config import PreviewDecoderConfig
-from wancore.wan_core.models.preview_decoder import PreviewDecoder
-from wancore.wan_core.sampling.checkpoint import load_latents
-
-from tests.programs import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.comfyui

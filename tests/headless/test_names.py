@@ -6,11 +6,12 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+
+from wan_core.settings import RunSettings
 from wancore.headless.cli import BAD_USAGE, main
 from wancore.headless.folders import Folders
 from wancore.headless.workflow import Workflow, expand_prefixes
 from wancore.nodes.vae import VAEDecode
-from wancore.wan_core.settings import RunSettings
 
 ROOT = Path(__file__).parents[2]
 WORKFLOW = ROOT / "workflows" / "api" / "t2v.json"

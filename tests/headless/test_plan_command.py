@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from wancore.headless.cli import main
-from wancore.nodes import host
-from wancore.wan_core import catalog, tiny
 
 from tests.programs import PATIENCE
+from wan_core import catalog, tiny
+from wancore.headless.cli import main
+from wancore.nodes import host
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))

@@ -5,10 +5,11 @@ import weakref
 
 import pytest
 import torch
+
+from wan_core.runtime import Cancelled
 from wancore.headless.events import NodeError
 from wancore.headless.runner import run
 from wancore.headless.validate import ValidationError
-from wancore.wan_core.runtime import Cancelled
 
 
 def number(value, **more):

@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.programs import wait_for
+from wan_core.media import probe
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.server import Server
 from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS
-from wancore.wan_core.media import probe
-
-from tests.programs import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.comfyui

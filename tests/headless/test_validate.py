@@ -1,6 +1,7 @@
 """Bad workflows are refused before anything runs, in ComfyUI's words."""
 
 import pytest
+
 from wancore.headless.schema import InputSpec, schemas_of
 from wancore.headless.validate import ValidationError, validate
 from wancore.headless.workflow import Workflow

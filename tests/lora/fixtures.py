@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from wancore.wan_core.memory.plan import place
-from wancore.wan_core.memory.residency import Residency
 
 from tests.reference import tiny_dit
+from wan_core.memory.plan import place
+from wan_core.memory.residency import Residency
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """`down` (r, in) and `up` (out, r) by module path."""

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from wancore.wan_core.adapters.model import LAYOUT, Target, report, report_alone, use_lora
-from wancore.wan_core.adapters.open import open_lora
-from wancore.wan_core.lora.apply import applied
-from wancore.wan_core.memory.residency import on_device
-from wancore.wan_core.types import Conditioning
 
 from tests.lora.fixtures import DEFAULT, RANK, WRITERS, factors, joined, linear_paths, pairs, streaming
 from tests.reference import relative_error, tiny_dit, tiny_motion_controller
+from wan_core.adapters.model import LAYOUT, Target, report, report_alone, use_lora
+from wan_core.adapters.open import open_lora
+from wan_core.lora.apply import applied
+from wan_core.memory.residency import on_device
+from wan_core.types import Conditioning
 
 TOLERANCE = 1e-6
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from wancore.headless.cli import main
-from wancore.wan_core.adapters.files import LoraFormat, convert, extract_lora
-from wancore.wan_core.adapters.model import Target, report_alone, use_lora
-from wancore.wan_core.adapters.open import open_lora
-from wancore.wan_core.atomic import numbered, partial_path
-from wancore.wan_core.checkpoints.dialects import DIALECTS
-from wancore.wan_core.checkpoints.diffusers_names import diffusers_name
-from wancore.wan_core.checkpoints.keymap import rename
 
 from tests.lora.fixtures import RANK, WRITERS, factors, linear_paths
 from tests.lora.test_dialects import merged_output, output, used, with_loras
 from tests.programs import PATIENCE
 from tests.reference import relative_error, tiny_dit
+from wan_core.adapters.files import LoraFormat, convert, extract_lora
+from wan_core.adapters.model import Target, report_alone, use_lora
+from wan_core.adapters.open import open_lora
+from wan_core.atomic import numbered, partial_path
+from wan_core.checkpoints.dialects import DIALECTS
+from wan_core.checkpoints.diffusers_names import diffusers_name
+from wan_core.checkpoints.keymap import rename
+from wancore.headless.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = LoraFormat(dtype="fp32")
@@ -57,7 +57,7 @@ def test_a_small_lora_on_a_large_model(tmp_path):
 
 
 def test_an_image_lora_on_a_text_model(tmp_path):
-    from wancore.wan_core.adapters.model import report
+    from wan_core.adapters.model import report
 
     path = lora_file(tmp_path, sized(256, 4, *(f"blocks.{i}.cross_attn.k_img" for i in range(4))))
     t2v = Target.of_modules("tiny", [tiny_dit("t2v")])
@@ -123,7 +123,7 @@ def test_files_that_are_no_files(tmp_path):
 
 
 def test_peft_without_its_configuration_says_so(tmp_path):
-    from wancore.wan_core.adapters.model import report
+    from wan_core.adapters.model import report
 
     made = factors(tiny_dit("t2v"), ["blocks.0.ffn.0"])
     path = lora_file(tmp_path, WRITERS["PEFT"](made))
@@ -293,7 +293,7 @@ def test_extracting_what_a_lora_did(tmp_path):
 
 @torch.no_grad()
 def test_large_matrices_are_decomposed_by_projection():
-    from wancore.wan_core.lora.write import decompose
+    from wan_core.lora.write import decompose
 
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(1200, 8, generator=generator) @ torch.randn(8, 1100, generator=generator)

@@ -3,16 +3,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from wancore.headless.cli import main
-from wancore.wan_core.adapters.files import fuse
-from wancore.wan_core.adapters.model import Target, report, report_alone, use_lora
-from wancore.wan_core.adapters.open import open_lora
-from wancore.wan_core.checkpoints.detect import detect_files
-from wancore.wan_core.checkpoints.load import build
-from wancore.wan_core.checkpoints.save import save_fp8
-from wancore.wan_core.lora.bind import BlockStrengths
 
 from tests.reference import relative_error, tiny_dit
+from wan_core.adapters.files import fuse
+from wan_core.adapters.model import Target, report, report_alone, use_lora
+from wan_core.adapters.open import open_lora
+from wan_core.checkpoints.detect import detect_files
+from wan_core.checkpoints.load import build
+from wan_core.checkpoints.save import save_fp8
+from wan_core.lora.bind import BlockStrengths
+from wancore.headless.cli import main
 
 LAYERS = ("blocks.0.ffn.0", "blocks.3.self_attn.q")
 

@@ -8,14 +8,14 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from wancore.wan_core.adapters.files import LoraFormat, convert
-from wancore.wan_core.adapters.model import LAYOUT, Target, use_lora
-from wancore.wan_core.lora.apply import applied
-from wancore.wan_core.lora.patches import Hadamard, Kronecker, LowRank
 
 from tests.lora.fixtures import RANK, WRITERS, factors, linear_paths
 from tests.lora.test_dialects import inputs, output, used, with_loras
 from tests.reference import relative_error, tiny_dit
+from wan_core.adapters.files import LoraFormat, convert
+from wan_core.adapters.model import LAYOUT, Target, use_lora
+from wan_core.lora.apply import applied
+from wan_core.lora.patches import Hadamard, Kronecker, LowRank
 
 EXACT = LoraFormat(dtype="fp32")
 TARGETS = r".*blocks\.\d+\.(self_attn|cross_attn)\.[qkvo]|.*blocks\.\d+\.ffn\.[02]"

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from wancore.wan_core import media
-from wancore.wan_core.fitting import as_frames, as_masks, as_references
-from wancore.wan_core.media.pixels import white_level
+
+from wan_core import media
+from wan_core.fitting import as_frames, as_masks, as_references
+from wan_core.media.pixels import white_level
 
 RAMP = np.linspace(0, 1, 48).reshape(1, 6, 8, 1)
 """One grey frame."""

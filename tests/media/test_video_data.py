@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 from PIL import Image
-from wancore.wan_core import VideoData, load_video
-from wancore.wan_core.fitting import as_frames
-from wancore.wan_core.media import MediaError, save_frames
 
 from tests.trainer.material import number_of, numbered, write_video
+from wan_core import VideoData, load_video
+from wan_core.fitting import as_frames
+from wan_core.media import MediaError, save_frames
 
 COUNT = 12
 

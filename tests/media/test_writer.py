@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from wancore.wan_core import VideoData, media
-from wancore.wan_core.media import load_video, probe, save_frames, save_video
 
 from tests.trainer.material import number_of, numbered
+from wan_core import VideoData, media
+from wan_core.media import load_video, probe, save_frames, save_video
 
 RAMP = torch.linspace(0, 1, 7)[:, None, None, None].expand(7, 32, 48, 3)
 FORMS = {

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from wancore.wan_core.memory import block_stream, slab
-from wancore.wan_core.memory.plan import place
-from wancore.wan_core.memory.residency import Residency
+
+from wan_core.memory import block_stream, slab
+from wan_core.memory.plan import place
+from wan_core.memory.residency import Residency
 
 CPU = torch.device("cpu")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from wancore.wan_core.memory.pieces import blocks_of, weight_bytes
 
 from tests.reference import tiny_dit, tiny_image_encoder, tiny_motion_controller, tiny_text_encoder
+from wan_core.memory.pieces import blocks_of, weight_bytes
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from wancore.wan_core.memory import quant
-from wancore.wan_core.memory.formats import FP8_DTYPES
-from wancore.wan_core.memory.pieces import weight_bytes
-from wancore.wan_core.memory.quant import FP8, FP8_MAX, QuantisedLinear, big_linears, quantise, to_fp8, weight_to_fp8
-from wancore.wan_core.models.linear import Linear
-from wancore.wan_core.types import Conditioning, VaceInput
 
 from tests.reference import relative_error, tiny_dit, tiny_image_encoder, tiny_text_encoder
+from wan_core.memory import quant
+from wan_core.memory.formats import FP8_DTYPES
+from wan_core.memory.pieces import weight_bytes
+from wan_core.memory.quant import FP8, FP8_MAX, QuantisedLinear, big_linears, quantise, to_fp8, weight_to_fp8
+from wan_core.models.linear import Linear
+from wan_core.types import Conditioning, VaceInput
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

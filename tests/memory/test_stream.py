@@ -6,10 +6,11 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from wancore.wan_core.memory.block_stream import PlainCopies
-from wancore.wan_core.memory.pieces import blocks_of, weights_of
-from wancore.wan_core.memory.plan import place
-from wancore.wan_core.memory.residency import Residency
+
+from wan_core.memory.block_stream import PlainCopies
+from wan_core.memory.pieces import blocks_of, weights_of
+from wan_core.memory.plan import place
+from wan_core.memory.residency import Residency
 
 CPU = torch.device("cpu")
 

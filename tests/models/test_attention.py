@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
-from wancore.wan_core.models import attention, kernels
-from wancore.wan_core.models.attention import FastestAttention, by_heads, load_backend, sdpa
+
+from wan_core.models import attention, kernels
+from wan_core.models.attention import FastestAttention, by_heads, load_backend, sdpa
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -8,19 +8,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounterWithBackend
-from wancore.wan_core.memory.quant import quantise
-from wancore.wan_core.models import chains
-from wancore.wan_core.models.chains import STEPS, compiled, load_chains
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.prepare import DiTSettings, VideoModel, inspect, load_dit
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings
-from wancore.wan_core.types import Conditioning, LatentSize
-from wancore.wan_core.variants import match_variant
 
 from tests.reference import relative_error, tiny_dit
 from tests.sampling.variants import conditioning
+from wan_core.memory.quant import quantise
+from wan_core.models import chains
+from wan_core.models.chains import STEPS, compiled, load_chains
+from wan_core.models.dit import WanDiT
+from wan_core.prepare import DiTSettings, VideoModel, inspect, load_dit
+from wan_core.runtime import Runtime
+from wan_core.sampling.loop import sample
+from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings
+from wan_core.types import Conditioning, LatentSize
+from wan_core.variants import match_variant
 
 CPU = torch.device("cpu")
 SIZE = LatentSize(2, 4, 4)
@@ -128,7 +128,7 @@ def test_a_machine_that_cannot_compile_says_so_before_weights_are_read(checkpoin
         raise RuntimeError("no working C++ compiler\nand more")
 
     monkeypatch.setattr(chains, "compiled", broken)
-    monkeypatch.setattr("wancore.wan_core.rest.Rest.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("wan_core.rest.Rest.load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=r"no working C\+\+ compiler\. It needs .* turn torch_compile off"):
         load_dit(checkpoint, DiTSettings(dtype=torch.float32, torch_compile=True), "cpu")
 

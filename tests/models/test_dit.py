@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from wancore.wan_core.models.dit import WanDiT, vace_strengths
-from wancore.wan_core.types import Conditioning, Curve, VaceInput
 
 from tests.reference import DITS, load_case, relative_error, tiny_dit, tiny_motion_controller
+from wan_core.models.dit import WanDiT, vace_strengths
+from wan_core.types import Conditioning, Curve, VaceInput
 
 CASES = {
     "t2v": "t2v", "i2v": "i2v", "flf2v": "flf2v", "fun_control": "fun_control", "fun_v1_1_control": "fun_v1_1_control",

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
-from wancore.wan_core.models.text_encoder import RelativePosition, relative_buckets
 
 from tests.reference import load_case, relative_error, tiny_image_encoder, tiny_text_encoder
+from wan_core.models.text_encoder import RelativePosition, relative_buckets
 
 
 def test_text_encoder_equals_the_published_code():

@@ -7,8 +7,9 @@ import time
 
 import pytest
 import torch
-from wancore.wan_core.models import kernels
-from wancore.wan_core.models.kernels import Choices, Known, Operation, fastest
+
+from wan_core.models import kernels
+from wan_core.models.kernels import Choices, Known, Operation, fastest
 
 CPU = torch.device("cpu")
 X = torch.arange(6.0)

@@ -5,8 +5,9 @@ import types
 
 import pytest
 import torch
-from wancore.wan_core.models import attention, rope
-from wancore.wan_core.models.embedders import sinusoid
+
+from wan_core.models import attention, rope
+from wan_core.models.embedders import sinusoid
 
 
 def test_axes_share_the_head_as_published():

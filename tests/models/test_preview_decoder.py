@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from wancore.wan_core.checkpoints.header import CheckpointError
-from wancore.wan_core.models.config import PreviewDecoderConfig
-from wancore.wan_core.models.preview_decoder import PreviewDecoder
-from wancore.wan_core.prepare import load_preview_decoder
 
 from tests.reference import filled, load_case
+from wan_core.checkpoints.header import CheckpointError
+from wan_core.models.config import PreviewDecoderConfig
+from wan_core.models.preview_decoder import PreviewDecoder
+from wan_core.prepare import load_preview_decoder
 
 SMALL = PreviewDecoderConfig(widths=(8, 6, 4, 4))
 PUBLISHED = "WANCORE_TAEHV"

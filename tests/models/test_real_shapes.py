@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from wancore.wan_core.models.config import DiTConfig
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.types import Conditioning, VideoSize
+
+from wan_core.models.config import DiTConfig
+from wan_core.models.dit import WanDiT
+from wan_core.types import Conditioning, VideoSize
 
 LARGE = dict(dim=5120, ffn_dim=13824, num_layers=40)
 IMAGE = dict(in_channels=36, has_image_input=True)

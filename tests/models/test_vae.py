@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from wancore.wan_core.models.vae import denormalise, normalise
-from wancore.wan_core.models.vae_blocks import CausalConv3d, Downsample, Upsample
-from wancore.wan_core.tiling import TileSettings
 
 from tests.reference import load_case, relative_error, tiny_vae
+from wan_core.models.vae import denormalise, normalise
+from wan_core.models.vae_blocks import CausalConv3d, Downsample, Upsample
+from wan_core.tiling import TileSettings
 
 
 def case_tiles(case):

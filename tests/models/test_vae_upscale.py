@@ -5,22 +5,22 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import save_file
-from wancore.nodes.vae import VAEDecode
-from wancore.wan_core import tiny
-from wancore.wan_core.budget.vae import peak_bytes, pixel_stride
-from wancore.wan_core.checkpoints.detect import detect
-from wancore.wan_core.checkpoints.header import CheckpointError
-from wancore.wan_core.checkpoints.load import inspect
-from wancore.wan_core.decode import AUTO, decode
-from wancore.wan_core.inspection import report
-from wancore.wan_core.models.vae import WanVAE, denormalise
-from wancore.wan_core.prepare import load_vae
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.tiling import TileSettings
-from wancore.wan_core.types import LatentSize
 
 from tests.checkpoints.inventories import header
 from tests.reference import filled, relative_error
+from wan_core import tiny
+from wan_core.budget.vae import peak_bytes, pixel_stride
+from wan_core.checkpoints.detect import detect
+from wan_core.checkpoints.header import CheckpointError
+from wan_core.checkpoints.load import inspect
+from wan_core.decode import AUTO, decode
+from wan_core.inspection import report
+from wan_core.models.vae import WanVAE, denormalise
+from wan_core.prepare import load_vae
+from wan_core.runtime import Runtime
+from wan_core.tiling import TileSettings
+from wan_core.types import LatentSize
+from wancore.nodes.vae import VAEDecode
 
 LATENTS = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
 LARGE = dataclasses.replace(tiny.VAE, upscale=2)

@@ -28,18 +28,18 @@ from torch import Tensor  # noqa: E402
 sys.path.append(ROOT)
 import pack  # noqa: E402
 
-pack.load_pack()
+pack.register()
+from wan_core import tiny  # noqa: E402
+from wan_core.conditioning.slots import fit  # noqa: E402
+from wan_core.conditioning.text import TextEncoder  # noqa: E402
+from wan_core.conditioning.vace import chained  # noqa: E402
+from wan_core.models.config import DiTConfig, TextEncoderConfig  # noqa: E402
+from wan_core.models.dit import WanDiT  # noqa: E402
+from wan_core.models.text_encoder import UMT5Encoder  # noqa: E402
+from wan_core.models.vae import WanVAE, denormalise  # noqa: E402
+from wan_core.types import Conditioning, Curve, VaceInput, VideoSize  # noqa: E402
+from wan_core.variants import match_variant  # noqa: E402
 from wancore.nodes import bridge, native  # noqa: E402
-from wancore.wan_core import tiny  # noqa: E402
-from wancore.wan_core.conditioning.slots import fit  # noqa: E402
-from wancore.wan_core.conditioning.text import TextEncoder  # noqa: E402
-from wancore.wan_core.conditioning.vace import chained  # noqa: E402
-from wancore.wan_core.models.config import DiTConfig, TextEncoderConfig  # noqa: E402
-from wancore.wan_core.models.dit import WanDiT  # noqa: E402
-from wancore.wan_core.models.text_encoder import UMT5Encoder  # noqa: E402
-from wancore.wan_core.models.vae import WanVAE, denormalise  # noqa: E402
-from wancore.wan_core.types import Conditioning, Curve, VaceInput, VideoSize  # noqa: E402
-from wancore.wan_core.variants import match_variant  # noqa: E402
 
 SIZE = VideoSize(64, 48, 9)
 F, H, W = SIZE.latent.shape
@@ -256,7 +256,7 @@ def umt5() -> dict[str, float]:
     assert not unexpected and {name.partition(".")[0] for name in missing} <= {"encoder"}, (missing, unexpected)
     with tempfile.TemporaryDirectory() as folder:
         tiny.write_tokenizer(Path(folder) / tiny.TOKENIZER_FILE)
-        from wancore.wan_core.checkpoints.tokenizer import Tokenizer
+        from wan_core.checkpoints.tokenizer import Tokenizer
 
         encoder = TextEncoder(mine, Tokenizer.from_folder(folder))
     prompt = "a dog is running over the green field"

@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
-import wancore
+
+from wancore.nodes import NODE_CLASS_MAPPINGS
 
 
 def outputs(node_id: str, **inputs: Any) -> tuple[Any, ...]:
     """What the node gives on its sockets."""
-    cls = wancore.NODE_CLASS_MAPPINGS[node_id]
+    cls = NODE_CLASS_MAPPINGS[node_id]
     with torch.inference_mode():
         result = getattr(cls(), cls.FUNCTION)(**inputs)
     return result["result"] if isinstance(result, dict) else result

@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import wancore
-from wancore.nodes import host, places
-from wancore.wan_core.conditioning.camera import camera_embedding
-from wancore.wan_core.conditioning.camera_path import CameraPath
-from wancore.wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
-from wancore.wan_core.types import Conditioning, VideoSize
 
-NODES = wancore.NODE_CLASS_MAPPINGS
+from wan_core.conditioning.camera import camera_embedding
+from wan_core.conditioning.camera_path import CameraPath
+from wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
+from wan_core.types import Conditioning, VideoSize
+from wancore.nodes import NODE_CLASS_MAPPINGS, host, places
+
+NODES = NODE_CLASS_MAPPINGS
 MOVE, ROWS, ENCODE = (NODES[f"WanCore{name}"] for name in ("CameraPath", "CameraPathFile", "CameraEncode"))
 POSES = "\n".join(" ".join(map(str, row)) for row in CameraPath.from_direction("Left", 5).rows)
 

@@ -8,11 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from wancore.nodes import launcher
-from wancore.nodes.launcher import ChildError, Launch, attend, pack_command
 
 from tests.programs import wait_for
 from tests.trainer.runs import ROOT
+from wancore.nodes import launcher
+from wancore.nodes.launcher import ChildError, Launch, attend, pack_command
 
 SPEAK = """
 import json, sys, time

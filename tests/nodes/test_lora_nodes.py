@@ -5,18 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import wancore
 from safetensors.torch import load_file, save_file
-from wancore.nodes import host
-from wancore.nodes.lora import strength_curve
-from wancore.wan_core import catalog, tiny
-from wancore.wan_core.types import Curve
 
 from tests.lora.fixtures import WRITERS, factors, linear_paths
 from tests.nodes.running import outputs as run
 from tests.reference import relative_error
+from wan_core import catalog, tiny
+from wan_core.types import Curve
+from wancore.nodes import NODE_CLASS_MAPPINGS, host
+from wancore.nodes.lora import strength_curve
 
-NODES = wancore.NODE_CLASS_MAPPINGS
+NODES = NODE_CLASS_MAPPINGS
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import wancore
-from wancore.nodes.native import from_native, to_native
-from wancore.wan_core.checkpoints.header import CheckpointError
-from wancore.wan_core.models.vae import denormalise
-from wancore.wan_core.types import Conditioning, Curve, VaceInput, VideoSize, tensors_in
 
 from tests.comfyui import comfyui
 from tests.programs import PATIENCE
 from tests.reference import tiny_dit, tiny_vae
+from wan_core.checkpoints.header import CheckpointError
+from wan_core.models.vae import denormalise
+from wan_core.types import Conditioning, Curve, VaceInput, VideoSize, tensors_in
+from wancore.nodes import NODE_CLASS_MAPPINGS
+from wancore.nodes.native import from_native, to_native
 
-NODES = wancore.NODE_CLASS_MAPPINGS
+NODES = NODE_CLASS_MAPPINGS
 ROOT = Path(__file__).parents[2]
 SIZE = VideoSize(64, 48, 9)
 F, H, W = SIZE.latent.shape

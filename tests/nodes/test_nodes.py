@@ -5,17 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import wancore
 from safetensors.torch import save_file
-from wancore.nodes import host
-from wancore.wan_core import catalog, tiny
-from wancore.wan_core.models.vae import normalise
-from wancore.wan_core.types import Conditioning
 
 from tests.nodes.running import outputs
 from tests.reference import arguments, load_case, relative_error
+from wan_core import catalog, tiny
+from wan_core.models.vae import normalise
+from wan_core.types import Conditioning
+from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, host
 
-NODES = wancore.NODE_CLASS_MAPPINGS
+NODES = NODE_CLASS_MAPPINGS
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +35,7 @@ def configured(models):
 def test_declarations_are_complete(node_id):
     cls = NODES[node_id]
     assert node_id.startswith("WanCore")
-    assert wancore.NODE_DISPLAY_NAME_MAPPINGS[node_id]
+    assert NODE_DISPLAY_NAME_MAPPINGS[node_id]
     assert cls.CATEGORY.startswith("WanCore/")
     assert cls.DESCRIPTION
     assert callable(getattr(cls, cls.FUNCTION))

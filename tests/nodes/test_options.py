@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import wancore
 from PIL import Image
 from safetensors.torch import save_file
-from wancore.nodes import finishing, host
-from wancore.nodes.sampler import STATE
-from wancore.wan_core import catalog, tiny
-from wancore.wan_core.media import probe
-from wancore.wan_core.models.config import PreviewDecoderConfig
-from wancore.wan_core.models.preview_decoder import PreviewDecoder
-from wancore.wan_core.sampling.checkpoint import load_latents
-from wancore.wan_core.sampling.previewer import Previewer
-from wancore.wan_core.settings import (
+
+from tests.disks import full_disk
+from tests.nodes.running import outputs
+from wan_core import catalog, tiny
+from wan_core.media import probe
+from wan_core.models.config import PreviewDecoderConfig
+from wan_core.models.preview_decoder import PreviewDecoder
+from wan_core.sampling.checkpoint import load_latents
+from wan_core.sampling.previewer import Previewer
+from wan_core.settings import (
     EasyCacheSettings,
     GuidanceSettings,
     RunSettings,
@@ -27,12 +27,11 @@ from wancore.wan_core.settings import (
     TeaCacheSettings,
     WindowSettings,
 )
-
-from tests.disks import full_disk
-from tests.nodes.running import outputs
+from wancore.nodes import NODE_CLASS_MAPPINGS, finishing, host
+from wancore.nodes.sampler import STATE
 
 ROOT = Path(__file__).parents[2]
-NODES = wancore.NODE_CLASS_MAPPINGS
+NODES = NODE_CLASS_MAPPINGS
 
 
 @pytest.fixture(scope="module")

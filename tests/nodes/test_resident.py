@@ -20,10 +20,10 @@ import torch
 from torch import nn
 sys.path.append({root!r})
 import pack
-pack.load_pack()
+pack.register()
 from wancore.nodes import host
-from wancore.wan_core.memory.block_stream import PlainCopies
-from wancore.wan_core.memory.residency import Residency
+from wan_core.memory.block_stream import PlainCopies
+from wan_core.memory.residency import Residency
 
 CPU = torch.device("cpu")
 class Copying(PlainCopies):

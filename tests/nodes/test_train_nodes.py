@@ -10,23 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import wancore
 from PIL import Image
 from safetensors.torch import load_file
-from wancore.nodes import host, training_flags, training_run
+
+from tests.nodes.running import outputs as run
+from tests.programs import wait_for
+from tests.trainer.runs import ROOT, environment
+from wan_core import catalog
+from wan_core.runtime import Cancelled
+from wancore.nodes import NODE_CLASS_MAPPINGS, host, training_flags, training_run
 from wancore.nodes.launcher import ChildError, pack_command
 from wancore.nodes.training_run import Display, step_line
 from wancore.nodes.training_widgets import defaults
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.synthetic import write_dataset
-from wancore.wan_core import catalog
-from wancore.wan_core.runtime import Cancelled
 
-from tests.nodes.running import outputs as run
-from tests.programs import wait_for
-from tests.trainer.runs import ROOT, environment
-
-NODES = wancore.NODE_CLASS_MAPPINGS
+NODES = NODE_CLASS_MAPPINGS
 SMALL = {"width": 32, "height": 32, "num_frames": 5, "fps": 0.0}
 
 
@@ -218,8 +217,8 @@ def test_what_a_run_cannot_do_is_told_by_the_trainer(data, tmp_path):
 PARENT = """
 import sys
 from pathlib import Path
-from pack import load_pack
-load_pack()
+from pack import register
+register()
 from wancore.nodes.launcher import Launch, attend, pack_command
 words = ["--config", sys.argv[2]]
 attend(Launch(pack_command(Path(sys.argv[1]), "trainer.attended", words), Path(sys.argv[3])), print, lambda: None)

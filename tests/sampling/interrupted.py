@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling.checkpoint import Checkpoint
-from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.settings import EasyCacheSettings, SamplerSettings, TeaCacheSettings, WindowSettings
-from wancore.wan_core.types import LatentSize
 
 from tests.reference import tiny_dit
 from tests.sampling.variants import conditioning
+from wan_core.runtime import Runtime
+from wan_core.sampling.checkpoint import Checkpoint
+from wan_core.sampling.loop import sample
+from wan_core.settings import EasyCacheSettings, SamplerSettings, TeaCacheSettings, WindowSettings
+from wan_core.types import LatentSize
 
 SIZE = LatentSize(5, 2, 4)
 CACHES = {

@@ -5,14 +5,16 @@ import logging
 
 import pytest
 import torch
-from wancore.wan_core.catalog import CATALOG
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling import teacache
-from wancore.wan_core.sampling.compose import compose
-from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.sampling.solvers import build_solver
-from wancore.wan_core.sampling.steps import denoise
-from wancore.wan_core.settings import (
+
+from tests.reference import load_case, relative_error, tiny_dit
+from wan_core.catalog import CATALOG
+from wan_core.runtime import Runtime
+from wan_core.sampling import teacache
+from wan_core.sampling.compose import compose
+from wan_core.sampling.loop import sample
+from wan_core.sampling.solvers import build_solver
+from wan_core.sampling.steps import denoise
+from wan_core.settings import (
     TEACACHE_TEMPLATES,
     EasyCacheSettings,
     GuidanceSettings,
@@ -20,9 +22,7 @@ from wancore.wan_core.settings import (
     TeaCacheSettings,
     WindowSettings,
 )
-from wancore.wan_core.types import Conditioning, LatentSize, VaceInput
-
-from tests.reference import load_case, relative_error, tiny_dit
+from wan_core.types import Conditioning, LatentSize, VaceInput
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 SIZE = LatentSize(3, 4, 6)

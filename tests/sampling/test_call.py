@@ -1,8 +1,9 @@
 """The reference pipeline's arguments as settings."""
 
 import pytest
-from wancore.wan_core.sampling.call import cache_of_call, windows_of_call
-from wancore.wan_core.settings import TeaCacheSettings, WindowSettings
+
+from wan_core.sampling.call import cache_of_call, windows_of_call
+from wan_core.settings import TeaCacheSettings, WindowSettings
 
 LARGE, SMALL = "Wan2.1-T2V-14B", "Wan2.1-T2V-1.3B"
 

@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.runtime import Cancelled, OutOfMemoryError, Runtime
-from wancore.wan_core.sampling.checkpoint import Checkpoint
-from wancore.wan_core.sampling.finite import NonFiniteError
-from wancore.wan_core.sampling.loop import sample, sample_state
-from wancore.wan_core.settings import (
+
+from tests.reference import DITS, relative_error, tiny_dit, tiny_motion_controller
+from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
+from wan_core.models.dit import WanDiT
+from wan_core.runtime import Cancelled, OutOfMemoryError, Runtime
+from wan_core.sampling.checkpoint import Checkpoint
+from wan_core.sampling.finite import NonFiniteError
+from wan_core.sampling.loop import sample, sample_state
+from wan_core.settings import (
     CFG_MODES,
     EasyCacheSettings,
     GuidanceSettings,
@@ -22,10 +25,7 @@ from wancore.wan_core.settings import (
     TeaCacheSettings,
     WindowSettings,
 )
-from wancore.wan_core.types import LatentSize
-
-from tests.reference import DITS, relative_error, tiny_dit, tiny_motion_controller
-from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
+from wan_core.types import LatentSize
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 SIZE = LatentSize(4, 2, 4)
@@ -159,7 +159,7 @@ def test_the_interval_saves_the_other_branch(mode):
 
 
 def test_zero_star_scales_the_unconditional_branch():
-    from wancore.wan_core.sampling.guidance import projection
+    from wan_core.sampling.guidance import projection
 
     negative = torch.randn(2, 16, 3, 4, 4)
     factor = projection(torch.cat((3 * negative[:1], -negative[1:])), negative)

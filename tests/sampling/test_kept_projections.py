@@ -3,21 +3,21 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from wancore.wan_core.budget.dit import kept_bytes
-from wancore.wan_core.budget.run import WORTH_KEEPING, kept_share, plan_run
-from wancore.wan_core.memory.count import LiveBytes
-from wancore.wan_core.memory.device import GIB
-from wancore.wan_core.models.config import DiTConfig
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.prepare import VideoModel
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.sampling.state import digest_run
-from wancore.wan_core.settings import CFG_MODES, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
-from wancore.wan_core.types import Conditioning, LatentSize, VideoSize, tensors_in
-from wancore.wan_core.variants import match_variant
 
 from tests.reference import DITS
+from wan_core.budget.dit import kept_bytes
+from wan_core.budget.run import WORTH_KEEPING, kept_share, plan_run
+from wan_core.memory.count import LiveBytes
+from wan_core.memory.device import GIB
+from wan_core.models.config import DiTConfig
+from wan_core.models.dit import WanDiT
+from wan_core.prepare import VideoModel
+from wan_core.runtime import Runtime
+from wan_core.sampling.loop import sample
+from wan_core.sampling.state import digest_run
+from wan_core.settings import CFG_MODES, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
+from wan_core.types import Conditioning, LatentSize, VideoSize, tensors_in
+from wan_core.variants import match_variant
 
 from .variants import SMALL, conditioning, small_dit, small_motion_controller
 

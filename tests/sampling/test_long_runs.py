@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from wancore.wan_core.decode import decode
-from wancore.wan_core.models import kernels
-from wancore.wan_core.models.linear import onednn_has
-from wancore.wan_core.runtime import Cancelled, OutOfMemoryError, Pace, Runtime
-from wancore.wan_core.sampling.checkpoint import Checkpoint, load_latents, save_latents
-from wancore.wan_core.sampling.finite import NonFiniteError
-from wancore.wan_core.sampling.loop import sample, sample_state
-from wancore.wan_core.sampling.state import RunState, digest_run, manifest
-from wancore.wan_core.settings import GuidanceSettings, SamplerSettings
-from wancore.wan_core.tiling import TileSettings
-from wancore.wan_core.types import Curve, LatentSize, VideoSize
 
 from tests.reference import tiny_dit, tiny_vae
 from tests.sampling import interrupted
 from tests.sampling.variants import conditioning
+from wan_core.decode import decode
+from wan_core.models import kernels
+from wan_core.models.linear import onednn_has
+from wan_core.runtime import Cancelled, OutOfMemoryError, Pace, Runtime
+from wan_core.sampling.checkpoint import Checkpoint, load_latents, save_latents
+from wan_core.sampling.finite import NonFiniteError
+from wan_core.sampling.loop import sample, sample_state
+from wan_core.sampling.state import RunState, digest_run, manifest
+from wan_core.settings import GuidanceSettings, SamplerSettings
+from wan_core.tiling import TileSettings
+from wan_core.types import Curve, LatentSize, VideoSize
 
 PROGRAM = "import sys, tests.conftest; from tests.sampling.interrupted import main; main(*sys.argv[1:])"
 ROOT = Path(__file__).parents[2]

@@ -5,13 +5,14 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor
-from wancore.wan_core.memory.count import LiveBytes
-from wancore.wan_core.models.config import DiTConfig
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling import loop
-from wancore.wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
-from wancore.wan_core.types import Conditioning, VideoSize, tensors_in
+
+from wan_core.memory.count import LiveBytes
+from wan_core.models.config import DiTConfig
+from wan_core.models.dit import WanDiT
+from wan_core.runtime import Runtime
+from wan_core.sampling import loop
+from wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
+from wan_core.types import Conditioning, VideoSize, tensors_in
 
 META = torch.device("meta")
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from wancore.wan_core.models.config import MotionControllerConfig
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.models.motion_controller import MotionController
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling import compose, loop
-from wancore.wan_core.sampling.teacache import SkipPlan
-from wancore.wan_core.settings import GuidanceSettings, SamplerSettings, TeaCacheSettings, WindowSettings
-from wancore.wan_core.types import Conditioning, LatentSize, VaceInput
 
 from tests.reference import DITS, tiny_dit
+from wan_core.models.config import MotionControllerConfig
+from wan_core.models.dit import WanDiT
+from wan_core.models.motion_controller import MotionController
+from wan_core.runtime import Runtime
+from wan_core.sampling import compose, loop
+from wan_core.sampling.teacache import SkipPlan
+from wan_core.settings import GuidanceSettings, SamplerSettings, TeaCacheSettings, WindowSettings
+from wan_core.types import Conditioning, LatentSize, VaceInput
 
 META = torch.device("meta")
 STEPS = 6

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from wancore.wan_core.models.config import PreviewDecoderConfig
-from wancore.wan_core.models.preview_decoder import PreviewDecoder
-from wancore.wan_core.sampling import previewer
-from wancore.wan_core.sampling.preview import to_images
-from wancore.wan_core.sampling.previewer import CONTEXT, SHARE, Previewer
 
 from tests.reference import filled
+from wan_core.models.config import PreviewDecoderConfig
+from wan_core.models.preview_decoder import PreviewDecoder
+from wan_core.sampling import previewer
+from wan_core.sampling.preview import to_images
+from wan_core.sampling.previewer import CONTEXT, SHARE, Previewer
 
 CPU = torch.device("cpu")
 LATENTS = torch.randn(2, 16, 7, 4, 6, generator=torch.Generator().manual_seed(0))

@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from wancore.wan_core.runtime import Cancelled, Runtime
-from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.sampling.noise import initial_noise
-from wancore.wan_core.sampling.schedule import add_noise, shifted_sigmas, training_weights
-from wancore.wan_core.settings import GuidanceSettings, SamplerSettings
-from wancore.wan_core.types import Conditioning, LatentSize, VaceInput
 
 from tests.reference import load_case, relative_error, tiny_dit
+from wan_core.runtime import Cancelled, Runtime
+from wan_core.sampling.loop import sample
+from wan_core.sampling.noise import initial_noise
+from wan_core.sampling.schedule import add_noise, shifted_sigmas, training_weights
+from wan_core.settings import GuidanceSettings, SamplerSettings
+from wan_core.types import Conditioning, LatentSize, VaceInput
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(device=CPU, dtype=torch.float32)

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling.solvers import SOLVERS, Euler, build_solver
-from wancore.wan_core.sampling.steps import denoise
-from wancore.wan_core.settings import SOLVER_NAMES, SamplerSettings
-from wancore.wan_core.types import Conditioning
 
 from tests.reference import relative_error
+from wan_core.runtime import Runtime
+from wan_core.sampling.solvers import SOLVERS, Euler, build_solver
+from wan_core.sampling.steps import denoise
+from wan_core.settings import SOLVER_NAMES, SamplerSettings
+from wan_core.types import Conditioning
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 SHAPE = (1, 16, 2, 4, 4)

@@ -5,22 +5,22 @@ import logging
 
 import pytest
 import torch
-from wancore.wan_core.conditioning.slots import fit
-from wancore.wan_core.conditioning.text import TextEncoder, text_conditioning
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.models.vae import WanVAE
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling.chain import colour_corrected
-from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.sampling.report import window_reports
-from wancore.wan_core.sampling.windows import Windowed, window_of
-from wancore.wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
-from wancore.wan_core.tiling import Span, plan_spans
-from wancore.wan_core.types import Conditioning, LatentSize, StepInfo, VideoSize, tensors_in
-from wancore.wan_core.variants import match_variant
 
 from tests.reference import DITS, arguments, load_case, relative_error, tiny_dit, tiny_text_encoder, tiny_vae
 from tests.sampling.variants import conditioning
+from wan_core.conditioning.slots import fit
+from wan_core.conditioning.text import TextEncoder, text_conditioning
+from wan_core.models.dit import WanDiT
+from wan_core.models.vae import WanVAE
+from wan_core.runtime import Runtime
+from wan_core.sampling.chain import colour_corrected
+from wan_core.sampling.loop import sample
+from wan_core.sampling.report import window_reports
+from wan_core.sampling.windows import Windowed, window_of
+from wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
+from wan_core.tiling import Span, plan_spans
+from wan_core.types import Conditioning, LatentSize, StepInfo, VideoSize, tensors_in
+from wan_core.variants import match_variant
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 SIZE = LatentSize(7, 4, 6)
@@ -28,8 +28,8 @@ SIZE = LatentSize(7, 4, 6)
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> TextEncoder:
-    from wancore.wan_core import tiny
-    from wancore.wan_core.checkpoints.tokenizer import Tokenizer
+    from wan_core import tiny
+    from wan_core.checkpoints.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.write_tokenizer(folder / "tokenizer.json")

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from wancore.wan_core.models.config import DiTConfig, MotionControllerConfig
-from wancore.wan_core.models.dit import WanDiT
-from wancore.wan_core.models.motion_controller import MotionController
-from wancore.wan_core.types import Conditioning, LatentSize, VaceInput
 
 from tests.reference import DITS, filled
+from wan_core.models.config import DiTConfig, MotionControllerConfig
+from wan_core.models.dit import WanDiT
+from wan_core.models.motion_controller import MotionController
+from wan_core.types import Conditioning, LatentSize, VaceInput
 
 REFERENCES = 1
 """Reference frames in front of the video where a model takes VACE inputs."""

@@ -9,10 +9,11 @@ from typing import Any
 
 import av
 import numpy as np
+
+from wan_core import catalog, prepare
+from wan_core.catalog import tiny_id
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.synthetic import write_dataset
-from wancore.wan_core import catalog, prepare
-from wancore.wan_core.catalog import tiny_id
 
 SIZE = {"width": 32, "height": 32, "num_frames": 5}
 

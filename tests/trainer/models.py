@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 import torch
-from wancore.trainer.config import TrainConfig
-from wancore.trainer.trainable import Trainables, prepare
-from wancore.wan_core.prepare import VideoModel
-from wancore.wan_core.types import Conditioning, VaceInput
-from wancore.wan_core.variants import match_variant
 
 from tests.reference import tiny_dit, tiny_motion_controller
+from wan_core.prepare import VideoModel
+from wan_core.types import Conditioning, VaceInput
+from wan_core.variants import match_variant
+from wancore.trainer.config import TrainConfig
+from wancore.trainer.trainable import Trainables, prepare
 
 SIZE = (2, 4, 4)
 

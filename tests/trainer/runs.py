@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+
+from tests.trainer import material
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.events import read_events
 from wancore.trainer.run import Result, train
 from wancore.trainer.state import States, read_parts
-
-from tests.trainer import material
 
 ROOT = Path(__file__).parents[2]
 

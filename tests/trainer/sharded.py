@@ -2,7 +2,6 @@
 other, under FSDP or DeepSpeed on CPUs. `accelerate` offers these on GPUs alone, so its choice is made here.
 """
 
-import importlib
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed import barrier
 
-from pack import NAME, load_pack
+from pack import register
 
 
 def choose_deepspeed() -> None:
@@ -40,8 +39,9 @@ if __name__ == "__main__":
     (choose_deepspeed if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else choose_fsdp)()
     # Processes that have parted cannot be brought together again.
     Accelerator.end_training = lambda self: None
-    load_pack()
-    main = importlib.import_module(f"{NAME}.trainer.run").main
+    register()
+    from wancore.trainer.run import main
+
     for number, words in enumerate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
         if number:
             AcceleratorState._reset_state(reset_partial_state=True)

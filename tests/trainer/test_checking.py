@@ -5,10 +5,10 @@ import sys
 
 import pytest
 from PIL import Image
-from wancore.trainer.checking import main
 
 from tests.trainer import material
 from tests.trainer.runs import ROOT, environment
+from wancore.trainer.checking import main
 
 SMALL = ["--height", "32", "--width", "32", "--num_frames", "5"]
 

@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from wan_core import ModelConfig, WanVideoPipeline, load_video, pipeline
+from wan_core.catalog import IMAGE_ENCODER_PATTERN
+from wan_core.conditioning.encoders import LatentEncoder
+from wan_core.fitting import as_frames, fit_size
+from wan_core.types import tensors_in
 from wancore.trainer.cache import LatentCache
 from wancore.trainer.conditions import Batch, Examples, collate
 from wancore.trainer.config import TrainConfig
@@ -16,11 +22,6 @@ from wancore.trainer.flags import ConfigError
 from wancore.trainer.masks import BOTH, BOX, MASKS, SPAN, START, WHOLE, draw_mask, mask_kind
 from wancore.trainer.models import find
 from wancore.trainer.report import check
-from wancore.wan_core import ModelConfig, WanVideoPipeline, load_video, pipeline
-from wancore.wan_core.catalog import IMAGE_ENCODER_PATTERN
-from wancore.wan_core.conditioning.encoders import LatentEncoder
-from wancore.wan_core.fitting import as_frames, fit_size
-from wancore.wan_core.types import tensors_in
 
 from . import material
 from .material import INPUTS, model_names
@@ -66,7 +67,7 @@ def inference(root: Path, variant: str, monkeypatch: pytest.MonkeyPatch):
     seen = []
     monkeypatch.setattr(pipeline, "sample", lambda dit, cond, size, *_, **__: seen.append(cond) or torch.zeros(1))
     monkeypatch.setattr(WanVideoPipeline, "_output", lambda self, latents, *_: latents)
-    monkeypatch.setattr("wancore.wan_core.lora.apply.LoraRun.follow", lambda self, runtime: runtime)
+    monkeypatch.setattr("wan_core.lora.apply.LoraRun.follow", lambda self, runtime: runtime)
     names = {name: arguments[name] for name in INPUTS[variant]}
     prompt = "a red ball moves slowly right over a dark ground"
     pipe(prompt, height=32, width=32, num_frames=5, num_inference_steps=1, output_type="latent", seed=0, **names)
@@ -364,7 +365,7 @@ REFUSED = {
 def test_models_that_cannot_use_the_inputs_are_refused_before_they_are_read(root, name, monkeypatch):
     variant, changes, message = REFUSED[name]
     config = material.config(root, variant, **changes)
-    monkeypatch.setattr("wancore.wan_core.prepare.build", None)
+    monkeypatch.setattr("wan_core.prepare.build", None)
     with pytest.raises(ValueError, match=message):
         find(config)
 

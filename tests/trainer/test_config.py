@@ -6,6 +6,7 @@ import re
 import shlex
 
 import pytest
+
 from wancore.trainer import optimizers
 from wancore.trainer.config import TrainConfig, parse, parser
 from wancore.trainer.flags import ConfigError

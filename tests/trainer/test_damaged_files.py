@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
+
 from wancore.trainer.cache import HASHES, LatentCache
 from wancore.trainer.events import latest_steps
 from wancore.trainer.state import (

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.dataset import load
 from wancore.trainer.flags import ConfigError
 from wancore.trainer.report import DatasetError, Report, check
 from wancore.trainer.synthetic import write_dataset
-from wancore.wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
 
 from .material import numbered, write_metadata, write_video
 

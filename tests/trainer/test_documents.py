@@ -5,12 +5,12 @@ import re
 import shlex
 
 import pytest
+
+from tests.trainer.runs import ROOT
 from wancore.trainer.config import TrainConfig, parse
 from wancore.trainer.recipe_command import main
 from wancore.trainer.reference import ACCEPTED, ELSEWHERE
 from wancore.trainer.tables import SECTIONS, filled
-
-from tests.trainer.runs import ROOT
 
 TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^python -m trainer\.(\w+) (.+)$", TEXT, re.MULTILINE)

@@ -5,16 +5,16 @@ import pytest
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from wancore.trainer.export import RUN, Exporter, ExportError
-from wancore.trainer.trainable import lora_patches, prepare
-from wancore.wan_core.adapters.open import open_lora
-from wancore.wan_core.checkpoints.detect import detect_files
-from wancore.wan_core.checkpoints.diffusers_names import diffusers_name
-from wancore.wan_core.checkpoints.write import write_safetensors
 
 from tests.disks import full_disk
 from tests.reference import relative_error, tiny_text_encoder, tiny_vae
 from tests.trainer.models import config, inputs, trainables, video_model
+from wan_core.adapters.open import open_lora
+from wan_core.checkpoints.detect import detect_files
+from wan_core.checkpoints.diffusers_names import diffusers_name
+from wan_core.checkpoints.write import write_safetensors
+from wancore.trainer.export import RUN, Exporter, ExportError
+from wancore.trainer.trainable import lora_patches, prepare
 
 
 def exporter(tmp_path, variant="t2v", **changes):
@@ -89,7 +89,7 @@ def test_whole_weights_keep_their_original_names(tmp_path, variant, part, prefix
 
 
 def test_encoders_are_saved_too(tmp_path):
-    from wancore.wan_core.conditioning.text import TextEncoder
+    from wan_core.conditioning.text import TextEncoder
 
     settings = config(trainable_models=("vae", "text_encoder"), cache="off", output_path=str(tmp_path))
     found = prepare(video_model(), settings, TextEncoder(tiny_text_encoder(), None), tiny_vae())
@@ -144,8 +144,8 @@ def test_a_file_that_differs_from_what_was_trained_never_gets_its_name(tmp_path,
     def spoiled(file, tensors, metadata):
         write_safetensors(file, {name: t + (t.ndim > 1) for name, t in tensors.items()}, metadata)
 
-    for module in ("trainer.export", "wan_core.adapters.files"):
-        monkeypatch.setattr(f"wancore.{module}.write_safetensors", spoiled)
+    for module in ("wancore.trainer.export", "wan_core.adapters.files"):
+        monkeypatch.setattr(f"{module}.write_safetensors", spoiled)
     with pytest.raises(ExportError):
         written(made)
     assert not list(tmp_path.iterdir())

@@ -7,16 +7,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
+from tests.reference import relative_error
+from tests.trainer.runs import config, events, losses, run, shared, weights
+from wan_core.runtime import OutOfMemoryError
 from wancore.trainer import loop as loop_module
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.loop import LoadError, NonFiniteError
 from wancore.trainer.objective import Objective
 from wancore.trainer.plan import Plan, learning_rate
 from wancore.trainer.saving import SaveError
-from wancore.wan_core.runtime import OutOfMemoryError
-
-from tests.reference import relative_error
-from tests.trainer.runs import config, events, losses, run, shared, weights
 
 __all__ = ["shared"]
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from wancore.trainer.objective import Objective, errors, generator_for, noisy, weighted
 
 from tests.reference import load_case, relative_error
+from wancore.trainer.objective import Objective, errors, generator_for, noisy, weighted
 
 SHAPE = (16, 2, 4, 4)
 

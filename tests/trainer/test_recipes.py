@@ -10,21 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from wancore.trainer import models, trainable
-from wancore.trainer.config import parse
-from wancore.trainer.recipe_command import LAUNCHERS, TRAIN, command, main
-from wancore.trainer.recipes import KINDS, find_row, recipe, short_name
-from wancore.wan_core import prepare
-from wancore.wan_core.catalog import CATALOG
-from wancore.wan_core.runtime import Runtime
-from wancore.wan_core.sampling.loop import sample
-from wancore.wan_core.settings import GuidanceSettings, SamplerSettings
-from wancore.wan_core.types import LatentSize
 
 from tests.programs import PATIENCE, wait_for
 from tests.trainer import material
 from tests.trainer.models import SIZE, inputs
 from tests.trainer.runs import ROOT, environment, events, run, shared
+from wan_core import prepare
+from wan_core.catalog import CATALOG
+from wan_core.runtime import Runtime
+from wan_core.sampling.loop import sample
+from wan_core.settings import GuidanceSettings, SamplerSettings
+from wan_core.types import LatentSize
+from wancore.trainer import models, trainable
+from wancore.trainer.config import parse
+from wancore.trainer.recipe_command import LAUNCHERS, TRAIN, command, main
+from wancore.trainer.recipes import KINDS, find_row, recipe, short_name
 
 __all__ = ["shared"]
 

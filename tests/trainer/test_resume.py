@@ -6,13 +6,13 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from wancore.trainer.cache import LatentCache
-from wancore.trainer.state import StateError
-from wancore.trainer.stopping import QUIT_NOW
-from wancore.wan_core.atomic import locked, partial_path
 
 from tests.programs import PATIENCE, wait_for
 from tests.trainer.runs import config, events, losses, program, run, shared, weights
+from wan_core.atomic import locked, partial_path
+from wancore.trainer.cache import LatentCache
+from wancore.trainer.state import StateError
+from wancore.trainer.stopping import QUIT_NOW
 
 __all__ = ["shared"]
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from wan_core.folders import files_below
 from wancore.nodes import host
 from wancore.nodes.training_run import files_mark
 from wancore.trainer.cache import LatentCache
@@ -15,7 +17,6 @@ from wancore.trainer.dataset import load
 from wancore.trainer.flags import ConfigError
 from wancore.trainer.report import check
 from wancore.trainer.video import probe, read
-from wancore.wan_core.folders import files_below
 
 from .material import number_of, numbered, write_video
 

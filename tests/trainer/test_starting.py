@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.trainer import material
+from tests.trainer.runs import config, losses, run, shared
+from wan_core.memory.quant import QuantisedLinear
 from wancore.trainer import models, starting
 from wancore.trainer.checking import main as check
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.flags import ConfigError
 from wancore.trainer.task import RECORD
-from wancore.wan_core.memory.quant import QuantisedLinear
-
-from tests.trainer import material
-from tests.trainer.runs import config, losses, run, shared
 
 __all__ = ["shared"]
 
@@ -113,7 +113,7 @@ def test_frozen_weights_are_8_bit_after_a_preset_lora(shared, tmp_path, earlier)
     kept = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "quantise", lambda dit: kept.append(quantise(dit)))
-        from wancore.wan_core.memory.quant import quantise
+        from wan_core.memory.quant import quantise
 
         run(config(shared, tmp_path, max_steps=1, preset_lora_path=earlier["lora"], fp8_base=True))
     assert any(isinstance(layer, QuantisedLinear) for layer in kept[0].modules())

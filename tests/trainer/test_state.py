@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+
 from wancore.trainer.state import (
     MANIFEST,
     OPTIMIZER,

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import yaml
-from wancore.trainer.config import TrainConfig
-from wancore.trainer.recipe_command import TRAIN
-from wancore.wan_core.adapters.open import open_lora
 
 from tests.programs import PATIENCE
 from tests.trainer.runs import ROOT, config, environment, events, losses, program, run, shared
+from wan_core.adapters.open import open_lora
+from wancore.trainer.config import TrainConfig
+from wancore.trainer.recipe_command import TRAIN
 
 __all__ = ["shared"]
 

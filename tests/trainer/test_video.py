@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from wan_core.fitting import resized
+from wan_core.media import check_frame
 from wancore.trainer.video import (
     Clip,
     MediaError,
@@ -14,8 +17,6 @@ from wancore.trainer.video import (
     read,
     usable_frames,
 )
-from wancore.wan_core.fitting import resized
-from wancore.wan_core.media import check_frame
 
 from .material import number_of, numbered, write_video
 
