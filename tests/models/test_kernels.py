@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import platform
 import time
 
 import pytest
@@ -102,6 +103,35 @@ def test_each_size_is_measured_once_for_all_processes(measuring, monkeypatch):
     kernels._current.set(Choices())
     torch.testing.assert_close(made(X, sizes=(6,)), X + 2)
     assert len(measured) == 2
+
+
+X86 = """processor	: 0
+vendor_id	: GenuineIntel
+cpu family	: 6
+model		: 143
+model name	: Some Xeon
+flags		: fpu avx sse2 amx_tile
+
+processor	: 1
+model name	: Another
+"""
+ARM = "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "named"),
+    [
+        (X86, "GenuineIntel 6 143 Some Xeon avx amx_tile"),
+        (ARM, "0x41 0xd0c"),
+        ("no fields", platform.machine()),
+        (None, platform.processor() or platform.machine()),
+    ],
+    ids=["x86", "ARM", "empty", "no file"],
+)
+def test_a_processor_is_named_by_its_model_and_vector_units(tmp_path, cpuinfo, named):
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo, encoding="utf-8")
+    assert kernels.processor(tmp_path / "cpuinfo") == named
 
 
 def test_other_machines_threads_and_damaged_lines_do_not_count(known, monkeypatch):

@@ -205,7 +205,7 @@ def _warn_once(message: str) -> None:
 
 
 def known(device: torch.device) -> Known:
-    """What is known of `device`; an index that is missing is the current one."""
+    """The choices made on this machine for devices like `device`."""
     return _known(device, torch.get_num_threads(), cache_folder() / "kernels.jsonl")
 
 
@@ -235,23 +235,29 @@ def _machine(device: torch.device, threads: int) -> str:
         parts = [properties.name, f"{properties.major}.{properties.minor}", runtime, torch.backends.cudnn.version()]
     elif device.type == "cpu":
         limits = [f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA",) if name in os.environ]
-        parts = [_processor(), torch.backends.cpu.get_cpu_capability(), f"{threads} threads", *limits]
+        parts = [processor(), torch.backends.cpu.get_cpu_capability(), f"{threads} threads", *limits]
     else:
         parts = [device.type, platform.machine()]
     return " / ".join(map(str, [*parts, f"torch {torch.__version__}"]))
 
 
-def _processor() -> str:
-    """The processor's name, as the system gives it."""
+PROCESSOR_FIELDS = ("vendor_id", "cpu family", "model", "model name", "CPU implementer", "CPU part")
+"""What /proc/cpuinfo says of a processor's model: the first four on x86, the last two on ARM."""
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name, as the system gives it, and its vector units, which tell virtual machines apart that hide
+    the name.
+    """
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.processor() or platform.machine()
-    # The flags tell virtual machines apart that hide the model's name.
-    wanted = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU part")
-    found = dict(reversed([tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line]))
-    flags = [flag for flag in found.get("flags", "").split() if flag.startswith(("avx", "amx"))]
-    return " ".join([*(found[name] for name in wanted[:4] if name in found), *flags])
+    first = text.strip().partition("\n\n")[0]
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    names = [fields[name] for name in PROCESSOR_FIELDS if name in fields]
+    units = [flag for flag in fields.get("flags", "").split() if flag.startswith(("avx", "amx"))]
+    return " ".join([*names, *units]) or platform.machine()
 
 
 def fastest(operation: Operation, arguments: Arguments) -> tuple[str, dict[str, float]]:
