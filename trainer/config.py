@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_core.atomic import replacing
+from wan_core.folders import is_nameable
 from wan_core.types import SIZE_MULTIPLE, VideoSize
 
 from . import optimizers
@@ -18,7 +19,6 @@ from .flags import (
     build_parser,
     check_fields,
     from_json,
-    is_nameable,
     option,
     parse_known,
     read_json,

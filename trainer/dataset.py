@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan_core.folders import files_below
+from wan_core.folders import files_below, is_nameable
 from wan_core.media import CLIP_SUFFIXES, PICTURE_SUFFIXES, MediaError, frame_files, probe
 from wan_core.reading import read_text
 
 from .config import TrainConfig
-from .flags import ConfigError, is_nameable
+from .flags import ConfigError
 from .inputs import INPUTS
 
 JSON_BYTES = 2**28

@@ -191,15 +191,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def is_nameable(path: str) -> bool:
-    """Whether a file could be called that; systems give up at 255 bytes for a name and 4096 for a path."""
-    try:
-        parts = path.encode().replace(b"\\", b"/").split(b"/")
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in path and max(map(len, parts)) <= 255 and sum(map(len, parts)) + len(parts) < 4096
-
-
 def check_fields(value: Any) -> None:
     """Raise ConfigError when a field of the dataclass `value` is not of its type, or outside of its range."""
     for field in dataclasses.fields(value):

@@ -9,6 +9,7 @@ import torch
 from wan_core import prepare, variants
 from wan_core.checkpoints.detect import Component, join_vace
 from wan_core.conditioning.slots import fit
+from wan_core.folders import is_nameable
 from wan_core.model_config import ModelConfig, find_models, tokenizer_folder
 from wan_core.models.config import DiTConfig
 from wan_core.rest import Rest
@@ -17,7 +18,7 @@ from wan_core.variants import IMAGE, Variant
 
 from . import starting
 from .config import TrainConfig
-from .flags import ConfigError, is_nameable
+from .flags import ConfigError
 from .inputs import INPUTS, given_names
 
 INPAINT = "inpaint_video"

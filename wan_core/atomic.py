@@ -19,6 +19,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
+from .folders import MAX_NAME_BYTES
+
 try:
     import fcntl
 except ImportError:
@@ -30,9 +32,6 @@ WINDOWS = os.name == "nt"
 MARK = ".wancore-part"
 PARTIAL = re.compile(rf"\..*{re.escape(MARK)}\d*(\.[^.]*)?")
 """Names of files that are being written: `.video_00001_.wancore-part.mp4`."""
-
-MAX_NAME = 255
-"""Bytes in a file name, on nearly every file system."""
 
 LOOKS, PAUSE = 10, 0.01
 """How often and after how many seconds a partial file is tried again: who cleans a folder locks it for a moment."""
@@ -139,7 +138,7 @@ def partial_path(path: Path, slot: int = 1) -> Path:
     """What `path` is called while it is written; a writer that finds one slot held takes the next."""
     mark = f"{MARK}{slot if slot > 1 else ''}{path.suffix}"
     stem = path.stem
-    if len(os.fsencode(f".{stem}{mark}")) > MAX_NAME:
+    if len(os.fsencode(f".{stem}{mark}")) > MAX_NAME_BYTES:
         stem = hashlib.sha256(os.fsencode(stem)).hexdigest()[:32]
     return path.with_name(f".{stem}{mark}")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MAX_NAME_BYTES = 255
-"""Of a name in UTF-8 on the usual file systems; letters beyond ASCII take two to four."""
+"""Of one file name in UTF-8, on nearly every file system; letters beyond ASCII take two to four."""
 
 MAX_PATH_BYTES = 4000
 """Of a whole path; Linux takes 4096, with what is added while a file is written."""
@@ -36,6 +36,16 @@ def files_below(folder: Path, is_one: Callable[[Path], bool] = lambda _: False) 
                 yield from below(path, above | {identity})
 
     yield from below(folder, frozenset())
+
+
+def is_nameable(path: str) -> bool:
+    """Whether a file could be called that."""
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        return False
+    longest = max(map(len, encoded.replace(b"\\", b"/").split(b"/")))
+    return "\0" not in path and longest <= MAX_NAME_BYTES and len(encoded) <= MAX_PATH_BYTES
 
 
 def check_name(name: str, spare: int = 0) -> None:
