@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from wan_core.atomic import try_lock
+from wan_core.folders import is_special
 
 POLL = 0.25
 """Seconds between two looks at the process."""
@@ -100,8 +101,12 @@ def attend(
 
     Raises:
         ChildError: it ended otherwise.
+        ValueError: its log or its events cannot be files, because something else has their name.
     """
     launch.folder.mkdir(parents=True, exist_ok=True)
+    for file in (launch.log, launch.events):
+        if is_special(file):
+            raise ValueError(f"{file} must be a file or not exist; it is a folder, pipe or device. Remove it.")
     with _own_log(launch, on_event, check_cancelled) as log:
         launch.stop.unlink(missing_ok=True)
         tail, begin = _Tail(launch.events), launch.log.stat().st_size

@@ -16,6 +16,7 @@ from PIL import Image
 from wan_core.atomic import replacing
 from wan_core.folders import files_below
 from wan_core.media import load_video
+from wan_core.reading import read_json
 from wan_core.runtime import log
 
 from ..trainer.chart import draw_chart
@@ -62,7 +63,7 @@ class Run:
     def finished(self) -> Outcome | None:
         """The result of this very run, when it is there already."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
-            found = json.loads((self.folder / FINISHED).read_text(encoding="utf-8"))
+            found = read_json(self.folder / FINISHED)
             files = tuple(self.folder / name for name in found["files"])
             if found["identity"] == self.identity and all(file.is_file() for file in files):
                 told = f"Finished before, after {found['steps']} steps: {files[0]}"

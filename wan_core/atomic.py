@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
-from .folders import MAX_NAME_BYTES
+from .folders import MAX_NAME_BYTES, is_special
 
 try:
     import fcntl
@@ -166,7 +166,7 @@ def locked(path: Path) -> Iterator[bool]:
     Raises:
         OSError: it cannot be opened for writing, or is no file: a pipe would be waited for without end.
     """
-    if path.exists() and not path.is_file():
+    if is_special(path):
         raise OSError(errno.EINVAL, "is there and is no file", str(path))
     with path.open("ab") as file:
         yield try_lock(file) is not False

@@ -38,6 +38,11 @@ def files_below(folder: Path, is_one: Callable[[Path], bool] = lambda _: False) 
     yield from below(folder, frozenset())
 
 
+def is_special(path: Path) -> bool:
+    """Whether something other than a regular file stands at `path`: opening a named pipe waits without end."""
+    return path.exists() and not path.is_file()
+
+
 def is_nameable(path: str) -> bool:
     """Whether a file could be called that."""
     try:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from wan_core.models import kernels
-from wan_core.models.kernels import Choices, Known, Operation, fastest
+from wan_core.models.kernels import Choices, Known, Operation, current, fastest
 
 CPU = torch.device("cpu")
 X = torch.arange(6.0)
@@ -132,6 +132,16 @@ def test_a_processor_is_named_by_its_model_and_vector_units(tmp_path, cpuinfo, n
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo, encoding="utf-8")
     assert kernels.processor(tmp_path / "cpuinfo") == named
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
+def test_a_named_pipe_in_place_of_the_file_of_choices_is_not_opened(measuring):
+    """Opening it would wait without end; the default kernel computes."""
+    measuring.parent.mkdir()
+    os.mkfifo(measuring)
+    made = operation(a=lambda x: x + 1, b=lambda x: x + 1)
+    assert torch.equal(made(X, sizes=(6,)), X + 1)
+    assert current().used == {"add 6 float32 cpu": "a"}
 
 
 def test_other_machines_threads_and_damaged_lines_do_not_count(known, monkeypatch):

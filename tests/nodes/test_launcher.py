@@ -109,6 +109,17 @@ def test_what_goes_wrong_is_told_with_the_place_of_the_log(folder, code, message
     assert "an earlier run" in (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
 
 
+@pytest.mark.parametrize("name", ["log.txt", "events.jsonl"])
+@pytest.mark.parametrize("make", [Path.mkdir, *([os.mkfifo] if hasattr(os, "mkfifo") else [])])
+def test_what_is_no_file_is_refused_before_it_is_opened(folder, name, make):
+    """Opening a named pipe without a reader waits without end."""
+    folder.mkdir()
+    make(folder / name)
+    with pytest.raises(ValueError, match=rf"{name} must be a file"):
+        attend(child(folder, "open('started', 'w')"), lambda event: None, never)
+    assert not (folder / "started").exists()
+
+
 def test_cancelling_lets_it_finish_its_step(folder):
     code = """
 import pathlib

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..folders import is_special
 from ..runtime import log
 
 Kernel = Callable[..., Tensor]
@@ -175,6 +176,8 @@ class Known:
         milliseconds = {kernel: round(1000 * seconds, 4) for kernel, seconds in times.items()}
         line = json.dumps({"machine": self.machine, "key": key, "kernel": name, "ms": milliseconds}) + "\n"
         try:
+            if is_special(self.file):
+                raise OSError("it is no regular file")
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("ab", buffering=0) as stream:
                 stream.write(line.encode())
@@ -185,6 +188,8 @@ class Known:
 
     def _read(self) -> dict[str, str]:
         names: dict[str, str] = {}
+        if is_special(self.file):
+            return names
         try:
             lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
