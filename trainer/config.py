@@ -46,6 +46,8 @@ PATHS = (
 
 TASKS = ("sft", "sft:data_process", "sft:train")
 """What `--task` asks for: all of it, its first half (`task.record`), its second half."""
+DISTILLATION = "direct_distill"
+"""The reference's task, whole or split into `:data_process` and `:train`, in which a teacher makes the samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +203,12 @@ class TrainConfig:
     sample_cfg_scale: float = option(5.0, "guidance of the samples", low=0)
 
     def __post_init__(self) -> None:
+        # Before its other flags, which mean nothing here: they are inputs of the teacher's sampler.
+        if str(self.task).startswith(DISTILLATION):
+            raise ConfigError(
+                f"--task {self.task}: distillation is not offered; this trainer learns from data alone "
+                f"({', '.join(TASKS)}). Distil with DiffSynth-Studio, and use the result here as a model or a LoRA."
+            )
         check_fields(self)
         for name in PATHS:
             path = getattr(self, name)
