@@ -14,7 +14,8 @@ CHANGING = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.sym
 LISTING = ("os.listdir", "os.scandir", "glob.glob")
 STARTING = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn")
 REACHING = ("socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.Request")
-SYSTEM = ("/etc/passwd", "/etc/shadow", "/etc/hostname", "/dev/zero", "/dev/random", "/proc/self/environ", "/root/.ssh")
+SYSTEM = ("/etc/passwd", "/etc/shadow", "/etc/hostname", "/dev/zero", "/dev/random", "/proc/self/environ")
+PRIVATE = Path.home() / ".ssh"
 
 
 class StartedError(BaseException):
@@ -73,7 +74,9 @@ class Watch:
 
     def _read(self, event: str, place: Any) -> None:
         path = _absolute(place)
-        if path is not None and (path.is_relative_to(self.decoys) or str(path).startswith(SYSTEM)):
+        if path is None:
+            return
+        if path.is_relative_to(self.decoys) or path.is_relative_to(PRIVATE) or str(path).startswith(SYSTEM):
             self.seen.append(f"{event} {path}")
 
     @contextlib.contextmanager
