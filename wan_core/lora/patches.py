@@ -22,11 +22,9 @@ class Patch:
 
     Attributes:
         label: what the kind is called in reports.
-        needs_base: whether the difference depends on the weight it is added to.
     """
 
     label: ClassVar[str]
-    needs_base: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,7 +37,10 @@ class Patch:
         return None
 
     def delta(self, base: Tensor | None = None) -> Tensor:
-        """The difference at strength 1 in float32, on the device of the patch; `base` is read when `needs_base`."""
+        """The difference at strength 1 in float32, on the device of the patch.
+
+        `base` is the weight that it is added to; a replacement and DoRA cannot do without.
+        """
         raise NotImplementedError
 
     def branch(self, x: Tensor) -> Tensor:
@@ -194,7 +195,6 @@ class Replacement(Patch):
     """A whole tensor that takes the place of the base, as in a fine-tuned checkpoint."""
 
     label = "replacement"
-    needs_base = True
     value: Tensor
 
     @property
@@ -217,7 +217,6 @@ class Decomposed(Patch):
     """
 
     label = "DoRA"
-    needs_base = True
     inner: Patch
     magnitude: Tensor
 

@@ -111,11 +111,6 @@ class Placement:
         """What is copied to the device in each pass through the blocks."""
         return sum(self.inventory.blocks[name].bytes for name in self.streamed)
 
-    @property
-    def least_bytes(self) -> int:
-        """What the weights take with every block streamed."""
-        return Placement(self.inventory, tuple(self.inventory.blocks)).device_bytes
-
     def summary(self) -> str:
         """In words: "12 of 40 blocks stay on the device (9.1 GB), 28 are streamed (19.2 GB per pass)"."""
         total, streamed = len(self.inventory.blocks), len(self.streamed)
