@@ -255,6 +255,8 @@ LORA_NAMES = (
     "lora_unet__blocks_0_self_attn_q.lora_up.weight", "diffusion_model.head.head.diff",
     "diffusion_model.blocks.0.ffn.0.diff_b",
     "lycoris_blocks_0_self_attn_q.hada_w1_a", "lycoris_blocks_0_self_attn_q.lokr_w1",
+    "blocks.0.self_attn.q.dora_scale", "transformer.blocks.0.attn1.to_q.lora.down.weight",
+    "transformer.blocks.0.attn1.to_q.lora_linear_layer.up.weight", "blocks.0.self_attn.q.lora_magnitude_vector",
 )  # fmt: skip
 
 

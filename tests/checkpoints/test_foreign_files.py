@@ -117,8 +117,3 @@ def test_a_layer_that_is_stored_in_another_way_is_not_missing():
     with pytest.raises(CheckpointError, match=r"weight_q5. in place of") as error:
         detect(header(shapes))
     assert "incomplete" not in str(error.value)
-
-
-@pytest.mark.parametrize("key", ["x.dora_scale", "x.lora.down.weight", "x.lora_linear_layer.up.weight"])
-def test_one_detector_knows_every_spelling_of_a_lora(key):
-    assert detect(header({key: (4, 4)})).kind == "lora"

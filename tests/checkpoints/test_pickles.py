@@ -168,6 +168,8 @@ def test_states_of_optimizers_are_plain(tmp_path):
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     require_plain(tmp_path / "optimizer.pt")
+    loaded = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    assert loaded["state"][0]["exp_avg"].equal(optimizer.state[layer.weight]["exp_avg"])
 
 
 def test_memory_is_counted_over_all_names(tmp_path):

@@ -154,8 +154,8 @@ def test_one_that_hangs_is_ended_with_all_that_it_started(folder, monkeypatch):
 def test_a_stop_that_nobody_obeyed_does_not_stop_the_next_run(folder):
     folder.mkdir()
     (folder / "stop").touch()
-    code = "import pathlib; sys.exit(pathlib.Path('stop').exists())"
-    attend(child(folder, code), lambda event: None, never)
+    code = "import pathlib; tell(event='end', stopped=pathlib.Path('stop').exists())"
+    assert [event["stopped"] for event in attend(child(folder, code), lambda event: None, never)] == [False]
 
 
 def test_two_never_work_in_one_folder(folder):

@@ -137,8 +137,10 @@ def test_another_run_is_not_continued_unless_forced(run, world, words, caplog):
     assert words in caplog.text
 
 
-def test_the_same_run_is_continued():
-    require_same(progress(5), {"seed": 0}, 1, force=False)
+@pytest.mark.parametrize("force", [False, True])
+def test_the_same_run_is_continued_without_a_word(force, caplog):
+    require_same(progress(5), {"seed": 0}, 1, force=force)
+    assert not caplog.records
 
 
 def test_room_on_the_disk_is_asked_for_in_words(tmp_path):
