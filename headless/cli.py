@@ -22,7 +22,7 @@ from . import convert_command, info_command, lora_command, plan_command
 from .client import run_all_on_server
 from .core_nodes import core_nodes
 from .events import Event, RunResult
-from .folders import Folders
+from .folders import Folders, workflow_file
 from .runner import run
 from .schema import NodeSchema, schemas_of
 from .server import Server, ServerUnreachableError
@@ -48,9 +48,9 @@ def _folder(text: str) -> Path:
 RUN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "files": {
         "metavar": "FILE",
-        "type": Path,
+        "type": workflow_file,
         "nargs": "+",
-        "help": "workflow in API format, such as those in workflows/api; several run one after the other",
+        "help": "workflow in API format, or the name of one in workflows/api such as t2v; several run in turn",
     },
     "--set": {
         "metavar": "NODE.INPUT=VALUE",
@@ -83,6 +83,14 @@ RUN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class TrainingCommand:
+    """A command of the trainer: it gets its words as they are, and returns the exit code."""
+
+    help: str
+    execute: Callable[[Sequence[str]], int]
+
+
+@dataclass(frozen=True)
 class Command:
     """A subcommand: how it is declared, and what it does with the parsed arguments; it returns the exit code."""
 
@@ -93,13 +101,18 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; errors go to stderr."""
-    parser = argparse.ArgumentParser(prog="python -m headless", description="Wan 2.1 workflows without an editor.")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in TRAINING:
+        return TRAINING[words[0]].execute(words[1:])
+    parser = argparse.ArgumentParser(prog=_program(), description="Wan 2.1 models without an editor.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.help, description=command.help)
         command.declare(subparser)
         subparser.set_defaults(execute=command.execute)
-    arguments = parser.parse_args(argv)
+    for name, training in TRAINING.items():
+        subparsers.add_parser(name, help=training.help)
+    arguments = parser.parse_args(words)
     level = logging.ERROR if getattr(arguments, "quiet", False) else logging.INFO
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s")
     try:
@@ -120,6 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(BAD_USAGE, str(error))
     except OSError as error:
         return _fail(FAILED, str(error))
+
+
+def _program() -> str:
+    """How the user started this."""
+    return "python -m headless" if Path(sys.argv[0]).name == "__main__.py" else "wancore"
 
 
 class _Ended(BaseException):
@@ -324,4 +342,22 @@ COMMANDS = {
     "info": Command(info_command.HELP, info_command.declare, _printed(info_command.answer)),
     "convert": Command(convert_command.HELP, convert_command.declare, _printed(convert_command.answer)),
     "lora": Command(lora_command.HELP, lora_command.declare, _printed(lora_command.answer)),
+}
+
+
+def _train(words: Sequence[str]) -> int:
+    from ..trainer import run  # takes seconds, and only this command needs it
+
+    return run.main(words)
+
+
+def _recipe(words: Sequence[str]) -> int:
+    from ..trainer import recipe_command
+
+    return recipe_command.main(words)
+
+
+TRAINING = {
+    "train": TrainingCommand("Train a model; flags as for python -m trainer.train.", _train),
+    "recipe": TrainingCommand("Train a published checkpoint as the reference does.", _recipe),
 }

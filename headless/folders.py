@@ -13,6 +13,7 @@ from typing import Any
 from wan_core.atomic import NewFile, creating_first, numbered
 from wan_core.folders import check_name, check_writable
 
+from ..nodes import host
 from ..nodes.places import ASSETS, inside
 
 ANNOTATED = re.compile(r"(?P<name>.*?) ?\[(?P<kind>input|output|temp)\]")
@@ -20,6 +21,13 @@ ANNOTATED = re.compile(r"(?P<name>.*?) ?\[(?P<kind>input|output|temp)\]")
 
 SHOWN, SPARE_DIGITS = 60, 4
 """Letters of a long name in a message, and digits that a number may get beyond five."""
+
+
+def workflow_file(text: str) -> Path:
+    """The file of a workflow as it is typed: its path, or the name of one in the pack's `workflows/api`, as `t2v`."""
+    file = Path(text)
+    shipped = host.PACK_FOLDER / "workflows" / "api" / f"{text}.json"
+    return shipped if file.name == text and not file.exists() and shipped.is_file() else file
 
 
 @dataclass(frozen=True)

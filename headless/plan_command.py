@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from wan_core.budget.fit import Fit, fit, helps
@@ -15,7 +14,7 @@ from wan_core.settings import check_number
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
 from .core_nodes import core_nodes
-from .folders import Folders
+from .folders import Folders, workflow_file
 from .reading import Reading
 from .schema import schemas_of
 from .tiny import apply_tiny
@@ -24,7 +23,11 @@ from .workflow import Workflow, apply_sets
 HELP = "Say what a workflow will take of the card and of host memory, from headers alone."
 
 PLAN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
-    "file": {"metavar": "FILE", "type": Path, "help": "workflow in API format"},
+    "file": {
+        "metavar": "FILE",
+        "type": workflow_file,
+        "help": "workflow in API format, or the name of one in workflows/api such as t2v",
+    },
     "--vram": {
         "metavar": "GB",
         "type": float,

@@ -293,7 +293,9 @@ def models_dir() -> Path:
     """Root of `<org>/<repo>` folders as ModelScope lays them out, and of ComfyUI's model folders."""
     if folder_paths:
         return Path(folder_paths.models_dir)
-    return models_folder(_standalone.models_dir or PACK_FOLDER / "models").absolute()
+    # Where pip put the pack is no place for files; then models are looked for where the command runs.
+    own = PACK_FOLDER / "models" if (PACK_FOLDER / "wan_core").is_dir() else None
+    return models_folder(_standalone.models_dir or own).absolute()
 
 
 def in_comfyui() -> bool:

@@ -18,8 +18,11 @@ HOST_MODULES = {"comfy", "folder_paths", "latent_preview", "server", "execution"
 
 # Packages that a package may import besides itself.
 ALLOWED = {
-    "wan_core": set(), "nodes": {"wan_core", "trainer"}, "headless": {"wan_core", "nodes"}, "trainer": {"wan_core"},
-}  # fmt: skip
+    "wan_core": set(),
+    "trainer": {"wan_core"},
+    "nodes": {"wan_core", "trainer"},
+    "headless": {"wan_core", "nodes", "trainer"},
+}
 
 # What the nodes know of the trainer: its settings and what it writes down. Training itself is another process.
 SHOWN = {"config", "flags", "inputs", "events", "chart"}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from wancore.headless import cli
+
 ROOT = Path(__file__).parents[1]
 
 LOAD = """
@@ -92,7 +94,7 @@ for name, module in list(sys.modules.items()):
 for file, known in names.items():
     if file.is_relative_to(folder) and file.parent != pathlib.Path(folder) and not known & {"__main__", "__mp_main__"}:
         name = ".".join(file.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
-        expected = name if name.startswith("wan_core") else "wancore." + name
+        expected = name if name.startswith("wan") else "wancore." + name
         assert known - {"headless"} <= {expected}, (file, known)
 assert any(file.is_relative_to(folder) for file in names)
 """
@@ -100,8 +102,9 @@ assert any(file.is_relative_to(folder) for file in names)
 ENTRIES = {
     "ComfyUI": COMFYUI,
     "headless": PROGRAM.format(start="sys.path.insert(0, folder); runpy.run_module('headless', run_name='__main__')"),
-    "trainer": PROGRAM.format(start="runpy.run_path(folder + '/trainer/train.py', run_name='__main__')"),
+    "trainer": PROGRAM.format(start="runpy.run_path(folder + '/trainer/recipe.py', run_name='__main__')"),
     "library": LIBRARY,
+    "pip": "sys.path.insert(0, folder)",
 }
 
 
@@ -109,19 +112,50 @@ ENTRIES = {
 def copied(tmp_path_factory):
     """The pack in a folder whose name no package can have."""
     folder = tmp_path_factory.mktemp("custom_nodes") / "ComfyUI-Wan 2.1 Core"
-    for part in ("nodes", "trainer", "headless", "wan_core"):
+    for part in ("nodes", "trainer", "headless", "wan_core", "workflows"):
         shutil.copytree(ROOT / part, folder / part)
-    for file in ("__init__.py", "pack.py"):
+    for file in ("__init__.py", "pack.py", "setup.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, folder)
     return folder
 
 
+@pytest.fixture(scope="module")
+def installed(copied, tmp_path_factory):
+    """The folder into which pip installed the pack."""
+    folder = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
+    done = subprocess.run([*pip, "--target", folder, copied], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_a_process_has_each_module_once(entry, copied):
+def test_a_process_has_each_module_once(entry, copied, request):
+    folder = request.getfixturevalue("installed") if entry == "pip" else copied
     code = "import sys; root, folder = sys.argv[1:]; sys.argv[1:] = ['--help']\n" + ENTRIES[entry] + ONE_IDENTITY
-    command = [sys.executable, "-c", code, ROOT, copied]
+    command = [sys.executable, "-c", code, ROOT, folder]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
     assert not done.returncode, done.stderr
+
+
+def test_pip_installs_the_library_and_one_command(installed, tmp_path):
+    assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"bin", "wan_core", "wancore"}
+    command = [sys.executable, installed / "bin" / "wancore", "run", "t2v", "--tiny", "--set", "Sampler.steps=1"]
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+    assert not done.returncode, done.stderr
+    assert (tmp_path / done.stdout.strip()).suffix == ".mp4" and (tmp_path / done.stdout.strip()).is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [((), "usage: wancore "), (("train",), "--dataset_base_path"), (("recipe",), "--dry-run"), (("plan",), "--vram")],
+)
+def test_the_command_shows_the_help_of_each_part(words, shown, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/wancore", *words, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code and shown in capsys.readouterr().out
 
 
 def test_the_library_stands_alone(tmp_path):
