@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..reading import read_text
 from .pose_rows import DEFAULT_ORIGIN, LENS, MATRIX, PoseRow, check_row, pose_row, rows_from_text
-from .rotation import slerp
 
 DEFAULT_SPEED = 1 / 54
 """Distance per frame of VideoX-Fun's trajectory files."""
@@ -190,7 +189,7 @@ class CameraPath:
         if self.sheared:
             return self._of(lens, between(matrices)[:, :3], sheared=True)
         poses = torch.linalg.inv(matrices)
-        rotation = slerp(poses[low, :3, :3], poses[high, :3, :3], weight).mT
+        rotation = _slerp(poses[low, :3, :3], poses[high, :3, :3], weight).mT
         return self._of(lens, torch.cat((rotation, -rotation @ between(poses[:, :3, 3:])), -1))
 
     @classmethod
@@ -222,3 +221,12 @@ def _check_move(direction: str, num_frames: int, speed: float, mode: str) -> Non
     _check_whole("num_frames", num_frames)
     if not isinstance(speed, (int, float)) or not math.isfinite(speed):
         raise ValueError(f"The camera's speed must be a finite number; got {speed!r}.")
+
+
+def _slerp(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """Rotation matrices (N, 3, 3) at `weight` (N,) of the way from `first` to `second`, along the shorter arc."""
+    from scipy.spatial.transform import Rotation  # here, because it takes a third of a second to import
+
+    start, end = Rotation.from_matrix(first.numpy()), Rotation.from_matrix(second.numpy())
+    turn = (start.inv() * end).as_rotvec()
+    return torch.from_numpy((start * Rotation.from_rotvec(weight.numpy()[:, None] * turn)).as_matrix())
