@@ -166,6 +166,15 @@ def test_encoding_falls_back_to_smaller_tiles(vae, monkeypatch, caplog):
     assert caplog.text.count("Out of memory while encoding") == 2
 
 
+def test_a_pass_that_no_smaller_tiles_could_save_says_so(vae, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(WanVAE, "encode", full)
+    with pytest.raises(OutOfMemoryError, match=r"while encoding 32x32, 2 latent frames\. Close"):
+        encode(vae, PIXELS[..., :32, :32], None, RUNTIME)
+
+
 class Shrinking(WanVAE):
     """A VAE on a device that runs out of memory after some frames, unless it works in tiles."""
 

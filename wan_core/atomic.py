@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import stat
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,11 +22,10 @@ from typing import IO
 
 from .folders import MAX_NAME_BYTES, is_special
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 WINDOWS = os.name == "nt"
 
@@ -70,10 +70,8 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     clean(path.parent)
-    for slot in count(1):
-        partial = partial_path(path, slot)
-        if (lock := _take(partial, looks=2)) is not None:
-            break
+    slots = (partial_path(path, slot) for slot in count(1))
+    partial, lock = next((slot, lock) for slot in slots if (lock := _take(slot, looks=2)) is not None)
     with _held(partial, lock, path):
         yield partial
         if sync:
@@ -178,11 +176,11 @@ def try_lock(file: IO[bytes]) -> bool | None:
     """
     handle = file.fileno()
     try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
+        if sys.platform == "win32":
             os.lseek(handle, LOCK_PLACE, os.SEEK_SET)
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return False if error.errno in HELD else None
     return True

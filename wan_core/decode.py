@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .types import VAE_STRIDE, LatentSize, VideoSize
 SMALLER_TILES = (TileSettings(), TileSettings(size=(16, 16), stride=(12, 12)))
 """What is tried when memory runs out, one after the other."""
 
-AUTO = "auto"
+AUTO: Final = "auto"
 Tiles = TileSettings | Literal["auto"] | None
 """Tiles of that size, whatever the memory; as the memory asks for; or none as long as there is memory."""
 
@@ -113,7 +113,7 @@ def _fitting(
     plan = (vae.config, vae.dtype, size)
     needed = peak_bytes(*plan, None, what, batch)
     room = runtime.room(needed) if budget is None else budget
-    if needed <= room:
+    if room is None or needed <= room:
         return None
     try:
         tiles = choose_tiles(*plan, room, what, batch)
@@ -121,6 +121,8 @@ def _fitting(
         if budget is not None:
             raise
         tiles = smallest_tiles(size)
+    if tiles is None:
+        return None
     pieces, side = len(tiles.plan(size.height, size.width)), pixel_stride(vae.config, what)
     log.warning(
         "To %s %dx%d at once takes %.1f GB, and there are %.1f GB: working in %d tiles of %dx%d pixels.",
@@ -136,7 +138,8 @@ def _in_tiles(
     """The pieces (B, C, t, ...) of `work` with these tiles, and with ever smaller ones while the device runs out of
     memory; frames that were given already are not given again.
     """
-    tried = [tiles, *(t for t in SMALLER_TILES if _area(t, size) < _area(tiles, size))]
+    smaller = [choice for choice in SMALLER_TILES if _area(choice, size) < _area(tiles, size)]
+    tried = [tiles, *smaller]
     doing, given = {"decode": "decoding", "encode": "encoding"}[what], 0
     for attempt, choice in enumerate(tried):
         try:
@@ -154,12 +157,13 @@ def _in_tiles(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if attempt + 1 < len(tried):
-            log.warning("Out of memory while %s; trying tiles of %dx%d latent cells.", doing, *tried[attempt + 1].size)
+        if attempt < len(smaller):
+            log.warning("Out of memory while %s; trying tiles of %dx%d latent cells.", doing, *smaller[attempt].size)
+    last = tried[-1]
+    in_tiles = "" if last is None else f", even in tiles of {last.size[0]}x{last.size[1]} latent cells"
     raise OutOfMemoryError(
-        f"Out of memory while {doing} {size.width * 8}x{size.height * 8}, {size.frames} latent frames, even in tiles "
-        f"of {tried[-1].size[0]}x{tried[-1].size[1]} latent cells. Close other programs that use the device, {what} "
-        "fewer frames at a time, or load the VAE with another device."
+        f"Out of memory while {doing} {size.width * 8}x{size.height * 8}, {size.frames} latent frames{in_tiles}. "
+        f"Close other programs that use the device, {what} fewer frames at a time, or load the VAE with another device."
     )
 
 

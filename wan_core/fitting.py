@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def _stacked(arrays: Sequence[Any]) -> Tensor | None:
     return torch.stack([as_tensor(array) for array in arrays])
 
 
-def is_clip(value: Any) -> bool:
+def is_clip(value: Any) -> TypeGuard[PictureSequence]:
     """Whether `value` gives pictures by number: a list, a tuple, or an object with a length and items."""
     if isinstance(value, (str, bytes, Mapping, Image.Image, Tensor, np.ndarray)):
         return False

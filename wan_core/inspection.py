@@ -9,7 +9,7 @@ from .checkpoints.detect import Component, detect_all
 from .checkpoints.files import describe_files, resolve_model
 from .checkpoints.header import read_header
 from .checkpoints.load import check_fits
-from .models.config import DiTConfig
+from .models.config import DiTConfig, VAEConfig
 from .prepare import PathLike, recommended_row
 from .variants import Variant, match_variant
 
@@ -63,13 +63,14 @@ def _lines(component: Component) -> list[tuple[str, str]]:
         lines.append(("weights", component.quantised))
     if component.kind == "dit":
         lines += _model_lines(component)
-    if component.kind == "vae" and component.config.upscale > 1:
+    if isinstance(component.config, VAEConfig) and component.config.upscale > 1:
         lines.append(("decodes", f"pictures of {component.config.upscale} times the width and height"))
     return lines
 
 
 def _model_lines(component: Component) -> list[tuple[str, str]]:
-    config, variant = component.config, match_variant(component.config)
+    config = component.config_of(DiTConfig)
+    variant = match_variant(config)
     row = recommended_row(component, variant)
     shape = (
         f"width {config.dim}, {config.num_layers} blocks, {config.num_heads} heads, {config.in_channels} input channels"

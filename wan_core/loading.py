@@ -104,7 +104,8 @@ def _with_given_weights(models: LoadedModels, found: dict[str, FoundModel]) -> L
         "text_encoder": models.text.model, "vae": models.vae, "image_encoder": models.image,
     }  # fmt: skip
     for kind, model in found.items():
-        if model.config.state_dict is not None:
-            replace_weights(modules[kind], model.config.state_dict, own=model.component.sources)
+        module = modules[kind]
+        if model.config.state_dict is not None and module is not None:
+            replace_weights(module, model.config.state_dict, own=model.component.sources)
             models = models.with_new_text_weights() if kind == "text_encoder" else models
     return models

@@ -252,6 +252,8 @@ def tokenizer_folder(component: Component, config: ModelConfig | None, defaults:
         raise ValueError(f"tokenizer_config must be a ModelConfig; got {config!r}.")
     if config.path is not None:
         _check_path("path", config.path)
+        if not isinstance(config.path, (str, Path)):
+            raise ValueError(f"tokenizer_config.path must be one folder; got {config.path!r}.")
         return Path(config.path)
     if config.model_id == TOKENIZER_CONFIG.model_id and prepare.has_tokenizer(component):
         return None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .adapters.open import given_lora
 from .checkpoints.state_dict import replace_weights
 from .loading import LoadedModels
+from .lora.read import Lora
 from .lora.report import Report
 from .model_config import ModelConfig
 from .runtime import log
@@ -41,7 +42,11 @@ class Part(nn.Module):
         `load_state_dict`.
         """
         super().__init__()
-        own = {"_parameters": whole._parameters, "_buffers": whole._buffers, "_modules": whole._modules}
+        own: dict[str, Mapping[str, object]] = {
+            "_parameters": whole._parameters,
+            "_buffers": whole._buffers,
+            "_modules": whole._modules,
+        }
         if belongs is not None:
             own = {kind: {k: v for k, v in members.items() if belongs(k)} for kind, members in own.items()}
         # Not by attributes: a module that is set as one becomes a child.
@@ -157,10 +162,13 @@ class PipelineParts:
         if not any(target is part for part in self.models.video.modules):
             got = getattr(module, "part_name", "None" if module is None else type(module).__name__)
             raise ValueError(f"A LoRA is applied to pipe.dit, pipe.vace or pipe.motion_controller; got {got}.")
-        source = lora_config if path is None else path
-        if (source is None) == (state_dict is None):
+        file = lora_config if path is None else path
+        if file is not None and state_dict is None:
+            lora: str | Path | Lora = _lora_file(file)
+        elif state_dict is not None and file is None:
+            lora = given_lora(state_dict)
+        else:
             raise ValueError("load_lora needs a file (lora_config) or a state_dict, and not both.")
-        lora = _lora_file(source) if state_dict is None else given_lora(state_dict)
         model, report = self.models.video.with_lora(lora, strength=strength("alpha", alpha))
         self.models = replace(self.models, video=model)
         if verbose:

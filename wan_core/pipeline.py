@@ -237,14 +237,15 @@ class WanVideoPipeline(PipelineParts):
             reference_image=reference_image, vace_video=vace_video, vace_video_mask=vace_video_mask,
             **checked(motion_bucket_id=motion_bucket_id),
         )  # fmt: skip
+        template = model.row.preset.teacache if model.row else None
         settings = settings_of_call(
             seed=seed, rand_device=rand_device, num_inference_steps=num_inference_steps, sigma_shift=sigma_shift,
             denoising_strength=denoising_strength, starts_from_video=input_video is not None, cfg_scale=cfg_scale,
             cfg_merge=cfg_merge, solver=solver, windows=windows_of_call(sliding_window_size, sliding_window_stride),
-            cache=cache_of_call(tea_cache_l1_thresh, tea_cache_model_id, model.row and model.row.preset.teacache),
+            cache=cache_of_call(tea_cache_l1_thresh, tea_cache_model_id, template),
         )  # fmt: skip
         given_tiles = tiles_of_call(tile_size, tile_stride)
-        tiles = given_tiles if tiled else AUTO
+        tiles: Tiles = given_tiles if tiled else AUTO
         start = None if input_video is None else as_frames(input_video, "input_video")
         self._check(inputs, prompt, negative_prompt)
         window_texts = _prompts_of_windows(window_prompts, prompt, settings)
@@ -297,7 +298,7 @@ class WanVideoPipeline(PipelineParts):
             cond = condition(cond, inputs, self.models.video.variant, size, encoder, self.models.image, fit)
             latents = None if start is None else encoder.frames((fit or Fit()).clip(start, size, "input_video"))
         if latents is not None:
-            latents = latents.expand(cond.text.shape[0], -1, -1, -1, -1)
+            latents = latents.expand(len(cond.encoded_text), -1, -1, -1, -1)
         return cond, latents
 
     def _output(self, latents: Tensor, tiles: Tiles, output_type: str, runtime: Runtime) -> Any:
@@ -324,10 +325,14 @@ class WanVideoPipeline(PipelineParts):
     ) -> Runtime:
         bar = iter(progress_bar_cmd(range(steps))) if progress_bar_cmd else iter(())
         next(bar, None)
+
+        def advance(phase: str, done: int, total: int, latents: Tensor | None) -> None:
+            next(bar, None)
+
         runtime = Runtime(
             device=self.device,
             dtype=self.torch_dtype,
-            on_progress=lambda phase, done, total, latents=None: next(bar, None),
+            on_progress=advance,
         )
         return limited(runtime, self.memory)
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,10 +16,11 @@ from .adapters.model import LAYOUT, Target, report, use_lora
 from .budget.room import available
 from .budget.run import RunPlan, placed_run, plan_run
 from .checkpoints import load
-from .checkpoints.detect import Component, join_vace
+from .checkpoints.detect import Component, join_vace, require_kind
+from .checkpoints.dialects import Kind
 from .checkpoints.download import OnProgress, fetch, redirect
 from .checkpoints.keymap import SPIECE_MODEL
-from .checkpoints.load import build, spiece_model
+from .checkpoints.load import spiece_model
 from .checkpoints.tokenizer import Tokenizer
 from .conditioning.slots import fit
 from .conditioning.text import TextEncoder
@@ -33,10 +35,12 @@ from .memory.residency import Residency
 from .models import kernels
 from .models.attention import load_backend
 from .models.chains import load_chains
+from .models.config import DiTConfig, MotionControllerConfig, TextEncoderConfig
 from .models.dit import WanDiT
 from .models.image_encoder import ImageEncoder
 from .models.motion_controller import MotionController
 from .models.preview_decoder import PreviewDecoder
+from .models.text_encoder import UMT5Encoder
 from .models.vae import WanVAE
 from .rest import Rest
 from .runtime import Runtime
@@ -45,6 +49,8 @@ from .types import Conditioning, Curve, LatentSize, VideoSize
 from .variants import Variant, match_variant
 
 log = logging.getLogger("wancore")
+
+Module = TypeVar("Module", bound=nn.Module)
 
 PathLike = str | Path
 Place = Rest | torch.device | str
@@ -194,13 +200,21 @@ def find_files(
     )
 
 
-def inspect(path: PathLike | Sequence[PathLike], kind: str) -> Component:
+def inspect(path: PathLike | Sequence[PathLike], kind: Kind) -> Component:
     """What the model file or files at `path` are, read from their headers; of an all-in-one file the part of `kind`.
 
     Raises:
         ValueError: they are not a model of that kind, or not readable, or not complete.
     """
     return load.inspect(path, kind)
+
+
+def _loaded(component: Component, cls: type[Module], dtype: torch.dtype, rest: Place) -> Module:
+    """The model of `component`, which has to be one of `cls`."""
+    require_kind(component, next(kind for kind, made in load.CLASSES.items() if made is cls))
+    module = Rest.on(rest).load(component, dtype)
+    assert isinstance(module, cls)
+    return module
 
 
 def load_dit(
@@ -226,14 +240,13 @@ def load_dit(
     """
     if vace is not None:
         component = join_vace(component, vace)
-    variant = match_variant(component.config)
-    rest = Rest.on(rest)
-    computes_on = torch.device(compute_device or rest.device)
+    variant = match_variant(component.config_of(DiTConfig))
+    computes_on = torch.device(compute_device or Rest.on(rest).device)
     attend = load_backend(settings.attention, computes_on, settings.dtype)
     chains = load_chains(settings.torch_compile, computes_on, settings.dtype)
     if settings.fp8_matmul:
         require_fp8_matmul(computes_on, settings.dtype)
-    dit: WanDiT = rest.load(component, settings.dtype)
+    dit = _loaded(component, WanDiT, settings.dtype, rest)
     if settings.fp8_matmul:
         use_fp8_matmul(dit, computes_on)
     dit.attend, dit.chains = attend, chains
@@ -246,7 +259,7 @@ def load_dit(
 
 def recommended_row(component: Component, variant: Variant) -> catalog.CatalogRow | None:
     """The catalog row that a file's structure, size and, where these leave a choice, its name point to."""
-    size = catalog.SIZES.get(component.config.dim, "")
+    size = catalog.SIZES.get(component.config_of(DiTConfig).dim, "")
     return catalog.guess_row(_place(component), variant.name, size)
 
 
@@ -260,7 +273,7 @@ def _place(component: Component) -> str:
 
 def load_image_encoder(component: Component, dtype: torch.dtype, rest: Place) -> ImageEncoder:
     """The CLIP image encoder of `component`."""
-    return Rest.on(rest).load(component, dtype)
+    return _loaded(component, ImageEncoder, dtype, rest)
 
 
 def with_speed_control(model: VideoModel, component: Component, rest: Place) -> VideoModel:
@@ -269,13 +282,13 @@ def with_speed_control(model: VideoModel, component: Component, rest: Place) -> 
     Raises:
         ValueError: the adapter is for models of another width.
     """
-    width, own = component.config.dim, model.dit.config.dim
+    width, own = component.config_of(MotionControllerConfig).dim, model.dit.config.dim
     if width != own:
         raise ValueError(
             f"{component.name} controls models of width {width}, but {model.name} has width {own}. The published "
             f"adapter is for {catalog.T2V_BASE}."
         )
-    return replace(model, motion_controller=Rest.on(rest).load(component, model.dit.dtype))
+    return replace(model, motion_controller=_loaded(component, MotionController, model.dit.dtype, rest))
 
 
 def load_text_encoder(component: Component, tokenizer: PathLike | None, dtype: torch.dtype, rest: Place) -> TextEncoder:
@@ -287,13 +300,13 @@ def load_text_encoder(component: Component, tokenizer: PathLike | None, dtype: t
     Raises:
         ValueError: there is no tokenizer, or it knows more tokens than the encoder.
     """
+    known = component.config_of(TextEncoderConfig).vocab_size
     found = find_tokenizer(component, tokenizer)
-    if found.vocab_size > component.config.vocab_size:
+    if found.vocab_size > known:
         raise ValueError(
-            f"The tokenizer has {found.vocab_size} tokens, the text encoder only {component.config.vocab_size}: they "
-            "do not belong together."
+            f"The tokenizer has {found.vocab_size} tokens, the text encoder only {known}: they do not belong together."
         )
-    model = Rest.on(rest).load(component, dtype)
+    model = _loaded(component, UMT5Encoder, dtype, rest)
     stored = sorted({str(parameter.dtype) for parameter in model.parameters()})
     return TextEncoder(model, found, TextCache.in_memory(fingerprint(component.header.files, *stored)))
 
@@ -318,7 +331,7 @@ def _tokenizer_beside(component: Component) -> Path:
 
 def load_vae(component: Component, dtype: torch.dtype, rest: Place) -> WanVAE:
     """The video autoencoder of `component`."""
-    return Rest.on(rest).load(component, dtype).use_channels_last()
+    return _loaded(component, WanVAE, dtype, rest).use_channels_last()
 
 
 def load_preview_decoder(path: PathLike) -> PreviewDecoder:
@@ -329,4 +342,5 @@ def load_preview_decoder(path: PathLike) -> PreviewDecoder:
     """
     component = load.inspect(path, "preview_decoder")
     # Half of the time on a CPU.
-    return build(component, dtype=torch.float32, device="cpu").to(memory_format=torch.channels_last)
+    decoder = _loaded(component, PreviewDecoder, torch.float32, "cpu")
+    return decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types lack it

@@ -113,7 +113,9 @@ def _write_pth(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _files(model_id: str) -> dict[str, tuple[type[nn.Module], Any]]:
     """What a bundled model's files hold, by name."""
-    files = {catalog.DIT_FILE: (WanDiT, DITS[catalog.find_row(model_id).variant])}
+    row = catalog.find_row(model_id)
+    assert row is not None, f"{model_id} is not in the catalog"
+    files: dict[str, tuple[type[nn.Module], Any]] = {catalog.DIT_FILE: (WanDiT, DITS[row.variant])}
     if model_id == catalog.TINY:
         files[catalog.TEXT_ENCODER_PATTERN] = (UMT5Encoder, TEXT_ENCODER)
         files[catalog.VAE_PATTERN] = (WanVAE, VAE)

@@ -119,7 +119,7 @@ class Curve:
             raise ValueError(f"A curve needs 0 <= start <= end <= 1; got start {self.start}, end {self.end}.")
 
     @classmethod
-    def of(cls, value: "float | Sequence[float] | Curve", **changes: float) -> "Curve":
+    def of(cls, value: "float | Sequence[float] | Curve", **changes: Any) -> "Curve":
         """A number, a list of numbers or a curve as a curve."""
         if isinstance(value, Curve):
             return dataclasses.replace(value, **changes)
@@ -201,9 +201,22 @@ class Conditioning:
             ValueError: `size` is not that of the inputs before.
         """
         if size and self.size and size != self.size:
-            raise ValueError(f"{', '.join(names)} is made for {size}, but {', '.join(self.inputs)} for {self.size}.")
+            raise ValueError(
+                f"{', '.join(names)} is made for {size}, but {', '.join(self.inputs or ())} for {self.size}."
+            )
         inputs = dict.fromkeys((*(self.inputs or ()), *names))
         return dataclasses.replace(self, inputs=tuple(inputs), size=size or self.size, **changes)
+
+    @property
+    def encoded_text(self) -> Tensor:
+        """`text`, of a conditioning that a model is to be run with.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.text is None:
+            raise ValueError("The conditioning holds no text; encode a prompt first.")
+        return self.text
 
     def negative(self) -> "Conditioning":
         """The unconditional branch: the same conditioning with the negative text in place of the text."""
@@ -236,7 +249,11 @@ class Conditioning:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value is not None:
-                changed[f.name] = map_tensors(value, lambda t, meta=f.metadata: fn(t, meta))
+
+                def apply(tensor: Tensor, metadata: Mapping[str, Any] = f.metadata) -> Tensor:
+                    return fn(tensor, metadata)
+
+                changed[f.name] = map_tensors(value, apply)
         return dataclasses.replace(self, **changed)
 
     def to(self, device: torch.device) -> "Conditioning":
@@ -244,7 +261,7 @@ class Conditioning:
         return self.map(lambda t, _: t.to(device))
 
 
-def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, fn: Callable[[Tensor], object]) -> Any:
     """`value` with `fn` applied to every tensor inside tuples, mappings and dataclasses."""
     if isinstance(value, Tensor):
         return fn(value)
@@ -252,7 +269,7 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         return tuple(map_tensors(v, fn) for v in value)
     if isinstance(value, Mapping):
         return {k: map_tensors(v, fn) for k, v in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, (Curve, VideoSize)):
+    if dataclasses.is_dataclass(value) and not isinstance(value, (Curve, VideoSize, type)):
         changed = {f.name: map_tensors(getattr(value, f.name), fn) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **changed)
     return value
@@ -266,7 +283,12 @@ def _join_tensors(first: Any, second: Any) -> Any:
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor inside tuples, mappings and dataclasses, in the order of `map_tensors`."""
     found: list[Tensor] = []
-    map_tensors(value, lambda t: found.append(t) or t)
+
+    def collect(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, collect)
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from wan_core import prepare
 from wan_core.checkpoints import load as load_module
 from wan_core.checkpoints.detect import detect, detect_files
 from wan_core.checkpoints.header import CheckpointError
@@ -49,6 +50,22 @@ def test_the_file_can_change_after_loading(dit):
 def test_every_parameter_is_on_the_device(dit, device):
     module = build(detect_files(dit), dtype=torch.float16, device=device)
     assert {p.device.type for p in module.parameters()} == {device}
+
+
+@pytest.mark.parametrize(
+    ("load", "kind", "loader"),
+    [
+        (lambda part: prepare.load_dit(part, prepare.DiTSettings(), "cpu"), "vae", "VAE loader"),
+        (lambda part: prepare.load_vae(part, torch.float32, "cpu"), "dit_t2v", "model loader"),
+        (lambda part: prepare.load_image_encoder(part, torch.float32, "cpu"), "dit_t2v", "model loader"),
+        (lambda part: prepare.load_text_encoder(part, None, torch.float32, "cpu"), "vae", "VAE loader"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_by_every_loader(tmp_path, load, kind, loader):
+    save_file(inv.tiny(kind), tmp_path / "other.safetensors")
+    component = detect_files(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=f"other.safetensors is .*use the {loader}"):
+        load(component)
 
 
 def test_misfits_are_found_before_weights_are_read(tmp_path, monkeypatch):

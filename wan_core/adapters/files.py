@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..atomic import creating_first, partial_path, replacing
 from ..checkpoints.detect import Component, detect_files, require_kind
+from ..checkpoints.dialects import Kind
 from ..checkpoints.diffusers_names import diffusers_name
 from ..checkpoints.load import open_component
 from ..checkpoints.save import save_fp8, save_plain
@@ -30,7 +31,7 @@ from .open import PEFT_CONFIG, PEFT_FILE, PathLike, open_lora
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_RANK = 4096
 
-FUSED_KINDS = ("dit", "vace", "motion_controller")
+FUSED_KINDS: tuple[Kind, ...] = ("dit", "vace", "motion_controller")
 """Models that LoRAs change."""
 
 OWN_METADATA = (ADAPTER_METADATA, "ss_network_dim", "ss_network_alpha", "ss_network_module", "sshs_model_hash")

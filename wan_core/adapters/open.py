@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoints.detect import Component, detect
+from ..checkpoints.dialects import Kind
 from ..checkpoints.files import describe_files, resolve_model
 from ..checkpoints.header import CheckpointError, read_header
 from ..checkpoints.load import combine, open_component
@@ -23,7 +24,7 @@ PEFT_FILE = "adapter_model"
 """PEFT's fixed file name; the configuration with alpha lies beside it."""
 PEFT_CONFIG = "adapter_config.json"
 
-REPLACING_KINDS = ("dit", "vace", "motion_controller")
+REPLACING_KINDS: tuple[Kind, ...] = ("dit", "vace", "motion_controller")
 
 
 def open_lora(path: PathLike) -> Lora:

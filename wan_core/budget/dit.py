@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,13 @@ from ..settings import GuidanceSettings
 from ..types import Conditioning, StepInfo, map_tensors, tensors_in
 from .counting import META, counted
 
+Module = TypeVar("Module", bound=nn.Module)
+
 Residuals = Literal["none", "device", "host"]
 """Where a step cache keeps what a step changed."""
 
 
-def meta_twin(module: nn.Module, **parts: nn.Module) -> nn.Module:
+def meta_twin(module: Module, **parts: nn.Module) -> Module:
     """A copy of `module` on the meta device, without its weights; `parts` take the place of those of their names."""
     known: dict[int, object] = {id(getattr(module, name)): part for name, part in parts.items()}
     for tensor in weights_of(module).values():
@@ -96,7 +98,7 @@ def _counted_bytes(
     residuals: Residuals,
 ) -> int:
     cond = cond.map(lambda tensor, _: torch.empty_like(tensor, device=META))
-    x = torch.empty(len(cond.text), twin.config.out_channels, *size, device=META)
+    x = torch.empty(len(cond.encoded_text), twin.config.out_channels, *size, device=META)
     weights = [*weights_of(twin).values(), *([] if controller is None else weights_of(controller).values())]
     with counted(*weights, *tensors_in(cond), x) as counter:
         blocks: BlockRunner = AllBlocks(twin, Runtime(device=META, dtype=twin.dtype))
@@ -148,7 +150,7 @@ def kept_bytes(config: DiTConfig, cond: Conditioning, dtype: torch.dtype, guidan
     """Bytes of the keys and values of cross-attention in all blocks, of every branch that a run has."""
     branches = 1 if guidance.scale == 1 else 3 if guidance.mode == "batched" else 2
     blocks = config.num_layers + (len(config.vace_layers) if cond.vace else 0)
-    batch, text_tokens, _ = cond.text.shape
+    batch, text_tokens, _ = cond.encoded_text.shape
     return branches * blocks * 2 * batch * _context_tokens(config, text_tokens) * config.dim * dtype.itemsize
 
 

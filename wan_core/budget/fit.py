@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..memory.device import GIB
 from ..settings import WindowSettings
 from ..types import LatentSize, VideoSize
-from .whole import Job, WholePlan, plan_whole
+from .vae import What
+from .whole import Job, Tiles, WholePlan, plan_whole
 
 WINDOW = WindowSettings()
 SMALLER = (832, 480)
@@ -43,20 +45,20 @@ def _sequential(job: Job) -> Job | None:
 
 def _model_in_fp8(job: Job) -> Job | None:
     dit = job.dit.in_fp8()
-    return dit and replace(job, dit=dit)
+    return None if dit is None else replace(job, dit=dit)
 
 
 def _text_in_fp8(job: Job) -> Job | None:
-    encoder = job.text_encoder and job.text_encoder.in_fp8()
-    return encoder and replace(job, text_encoder=encoder)
+    encoder = None if job.text_encoder is None else job.text_encoder.in_fp8()
+    return None if encoder is None else replace(job, text_encoder=encoder)
 
 
 def _tiles(job: Job) -> Job | None:
-    automatic = dict.fromkeys(job.tiles, "auto")
+    automatic: dict[What, Tiles] = {what: "auto" for what in job.tiles}
     return None if job.tiles == automatic else replace(job, tiles=automatic)
 
 
-def _with(job: Job, **changes: object) -> Job:
+def _with(job: Job, **changes: Any) -> Job:
     return replace(job, settings=dataclasses.replace(job.settings, **changes))
 
 
@@ -115,7 +117,8 @@ class Fit:
 
 def fit(job: Job, limit: float | None) -> Fit:
     """`job` changed as little as it takes to run in `limit` bytes of the device."""
-    plan, changes = plan_whole(job, limit), []
+    changes: list[str] = []
+    plan = plan_whole(job, limit)
     while not plan.fits:
         found = next(_better(plan), None)
         if found is None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -38,22 +38,25 @@ BUNDLED: dict[Kind, Any] = {
 """Sizes of the same parts among the bundled models."""
 
 
+Model = TypeVar("Model", bound=nn.Module, covariant=True)
+
+
 @dataclass(frozen=True, eq=False)
-class Part:
+class Part(Generic[Model]):
     """One model of a run: the loaded module, or its twin on the meta device."""
 
-    module: nn.Module
+    module: Model
 
     @classmethod
     def planned(
         cls, component: Component, dtype: torch.dtype, *, weights: Weights = "auto", mapped: bool = False
-    ) -> "Part":
+    ) -> "Part[nn.Module]":
         """The part that loading `component` with these settings (`checkpoints.load`) would give; nothing is read.
 
         Raises:
             ValueError: loading would refuse it.
         """
-        return cls(build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped))
+        return Part(build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped))
 
     @property
     def residency(self) -> Residency:
@@ -79,7 +82,7 @@ class Part:
     def _weights(self) -> dict[str, torch.Tensor]:
         return weights_of(self.module)
 
-    def in_fp8(self) -> "Part | None":
+    def in_fp8(self) -> "Part[Model] | None":
         """The same part with the layers of its blocks as FP8; None where they are quantised, or stay as they rest."""
         done = all(isinstance(layer, QuantisedLinear) for layer in big_linears(self.module).values())
         if done or self.residency.mapped or self.residency.work_dtypes:

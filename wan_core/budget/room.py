@@ -41,9 +41,10 @@ def limited(runtime: Runtime, memory: MemorySettings) -> Runtime:
     """`runtime` on a device of which `memory.vram_limit` may be in use; a limit of 0 speaks of weights only."""
     if not memory.vram_limit:
         return runtime
+    limit = memory.vram_limit * GIB
 
     def left(device: torch.device) -> float:
-        below_limit = memory.vram_limit * GIB - used_bytes(device)
+        below_limit = limit - used_bytes(device)
         free = runtime.memory_left(device)
         return below_limit if free is None else min(free, below_limit)
 

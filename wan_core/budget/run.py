@@ -157,7 +157,7 @@ def _keeping(
     windowed = windows is not None and windows.mode == "blend" and windows.size < size.frames
     if windowed or settings.total_steps == 1 or not all(use.constant for use in loras):
         return plan
-    if kept_share(dit.config, size.shape, cond.text.shape[1]) < WORTH_KEEPING:
+    if kept_share(dit.config, size.shape, cond.encoded_text.shape[1]) < WORTH_KEEPING:
         return plan
     kept = kept_bytes(dit.config, cond, dit.dtype, settings.guidance)
     settings = dataclasses.replace(settings, keep_projections=True)

@@ -96,7 +96,7 @@ def choose_tiles(
     config: VAEConfig,
     dtype: torch.dtype,
     size: LatentSize,
-    budget_bytes: int,
+    budget_bytes: float,
     what: What = "decode",
     batch: int = 1,
 ) -> TileSettings | None:
@@ -143,7 +143,7 @@ def computed_cells(tiles: TileSettings | None, size: LatentSize) -> int:
 
 def _parts(length: int, least: int = LEAST_TILE) -> list[int]:
     """Into how many parts of at least `least` cells an axis can be cut; empty when it is too short to be cut."""
-    counts = []
+    counts: list[int] = []
     while _part(length, len(counts) + 2) >= least:
         counts.append(len(counts) + 2)
     return counts
@@ -156,5 +156,5 @@ def _part(length: int, parts: int) -> int:
 
 def _grid(size: LatentSize, rows: int, columns: int) -> TileSettings:
     sides = _part(size.height, rows), _part(size.width, columns)
-    strides = (side - (OVERLAP if parts > 1 else 0) for side, parts in zip(sides, (rows, columns), strict=True))
-    return TileSettings(size=sides, stride=tuple(strides))
+    row, column = (side - (OVERLAP if parts > 1 else 0) for side, parts in zip(sides, (rows, columns), strict=True))
+    return TileSettings(size=sides, stride=(row, column))

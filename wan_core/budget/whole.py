@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import nn
 
 from ..lora.apply import LoraUse
 from ..memory.device import GIB
 from ..memory.pieces import weight_bytes
 from ..memory.plan import Placement, place
 from ..models.config import DiTConfig
-from ..models.dit import CLIP_TOKENS
+from ..models.dit import CLIP_TOKENS, WanDiT
+from ..models.image_encoder import ImageEncoder
+from ..models.motion_controller import MotionController
+from ..models.text_encoder import UMT5Encoder
+from ..models.vae import WanVAE
 from ..settings import MemorySettings, SamplerSettings
 from ..tiling import TileSettings
 from ..types import Conditioning, LatentSize, VaceInput, VideoSize, tensors_in
@@ -68,17 +73,17 @@ class Job:
     """
 
     name: str
-    dit: Part
+    dit: Part[WanDiT]
     size: VideoSize
     settings: SamplerSettings
     memory: MemorySettings = MemorySettings()
     given: Given = Given()
     cond: Conditioning | None = None
-    motion_controller: Part | None = None
+    motion_controller: Part[MotionController] | None = None
     loras: tuple[LoraUse, ...] = ()
-    text_encoder: Part | None = None
-    image_encoder: Part | None = None
-    vae: Part | None = None
+    text_encoder: Part[UMT5Encoder] | None = None
+    image_encoder: Part[ImageEncoder] | None = None
+    vae: Part[WanVAE] | None = None
     tiles: Mapping[What, Tiles] = field(default_factory=lambda: {"encode": "auto", "decode": "auto"})
     decodes: bool = True
 
@@ -205,16 +210,22 @@ def _encoding(job: Job, limit: float | None) -> Iterator[Phase]:
         beside = phase.resident_bytes
     if job.vae is not None and job.given.encoded_frames:
         size = dataclasses.replace(job.size.latent, frames=job.given.encoded_frames)
-        yield _vae_phase("VAE encoding", job, "encode", size, beside, limit)
+        yield _vae_phase("VAE encoding", job, job.vae, "encode", size, beside, limit)
 
 
 def _decoding(job: Job, limit: float | None) -> Iterator[Phase]:
     if job.vae is not None and job.decodes:
-        yield _vae_phase("VAE decoding", job, "decode", job.size.latent, weight_bytes(job.vae.module), limit)
+        yield _vae_phase("VAE decoding", job, job.vae, "decode", job.size.latent, weight_bytes(job.vae.module), limit)
 
 
 def _encoder_phase(
-    name: str, part: Part, activations: int, tokens: int, bound: float | None, limit: float | None, beside: int = 0
+    name: str,
+    part: Part[nn.Module],
+    activations: int,
+    tokens: int,
+    bound: float | None,
+    limit: float | None,
+    beside: int = 0,
 ) -> Phase:
     """A pass of an encoder, placed as `room.encoder_at_work` does, with `beside` bytes of other weights there."""
     beside_own = activations + WORKSPACE_BYTES + beside
@@ -255,9 +266,11 @@ def _phase(
     )  # fmt: skip
 
 
-def _vae_phase(name: str, job: Job, what: What, size: LatentSize, resident: int, limit: float | None) -> Phase:
+def _vae_phase(
+    name: str, job: Job, part: Part[WanVAE], what: What, size: LatentSize, resident: int, limit: float | None
+) -> Phase:
     """A pass of the VAE beside `resident` bytes of weights; "auto" tiles are chosen as `decode` chooses them."""
-    vae, tiles = job.vae.module, job.tiles[what]
+    vae, tiles = part.module, job.tiles[what]
     plan = (vae.config, vae.dtype, size)
     if tiles == "auto":
         tiles = None
@@ -279,8 +292,8 @@ def _missing(peak: int, limit: float | None) -> int:
     return 0 if limit is None else max(0, math.ceil(peak - limit))
 
 
-def _parts(job: Job) -> dict[str, Part]:
-    parts = {
+def _parts(job: Job) -> dict[str, Part[nn.Module]]:
+    parts: dict[str, Part[nn.Module] | None] = {
         "video model": job.dit,
         "speed control": job.motion_controller,
         "text encoder": job.text_encoder,

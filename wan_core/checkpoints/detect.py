@@ -8,17 +8,21 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..lora.naming import is_lora
+from ..models.config import DiTConfig
 from ..reading import blamed_on
 from .dialects import Kind
 from .files import describe_files, resolve_model
 from .header import CheckpointError, Header, TensorInfo, read_header
 from .keymap import Source, convert, find_dialect, stored_weights, strip_prefix
 from .structure import READERS, Config, Shapes, vace_layers
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 KINDS: Mapping[Kind, tuple[str, str]] = {
     "dit": ("a Wan DiT", "model loader"),
@@ -91,6 +95,17 @@ class Component:
     @property
     def name(self) -> str:
         return describe_files(self.header.files)
+
+    def config_of(self, kind: type[AnyConfig]) -> AnyConfig:
+        """The sizes of a model that are told by a `kind`.
+
+        Raises:
+            CheckpointError: it is a model of another kind.
+        """
+        if not isinstance(self.config, kind):
+            is_a, its_loader = KINDS[self.kind]
+            raise CheckpointError(f"{self.name} is {is_a}, which is not what is loaded here; use the {its_loader}.")
+        return self.config
 
     @property
     def quantised(self) -> str | None:
@@ -246,17 +261,18 @@ def join_vace(base: Component, branch: Component) -> Component:
     """
     require_kind(base, "dit")
     require_kind(branch, "vace")
-    plain = replace(base.config, vace_layers=(), vace_channels=0)
-    if plain != base.config or plain.concat_channels or plain.has_image_input:
+    whole, part = base.config_of(DiTConfig), branch.config_of(DiTConfig)
+    plain = replace(whole, vace_layers=(), vace_channels=0)
+    if plain != whole or plain.concat_channels or plain.has_image_input:
         raise CheckpointError(
             f"{base.name} is not a plain text-to-video model; {branch.name} can only be added to one."
         )
-    if (base.config.dim, base.config.ffn_dim) != (branch.config.dim, branch.config.ffn_dim):
+    if (whole.dim, whole.ffn_dim) != (part.dim, part.ffn_dim):
         raise CheckpointError(
-            f"{branch.name} was made for a model of width {branch.config.dim}, {base.name} has {base.config.dim}; "
+            f"{branch.name} was made for a model of width {part.dim}, {base.name} has {whole.dim}; "
             "1.3B and 14B files do not mix."
         )
-    layers = vace_layers(base.config.num_layers, len(branch.config.vace_layers))
+    layers = vace_layers(whole.num_layers, len(part.vace_layers))
     header = Header(
         MappingProxyType({**base.header, **branch.header}),
         (*base.header.files, *branch.header.files),
@@ -264,13 +280,13 @@ def join_vace(base: Component, branch: Component) -> Component:
     )
     return replace(
         base,
-        config=replace(base.config, vace_layers=layers, vace_channels=branch.config.vace_channels),
+        config=replace(whole, vace_layers=layers, vace_channels=part.vace_channels),
         sources=MappingProxyType({**base.sources, **branch.sources}),
         header=header,
     )
 
 
-def fingerprint(header: Mapping[str, object]) -> str:
+def fingerprint(header: Mapping[str, TensorInfo]) -> str:
     """DiffSynth-Studio's MD5 over names and shapes, for messages and cross-checks; independent of dtype and order."""
     shaped = [f"{name}:{'_'.join(map(str, info.shape))}" for name, info in header.items()]
     return hashlib.md5(",".join(sorted([*shaped, *header])).encode(), usedforsecurity=False).hexdigest()

@@ -25,9 +25,9 @@ from .detect import KINDS, Component, check_against, detect_files, require_kind
 from .dialects import Kind
 from .header import CheckpointError, Header
 from .keymap import SPIECE_MODEL, Source
-from .read import TensorFiles, TensorShapes
+from .read import TensorFiles, TensorReader, TensorShapes
 
-CLASSES = {
+CLASSES: dict[Kind, type[nn.Module]] = {
     "dit": WanDiT,
     "motion_controller": MotionController,
     "text_encoder": UMT5Encoder,
@@ -251,7 +251,7 @@ class _Filling:
     def _keep(self, name: str, stored: Stored, numbers: Tensor, files: TensorFiles) -> None:
         """Let the layer of the parameter `name` hold `numbers` as they are stored."""
         shape = tuple(numbers.shape)
-        scale = stored.scale and stored.held_scale(files.read(stored.scale), shape).to(self.device)
+        scale = stored.held_scale(files.read(stored.scale), shape).to(self.device) if stored.scale else None
         self._put(name, partial(QuantisedLinear, form=stored.format), numbers, scale)
 
     def _put(self, name: str, layer: Callable[..., QuantisedLinear], weight: Tensor, scale: Tensor | None) -> None:
@@ -260,7 +260,7 @@ class _Filling:
         replace_layer(self.module, name.removesuffix(".weight"), made)
 
 
-def combine(source: Source, files: TensorFiles) -> Tensor:
+def combine(source: Source, files: TensorReader) -> Tensor:
     """An original tensor on the CPU, made of its parts in `files`; valid until `files` is asked for the next one.
 
     Parts with scales come out in float32.

@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -351,18 +352,26 @@ class _Machine:
         self.push(_call(function, arguments))
 
 
+def _push_constant(value: object, machine: _Machine, _: object) -> None:
+    machine.push(value)
+
+
+def _push_tuple(length: int, machine: _Machine, _: object) -> None:
+    machine.push(tuple([machine.pop() for _ in range(length)][::-1]))
+
+
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], Any]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),
-    **{name: lambda m, _, value=value: m.push(value) for name, value in CONSTANTS.items()},
+    **{name: partial(_push_constant, value) for name, value in CONSTANTS.items()},
     "EMPTY_DICT": lambda m, _: m.push({}),
     "EMPTY_LIST": lambda m, _: m.push([]),
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINSTRING", "SHORT_BINSTRING"), _Machine.push),
     "MARK": _Machine.mark,
     "TUPLE": lambda m, _: m.push(tuple(m.since_mark())),
-    **{f"TUPLE{n}": lambda m, _, n=n: m.push(tuple([m.pop() for _ in range(n)][::-1])) for n in (1, 2, 3)},
+    **{f"TUPLE{n}": partial(_push_tuple, n) for n in (1, 2, 3)},
     "APPEND": lambda m, _: m.extend([m.pop()]),
     "APPENDS": lambda m, _: m.extend(m.since_mark()),
     "SETITEM": lambda m, _: m.update([m.pop(), m.pop()][::-1]),

@@ -1,13 +1,26 @@
 """Tensors of model files: read whole into memory of their own, or seen through a mapping of the file."""
 
 import zipfile
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .header import CheckpointError, Header, TensorInfo, is_safetensors, read_header
+
+
+class TensorReader(Protocol):
+    """Tensors by name, in files or in memory."""
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that stays as it is."""
+        ...
+
+    def borrow(self, name: str) -> Tensor:
+        """A tensor that is valid until the next one is asked for."""
+        ...
 
 
 class TensorFiles:
@@ -19,7 +32,7 @@ class TensorFiles:
 
     def __init__(self, header: Header) -> None:
         self._header = header
-        self._stream: BinaryIO | None = None
+        self._stream: BufferedReader | None = None
         self._file: Path | None = None
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._storages: dict[Path, torch.UntypedStorage] = {}
@@ -68,13 +81,15 @@ class TensorFiles:
         into the view does not reach the file.
         """
         info = self._header[name]
-        if info.offset % info.dtype.itemsize or info.strides is not None:
+        if info.offset is None or info.offset % info.dtype.itemsize or info.strides is not None:
             return None
         if info.file not in self._storages:
             size = info.file.stat().st_size
-            self._storages[info.file] = torch.UntypedStorage.from_file(str(info.file), False, size)
+            storage = torch.UntypedStorage.from_file(str(info.file), False, size)
+            assert isinstance(storage, torch.UntypedStorage)
+            self._storages[info.file] = storage
         storage = self._storages[info.file]
-        return torch.empty(0, dtype=info.dtype).set_(storage, info.offset // info.dtype.itemsize, info.shape)
+        return torch.empty(0, dtype=info.dtype).set_(storage, info.offset // info.dtype.itemsize, info.shape, ())
 
     def can_map(self, file: Path) -> bool:
         """Whether tensors of `file` can be seen through a mapping at all."""
@@ -82,17 +97,18 @@ class TensorFiles:
 
     def _fill(self, tensor: Tensor, name: str) -> Tensor:
         info = self._header[name]
-        self._open(info)
-        self._stream.seek(info.offset)
-        if self._stream.readinto(tensor.reshape(-1).view(torch.uint8).numpy()) != tensor.nbytes:
+        assert info.offset is not None, "tensors that are read lie in a file"
+        stream = self._open(info)
+        stream.seek(info.offset)
+        if stream.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
             raise CheckpointError(f"{info.file} ended within {name!r}; it was changed while it was read. Try again.")
         return tensor
 
-    def _open(self, info: TensorInfo) -> None:
-        if info.file == self._file:
-            return
-        self._close()
-        self._file, self._stream = info.file, info.file.open("rb")
+    def _open(self, info: TensorInfo) -> BufferedReader:
+        if self._stream is None or info.file != self._file:
+            self._close()
+            self._file, self._stream = info.file, info.file.open("rb")
+        return self._stream
 
     def _close(self) -> None:
         if self._stream is not None:

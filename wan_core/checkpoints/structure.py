@@ -97,8 +97,18 @@ def vace_layers(num_layers: int, count: int) -> tuple[int, ...]:
     return tuple(range(0, num_layers, num_layers // count)[:count]) if count else ()
 
 
+def _patch_size(shapes: Shapes, name: str) -> tuple[int, int, int]:
+    """Of the patches that the convolution `name` (out, in, frames, rows, columns) makes tokens of."""
+    if len(shapes[name]) != 5:
+        raise shapes.error(
+            f"holds {name!r} as {list(shapes[name])}; the weight of a convolution over videos is expected"
+        )
+    _, _, frames, rows, columns = shapes[name]
+    return frames, rows, columns
+
+
 def _read_dit(shapes: Shapes) -> DiTConfig:
-    patch = shapes["patch_embedding.weight"][2:]
+    patch = _patch_size(shapes, "patch_embedding.weight")
     layers, branch = shapes.count(r"blocks\.(\d+)\."), shapes.count(r"vace_blocks\.(\d+)\.")
     has_vace = branch > 0 or shapes.any(r"vace_")
     has_image = shapes.any(r"img_emb\.|blocks\.\d+\.cross_attn\.\w*_img\.")
@@ -156,7 +166,7 @@ def _read_vace(shapes: Shapes) -> DiTConfig:
         dim=shapes["vace_patch_embedding.weight"][0],
         ffn_dim=shapes["vace_blocks.0.ffn.0.weight"][0],
         num_layers=layers,
-        patch_size=shapes["vace_patch_embedding.weight"][2:],
+        patch_size=_patch_size(shapes, "vace_patch_embedding.weight"),
         vace_layers=vace_layers(layers, count),
         vace_channels=shapes["vace_patch_embedding.weight"][1],
     )
@@ -215,7 +225,8 @@ def _read_image_encoder(shapes: Shapes) -> ImageEncoderConfig:
 
 
 def _read_preview_decoder(shapes: Shapes) -> PreviewDecoderConfig:
-    return PreviewDecoderConfig(widths=tuple(shapes[f"decoder.{place}.weight"][0] for place in (1, 8, 14, 20)))
+    first, second, third, last = (shapes[f"decoder.{place}.weight"][0] for place in (1, 8, 14, 20))
+    return PreviewDecoderConfig(widths=(first, second, third, last))
 
 
 Reader = Callable[[Shapes], Config]

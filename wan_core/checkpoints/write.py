@@ -57,4 +57,4 @@ def write_made(
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in made:
             stream.seek(8 + len(text) + starts[name])
-            stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -70,7 +70,7 @@ def _frames(path: CameraPath, width: int, height: int) -> Iterator[Tensor]:
         raise ValueError(f"Rays need a picture of at least 1x1 pixels; got {width}x{height}.")
     lens = directions = None
     for pose, row_lens in zip(path.poses, path.lens, strict=True):
-        if lens is None or not torch.equal(lens, row_lens):
+        if lens is None or directions is None or not torch.equal(lens, row_lens):
             lens, directions = row_lens, _directions(row_lens, width, height)
         rotation, origin = pose[:3, :3], pose[:3, 3:]
         moment = torch.linalg.cross(origin.expand(3, 3), rotation, dim=0)

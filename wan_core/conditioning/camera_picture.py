@@ -104,8 +104,8 @@ def _draw_view(
         draw.line((*corners, corners[0]), colour, round(unit / 2))
         # The upper edge of the picture, thicker: it shows a roll.
         draw.line(corners[:2], colour, round(2 * unit))
-    for (x, y), colour, radius in ((track[0], START, 4 * unit), (track[-1], END, 2.5 * unit)):
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour, BACKGROUND, round(unit / 2))
+    for (x, y), fill, radius in ((track[0], START, 4 * unit), (track[-1], END, 2.5 * unit)):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill, BACKGROUND, round(unit / 2))
 
 
 def _colour(fraction: float) -> tuple[int, ...]:

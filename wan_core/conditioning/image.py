@@ -47,7 +47,9 @@ def image_conditioning(
     slots = {**(cond.slots or {}), MASK.name: fold_mask(known, size), IMAGE.name: encoder.pixels(pixels)}
     device = slots[IMAGE.name].device
     slots[MASK.name] = slots[MASK.name].to(device)
-    clip = image_tokens(image_encoder, *pictures) if start is not None else cond.clip
+    clip = cond.clip
+    if start is not None and image_encoder is not None:
+        clip = image_tokens(image_encoder, *pictures)
     given = {"input_image": start, "end_image": end, "inpaint_video": video}
     names = [name for name, value in given.items() if value is not None]
     return cond.given(*names, size=size, slots=slots, clip=clip)

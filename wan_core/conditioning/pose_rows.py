@@ -81,7 +81,7 @@ def rows_from_text(text: str, name: str) -> list[PoseRow]:
         del lines[0]
     if not lines:
         raise ValueError(f"{name} holds no pose rows; expected one line of {COLUMNS} numbers per frame.")
-    rows = []
+    rows: list[PoseRow] = []
     for number, words in lines:
         where = f"{name}, line {number}"
         row = pose_row([len(rows), *words] if len(words) == COLUMNS - 1 else words, where)

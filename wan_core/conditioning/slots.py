@@ -29,7 +29,7 @@ def fit(
     """
     if size and cond.size and size != cond.size:
         raise ValueError(
-            f"{', '.join(cond.inputs)} was made for {cond.size}, but the video is {size}: make them equal."
+            f"{', '.join(cond.inputs or ())} was made for {cond.size}, but the video is {size}: make them equal."
         )
     check(variant, cond.inputs or (), label, has_motion_controller)
     clip = cond.clip
@@ -42,7 +42,7 @@ def fit(
     if cond.slots:
         concat = assemble_concat(cond.slots, variant.slots)
         fitted = dataclasses.replace(fitted, concat=concat, layout=variant.slots or None)
-    return fitted.expanded(cond.text.shape[0])
+    return fitted.expanded(len(cond.encoded_text))
 
 
 def assemble_concat(slots: Mapping[str, Tensor], layout: Sequence[Slot]) -> Tensor | None:

@@ -33,7 +33,7 @@ def clean_prompt(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
 
 
-Ready = Callable[[], AbstractContextManager]
+Ready = Callable[[], AbstractContextManager[object]]
 """Makes an encoder ready for the length of a block, such as by bringing its weights to a device."""
 
 
@@ -79,13 +79,14 @@ class TextEncoder:
         if not prompts:
             raise ValueError("The prompt list is empty; give at least one prompt (it may be the empty string).")
         tokens = self._ids(prompts)
-        rows = {prompt: self._cached(ids) for prompt, ids in tokens.items()}
-        missing = [prompt for prompt, found in rows.items() if found is None]
+        rows = {prompt: found for prompt, ids in tokens.items() if (found := self._cached(ids)) is not None}
+        missing = [prompt for prompt in tokens if prompt not in rows]
         if missing:
             with ready():
                 rows |= {p: row.cpu() for p, row in zip(missing, self._run([tokens[p] for p in missing]), strict=True)}
-            for prompt in missing if self.cache else ():
-                self.cache.put(self.cache.key(tokens[prompt], self.dtype), rows[prompt])
+            if cache := self.cache:
+                for prompt in missing:
+                    cache.put(cache.key(tokens[prompt], self.dtype), rows[prompt])
         return torch.stack([F.pad(rows[p], (0, 0, 0, TEXT_TOKENS - len(rows[p]))) for p in prompts])
 
     def _ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -195,7 +195,9 @@ def applied(
             if way == "branch":
                 stack.callback(place.owner.register_forward_hook(_branch_hook(place)).remove)
             elif way == "swap":
-                swapped[layout.block(place.name)].append(place)
+                block = layout.block(place.name)
+                assert block is not None, "outside of blocks every change is folded"
+                swapped[block].append(place)
             else:
                 _fold(place, run, stack, stepwise=not once and not all(part.use.constant for part in place.parts))
         for path, block_places in swapped.items():
@@ -343,7 +345,7 @@ def _branch_hook(place: _Place) -> Callable[[nn.Module, tuple[Tensor, ...], Tens
             if key not in factors:
                 factors[key] = part.patch.to(x.device, x.dtype)
             patch = factors[key]
-            if isinstance(patch, Decomposed):
+            if isinstance(patch, Decomposed) and isinstance(part.patch, Decomposed):
                 change = _decomposed_branch(patch, gain(index, part.patch, module, x.device), module, x, plain)
                 out = out.add_(change, alpha=part.strength)
             elif isinstance(patch, LowRank) and out.is_contiguous():
@@ -359,7 +361,7 @@ def _branch_hook(place: _Place) -> Callable[[nn.Module, tuple[Tensor, ...], Tens
 
 def _decomposed_branch(patch: Decomposed, gain: Tensor, module: nn.Module, x: Tensor, plain: Tensor) -> Tensor:
     """What a DoRA adds to the output `plain` of `module`, without touching the weight."""
-    bias = 0 if module.bias is None else module.bias.to(x.dtype)
+    bias = module.bias.to(x.dtype) if isinstance(module.bias, Tensor) else 0
     if patch.by_row:
         gain = gain.to(x.dtype)
         return (plain - bias) * (gain - 1) + patch.inner.branch(x) * gain

@@ -43,7 +43,7 @@ def parameter_shapes(modules: Sequence[nn.Module]) -> dict[str, tuple[int, ...]]
 
 def module_names(shapes: Shapes) -> list[str]:
     """The names that a LoRA can speak of: modules, and parameters that are no weight or bias."""
-    names = {}
+    names: dict[str, None] = {}
     for name in shapes:
         owner, _, leaf = name.rpartition(".")
         names[owner] = names[owner if leaf in ("weight", "bias") else name] = None

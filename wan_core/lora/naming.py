@@ -91,7 +91,7 @@ class KeyName:
 def take_apart(key: str) -> KeyName | None:
     """`key` in its parts; None when it ends in nothing that a LoRA holds."""
     match = _KEY.fullmatch(key)
-    if match is None:
+    if match is None or match.lastgroup is None:
         return None
     path, outer = match["path"], None
     while True:

@@ -202,6 +202,7 @@ class Replacement(Patch):
         return tuple(self.value.shape)
 
     def delta(self, base: Tensor | None = None) -> Tensor:
+        assert base is not None, "a replacement depends on the weight that it replaces"
         return self.value.to(base.device, torch.float32) - base.float()
 
     def norm(self) -> float:
@@ -240,6 +241,7 @@ class Decomposed(Patch):
         return self.magnitude.to(base.device, torch.float32).flatten() / torch.linalg.vector_norm(moved, dim=1)
 
     def delta(self, base: Tensor | None = None) -> Tensor:
+        assert base is not None, "a DoRA depends on the weight that it changes"
         gain = self.gain(base)
         gain = (
             gain.reshape(-1, *(1,) * (base.ndim - 1)) if self.by_row else gain.reshape(1, -1, *(1,) * (base.ndim - 2))

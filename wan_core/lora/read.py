@@ -228,10 +228,13 @@ def read_lora(
     dialects: Counter[str] = Counter()
     for key in keys:
         parts = take_apart(key)
-        reason = "no key of a LoRA" if parts is None else UNUSED.get(parts.role)
-        if parts is not None and parts.role == "base_bias" and not (config and config.trains_biases):
+        if parts is None:
+            skipped.append(Skipped(key, "no key of a LoRA"))
+            continue
+        reason = UNUSED.get(parts.role)
+        if parts.role == "base_bias" and not (config and config.trains_biases):
             reason = UNUSED["base"]
-        if parts is not None and parts.dialect.foreign:
+        if parts.dialect.foreign:
             reason = f"belongs to {parts.dialect.foreign}"
         if reason:
             skipped.append(Skipped(key, reason))
@@ -290,7 +293,7 @@ WHOLE: Mapping[str, tuple[str, Callable[[Tensor], Patch]]] = {
 """Roles that hold a whole tensor: the parameter they change, and how."""
 
 
-def _low_rank(t: Stored) -> tuple[Patch, set[str]] | None:
+def _low_rank(t: Stored) -> tuple[LowRank, set[str]] | None:
     if not {"down", "up"} <= t.keys():
         return None
     if t["down"].shape[0] != t["up"].shape[1]:
@@ -298,15 +301,16 @@ def _low_rank(t: Stored) -> tuple[Patch, set[str]] | None:
     return LowRank(t["down"], t["up"], mid=t.get("mid")), {"down", "up", "mid"}
 
 
-def _hadamard(t: Stored) -> tuple[Patch, set[str]] | None:
-    names = ("w1_a", "w1_b", "w2_a", "w2_b")
-    if not all(f"hada_{name}" in t for name in names):
+def _hadamard(t: Stored) -> tuple[Hadamard, set[str]] | None:
+    names = [f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")]
+    if not all(name in t for name in names):
         return None
-    factors = {name: t[f"hada_{name}"] for name in names}
-    return Hadamard(**factors, t1=t.get("hada_t1"), t2=t.get("hada_t2")), {f"hada_{n}" for n in (*names, "t1", "t2")}
+    w1_a, w1_b, w2_a, w2_b = (t[name] for name in names)
+    patch = Hadamard(w1_a, w1_b, w2_a, w2_b, t1=t.get("hada_t1"), t2=t.get("hada_t2"))
+    return patch, {*names, "hada_t1", "hada_t2"}
 
 
-def _kronecker(t: Stored) -> tuple[Patch, set[str]] | None:
+def _kronecker(t: Stored) -> tuple[Kronecker, set[str]] | None:
     first, second = (_kronecker_factor(t, name) for name in ("lokr_w1", "lokr_w2"))
     if first is None or second is None:
         return None
@@ -326,7 +330,9 @@ def _kronecker_factor(t: Stored, name: str) -> Tensor | None:
     return (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:])
 
 
-BUILDERS = (_low_rank, _hadamard, _kronecker)
+Builder = Callable[[Stored], tuple[LowRank | Hadamard | Kronecker, set[str]] | None]
+
+BUILDERS: tuple[Builder, ...] = (_low_rank, _hadamard, _kronecker)
 """From a module's tensors to its weight's patch and the roles that went into it; None when it is of another kind."""
 
 
@@ -349,7 +355,7 @@ def _patches(
 ) -> tuple[list[tuple[str, Patch]], set[str], str | None]:
     """The patches of one module, the roles that they use, and the rule of the scale."""
     whole = WHOLE.keys() & stored.keys()
-    patches = [(WHOLE[role][0], WHOLE[role][1](stored[role])) for role in sorted(whole)]
+    patches: list[tuple[str, Patch]] = [(WHOLE[role][0], WHOLE[role][1](stored[role])) for role in sorted(whole)]
     built = next((found for build in BUILDERS if (found := build(stored))), None)
     if built is None:
         return patches, whole, None
@@ -359,9 +365,7 @@ def _patches(
     if not math.isfinite(scale):
         raise ValueError(f"its factors are scaled by {scale}")
     weight = replace(weight, scale=scale)
-    if "magnitude" in stored:
-        weight = Decomposed(weight, stored["magnitude"])
-    patches.append(("weight", weight))
+    patches.append(("weight", Decomposed(weight, stored["magnitude"]) if "magnitude" in stored else weight))
     if "up_bias" in stored:
         patches.append(("bias", Difference(stored["up_bias"], scale)))
     return patches, whole | roles | {"alpha", "scalar", "magnitude", "up_bias"}, rule

@@ -139,14 +139,15 @@ def effects(patches: Iterable[tuple[str, Patch]], blocks: BlockStrengths, base_n
     bases: dict[str, float | None] = defaultdict(float)
     for name, patch in patches:
         match = re.match(r"\w+\.\d+(?=\.\w+\.)|\w+", name)
-        block, size = match[0], patch.norm() * abs(blocks.factor(name))
+        block, size = match[0] if match else name, patch.norm() * abs(blocks.factor(name))
         if size != size:
             continue
         base = base_norm(name)
         changes[block] += size**2
-        bases[block] = None if base is None or bases[block] is None else bases[block] + base**2
+        so_far = bases[block]
+        bases[block] = None if base is None or so_far is None else so_far + base**2
     return tuple(
-        Effect(block, total**0.5, (total / bases[block]) ** 0.5 if bases[block] else None)
+        Effect(block, total**0.5, (total / base) ** 0.5 if (base := bases[block]) else None)
         for block, total in sorted(changes.items(), key=lambda item: _natural(item[0]))
     )
 
@@ -164,7 +165,7 @@ def estimated_norm(weight: Tensor) -> float:
 
 def conflicts(uses: Sequence[LoraUse]) -> tuple[str, ...]:
     """What two LoRAs that are stacked do to each other, a sentence each; empty when they go together."""
-    found = []
+    found: list[str] = []
     for i, first in enumerate(uses):
         for second in uses[i + 1 :]:
             found += _between(first, second)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -145,23 +146,23 @@ def _joined(name: str, parts: Sequence[tuple[Patch, float]], rank: int | None) -
         patch, strength = parts[0]
         if strength == 1:
             return patch, 0.0
-        if not isinstance(patch, Decomposed):
+        if isinstance(patch, (LowRank, Hadamard, Kronecker, Difference)):
             return replace(patch, scale=patch.scale * strength), 0.0
     if any(isinstance(patch, Decomposed) for patch, _ in parts):
         raise ValueError(
             f"{name} is changed by a DoRA, which depends on the weights of the model: it can be converted at strength "
             "1, but not merged, scaled or cut to a rank."
         )
-    plain = all(isinstance(patch, LowRank) and patch.mid is None for patch, _ in parts)
-    if not plain and rank is None:
-        kinds = " and ".join(sorted({patch.label for patch, _ in parts}))
-        raise ValueError(f"{name} is changed by {kinds}, whose sum is no LoRA; give a rank to approximate it.")
-    if not plain:
+    plain = [(patch, strength) for patch, strength in parts if isinstance(patch, LowRank) and patch.mid is None]
+    if len(plain) < len(parts):
+        if rank is None:
+            kinds = " and ".join(sorted({patch.label for patch, _ in parts}))
+            raise ValueError(f"{name} is changed by {kinds}, whose sum is no LoRA; give a rank to approximate it.")
         shape = parts[0][0].shape
-        dense = sum(patch.delta().reshape(shape) * strength for patch, strength in parts)
+        dense = reduce(torch.add, (patch.delta().reshape(shape) * strength for patch, strength in parts))
         return decompose(dense, rank)
-    down = torch.cat([patch.down.float() for patch, _ in parts])
-    up = torch.cat([patch.up.float() * (patch.scale * strength) for patch, strength in parts], 1)
+    down = torch.cat([patch.down.float() for patch, _ in plain])
+    up = torch.cat([patch.up.float() * (patch.scale * strength) for patch, strength in plain], 1)
     joined = LowRank(down, up)
     return (joined, 0.0) if rank is None or joined.rank <= rank else _cut(joined, rank)
 
@@ -218,9 +219,9 @@ def extract(pairs: Iterable[tuple[str, Tensor, Tensor]], rank: int) -> Merged:
         if name.endswith(".weight") and change.ndim > 1:
             patch, missing = decompose(change, rank)
             lost += missing**2
+            patches.append((name, patch))
         else:
-            patch = Difference(change)
-        patches.append((name, patch))
+            patches.append((name, Difference(change)))
     if not patches:
         raise ValueError("The two checkpoints hold the same weights; there is nothing to extract.")
     return Merged(patches, (lost / whole) ** 0.5)

@@ -265,7 +265,8 @@ def _upright(image: Image.Image) -> Iterator[Image.Image]:
 
 def _probe_folder(path: Path) -> Clip:
     """A folder of frames; they are opened, and not decoded."""
-    files, sizes = frame_files(path), {}
+    files = frame_files(path)
+    sizes: dict[tuple[int, int], str] = {}
     for file in files:
         with _reading(file), _picture(file) as image:
             if image is None:
@@ -275,7 +276,8 @@ def _probe_folder(path: Path) -> Clip:
     if len(sizes) > 1:
         named = ", ".join(f"{name} is {width}x{height}" for (width, height), name in sizes.items())
         raise MediaError(f"{path}: all frames of a clip need one size; {named}")
-    return Clip(path, tuple(index / FPS for index in range(len(files))), FPS, *next(iter(sizes)), "frames")
+    width, height = next(iter(sizes))
+    return Clip(path, tuple(index / FPS for index in range(len(files))), FPS, width, height, "frames")
 
 
 def _probe_picture(path: Path, image: Image.Image) -> Clip:

@@ -40,15 +40,15 @@ class VideoData:
         """
         if (video_file is None) == (image_folder is None):
             raise ValueError("VideoData needs video_file or image_folder, and not both.")
-        self._files: list[Path] | None = None
-        self._clip: Clip | None = None
+        self._source: list[Path] | Clip
         if image_folder is not None:
             folder = Path(image_folder)
-            self._files = frame_files(folder) if file_list is None else [folder / name for name in file_list]
-        else:
-            self._clip = probe(Path(video_file))
+            self._source = frame_files(folder) if file_list is None else [folder / name for name in file_list]
+        elif video_file is not None:
+            self._source = probe(Path(video_file))
         self._decoder: Iterator[np.ndarray] = iter(())
-        self._next, self._last = 0, None
+        self._next = 0
+        self._last: np.ndarray | None = None
         self.length: int | None = None
         self.set_shape(height, width)
 
@@ -76,19 +76,19 @@ class VideoData:
 
     @property
     def _stored(self) -> int:
-        return len(self._files) if self._files is not None else self._clip.num_frames
+        return len(self._source) if isinstance(self._source, list) else self._source.num_frames
 
     def _levels(self, place: int) -> np.ndarray:
-        if self._files is not None:
-            return next(frames(self._files[place]))
+        if isinstance(self._source, list):
+            return next(frames(self._source[place]))
         if place < self._next - 1:
             self._next = 0
         if self._next == 0:
-            self._decoder = frames(self._clip.path)
-        while self._next <= place:
+            self._decoder = frames(self._source.path)
+        while self._last is None or self._next <= place:
             self._last = next(self._decoder, None)
             if self._last is None:
-                raise MediaError(f"{self._clip.path}: frame {self._next} cannot be decoded")
+                raise MediaError(f"{self._source.path}: frame {self._next} cannot be decoded")
             self._next += 1
         return self._last
 

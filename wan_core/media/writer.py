@@ -178,7 +178,7 @@ def _encode(
     """
     import av
 
-    options = dict(kind.options)
+    options: dict[str, object] = dict(kind.options)
     muxing = {}
     if kind.format in ("mp4", "mov"):
         muxing["movflags"] = f"{options.pop('movflags', '')}+use_metadata_tags"
@@ -187,6 +187,7 @@ def _encode(
         with av.open(target, "w", format=kind.format, options=muxing) as container:
             container.metadata.update(metadata)
             stream = container.add_stream(kind.codec, rate=rate)
+            assert isinstance(stream, av.VideoStream)
             stream.width, stream.height = size
             stream.pix_fmt = kind.pixels
             stream.options = options
@@ -215,7 +216,7 @@ def _palettes(pictures: Iterable[np.ndarray], size: tuple[int, int], rate: Fract
     import av
 
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=size[0], height=size[1], format="rgb24", time_base=1 / rate)
+    source = graph.add_buffer(width=size[0], height=size[1], format=av.VideoFormat("rgb24"), time_base=1 / rate)
     split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
     use, sink = graph.add("paletteuse", "new=1"), graph.add("buffersink")
     source.link_to(split)

@@ -127,6 +127,7 @@ class StreamedBlock:
         """The row in host memory; read into `staging` if the block has no slab of its own."""
         if self._slab is not None:
             return self._slab.row
+        assert staging is not None, "a block without a slab needs staging"
         row = staging.row[: self.layout.bytes]
         self.layout.fill(row, self._resting)
         return row

@@ -76,6 +76,17 @@ class WeightFormat:
             return (weight[0], *axes)
         return None
 
+    def held_shape(self, scale: Shape, numbers: Shape) -> Shape:
+        """`scale_shape`, of a scale that has one.
+
+        Raises:
+            FormatError: it has none.
+        """
+        held = self.scale_shape(scale, numbers)
+        if held is None:
+            raise FormatError(f"has a scale {list(scale)} that does not fit numbers {list(numbers)}. {ADVICE}")
+        return held
+
     def dequantise(self, numbers: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight in `dtype`, each number rounded once; `scale` is shaped as `scale_shape` says.
 
@@ -103,7 +114,7 @@ class WeightFormat:
         """The format of one weight in words: "FP8, a scale per row"."""
         if scale is None:
             return self.name
-        held = self.scale_shape(scale, numbers)
+        held = self.held_shape(scale, numbers)
         if prod(held) == 1:
             return f"{self.name}, a scale per tensor"
         if prod(held) == held[0]:
@@ -215,7 +226,7 @@ class Stored:
 
     def held_scale(self, scale: Tensor, numbers: Shape) -> Tensor:
         """The stored `scale` as layers and `dequantise` take it, in float32."""
-        held = scale.float().reshape(self.format.scale_shape(tuple(scale.shape), numbers))
+        held = scale.float().reshape(self.format.held_shape(tuple(scale.shape), numbers))
         return held if self.unit == 1 else held * self.unit
 
     @property
@@ -228,7 +239,7 @@ class Stored:
         numbers = tensors[self.numbers]
         if self.is_cast:
             return numbers
-        scale = self.scale and self.held_scale(tensors[self.scale], tuple(numbers.shape))
+        scale = None if self.scale is None else self.held_scale(tensors[self.scale], tuple(numbers.shape))
         return self.format.dequantise(numbers, scale)
 
 
@@ -262,7 +273,7 @@ def recognise(names: Mapping[str, str], header: Mapping[str, Info]) -> dict[str,
             continue
         scale, spelling = scales.get(name, (None, SPELLINGS[0]))
         found[plain_name(name)] = _stored(
-            name, header[stored], stored, scale and (names[scale], header[names[scale]]), spelling
+            name, header[stored], stored, (names[scale], header[names[scale]]) if scale else None, spelling
         )
     return found
 

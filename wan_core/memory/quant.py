@@ -7,6 +7,7 @@ hardware multiplies FP8 numbers they can be told to do that instead.
 from collections.abc import Callable
 from functools import cache
 from math import prod
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from . import formats
 from .formats import WeightFormat, format_of
 from .pieces import blocks_of, weights_of
+
+Module = TypeVar("Module", bound=nn.Module)
 
 FP8 = torch.float8_e4m3fn
 """The format of weights that are quantised here: 4 bits of exponent, 3 of mantissa."""
@@ -83,7 +86,10 @@ class QuantisedLinear(nn.Linear):
     ) -> None:
         """Takes the tensors as they are; the compute dtype is that of `bias`, the format that of the dtype of `weight`,
         when they are not given."""
-        self.format = form or format_of(weight.dtype)
+        found = form or format_of(weight.dtype)
+        if found is None:
+            raise ValueError(f"Weights are not held as {weight.dtype}.")
+        self.format = found
         out_features, in_features = self.format.weight_shape(tuple(weight.shape))
         super().__init__(in_features, out_features, bias is not None, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -153,7 +159,7 @@ class QuantisedLinear(nn.Linear):
 
 def weight_of(layer: nn.Module) -> Tensor:
     """The weight that `layer` computes with: in float32 where it is quantised, else its parameter."""
-    return layer.dequantised() if isinstance(layer, QuantisedLinear) else layer.weight
+    return layer.dequantised() if isinstance(layer, QuantisedLinear) else layer.get_parameter("weight")
 
 
 def quantised_layers(module: nn.Module) -> dict[str, QuantisedLinear]:
@@ -191,7 +197,7 @@ def big_linears(module: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def quantise(module: nn.Module, should: Callable[[str, nn.Linear], bool] = lambda path, layer: True) -> nn.Module:
+def quantise(module: Module, should: Callable[[str, nn.Linear], bool] = lambda path, layer: True) -> Module:
     """Replace the big plain layers that `should` names by FP8 ones, one after the other. Returns `module`.
 
     The projections at the ends of VACE blocks are among them: they are as large as those of attention, and what they

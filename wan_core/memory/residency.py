@@ -29,7 +29,7 @@ class Residency:
     _known: ClassVar["weakref.WeakKeyDictionary[nn.Module, Residency]"] = weakref.WeakKeyDictionary()
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
+        self._reference = weakref.ref(module)
         self.work_dtypes: dict[str, torch.dtype] = {}
         self.mapped: set[str] = set()
         self._slabs: dict[str, Slab] = {}
@@ -42,6 +42,11 @@ class Residency:
         if module not in cls._known:
             cls._known[module] = cls(module)
         return cls._known[module]
+
+    def _module(self) -> nn.Module:
+        module = self._reference()
+        assert module is not None, "a residency is used after its module is gone"
+        return module
 
     def inventory(self, order: Sequence[str] | None = None, idle: Collection[str] = ()) -> Inventory:
         """The sizes of the weights as they work, see `Inventory.of`."""

@@ -114,13 +114,13 @@ def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attenti
         raise ValueError(
             f"Attention backend {name!r} is not installed ({error}). Install it or choose 'sdpa'."
         ) from error
-    error = _self_test(candidate, device, dtype)
-    if not error < MAX_SELF_TEST_ERROR:
+    difference = _self_test(candidate, device, dtype)
+    if not difference < MAX_SELF_TEST_ERROR:
         raise ValueError(
-            f"Attention backend {name!r} gives wrong results on this machine: relative error {error:.3g} against sdpa, "
-            f"at most {MAX_SELF_TEST_ERROR} expected. Choose 'sdpa'."
+            f"Attention backend {name!r} gives wrong results on this machine: relative error {difference:.3g} against "
+            f"sdpa, at most {MAX_SELF_TEST_ERROR} expected. Choose 'sdpa'."
         )
-    log.info("attention: %s (relative error %.2g against sdpa)", name, error)
+    log.info("attention: %s (relative error %.2g against sdpa)", name, difference)
     return candidate
 
 

@@ -71,10 +71,10 @@ class CrossAttention(nn.Module):
         """Keys and values (B, L, heads, 128) of the text, and those of the image if there is one."""
         if context.kept is not None and self in context.kept:
             return context.kept[self]
-        found = (rms_norm_(self.k(context.text), self.norm_k.weight, EPS), self.v(context.text))
+        projected = [rms_norm_(self.k(context.text), self.norm_k.weight, EPS), self.v(context.text)]
         if context.image is not None:
-            found += (rms_norm_(self.k_img(context.image), self.norm_k_img.weight, EPS), self.v_img(context.image))
-        found = tuple(map(_heads, found))
+            projected += [rms_norm_(self.k_img(context.image), self.norm_k_img.weight, EPS), self.v_img(context.image)]
+        found = tuple(map(_heads, projected))
         if context.kept is not None:
             context.kept[self] = found
         return found

@@ -125,7 +125,7 @@ class WanDiT(nn.Module):
     def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
         """The time path for timesteps (B,) in 0..1000, in float32 whatever the weights are stored in."""
         first, _, second = self.time_embedding
-        embedding = sinusoid(timesteps.to(first.weight.device, torch.float32), self.config.freq_dim)
+        embedding = sinusoid(timesteps.to(first.get_parameter("weight").device, torch.float32), self.config.freq_dim)
         head = _linear_float32(second, F.silu(_linear_float32(first, embedding)))
         blocks = _linear_float32(self.time_projection[1], F.silu(head))
         return TimeEmbedding(head, blocks.unflatten(1, (6, self.config.dim)))
@@ -148,8 +148,8 @@ class WanDiT(nn.Module):
         model without an image, and the reference of a control model without one, were trained that way (VideoX-Fun).
         """
         config, dtype, device = self.config, self.dtype, self.patch_embedding.weight.device
-        batch = cond.text.shape[0]
-        text = self.text_embedding(cond.text.to(device, dtype))
+        batch = len(cond.encoded_text)
+        text = self.text_embedding(cond.encoded_text.to(device, dtype))
         image = reference = camera = concat = None
         if config.has_image_input:
             count = config.image_positions or CLIP_TOKENS
@@ -165,7 +165,7 @@ class WanDiT(nn.Module):
             reference = self.ref_conv(latent.to(device, dtype)).flatten(2).transpose(1, 2)
         if config.camera_channels and cond.camera is not None:
             camera = self.control_adapter(cond.camera.to(device))
-        vace = ()
+        vace: tuple[Tensor, ...] = ()
         if config.vace_layers and cond.vace:
             vace = tuple(_patchify(self.vace_patch_embedding, v.context.to(device, dtype)) for v in cond.vace)
         frames, height, width = (n // p for n, p in zip(size, config.patch_size, strict=True))
@@ -249,7 +249,8 @@ class WanDiT(nn.Module):
             ValueError: a side of `x` is odd, or a conditioning tensor does not fit `x` or the model.
         """
         check_shapes(self.config, x, cond)
-        prepared = self.prepare(cond, tuple(x.shape[2:]), motion)
+        frames, height, width = x.shape[2:]
+        prepared = self.prepare(cond, (frames, height, width), motion)
         state = self.embed(x, self.embed_time(timestep), prepared, vace_strengths(cond))
         self.run_blocks([state])
         return self.unembed(state)
@@ -285,10 +286,10 @@ def check_shapes(config: DiTConfig, x: Tensor, cond: Conditioning) -> None:
             )
 
 
-def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+def _linear_float32(layer: nn.Module, x: Tensor) -> Tensor:
     kind = x.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-        return F.linear(x, layer.weight.float(), layer.bias.float())
+        return F.linear(x, layer.get_parameter("weight").float(), layer.get_parameter("bias").float())
 
 
 def _patchify(conv: nn.Conv3d, x: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def layer_norm(
 ) -> Tensor:
     """LayerNorm over the last axis with float32 statistics, in `dtype`; the kernel itself accumulates in float32."""
     if weight is not None and weight.dtype != x.dtype:
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)
 
 

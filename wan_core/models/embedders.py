@@ -35,5 +35,5 @@ class ImageTokens(nn.Module):
         self.emb_pos = nn.Parameter(torch.zeros(1, positions, image_dim)) if positions else None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens.to(self.proj[1].weight.dtype)
+        tokens = tokens.to(self.proj.get_parameter("1.weight").dtype)
         return self.proj(tokens if self.emb_pos is None else tokens + self.emb_pos)

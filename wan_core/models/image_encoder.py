@@ -84,6 +84,6 @@ class ImageEncoder(nn.Module):
         patches = visual.patch_embedding(pixels.to(weight.dtype)).flatten(2).transpose(1, 2)
         x = torch.cat((visual.cls_embedding.expand(len(patches), -1, -1), patches), 1) + visual.pos_embedding
         x = visual.pre_norm(x)
-        for block in visual.transformer[:-1]:
+        for block in [*visual.transformer][:-1]:
             x = block(x)
         return x

@@ -50,6 +50,10 @@ SHORTEST = 2e-4
 """Seconds; what is shorter is timed several times in a row."""
 
 
+Key = tuple[str, tuple[int, ...], torch.dtype, str]
+"""Operation, sizes, dtype and kind of device of a call."""
+
+
 @dataclass(frozen=True)
 class Operation:
     """Something that several kernels compute.
@@ -90,9 +94,9 @@ class Choices:
 
     deterministic: bool = False
     used: dict[str, str] = field(default_factory=dict)
-    _found: dict[tuple[object, ...], Kernel] = field(default_factory=dict)
+    _found: dict[Key, Kernel] = field(default_factory=dict)
 
-    def kernel(self, operation: Operation, key: tuple[object, ...], arguments: Arguments) -> Kernel:
+    def kernel(self, operation: Operation, key: Key, arguments: Arguments) -> Kernel:
         if key not in self._found:
             self._found[key] = operation.kernels[self._name(operation, described(*key), arguments)]
         return self._found[key]
@@ -101,7 +105,7 @@ class Choices:
         if self.deterministic or len(operation.kernels) == 1 or _has_no_data(arguments):
             return operation.default
         name = self.used.get(key)
-        if name not in operation.kernels:
+        if name is None or name not in operation.kernels:
             with run(self.used):  # what a candidate calls while it is timed is no choice of this run
                 name = known(arguments[0].device).choose(key, operation, arguments)
         self.used[key] = name

@@ -25,6 +25,6 @@ class MotionController(nn.Module):
         )
 
     def forward(self, motion_bucket: Tensor) -> Tensor:
-        weight = self.linear[0].weight
+        weight = self.linear.get_parameter("0.weight")
         embedding = sinusoid(motion_bucket.to(weight.device, torch.float32) * BUCKET_SCALE, self.config.freq_dim)
         return self.linear(embedding.to(weight.dtype)).unflatten(1, (6, self.config.dim)).float()

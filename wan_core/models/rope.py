@@ -38,7 +38,8 @@ def rotary_table(
     Pair j of an axis of width D turns by `position * theta ** (-2j / D)`. Angles, cosines and sines are computed in
     float64 on the CPU, for one axis at a time (Wan-Video/Wan2.1 `rope_params`), and spread over the grid on `device`.
     """
-    cosines, sines = [], []
+    cosines: list[Tensor] = []
+    sines: list[Tensor] = []
     for axis, (length, width) in enumerate(zip(grid, axis_widths(head_dim), strict=True)):
         frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
         angle = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequency

@@ -14,7 +14,9 @@ class VaceBlock(WanBlock):
         self.before_proj = Linear(dim, dim) if is_first else None
         self.after_proj = Linear(dim, dim)
 
-    def forward(self, hidden: Tensor, tokens: Tensor, modulation: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # the published keys make it a block with two layers more, not a call alike
+        self, hidden: Tensor, tokens: Tensor, modulation: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor]:
         """`hidden` and `tokens` (B, S, D) to the next hidden state and the hint, both (B, S, D).
 
         The first block leaves `hidden` as it is; the others overwrite it when gradients are off.

@@ -53,7 +53,8 @@ def denormalise(latents: Tensor) -> Tensor:
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     shape = (1, -1, *(1,) * (x.ndim - 2))
-    return tuple(torch.tensor(v, device=x.device).view(shape) for v in (LATENT_MEAN, LATENT_STD))
+    mean, std = (torch.tensor(v, device=x.device).view(shape) for v in (LATENT_MEAN, LATENT_STD))
+    return mean, std
 
 
 class Encoder(nn.Module):
@@ -78,14 +79,14 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = torch.cat([self._fine(pair, cache) for pair in x.split(2, 2)], 2)
-        for layer in (*self.downsamples[6:], *self.middle):
+        for layer in (*[*self.downsamples][6:], *self.middle):
             x = layer(x, cache)
         return _run_head(self.head, x, cache)
 
     def _fine(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """A pair of frames through the two finest resolutions, whose tensors are the largest, to one frame."""
         x = self.conv1(x, cache)
-        for layer in self.downsamples[:6]:
+        for layer in [*self.downsamples][:6]:
             x = layer(x, cache)
         return x
 
@@ -114,13 +115,13 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = self.conv1(x, cache)
-        for layer in (*self.middle, *self.upsamples[:-8]):
+        for layer in (*self.middle, *[*self.upsamples][:-8]):
             x = layer(x, cache)
         return torch.cat([self._fine(frame, cache) for frame in x.split(1, 2)], 2)
 
     def _fine(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """One frame through the two finest resolutions, whose tensors are the largest, to a pair of frames."""
-        for layer in self.upsamples[-8:-4]:
+        for layer in [*self.upsamples][-8:-4]:
             x = layer(x, cache)
         parts = list(x.split(FINEST_FRAMES.get(x.dtype, 2), 2))
         # What is enlarged is not kept beside its enlargement.
@@ -128,7 +129,7 @@ class Decoder(nn.Module):
         return torch.cat([self._finest(parts.pop(0), cache) for _ in range(len(parts))], 2)
 
     def _finest(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        for layer in self.upsamples[-4:]:
+        for layer in [*self.upsamples][-4:]:
             x = layer(x, cache)
         x = _run_head(self.head, x, cache)
         if self.upscale == 1:
@@ -274,6 +275,7 @@ class WanVAE(nn.Module):
             out = source.new_empty(size, dtype=torch.float32)
             fill(out, run(source), report)
             return out
+        assert tiles is not None, "a plan of several tiles is made by their settings"
         total = TiledSum(size, source.device)
         for row, column in plan:
             rows, columns = row.scaled(in_factor), column.scaled(in_factor)

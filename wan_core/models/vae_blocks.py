@@ -76,8 +76,8 @@ def conv3d(x: Tensor, conv: nn.Conv3d) -> Tensor:
 
 
 def _conv3d_onednn(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    sizes = conv.padding, conv.stride, conv.dilation, conv.groups
-    return torch.mkldnn_convolution(x, conv.weight, conv.bias, *sizes)
+    assert not isinstance(conv.padding, str)
+    return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
 
 
 def _conv3d_pytorch(x: Tensor, conv: nn.Conv3d) -> Tensor:
@@ -96,7 +96,9 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, (stride, 1, 1), padding)
         self.reach = kernel[0] - 1
 
-    def forward(self, x: Tensor, cache: FeatureCache, norm: ChannelNorm | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # it is called with the cache of its pass, and never as a Conv3d
+        self, x: Tensor, cache: FeatureCache, norm: ChannelNorm | None = None
+    ) -> Tensor:
         """The convolution of `x`, or with a norm of `silu(norm(x))`."""
         return self.convolve(self.joined(x, cache, norm))
 
@@ -127,7 +129,7 @@ class CausalConv3d(nn.Conv3d):
         new.copy_(x) if norm is None else norm.activate(x, new)
         if missing:
             cache[self] = joined[:, :, -self.reach :].clone()
-        else:
+        elif past is not None:
             past.copy_(joined[:, :, -self.reach :])
         return joined
 
@@ -157,6 +159,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
         hidden = conv1(x, cache, norm1)
+        assert isinstance(norm2, ChannelNorm) and isinstance(conv2, CausalConv3d)
         # In a name of its own, so that `hidden` is gone when the result is made.
         joined = conv2.joined(hidden, cache, norm2)
         del hidden
@@ -229,7 +232,9 @@ class Upsample(nn.Module):
         if frames.device.type != "cpu" or not may_overwrite(frames, *self.resample.parameters()):
             # The steps hold the enlarged frames, for which memory of a card is not planned.
             return _enlarge_transposed(frames, self.resample, cache)
-        return _ENLARGE(frames, self.resample, cache, sizes=(*frames.shape, self.resample[1].out_channels))
+        return _ENLARGE(
+            frames, self.resample, cache, sizes=(*frames.shape, len(self.resample.get_parameter("1.weight")))
+        )
 
     def _double_frames(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """The first frame of a video passes unchanged and unseen: before the second one lie zeros."""
@@ -245,6 +250,7 @@ def _enlarge_transposed(frames: Tensor, resample: nn.Sequential, cache: FeatureC
     meet the same pixel.
     """
     conv = resample[1]
+    assert isinstance(conv, nn.Conv2d)
     kernel = cache.get(conv)
     if kernel is None:
         taps = conv.weight.float().transpose(0, 1).flip(2, 3)

@@ -20,7 +20,8 @@ class SkipRule(Protocol):
         memory: tensors that later decisions need, for a run that is continued elsewhere.
     """
 
-    memory: dict[str, Tensor]
+    @property
+    def memory(self) -> dict[str, Tensor]: ...
 
     def may_skip(self, index: int) -> bool:
         """Whether step `index` could be left out at all; what the step before changed is kept only then."""

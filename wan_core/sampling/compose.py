@@ -53,7 +53,7 @@ def compose(
     windows = settings.windows if settings.windows and settings.windows.mode == "blend" else None
     windows = windows if windows and windows.size < frames else None
     rule = _skip_rule(settings, time, motion_controller, cond)
-    if rule is not None:
+    if rule is not None and settings.cache is not None:
         # One residual per window would grow with the video's length, so they rest in host memory.
         on_cpu = settings.cache.residual_on_cpu or windows is not None
         blocks = memories["cache"] = CachedBlocks(blocks, rule, dit.dtype, on_cpu=on_cpu)

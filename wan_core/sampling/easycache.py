@@ -32,7 +32,7 @@ class EasyCache:
         sample, change, rate = _sample(tokens), self._get("change", info), self._get("rate", info)
         seen, made = self._get("seen", info), self._get("made", info)
         self._set("seen", info, sample)
-        if rate is None or not self.may_skip(info.index):
+        if rate is None or seen is None or made is None or not self.may_skip(info.index):
             self._set("change", info, torch.zeros((), dtype=torch.float64))
             return False
         estimate = rate * _size(sample, seen) / _size(made)
@@ -44,7 +44,9 @@ class EasyCache:
     def computed(self, tokens: Tensor, info: StepInfo) -> None:
         sample, given = _sample(tokens), self._get("seen", info)
         last_given, last_made = self._get("given", info), self._get("made", info)
-        if last_given is not None:
+        if given is None:
+            raise RuntimeError("`computed` was called before `skips`, which keeps the tokens of the step.")
+        if last_given is not None and last_made is not None:
             self._set("rate", info, _size(sample, last_made) / _size(given, last_given))
         self._set("given", info, given)
         self._set("made", info, sample)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ def sample_state(
     run = _Run(dit, cond, size, settings, runtime, motion_controller, tuple(prompts), checkpoint, tuple(adapters))
     run.check(start, earlier)
     if settings.sigmas is None and settings.denoise == 0:
+        assert start is not None, "`check` refuses a run from nothing to nothing"
         return RunState(latents=start.float().cpu(), prefix=0, step=settings.total_steps)
     with kernels.run():
         return run.execute(start, earlier)
@@ -114,7 +115,7 @@ class _Run:
         self.adapters = adapters
         self.dit, self.cond, self.size, self.settings, self.runtime = dit, cond, size, settings, runtime
         self.motion_controller, self.prompts, self.checkpoint = motion_controller, prompts, checkpoint
-        self.shape = (cond.text.shape[0], dit.config.out_channels, *size.shape)
+        self.shape = (len(cond.encoded_text), dit.config.out_channels, *size.shape)
         self.prefix = cond.prefix_frames(size.frames)
         windows = settings.windows
         self.chained = windows is not None and windows.mode == "chain" and windows.size < size.frames
@@ -200,6 +201,7 @@ class _Run:
         elif settings.start_step:
             log.warning("Going on at step %d without the earlier sampler's state; the solver begins anew.",
                         settings.start_step)  # fmt: skip
+            assert clean is not None, "`check` refuses to go on without latents"
             x = clean
         else:
             x = noise if clean is None else add_noise(clean, noise, solver.sigmas[0])
@@ -218,6 +220,7 @@ class _Run:
 
     def _chain(self, clean: Tensor | None, noise: Tensor, kept: RunState | None) -> RunState:
         windows, done = self.settings.windows, None if kept is None else kept.done
+        assert windows is not None, "a chain is made of windows"
         overlap, device = windows.size - windows.stride, self.runtime.device
         done = None if done is None else done.to(device)
         state = kept
@@ -249,6 +252,7 @@ class _Run:
             else:
                 new = colour_corrected(clip[:, :, overlap:], done[:, :, : windows.size], overlap, windows.colour_limit)
                 done = torch.cat((done, new), 2)
+        assert state is not None and done is not None, "a chain has at least one clip"
         latents = torch.cat((state.latents[:, :, : self.prefix], done.cpu()), 2)
         return dataclasses.replace(state, latents=latents, done=None)
 
@@ -275,9 +279,9 @@ class _Run:
         def on_step(done: int, latents: Tensor, clean: Tensor) -> None:
             latest[0] = (done, latents)
             self._report(done, before.clip, clean)
-            every = self.checkpoint.every if self.checkpoint else 0
-            if every and (done % every == 0 or done == self.settings.last_step):
-                self.checkpoint.save(state_at(done, latents))
+            kept = self.checkpoint
+            if kept and kept.every and (done % kept.every == 0 or done == self.settings.last_step):
+                kept.save(state_at(done, latents))
 
         problem = ""
         try:
@@ -321,4 +325,4 @@ class _Run:
 
 def reference_latents(cond: Conditioning, prefix: int) -> Tensor:
     """The clean latents (B, 16, R, h, w) of the reference frames; each lies in the inactive part of one VACE input."""
-    return sum(vace.context[:, :LATENT_CHANNELS, :prefix] for vace in cond.vace)
+    return reduce(torch.add, (vace.context[:, :LATENT_CHANNELS, :prefix] for vace in cond.vace or ()))

@@ -114,7 +114,8 @@ class ModelPredictor:
     def _prepare(self, branch: str, cond: Conditioning, x: Tensor) -> Prepared:
         if branch not in self._prepared:
             check_shapes(self._dit.config, x, cond)
-            size = tuple(x.shape[2:])
+            frames, height, width = x.shape[2:]
+            size = (frames, height, width)
             motion = motion_offset(self._motion_controller, cond)
             motion = None if motion is None else motion.to(x.device)
             prepared = self._dit.prepare(cond, size, motion, self._rotations.get(size), keep=self._keep)

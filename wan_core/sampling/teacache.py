@@ -120,6 +120,7 @@ def plan(modulations: Tensor, settings: TeaCacheSettings, forced: Container[int]
 
     if settings.threshold is not None:
         return planned(settings.threshold)
+    assert settings.speedup is not None, "the settings hold a threshold or a speed-up"
     return _fastest_enough(planned, [_polynomial(coefficients, change) for change in differences], settings.speedup)
 
 
