@@ -21,12 +21,11 @@ from ..nodes import NODE_CLASS_MAPPINGS, host
 from . import convert_command, info_command, lora_command, plan_command
 from .client import run_all_on_server
 from .core_nodes import core_nodes
-from .events import Event, RunResult
 from .folders import Folders, workflow_file
-from .runner import run
+from .plan import apply_tiny
+from .runner import Event, RunResult, run
 from .schema import NodeSchema, schemas_of
 from .server import Server, ServerUnreachableError
-from .tiny import apply_tiny
 from .validate import validate
 from .workflow import Workflow, apply_sets, expand_prefixes, typed_values
 
@@ -346,15 +345,15 @@ COMMANDS = {
 
 
 def _train(words: Sequence[str]) -> int:
-    from ..trainer import run  # takes seconds, and only this command needs it
+    from ..trainer.run import main as run  # takes seconds, and only this command needs it
 
     return run.main(words)
 
 
 def _recipe(words: Sequence[str]) -> int:
-    from ..trainer import recipe_command
+    from ..trainer import recipes
 
-    return recipe_command.main(words)
+    return recipes.main(words)
 
 
 TRAINING = {

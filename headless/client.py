@@ -15,8 +15,8 @@ from typing import Any
 from wan_core.runtime import Cancelled
 
 from .core_nodes import IMAGES, VIDEOS
-from .events import Event, NodeError, OnEvent, RunResult
 from .folders import ANNOTATED, Folders, file_entries
+from .runner import Event, NodeError, OnEvent, RunResult
 from .schema import NodeSchema
 from .server import RefusedError, Server, ServerUnreachableError
 from .validate import Issue, ValidationError, needed_nodes, validate

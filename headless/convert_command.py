@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from wan_core.checkpoints.detect import detect_files
-from wan_core.checkpoints.save import save_fp8, save_plain
+from wan_core.loading.detect import detect_files
+from wan_core.loading.save import save_fp8, save_plain
 
 log = logging.getLogger("wancore")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_core.atomic import NewFile, creating_first, numbered
-from wan_core.folders import check_name, check_writable
+from wan_core.files import check_name, check_writable
 
 from ..nodes import host
 from ..nodes.places import ASSETS, inside

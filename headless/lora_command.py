@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wan_core.adapters.files import DTYPES, LoraFormat, convert, extract_lora, fuse
-from wan_core.adapters.model import Target, report, report_alone, use_lora
-from wan_core.adapters.open import REPLACING_KINDS, open_lora
-from wan_core.checkpoints.detect import detect_files, require_kind
+from wan_core.loading.detect import detect_files, require_kind
 from wan_core.lora.apply import LoraUse
+from wan_core.lora.convert import DTYPES, LoraFormat, convert, extract_lora, fuse
 from wan_core.lora.report import Report
+from wan_core.lora.target import REPLACING_KINDS, Target, open_lora, report, report_alone, use_lora
 from wan_core.lora.write import FORMATS
 
 HELP = "Say what LoRA files are and what they do to a model; convert, merge or extract them, or fuse them into it."

@@ -5,19 +5,18 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from wan_core.budget.fit import Fit, fit, helps
-from wan_core.budget.report import data_of, text_of
-from wan_core.budget.whole import Job, plan_whole
-from wan_core.memory.device import GIB
+from wan_core.offload.blocks import GIB
+from wan_core.planning.fit import Fit, data_of, fit, helps, text_of
+from wan_core.planning.job import Job, plan_whole
 from wan_core.runtime import free_bytes
 from wan_core.settings import check_number
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
 from .core_nodes import core_nodes
 from .folders import Folders, workflow_file
+from .plan import apply_tiny
 from .reading import Reading
 from .schema import schemas_of
-from .tiny import apply_tiny
 from .workflow import Workflow, apply_sets
 
 HELP = "Say what a workflow will take of the card and of host memory, from headers alone."

@@ -8,23 +8,24 @@ from typing import Any
 
 import torch
 
-from wan_core import catalog, prepare
-from wan_core.adapters.model import Target, use_lora
-from wan_core.budget.parts import Part, published_dit, published_part
-from wan_core.budget.whole import Given, Job
-from wan_core.checkpoints.detect import Component, join_vace
+from wan_core import catalog
 from wan_core.decode import Tiles
+from wan_core.loading.detect import Component, join_vace
 from wan_core.lora.apply import LoraUse
+from wan_core.lora.target import Target, use_lora
+from wan_core.model import BUNDLED, inspect
+from wan_core.planning.job import Given, Job
+from wan_core.planning.parts import Part, published_dit, published_part
 from wan_core.runtime import log
 from wan_core.settings import GuidanceSettings, SamplerSettings
 from wan_core.types import VideoSize
 from wan_core.variants import SPEED, Variant, check, match_variant
 
 from ..nodes import host, places, sockets
-from ..nodes.encoding import tile_settings
+from ..nodes.camera import SpeedControl
+from ..nodes.conditioning import tile_settings
 from ..nodes.loaders import DTYPES, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEncoderLoader, VAELoader
 from ..nodes.lora import FOLDER
-from ..nodes.speed import SpeedControl
 from .schema import NodeSchema
 from .validate import dependency_order
 from .workflow import Link, NodeSpec, Workflow, WorkflowError
@@ -194,7 +195,7 @@ class Reading:
         """
         is_dit = loader is ModelLoader
         unread = published_dit(catalog.find_row(name)) if is_dit and name in loader.ROWS else None
-        if name in loader.ROWS and name in prepare.BUNDLED:
+        if name in loader.ROWS and name in BUNDLED:
             return unread or published_part(loader.KIND, name)
         try:
             files = loader.files(name, False)
@@ -204,7 +205,7 @@ class Reading:
             log.debug("%s", error)
             self.absent[f"{name}/{loader.PATTERN}"] = loader.KIND
             return unread or published_part(loader.KIND, name)
-        return prepare.inspect(files, loader.KIND)
+        return inspect(files, loader.KIND)
 
     def part(self, loader: type[Loader], given: Inputs) -> Part:
         """The part that a loader with these inputs gives."""
@@ -227,7 +228,7 @@ def _tiles(given: Inputs) -> Tiles:
 def _load_model(reading: Reading, node: NodeSpec, given: Inputs) -> tuple[Any, ...]:
     component = reading.component(ModelLoader, given["model"])
     if given["vace_module"] != NONE:
-        component = join_vace(component, prepare.inspect(ModelLoader.files(given["vace_module"], False), "vace"))
+        component = join_vace(component, inspect(ModelLoader.files(given["vace_module"], False), "vace"))
     return (Model(given["model"], match_variant(component.config), _part(component, given)),)
 
 

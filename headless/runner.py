@@ -1,23 +1,57 @@
 """Run a workflow in this process, by the rules ComfyUI runs it by."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from wan_core.runtime import Cancelled
 
-from ..nodes import finishing
-from .calling import Returned, arguments, mapped, merged_outputs, merged_ui
-from .events import Event, NodeError, OnEvent, RunResult
+from ..nodes import sampler
 from .folders import Folders
-from .plan import Plan
+from .plan import Plan, Returned, arguments, mapped, merged_outputs, merged_ui
 from .schema import NodeSchema, schemas_of
 from .validate import validate
 from .workflow import NodeSpec, Workflow
+
+
+@dataclass(frozen=True)
+class Event:
+    """`start`: `node` begins, the `done`-th of `total`. `cached`: its results are reused. `progress`: step `done` of
+    `total` inside a node, in the phase `text`. `queued`: the server finishes `done` runs first. `notice`: `text` for
+    the user."""
+
+    kind: Literal["start", "cached", "progress", "queued", "notice"]
+    node: NodeSpec | None = None
+    done: int = 0
+    total: int = 0
+    text: str = ""
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What the output nodes reported, by node id, as ComfyUI's history holds it, and the files they wrote."""
+
+    ui: dict[str, dict[str, list]]
+    files: tuple[Path, ...]
+
+
+class NodeError(RuntimeError):
+    """A node failed while it ran; the message names it, and in this process the exception of the node is chained.
+
+    The `kind` of exception is left out for a ValueError, whose message speaks to the user.
+    """
+
+    def __init__(self, node: NodeSpec, kind: str, message: str):
+        self.node = node
+        super().__init__(f"Node {node} failed: " + (message if kind == "ValueError" else f"{kind}: {message}"))
 
 
 @dataclass(frozen=True)
@@ -71,7 +105,7 @@ def run(
         "DYNPROMPT": DynamicPrompt(prompt),
         "EXTRA_PNGINFO": dict(extra_pnginfo or {}),
     }
-    with torch.inference_mode(), finishing.workflow():
+    with torch.inference_mode(), sampler.workflow():
         plan = Plan.of(workflow, nodes, schemas)
         for node_id, kept in plan.same_as.items():
             if node_id != kept:

@@ -1,22 +1,16 @@
 """The node classes by the ids that workflows save. Ids never change."""
 
 from .bridge import FromConditioning, FromVAE, ToConditioning
-from .camera import CameraEncode, MovePath, RowsPath
-from .control_encode import ControlEncode
-from .image_encode import ImageEncode
-from .info import CheckpointInfo
+from .camera import CameraEncode, MovePath, RowsPath, SpeedControl
+from .conditioning import ControlEncode, ImageEncode, TextEncode, VaceEncode, VaceReferences
 from .loaders import ImageEncoderLoader, ModelLoader, TextEncoderLoader, VAELoader
 from .lora import LoraInfo, LoraLoader, LoraSave
-from .memory import Memory, MemoryPlan
+from .memory import CheckpointInfo, Memory, MemoryPlan
 from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, WindowPrompts, Windows
 from .sampler import LoadLatents, Sampler
 from .sockets import guarded
-from .speed import SpeedControl
-from .text_encode import TextEncode
-from .train import TrainLora, TrainModel
-from .trained import LossPlot, TrainedWeights
-from .training_data import TrainingDataNode
-from .vace_encode import VaceEncode, VaceReferences
+from .train import LossPlot, TrainedWeights, TrainLora, TrainModel
+from .training_inputs import TrainingDataNode
 from .vae import VAEDecode, VAEEncode
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from wan_core.budget.room import size_held
-from wan_core.checkpoints.adopt import adopt, describe_weights
+from wan_core.loading.load import adopt, describe_weights
 from wan_core.models.vae import WanVAE
+from wan_core.planning.encoders import size_held
 from wan_core.types import Conditioning
 
 from . import host, sockets

@@ -1,20 +1,23 @@
-"""Camera moves to conditioning."""
+"""Camera moves and speed to conditioning."""
 
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from wan_core.budget.room import size_held
-from wan_core.conditioning.camera import camera_conditioning
-from wan_core.conditioning.camera_path import DEFAULT_SPEED, MODES, MOVES, CameraPath
+from wan_core import catalog
+from wan_core.conditioning.camera import DEFAULT_SPEED, MODES, MOVES, CameraPath, camera_conditioning
 from wan_core.conditioning.camera_picture import trajectory_picture
+from wan_core.conditioning.inputs import FASTEST, SLOWEST, speed_conditioning
 from wan_core.conditioning.pose_rows import origin_from_text
 from wan_core.media import frames_to_tensor
+from wan_core.model import VideoModel, with_speed_control
+from wan_core.planning.encoders import size_held
 from wan_core.settings import check_choice
 from wan_core.types import Conditioning
 
 from . import host, places, sockets
+from .loaders import Loader
 
 NO_FILE = "None"
 
@@ -208,3 +211,55 @@ def _rows(poses: str, file: str) -> CameraPath:
     if not poses.strip():
         raise ValueError("A camera path needs pose rows: paste them into poses, or choose a file.")
     return CameraPath.from_text(poses)
+
+
+class SpeedControl(Loader):
+    """Load the adapter and set the speed of motion."""
+
+    CATEGORY = "WanCore/conditioning"
+    FUNCTION = "apply"
+    INPUT, KIND, FOLDER = "adapter", "motion_controller", "diffusion_models"
+    PATTERN = catalog.MOTION_CONTROLLER_PATTERN
+    ROWS = (catalog.SPEED_CONTROL, catalog.TINY)
+    DESCRIPTION = "Control how fast things move, with the speed-control adapter for Wan 2.1 T2V 1.3B."
+    RETURN_TYPES = (sockets.MODEL, sockets.CONDITIONING)
+    RETURN_NAMES = ("model", "conditioning")
+    OUTPUT_TOOLTIPS = ("The model with the adapter beside it.", "Conditioning with the speed.")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        listed, shared = cls.shared_inputs("The speed-control adapter")
+        speed = sockets.number(50.0, SLOWEST, FASTEST, "Larger is faster.", step=1.0)
+        linked = {
+            "model": sockets.socket(sockets.MODEL, "Wan 2.1 T2V 1.3B, from the model loader."),
+            "conditioning": sockets.socket(sockets.CONDITIONING, "From the prompt."),
+        }
+        return {
+            "required": {**linked, **listed, "motion_bucket_id": speed},
+            "optional": {"download": shared["download"]},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, adapter: str, download: bool = False) -> bool | str:
+        return cls.check(adapter, download)
+
+    @classmethod
+    def IS_CHANGED(cls, adapter: str, download: bool = False, **_: Any) -> str:
+        return cls.fingerprint(adapter, download)
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The bundled adapter."""
+        return {"adapter": catalog.TINY, "download": False}
+
+    def apply(
+        self,
+        model: VideoModel,
+        conditioning: Conditioning,
+        adapter: str,
+        motion_bucket_id: float,
+        download: bool = False,
+    ) -> tuple[VideoModel, Conditioning]:
+        component = self.component(adapter, download)
+        controlled = with_speed_control(model, component, host.device())
+        return controlled, speed_conditioning(conditioning, motion_bucket_id)

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from wan_core.checkpoints.download import models_folder
-from wan_core.folders import files_below
-from wan_core.memory.residency import Residency
+from wan_core.files import files_below
+from wan_core.loading.download import models_folder
 from wan_core.models.preview_decoder import PreviewDecoder
+from wan_core.offload.weights import Residency
 from wan_core.runtime import Pace, Runtime, default_device, free_bytes, log
-from wan_core.sampling.preview import middle_frame, preview_frames
-from wan_core.sampling.previewer import Previewer
+from wan_core.sampling.preview import Previewer, middle_frame, preview_frames
 from wan_core.settings import MemorySettings
 
 from . import previews

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from wan_core.atomic import try_lock
-from wan_core.folders import is_special
+from wan_core.files import is_special
 
 POLL = 0.25
 """Seconds between two looks at the process."""

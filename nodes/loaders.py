@@ -6,12 +6,28 @@ from typing import Any
 
 import torch
 
-from wan_core import catalog, prepare
-from wan_core.checkpoints.detect import Component
-from wan_core.checkpoints.download import OnProgress
-from wan_core.memory.formats import WEIGHTS
+from wan_core import catalog
+from wan_core.loading.detect import Component
+from wan_core.loading.download import OnProgress
+from wan_core.model import (
+    BUNDLED,
+    DISK,
+    DiTSettings,
+    ImageEncoder,
+    Rest,
+    TextEncoder,
+    VideoModel,
+    WanVAE,
+    find_files,
+    has_tokenizer,
+    inspect,
+    load_dit,
+    load_image_encoder,
+    load_text_encoder,
+    load_vae,
+)
 from wan_core.models.attention import BACKENDS
-from wan_core.rest import DISK, Rest
+from wan_core.offload.formats import WEIGHTS
 
 from . import host, sockets
 
@@ -91,7 +107,7 @@ class Loader:
         """
         if name not in cls.ROWS:
             return [host.find_file(cls.FOLDER, name)]
-        return prepare.find_files(
+        return find_files(
             name, cls.PATTERN, models_dir=host.models_dir(), skip_download=not download, on_download=on_download
         )
 
@@ -100,10 +116,10 @@ class Loader:
         """True, or what is wrong with an entry by its header; what must be downloaded first is checked later."""
         if name not in cls.choices():
             return f"Value not in list: {cls.INPUT}: {name!r}. Known: {', '.join(cls.choices())}"
-        if name in prepare.BUNDLED:
+        if name in BUNDLED:
             return True
         try:
-            prepare.inspect(cls.files(name, False), cls.KIND)
+            inspect(cls.files(name, False), cls.KIND)
         except ValueError as error:
             if download and name in cls.ROWS:
                 return True
@@ -124,7 +140,7 @@ class Loader:
         """What the entry is; downloads it first when that is allowed."""
         report = host.runtime(torch.float32).on_progress
         files = self.files(name, download, lambda file, done, total: report(f"Downloading {file}", done, total))
-        return prepare.inspect(files, self.KIND)
+        return inspect(files, self.KIND)
 
 
 class ModelLoader(Loader):
@@ -206,12 +222,12 @@ class ModelLoader(Loader):
         rest: str = "memory",
         torch_compile: bool = False,
         deterministic: bool = False,
-    ) -> tuple[prepare.VideoModel]:
+    ) -> tuple[VideoModel]:
         component = self.component(model, download)
         vace = None
         if vace_module != NONE:
-            vace = prepare.inspect(host.find_file(self.FOLDER, vace_module), "vace")
-        settings = prepare.DiTSettings(
+            vace = inspect(host.find_file(self.FOLDER, vace_module), "vace")
+        settings = DiTSettings(
             dtype=choose_dtype(dtype, component),
             attention=attention,
             exact=precision == "exact",
@@ -220,7 +236,7 @@ class ModelLoader(Loader):
             deterministic=deterministic,
         )
         chosen = None if preset == AUTO else preset
-        model = prepare.load_dit(
+        model = load_dit(
             component, settings, _rest(weights, rest), vace=vace, preset=chosen, compute_device=host.device()
         )
         return (model,)
@@ -261,15 +277,15 @@ class TextEncoderLoader(Loader):
         download: bool = False,
         weights: str = "auto",
         rest: str = "memory",
-    ) -> tuple[prepare.TextEncoder]:
+    ) -> tuple[TextEncoder]:
         component = self.component(text_encoder, download)
         tokenizer = None
-        if not prepare.has_tokenizer(component):
-            tokenizer = prepare.find_files(
+        if not has_tokenizer(component):
+            tokenizer = find_files(
                 catalog.T2V_BASE, catalog.TOKENIZER_PATTERN, models_dir=host.models_dir(), skip_download=not download
             )[0].parent
         dtype = choose_dtype(dtype, component)
-        return (prepare.load_text_encoder(component, tokenizer, dtype, _rest(weights, rest)),)
+        return (load_text_encoder(component, tokenizer, dtype, _rest(weights, rest)),)
 
 
 class VAELoader(Loader):
@@ -300,9 +316,9 @@ class VAELoader(Loader):
         """The bundled autoencoder."""
         return {"vae": catalog.TINY, "download": False}
 
-    def load(self, vae: str, dtype: str = "auto", download: bool = False) -> tuple[prepare.WanVAE]:
+    def load(self, vae: str, dtype: str = "auto", download: bool = False) -> tuple[WanVAE]:
         component = self.component(vae, download)
-        return (prepare.load_vae(component, choose_dtype(dtype, component), host.resting_device()),)
+        return (load_vae(component, choose_dtype(dtype, component), host.resting_device()),)
 
 
 class ImageEncoderLoader(Loader):
@@ -340,7 +356,7 @@ class ImageEncoderLoader(Loader):
         download: bool = False,
         weights: str = "auto",
         rest: str = "memory",
-    ) -> tuple[prepare.ImageEncoder]:
+    ) -> tuple[ImageEncoder]:
         component = self.component(image_encoder, download)
         dtype = choose_dtype(dtype, component)
-        return (prepare.load_image_encoder(component, dtype, _rest(weights, rest)),)
+        return (load_image_encoder(component, dtype, _rest(weights, rest)),)

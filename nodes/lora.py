@@ -4,14 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from wan_core.adapters.files import DTYPES, LoraFormat, convert
-from wan_core.adapters.model import Target, report, report_alone, use_lora
-from wan_core.adapters.open import open_lora
 from wan_core.atomic import numbered
 from wan_core.lora.apply import MODES
 from wan_core.lora.bind import BlockStrengths
+from wan_core.lora.convert import DTYPES, LoraFormat, convert
+from wan_core.lora.target import Target, open_lora, report, report_alone, use_lora
 from wan_core.lora.write import FORMATS
-from wan_core.prepare import VideoModel
+from wan_core.model import VideoModel
 from wan_core.runtime import log
 from wan_core.types import Curve
 

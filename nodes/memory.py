@@ -1,25 +1,46 @@
-"""How much of the card a run may use, and what it will take."""
+"""What a checkpoint is, how much of the card a run may use, and what it will take."""
 
 from typing import Any
 
-from wan_core.budget.fit import fit
-from wan_core.budget.parts import Part
-from wan_core.budget.report import text_of
-from wan_core.budget.whole import Given, Job
 from wan_core.conditioning.text import TextEncoder
-from wan_core.memory.device import GIB
+from wan_core.inspection import report
+from wan_core.model import VideoModel
 from wan_core.models.vae import WanVAE
-from wan_core.prepare import VideoModel
-from wan_core.settings import (
-    CacheSettings,
-    GuidanceSettings,
-    MemorySettings,
-    SamplerSettings,
-    WindowSettings,
-)
+from wan_core.offload.blocks import GIB
+from wan_core.planning.fit import fit, text_of
+from wan_core.planning.job import Given, Job
+from wan_core.planning.parts import Part
+from wan_core.settings import CacheSettings, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, VideoSize
 
 from . import host, sockets
+
+FOLDERS = ("diffusion_models", "text_encoders", "vae", "clip_vision", "loras")
+
+
+class CheckpointInfo:
+    """Kind, variant, size, needs and preset of a model file, read from its header."""
+
+    CATEGORY = "WanCore/loaders"
+    FUNCTION = "inspect"
+    OUTPUT_NODE = True
+    DESCRIPTION = (
+        "Say what a model file is, what it takes and which settings its authors recommend. Reads only its header."
+    )
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("report",)
+    OUTPUT_TOOLTIPS = ("The report, one fact per line.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        files = [f"{folder}/{name}" for folder in FOLDERS for name in host.list_files(folder)]
+        listed = files or ["none"]
+        return {"required": {"file": sockets.choice(listed, listed[0], "A file in one of ComfyUI's model folders.")}}
+
+    def inspect(self, file: str) -> dict[str, Any]:
+        folder, _, name = file.partition("/")
+        text = str(report(host.find_file(folder, name)))
+        return {"ui": {"text": [text]}, "result": (text,)}
 
 
 class Memory:

@@ -22,7 +22,7 @@ from wan_core.settings import (
 from wan_core.types import Conditioning
 
 from . import host, sockets
-from .encoding import text_encoder_at_work
+from .conditioning import text_encoder_at_work
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from wan_core.checkpoints.download import DEFAULT_FOLDER
-from wan_core.folders import check_name
+from wan_core.files import check_name
+from wan_core.loading.download import DEFAULT_FOLDER
 
 from . import host
 

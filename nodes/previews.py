@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from wan_core.atomic import replacing
+from wan_core.model import load_preview_decoder
 from wan_core.models.preview_decoder import PreviewDecoder
-from wan_core.prepare import load_preview_decoder
 from wan_core.runtime import log
 
 MILLISECONDS_PER_FRAME = 250

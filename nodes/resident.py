@@ -5,8 +5,8 @@ import weakref
 import torch
 from torch import nn
 
-from wan_core.memory.pieces import weight_bytes
-from wan_core.memory.residency import Residency
+from wan_core.offload.blocks import weight_bytes
+from wan_core.offload.weights import Residency
 
 
 class ResidentModel:

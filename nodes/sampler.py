@@ -1,5 +1,9 @@
-"""The sampler: model and conditioning to latents, and latents that it kept."""
+"""The sampler, and what is cleaned up once everything a workflow makes is saved."""
 
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_core.budget.room import limited, size_held
+from wan_core.model import VideoModel
 from wan_core.models.vae import denormalise, normalise
-from wan_core.prepare import VideoModel
+from wan_core.planning.encoders import limited, size_held
 from wan_core.runtime import log
-from wan_core.sampling.checkpoint import Checkpoint, find_latents, load_latents, save_latents
-from wan_core.sampling.loop import sample_state
-from wan_core.sampling.state import RunState, manifest
+from wan_core.sampling.checkpoint import Checkpoint, RunState, find_latents, load_latents, manifest, save_latents
+from wan_core.sampling.run import sample_state
 from wan_core.settings import (
     CFG_MODES,
     MAX_SEED,
@@ -30,7 +33,74 @@ from wan_core.settings import (
 )
 from wan_core.types import Conditioning, LatentSize, VideoSize
 
-from . import finishing, host, places, sockets
+from . import host, places, sockets
+
+POLL = 0.25
+"""Seconds between two looks at ComfyUI's history."""
+
+Action = Callable[[], None]
+
+_waiting: list[Action] | None = None
+
+
+@contextmanager
+def workflow() -> Iterator[None]:
+    """Around a workflow that runs without ComfyUI. After an error nothing of what waits for its end is done."""
+    global _waiting
+    before, _waiting = _waiting, []
+    try:
+        yield
+        for action in _waiting:
+            action()
+    finally:
+        _waiting = before
+
+
+def when_saved(action: Action) -> None:
+    """Do `action` when what the running node makes is saved: in ComfyUI when the prompt has ended well or, after an
+    error, the next one that takes the node's result from the cache; at once where a node is called alone.
+    """
+    server, running = host.prompt_server(), host.executing()
+    if server is not None and running is not None:
+        threading.Thread(target=_after, args=(server, *running, action), daemon=True).start()
+    elif _waiting is not None:
+        _waiting.append(action)
+    else:
+        action()
+
+
+def _after(server: Any, prompt_id: str, node_id: str, action: Action) -> None:
+    """Do `action` when a prompt has ended well, this one or one after it; nothing once the result of `node_id`, which
+    this one made, has left ComfyUI's cache: the node then runs again, and asks again.
+    """
+    status = _ended(server, prompt_id)
+    while status is not None and not status["completed"]:
+        while server.last_prompt_id == prompt_id:
+            time.sleep(POLL)
+        prompt_id = server.last_prompt_id
+        status = _ended(server, prompt_id)
+        if status is None or node_id not in _from_cache(status):
+            return
+    if status is not None:
+        action()
+
+
+def _ended(server: Any, prompt_id: str) -> dict[str, Any] | None:
+    """How ComfyUI's history says that a prompt has ended, once it has; None where the history was cleared of it."""
+    running = True
+    while running:
+        time.sleep(POLL)
+        # Asked first: the next prompt begins after this one has got into the history.
+        running = server.last_prompt_id == prompt_id
+        for entry in server.prompt_queue.get_history(prompt_id=prompt_id).values():
+            return entry["status"]
+    return None
+
+
+def _from_cache(status: dict[str, Any]) -> set[str]:
+    """The nodes of a prompt whose results were in ComfyUI's cache when it began."""
+    return {node for event, data in status["messages"] if event == "execution_cached" for node in data["nodes"]}
+
 
 FOLDER = "wancore"
 """Below the output folder: latents that were kept, and unfinished runs."""
@@ -194,7 +264,7 @@ def _finished(
     if run.keep_latents:
         _keep(host.output_dir() / FOLDER, run.name, raw, record, checkpoint.resumed)
     if state.run and state.step == settings.total_steps:
-        finishing.when_saved(partial(checkpoint.remove, state.run))
+        when_saved(partial(checkpoint.remove, state.run))
     if extra_pnginfo is not None:
         extra_pnginfo.setdefault("wancore", []).append(record)
     return {"samples": raw, STATE: state} if settings.is_part else {"samples": raw}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from wan_core.fitting import ASPECTS, LENGTH_POLICIES
+from wan_core.media.fitting import ASPECTS, LENGTH_POLICIES
 
 MODEL = "WANCORE_MODEL"
 """`prepare.VideoModel`: a DiT whose weights rest on the host's offload device."""
@@ -25,7 +25,7 @@ REFERENCES = "WANCORE_REFERENCES"
 """A tuple of IMAGE batches, each of its own size; every image of them is a reference."""
 
 CAMERA_PATH = "WANCORE_CAMERA_PATH"
-"""`conditioning.camera_path.CameraPath`: the camera's pose in every frame, frozen."""
+"""`conditioning.camera.CameraPath`: the camera's pose in every frame, frozen."""
 
 VAE = "WANCORE_VAE"
 """`models.vae.WanVAE`."""

@@ -1,33 +1,131 @@
-"""Training in the graph. It runs in a process of its own, by the command that the shell has; the nodes start it, show
-it and wait for it.
-"""
+"""Training in the graph: a process of its own by the shell's command, followed by nodes, and what it leaves."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from wan_core import catalog, prepare
+from wan_core import catalog, model
+from wan_core.model import VideoModel
 from wan_core.runtime import log
 
 from ..trainer.config import TrainConfig
-from . import host, sockets
+from ..trainer.run.events import latest_steps
+from . import host, places, sockets
+from .camera import SpeedControl
 from .loaders import AUTO, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEncoderLoader, VAELoader
-from .speed import SpeedControl
-from .training_data import TrainingData
-from .training_flags import typed
-from .training_run import Run, chart, files_mark, load_settings, require_packages, samples
-from .training_widgets import (
+from .lora import LIMIT
+from .training_inputs import (
     RUNS,
+    TrainingData,
     check_widgets,
     defaults,
     image,
     run_folder,
     settings_of,
     true_or_message,
+    typed,
     widget,
 )
+from .training_run import Run, chart, files_mark, load_settings, require_packages, samples
+
+
+class LossPlot:
+    """The loss of a run."""
+
+    CATEGORY = "WanCore/training"
+    FUNCTION = "plot"
+    DESCRIPTION = "Draw the loss of a training run, also of one that is still going or that the shell has started."
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("loss_chart", "report")
+    OUTPUT_TOOLTIPS = ("The loss over the steps and by timestep.", "How far the run is.")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "run": sockets.line(
+                    "my_training", f"Name of a run below {RUNS} of the output folder, or a path in a folder of ComfyUI."
+                )
+            }
+        }
+
+    @classmethod
+    def events(cls, run: str) -> Path:
+        """The event file of a run.
+
+        Raises:
+            ValueError: there is none.
+        """
+        name = run.strip()
+        path = places.trained_folder(name) if Path(name).is_absolute() else run_folder(name)
+        if path is None:
+            raise ValueError(
+                f"{name!r} is not where a workflow may read; write the name of a run of the output folder."
+            )
+        if not (path / "events.jsonl").is_file():
+            raise ValueError(f"{path} holds no training run (there is no events.jsonl in it).")
+        return path / "events.jsonl"
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, run: str | None = None) -> bool | str:
+        return True if run is None else true_or_message(lambda: cls.events(run))
+
+    @classmethod
+    def IS_CHANGED(cls, run: str | None = None) -> str:
+        return files_mark([cls.events(run)]) if run else ""
+
+    def plot(self, run: str) -> tuple[Tensor, str]:
+        file = self.events(run)
+        try:
+            steps, picture = latest_steps(file), chart(file.parent)
+        except (AttributeError, KeyError, OverflowError, TypeError) as error:
+            raise ValueError(f"{file} is damaged: its events lack numbers that every run writes.") from error
+        told = f"{len(steps)} of {steps[-1]['total']} steps" if steps else "no steps yet"
+        return image([picture]), told
+
+
+class TrainedWeights:
+    """What a training gave, on a model."""
+
+    CATEGORY = "WanCore/training"
+    FUNCTION = "load"
+    DESCRIPTION = (
+        "Put what a training wrote on a model: a LoRA, a whole model, a VACE branch or a speed-control adapter. The "
+        "loaded model stays as it is."
+    )
+    RETURN_TYPES = (sockets.MODEL, "STRING")
+    RETURN_NAMES = ("model", "report")
+    OUTPUT_TOOLTIPS = (
+        "The model with the weights, for the sampler.",
+        "What was found in the file and what it changes.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": sockets.socket(sockets.MODEL, "The model that was trained, from the loader or Speed Control."),
+                "weights": sockets.line("", "From a training node, or a path below the output or the models folder."),
+                "strength": sockets.number(1.0, -LIMIT, LIMIT, "Factor on the change; 0 leaves it out.", step=0.05),
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, weights: str | None = None) -> bool | str:
+        return True if weights is None else true_or_message(lambda: places.trained_file(weights))
+
+    @classmethod
+    def IS_CHANGED(cls, weights: str | None = None, **_: Any) -> str:
+        return files_mark([places.trained_file(weights)]) if weights else ""
+
+    def load(self, model: VideoModel, weights: str, strength: float = 1.0) -> tuple[VideoModel, str]:
+        changed, told = model.with_lora(places.trained_file(weights), strength=strength)
+        log.info("%s", told.summary)
+        return changed, str(told)
+
 
 TINY = {"max_steps": 2, "sample_steps": 0, "validation_clips": 0, "mixed_precision": "no", "download": False}
 WHAT = ("The model to train", "The text encoder", "The VAE")
@@ -170,7 +268,7 @@ class Train:
         dit, text, vae = (loader().component(values[loader.INPUT], download) for loader in self.LOADERS)
         components = [dit, text, vae]
         if dit.config.has_image_input:
-            bundled = values["model"] in prepare.BUNDLED
+            bundled = values["model"] in model.BUNDLED
             name = values["image_encoder"]
             if name == AUTO:
                 name = catalog.TINY if bundled else catalog.IMAGE_ENCODER_SOURCE
@@ -180,8 +278,8 @@ class Train:
         # All files are here by now: the process of the run has no need of the network.
         paths = [[str(file.resolve()) for file in part.header.files] for part in components]
         found = {"model_paths": paths, "skip_download": True}
-        if not prepare.has_tokenizer(text):
-            tokenizer = prepare.find_files(
+        if not model.has_tokenizer(text):
+            tokenizer = model.find_files(
                 catalog.T2V_BASE, catalog.TOKENIZER_PATTERN, models_dir=host.models_dir(), skip_download=not download
             )
             found["tokenizer_path"] = str(tokenizer[0].parent)

@@ -14,14 +14,13 @@ from typing import Any
 from PIL import Image
 
 from wan_core.atomic import replacing
-from wan_core.folders import files_below
+from wan_core.files import files_below, read_json
 from wan_core.media import load_video
-from wan_core.reading import read_json
 from wan_core.runtime import log
 
-from ..trainer.chart import draw_chart
 from ..trainer.config import TrainConfig
-from ..trainer.events import latest_steps, read_events, validation_points
+from ..trainer.run.chart import draw_chart
+from ..trainer.run.events import latest_steps, read_events, validation_points
 from . import host
 from .launcher import Event, Launch, attend, pack_command
 

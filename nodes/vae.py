@@ -11,7 +11,7 @@ from wan_core.runtime import log
 from wan_core.types import SIZE_MULTIPLE, VAE_STRIDE, LatentSize, VideoSize
 
 from . import sockets
-from .encoding import Tiled, at_work, tile_settings
+from .conditioning import Tiled, at_work, tile_settings
 
 
 def _fitted(frames: Tensor) -> Tensor:

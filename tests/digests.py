@@ -47,33 +47,27 @@ from tests.reference import (
 from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
 from tests.trainer.models import config as train_config
 from wan_core import ModelConfig, WanVideoPipeline
-from wan_core.adapters.model import LAYOUT, Target, use_lora
 from wan_core.catalog import tiny_id
-from wan_core.checkpoints.detect import detect_files
-from wan_core.checkpoints.load import build
 from wan_core.decode import decode, encode
+from wan_core.loading.detect import detect_files
+from wan_core.loading.load import build
 from wan_core.lora.apply import applied, fuse
-from wan_core.memory.quant import big_linears
+from wan_core.lora.target import LAYOUT, Target, use_lora
+from wan_core.model import VideoModel
 from wan_core.models.config import PreviewDecoderConfig, VAEConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.preview_decoder import PreviewDecoder
 from wan_core.models.vae import WanVAE
-from wan_core.prepare import VideoModel
+from wan_core.offload.quant import big_linears
 from wan_core.runtime import Runtime
-from wan_core.sampling.loop import sample
-from wan_core.settings import (
-    EasyCacheSettings,
-    GuidanceSettings,
-    SamplerSettings,
-    TeaCacheSettings,
-    WindowSettings,
-)
+from wan_core.sampling.run import sample
+from wan_core.settings import EasyCacheSettings, GuidanceSettings, SamplerSettings, TeaCacheSettings, WindowSettings
 from wan_core.tiling import TileSettings
 from wan_core.types import Conditioning, LatentSize
 from wan_core.variants import match_variant
-from wancore.trainer.engine import build_optimizer
+from wancore.trainer.model.trainable import prepare
 from wancore.trainer.objective import Objective, weighted
-from wancore.trainer.trainable import prepare
+from wancore.trainer.run.engine import build_optimizer
 
 FILE = Path(__file__).parent / "data" / "digests.json"
 PACKAGES = ("torch", "numpy", "pillow", "peft")

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from wan_core import tiny
+from wan_core import bundled
 from wan_core.models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig
 from wan_core.models.dit import WanDiT
+from wan_core.models.embedders import MotionController
 from wan_core.models.image_encoder import ImageEncoder
-from wan_core.models.motion_controller import MotionController
 from wan_core.models.text_encoder import UMT5Encoder
 from wan_core.models.vae import WanVAE
 
@@ -58,7 +58,7 @@ def arguments(case: Case) -> dict[str, Any]:
 
 @cache
 def _drawn(key: str, shape: tuple[int, ...]) -> Tensor:
-    return tiny.draw(key, shape)
+    return bundled.draw(key, shape)
 
 
 def filled(cls: type[nn.Module], config: Any) -> nn.Module:
@@ -79,11 +79,11 @@ def tiny_motion_controller() -> MotionController:
 
 
 def tiny_vae() -> WanVAE:
-    return filled(WanVAE, tiny.VAE)
+    return filled(WanVAE, bundled.VAE)
 
 
 def tiny_text_encoder() -> UMT5Encoder:
-    return filled(UMT5Encoder, tiny.TEXT_ENCODER)
+    return filled(UMT5Encoder, bundled.TEXT_ENCODER)
 
 
 def tiny_image_encoder() -> ImageEncoder:

@@ -89,7 +89,7 @@ class Stage:
         self.folder = folder
         self.core: Any = importlib.import_module("wan_core")
         self.catalog = importlib.import_module("wan_core.catalog")
-        self.tiny = importlib.import_module("wan_core.tiny")
+        self.tiny = importlib.import_module("wan_core.bundled")
         self._lay_models()
 
     def run(self, script: Script) -> tuple[Any, list[Path]]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from wan_core import atomic
-from wan_core.atomic import (
+from wan_core.atomic import (  # fmt: skip
     abandon,
     clean,
     creating,
@@ -23,8 +23,8 @@ from wan_core.atomic import (
     numbered,
     partial_path,
     replacing,
-)  # fmt: skip
-from wan_core.checkpoints.write import write_safetensors
+)
+from wan_core.loading.tensor_files import write_safetensors
 
 ROOT = Path(__file__).parents[1]
 

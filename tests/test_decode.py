@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from tests.reference import relative_error, tiny_vae
-from wan_core import tiny
-from wan_core.budget.vae import WORKSPACE_BYTES, choose_tiles, peak_bytes, smallest_tiles
+from wan_core import bundled
 from wan_core.decode import AUTO, SMALLER_TILES, decode, decode_pieces, encode
 from wan_core.media import pixels_to_frames
-from wan_core.memory.count import LiveBytes
 from wan_core.models.vae import WanVAE
+from wan_core.planning.encoders import WORKSPACE_BYTES, choose_tiles, smallest_tiles, vae_peak_bytes
+from wan_core.planning.estimate import LiveBytes
 from wan_core.runtime import OutOfMemoryError, Runtime, free_bytes
-from wan_core.sampling.finite import NonFiniteError
+from wan_core.sampling.predictor import NonFiniteError
 from wan_core.tiling import TileSettings
 from wan_core.types import LatentSize
 
@@ -27,7 +27,7 @@ STRIPS = TileSettings(size=(32, 4), stride=(24, 4))
 
 
 def needs(tiles, what="decode"):
-    return peak_bytes(tiny.VAE, torch.float32, SIZE, tiles, what)
+    return vae_peak_bytes(bundled.VAE, torch.float32, SIZE, tiles, what)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_strips_are_blended_from_strips_passed_alone(vae, whole, what, caplog):
 
 def test_a_budget_holds_for_what_is_allocated(vae, whole):
     """On the CPU the gathered pixels count too: the sum of the tiles, and one tile's pixels and their weighted form."""
-    tiles = choose_tiles(tiny.VAE, torch.float32, SIZE, int((needs(STRIPS) + needs(None)) / 2))
+    tiles = choose_tiles(bundled.VAE, torch.float32, SIZE, int((needs(STRIPS) + needs(None)) / 2))
     budget = needs(tiles)
     one_tile = 2 * whole["decode"].nbytes * tiles.size[0] * tiles.size[1] // (SIZE.height * SIZE.width)
     gathered = whole["decode"].nbytes + one_tile
@@ -110,7 +110,7 @@ class Recorder(WanVAE):
 
     def __init__(self):
         with torch.device("meta"):
-            super().__init__(tiny.VAE)
+            super().__init__(bundled.VAE)
         self.seen = []
 
     def decode_pieces(self, latents, tiles=None, on_chunk=None):
@@ -180,7 +180,7 @@ class Shrinking(WanVAE):
 
     def __init__(self, vae, frames):
         with torch.device("meta"):
-            super().__init__(tiny.VAE)
+            super().__init__(bundled.VAE)
         self.real, self.frames = vae, frames
 
     def decode_pieces(self, latents, tiles=None, on_chunk=None):

@@ -5,15 +5,14 @@ import torch
 
 from tests.reference import relative_error, tiny_dit, tiny_image_encoder, tiny_text_encoder, tiny_vae
 from wan_core import catalog
-from wan_core.checkpoints.detect import detect_files
-from wan_core.checkpoints.load import build
-from wan_core.conditioning.camera_path import CameraPath
-from wan_core.conditioning.encoders import LatentEncoder
-from wan_core.conditioning.image import fold_mask, image_conditioning
+from wan_core.conditioning.camera import CameraPath
+from wan_core.conditioning.image import LatentEncoder, fold_mask, image_conditioning
 from wan_core.conditioning.vace import vace_conditioning
+from wan_core.loading.detect import detect_files
+from wan_core.loading.load import build
 from wan_core.models.dit import Head
 from wan_core.runtime import Runtime
-from wan_core.sampling.loop import sample
+from wan_core.sampling.run import sample
 from wan_core.settings import GuidanceSettings, SamplerSettings, TeaCacheSettings
 from wan_core.tiling import TileSettings
 from wan_core.types import Conditioning, LatentSize, VideoSize

@@ -7,19 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from tests.reference import tiny_dit
-from wan_core.memory.pieces import blocks_of, weights_of
-from wan_core.memory.residency import Residency
-from wan_core.prepare import DiTSettings, VideoModel, inspect, load_dit
-from wan_core.rest import Rest
+from wan_core.model import DiTSettings, Rest, VideoModel, inspect, load_dit
+from wan_core.offload.blocks import blocks_of, weights_of
+from wan_core.offload.weights import Residency
 from wan_core.runtime import Runtime
-from wan_core.sampling.loop import sample
-from wan_core.settings import (
-    GuidanceSettings,
-    MemorySettings,
-    SamplerSettings,
-    TeaCacheSettings,
-    WindowSettings,
-)
+from wan_core.sampling.run import sample
+from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, TeaCacheSettings, WindowSettings
 from wan_core.types import Conditioning, Curve, LatentSize, VaceInput
 
 CPU = torch.device("cpu")

@@ -17,10 +17,10 @@ from tests.pictures import materialised
 from tests.reference import DITS, arguments, filled, load_case, relative_error, tiny_dit
 from wan_core import ModelConfig, WanVideoPipeline, load_video, save_video
 from wan_core.catalog import tiny_id
-from wan_core.checkpoints.download import DownloadError
+from wan_core.loading.download import DownloadError
+from wan_core.model import VideoModel
 from wan_core.models.config import ImageEncoderConfig
 from wan_core.models.image_encoder import ImageEncoder
-from wan_core.prepare import VideoModel
 from wan_core.variants import match_variant
 
 PATTERNS = ("diffusion_pytorch_model*.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth")

@@ -11,19 +11,19 @@ import pytest
 from PIL import Image
 
 from tests.lora.fixtures import trained_weights
+from tools import workflows
+from tools.graph import declared_inputs, is_widget
+from tools.training_workflows import VALIDATIONS
 from wan_core.media import probe
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
+from wancore.headless.plan import apply_tiny
 from wancore.headless.runner import run
 from wancore.headless.schema import schemas_of
-from wancore.headless.tiny import apply_tiny
 from wancore.headless.validate import validate
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS, host
 from wancore.nodes.places import OWNERS_FOLDERS
-from workflows import build, thumbnails
-from workflows.graph import declared_inputs, is_widget
-from workflows.training import VALIDATIONS
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "workflows"
@@ -36,7 +36,7 @@ def load(*parts: str) -> dict:
 
 
 def test_files_are_what_their_descriptions_say(tmp_path):
-    build.write(tmp_path)
+    workflows.write(tmp_path)
     built = {p.relative_to(tmp_path): p.read_text(encoding="utf-8") for p in tmp_path.rglob("*.json")}
     shipped = {p.relative_to(FOLDER): p.read_text(encoding="utf-8") for p in FOLDER.rglob("*.json")}
     assert built == shipped
@@ -72,7 +72,7 @@ def test_nodes_say_where_they_and_their_files_come_from(name):
     assert note["type"] == "MarkdownNote" and note["widgets_values"][0].startswith("## ")
     for node in nodes:
         ours = node["type"] in NODE_CLASS_MAPPINGS
-        expected = ("wancore", build.version()) if ours else ("comfy-core", "0.3.64")
+        expected = ("wancore", workflows.version()) if ours else ("comfy-core", "0.3.64")
         assert (node["properties"]["cnr_id"], node["properties"]["ver"]) == expected
         assert node["color"] != node["bgcolor"]
         links = node["properties"].get("models", [])
@@ -92,14 +92,14 @@ def test_nodes_say_where_they_and_their_files_come_from(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_has_a_picture(name):
     path = FOLDER / f"{name}.jpg"
-    assert path.is_file(), "run python -m workflows.build --thumbnails"
+    assert path.is_file(), "run python -m tools.workflows --thumbnails"
     assert path.stat().st_size < 40_000
     with Image.open(path) as picture:
-        assert (picture.format, picture.size) == ("JPEG", thumbnails.SIZE)
+        assert (picture.format, picture.size) == ("JPEG", workflows.SIZE)
 
 
 def test_the_picture_is_of_the_workflows_own_run(tmp_path):
-    thumbnails.thumbnail("speed_1.3b", tmp_path / "again.jpg")
+    workflows.thumbnail("speed_1.3b", tmp_path / "again.jpg")
     shown = [
         np.asarray(Image.open(folder), np.float32) for folder in (tmp_path / "again.jpg", FOLDER / "speed_1.3b.jpg")
     ]

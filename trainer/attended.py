@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import run
 from .config import TrainConfig, parse
 from .flags import ConfigError
+from .run import main as run
 
 PATIENCE = 600
 """Seconds that a run which is left alone has for its step and its save."""

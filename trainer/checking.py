@@ -8,12 +8,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from . import dataset, report
 from .config import TrainConfig, parse
-from .events import Events
-from .report import Row
-from .task import with_recorded_data
-from .video import Clip, MediaError, at_rate, read
+from .data import dataset, report
+from .data.clips import Clip, MediaError, at_rate, read
+from .data.report import Row
+from .run.events import Events
+from .run.output import with_recorded_data
 
 REPORT, CONTACT_SHEET, EVENTS = "report.txt", "contact_sheet.png", "events.jsonl"
 BAD_DATA = 2

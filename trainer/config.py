@@ -10,22 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from wan_core.atomic import replacing
-from wan_core.folders import is_nameable
+from wan_core.files import is_nameable
 from wan_core.types import SIZE_MULTIPLE, VideoSize
 
 from . import optimizers
+from .data.clips import INPUTS, SWITCHES
 from .flags import (
+    ACCEPTED,
+    ELSEWHERE,
     ConfigError,
     build_parser,
     check_fields,
     from_json,
+    meaning,
     option,
     parse_known,
     read_json,
     to_json,
 )
-from .inputs import INPUTS, SWITCHES
-from .reference import ACCEPTED, ELSEWHERE, meaning
 
 log = logging.getLogger("wancore")
 

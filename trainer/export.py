@@ -13,17 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from wan_core.adapters.files import DTYPES, LoraFormat, lora_metadata, write_lora
-from wan_core.adapters.model import Target, fit_to
-from wan_core.adapters.open import open_lora
 from wan_core.atomic import replacing, sync_folder
-from wan_core.checkpoints.detect import detect_files
-from wan_core.checkpoints.header import read_header
-from wan_core.checkpoints.write import write_safetensors
+from wan_core.loading.detect import detect_files
+from wan_core.loading.tensor_files import read_header, write_safetensors
+from wan_core.lora.convert import DTYPES, LoraFormat, lora_metadata, write_lora
+from wan_core.lora.target import Target, fit_to, open_lora
 from wan_core.lora.write import Merged
 
 from .config import TrainConfig
-from .trainable import Part, Trainables, lora_patches
+from .model.trainable import Part, Trainables, lora_patches
 
 log = logging.getLogger("wancore")
 

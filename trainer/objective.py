@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wan_core.sampling.schedule import NUM_TRAIN_TIMESTEPS, shifted_sigmas, training_weights
+from wan_core.sampling.solvers import NUM_TRAIN_TIMESTEPS, shifted_sigmas, training_weights
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Wan 2.1 video models, their sampling and their memory, without ComfyUI."""
 
-from .checkpoints.state_dict import load_state_dict
+from .loading.state_dict import load_state_dict
 from .media import VideoData, load_video, save_frames, save_video
 from .model_config import ModelConfig
 from .pipeline import WanVideoPipeline

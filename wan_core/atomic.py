@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
-from .folders import MAX_NAME_BYTES, is_special
+from .files import MAX_NAME_BYTES, is_special
 
 if sys.platform == "win32":
     import msvcrt

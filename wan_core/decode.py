@@ -8,10 +8,10 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from .budget.vae import What, choose_tiles, peak_bytes, pixel_stride, smallest_tiles
 from .models.vae import WanVAE, fill
+from .planning.encoders import What, choose_tiles, pixel_stride, smallest_tiles, vae_peak_bytes
 from .runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
-from .sampling.finite import check_latents, check_pixels
+from .sampling.predictor import check_latents, check_pixels
 from .tiling import TileSettings
 from .types import VAE_STRIDE, LatentSize, VideoSize
 
@@ -111,7 +111,7 @@ def _fitting(
     if budget is None and runtime.unbounded:
         return None
     plan = (vae.config, vae.dtype, size)
-    needed = peak_bytes(*plan, None, what, batch)
+    needed = vae_peak_bytes(*plan, None, what, batch)
     room = runtime.room(needed) if budget is None else budget
     if room is None or needed <= room:
         return None

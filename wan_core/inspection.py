@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from math import prod
 
 from . import catalog
-from .checkpoints.detect import Component, detect_all
-from .checkpoints.files import describe_files, resolve_model
-from .checkpoints.header import read_header
-from .checkpoints.load import check_fits
+from .loading.detect import Component, detect_all
+from .loading.load import check_fits
+from .loading.paths import describe_files, resolve_model
+from .loading.tensor_files import read_header
+from .model import PathLike, recommended_row
 from .models.config import DiTConfig, VAEConfig
-from .prepare import PathLike, recommended_row
 from .variants import Variant, match_variant
 
 KINDS = {

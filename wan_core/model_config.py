@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from . import catalog, prepare
-from .checkpoints.detect import Component, detect_all
-from .checkpoints.download import models_folder
-from .checkpoints.files import resolve_files
-from .checkpoints.header import read_header
-from .memory.formats import FP8_DTYPES
-from .rest import DISK, Rest
+from . import catalog
+from .loading.detect import Component, detect_all
+from .loading.download import models_folder
+from .loading.paths import resolve_files
+from .loading.tensor_files import read_header
+from .model import DISK, Rest, find_files, has_tokenizer
+from .offload.formats import FP8_DTYPES
 from .runtime import usable_device
 
 log = logging.getLogger("wancore")
@@ -90,7 +90,7 @@ class ModelConfig:
                 f"model_id={self.model_id!r}, origin_file_pattern={self.origin_file_pattern!r}."
             )
         _check_path("local_model_path", self.local_model_path)
-        return prepare.find_files(
+        return find_files(
             self.model_id,
             self.origin_file_pattern,
             models_dir=models_folder(self.local_model_path),
@@ -255,7 +255,7 @@ def tokenizer_folder(component: Component, config: ModelConfig | None, defaults:
         if not isinstance(config.path, (str, Path)):
             raise ValueError(f"tokenizer_config.path must be one folder; got {config.path!r}.")
         return Path(config.path)
-    if config.model_id == TOKENIZER_CONFIG.model_id and prepare.has_tokenizer(component):
+    if config.model_id == TOKENIZER_CONFIG.model_id and has_tokenizer(component):
         return None
     files = config.filled_from(defaults).files()
     return files[0] if files[0].is_dir() else files[0].parent

@@ -12,23 +12,22 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .budget.room import IMAGE_ENCODER_BYTES, encoder_at_work, limited, size_held
-from .budget.text import peak_bytes as text_bytes
-from .conditioning.camera_path import CameraPath
-from .conditioning.encoders import Fit, LatentEncoder
+from .call_arguments import cache_of_call, checked, settings_of_call, strength, tiles_of_call, windows_of_call
+from .conditioning.camera import CameraPath
+from .conditioning.image import Fit, LatentEncoder
 from .conditioning.inputs import VideoInputs, condition
 from .conditioning.pose_rows import DEFAULT_ORIGIN
 from .conditioning.text import Prompt, as_prompts, text_conditioning
 from .decode import AUTO, Tiles, decode, decode_pieces, encode
-from .fitting import Pictures, as_frames
-from .loading import LoadedModels, load_models
 from .media import pixels_to_images
-from .memory.residency import Residency, on_device
+from .media.fitting import Pictures, as_frames
 from .model_config import TOKENIZER_CONFIG, ModelConfig, compute_dtype
-from .parts import PipelineParts
+from .offload.weights import Residency, on_device
+from .pipeline_models import LoadedModels, PipelineParts, load_models
+from .planning.encoders import IMAGE_ENCODER_BYTES, encoder_at_work, limited, size_held
+from .planning.encoders import text_peak_bytes as text_bytes
 from .runtime import Runtime, default_device, usable_device
-from .sampling.call import cache_of_call, checked, settings_of_call, strength, tiles_of_call, windows_of_call
-from .sampling.loop import sample
+from .sampling.run import sample
 from .settings import MemorySettings, SamplerSettings, check_choice
 from .types import Conditioning, Curve, VideoSize
 from .variants import check
@@ -209,7 +208,7 @@ class WanVideoPipeline(PipelineParts):
                 decoded (for `save_video`), `floatpoint` or `tensor` for pixels (B, 3, T, H, W) in [-1, 1], `latent`
                 for normalised latents (B, 16, F, h, w).
             inpaint_video, inpaint_mask: a video of which the parts where the mask is white are drawn anew (Fun InP).
-            camera_path: any path (`conditioning.camera_path`) in place of a camera move.
+            camera_path: any path (`conditioning.camera`) in place of a camera move.
             fit: how pictures and clips are brought to the size of the video. By default the authors' rule for each:
                 stretched for the Fun control and camera models, cropped for the others; a short clip is held.
             solver: see `SamplerSettings`.

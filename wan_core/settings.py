@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
-from .folders import check_name
+from .files import check_name
 
 SOLVER_NAMES = ("euler", "unipc", "dpm++", "lcm")
 CFG_MODES = ("sequential", "interleaved", "batched")

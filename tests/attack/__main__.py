@@ -11,7 +11,7 @@ import pack
 
 pack.register()
 
-from . import FAULTS, Trial  # noqa: E402
+from tests.attack import FAULTS, Trial  # noqa: E402
 
 KINDS: dict[str, int] = {
     "calls": 400,

@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tests.attack import Trial
 from wan_core import ModelConfig, WanVideoPipeline, load_state_dict, save_video
 from wan_core.catalog import TINY
-
-from . import Trial
 
 PATTERNS = ("diffusion_pytorch_model*.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth")
 CALL = {

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import Trial
+from tests.attack import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS, PATIENCE = 20, 300

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import Trial
-from .processes import files, partial_files, scratch
-from .work import Bench, bench, results
+from tests.attack import Trial
+from tests.attack.processes import files, partial_files, scratch
+from tests.attack.work import Bench, bench, results
 
 ROOM = 2**11
 """Bytes that fit on the full disk, for each file: less than any result, more than what a quiet command says."""

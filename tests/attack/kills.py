@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import Trial
-from .processes import files, partial_files, scratch
-from .work import Bench, bench, results
+from tests.attack import Trial
+from tests.attack.processes import files, partial_files, scratch
+from tests.attack.work import Bench, bench, results
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
 ORDER = ("sample", "convert", "extract", "sample", "train")

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests.attack import Trial
 from wan_core.media import MediaError, load_video, probe, save_video
 from wancore.headless.video import VideoFromFile
-from wancore.trainer import video as trainer
-
-from . import Trial
+from wancore.trainer.data import clips as trainer
 
 LIMIT_SECONDS = 20
 ALLOWED_MB = 200

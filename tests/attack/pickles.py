@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 
-from tests.checkpoints import inventories as inv
-from tests.checkpoints.test_pickles import HOSTILE, archive, call, state, text
-
-from . import Trial
-from .child import Child
-from .mutations import pickle_mutations
+from tests.attack import Trial
+from tests.attack.child import Child
+from tests.attack.mutations import pickle_mutations
+from tests.loading import inventories as inv
+from tests.loading.test_pickles import HOSTILE, archive, call, state, text
 
 JOBS = ("info", "load", "map", "lora", "convert", "convert lora", "state", "latents", "caches")
 KINDS = ("dit_t2v", "vae", "umt5", "clip")

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from tests.checkpoints import inventories as inv
-
-from . import Trial
-from .child import Child
-from .mutations import safetensors_mutations
+from tests.attack import Trial
+from tests.attack.child import Child
+from tests.attack.mutations import safetensors_mutations
+from tests.loading import inventories as inv
 
 MODELS = ("info", "load", "map", "convert", "state")
 KINDS = {

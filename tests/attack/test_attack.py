@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 
-from . import FAULTS
-from .__main__ import KINDS
+from tests.attack import FAULTS
+from tests.attack.__main__ import KINDS
 
 QUICK = 12
 """Trials of a kind here."""

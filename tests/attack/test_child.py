@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from . import child as child_module
-from .child import Child
+from tests.attack import child as child_module
+from tests.attack.child import Child
 
 
 def _fails(path):

@@ -18,15 +18,14 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file, save_file
 
+from tests.attack import Trial
 from tests.trainer import material
 from wancore.trainer import checking
-from wancore.trainer import run as running
-from wancore.trainer.chart import draw_chart
-from wancore.trainer.events import latest_steps, read_events
-from wancore.trainer.state import digest
-from wancore.trainer.task import RECORD
-
-from . import Trial
+from wancore.trainer.run import main as running
+from wancore.trainer.run.chart import draw_chart
+from wancore.trainer.run.events import latest_steps, read_events
+from wancore.trainer.run.output import RECORD
+from wancore.trainer.run.state import digest
 
 LIMIT = 60
 """Seconds after which a trial hangs; the longest that ends takes a few."""

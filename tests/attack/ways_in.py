@@ -8,17 +8,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from wan_core.adapters.files import LoraFormat, convert
-from wan_core.adapters.model import report_alone
-from wan_core.adapters.open import open_lora
-from wan_core.checkpoints.detect import detect_files
-from wan_core.checkpoints.load import build
-from wan_core.checkpoints.save import save_plain
-from wan_core.conditioning.text_cache import DiskStore
+from wan_core.conditioning.text import DiskStore
 from wan_core.inspection import report
+from wan_core.loading.detect import detect_files
+from wan_core.loading.load import build
+from wan_core.loading.save import save_plain
+from wan_core.lora.convert import LoraFormat, convert
+from wan_core.lora.target import open_lora, report_alone
 from wan_core.sampling.checkpoint import load_latents
-from wancore.trainer.cache import LatentCache
-from wancore.trainer.state import OPTIMIZER, WEIGHTS, read_parts
+from wancore.trainer.data.cache import LatentCache
+from wancore.trainer.run.state import OPTIMIZER, WEIGHTS, read_parts
 
 
 def _info(path: Path) -> str:

@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.attack.processes import ROOT, Nursery, files, scratch
 from tests.trainer import material
-from wan_core import tiny
+from wan_core import bundled
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
-from wancore.headless.tiny import apply_tiny
+from wancore.headless.plan import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS
-
-from .processes import ROOT, Nursery, files, scratch
 
 Words = Sequence[object]
 
@@ -76,7 +75,7 @@ def results(job: Job, out: Path) -> dict[str, bytes]:
 
 def prepare(folder: Path) -> dict[str, Job]:
     """The jobs by name, with their inputs in `folder`."""
-    models = tiny.write_model(ROOT / "models", "WanCore/tiny")
+    models = bundled.write_model(ROOT / "models", "WanCore/tiny")
     base = models / "diffusion_pytorch_model.safetensors"
     tuned = folder / "tuned.safetensors"
     changed = {
@@ -97,7 +96,7 @@ def prepare(folder: Path) -> dict[str, Job]:
             lambda out: ("lora", tuned, "--base", base, "--extract", "--rank", 4, "--out", out / "lora.safetensors"),
             bool,
         ),
-        "train": Job("trainer.run", lambda out: training(folder, out), is_trained),
+        "train": Job("trainer.run.main.main", lambda out: training(folder, out), is_trained),
     }
 
 

@@ -22,24 +22,22 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tests.attack import Trial
+from tests.attack.hostile import FLAGS, NAMED, VALUES, structural
+from tests.attack.watch import StartedError, Watch
 from tests.lora.fixtures import trained_weights
 from wan_core import catalog
 from wan_core.sampling.checkpoint import save_latents
 from wancore.headless.core_nodes import core_nodes
-from wancore.headless.events import NodeError
 from wancore.headless.folders import Folders
-from wancore.headless.runner import run
+from wancore.headless.plan import apply_tiny
+from wancore.headless.runner import NodeError, run
 from wancore.headless.schema import NodeSchema, schemas_of
-from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS, host
 from wancore.nodes.sockets import LINKED
-from wancore.nodes.training_data import TrainingData
-from wancore.trainer.synthetic import write_dataset
-
-from . import Trial
-from .hostile import FLAGS, NAMED, VALUES, structural
-from .watch import StartedError, Watch
+from wancore.nodes.training_inputs import TrainingData
+from wancore.trainer.data.synthetic import write_dataset
 
 SECONDS = 90
 MEMORY = 1 << 30

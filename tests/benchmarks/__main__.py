@@ -9,7 +9,7 @@ import pack
 
 pack.register()
 
-from . import report  # noqa: E402
+from tests.benchmarks import report  # noqa: E402
 
 MODES = ("cpu", "meta", "gpu")
 

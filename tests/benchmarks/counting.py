@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from wan_core.memory.count import LiveBytes
-from wan_core.models import elementwise, vae_blocks
+from wan_core.models import ops, vae_blocks
+from wan_core.planning.estimate import LiveBytes
 
 aten = torch.ops.aten
 FREE = {aten.detach, aten._unsafe_view, aten.lift_fresh, aten.set_, aten.alias, aten.empty, aten.empty_like}
@@ -104,8 +104,8 @@ class _FusedKernels(TorchFunctionMode):
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Let our norms take the way that they take on CUDA devices."""
-    name = elementwise.has_fused_rms_norm.__name__
-    with mock.patch.object(elementwise, name, lambda _: True), mock.patch.object(vae_blocks, name, lambda _: True):
+    name = ops.has_fused_rms_norm.__name__
+    with mock.patch.object(ops, name, lambda _: True), mock.patch.object(vae_blocks, name, lambda _: True):
         yield
 
 

@@ -23,14 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pack
-from wan_core import tiny
+from tests.benchmarks.peers import Job
+from tests.benchmarks.report import Row
+from wan_core import bundled
 from wan_core.models.config import DiTConfig, TextEncoderConfig, VAEConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.text_encoder import UMT5Encoder
 from wan_core.models.vae import WanVAE
-
-from .peers import Job
-from .report import Row
 
 log = logging.getLogger("wancore")
 
@@ -90,8 +89,8 @@ class Case:
         if not self.call:
             return asdict(self.models[0][2])
         with tempfile.TemporaryDirectory() as folder:
-            tiny.write_tokenizer(Path(folder) / tiny.TOKENIZER_FILE)
-            tokenizer = (Path(folder) / tiny.TOKENIZER_FILE).read_text(encoding="utf-8")
+            bundled.write_tokenizer(Path(folder) / bundled.TOKENIZER_FILE)
+            tokenizer = (Path(folder) / bundled.TOKENIZER_FILE).read_text(encoding="utf-8")
         configs = {prefix.rstrip("."): asdict(config) for prefix, _, config in self.models}
         return {**configs, "call": self.call, "tokenizer": tokenizer}
 
@@ -105,7 +104,7 @@ class Case:
             for prefix, cls, config in self.models:
                 with torch.device("meta"):
                     module = cls(config)
-                drawn |= {prefix + name: tensor for name, tensor in tiny.state_dict(module).items()}
+                drawn |= {prefix + name: tensor for name, tensor in bundled.state_dict(module).items()}
             save_file(drawn, weights)
         save_file(self.inputs, folder / "inputs.safetensors")
         return Job(self.kind, self.config, dtype, str(weights), str(folder / "inputs.safetensors"))
@@ -134,7 +133,7 @@ def _text_inputs(config: TextEncoderConfig, tokens: int) -> dict[str, Tensor]:
 def cases(quick: bool) -> list[Case]:
     """What is measured: real widths and a few layers, or with `quick` small models and one repetition."""
     if quick:
-        dit, vae, text = replace(tiny.DIT, num_layers=2), tiny.VAE, replace(tiny.TEXT_ENCODER, num_layers=1)
+        dit, vae, text = replace(bundled.DIT, num_layers=2), bundled.VAE, replace(bundled.TEXT_ENCODER, num_layers=1)
         latent, film, pixels = (2, 16, 16), (2, 8, 8), (5, 64, 64)
     else:
         dit, vae = DiTConfig(num_layers=2), VAEConfig()
@@ -173,7 +172,9 @@ def _run(quick: bool) -> Case:
         "tiled": False,
     }
     models = (
-        ("dit.", WanDiT, tiny.DIT), ("vae.", WanVAE, tiny.VAE), ("text_encoder.", UMT5Encoder, tiny.TEXT_ENCODER),
+        ("dit.", WanDiT, bundled.DIT),
+        ("vae.", WanVAE, bundled.VAE),
+        ("text_encoder.", UMT5Encoder, bundled.TEXT_ENCODER),
     )  # fmt: skip
     name = f"tiny model, prompt to frames, {side}x{side}x{frames}, {steps} steps"
     return Case(

@@ -18,21 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from wan_core.budget.dit import pass_flops
-from wan_core.budget.room import limited
-from wan_core.memory.device import GIB
-from wan_core.memory.quant import quantise, supports_fp8_matmul, use_fp8_matmul
-from wan_core.models.attention import FastestAttention, load_backend
-from wan_core.models.config import DiTConfig
-from wan_core.models.vae import WanVAE
-from wan_core.prepare import DiTSettings, VideoModel, inspect, load_dit
-from wan_core.rest import Rest
-from wan_core.runtime import Runtime
-from wan_core.settings import MemorySettings, SamplerSettings, TeaCacheSettings
-from wan_core.variants import match_variant
-
-from . import diffusers_models as peers
-from .bench import (
+from tests.benchmarks import diffusers_models as peers
+from tests.benchmarks.bench import (
     TINY,
     TRUE,
     Device,
@@ -46,7 +33,18 @@ from .bench import (
     sampled,
     unavailable,
 )
-from .report import Row
+from tests.benchmarks.report import Row
+from wan_core.model import DiTSettings, Rest, VideoModel, inspect, load_dit
+from wan_core.models.attention import FastestAttention, load_backend
+from wan_core.models.config import DiTConfig
+from wan_core.models.vae import WanVAE
+from wan_core.offload.blocks import GIB
+from wan_core.offload.quant import quantise, supports_fp8_matmul, use_fp8_matmul
+from wan_core.planning.encoders import limited
+from wan_core.planning.estimate import pass_flops
+from wan_core.runtime import Runtime
+from wan_core.settings import MemorySettings, SamplerSettings, TeaCacheSettings
+from wan_core.variants import match_variant
 
 log = logging.getLogger("wancore")
 NOTES = (
@@ -299,7 +297,7 @@ def diffsynth(bench: Bench) -> Iterator[Row]:
 def training(bench: Bench) -> Iterator[Row]:
     """Steps of training, each way to save memory beside what the trainer said it would take."""
     # It brings the trainer, which nothing else here needs.
-    from .training import training_rows
+    from tests.benchmarks.training import training_rows
 
     bench.device.clear()
     for found in training_rows(bench.device.torch, bench.quick):

@@ -21,18 +21,17 @@ import pack
 pack.register()
 
 from wan_core import catalog  # noqa: E402
-from wan_core.budget.parts import Part, published_dit  # noqa: E402
-from wan_core.budget.run import RunPlan, dit_inventory, plan_run  # noqa: E402
-from wan_core.budget.whole import Given, made_up  # noqa: E402
-from wan_core.memory.block_stream import PlainCopies  # noqa: E402
-from wan_core.memory.count import LiveBytes  # noqa: E402
-from wan_core.memory.device import GIB  # noqa: E402
-from wan_core.memory.pieces import weights_of  # noqa: E402
-from wan_core.memory.plan import Placement  # noqa: E402
-from wan_core.memory.residency import Residency  # noqa: E402
 from wan_core.models.dit import WanDiT  # noqa: E402
+from wan_core.offload.blocks import GIB, weights_of  # noqa: E402
+from wan_core.offload.placement import Placement  # noqa: E402
+from wan_core.offload.streaming import PlainCopies  # noqa: E402
+from wan_core.offload.weights import Residency  # noqa: E402
+from wan_core.planning.estimate import LiveBytes  # noqa: E402
+from wan_core.planning.job import Given, made_up  # noqa: E402
+from wan_core.planning.parts import Part, published_dit  # noqa: E402
+from wan_core.planning.run import RunPlan, dit_inventory, plan_run  # noqa: E402
 from wan_core.runtime import Runtime  # noqa: E402
-from wan_core.sampling.loop import sample  # noqa: E402
+from wan_core.sampling.run import sample  # noqa: E402
 from wan_core.settings import MemorySettings, SamplerSettings  # noqa: E402
 from wan_core.types import Conditioning, VideoSize, tensors_in  # noqa: E402
 

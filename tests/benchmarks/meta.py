@@ -7,21 +7,20 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from tests.benchmarks import diffusers_models as peers
+from tests.benchmarks import memory_table
+from tests.benchmarks.counting import Work, counted
+from tests.benchmarks.report import Row
 from wan_core.catalog import find_row, published_config
-from wan_core.memory.pieces import weights_of
-from wan_core.memory.plan import Placement
-from wan_core.memory.residency import Residency
 from wan_core.models.config import DiTConfig, VAEConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.vae import WanVAE
+from wan_core.offload.blocks import weights_of
+from wan_core.offload.placement import Placement
+from wan_core.offload.weights import Residency
 from wan_core.runtime import Runtime
-from wan_core.sampling.loop import sample
+from wan_core.sampling.run import sample
 from wan_core.types import Conditioning, LatentSize, VideoSize
-
-from . import diffusers_models as peers
-from . import memory_table
-from .counting import Work, counted
-from .report import Row
 
 META = torch.device("meta")
 DITS = {size: published_config(find_row(f"Wan-AI/Wan2.1-T2V-{size}")) for size in ("1.3B", "14B")}

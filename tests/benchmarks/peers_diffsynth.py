@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 
-from .peers import Job, Work, filled, training_step
+from tests.benchmarks.peers import Job, Work, filled, training_step
 
 # DiffSynth-Studio imports torchvision, whose published wheels need CUDA for their operators. Nothing of Wan calls them;
 # the import only asks for the two that it describes.

@@ -6,7 +6,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from transformers import UMT5Config, UMT5EncoderModel
 
-from .peers import Job, Work, filled, training_step
+from tests.benchmarks.peers import Job, Work, filled, training_step
 
 
 def _dit(job: Job) -> WanTransformer3DModel:

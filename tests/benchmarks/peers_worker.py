@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors.torch import save_file
 
-from .peers import Job
+from tests.benchmarks.peers import Job
 
 
 def resident() -> dict[str, int]:

@@ -1,6 +1,6 @@
 """What a step of LoRA training takes at the true shapes: seconds, and memory of the card, with each way to save memory.
 
-Weights are random and so are samples; nothing is read or downloaded. The steps are those of `trainer.loop`.
+Weights are random and so are samples; nothing is read or downloaded. The steps are those of `trainer.run.main.loop`.
 """
 
 import sys
@@ -19,25 +19,23 @@ import pack
 
 pack.register()
 
-from wan_core import catalog, tiny  # noqa: E402
-from wan_core.memory.device import GIB  # noqa: E402
-from wan_core.memory.quant import quantise  # noqa: E402
+from tests.benchmarks.bench import random_dit  # noqa: E402
+from wan_core import bundled, catalog  # noqa: E402
+from wan_core.model import VideoModel  # noqa: E402
 from wan_core.models.config import DiTConfig  # noqa: E402
-from wan_core.prepare import VideoModel  # noqa: E402
+from wan_core.offload.blocks import GIB  # noqa: E402
+from wan_core.offload.quant import quantise  # noqa: E402
 from wan_core.runtime import OutOfMemoryError  # noqa: E402
 from wan_core.types import Conditioning, VideoSize  # noqa: E402
 from wan_core.variants import match_variant  # noqa: E402
-from wancore.trainer import engine, run  # noqa: E402
-from wancore.trainer.conditions import Encoded  # noqa: E402
 from wancore.trainer.config import TrainConfig  # noqa: E402
-from wancore.trainer.estimate import estimate  # noqa: E402
-from wancore.trainer.events import Events  # noqa: E402
-from wancore.trainer.loop import Loop  # noqa: E402
-from wancore.trainer.plan import Plan  # noqa: E402
-from wancore.trainer.stopping import StopRequest  # noqa: E402
-from wancore.trainer.trainable import prepare  # noqa: E402
-
-from .bench import random_dit  # noqa: E402
+from wancore.trainer.data.conditions import Encoded  # noqa: E402
+from wancore.trainer.model.trainable import prepare  # noqa: E402
+from wancore.trainer.run import engine  # noqa: E402
+from wancore.trainer.run.events import Events  # noqa: E402
+from wancore.trainer.run.loop import Loop, StopRequest  # noqa: E402
+from wancore.trainer.run.main import _objective  # noqa: E402
+from wancore.trainer.run.plan import Plan, estimate  # noqa: E402
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "checkpointing": {},
@@ -79,7 +77,7 @@ def training_rows(device: torch.device | str, quick: bool) -> list[dict[str, Any
 
 
 def _rows(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
-    config = tiny.DITS["t2v"] if quick else catalog.published_config(catalog.find_row("Wan-AI/Wan2.1-T2V-1.3B"))
+    config = bundled.DITS["t2v"] if quick else catalog.published_config(catalog.find_row("Wan-AI/Wan2.1-T2V-1.3B"))
     sizes = [VideoSize(32, 32, 5)] if quick else [VideoSize(832, 480, 49), VideoSize(832, 480, 81)]
     for size in sizes:
         for option, flags in OPTIONS.items():
@@ -127,7 +125,7 @@ def _measured(config: DiTConfig, size: VideoSize, settings: TrainConfig, acceler
     idle = SimpleNamespace(after_step=lambda *_, **__: None, saved=0)
     examples = SimpleNamespace(get=lambda position, epoch: replace(sample, position=position))
     loop = Loop(
-        settings, trained, examples, Plan(settings, lambda epoch: [0] * settings.max_steps), run._objective(settings),
+        settings, trained, examples, Plan(settings, lambda epoch: [0] * settings.max_steps), _objective(settings),
         idle, idle, clock, StopRequest(Path(settings.output_path) / "stop"),
     )  # fmt: skip
     told: dict[str, Any] = {"seconds": None, "peak_gib": None, "estimated_gib": expected.device / GIB}

@@ -7,8 +7,7 @@ import torch
 from PIL import ImageColor
 
 from tests.reference import load_case, tiny_dit
-from wan_core.conditioning.camera import camera_conditioning, camera_embedding, plucker_rays
-from wan_core.conditioning.camera_path import MOVES, CameraPath
+from wan_core.conditioning.camera import MOVES, CameraPath, camera_conditioning, camera_embedding, plucker_rays
 from wan_core.conditioning.camera_picture import END, START, trajectory_picture
 from wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
 from wan_core.media import frames_to_tensor

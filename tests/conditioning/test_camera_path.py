@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from wan_core.conditioning.camera_path import DEFAULT_SPEED, MODES, MOVES, CameraPath
+from wan_core.conditioning.camera import DEFAULT_SPEED, MODES, MOVES, CameraPath
 from wan_core.conditioning.pose_rows import DEFAULT_ORIGIN, origin_from_text
 
 S = DEFAULT_SPEED

@@ -8,14 +8,22 @@ import torch.nn.functional as F
 from PIL import Image
 
 from tests.reference import DITS, relative_error, tiny_image_encoder, tiny_vae
-from wan_core import catalog, fitting
-from wan_core.conditioning.control import control_conditioning, reference_conditioning
-from wan_core.conditioning.encoders import Fit, LatentEncoder, image_tokens
-from wan_core.conditioning.image import first_frame_conditioning, fold_mask, image_conditioning
+from wan_core import catalog
+from wan_core.conditioning.image import (
+    Fit,
+    LatentEncoder,
+    control_conditioning,
+    first_frame_conditioning,
+    fold_mask,
+    image_conditioning,
+    image_tokens,
+    reference_conditioning,
+)
+from wan_core.conditioning.inputs import speed_conditioning
 from wan_core.conditioning.slots import assemble_concat, first_frame, fit
-from wan_core.conditioning.speed import speed_conditioning
 from wan_core.conditioning.vace import fold_mask as fold_vace_mask
 from wan_core.conditioning.vace import vace_conditioning
+from wan_core.media import fitting
 from wan_core.types import Conditioning, VideoSize
 from wan_core.variants import VARIANTS, check, match_variant
 

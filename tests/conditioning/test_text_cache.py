@@ -9,14 +9,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.reference import tiny_text_encoder
-from wan_core import ModelConfig, WanVideoPipeline, catalog, prepare, tiny
-from wan_core.checkpoints.tokenizer import Tokenizer
-from wan_core.conditioning import text_cache
-from wan_core.conditioning.text import TextEncoder, text_conditioning
-from wan_core.conditioning.text_cache import MemoryStore, TextCache, fingerprint
+from wan_core import ModelConfig, WanVideoPipeline, bundled, catalog, model
+from wan_core.conditioning import text
+from wan_core.conditioning.text import MemoryStore, TextCache, TextEncoder, Tokenizer, fingerprint, text_conditioning
 from wancore.nodes import host
+from wancore.nodes.conditioning import TextEncode
 from wancore.nodes.options import WindowPrompts
-from wancore.nodes.text_encode import TextEncode
 
 PROMPTS = ["a dog is running", "", "a cat sees the river and the mountain in the snow", "a dog"]
 FILE = catalog.TEXT_ENCODER_PATTERN
@@ -25,7 +23,7 @@ FILE = catalog.TEXT_ENCODER_PATTERN
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    tiny.write_model(root, catalog.TINY)
+    bundled.write_model(root, catalog.TINY)
     return root
 
 
@@ -191,22 +189,22 @@ def test_a_fingerprint_goes_by_content(tmp_path, suffix):
     assert fingerprint([changed]) != first
     assert fingerprint([file], "fp8") != first
     assert fingerprint([file, copy]) != first
-    read = text_cache._file_digest.cache_info().misses
+    read = text._file_digest.cache_info().misses
     fingerprint([file])
-    assert text_cache._file_digest.cache_info().misses == read
+    assert text._file_digest.cache_info().misses == read
     write({**weights, "b": weights["b"] + 2}, file)
     assert fingerprint([file]) != first
 
 
 def test_a_sparse_change_in_a_large_checkpoint_is_seen(tmp_path, monkeypatch):
     """A PyTorch checkpoint's directory holds checksums, so that a change between the samples is seen too."""
-    monkeypatch.setattr(text_cache, "SAMPLES", 2)
+    monkeypatch.setattr(text, "SAMPLES", 2)
     file, changed = tmp_path / "file.pth", tmp_path / "changed.pth"
     weights = {"a": torch.zeros(2**20), "b": torch.zeros(2**20)}
     torch.save(weights, file)
     weights["a"][2**19] = 1
     torch.save(weights, changed)
-    monkeypatch.setattr(text_cache, "DIRECTORY_BYTES", 2**12)
+    monkeypatch.setattr(text, "DIRECTORY_BYTES", 2**12)
     assert fingerprint([file]) != fingerprint([changed])
 
 
@@ -221,9 +219,9 @@ def load(models):
 
 
 def test_loaded_encoders_know_their_weights(models):
-    component = prepare.inspect(models / catalog.TINY / FILE, "text_encoder")
+    component = model.inspect(models / catalog.TINY / FILE, "text_encoder")
     first, again, other = (
-        prepare.load_text_encoder(component, None, dtype, "cpu").cache.fingerprint
+        model.load_text_encoder(component, None, dtype, "cpu").cache.fingerprint
         for dtype in (torch.float32, torch.float32, torch.bfloat16)
     )
     assert first == again != other

@@ -15,7 +15,7 @@ from tests.programs import PATIENCE, wait_for
 from wan_core.runtime import Cancelled
 from wancore.headless import client
 from wancore.headless.client import run_on_server
-from wancore.headless.events import NodeError
+from wancore.headless.runner import NodeError
 from wancore.headless.server import RefusedError, Server, ServerUnreachableError
 from wancore.headless.validate import ValidationError
 

@@ -12,9 +12,9 @@ from tests.lora.fixtures import WRITERS, factors, linear_paths
 from tests.reference import tiny_dit
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
+from wancore.headless.plan import apply_tiny
 from wancore.headless.runner import run
 from wancore.headless.server import Server
-from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS, host
 

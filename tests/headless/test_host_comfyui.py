@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from tests.lora.fixtures import trained_weights
 from tests.programs import PATIENCE, wait_for
-from wan_core import catalog, tiny
+from wan_core import bundled, catalog
 from wan_core.models.config import DiTConfig, VAEConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.vae import WanVAE
@@ -25,8 +25,8 @@ from wan_core.runtime import Cancelled
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
+from wancore.headless.plan import apply_tiny
 from wancore.headless.server import Server
-from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
@@ -54,13 +54,13 @@ def placed(comfy_server, tmp_path_factory) -> Path:
     """ComfyUI's models folder with the bundled checkpoints as files in its own folders."""
     models, source = comfy_server.base / "models", tmp_path_factory.mktemp("tiny")
     for row in catalog.TINY_ROWS:
-        folder = tiny.write_model(source, row.model_id)
+        folder = bundled.write_model(source, row.model_id)
         _put(folder / catalog.DIT_FILE, models / "diffusion_models" / _file_of(row.model_id))
     shared = source / catalog.TINY
     for folder, name in FILES.values():
         _put(shared / name, models / folder / Path(name).name)
     tokenizer = models / "text_encoders" / catalog.TOKENIZER_PATTERN
-    _put(shared / catalog.TOKENIZER_PATTERN / tiny.TOKENIZER_FILE, tokenizer / tiny.TOKENIZER_FILE)
+    _put(shared / catalog.TOKENIZER_PATTERN / bundled.TOKENIZER_FILE, tokenizer / bundled.TOKENIZER_FILE)
     trained_weights(comfy_server.base / "output")
     return models
 
@@ -227,7 +227,7 @@ def living_after(prompt: dict, server: Server, folders: Folders) -> dict[str, in
 def _weights(module_class, config, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         module = module_class(config)
-    return {name: tensor.to(dtype) for name, tensor in tiny.state_dict(module).items()}
+    return {name: tensor.to(dtype) for name, tensor in bundled.state_dict(module).items()}
 
 
 @pytest.fixture(scope="module")

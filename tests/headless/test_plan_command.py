@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.programs import PATIENCE
-from wan_core import catalog, tiny
+from wan_core import bundled, catalog
 from wancore.headless.cli import main
 from wancore.nodes import host
 
@@ -86,7 +86,7 @@ def test_fit_says_what_it_changed(capsys, tmp_path):
 
 
 def test_options_and_files_on_this_machine_count(capsys, tmp_path, models):
-    tiny.write_model(models, catalog.TINY)
+    bundled.write_model(models, catalog.TINY)
     (models / "diffusion_models").mkdir()
     (models / catalog.TINY / catalog.DIT_FILE).rename(models / "diffusion_models" / "mine.safetensors")
     prompt = json.loads((ROOT / "workflows" / "api" / "t2v.json").read_text(encoding="utf-8"))

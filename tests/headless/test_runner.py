@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from wan_core.runtime import Cancelled
-from wancore.headless.events import NodeError
-from wancore.headless.runner import run
+from wancore.headless.runner import NodeError, run
 from wancore.headless.validate import ValidationError
 
 

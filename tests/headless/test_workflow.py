@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from wancore.headless.plan import apply_tiny
 from wancore.headless.schema import schemas_of
-from wancore.headless.tiny import apply_tiny
 from wancore.headless.workflow import Link, Workflow, WorkflowError, apply_sets
 
 PROMPT = {

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.reference import tiny_dit
-from wan_core.memory.plan import place
-from wan_core.memory.residency import Residency
+from wan_core.offload.placement import place
+from wan_core.offload.weights import Residency
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """`down` (r, in) and `up` (out, r) by module path."""

@@ -11,14 +11,13 @@ from torch import nn
 from tests.lora.fixtures import WRITERS, factors, linear_paths, streaming
 from tests.lora.test_dialects import inputs, merged_output, output, with_loras
 from tests.reference import relative_error, tiny_dit, tiny_motion_controller
-from wan_core.adapters.model import LAYOUT, Target, report, use_lora
-from wan_core.adapters.open import open_lora
 from wan_core.lora.apply import _same_device, applied
 from wan_core.lora.bind import BlockStrengths
-from wan_core.memory.quant import big_linears, quantise
+from wan_core.lora.target import LAYOUT, Target, open_lora, report, use_lora
+from wan_core.offload.quant import big_linears, quantise
 from wan_core.runtime import Runtime
-from wan_core.sampling.loop import sample, sample_state
-from wan_core.sampling.state import RunState
+from wan_core.sampling.checkpoint import RunState
+from wan_core.sampling.run import sample, sample_state
 from wan_core.settings import GuidanceSettings, SamplerSettings
 from wan_core.types import Conditioning, Curve, LatentSize
 
@@ -393,7 +392,7 @@ def test_reading_again_is_not_needed_for_another_strength(loras, monkeypatch):
     dit, (made, path) = tiny_dit("t2v"), loras["first"]
     lora = open_lora(path)
     path_gone = Target.of_modules("tiny", [dit])
-    monkeypatch.setattr("wan_core.adapters.model.open_lora", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr("wan_core.lora.target.open_lora", lambda _: pytest.fail("read again"))
     for strength in (1.0, 0.5):
         expected = merged_output(tiny_dit("t2v"), {p: (a, b * strength) for p, (a, b) in made.items()})
         assert relative_error(with_loras(dit, use_lora(lora, path_gone, strength=strength)), expected) < 1e-6

@@ -8,10 +8,9 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
-from wan_core.adapters.model import report_alone
-from wan_core.adapters.open import open_lora
 from wan_core.lora.patches import LowRank
 from wan_core.lora.read import ADAPTER_METADATA, AdapterConfig
+from wan_core.lora.target import open_lora, report_alone
 
 PATH = "diffusion_model.blocks.0.self_attn.q"
 FACTORS = {f"{PATH}.lora_A.weight": torch.ones(2, 8), f"{PATH}.lora_B.weight": torch.ones(8, 2)}

@@ -10,10 +10,9 @@ from torch import nn
 
 from tests.lora.fixtures import DEFAULT, RANK, WRITERS, factors, joined, linear_paths, pairs, streaming
 from tests.reference import relative_error, tiny_dit, tiny_motion_controller
-from wan_core.adapters.model import LAYOUT, Target, report, report_alone, use_lora
-from wan_core.adapters.open import open_lora
 from wan_core.lora.apply import applied
-from wan_core.memory.residency import on_device
+from wan_core.lora.target import LAYOUT, Target, open_lora, report, report_alone, use_lora
+from wan_core.offload.weights import on_device
 from wan_core.types import Conditioning
 
 TOLERANCE = 1e-6

@@ -14,13 +14,10 @@ from tests.lora.fixtures import RANK, WRITERS, factors, linear_paths
 from tests.lora.test_dialects import merged_output, output, used, with_loras
 from tests.programs import PATIENCE
 from tests.reference import relative_error, tiny_dit
-from wan_core.adapters.files import LoraFormat, convert, extract_lora
-from wan_core.adapters.model import Target, report_alone, use_lora
-from wan_core.adapters.open import open_lora
 from wan_core.atomic import numbered, partial_path
-from wan_core.checkpoints.dialects import DIALECTS
-from wan_core.checkpoints.diffusers_names import diffusers_name
-from wan_core.checkpoints.keymap import rename
+from wan_core.loading.names import DIALECTS, diffusers_name, rename
+from wan_core.lora.convert import LoraFormat, convert, extract_lora
+from wan_core.lora.target import Target, open_lora, report_alone, use_lora
 from wancore.headless.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +54,7 @@ def test_a_small_lora_on_a_large_model(tmp_path):
 
 
 def test_an_image_lora_on_a_text_model(tmp_path):
-    from wan_core.adapters.model import report
+    from wan_core.lora.target import report
 
     path = lora_file(tmp_path, sized(256, 4, *(f"blocks.{i}.cross_attn.k_img" for i in range(4))))
     t2v = Target.of_modules("tiny", [tiny_dit("t2v")])
@@ -123,7 +120,7 @@ def test_files_that_are_no_files(tmp_path):
 
 
 def test_peft_without_its_configuration_says_so(tmp_path):
-    from wan_core.adapters.model import report
+    from wan_core.lora.target import report
 
     made = factors(tiny_dit("t2v"), ["blocks.0.ffn.0"])
     path = lora_file(tmp_path, WRITERS["PEFT"](made))

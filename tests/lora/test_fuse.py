@@ -5,13 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.reference import relative_error, tiny_dit
-from wan_core.adapters.files import fuse
-from wan_core.adapters.model import Target, report, report_alone, use_lora
-from wan_core.adapters.open import open_lora
-from wan_core.checkpoints.detect import detect_files
-from wan_core.checkpoints.load import build
-from wan_core.checkpoints.save import save_fp8
+from wan_core.loading.detect import detect_files
+from wan_core.loading.load import build
+from wan_core.loading.save import save_fp8
 from wan_core.lora.bind import BlockStrengths
+from wan_core.lora.convert import fuse
+from wan_core.lora.target import Target, open_lora, report, report_alone, use_lora
 from wancore.headless.cli import main
 
 LAYERS = ("blocks.0.ffn.0", "blocks.3.self_attn.q")

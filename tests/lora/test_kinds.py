@@ -12,10 +12,10 @@ from torch import nn
 from tests.lora.fixtures import RANK, WRITERS, factors, linear_paths
 from tests.lora.test_dialects import inputs, output, used, with_loras
 from tests.reference import relative_error, tiny_dit
-from wan_core.adapters.files import LoraFormat, convert
-from wan_core.adapters.model import LAYOUT, Target, use_lora
 from wan_core.lora.apply import applied
+from wan_core.lora.convert import LoraFormat, convert
 from wan_core.lora.patches import Hadamard, Kronecker, LowRank
+from wan_core.lora.target import LAYOUT, Target, use_lora
 
 EXACT = LoraFormat(dtype="fp32")
 TARGETS = r".*blocks\.\d+\.(self_attn|cross_attn)\.[qkvo]|.*blocks\.\d+\.ffn\.[02]"

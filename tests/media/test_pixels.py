@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from wan_core import media
-from wan_core.fitting import as_frames, as_masks, as_references
+from wan_core.media.fitting import as_frames, as_masks, as_references
 from wan_core.media.pixels import white_level
 
 RAMP = np.linspace(0, 1, 48).reshape(1, 6, 8, 1)

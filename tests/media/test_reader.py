@@ -19,7 +19,7 @@ from tests.trainer.material import number_of, numbered, write_video
 from wan_core import media
 from wan_core.media import MediaError, load_video, probe
 from wancore.headless.video import VideoFromFile
-from wancore.trainer import video as trainer
+from wancore.trainer.data import clips as trainer
 
 RED, GREEN, BLUE, GREY = (220, 20, 20), (20, 200, 20), (20, 20, 220), (120, 120, 120)
 QUARTERS = np.zeros((32, 64, 3), np.uint8)

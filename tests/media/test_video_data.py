@@ -6,8 +6,8 @@ from PIL import Image
 
 from tests.trainer.material import number_of, numbered, write_video
 from wan_core import VideoData, load_video
-from wan_core.fitting import as_frames
 from wan_core.media import MediaError, save_frames
+from wan_core.media.fitting import as_frames
 
 COUNT = 12
 

@@ -11,13 +11,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.reference import relative_error, tiny_dit
 from tests.sampling.variants import conditioning
-from wan_core.memory.quant import quantise
-from wan_core.models import chains
-from wan_core.models.chains import STEPS, compiled, load_chains
+from wan_core.model import DiTSettings, VideoModel, inspect, load_dit
+from wan_core.models import fused as chains
 from wan_core.models.dit import WanDiT
-from wan_core.prepare import DiTSettings, VideoModel, inspect, load_dit
+from wan_core.models.fused import STEPS, compiled, load_chains
+from wan_core.offload.quant import quantise
 from wan_core.runtime import Runtime
-from wan_core.sampling.loop import sample
+from wan_core.sampling.run import sample
 from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings
 from wan_core.types import Conditioning, LatentSize
 from wan_core.variants import match_variant
@@ -128,7 +128,7 @@ def test_a_machine_that_cannot_compile_says_so_before_weights_are_read(checkpoin
         raise RuntimeError("no working C++ compiler\nand more")
 
     monkeypatch.setattr(chains, "compiled", broken)
-    monkeypatch.setattr("wan_core.rest.Rest.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("wan_core.model.Rest.load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=r"no working C\+\+ compiler\. It needs .* turn torch_compile off"):
         load_dit(checkpoint, DiTSettings(dtype=torch.float32, torch_compile=True), "cpu")
 

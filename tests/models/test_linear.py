@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wan_core.models import linear as module
-from wan_core.models.linear import Linear, linear, onednn_has
+from wan_core.models import ops as module
+from wan_core.models.ops import Linear, linear, onednn_has
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.reference import filled, load_case
-from wan_core.checkpoints.header import CheckpointError
+from wan_core.loading.tensor_files import CheckpointError
+from wan_core.model import load_preview_decoder
 from wan_core.models.config import PreviewDecoderConfig
 from wan_core.models.preview_decoder import PreviewDecoder
-from wan_core.prepare import load_preview_decoder
 
 SMALL = PreviewDecoderConfig(widths=(8, 6, 4, 4))
 PUBLISHED = "WANCORE_TAEHV"

@@ -6,24 +6,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.checkpoints.inventories import header
+from tests.loading.inventories import header
 from tests.reference import filled, relative_error
-from wan_core import tiny
-from wan_core.budget.vae import peak_bytes, pixel_stride
-from wan_core.checkpoints.detect import detect
-from wan_core.checkpoints.header import CheckpointError
-from wan_core.checkpoints.load import inspect
+from wan_core import bundled
 from wan_core.decode import AUTO, decode
 from wan_core.inspection import report
+from wan_core.loading.detect import detect
+from wan_core.loading.load import inspect
+from wan_core.loading.tensor_files import CheckpointError
+from wan_core.model import load_vae
 from wan_core.models.vae import WanVAE, denormalise
-from wan_core.prepare import load_vae
+from wan_core.planning.encoders import pixel_stride, vae_peak_bytes
 from wan_core.runtime import Runtime
 from wan_core.tiling import TileSettings
 from wan_core.types import LatentSize
 from wancore.nodes.vae import VAEDecode
 
 LATENTS = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
-LARGE = dataclasses.replace(tiny.VAE, upscale=2)
+LARGE = dataclasses.replace(bundled.VAE, upscale=2)
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 HEAD = "decoder.head.2."
 
@@ -49,7 +49,7 @@ def expected(weights):
     for row in range(2):
         for column in range(2):
             part = {k: t[2 * row + column :: 4] if k.startswith(HEAD) else t for k, t in weights.items()}
-            plain = WanVAE(tiny.VAE)
+            plain = WanVAE(bundled.VAE)
             plain.load_state_dict(part)
             out[..., row::2, column::2] = decode(plain, LATENTS, None, RUNTIME)
     return out
@@ -80,7 +80,7 @@ def test_it_encodes_as_any_other(vae):
 
 def test_plans_know_its_size(vae, caplog):
     size = LatentSize(2, 60, 104)
-    more = peak_bytes(LARGE, torch.float32, size) - peak_bytes(tiny.VAE, torch.float32, size)
+    more = vae_peak_bytes(LARGE, torch.float32, size) - vae_peak_bytes(bundled.VAE, torch.float32, size)
     assert more > 9 * torch.float32.itemsize * 480 * 832
     assert [pixel_stride(LARGE, what) for what in ("encode", "decode")] == [8, 16]
     decode(
@@ -88,7 +88,7 @@ def test_plans_know_its_size(vae, caplog):
         LATENTS.repeat(1, 1, 1, 8, 8),
         AUTO,
         RUNTIME,
-        budget=peak_bytes(LARGE, torch.float32, LatentSize(2, 24, 48)),
+        budget=vae_peak_bytes(LARGE, torch.float32, LatentSize(2, 24, 48)),
     )
     assert "To decode 768x512 at once takes" in caplog.text
 

@@ -29,7 +29,7 @@ sys.path.append(ROOT)
 import pack  # noqa: E402
 
 pack.register()
-from wan_core import tiny  # noqa: E402
+from wan_core import bundled  # noqa: E402
 from wan_core.conditioning.slots import fit  # noqa: E402
 from wan_core.conditioning.text import TextEncoder  # noqa: E402
 from wan_core.conditioning.vace import chained  # noqa: E402
@@ -70,7 +70,7 @@ def embeddings(words: int = 20) -> Tensor:
 def filled(module_class, config):
     with torch.device("meta"):
         module = module_class(config)
-    module.load_state_dict(tiny.state_dict(module), assign=True)
+    module.load_state_dict(bundled.state_dict(module), assign=True)
     return module.requires_grad_(False).eval()
 
 
@@ -211,7 +211,7 @@ def native_nodes() -> dict[str, float]:
 
 
 def vae() -> dict[str, float]:
-    mine = filled(WanVAE, tiny.VAE)
+    mine = filled(WanVAE, bundled.VAE)
     theirs = comfy.ldm.wan.vae.WanVAE(
         dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]
     )
@@ -227,7 +227,7 @@ def vae() -> dict[str, float]:
 
 def umt5() -> dict[str, float]:
     """Their embeddings of tokens with weights of ours, by way of a checkpoint in their layout."""
-    c: TextEncoderConfig = tiny.TEXT_ENCODER
+    c: TextEncoderConfig = bundled.TEXT_ENCODER
     theirs = comfy.sd1_clip.SDClipModel(
         device="cpu", layer="last", dtype=torch.float32, special_tokens={"end": 1, "pad": 0},
         model_class=comfy.text_encoders.t5.T5, enable_attention_masks=True, zero_out_masked=True,
@@ -255,8 +255,8 @@ def umt5() -> dict[str, float]:
     missing, unexpected = theirs.transformer.load_state_dict(renamed, strict=False)
     assert not unexpected and {name.partition(".")[0] for name in missing} <= {"encoder"}, (missing, unexpected)
     with tempfile.TemporaryDirectory() as folder:
-        tiny.write_tokenizer(Path(folder) / tiny.TOKENIZER_FILE)
-        from wan_core.checkpoints.tokenizer import Tokenizer
+        bundled.write_tokenizer(Path(folder) / bundled.TOKENIZER_FILE)
+        from wan_core.conditioning.text import Tokenizer
 
         encoder = TextEncoder(mine, Tokenizer.from_folder(folder))
     prompt = "a dog is running over the green field"

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wan_core.conditioning.camera import camera_embedding
-from wan_core.conditioning.camera_path import CameraPath
+from wan_core.conditioning.camera import CameraPath, camera_embedding
 from wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
 from wan_core.types import Conditioning, VideoSize
 from wancore.nodes import NODE_CLASS_MAPPINGS, host, places

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.lora.fixtures import WRITERS, factors, linear_paths
 from tests.nodes.running import outputs as run
 from tests.reference import relative_error
-from wan_core import catalog, tiny
+from wan_core import bundled, catalog
 from wan_core.types import Curve
 from wancore.nodes import NODE_CLASS_MAPPINGS, host
 from wancore.nodes.lora import strength_curve
@@ -162,4 +162,4 @@ def test_a_changed_file_changes_the_fingerprint(models):
 def test_the_handle_is_frozen(loaded):
     with pytest.raises(dataclasses.FrozenInstanceError):
         loaded[0].loras = ()
-    assert tiny.DIT.num_layers == 4
+    assert bundled.DIT.num_layers == 4

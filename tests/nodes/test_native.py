@@ -12,7 +12,7 @@ import torch
 from tests.comfyui import comfyui
 from tests.programs import PATIENCE
 from tests.reference import tiny_dit, tiny_vae
-from wan_core.checkpoints.header import CheckpointError
+from wan_core.loading.tensor_files import CheckpointError
 from wan_core.models.vae import denormalise
 from wan_core.types import Conditioning, Curve, VaceInput, VideoSize, tensors_in
 from wancore.nodes import NODE_CLASS_MAPPINGS

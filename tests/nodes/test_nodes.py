@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from tests.nodes.running import outputs
 from tests.reference import arguments, load_case, relative_error
-from wan_core import catalog, tiny
+from wan_core import bundled, catalog
 from wan_core.models.vae import normalise
 from wan_core.types import Conditioning
 from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, host
@@ -20,7 +20,7 @@ NODES = NODE_CLASS_MAPPINGS
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    tiny.write_model(root, catalog.TINY)
+    bundled.write_model(root, catalog.TINY)
     return root
 
 
@@ -160,7 +160,7 @@ def lora(path: Path) -> None:
 
 
 def wan22(path: Path) -> None:
-    weights = tiny.state_dict(tiny.WanDiT(tiny.DIT))
+    weights = bundled.state_dict(bundled.WanDiT(bundled.DIT))
     save_file({**weights, "patch_embedding.weight": torch.zeros(256, 36, 1, 2, 2)}, path)
 
 
@@ -178,7 +178,7 @@ def copy_of(name: str):
 
 
 WRONG = {
-    "vae.safetensors": (lambda path: save_file(tiny.state_dict(tiny.WanVAE(tiny.VAE)), path), "is a Wan VAE"),
+    "vae.safetensors": (lambda path: save_file(bundled.state_dict(bundled.WanVAE(bundled.VAE)), path), "is a Wan VAE"),
     "t5.pth": (copy_of(catalog.TEXT_ENCODER_PATTERN), "is a UMT5 text encoder"),
     "lora.safetensors": (lora, "LoRA"),
     "wan22.safetensors": (wan22, "Wan 2.2"),

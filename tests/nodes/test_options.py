@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from tests.disks import full_disk
 from tests.nodes.running import outputs
-from wan_core import catalog, tiny
+from wan_core import bundled, catalog
 from wan_core.media import probe
 from wan_core.models.config import PreviewDecoderConfig
 from wan_core.models.preview_decoder import PreviewDecoder
 from wan_core.sampling.checkpoint import load_latents
-from wan_core.sampling.previewer import Previewer
+from wan_core.sampling.preview import Previewer
 from wan_core.settings import (
     EasyCacheSettings,
     GuidanceSettings,
@@ -27,7 +27,7 @@ from wan_core.settings import (
     TeaCacheSettings,
     WindowSettings,
 )
-from wancore.nodes import NODE_CLASS_MAPPINGS, finishing, host
+from wancore.nodes import NODE_CLASS_MAPPINGS, host, sampler
 from wancore.nodes.sampler import STATE
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ NODES = NODE_CLASS_MAPPINGS
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    tiny.write_model(root, catalog.TINY)
+    bundled.write_model(root, catalog.TINY)
     return root
 
 
@@ -187,7 +187,7 @@ def test_latents_are_kept_with_what_made_them(loaded, tmp_path):
 
 def test_a_run_cut_off_after_its_last_step_goes_on_there(loaded, models, tmp_path):
     run_settings, folder = RunSettings(checkpoint_every=3), tmp_path / "out" / "wancore"
-    with pytest.raises(ZeroDivisionError), finishing.workflow():
+    with pytest.raises(ZeroDivisionError), sampler.workflow():
         first = sampled(loaded, run=run_settings)
         raise ZeroDivisionError("while decoding")
     assert sorted(path.suffix for path in folder.iterdir()) == [".latent", ".safetensors"]
@@ -195,7 +195,7 @@ def test_a_run_cut_off_after_its_last_step_goes_on_there(loaded, models, tmp_pat
     host.configure(
         device="cpu", models_dir=models, output_dir=tmp_path / "out", on_progress=lambda phase, *_: seen.append(phase)
     )
-    with finishing.workflow():
+    with sampler.workflow():
         again = sampled(loaded, run=run_settings)
         assert len(list(folder.iterdir())) == 2
     assert "Sampling" not in seen and torch.equal(again["samples"], first["samples"])

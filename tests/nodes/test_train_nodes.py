@@ -18,12 +18,12 @@ from tests.programs import wait_for
 from tests.trainer.runs import ROOT, environment
 from wan_core import catalog
 from wan_core.runtime import Cancelled
-from wancore.nodes import NODE_CLASS_MAPPINGS, host, training_flags, training_run
+from wancore.nodes import NODE_CLASS_MAPPINGS, host, training_inputs, training_run
 from wancore.nodes.launcher import ChildError, pack_command
+from wancore.nodes.training_inputs import defaults
 from wancore.nodes.training_run import Display, step_line
-from wancore.nodes.training_widgets import defaults
 from wancore.trainer.config import TrainConfig
-from wancore.trainer.synthetic import write_dataset
+from wancore.trainer.data.synthetic import write_dataset
 
 NODES = NODE_CLASS_MAPPINGS
 SMALL = {"width": 32, "height": 32, "num_frames": 5, "fps": 0.0}
@@ -293,11 +293,11 @@ def test_widgets_are_those_of_the_trainer():
 
 def test_each_flag_of_the_trainer_is_the_graphs_or_says_what_to_do_instead():
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert fields > training_flags.ALLOWED
-    assert fields - training_flags.ALLOWED <= training_flags.INSTEAD.keys()
-    for name in fields - training_flags.ALLOWED:
+    assert fields > training_inputs.ALLOWED
+    assert fields - training_inputs.ALLOWED <= training_inputs.INSTEAD.keys()
+    for name in fields - training_inputs.ALLOWED:
         with pytest.raises(ValueError, match=f"flags: --{name} is for the command line; "):
-            training_flags.typed(f"--{name}" if name in ("skip_download", "confined") else f"--{name} 1")
+            training_inputs.typed(f"--{name}" if name in ("skip_download", "confined") else f"--{name} 1")
 
 
 def test_what_lies_in_the_folder_of_a_run_is_not_imported(tmp_path):

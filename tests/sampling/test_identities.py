@@ -15,8 +15,8 @@ from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion
 from wan_core.models.dit import WanDiT
 from wan_core.runtime import Cancelled, OutOfMemoryError, Runtime
 from wan_core.sampling.checkpoint import Checkpoint
-from wan_core.sampling.finite import NonFiniteError
-from wan_core.sampling.loop import sample, sample_state
+from wan_core.sampling.predictor import NonFiniteError
+from wan_core.sampling.run import sample, sample_state
 from wan_core.settings import (
     CFG_MODES,
     EasyCacheSettings,

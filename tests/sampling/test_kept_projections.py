@@ -5,21 +5,19 @@ import torch
 from safetensors.torch import save_file
 
 from tests.reference import DITS
-from wan_core.budget.dit import kept_bytes
-from wan_core.budget.run import WORTH_KEEPING, kept_share, plan_run
-from wan_core.memory.count import LiveBytes
-from wan_core.memory.device import GIB
+from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
+from wan_core.model import VideoModel
 from wan_core.models.config import DiTConfig
 from wan_core.models.dit import WanDiT
-from wan_core.prepare import VideoModel
+from wan_core.offload.blocks import GIB
+from wan_core.planning.estimate import LiveBytes, kept_bytes
+from wan_core.planning.run import WORTH_KEEPING, kept_share, plan_run
 from wan_core.runtime import Runtime
-from wan_core.sampling.loop import sample
-from wan_core.sampling.state import digest_run
+from wan_core.sampling.checkpoint import digest_run
+from wan_core.sampling.run import sample
 from wan_core.settings import CFG_MODES, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, LatentSize, VideoSize, tensors_in
 from wan_core.variants import match_variant
-
-from .variants import SMALL, conditioning, small_dit, small_motion_controller
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 RUNTIME = Runtime(device=CPU, dtype=torch.float32)

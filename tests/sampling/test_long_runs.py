@@ -15,12 +15,11 @@ from tests.sampling import interrupted
 from tests.sampling.variants import conditioning
 from wan_core.decode import decode
 from wan_core.models import kernels
-from wan_core.models.linear import onednn_has
+from wan_core.models.ops import onednn_has
 from wan_core.runtime import Cancelled, OutOfMemoryError, Pace, Runtime
-from wan_core.sampling.checkpoint import Checkpoint, load_latents, save_latents
-from wan_core.sampling.finite import NonFiniteError
-from wan_core.sampling.loop import sample, sample_state
-from wan_core.sampling.state import RunState, digest_run, manifest
+from wan_core.sampling.checkpoint import Checkpoint, RunState, digest_run, load_latents, manifest, save_latents
+from wan_core.sampling.predictor import NonFiniteError
+from wan_core.sampling.run import sample, sample_state
 from wan_core.settings import GuidanceSettings, SamplerSettings
 from wan_core.tiling import TileSettings
 from wan_core.types import Curve, LatentSize, VideoSize

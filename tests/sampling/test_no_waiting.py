@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 from tests.reference import DITS, tiny_dit
 from wan_core.models.config import MotionControllerConfig
 from wan_core.models.dit import WanDiT
-from wan_core.models.motion_controller import MotionController
+from wan_core.models.embedders import MotionController
 from wan_core.runtime import Runtime
-from wan_core.sampling import compose, loop
-from wan_core.sampling.teacache import SkipPlan
+from wan_core.sampling import compose
+from wan_core.sampling import run as loop
+from wan_core.sampling.step_cache import SkipPlan
 from wan_core.settings import GuidanceSettings, SamplerSettings, TeaCacheSettings, WindowSettings
 from wan_core.types import Conditioning, LatentSize, VaceInput
 

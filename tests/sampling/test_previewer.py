@@ -6,9 +6,8 @@ import torch
 from tests.reference import filled
 from wan_core.models.config import PreviewDecoderConfig
 from wan_core.models.preview_decoder import PreviewDecoder
-from wan_core.sampling import previewer
-from wan_core.sampling.preview import to_images
-from wan_core.sampling.previewer import CONTEXT, SHARE, Previewer
+from wan_core.sampling import preview
+from wan_core.sampling.preview import CONTEXT, SHARE, Previewer, to_images
 
 CPU = torch.device("cpu")
 LATENTS = torch.randn(2, 16, 7, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -41,7 +40,7 @@ def test_previews_rest_until_they_are_a_small_part_of_the_time(decoder, monkeypa
         clock[0] += 2
         return torch.zeros(1, 3, 8, 8)
 
-    monkeypatch.setattr(previewer.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(preview.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(PreviewDecoder, "forward", decode)
     pictures, shown = Previewer(decoder, CPU), []
     start = clock[0]

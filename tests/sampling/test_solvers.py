@@ -8,8 +8,8 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from tests.reference import relative_error
 from wan_core.runtime import Runtime
+from wan_core.sampling.run import denoise
 from wan_core.sampling.solvers import SOLVERS, Euler, build_solver
-from wan_core.sampling.steps import denoise
 from wan_core.settings import SOLVER_NAMES, SamplerSettings
 from wan_core.types import Conditioning
 

@@ -13,10 +13,8 @@ from wan_core.conditioning.text import TextEncoder, text_conditioning
 from wan_core.models.dit import WanDiT
 from wan_core.models.vae import WanVAE
 from wan_core.runtime import Runtime
-from wan_core.sampling.chain import colour_corrected
-from wan_core.sampling.loop import sample
-from wan_core.sampling.report import window_reports
-from wan_core.sampling.windows import Windowed, window_of
+from wan_core.sampling.run import sample
+from wan_core.sampling.windows import Windowed, colour_corrected, window_of, window_reports
 from wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
 from wan_core.tiling import Span, plan_spans
 from wan_core.types import Conditioning, LatentSize, StepInfo, VideoSize, tensors_in
@@ -28,11 +26,11 @@ SIZE = LatentSize(7, 4, 6)
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> TextEncoder:
-    from wan_core import tiny
-    from wan_core.checkpoints.tokenizer import Tokenizer
+    from wan_core import bundled
+    from wan_core.conditioning.text import Tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    tiny.write_tokenizer(folder / "tokenizer.json")
+    bundled.write_tokenizer(folder / "tokenizer.json")
     return TextEncoder(tiny_text_encoder(), Tokenizer.from_folder(folder))
 
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import torch
 
 from tests.reference import tiny_dit, tiny_motion_controller
-from wan_core.prepare import VideoModel
+from wan_core.model import VideoModel
 from wan_core.types import Conditioning, VaceInput
 from wan_core.variants import match_variant
 from wancore.trainer.config import TrainConfig
-from wancore.trainer.trainable import Trainables, prepare
+from wancore.trainer.model.trainable import Trainables, prepare
 
 SIZE = (2, 4, 4)
 

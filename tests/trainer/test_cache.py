@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.disks import full_disk
-from wancore.trainer import cache as cache_module
-from wancore.trainer.cache import LatentCache
+from wancore.trainer.data import cache as cache_module
+from wancore.trainer.data.cache import LatentCache
 
 
 def test_what_is_put_comes_back_bit_for_bit(tmp_path):

@@ -8,23 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.trainer import material
+from tests.trainer.material import INPUTS, model_names
 from wan_core import ModelConfig, WanVideoPipeline, load_video, pipeline
 from wan_core.catalog import IMAGE_ENCODER_PATTERN
-from wan_core.conditioning.encoders import LatentEncoder
-from wan_core.fitting import as_frames, fit_size
+from wan_core.conditioning.image import LatentEncoder
+from wan_core.media.fitting import as_frames, fit_size
 from wan_core.types import tensors_in
-from wancore.trainer.cache import LatentCache
-from wancore.trainer.conditions import Batch, Examples, collate
 from wancore.trainer.config import TrainConfig
-from wancore.trainer.dataset import load
-from wancore.trainer.encoders import Encoders
+from wancore.trainer.data.cache import Encoders, LatentCache
+from wancore.trainer.data.clips import BOTH, BOX, MASKS, SPAN, START, WHOLE, draw_mask, mask_kind
+from wancore.trainer.data.conditions import Batch, Examples, collate
+from wancore.trainer.data.dataset import load
+from wancore.trainer.data.report import check
 from wancore.trainer.flags import ConfigError
-from wancore.trainer.masks import BOTH, BOX, MASKS, SPAN, START, WHOLE, draw_mask, mask_kind
-from wancore.trainer.models import find
-from wancore.trainer.report import check
-
-from . import material
-from .material import INPUTS, model_names
+from wancore.trainer.model.load import find
 
 FIELDS = ("text", "clip", "concat", "reference", "camera", "vace", "motion_bucket")
 
@@ -365,7 +363,7 @@ REFUSED = {
 def test_models_that_cannot_use_the_inputs_are_refused_before_they_are_read(root, name, monkeypatch):
     variant, changes, message = REFUSED[name]
     config = material.config(root, variant, **changes)
-    monkeypatch.setattr("wan_core.prepare.build", None)
+    monkeypatch.setattr("wan_core.model.build", None)
     with pytest.raises(ValueError, match=message):
         find(config)
 
@@ -389,7 +387,7 @@ def test_a_clip_that_goes_bad_later_is_named(root, tmp_path):
 @pytest.mark.parametrize("kind", MASKS)
 def test_random_masks_are_drawn_and_trained(root, kind, monkeypatch):
     config = material.config(root, "i2v", extra_inputs=(), random_mask=True)
-    monkeypatch.setattr("wancore.trainer.draws.mask_kind", lambda fraction: kind)
+    monkeypatch.setattr("wancore.trainer.data.draws.mask_kind", lambda fraction: kind)
     made = examples(config)
     sample = made.get(0, 0)
     known = sample.cond.concat[0, :4]

@@ -9,8 +9,7 @@ import pytest
 
 from wancore.trainer import optimizers
 from wancore.trainer.config import TrainConfig, parse, parser
-from wancore.trainer.flags import ConfigError
-from wancore.trainer.reference import ACCEPTED, ELSEWHERE
+from wancore.trainer.flags import ACCEPTED, ELSEWHERE, ConfigError
 
 SHARED = (
     "--dataset_base_path data/example_video_dataset --dataset_metadata_path data/example_video_dataset/{metadata} "

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from wancore.trainer.cache import HASHES, LatentCache
-from wancore.trainer.events import latest_steps
-from wancore.trainer.state import (
+from wancore.trainer.data.cache import HASHES, LatentCache
+from wancore.trainer.run.events import latest_steps
+from wancore.trainer.run.state import (
     MANIFEST,
     OPTIMIZER,
     PROGRESS,

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.trainer.material import numbered, write_metadata, write_video
 from wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
 from wancore.trainer.config import TrainConfig
-from wancore.trainer.dataset import load
+from wancore.trainer.data.dataset import load
+from wancore.trainer.data.report import DatasetError, Report, check
+from wancore.trainer.data.synthetic import write_dataset
 from wancore.trainer.flags import ConfigError
-from wancore.trainer.report import DatasetError, Report, check
-from wancore.trainer.synthetic import write_dataset
-
-from .material import numbered, write_metadata, write_video
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +286,16 @@ def test_the_fingerprint_follows_the_data_and_not_the_place(tmp_path):
 
 def test_the_synthetic_data_is_good_for_every_input_and_is_not_overwritten(tmp_path):
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "trainer.synthetic", str(tmp_path / "data"), "--count", "2", "--num_frames", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.data.synthetic",
+        str(tmp_path / "data"),
+        "--count",
+        "2",
+        "--num_frames",
+        "5",
+    ]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     names = ("control_video", "reference_image", "vace_video", "vace_video_mask", "vace_reference_image")

@@ -7,17 +7,17 @@ import shlex
 import pytest
 
 from tests.trainer.runs import ROOT
+from tools.training_docs import SECTIONS, filled
 from wancore.trainer.config import TrainConfig, parse
-from wancore.trainer.recipe_command import main
-from wancore.trainer.reference import ACCEPTED, ELSEWHERE
-from wancore.trainer.tables import SECTIONS, filled
+from wancore.trainer.flags import ACCEPTED, ELSEWHERE
+from wancore.trainer.recipes import main
 
 TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^python -m trainer\.(\w+) (.+)$", TEXT, re.MULTILINE)
 
 
 def test_tables_are_those_of_the_settings():
-    assert filled(TEXT) == TEXT, "run python -m trainer.documents"
+    assert filled(TEXT) == TEXT, "run python -m tools.training_docs"
     for field in dataclasses.fields(TrainConfig):
         assert f"| `--{field.name}`" in TEXT
     names = [field.name for field in dataclasses.fields(TrainConfig)]

@@ -5,9 +5,9 @@ import sys
 import pytest
 from PIL import Image
 
-from wancore.trainer.chart import by_timestep, draw_chart, save_chart, smoothed
 from wancore.trainer.config import TrainConfig
-from wancore.trainer.events import Events, Pace, latest_steps, open_trackers, read_events, validation_points
+from wancore.trainer.run.chart import by_timestep, draw_chart, save_chart, smoothed
+from wancore.trainer.run.events import Events, Pace, latest_steps, open_trackers, read_events, validation_points
 
 
 def step(number, loss=0.5, **more):

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from tests.disks import full_disk
 from tests.reference import relative_error, tiny_text_encoder, tiny_vae
 from tests.trainer.models import config, inputs, trainables, video_model
-from wan_core.adapters.open import open_lora
-from wan_core.checkpoints.detect import detect_files
-from wan_core.checkpoints.diffusers_names import diffusers_name
-from wan_core.checkpoints.write import write_safetensors
+from wan_core.loading.detect import detect_files
+from wan_core.loading.names import diffusers_name
+from wan_core.loading.tensor_files import write_safetensors
+from wan_core.lora.target import open_lora
 from wancore.trainer.export import RUN, Exporter, ExportError
-from wancore.trainer.trainable import lora_patches, prepare
+from wancore.trainer.model.trainable import lora_patches, prepare
 
 
 def exporter(tmp_path, variant="t2v", **changes):
@@ -144,7 +144,7 @@ def test_a_file_that_differs_from_what_was_trained_never_gets_its_name(tmp_path,
     def spoiled(file, tensors, metadata):
         write_safetensors(file, {name: t + (t.ndim > 1) for name, t in tensors.items()}, metadata)
 
-    for module in ("wancore.trainer.export", "wan_core.adapters.files"):
+    for module in ("wancore.trainer.export", "wan_core.lora.convert"):
         monkeypatch.setattr(f"{module}.write_safetensors", spoiled)
     with pytest.raises(ExportError):
         written(made)

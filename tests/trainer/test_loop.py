@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 from tests.reference import relative_error
 from tests.trainer.runs import config, events, losses, run, shared, weights
 from wan_core.runtime import OutOfMemoryError
-from wancore.trainer import loop as loop_module
 from wancore.trainer.config import TrainConfig
-from wancore.trainer.loop import LoadError, NonFiniteError
 from wancore.trainer.objective import Objective
-from wancore.trainer.plan import Plan, learning_rate
-from wancore.trainer.saving import SaveError
+from wancore.trainer.run import loop as loop_module
+from wancore.trainer.run.loop import LoadError, NonFiniteError, SaveError
+from wancore.trainer.run.plan import Plan, learning_rate
 
 __all__ = ["shared"]
 
@@ -247,7 +246,7 @@ def test_a_file_that_goes_bad_is_named_and_the_run_saved_before(shared, tmp_path
                     file.write_bytes(b"gone")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wancore.trainer.run.Watcher", Spoil)
+        patch.setattr("wancore.trainer.run.main.main.Watcher", Spoil)
         with pytest.raises(LoadError, match=r"Step 3 .*row [12] "):
             run(settings)
     assert (out / "states" / "step-0000002").is_dir()
@@ -255,7 +254,7 @@ def test_a_file_that_goes_bad_is_named_and_the_run_saved_before(shared, tmp_path
 
 def fill_the_disk(monkeypatch, failing):
     """Let those saves fail, counted from 1."""
-    from wancore.trainer import state
+    from wancore.trainer.run import state
 
     calls = []
     real = state.write_safetensors
@@ -301,7 +300,7 @@ def test_samples_that_fail_cost_themselves_alone(shared, tmp_path, monkeypatch, 
     def full(*_):
         raise OutOfMemoryError("the device is too small")
 
-    monkeypatch.setattr("wancore.trainer.watching.draw_samples", full)
+    monkeypatch.setattr("wancore.trainer.run.main.validate.draw_samples", full)
     assert run(config(shared, tmp_path, sample_steps=2)).steps == 4
     assert "No samples after step 2: the device is too small" in caplog.text
     assert [e["step"] for e in events(tmp_path, "warning")] == [2, 4]

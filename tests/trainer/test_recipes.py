@@ -15,16 +15,15 @@ from tests.programs import PATIENCE, wait_for
 from tests.trainer import material
 from tests.trainer.models import SIZE, inputs
 from tests.trainer.runs import ROOT, environment, events, run, shared
-from wan_core import prepare
 from wan_core.catalog import CATALOG
+from wan_core.model import DiTSettings, inspect, load_dit
 from wan_core.runtime import Runtime
-from wan_core.sampling.loop import sample
+from wan_core.sampling.run import sample
 from wan_core.settings import GuidanceSettings, SamplerSettings
 from wan_core.types import LatentSize
-from wancore.trainer import models, trainable
 from wancore.trainer.config import parse
-from wancore.trainer.recipe_command import LAUNCHERS, TRAIN, command, main
-from wancore.trainer.recipes import KINDS, find_row, recipe, short_name
+from wancore.trainer.model import load, trainable
+from wancore.trainer.recipes import KINDS, LAUNCHERS, TRAIN, command, find_row, main, recipe, short_name
 
 __all__ = ["shared"]
 
@@ -188,12 +187,12 @@ def latents(model, variant):
 def test_a_recipe_trains_and_its_result_changes_the_video(trained, name, mode):
     variant, config, kept = trained(name, mode)
     (file,) = Path(config.output_path).glob("*.safetensors")
-    base = models.find(config).load_dit(torch.float32, "cpu")
+    base = load.find(config).load_dit(torch.float32, "cpu")
     before = latents(base, variant)
     after = latents(base.with_lora(file)[0], variant)
     assert after.isfinite().all() and not torch.equal(after, before)
     if config.trainable_models == ("dit",):
-        whole = prepare.load_dit(prepare.inspect(file, "dit"), prepare.DiTSettings(dtype=torch.float32), "cpu")
+        whole = load_dit(inspect(file, "dit"), DiTSettings(dtype=torch.float32), "cpu")
         assert torch.equal(latents(whole, variant), after)
 
     own = dict(base.dit.named_parameters())

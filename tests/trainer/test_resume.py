@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from tests.programs import PATIENCE, wait_for
 from tests.trainer.runs import config, events, losses, program, run, shared, weights
 from wan_core.atomic import locked, partial_path
-from wancore.trainer.cache import LatentCache
-from wancore.trainer.state import StateError
-from wancore.trainer.stopping import QUIT_NOW
+from wancore.trainer.data.cache import LatentCache
+from wancore.trainer.run.loop import QUIT_NOW
+from wancore.trainer.run.state import StateError
 
 __all__ = ["shared"]
 
@@ -66,7 +66,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(shared, tmp_path, mode)
 
 def stop_after(out, steps):
     """Within the block a run in this process finds a stop file after that many steps."""
-    from wancore.trainer import run as module
+    from wancore.trainer.run import main as module
 
     class Stopping(module.Watcher):
         seen = 0

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from wancore.trainer.sampler import batches, mixed, permutation
+from wancore.trainer.data.draws import batches, mixed, permutation
 
 SHAPES = ["a"] * 7 + ["b"] * 4 + ["a"] * 3 + ["c"]
 

@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_core.folders import files_below
+from tests.trainer.material import number_of, numbered, write_video
+from wan_core.files import files_below
 from wancore.nodes import host
 from wancore.nodes.training_run import files_mark
-from wancore.trainer.cache import LatentCache
 from wancore.trainer.config import TrainConfig
-from wancore.trainer.dataset import load
+from wancore.trainer.data.cache import LatentCache
+from wancore.trainer.data.clips import probe, read
+from wancore.trainer.data.dataset import load
+from wancore.trainer.data.report import check
 from wancore.trainer.flags import ConfigError
-from wancore.trainer.report import check
-from wancore.trainer.video import probe, read
-
-from .material import number_of, numbered, write_video
 
 SUFFIXES = ("mp4", "MP4", "m4v", "mov", "mkv", "webm", "ts", "mpg", "3gp", "gif", "png", "tiff", "TIF", "jfif", "avif")
 ODD = ("clip.mp4.bak", "clip", "clip.xyz")

@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 
 from tests.trainer import material
 from tests.trainer.runs import config, losses, run, shared
-from wan_core.memory.quant import QuantisedLinear
-from wancore.trainer import models, starting
+from wan_core.offload.quant import QuantisedLinear
 from wancore.trainer.checking import main as check
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.flags import ConfigError
-from wancore.trainer.task import RECORD
+from wancore.trainer.model import load
+from wancore.trainer.run.output import RECORD
 
 __all__ = ["shared"]
 
@@ -72,9 +72,9 @@ def test_a_folder_without_encoded_data_is_named(shared, tmp_path, text):
 def test_a_run_starts_from_trained_weights(shared, tmp_path, earlier, kind, variant):
     """They are those of the model then, and all else is as it was."""
     settings = config(shared, tmp_path, variant, resume_from_checkpoint=earlier[kind])
-    model = models.find(settings).load_dit(torch.float32, "cpu")
+    model = load.find(settings).load_dit(torch.float32, "cpu")
     before = {n: t.clone() for m in model.modules for n, t in m.state_dict().items()}
-    starting.start(model, settings)
+    load.start(model, settings)
     after = {n: t for m in model.modules for n, t in m.state_dict().items()}
     trained = load_file(earlier[kind])
     assert trained and all(torch.equal(after[name], tensor) for name, tensor in trained.items())
@@ -91,7 +91,7 @@ def test_starting_from_weights_is_training_the_model_that_they_are(shared, tmp_p
 
 
 def test_a_trained_encoder_takes_the_place_of_its_file(shared, tmp_path, earlier):
-    found = models.find(config(shared, tmp_path, resume_from_checkpoint=earlier["vae"]))
+    found = load.find(config(shared, tmp_path, resume_from_checkpoint=earlier["vae"]))
     assert str(found.components["vae"].header.files[0]) == earlier["vae"]
 
 
@@ -108,12 +108,12 @@ def test_a_preset_lora_is_part_of_the_model(shared, tmp_path, earlier, fp8):
 
 
 def test_frozen_weights_are_8_bit_after_a_preset_lora(shared, tmp_path, earlier):
-    from wancore.trainer import run as module
+    from wancore.trainer.run import main as module
 
     kept = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "quantise", lambda dit: kept.append(quantise(dit)))
-        from wan_core.memory.quant import quantise
+        from wan_core.offload.quant import quantise
 
         run(config(shared, tmp_path, max_steps=1, preset_lora_path=earlier["lora"], fp8_base=True))
     assert any(isinstance(layer, QuantisedLinear) for layer in kept[0].modules())
@@ -152,4 +152,4 @@ def test_the_record_holds_whole_paths(shared, tmp_path, monkeypatch):
 def test_a_published_model_is_named_by_id_and_pattern(name):
     settings = TrainConfig(model_id_with_origin_paths=(name,), skip_download=True)
     with pytest.raises(ConfigError, match="--model_id_with_origin_paths takes model_id:file_pattern; got '"):
-        models.find(settings)
+        load.find(settings)

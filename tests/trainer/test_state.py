@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from wancore.trainer.state import (
+from wancore.trainer.run.state import (
     MANIFEST,
     OPTIMIZER,
     WEIGHTS,

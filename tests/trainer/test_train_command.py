@@ -8,9 +8,9 @@ import yaml
 
 from tests.programs import PATIENCE
 from tests.trainer.runs import ROOT, config, environment, events, losses, program, run, shared
-from wan_core.adapters.open import open_lora
+from wan_core.lora.target import open_lora
 from wancore.trainer.config import TrainConfig
-from wancore.trainer.recipe_command import TRAIN
+from wancore.trainer.recipes import TRAIN
 
 __all__ = ["shared"]
 

@@ -8,13 +8,13 @@ import torch
 from tests.reference import DITS, relative_error, tiny_text_encoder, tiny_vae
 from tests.trainer.models import config, inputs, trainables, video_model
 from wan_core.conditioning.text import TextEncoder
-from wan_core.memory.plan import place
-from wan_core.memory.quant import big_linears, quantise
-from wan_core.memory.residency import Residency
-from wan_core.models.elementwise import rms_norm
-from wancore.trainer.checkpointing import checkpointed
+from wan_core.models.ops import rms_norm
+from wan_core.offload.placement import place
+from wan_core.offload.quant import big_linears, quantise
+from wan_core.offload.weights import Residency
+from wancore.trainer.model.placing import checkpointed
+from wancore.trainer.model.trainable import lora_patches, prepare
 from wancore.trainer.objective import Objective
-from wancore.trainer.trainable import lora_patches, prepare
 
 MODES = {
     "lora": dict(lora_base_model="dit"),

@@ -5,20 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from wan_core.fitting import resized
+from tests.trainer.material import number_of, numbered, write_video
 from wan_core.media import check_frame
-from wancore.trainer.video import (
-    Clip,
-    MediaError,
-    at_rate,
-    own_size,
-    picked,
-    probe,
-    read,
-    usable_frames,
-)
-
-from .material import number_of, numbered, write_video
+from wan_core.media.fitting import resized
+from wancore.trainer.data.clips import Clip, MediaError, at_rate, own_size, picked, probe, read, usable_frames
 
 VIDEO_SUFFIXES = (
     ".mp4",

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
-from .camera_path import CameraPath
+from .camera import CameraPath
 
 CAMERAS = 6
 """How many cameras along the path are drawn."""

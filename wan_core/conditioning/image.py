@@ -1,14 +1,74 @@
-"""Start and end images, and inpainting: what is known of a video, as its models were trained to be told."""
+"""Pictures and clips to conditioning: start and end images, inpainting, Fun control videos, reference images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..media import frames_to_pixels
+from ..media.fitting import ASPECTS, LENGTH_POLICIES, Aspect, LengthPolicy, fit_length, fit_size
 from ..models.image_encoder import ImageEncoder
+from ..models.vae import WanVAE
+from ..settings import check_choice
 from ..types import VAE_STRIDE, Conditioning, VideoSize
-from ..variants import FIRST_FRAME, IMAGE, MASK
-from .encoders import FUN_FIT, Fit, LatentEncoder, image_tokens
+from ..variants import CONTROL, FIRST_FRAME, IMAGE, MASK
 from .slots import first_frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How pictures and clips are brought to the size of a video."""
+
+    aspect: Aspect = "crop"
+    length: LengthPolicy = "repeat last"
+
+    def __post_init__(self) -> None:
+        check_choice("aspect", self.aspect, ASPECTS)
+        check_choice("length policy", self.length, LENGTH_POLICIES)
+
+    def clip(self, frames: Tensor, size: VideoSize, name: str) -> Tensor:
+        """`frames` (T, H, W, C) at the size and length of the video."""
+        return fit_size(fit_length(frames, size.num_frames, self.length, name), size.width, size.height, self.aspect)
+
+    def picture(self, frames: Tensor, size: VideoSize) -> Tensor:
+        """The first of `frames` (T, H, W, C) at the size of the video, (1, height, width, C)."""
+        return fit_size(frames[:1], size.width, size.height, self.aspect)
+
+
+FUN_FIT = Fit(aspect="stretch")
+"""How VideoX-Fun fits control videos, start and reference images of its control and camera models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentEncoder:
+    """A VAE on its device with the way to run it: frames in [0, 1] in, normalised latents out.
+
+    Attributes:
+        encode: pixels (B, 3, T, H, W) in [-1, 1] to latents, such as `decode.encode`; None is the VAE's own, untiled.
+    """
+
+    vae: WanVAE
+    encode: Callable[[Tensor], Tensor] | None = None
+
+    @torch.no_grad()
+    def frames(self, frames: Tensor) -> Tensor:
+        """Frames (T, H, W, 3) in [0, 1] to latents (1, 16, F, h, w) on the VAE's device."""
+        return self.pixels(frames_to_pixels(frames))
+
+    @torch.no_grad()
+    def pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels (1, 3, T, H, W) in [-1, 1] to latents (1, 16, F, h, w) on the VAE's device."""
+        encode = self.encode or self.vae.encode
+        return encode(pixels).to(self.vae.conv2.weight.device)
+
+
+@torch.no_grad()
+def image_tokens(encoder: ImageEncoder, *pictures: Tensor) -> Tensor:
+    """CLIP tokens (1, 257 * pictures, 1280) of pictures (1, H, W, 3) in [0, 1], each at its own size."""
+    tokens = [encoder(picture[:1, ..., :3].permute(0, 3, 1, 2).float() * 2 - 1) for picture in pictures]
+    return torch.cat(tokens, 1)
 
 
 def image_conditioning(
@@ -109,3 +169,33 @@ def first_frame_conditioning(
     latents = encoder.frames((fit or FUN_FIT).picture(start, size))
     slots = {**(cond.slots or {}), FIRST_FRAME.name: first_frame(latents, size.latent.frames)}
     return cond.given("input_image", size=size, slots=slots, clip=image_tokens(image_encoder, start))
+
+
+def control_conditioning(
+    cond: Conditioning, size: VideoSize, encoder: LatentEncoder, video: Tensor, fit: Fit | None = None
+) -> Conditioning:
+    """`cond` with a control video (T, H, W, 3) in [0, 1]: edges, depth, poses and the like, encoded like any video."""
+    latents = encoder.frames((fit or FUN_FIT).clip(video, size, "control_video"))
+    return cond.given("control_video", size=size, slots={**(cond.slots or {}), CONTROL.name: latents})
+
+
+def reference_conditioning(
+    cond: Conditioning,
+    size: VideoSize,
+    encoder: LatentEncoder,
+    image_encoder: ImageEncoder | None,
+    reference: Tensor,
+    fit: Fit | None = None,
+) -> Conditioning:
+    """`cond` with the reference image (T, H, W, 3) of V1.1 control models; its tokens take the place of a start
+    image's.
+
+    Raises:
+        ValueError: the image encoder is missing.
+    """
+    if image_encoder is None:
+        raise ValueError("A reference image needs the CLIP image encoder; load it (open-clip XLM-RoBERTa ViT-H/14).")
+    latents = encoder.frames((fit or FUN_FIT).picture(reference, size))
+    return cond.given(
+        "reference_image", size=size, reference=latents[:, :, 0], clip=image_tokens(image_encoder, reference)
+    )

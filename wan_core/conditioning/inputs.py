@@ -7,20 +7,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from ..fitting import Pictures, as_frames, as_masks, as_references
+from ..media.fitting import Pictures, as_frames, as_masks, as_references
 from ..models.image_encoder import ImageEncoder
-from ..settings import check_choice
+from ..settings import check_choice, check_number
 from ..types import Conditioning, Curve, VideoSize
 from ..variants import FIRST_FRAME, Variant
-from .camera import camera_conditioning
-from .camera_path import MOVES, CameraPath
-from .control import control_conditioning, reference_conditioning
-from .encoders import Fit, LatentEncoder
-from .image import first_frame_conditioning, image_conditioning
-from .speed import speed_conditioning
+from .camera import MOVES, CameraPath, camera_conditioning
+from .image import (
+    Fit,
+    LatentEncoder,
+    control_conditioning,
+    first_frame_conditioning,
+    image_conditioning,
+    reference_conditioning,
+)
 from .vace import vace_conditioning
+
+SLOWEST, FASTEST = 0.0, 100.0
+
+
+def speed_conditioning(cond: Conditioning, motion_bucket_id: float) -> Conditioning:
+    """`cond` with a speed of motion from 0 to 100; it takes a model that the speed-control adapter was loaded beside.
+
+    Raises:
+        ValueError: the number is out of range.
+    """
+    check_number("motion_bucket_id", motion_bucket_id, low=SLOWEST, high=FASTEST)
+    return cond.given("motion_bucket_id", motion_bucket=torch.tensor([float(motion_bucket_id)]))
 
 
 @dataclass(frozen=True, kw_only=True)

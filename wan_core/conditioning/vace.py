@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fitting import fit_size
+from ..media.fitting import fit_size
 from ..types import VAE_STRIDE, Conditioning, Curve, VaceInput, VideoSize
-from .encoders import Fit, LatentEncoder
+from .image import Fit, LatentEncoder
 
 MASK_CHANNELS = VAE_STRIDE[1] * VAE_STRIDE[2]
 

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..memory.formats import PLAIN
-from ..memory.quant import QuantisedLinear, weight_of
+from ..offload.formats import PLAIN
+from ..offload.quant import QuantisedLinear, weight_of
 from ..runtime import Runtime
 from ..types import Curve
 from .bind import EVERYWHERE, BlockStrengths, Bound

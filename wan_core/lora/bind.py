@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..memory.quant import weight_shapes
+from ..offload.quant import weight_shapes
 from .naming import Spellings
 from .patches import Patch, fits
 from .read import Lora, Skipped

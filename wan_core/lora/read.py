@@ -15,7 +15,7 @@ import regex
 import torch
 from torch import Tensor
 
-from ..reading import blamed_on
+from ..files import blamed_on
 from .naming import Dialect, take_apart
 from .patches import Decomposed, Difference, Hadamard, Kronecker, LowRank, Patch, Replacement
 

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .elementwise import may_overwrite
 from .kernels import Operation
-from .linear import linear
+from .ops import linear, may_overwrite
 
 log = logging.getLogger("wancore")
 

@@ -1,4 +1,4 @@
-"""One transformer block of the Wan DiT: self-attention, cross-attention to text and image, feed-forward."""
+"""The transformer block of the Wan DiT, and the VACE block, whose output is added to the base model as a hint."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionFn
-from .chains import STEPS, Chains
 from .config import HEAD_DIM
-from .elementwise import add_, gelu_tanh_, layer_norm, may_overwrite, rms_norm_
-from .linear import Linear
+from .fused import STEPS, Chains
+from .ops import Linear, add_, gelu_tanh_, layer_norm, may_overwrite, rms_norm_
 from .rope import RotaryTable
 
 EPS = 1e-6
@@ -113,3 +112,24 @@ class WanBlock(nn.Module):
 
 def _heads(x: Tensor) -> Tensor:
     return x.unflatten(2, (-1, HEAD_DIM))
+
+
+class VaceBlock(WanBlock):
+    """A base block between two projections. Only the first block of the branch sees the base model's tokens."""
+
+    def __init__(self, dim: int, ffn_dim: int, is_first: bool) -> None:
+        super().__init__(dim, ffn_dim)
+        self.before_proj = Linear(dim, dim) if is_first else None
+        self.after_proj = Linear(dim, dim)
+
+    def forward(  # type: ignore[override]  # the published keys make it a block with two layers more, not a call alike
+        self, hidden: Tensor, tokens: Tensor, modulation: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """`hidden` and `tokens` (B, S, D) to the next hidden state and the hint, both (B, S, D).
+
+        The first block leaves `hidden` as it is; the others overwrite it when gradients are off.
+        """
+        if self.before_proj is not None:
+            hidden = self.before_proj(hidden) + tokens
+        hidden = super().forward(hidden, modulation, context)
+        return hidden, self.after_proj(hidden)

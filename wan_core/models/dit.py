@@ -15,15 +15,12 @@ from torch import Tensor, nn
 
 from ..types import VAE_STRIDE, Conditioning
 from .attention import AttentionFn, sdpa
-from .block import EPS, Context, WanBlock
-from .camera_adapter import CameraAdapter
-from .chains import STEPS
+from .block import EPS, Context, VaceBlock, WanBlock
 from .config import HEAD_DIM, DiTConfig
-from .elementwise import add_, layer_norm, modulate_
-from .embedders import ImageTokens, sinusoid
-from .linear import Linear, linear
+from .embedders import CameraAdapter, ImageTokens, sinusoid
+from .fused import STEPS
+from .ops import Linear, add_, layer_norm, linear, modulate_
 from .rope import RotaryTable, rotary_table
-from .vace import VaceBlock
 
 CLIP_TOKENS = 257
 """Tokens of one image: 16 x 16 patches and the class token."""

@@ -1,11 +1,13 @@
-"""Sinusoids and the image token projector."""
+"""What turns numbers, image tokens, camera rays and motion buckets into the DiT's own width."""
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import Linear
+from .config import MotionControllerConfig
+from .ops import Linear
 
 
 def sinusoid(position: Tensor, width: int) -> Tensor:
@@ -37,3 +39,60 @@ class ImageTokens(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens.to(self.proj.get_parameter("1.weight").dtype)
         return self.proj(tokens if self.emb_pos is None else tokens + self.emb_pos)
+
+
+RAY_STRIDE = 8
+"""Rays come at pixel resolution; one latent cell covers 8 x 8 of them."""
+
+
+class CameraResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions beside an identity."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(F.relu(self.conv1(x))) + x
+
+
+class CameraAdapter(nn.Module):
+    """Folded rays (B, 24, F, H, W) to tokens (B, F * h/2 * w/2, D) that are added to the patch embedding.
+
+    The structure is that of VideoX-Fun's `SimpleAdapter`.
+    """
+
+    def __init__(self, channels: int, dim: int, patch: tuple[int, int], num_blocks: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels * RAY_STRIDE**2, dim, kernel_size=patch, stride=patch)
+        self.residual_blocks = nn.Sequential(*(CameraResidualBlock(dim) for _ in range(num_blocks)))
+
+    def forward(self, rays: Tensor) -> Tensor:
+        batch = rays.shape[0]
+        rays = rays.transpose(1, 2).flatten(0, 1).to(self.conv.weight.dtype)
+        features = self.residual_blocks(self.conv(F.pixel_unshuffle(rays, RAY_STRIDE)))
+        return features.flatten(2).transpose(1, 2).reshape(batch, -1, features.shape[1])
+
+
+BUCKET_SCALE = 10.0
+"""The bucket 0..100 is stretched to the range of a timestep before its sinusoid (DiffSynth-Studio
+`wan_video_motion_controller`).
+"""
+
+
+class MotionController(nn.Module):
+    """Motion buckets (B,) to offsets (B, 6, D), added to the modulation of every block."""
+
+    def __init__(self, config: MotionControllerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.linear = nn.Sequential(
+            Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim), nn.SiLU(), Linear(dim, 6 * dim)
+        )
+
+    def forward(self, motion_bucket: Tensor) -> Tensor:
+        weight = self.linear.get_parameter("0.weight")
+        embedding = sinusoid(motion_bucket.to(weight.device, torch.float32) * BUCKET_SCALE, self.config.freq_dim)
+        return self.linear(embedding.to(weight.dtype)).unflatten(1, (6, self.config.dim)).float()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .attention import sdpa
 from .config import ImageEncoderConfig
-from .linear import Linear
+from .ops import Linear
 
 EPS = 1e-5
 SIDE = 224

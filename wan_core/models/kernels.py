@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..folders import is_special
+from ..files import is_special
 from ..runtime import log
 
 Kernel = Callable[..., Tensor]

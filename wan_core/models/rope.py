@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .elementwise import may_overwrite
 from .kernels import Operation
+from .ops import may_overwrite
 
 THETA = 10000.0
 ROTATION_TOKENS = 8192

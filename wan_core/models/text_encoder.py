@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from .attention import sdpa
 from .config import TextEncoderConfig
-from .elementwise import add_, gelu_tanh_, rms_norm
-from .linear import Linear
+from .ops import Linear, add_, gelu_tanh_, rms_norm
 
 EPS = 1e-6
 MAX_DISTANCE = 128

@@ -10,15 +10,7 @@ from torch import Tensor, nn
 from ..tiling import TiledSum, TileSettings, chunk_lengths
 from ..types import VAE_STRIDE
 from .config import VAEConfig
-from .vae_blocks import (
-    CausalConv3d,
-    ChannelNorm,
-    Downsample,
-    FeatureCache,
-    ResidualBlock,
-    SpatialAttention,
-    Upsample,
-)
+from .vae_blocks import CausalConv3d, ChannelNorm, Downsample, FeatureCache, ResidualBlock, SpatialAttention, Upsample
 
 WIDTHS = (1, 2, 4, 4)
 """Channel multiples of the four resolutions, finest first."""

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .elementwise import has_fused_rms_norm, may_overwrite, rms_norm
 from .kernels import Operation
-from .linear import onednn_has
+from .ops import has_fused_rms_norm, may_overwrite, onednn_has, rms_norm
 
 FeatureCache = dict[nn.Module, Tensor]
 """What lasts for one pass over one video: the last input frames of each causal convolution, and summed kernels."""

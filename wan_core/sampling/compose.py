@@ -6,17 +6,16 @@ from dataclasses import dataclass
 import torch
 
 from ..models.dit import TimeEmbedding, WanDiT
-from ..models.motion_controller import MotionController
+from ..models.embedders import MotionController
 from ..runtime import Runtime, log
 from ..settings import EasyCacheSettings, SamplerSettings, TeaCacheSettings
 from ..types import Conditioning
-from . import teacache
-from .cache import CachedBlocks, SkipRule
-from .easycache import EasyCache
+from . import step_cache
+from .checkpoint import HasMemory
 from .guidance import Guided, first_steps
 from .predictor import AllBlocks, BlockRunner, ModelPredictor, Predictor, motion_offset
-from .solver import Solver
-from .state import HasMemory
+from .solvers import Solver
+from .step_cache import CachedBlocks, EasyCache, SkipRule
 from .windows import Windowed
 
 FEWEST_CACHED_STEPS = 4
@@ -81,6 +80,6 @@ def _skip_rule(
         case TeaCacheSettings():
             motion = motion_offset(controller, cond)
             modulations = time.blocks[:, None] if motion is None else time.blocks[:, None] + motion.to(time.blocks)
-            plan = teacache.plan(modulations, cache, forced)
+            plan = step_cache.plan(modulations, cache, forced)
             log.info("TeaCache (%s, threshold %.4g) %s.", cache.template, plan.threshold, plan.summary())
             return plan

@@ -1,0 +1,325 @@
+"""Prompts, pictures, control videos and VACE inputs to conditioning."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wan_core.catalog import NEGATIVE_PROMPT
+from wan_core.conditioning.image import (
+    Fit,
+    LatentEncoder,
+    control_conditioning,
+    first_frame_conditioning,
+    image_conditioning,
+    reference_conditioning,
+)
+from wan_core.conditioning.text import TextEncoder, text_conditioning
+from wan_core.conditioning.vace import vace_conditioning
+from wan_core.decode import AUTO, Tiles, encode
+from wan_core.models.image_encoder import ImageEncoder
+from wan_core.models.vae import WanVAE
+from wan_core.planning.encoders import IMAGE_ENCODER_BYTES, encoder_at_work, size_held
+from wan_core.planning.encoders import text_peak_bytes as text_bytes
+from wan_core.runtime import Runtime
+from wan_core.tiling import TileSettings
+from wan_core.types import Conditioning, Curve
+
+from . import host, sockets
+
+
+class Tiled:
+    """A node with the widgets of tiles, which are checked before anything runs."""
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        tiled: bool | None = False,
+        tile_height: int | None = 30,
+        tile_width: int | None = 52,
+        stride_height: int | None = 15,
+        stride_width: int | None = 26,
+    ) -> bool | str:
+        # What comes over a link (None) is judged when it is there.
+        sizes = {"tile_height": tile_height, "tile_width": tile_width}
+        strides = {"stride_height": stride_height, "stride_width": stride_width}
+        for (name, size), (other, stride) in zip(sizes.items(), strides.items(), strict=True):
+            if tiled and None not in (size, stride) and not 1 <= stride <= size:
+                return f"{other} must be from 1 to {name}, or tiles leave gaps; got {stride} and {size}."
+        return True
+
+
+class Encode(Tiled):
+    """A node that adds pictures or clips to conditioning."""
+
+    CATEGORY = "WanCore/conditioning"
+    FUNCTION = "encode"
+    RETURN_TYPES = (sockets.CONDITIONING,)
+    RETURN_NAMES = ("conditioning",)
+    OUTPUT_TOOLTIPS = ("The conditioning with the pictures.",)
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The size of every node's tiny form."""
+        return dict(host.TINY_SIZE)
+
+
+@contextmanager
+def text_encoder_at_work(encoder: TextEncoder) -> Iterator[None]:
+    """The text encoder's weights on the device inside the block, streamed where they do not fit."""
+    activations = text_bytes(encoder.model.config, encoder.dtype)
+    with at_work(encoder.model, encoder.dtype, activations):
+        yield
+
+
+@contextmanager
+def at_work(module: nn.Module, dtype: torch.dtype, activations: int = 0) -> Iterator[Runtime]:
+    """A model on the device inside the block, with the host's services; its weights wait there for the next use."""
+    runtime = host.runtime(dtype)
+    with encoder_at_work(module, runtime, host.memory_settings(), activations, keep=host.keeps_weights()):
+        yield runtime
+    host.account_for(module)
+
+
+def tile_settings(
+    tiled: bool = False, tile_height: int = 30, tile_width: int = 52, stride_height: int = 15, stride_width: int = 26
+) -> Tiles:
+    """The tile widgets (`sockets.tile_inputs`) as settings; off means tiles only where memory asks for them."""
+    return TileSettings(size=(tile_height, tile_width), stride=(stride_height, stride_width)) if tiled else AUTO
+
+
+@contextmanager
+def encoders(vae: WanVAE, image_encoder: ImageEncoder | None, tiles: Tiles) -> Iterator[LatentEncoder]:
+    """The VAE, ready to encode, and the image encoder on the device inside the block."""
+    with ExitStack() as stack:
+        runtime = stack.enter_context(at_work(vae, vae.dtype))
+        if image_encoder is not None:
+            stack.enter_context(at_work(image_encoder, vae.dtype, IMAGE_ENCODER_BYTES))
+        yield LatentEncoder(vae=vae, encode=partial(encode, vae, tiles=tiles, runtime=runtime))
+
+
+class TextEncode:
+    """Both prompts through UMT5 in one pass."""
+
+    CATEGORY = "WanCore/conditioning"
+    FUNCTION = "encode"
+    DESCRIPTION = "Turn a prompt and a negative prompt into conditioning."
+    RETURN_TYPES = (sockets.CONDITIONING,)
+    RETURN_NAMES = ("conditioning",)
+    OUTPUT_TOOLTIPS = ("Conditioning with the text of both prompts, for the sampler.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "text_encoder": sockets.socket(sockets.TEXT_ENCODER, "From the text encoder loader."),
+                "prompt": sockets.text("", "What the video shows, in English or Chinese."),
+            },
+            "optional": {
+                "negative_prompt": sockets.text(
+                    NEGATIVE_PROMPT, "What to avoid. The default is the authors' own. Unused at cfg 1."
+                ),
+                "cache_on_disk": sockets.flag(
+                    False, "Keep encoded prompts in ComfyUI's user folder (wancore/prompts), up to 4 MB each."
+                ),
+            },
+        }
+
+    def encode(
+        self, text_encoder: TextEncoder, prompt: str, negative_prompt: str = "", cache_on_disk: bool = False
+    ) -> tuple[Conditioning]:
+        encoder = text_encoder.kept_in(host.prompts_dir() if cache_on_disk else None)
+        cond = text_conditioning(encoder, prompt, negative_prompt, partial(text_encoder_at_work, encoder))
+        return (cond.to(host.resting_device()),)
+
+
+class ImageEncode(Encode):
+    """What is known of the video: its first and last frame, or all but a masked part."""
+
+    DESCRIPTION = (
+        "Give an image-to-video, first-last-frame or Fun InP model its pictures: a start image, an end image, or a "
+        "video and a mask of what to draw anew."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": sockets.encode_inputs(),
+            "optional": {
+                "image_encoder": sockets.socket(sockets.IMAGE_ENCODER, "Needed for start and end images."),
+                "start_image": sockets.socket("IMAGE", "The first frame."),
+                "end_image": sockets.socket("IMAGE", "The last frame."),
+                "video": sockets.socket("IMAGE", "A video to change in part."),
+                "mask": sockets.socket("MASK", "White where the video is drawn anew; one mask or one per frame."),
+                **sockets.encode_settings(),
+            },
+        }
+
+    def encode(
+        self,
+        conditioning: Conditioning,
+        vae: WanVAE,
+        width: int,
+        height: int,
+        num_frames: int,
+        image_encoder: ImageEncoder | None = None,
+        start_image: Tensor | None = None,
+        end_image: Tensor | None = None,
+        video: Tensor | None = None,
+        mask: Tensor | None = None,
+        aspect: str = "crop",
+        too_short: str = "repeat last",
+        **tiles: Any,
+    ) -> tuple[Conditioning]:
+        size = size_held(width, height, num_frames)
+        pictures = {"start": start_image, "end": end_image, "video": video, "mask": mask}
+        with encoders(vae, image_encoder, tile_settings(**tiles)) as encoder:
+            cond = image_conditioning(
+                conditioning, size, encoder, image_encoder, **pictures, fit=Fit(aspect=aspect, length=too_short)
+            )
+        return (cond.to(host.resting_device()),)
+
+
+class ControlEncode(Encode):
+    """Inputs of the Fun control and camera models."""
+
+    DESCRIPTION = (
+        "Give a Fun control model its control video (edges, depth, poses), a Fun control or camera model its start "
+        "image, and a V1.1 control model its reference image."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": sockets.encode_inputs(),
+            "optional": {
+                "image_encoder": sockets.socket(sockets.IMAGE_ENCODER, "Needed for start and reference images."),
+                "control_video": sockets.socket("IMAGE", "What steers the video, frame by frame."),
+                "start_image": sockets.socket("IMAGE", "The first frame."),
+                "reference_image": sockets.socket("IMAGE", "What the subject looks like (V1.1 control models)."),
+                **sockets.encode_settings("stretch"),
+            },
+        }
+
+    def encode(
+        self,
+        conditioning: Conditioning,
+        vae: WanVAE,
+        width: int,
+        height: int,
+        num_frames: int,
+        image_encoder: ImageEncoder | None = None,
+        control_video: Tensor | None = None,
+        start_image: Tensor | None = None,
+        reference_image: Tensor | None = None,
+        aspect: str = "stretch",
+        too_short: str = "repeat last",
+        **tiles: Any,
+    ) -> tuple[Conditioning]:
+        if control_video is None and start_image is None and reference_image is None:
+            raise ValueError("Connect a control video, a start image or a reference image.")
+        size, fit = size_held(width, height, num_frames), Fit(aspect=aspect, length=too_short)
+        cond = conditioning
+        with encoders(vae, image_encoder, tile_settings(**tiles)) as encoder:
+            if control_video is not None:
+                cond = control_conditioning(cond, size, encoder, control_video, fit)
+            if start_image is not None:
+                cond = first_frame_conditioning(cond, size, encoder, image_encoder, start_image, fit)
+            if reference_image is not None:
+                cond = reference_conditioning(cond, size, encoder, image_encoder, reference_image, fit)
+        return (cond.to(host.resting_device()),)
+
+
+class VaceReferences:
+    """Reference images of different sizes, one batch after the other."""
+
+    CATEGORY = "WanCore/conditioning"
+    FUNCTION = "collect"
+    DESCRIPTION = "Collect reference images of different sizes for VACE Encode; chain as many as needed."
+    RETURN_TYPES = (sockets.REFERENCES,)
+    RETURN_NAMES = ("references",)
+    OUTPUT_TOOLTIPS = ("All references so far.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {"images": sockets.socket("IMAGE", "Each image becomes a reference of its own.")},
+            "optional": {"references": sockets.socket(sockets.REFERENCES, "References that come before these.")},
+        }
+
+    def collect(self, images: Tensor, references: tuple[Tensor, ...] = ()) -> tuple[tuple[Tensor, ...]]:
+        return ((*references, images),)
+
+
+class VaceEncode(Encode):
+    """One VACE input; several are chained."""
+
+    DESCRIPTION = (
+        "Give a VACE model a source video, a mask of what to draw, and reference images. Chain several for several "
+        "inputs; reference frames are trimmed by the sampler."
+    )
+    OUTPUT_TOOLTIPS = ("The conditioning with one more VACE input.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        part = "Fraction of the steps"
+        return {
+            "required": {
+                **sockets.encode_inputs(),
+                "strength": sockets.number(1.0, 0.0, 10.0, "How strongly this input counts.", step=0.05),
+            },
+            "optional": {
+                "start": sockets.number(0.0, 0.0, 1.0, f"{part} from which on the input counts.", step=0.01),
+                "end": sockets.number(1.0, 0.0, 1.0, f"{part} up to which the input counts.", step=0.01),
+                "end_strength": sockets.number(
+                    -1.0,
+                    -1.0,
+                    10.0,
+                    "Strength at the end; it changes evenly from strength. -1 keeps strength.",
+                    step=0.05,
+                ),
+                "video": sockets.socket("IMAGE", "The source: a video to change, or depth, poses, edges and the like."),
+                "mask": sockets.socket("MASK", "White where the model draws; all white when absent."),
+                "reference_images": sockets.socket("IMAGE", "Pictures of what appears; each is fitted on white."),
+                "references": sockets.socket(sockets.REFERENCES, "More references, of other sizes."),
+                **sockets.encode_settings(),
+            },
+        }
+
+    def encode(
+        self,
+        conditioning: Conditioning,
+        vae: WanVAE,
+        width: int,
+        height: int,
+        num_frames: int,
+        strength: float,
+        start: float = 0.0,
+        end: float = 1.0,
+        end_strength: float = -1.0,
+        video: Tensor | None = None,
+        mask: Tensor | None = None,
+        reference_images: Tensor | None = None,
+        references: tuple[Tensor, ...] = (),
+        aspect: str = "crop",
+        too_short: str = "repeat last",
+        **tiles: Any,
+    ) -> tuple[Conditioning]:
+        size = size_held(width, height, num_frames)
+        curve = Curve((strength,) if end_strength < 0 else (strength, end_strength), start, end)
+        pictures = references if reference_images is None else (reference_images, *references)
+        with encoders(vae, None, tile_settings(**tiles)) as encoder:
+            cond = vace_conditioning(
+                conditioning,
+                size,
+                encoder,
+                video=video,
+                mask=mask,
+                references=pictures,
+                strength=curve,
+                fit=Fit(aspect=aspect, length=too_short),
+            )
+        return (cond.to(host.resting_device()),)

@@ -1,0 +1,305 @@
+"""What the training nodes share: the data set, widgets, and the flags of the trainer that a workflow may set."""
+
+import dataclasses
+import shlex
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from wan_core.media import frames_to_tensor, load_video
+from wan_core.runtime import log
+from wan_core.settings import check_number
+
+from ..trainer.config import ELSEWHERE, TrainConfig, parser
+from ..trainer.data.clips import INPUTS
+from ..trainer.flags import flag_type, parse_known
+from . import host, places, sockets
+from .launcher import ChildError, Launch, attend, pack_command
+from .places import plain_name
+from .training_run import files_mark, load_settings
+
+ALLOWED = frozenset({
+    "batch_size", "cache", "caption_dropout", "clip_norm", "condition_dropout", "data_file_keys", "dataset_repeat",
+    "extra_inputs", "find_unused_parameters", "fp8_base", "fps", "frame_pick", "gradient_accumulation_steps", "height",
+    "keep_last", "learning_rate", "log_with", "lora_alpha", "lora_base_model", "lora_dropout", "lora_format",
+    "lora_rank", "lora_target_modules", "loss_weighting", "lr_scheduler", "max_pixels", "max_steps",
+    "max_timestep_boundary", "min_free_gb", "min_timestep_boundary", "mixed_precision", "num_epochs", "num_frames",
+    "num_workers", "on_bad_sample", "optimizer", "optimizer_args", "random_mask", "remove_prefix_in_ckpt", "resume",
+    "resume_force", "sample_cfg_scale", "sample_count", "sample_inference_steps", "sample_negative_prompt",
+    "sample_prompt", "sample_seed", "sample_steps", "save_steps", "seed", "short_clip", "stream_base",
+    "timestep_sampling", "timestep_shift", "trainable_models", "use_gradient_checkpointing",
+    "use_gradient_checkpointing_offload", "validate_steps", "validation_clips", "vram_limit", "warmup_steps",
+    "weight_decay", "width",
+})  # fmt: skip
+"""Settings of a run that hold numbers, switches and words that the trainer itself lists. A new one is refused until it
+is named here.
+"""
+
+WORDS: Mapping[str, tuple[str, ...]] = {"log_with": ("tensorboard",), "resume": ("auto", "never")}
+"""Of some flags only these values: the others name a server or a folder."""
+
+INSTEAD: Mapping[str, str] = {
+    "cache_dir": "encoded samples are kept in the run's folder",
+    "config": "write its settings into the node, or into flags",
+    "confined": "the files of a workflow's data set always lie in its folder",
+    "dataset_base_path": "choose the folder in Training Data",
+    "dataset_metadata_path": "name it in metadata of Training Data",
+    "local_model_path": "models are taken from ComfyUI's folders",
+    "log_with": "in the graph it takes tensorboard; what sends data to a server is for `python -m trainer.train`",
+    "lora_checkpoint": "`python -m trainer.train` in a shell starts from a LoRA",
+    "model_id_with_origin_paths": "choose models in the node, with its switch download",
+    "model_paths": "choose models in the node",
+    "output_path": "the run's name decides it",
+    "preset_lora_model": "`python -m trainer.train` in a shell makes a LoRA part of the model",
+    "preset_lora_path": "`python -m trainer.train` in a shell makes a LoRA part of the model",
+    "reference": "here every setting has one name; see docs/training.md",
+    "resume": "in the graph it takes auto or never; `python -m trainer.train` continues from any folder",
+    "resume_from_checkpoint": "choose the trained weights as the model",
+    "skip_download": "use the node's switch download",
+    "stop_file": "the node has one of its own",
+    "switched": "name inputs in extra_inputs of Training Data",
+    "task": "a node encodes and trains",
+    "tokenizer_path": "it is found beside the text encoder",
+    "wandb_project": "what sends data to a server is for `python -m trainer.train`",
+}
+
+
+def typed(flags: str) -> dict[str, Any]:
+    """The settings that the text box holds.
+
+    Raises:
+        ValueError: a flag is unknown, its value cannot be read, or it is not a workflow's to set.
+    """
+    found = parse_known(parser(prints_help=False), shlex.split(flags), ELSEWHERE)
+    for name, value in found.items():
+        words = value if isinstance(value, tuple) else (value,)
+        if name not in ALLOWED or (name in WORDS and not set(words) <= set(WORDS[name])):
+            given = value[0][0] if name == "reference" else name
+            shown = "input_contains_..." if name == "switched" else given
+            instead = INSTEAD.get(name, "use `python -m trainer.train` in a shell")
+            raise ValueError(f"flags: --{shown} is for the command line; {instead}.")
+    return found
+
+
+RUNS = "training"
+"""Below the output folder: a folder for each run."""
+
+LARGEST = 10**9
+
+WIDER = ("batch_size", "dataset_repeat", "gradient_accumulation_steps", "lora_rank", "num_epochs")
+"""Flags whose widgets keep the range that they were published with; the trainer refuses what is above its own."""
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+
+def widget(name: str, default: Any = None, tooltip: str = "") -> sockets.Declaration:
+    """The flag `name` of the trainer as a widget. What may be left out on the command line is 0 or empty here."""
+    options = FIELDS[name].metadata
+    kind, optional = flag_type(FIELDS[name])
+    value = FIELDS[name].default if default is None else default
+    text = tooltip or f"{options['help'][:1].upper()}{options['help'][1:]}."
+    if optional and not tooltip:
+        text += " 0: none." if kind in (int, float) else " Empty: none."
+    if kind is bool:
+        return sockets.flag(value, text)
+    if options["choices"] and kind is str:
+        return sockets.choice(list(options["choices"]), value, text)
+    if kind in (int, float):
+        low = 0 if optional or not options["low"] else options["low"]
+        high = LARGEST if name in WIDER else min(options["high"], LARGEST)
+        if kind is int:
+            return sockets.whole(value or 0, int(low), int(high), text)
+        declared = sockets.number(float(value or 0), float(low), float(high), text, step=1e-5)
+        return declared[0], {**declared[1], "round": 1e-9}
+    return sockets.line(",".join(value) if isinstance(value, tuple) else value or "", text)
+
+
+def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the widgets' values that are flags; 0 or empty stands for none where a flag may be left out."""
+    found = {}
+    for name, value in values.items():
+        if name in FIELDS and value is not None:
+            optional = flag_type(FIELDS[name])[1]
+            found[name] = None if optional and value in (0, "") else value
+    return found
+
+
+def check_widgets(cls: type, values: Mapping[str, Any]) -> None:
+    """Raise ValueError when a value is outside of its widget's range or list.
+
+    ComfyUI leaves this to a node whose VALIDATE_INPUTS takes every input, and never checks values of links.
+    """
+    declared = cls.INPUT_TYPES()
+    for name, (kind, options) in {**declared["required"], **declared.get("optional", {})}.items():
+        value = values.get(name)
+        if isinstance(kind, list) and value is not None:
+            if value not in kind:
+                raise ValueError(f"Value not in list: {name}: {value!r:.200}. Known: {', '.join(kind)}")
+        elif kind in ("INT", "FLOAT") and value is not None:
+            check_number(name, value, low=options["min"], high=options["max"])
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The default of every widget of a node."""
+    declared = cls.INPUT_TYPES()
+    rows = {**declared["required"], **declared.get("optional", {})}
+    return {name: options["default"] for name, (_, options) in rows.items() if "default" in options}
+
+
+def run_folder(name: str) -> Path:
+    """The folder of the run called `name`.
+
+    Raises:
+        ValueError: the name is none.
+    """
+    return host.output_dir().absolute() / RUNS / plain_name("name", name)
+
+
+def image(pictures: Sequence[Image.Image]) -> Tensor:
+    """IMAGE (T, H, W, 3)."""
+    return frames_to_tensor(pictures)
+
+
+def true_or_message(check: Callable[[], object]) -> bool | str:
+    """What VALIDATE_INPUTS returns: True, or why `check` refuses."""
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+CHECK_PATIENCE = 1.0
+"""Seconds that a check has to end by itself; it has nothing to save."""
+
+EXAMPLE = "training_example"
+"""Among the shipped assets."""
+
+TINY = {"width": 64, "height": 48, "num_frames": 5, "dataset_repeat": 1, "fps": 0.0}
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A data set that was found good: settings of the trainer, and a mark that changes with its files."""
+
+    settings: Mapping[str, Any]
+    mark: str
+
+
+class TrainingDataNode:
+    """A folder of clips and captions, checked."""
+
+    CATEGORY = "WanCore/training"
+    FUNCTION = "check"
+    OUTPUT_NODE = True
+    DESCRIPTION = (
+        "Open every file of a data set and say what is wrong with it, before anything is trained. A data set is a "
+        "folder of clips or pictures, with metadata.csv (.json, .jsonl), or a text file with the caption beside each."
+    )
+    RETURN_TYPES = (sockets.TRAINING_DATA, "STRING", "IMAGE")
+    RETURN_NAMES = ("data", "report", "contact_sheet")
+    OUTPUT_TOOLTIPS = (
+        "The data set, for a training node.",
+        "What was found, and what is wrong with it.",
+        "First and last frames, inputs and captions of the first rows.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        names = ", ".join(INPUTS)
+        side = "0 with 0 for the other side: clips keep sizes of their own."
+        return {
+            "required": {
+                "folder": sockets.line(
+                    EXAMPLE,
+                    "A folder in ComfyUI's input folder, or a path in one that its owner lets workflows read.",
+                ),
+                "width": sockets.whole(832, 0, sockets.MAX_SIDE, f"Width to train at. {side}", step=16),
+                "height": sockets.whole(480, 0, sockets.MAX_SIDE, f"Height to train at. {side}", step=16),
+                "num_frames": sockets.whole(
+                    81, 1, 10001, "Frames of a clip, 4k + 1; pictures are clips of one.", step=4
+                ),
+            },
+            "optional": {
+                "extra_inputs": sockets.line("", f"Inputs besides the prompt, with commas between them: {names}."),
+                "metadata": sockets.line("", "The file that lists the rows, if it is not metadata.* of the folder."),
+                "fps": widget("fps", 16.0, "Bring clips to this frame rate; Wan knows 16. 0 takes frames as stored."),
+                "frame_pick": widget("frame_pick"),
+                "short_clip": widget("short_clip"),
+                "on_bad_sample": widget("on_bad_sample"),
+                "dataset_repeat": widget("dataset_repeat"),
+            },
+        }
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Small clips."""
+        return dict(TINY)
+
+    @classmethod
+    def settings(cls, **values: Any) -> dict[str, Any]:
+        """The trainer's settings for the widgets' values.
+
+        Raises:
+            ValueError: there is no such folder, or a value cannot be used.
+        """
+        values = {**defaults(cls), **{name: value for name, value in values.items() if value is not None}}
+        check_widgets(cls, values)
+        folder = places.data_folder(values["folder"])
+        metadata = values["metadata"].strip()
+        found = settings_of(values) | {
+            "dataset_base_path": str(folder),
+            "dataset_metadata_path": str(_metadata(folder, metadata)) if metadata else None,
+            "confined": True,
+        }
+        found["cache"] = "off" if found["frame_pick"] == "random" else "disk"
+        load_settings(found, {})
+        return found
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, **values: Any) -> bool | str:
+        return true_or_message(lambda: cls.settings(**values))
+
+    @classmethod
+    def IS_CHANGED(cls, folder: str, **_: Any) -> str:
+        return files_mark([places.data_folder(folder)])
+
+    def check(self, **values: Any) -> dict[str, Any]:
+        settings = self.settings(**values)
+        mark = files_mark([Path(settings["dataset_base_path"])])
+        with tempfile.TemporaryDirectory(prefix="wancore_", dir=host.temp_dir()) as work:
+            folder = Path(work)
+            load_settings(settings, {}).save_json(folder / "settings.json")
+            words = ["--out", str(folder), "--config", str(folder / "settings.json")]
+            launch = Launch(pack_command(host.PACK_FOLDER, "trainer.checking", words), folder)
+            try:
+                attend(launch, _show_check, host.check_cancelled, CHECK_PATIENCE)
+            except ChildError as error:
+                told = folder / "report.txt"
+                raise ValueError(told.read_text(encoding="utf-8") if told.exists() else error.said) from error
+            report = (folder / "report.txt").read_text(encoding="utf-8")
+            sheet = image(load_video(folder / "contact_sheet.png"))
+        log.info("%s", report.strip())
+        return {"ui": {"text": [report]}, "result": (TrainingData(settings, mark), report, sheet)}
+
+
+def _metadata(folder: Path, name: str) -> Path:
+    """The metadata file of that name in the folder of a data set.
+
+    Raises:
+        ValueError: the name leads out of the folder.
+    """
+    found = places.inside(folder, name)
+    if found is None:
+        raise ValueError(f"metadata: {name!r} is not in the folder of the data set; put the file there.")
+    return found
+
+
+def _show_check(event: Mapping[str, Any]) -> None:
+    if event["event"] == "checked":
+        host.show("Checking", event["done"], event["total"])

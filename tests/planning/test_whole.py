@@ -1,0 +1,234 @@
+"""The plan of a whole run: twins weigh what models weigh, phases take what the engine takes, settings are found."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.models.test_real_shapes import STRUCTURES
+from tests.reference import tiny_dit
+from wan_core import bundled, catalog
+from wan_core.loading.detect import detect_files
+from wan_core.loading.load import build
+from wan_core.model import VideoModel
+from wan_core.offload.blocks import weights_of
+from wan_core.offload.weights import Residency
+from wan_core.planning.encoders import WORKSPACE_BYTES, choose_tiles, encoder_at_work, vae_peak_bytes
+from wan_core.planning.encoders import text_peak_bytes as text_bytes
+from wan_core.planning.fit import data_of, fit, text_of
+from wan_core.planning.job import Given, Job, made_up, plan_whole
+from wan_core.planning.parts import Part, published_dit, published_part
+from wan_core.runtime import Runtime
+from wan_core.settings import EasyCacheSettings, GuidanceSettings, MemorySettings, SamplerSettings
+from wan_core.types import VideoSize
+from wan_core.variants import match_variant
+
+SIZE = VideoSize(416, 240, 33)
+SHAPES = {
+    "Wan-AI/Wan2.1-T2V-1.3B": "T2V-1.3B",
+    "Wan-AI/Wan2.1-T2V-14B": "T2V-14B",
+    "Wan-AI/Wan2.1-I2V-14B-480P": "I2V-14B",
+    "Wan-AI/Wan2.1-I2V-14B-720P": "I2V-14B",
+    "Wan-AI/Wan2.1-FLF2V-14B-720P": "FLF2V-14B",
+    "PAI/Wan2.1-Fun-1.3B-InP": "Fun-1.3B-InP",
+    "PAI/Wan2.1-Fun-14B-InP": "I2V-14B",
+    "PAI/Wan2.1-Fun-1.3B-Control": "Fun-1.3B-Control",
+    "PAI/Wan2.1-Fun-14B-Control": "Fun-14B-Control",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-Control": "Fun-V1.1-1.3B-Control",
+    "PAI/Wan2.1-Fun-V1.1-14B-Control": "Fun-V1.1-14B-Control",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-InP": "Fun-1.3B-InP",
+    "PAI/Wan2.1-Fun-V1.1-14B-InP": "I2V-14B",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-Control-Camera": "Fun-V1.1-1.3B-Camera",
+    "PAI/Wan2.1-Fun-V1.1-14B-Control-Camera": "Fun-V1.1-14B-Camera",
+    "iic/VACE-Wan2.1-1.3B-Preview": "VACE-1.3B",
+    "Wan-AI/Wan2.1-VACE-1.3B": "VACE-1.3B",
+    "Wan-AI/Wan2.1-VACE-14B": "VACE-14B",
+    catalog.SPEED_CONTROL: "T2V-1.3B",
+}
+
+
+@pytest.mark.parametrize("row", catalog.CATALOG, ids=lambda row: row.model_id)
+def test_the_catalog_knows_every_published_structure(row):
+    assert catalog.published_config(row) == STRUCTURES[SHAPES[row.model_id]][0]
+    assert match_variant(catalog.published_config(row)).name == row.variant
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return bundled.write_model(root, catalog.TINY)
+
+
+FILES = {
+    "dit": catalog.DIT_FILE,
+    "text_encoder": catalog.TEXT_ENCODER_PATTERN,
+    "vae": catalog.VAE_PATTERN,
+    "image_encoder": catalog.IMAGE_ENCODER_PATTERN,
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"weights": "fp8"}, {"weights": "plain"}, {"mapped": True}], ids=str)
+@pytest.mark.parametrize("kind", FILES)
+def test_a_planned_part_weighs_what_the_loaded_one_does(files, kind, settings):
+    component = detect_files(files / FILES[kind])
+    loaded = build(component, dtype=torch.bfloat16, **settings)
+    part = Part.planned(component, torch.bfloat16, **settings)
+    twin = weights_of(part.module)
+    assert all(weight.is_meta for weight in twin.values())
+    described = {name: (tuple(w.shape), w.dtype) for name, w in weights_of(loaded).items()}
+    assert {name: (tuple(w.shape), w.dtype) for name, w in twin.items()} == described
+    assert part.residency.mapped == Residency.of(loaded).mapped
+    assert part.residency.work_dtypes == Residency.of(loaded).work_dtypes
+    assert part.inventory == Residency.of(loaded).inventory()
+    assert bool(part.file_bytes) == (bool(settings.get("mapped")) and kind != "vae")
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_what_is_published_of_a_bundled_part_is_its_file(files, kind):
+    stored = detect_files(files / FILES[kind])
+    known = published_dit(catalog.find_row(catalog.TINY)) if kind == "dit" else published_part(kind, catalog.TINY)
+    assert known.config == stored.config
+    assert {n: s.shape for n, s in known.sources.items()} == {n: s.shape for n, s in stored.sources.items()}
+
+
+def part(kind: str, **settings) -> Part:
+    published = published_dit(catalog.find_row(catalog.TINY)) if kind == "dit" else published_part(kind, catalog.TINY)
+    return Part.planned(published, torch.bfloat16, **settings)
+
+
+def job(**changes) -> Job:
+    parts = {kind: part(kind) for kind in ("dit", "text_encoder", "vae")}
+    return Job(**{"name": "tiny", "size": SIZE, "settings": SamplerSettings(), **parts, **changes})
+
+
+@pytest.mark.parametrize("variant", bundled.DITS)
+def test_every_structure_can_be_planned(variant):
+    dit = Part.planned(published_dit(catalog.find_row(catalog.tiny_id(variant))), torch.bfloat16)
+    given = Given(vace=(2, 0) if variant == "vace" else (), camera=True, pictures=1, encoded_frames=9)
+    plan = plan_whole(job(dit=dit, given=given, image_encoder=part("image_encoder")), 2**30)
+    assert [phase.name for phase in plan.phases] == [
+        "text encoding", "image encoding", "VAE encoding", "sampling", "VAE decoding",
+    ]  # fmt: skip
+    assert plan.fits
+    assert plan.peak_bytes == max(phase.peak_bytes for phase in plan.phases) < 2**30
+    assert plan.ram["video model"] == dit.ram_bytes
+
+
+def test_references_and_inputs_of_vace_take_memory():
+    dit = Part.planned(published_dit(catalog.find_row(catalog.tiny_id("vace"))), torch.bfloat16)
+    sampling = [plan_whole(job(dit=dit, given=Given(vace=vace)), None).sampling for vace in ((), (0,), (0, 0), (3, 0))]
+    peaks = [plan.peak_bytes for plan in sampling]
+    assert peaks == sorted(set(peaks))
+    assert made_up(dit.module.config, SIZE.latent, Given(vace=(3, 0))).prefix_frames(SIZE.latent.frames) == 3
+
+
+@pytest.mark.parametrize("share", [None, 0.9, 0.4])
+def test_sampling_is_planned_as_the_run_will_plan_it(share):
+    whole = plan_whole(job(), None)
+    limit = None if share is None else share * whole.sampling.placement.device_bytes + whole.sampling.activations
+    limit = limit and limit + whole.sampling.allowance
+    dit = tiny_dit("t2v").to(torch.bfloat16)
+    model = VideoModel(dit, match_variant(dit.config), None, "tiny")
+    runtime = Runtime(device=torch.device("cpu"), dtype=torch.bfloat16, memory_left=lambda _: limit or 1e12)
+    cond = made_up(dit.config, SIZE.latent, Given())
+    for parameter in dit.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    twin = replace(job(), dit=Part(dit))
+    own = model.plan(cond, SIZE.latent, SamplerSettings(), MemorySettings(), runtime)
+    plan = plan_whole(twin, limit).sampling
+    assert (plan.placement.streamed, plan.peak_bytes) == (own.placement.streamed, own.peak_bytes)
+    assert bool(plan.placement.streamed) == (share is not None)
+
+
+def test_text_encoding_is_placed_as_the_encoder_will_be():
+    encoder = part("text_encoder")
+    activations = text_bytes(encoder.module.config, torch.bfloat16, 512)
+    least = encoder.inventory.outside.bytes + 2 * max(block.bytes for block in encoder.inventory.blocks.values())
+    limit = least + activations + WORKSPACE_BYTES
+    phase = plan_whole(job(text_encoder=encoder), limit).phases[0]
+    assert (phase.peak_bytes, phase.missing) == (limit, 0)
+    assert phase.streamed_bytes == sum(block.bytes for block in encoder.inventory.blocks.values())
+    runtime = Runtime(device=torch.device("cpu"), dtype=torch.bfloat16, memory_left=lambda _: limit)
+    loaded = Part(build_tiny_text_encoder())
+    with encoder_at_work(loaded.module, runtime, MemorySettings(), activations):
+        hooked = sum(bool(block._forward_pre_hooks) for block in loaded.module.blocks)
+    assert hooked == len(loaded.inventory.blocks)
+
+
+def build_tiny_text_encoder() -> torch.nn.Module:
+    module = bundled.UMT5Encoder(bundled.TEXT_ENCODER).requires_grad_(False)
+    return module.to(torch.bfloat16)
+
+
+def test_the_vae_is_planned_with_the_tiles_that_it_will_choose():
+    vae = part("vae")
+    plan = (vae.module.config, torch.bfloat16, SIZE.latent)
+    weights = vae.inventory.bytes
+    limit = weights + vae_peak_bytes(*plan) - 1
+    phase = plan_whole(job(), limit).phases[-1]
+    tiles = choose_tiles(*plan, limit - weights)
+    assert phase.peak_bytes == weights + vae_peak_bytes(*plan, tiles)
+    assert phase.note.startswith("in 2 tiles of")
+    assert plan_whole(job(), limit + 1).phases[-1].note == "at once"
+    assert plan_whole(job(), 1e6).phases[-1].missing > 0
+
+
+def test_weights_on_disk_are_no_host_memory():
+    held, mapped = part("dit"), part("dit", mapped=True)
+    assert mapped.file_bytes > 1.9 * (held.ram_bytes - mapped.ram_bytes) > 0, "the bundled file is float32"
+    plan = plan_whole(job(dit=mapped), None)
+    assert plan.files == {"video model": mapped.file_bytes}
+    assert mapped.in_fp8() is None
+
+
+def test_fp8_takes_half_the_memory_and_once_is_enough():
+    held, quantised = part("dit"), part("dit").in_fp8()
+    big = sum(w.nbytes for n, w in weights_of(held.module).items() if n.startswith("blocks") and w.ndim == 2)
+    assert held.ram_bytes - quantised.ram_bytes == pytest.approx(big / 2, rel=0.05)
+    assert quantised.in_fp8() is None
+
+
+def greedy() -> Job:
+    settings = SamplerSettings(guidance=GuidanceSettings(mode="batched"), cache=EasyCacheSettings())
+    return job(settings=settings, text_encoder=None, vae=None)
+
+
+def test_fit_changes_no_more_than_it_must():
+    alone = greedy()
+    one_by_one = replace(alone.settings, guidance=GuidanceSettings(mode="sequential"))
+    on_host = replace(one_by_one, cache=EasyCacheSettings(residual_on_cpu=True))
+    steps = [alone, replace(alone, settings=one_by_one), replace(alone, settings=on_host)]
+    steps += [replace(steps[-1], dit=alone.dit.in_fp8())]
+    limits = [plan_whole(step, 1).peak_bytes for step in steps]
+    assert limits == sorted(set(limits), reverse=True)
+    expected = ["cfg_mode sequential", "residual_on_cpu", "weights fp8 in Load Model"]
+    for count, limit in enumerate(limits):
+        found = fit(alone, limit)
+        assert found.plan.fits
+        assert len(found.changes) == count
+        assert all(change.startswith(start) for change, start in zip(found.changes, expected, strict=False))
+    assert not fit(alone, limits[-1] - 1).plan.fits
+
+
+def test_what_never_fits_says_how_much_is_missing_and_what_helps():
+    least = fit(greedy(), 1)
+    assert (least.plan.missing, least.helps) == (least.plan.peak_bytes - 1, ())
+    assert "No smaller picture" in text_of(least)
+    near = fit(greedy(), least.plan.peak_bytes - 1)
+    assert not near.plan.fits
+    assert near.plan.missing == 1
+    assert any(help.startswith("half as many frames (416x240, 17 frames)") for help in near.helps)
+    assert any(help.startswith("a smaller picture (208x112, 33 frames)") for help in near.helps)
+    assert data_of(near)["missing"] == 1
+
+
+def test_a_limit_of_the_memory_settings_counts_too():
+    whole = plan_whole(job(), None)
+    strict = plan_whole(replace(job(), memory=MemorySettings(vram_limit=0.3)), 2**40)
+    assert strict.limit == 0.3 * 2**30
+    assert whole.limit is None
+    streamed = plan_whole(replace(job(), memory=MemorySettings(vram_limit=0)), 2**40)
+    assert len(streamed.sampling.placement.streamed) == 4
+    assert streamed.fits
+    with pytest.raises(ValueError, match="vram_limit"):
+        MemorySettings(vram_limit=float("nan"))

@@ -1,0 +1,155 @@
+"""The shipped workflows and the texts in ComfyUI's real front end."""
+
+import json
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.programs import wait_for
+from tools import pages
+from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+TITLES = {"Load model": "model", "Load text encoder": "text_encoder", "Load VAE": "vae"}
+pytestmark = pytest.mark.comfyui
+
+
+def load(*parts: str) -> dict:
+    return json.loads(ROOT.joinpath("workflows", *parts).read_text(encoding="utf-8"))
+
+
+def essence(workflow: dict, like: dict) -> dict:
+    """What a user sees of a graph and a run uses of it. Slots that `like` does not have are the front end's own."""
+    wanted = {node["id"]: node for node in like["nodes"]}
+
+    def slots(node: dict, side: str, keys: tuple[str, ...]) -> list[list]:
+        known = {slot["name"] for slot in wanted[node["id"]][side]}
+        return [[slot.get(key) or None for key in keys] for slot in node[side] if slot["name"] in known]
+
+    nodes = {
+        node["id"]: {
+            **{key: node.get(key) for key in ("type", "title", "mode", "color", "bgcolor", "properties")},
+            "place": [*node["pos"], *(node["size"] if not node["type"].startswith("Load") else ())],
+            "widgets": node.get("widgets_values") or [],
+            "inputs": slots(node, "inputs", ("name", "type", "link", "shape")),
+            "outputs": slots(node, "outputs", ("name", "type", "links")),
+        }
+        for node in workflow["nodes"]
+    }
+    groups = [[group[key] for key in ("title", "bounding", "color")] for group in workflow["groups"]]
+    return {"nodes": nodes, "links": workflow["links"], "groups": groups}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_opens_and_is_saved_as_it_is(name, editor):
+    workflow = load(f"{name}.json")
+    editor.open(workflow)
+    missing = editor.page.evaluate(
+        "() => window.app.graph.nodes.filter(n => n.has_errors || !(n.type in LiteGraph.registered_node_types))"
+        ".map(n => n.type)"
+    )
+    assert missing == []
+    prompt = editor.prompt()
+    for node in prompt.values():
+        node["inputs"].pop("video-preview", None)  # the player that the front end puts into Load Video
+        node["_meta"] = {"title": node["_meta"]["title"]}
+    assert prompt == load("api", f"{name}.json")
+    saved = editor.saved()
+    assert essence(saved, workflow) == essence(workflow, workflow)
+    editor.open(saved)
+    assert essence(editor.saved(), workflow) == essence(saved, workflow)
+    assert editor.new_errors() == []
+
+
+def test_a_workflow_runs_by_a_click_and_shows_its_video(editor):
+    editor.open(load("t2v.json"))
+    small = {"steps": 4, "cfg": 1.5, "width": 96, "height": 64, "num_frames": 17}
+    editor.page.evaluate(
+        """([loaders, small]) => {
+            for (const node of window.app.graph.nodes) {
+                const set = (name, value) => { node.widgets.find(w => w.name === name).value = value }
+                if (node.title in loaders) set(loaders[node.title], 'WanCore/tiny')
+                if (node.title === 'Sampler') for (const [name, value] of Object.entries(small)) set(name, value)
+            }
+        }""",
+        [TITLES, small],
+    )
+    editor.page.get_by_role("button", name="Run", exact=True).first.click()
+    shown = "[...document.querySelectorAll('video')].find(v => v.src.includes('wancore_t2v') && v.readyState > 1)"
+    size = f"() => {{ const video = {shown}; return video && [video.videoWidth, video.videoHeight] }}"
+    assert wait_for(lambda: editor.page.evaluate(size)) == [96, 64]
+    editor.picture("t2v_graph")
+
+
+def widget_texts(editor) -> dict:
+    """Title, and label and tooltip of every widget, of every node of the pack as the front end makes them."""
+    return editor.page.evaluate(
+        """(ids) => Object.fromEntries(ids.map(id => {
+            const node = LiteGraph.createNode(id)
+            const widgets = (node.widgets ?? []).filter(w => w.tooltip)
+            return [id, {title: LiteGraph.registered_node_types[id].title,
+                         widgets: Object.fromEntries(widgets.map(w => [w.name, [w.label ?? w.name, w.tooltip]]))}]
+        }))""",
+        list(NODE_CLASS_MAPPINGS),
+    )
+
+
+@pytest.mark.parametrize("language", pages.LANGUAGES)
+def test_texts_are_in_the_users_language(language, editor):
+    say = pages.Catalogue.read().say if language == "zh" else pages.english
+    editor.language(language)
+    try:
+        for node_id, found in widget_texts(editor).items():
+            cls = NODE_CLASS_MAPPINGS[node_id]
+            assert found["title"] == say(pages.node_text(node_id, cls, NODE_DISPLAY_NAME_MAPPINGS[node_id])[0])
+            tips = {name: options.get("tooltip", "") for name, _, options, _ in pages.inputs(cls)}
+            for name, shown in found["widgets"].items():
+                if name in tips:
+                    assert shown == [say(text) for text in pages.slot_text(node_id, name, tips[name])], (node_id, name)
+    finally:
+        if language != "en":
+            editor.language("en")
+
+
+@pytest.mark.parametrize("language", pages.LANGUAGES)
+def test_the_help_page_is_shown_with_its_picture(language, editor):
+    editor.language(language)
+    try:
+        editor.open(load("t2v.json"))
+        editor.page.evaluate(
+            "() => window.app.canvas.selectNode(window.app.graph.nodes.find(n => n.type === 'WanCoreSampler'))"
+        )
+        editor.page.get_by_test_id("info-button").first.click()
+        heading = "采样器 (WanCore)" if language == "zh" else "Sampler (WanCore)"
+        editor.page.locator(".node-help-content h1", has_text=heading).wait_for(timeout=20_000)
+        drawn = "() => document.querySelector('.node-help-content img[src*=\"WanCoreSampler\"]')?.naturalWidth"
+        assert wait_for(lambda: editor.page.evaluate(drawn)) > 100
+        editor.picture(f"help_page_{language}")
+    finally:
+        if language != "en":
+            editor.language("en")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_template_browser_is_offered_a_workflow_with_its_picture(name, editor):
+    with urllib.request.urlopen(f"{editor.url}/api/workflow_templates", timeout=10) as answer:
+        assert name in json.load(answer)["wancore"]
+    with urllib.request.urlopen(f"{editor.url}/api/workflow_templates/wancore/{name}.jpg", timeout=10) as answer:
+        assert answer.headers["Content-Type"] == "image/jpeg" and answer.read(2) == b"\xff\xd8"
+
+
+def test_the_template_browser_shows_them(editor):
+    editor.run_command("Comfy.BrowseTemplates")
+    dialog = editor.page.get_by_role("dialog")
+    dialog.get_by_text("wancore", exact=False).first.click(timeout=20_000)
+    drawn = (
+        "() => [...document.querySelectorAll('[data-testid^=template-workflow-]')]"
+        ".filter(card => [...card.querySelectorAll('img')].some(picture => picture.naturalWidth))"
+        ".map(card => card.dataset.testid.replace('template-workflow-', ''))"
+    )
+    shown = wait_for(lambda: len(names := editor.page.evaluate(drawn)) >= 6 and names)
+    assert set(shown) <= set(NAMES)
+    editor.picture("templates")
+    editor.page.keyboard.press("Escape")

@@ -1,0 +1,159 @@
+"""The workflows that train and try the result: on the example data, and on what the shell has trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tools.graph import Graph, Stage, Step
+from tools.workflow_texts import CONTROL, SPEED, SPEED_CONTROL, T2V_BASE, TEXT, Kind, loaders, save_steps, split_steps
+
+DATA_FOLDER = "training_example"
+DATA_SIZE = {"width": 416, "height": 240, "num_frames": 33}
+"""Of the example data; small enough to train on a 12 GB card."""
+
+CAPTION = "a red ball moves slowly right over a dark ground"
+"""One of the example data's own."""
+
+VALIDATION_PROMPT = "from sunset to night, a small town, light, house, river"
+"""The caption of the reference's example clip."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One workflow that trains.
+
+    Attributes:
+        title, what: for its reader.
+        model_id: the checkpoint.
+        kind: how its videos are made.
+        trainer: the training node, and its inputs that differ from their defaults.
+        extra_inputs: what is trained besides the prompt.
+    """
+
+    title: str
+    what: str
+    model_id: str
+    kind: Kind
+    trainer: tuple[str, dict[str, Any]]
+    extra_inputs: str = ""
+
+
+TRAININGS = {
+    "train_lora_t2v": Training(
+        "Train a LoRA", "A LoRA learns how the clips of a data set look.", T2V_BASE, TEXT,
+        ("WanCoreTrainLora", {"num_epochs": 5}),
+    ),
+    "train_lora_control": Training(
+        "Train a LoRA on a control model", "A LoRA learns how clips follow their control videos.",
+        "PAI/Wan2.1-Fun-1.3B-Control", CONTROL, ("WanCoreTrainLora", {"num_epochs": 5}), "control_video",
+    ),
+    "train_speed_control": Training(
+        "Train speed control", "The speed-control adapter learns how fast things move.", SPEED_CONTROL, SPEED,
+        ("WanCoreTrainModel", {"part": "motion_controller", "num_epochs": 2, "adapter": SPEED_CONTROL}),
+        "motion_bucket_id",
+    ),
+}  # fmt: skip
+
+VALIDATIONS = {
+    "validate_lora": f"models/train/{T2V_BASE.rpartition('/')[2]}_lora/epoch-4.safetensors",
+    "validate_full": f"models/train/{T2V_BASE.rpartition('/')[2]}_full/epoch-1.safetensors",
+}
+"""Workflow to the file that the recipe of that kind writes last."""
+
+TITLES = {
+    **{name: training.title for name, training in TRAININGS.items()},
+    "validate_lora": "Try a trained LoRA",
+    "validate_full": "Try a trained model",
+}
+
+NAMES = (*TRAININGS, *VALIDATIONS)
+
+
+def describe(name: str, find_row: Callable[[str], Any]) -> Graph:
+    """The workflow called `name`, with the presets that `find_row` knows."""
+    return _training(name, find_row) if name in TRAININGS else _validation(name, find_row)
+
+
+def _training(name: str, find_row: Callable[[str], Any]) -> Graph:
+    training = TRAININGS[name]
+    row = find_row(training.model_id)
+    node, settings = training.trainer
+    data = {"folder": DATA_FOLDER, **DATA_SIZE, "extra_inputs": training.extra_inputs, "dataset_repeat": 25}
+    model = {"data": ("Training data", 0), "model": row.base or row.model_id, "name": name}
+    before = [
+        Stage(
+            "Data", [Step("Training data", "WanCoreTrainingData", data), _preview("Contact sheet", "Training data", 2)]
+        ),
+        Stage("Training", [Step("Train", node, {**model, **settings}), _preview("Loss chart", "Train", 1)]),
+    ]
+    made = _video(name, row, training.kind, ("Train", 0), CAPTION, DATA_SIZE, {})
+    return Graph(name, _training_note(training), [*before, *made])
+
+
+def _validation(name: str, find_row: Callable[[str], Any]) -> Graph:
+    row = find_row(T2V_BASE)
+    size = {"width": row.preset.width, "height": row.preset.height, "num_frames": row.preset.num_frames}
+    made = _video(name, row, TEXT, VALIDATIONS[name], VALIDATION_PROMPT, size, {"tiled": True})
+    return Graph(name, _validation_note(name), made)
+
+
+def _preview(title: str, source: str, output: int) -> Step:
+    return Step(title, "PreviewImage", {"images": (source, output)})
+
+
+def _video(
+    name: str, row: Any, kind: Kind, weights: Any, prompt: str, size: dict[str, Any], decode: dict[str, Any]
+) -> list[Stage]:
+    """From models and trained weights to a video."""
+    preset = row.preset
+    words = {"prompt": prompt, "negative_prompt": preset.negative_prompt}
+    inputs = kind.inputs(size)
+    controlled = kind is SPEED
+    conditioning = (inputs[-1].title, 1 if controlled else 0) if inputs else ("Prompt", 0)
+    model = ("Speed control", 0) if controlled else ("Load model", 0)
+    links = {"model": ("Trained weights", 0), "conditioning": conditioning}
+    settings = {"seed": 1, "steps": preset.steps, "cfg": preset.cfg, "shift": preset.shift, **size}
+    saved = save_steps(name)
+    saved[0] = Step(saved[0].title, saved[0].class_type, {**saved[0].inputs, **decode})
+    return [
+        Stage("Models", loaders(row, kind)),
+        Stage("Prompt", [Step("Prompt", "WanCoreTextEncode", {"text_encoder": ("Load text encoder", 0), **words})]),
+        *(Stage(title, steps) for title, steps in split_steps(inputs).items() if steps),
+        Stage(
+            "Trained",
+            [Step("Trained weights", "WanCoreTrainedWeights", {"model": model, "weights": weights, "strength": 1.0})],
+        ),
+        Stage("Sampling", [Step("Sampler", "WanCoreSampler", {**links, **settings})]),
+        Stage("Video", saved),
+    ]
+
+
+def _training_note(training: Training) -> str:
+    return "\n".join(
+        [
+            f"## {training.title}",
+            "",
+            f"{training.what} Then a video is made with it.",
+            "",
+            "The data is an example of moving shapes; write the folder of your own into *Training data*. Queue the "
+            "workflow again after a stop, and the training goes on where it was; raise *num_epochs* to train longer. "
+            "Another *name* begins a new run. Everything that a run writes is in `output/training/<name>`.",
+            "",
+            "All settings are in `docs/training.md` of the pack.",
+        ]
+    )
+
+
+def _validation_note(name: str) -> str:
+    what = "a LoRA" if name == "validate_lora" else "a whole model"
+    return "\n".join(
+        [
+            f"## {TITLES[name]}",
+            "",
+            f"A video with {what} that `python -m trainer.recipe` has trained, from the prompt that it was trained "
+            "with. Choose the model that was trained in *Load model*, and the file in *Trained weights*.",
+            "",
+            "For models with further inputs put *Trained Weights* between the model and the sampler of their own "
+            "workflow.",
+        ]
+    )

@@ -1,0 +1,379 @@
+"""Rows of a data set as what a model is trained on: latents and conditioning, made by the functions of inference."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wan_core.conditioning.inputs import condition
+from wan_core.conditioning.text import TEXT_TOKENS, clean_prompt
+from wan_core.media import frames_to_pixels
+from wan_core.types import Conditioning, VaceInput, VideoSize
+
+from ..config import TrainConfig
+from ..model.load import FoundModels
+from .cache import Encoders, LatentCache
+from .clips import at_rate
+from .draws import Choice, Media, choose, fixed
+from .report import Row
+
+log = logging.getLogger("wancore")
+
+CACHE_VERSION = 2
+"""Raise it when the same files and options are encoded to other tensors than before."""
+
+ENCODED = ("input_image", "end_image", "inpaint_video", "control_video", "reference_image", "vace")
+"""How the names begin of inputs that pass through an encoder; the others are quickly made anew."""
+
+Shape = tuple[VideoSize, tuple[str, ...], int]
+"""What must be equal within a batch: size, the names of the inputs, and the number of VACE reference frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One sample as a model is trained on it, on the CPU.
+
+    Attributes:
+        latents: (16, R + F, h, w) in float32, normalised; R VACE references stand in front and are trained too.
+        cond: for one video, fitted to the model.
+        caption: what `cond.text` was made of.
+        position: its place in the epoch's data, for random numbers.
+        name: of the clip's file.
+        pixels: (3, T, H, W) in [-1, 1], only where the VAE is trained.
+    """
+
+    latents: Tensor
+    cond: Conditioning
+    caption: str
+    position: int
+    name: str
+    pixels: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Several samples of one shape.
+
+    Attributes:
+        latents: (B, 16, R + F, h, w).
+        cond: for B videos.
+        captions, positions, names: of each.
+        pixels: (B, 3, T, H, W), only where the VAE is trained.
+    """
+
+    latents: Tensor
+    cond: Conditioning
+    captions: tuple[str, ...]
+    positions: tuple[int, ...]
+    names: tuple[str, ...]
+    pixels: Tensor | None = None
+
+
+def collate(samples: Sequence[Encoded]) -> Batch:
+    """`samples` as one batch.
+
+    Raises:
+        ValueError: their shapes or inputs differ.
+    """
+    present = {tuple(f.name for f in fields(s.cond) if getattr(s.cond, f.name) is not None) for s in samples}
+    shapes = {tuple(s.latents.shape) for s in samples}
+    if len(shapes) != 1 or len(present) != 1:
+        raise ValueError(f"A batch needs samples of one shape with the same inputs; got {shapes} with {present}.")
+    pixels = [s.pixels for s in samples if s.pixels is not None]
+    return Batch(
+        latents=torch.stack([s.latents for s in samples]),
+        cond=reduce(Conditioning.joined, (s.cond for s in samples)),
+        captions=tuple(s.caption for s in samples),
+        positions=tuple(s.position for s in samples),
+        names=tuple(s.name for s in samples),
+        pixels=torch.stack(pixels) if pixels else None,
+    )
+
+
+class Examples:
+    """The rows of a data set as `Encoded` samples: `config.dataset_repeat` times each row makes the positions of an
+    epoch.
+
+    What is drawn for a sample follows from (seed, epoch, position) alone.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        models: FoundModels,
+        encoders: Encoders,
+        config: TrainConfig,
+        cache: LatentCache | None = None,
+    ) -> None:
+        self.rows, self.models, self.encoders, self.config, self.cache = tuple(rows), models, encoders, config, cache
+        self._identities: dict[str, Any] = {}
+        self._once = _Once()
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.config.dataset_repeat
+
+    def row(self, position: int) -> Row:
+        """The row that a position stands for."""
+        return self.rows[position % len(self.rows)]
+
+    def shapes(self, epoch: int) -> list[Shape]:
+        """What must be equal within a batch, per position."""
+        if not self.shapes_change:
+            return [self._shape(fixed(row, self.config)) for row in self.rows] * self.config.dataset_repeat
+        return [self._shape(self.choose(position, epoch)) for position in range(len(self))]
+
+    @property
+    def shapes_change(self) -> bool:
+        """Whether `shapes` differ from epoch to epoch, because inputs are drawn."""
+        return self.config.random_mask or self.config.condition_dropout > 0
+
+    def _shape(self, choice: Choice) -> Shape:
+        references = choice.row.clips.get("vace_reference_image", ())
+        return choice.row.size, choice.given, len(references) if "vace_reference_image" in choice.names else 0
+
+    def choose(self, position: int, epoch: int) -> Choice:
+        """What is drawn for a position in an epoch."""
+        config = self.config
+        return choose(self.row(position), config, self._kept(config.extra_inputs), epoch, position)
+
+    def fixed(self, position: int) -> Choice:
+        """A position without anything drawn, for validation."""
+        return fixed(self.row(position), self.config)
+
+    def _kept(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """What condition dropout leaves of the inputs `names`."""
+        dropped = self.models.droppable(names)
+        return tuple(name for name in names if name not in dropped)
+
+    def get(self, position: int, epoch: int) -> Encoded:
+        """The sample of a position in an epoch, from the cache where it is there.
+
+        Raises:
+            ValueError: a file cannot be read any more; the message names the row.
+        """
+        return self.encode(self.choose(position, epoch), position)
+
+    @torch.no_grad()
+    def encode(self, choice: Choice, position: int) -> Encoded:
+        """The sample of a choice, from the cache where it is there.
+
+        Raises:
+            ValueError: a file cannot be read any more; the message names the row.
+        """
+        row = choice.row
+        with self._reading(row):
+            media = Media(choice, self.config)
+            text = self._kept_or_made(self._text_parts(choice.caption), lambda: self._text(choice.caption))
+            latents = self._kept_or_made(self._latent_parts(choice), lambda: self._latents(media))["latents"]
+            encoded = self._kept_or_made(self._condition_parts(choice), lambda: self._encoded_inputs(media))
+            inputs = media.inputs(lambda name: not name.startswith(ENCODED))
+            cond = condition(
+                Conditioning(text=_padded(text["text"])), inputs, self.models.variant, row.size, None, None
+            )
+            cond = self.models.fit(_unpacked(encoded, cond, choice.given, row.size), row.size)
+        if "leading" in encoded:
+            latents = torch.cat((encoded["leading"], latents), 2)
+        return Encoded(
+            latents=latents[0],
+            cond=cond,
+            caption=choice.caption,
+            position=position,
+            name=row.name,
+            pixels=frames_to_pixels(media.frames)[0] if "vae" in self.config.trainable_models else None,
+        )
+
+    def fill(
+        self,
+        rank: int = 0,
+        world: int = 1,
+        on_progress: Callable[[int, int], None] | None = None,
+        stops: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Encode what the cache lacks, this process's share of it, with the text encoder gone before the others load.
+
+        Call `encoders.free()` afterwards; nothing is encoded again. `on_progress` is called as (done, total), and
+        `stops` before each: whether to leave the others for another time.
+
+        Raises:
+            ValueError: a file cannot be read; the message names the row.
+        """
+        choices = [self.fixed(position) for position in range(len(self.rows))]
+        if self.config.condition_dropout:
+            choices += [replace(choice, names=self._kept(choice.names)) for choice in choices]
+        captions = {caption: None for row in self.rows for caption in row.sample.captions} | {"": None}
+        texts = list(captions)[rank::world]
+        mine = choices[rank::world]
+        total = len(texts) + len(mine)
+        for done, work in enumerate((*texts, *mine), 1):
+            if stops():
+                return
+            if isinstance(work, str):
+                self._fill_one(self._text_parts(work), lambda caption=work: self._text(caption))
+            else:
+                if "text_encoder" in self.encoders.loaded:
+                    self.encoders.free()
+                self._fill_pictures(work)
+            if on_progress is not None:
+                on_progress(done, total)
+
+    @torch.no_grad()
+    def _fill_pictures(self, choice: Choice) -> None:
+        with self._reading(choice.row):
+            media = Media(choice, self.config)
+            self._fill_one(self._latent_parts(choice), lambda: self._latents(media))
+            self._fill_one(self._condition_parts(choice), lambda: self._encoded_inputs(media))
+
+    def _fill_one(self, parts: Mapping[str, Any] | None, make: Callable[[], dict[str, Tensor]]) -> None:
+        """Make what `parts` describes, unless the cache has it."""
+        if parts is not None and (key := self.cache.key(parts)) not in self.cache:
+            self.cache.put(key, _finite(make()))
+
+    def _kept_or_made(
+        self, parts: Mapping[str, Any] | None, make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What the cache has under `parts`, else what `make` gives, which the cache then has. None is nothing."""
+        if parts is None:
+            return {}
+        if self.cache is None:
+            return _finite(make())
+        key = self.cache.key(parts)
+        kept = self.cache.get(key)
+        if kept is None:
+            kept = _finite(make())
+            self.cache.put(key, kept)
+        return kept
+
+    @contextmanager
+    def _reading(self, row: Row) -> Iterator[None]:
+        """Around work on a row: its name goes into errors, and a notice on how pictures are fitted is given once."""
+        log.addFilter(self._once)
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{row.sample.where} ({row.name}): {error}") from error
+        finally:
+            log.removeFilter(self._once)
+
+    @torch.no_grad()
+    def _text(self, caption: str) -> dict[str, Tensor]:
+        """The rows (1, L, D) of a caption's tokens; the zero rows after them are left out."""
+        embedding = self.encoders.text.encode([caption])[0].cpu()
+        tokens = int(embedding.any(1).nonzero().max()) + 1
+        return {"text": embedding[None, :tokens]}
+
+    def _latents(self, media: "Media") -> dict[str, Tensor]:
+        return {"latents": self.encoders.latents.frames(media.frames).cpu()}
+
+    def _encoded_inputs(self, media: "Media") -> dict[str, Tensor]:
+        """The tensors of all inputs that pass through an encoder, in the dtype that the model computes in."""
+        inputs = media.inputs(lambda name: name.startswith(ENCODED))
+        encoders = self.encoders
+        size = media.choice.row.size
+        cond = condition(Conditioning(), inputs, self.models.variant, size, encoders.latents, encoders.image)
+        tensors = {name: tensor.cpu().to(encoders.dtype) for name, tensor in _packed(cond).items()}
+        count = cond.prefix_frames(size.latent.frames)
+        if count:
+            tensors["leading"] = cond.vace[0].context[:, :16, :count].float().cpu()
+        return tensors
+
+    def _identity(self, kind: str) -> Any:
+        if kind not in self._identities:
+            self._identities[kind] = self.encoders.identity(kind, self.cache)
+        return self._identities[kind]
+
+    def _text_parts(self, caption: str) -> dict[str, Any]:
+        if self.cache is None:
+            return {}
+        return {
+            "what": "text",
+            "version": CACHE_VERSION,
+            "caption": clean_prompt(caption),
+            "encoder": self._identity("text_encoder"),
+        }
+
+    def _latent_parts(self, choice: Choice) -> dict[str, Any]:
+        if self.cache is None:
+            return {}
+        row = choice.row
+        return {
+            "what": "latents",
+            "version": CACHE_VERSION,
+            "encoder": self._identity("vae"),
+            "file": self.cache.file_hash(row.target.path),
+            "frames": [at_rate(row.target, self.config.fps)[place] for place in choice.places],
+            "size": [row.size.width, row.size.height, row.size.num_frames],
+        }
+
+    def _condition_parts(self, choice: Choice) -> dict[str, Any] | None:
+        """None when no input passes through an encoder."""
+        if not any(name.startswith(ENCODED) for name in choice.given):
+            return None
+        if self.cache is None:
+            return {}
+        files = {name: choice.row.clips.get(name, ()) for name in choice.names}
+        return {
+            **self._latent_parts(choice),
+            "what": "condition",
+            "variant": self.models.variant.name,
+            "image_encoder": self._identity("image_encoder"),
+            "inputs": {
+                name: [[self.cache.file_hash(c.path), [*at_rate(c, self.config.fps)]] for c in clips]
+                for name, clips in files.items()
+                if name.startswith(ENCODED)
+            },
+        }
+
+
+class _Once(logging.Filter):
+    """Lets each notice of `wan_core.media.fitting` through once; there would be one for every sample in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.module != "fitting":
+            return True
+        text = record.getMessage()
+        is_new = text not in self._told
+        self._told.add(text)
+        return is_new
+
+
+def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`; an encoder that overflows must not reach the cache.
+
+    Raises:
+        ValueError: one of them holds NaN or infinity.
+    """
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"encoding gave NaN or infinity in its {broken[0]}; try --mixed_precision no")
+    return tensors
+
+
+def _packed(cond: Conditioning) -> dict[str, Tensor]:
+    """The tensors that encoders made, by name."""
+    tensors = {f"slots.{name}": tensor for name, tensor in (cond.slots or {}).items()}
+    tensors |= {f"vace.{index}": vace.context for index, vace in enumerate(cond.vace or ())}
+    tensors |= {"clip": cond.clip, "reference": cond.reference}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _unpacked(tensors: Mapping[str, Tensor], cond: Conditioning, names: Sequence[str], size: VideoSize) -> Conditioning:
+    """`cond` with the tensors of `_packed`."""
+    slots = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("slots.")}
+    vace = tuple(VaceInput(context=tensor) for name, tensor in tensors.items() if name.startswith("vace."))
+    given = {"slots": slots or None, "vace": vace or None}
+    given |= {name: tensors[name] for name in ("clip", "reference") if name in tensors}
+    return cond.given(*names, size=size, **given)
+
+
+def _padded(text: Tensor) -> Tensor:
+    return F.pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1]))

@@ -1,0 +1,203 @@
+"""The order in which samples are trained, and what is drawn for each of them in an epoch."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_core.conditioning.camera import CameraPath
+from wan_core.conditioning.inputs import VideoInputs
+
+from ..config import TrainConfig
+from .clips import ALIGNED_KINDS, BOTH, INPUTS, START, Clip, at_rate, draw_mask, given_names, mask_kind, read
+from .report import Row
+
+
+def batches(
+    shapes: Sequence[Hashable], seed: int, epoch: int, batch_size: int, rank: int = 0, world: int = 1
+) -> list[list[int]]:
+    """The batches of one process in one epoch, each a list of positions in `shapes`.
+
+    All positions of a batch have one shape. The processes' batches of one index form a global batch of one shape too,
+    and hold together the positions that a single process of `world` times the batch size would take. Every position
+    occurs; where a shape's last positions do not divide among the processes, some of its positions occur twice.
+
+    Args:
+        shapes: what must be equal within a batch, per position.
+        seed, epoch: choose the permutation.
+        batch_size: positions per process.
+        rank, world: which of how many processes.
+
+    Raises:
+        ValueError: there is no position, or `rank` is not one of `world`.
+    """
+    if not shapes or batch_size < 1 or not 0 <= rank < world:
+        raise ValueError(f"No batches of {batch_size} from {len(shapes)} samples for process {rank} of {world}.")
+    buckets: dict[Hashable, list[int]] = {}
+    order = permutation(len(shapes), seed, epoch)
+    for position in order:
+        buckets.setdefault(shapes[position], []).append(position)
+    place = {position: index for index, position in enumerate(order)}
+    together = [part for bucket in buckets.values() for part in _parts(bucket, batch_size * world, world)]
+    together.sort(key=lambda part: place[part[0]])
+    share = [len(part) // world for part in together]
+    return [part[rank * n : (rank + 1) * n] for part, n in zip(together, share, strict=True)]
+
+
+def permutation(count: int, seed: int, epoch: int) -> list[int]:
+    """The positions 0 to `count` - 1 in the order of `epoch`."""
+    generator = torch.Generator().manual_seed(mixed(seed, epoch))
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def mixed(*numbers: int) -> int:
+    """One seed of 63 bits from several numbers, unlike for neighbours (the finaliser of SplitMix64, Steele et al. 2014,
+    applied to each)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state >> 1
+
+
+def _parts(bucket: list[int], size: int, world: int) -> list[list[int]]:
+    """`bucket` in parts of `size`; the last one may be smaller, and repeats positions until `world` divides it."""
+    parts = [bucket[start : start + size] for start in range(0, len(bucket), size)]
+    last = parts[-1]
+    parts[-1] = last + [bucket[index % len(bucket)] for index in range(-len(last) % world)]
+    return parts
+
+
+STREAM = 0xDA7A
+"""Keeps what is drawn here apart from what the objective draws for the same sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is drawn for one sample in one epoch.
+
+    Attributes:
+        row: the sample.
+        caption: one of its captions, or nothing.
+        names: the extra inputs that it is trained with.
+        places: which frames of the clip, at the frame rate of the run.
+        mask: the kind of random mask; None without one.
+        seed: of that mask.
+    """
+
+    row: Row
+    caption: str
+    names: tuple[str, ...]
+    places: tuple[int, ...]
+    mask: str | None = None
+    seed: int = 0
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The inputs by the names that `wan_core.variants` uses."""
+        masked = {None: (), START: ("input_image",), BOTH: ("input_image", "end_image")}
+        return given_names(self.names) + masked.get(self.mask, ("inpaint_video",))
+
+
+def choose(row: Row, config: TrainConfig, kept: tuple[str, ...], epoch: int, position: int) -> Choice:
+    """What is drawn for `row` at a position in an epoch; condition dropout leaves the inputs `kept`.
+
+    It follows from (seed, epoch, position) alone.
+    """
+    seed = mixed(STREAM, config.seed, epoch, position)
+    generator = torch.Generator().manual_seed(seed)
+    which, no_caption, no_condition, start, kind = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+    captions = row.sample.captions
+    return Choice(
+        row=row,
+        caption="" if no_caption < config.caption_dropout else captions[int(which * len(captions))],
+        names=kept if no_condition < config.condition_dropout else config.extra_inputs,
+        places=tuple(row.places(config, start)),
+        mask=mask_kind(kind) if config.random_mask else None,
+        seed=mixed(seed),
+    )
+
+
+def fixed(row: Row, config: TrainConfig) -> Choice:
+    """`row` without anything drawn: its first caption, all inputs, the first frames; a random mask leaves the first
+    frame."""
+    return Choice(
+        row=row,
+        caption=row.sample.captions[0],
+        names=config.extra_inputs,
+        places=tuple(row.places(config)),
+        mask=START if config.random_mask else None,
+    )
+
+
+class Media:
+    """The pixels of one choice, read when they are asked for."""
+
+    def __init__(self, choice: Choice, config: TrainConfig) -> None:
+        self.choice, self.config = choice, config
+        self._frames: Tensor | None = None
+
+    @property
+    def frames(self) -> Tensor:
+        """The trained clip (T, H, W, 3) in [0, 1]."""
+        if self._frames is None:
+            self._frames = self._aligned(self.choice.row.target)
+        return self._frames
+
+    def inputs(self, wanted: Callable[[str], bool]) -> VideoInputs:
+        """Those inputs whose names `wanted` accepts."""
+        choice = self.choice
+        values: dict[str, Any] = {}
+        for name in choice.names:
+            if wanted(INPUTS[name].gives):
+                values[INPUTS[name].gives] = self._value(name)
+        if choice.mask is not None and wanted("inpaint_video"):
+            values |= self._masked()
+        return VideoInputs(**values)
+
+    def _value(self, name: str) -> Any:
+        row, kind = self.choice.row, INPUTS[name].kind
+        if kind in ("start", "end"):
+            return self.frames[:1] if kind == "start" else self.frames[-1:]
+        if INPUTS[name].gives == "camera":
+            return self._camera()
+        if kind == "number":
+            return float(row.sample.values[name])
+        clips = row.clips[name]
+        if kind in ALIGNED_KINDS:
+            frames = self._aligned(clips[0])
+            return frames[..., 0] if kind == "mask" else frames
+        pictures = tuple(read(clip, [0]) for clip in clips)
+        return pictures if kind == "pictures" else pictures[0]
+
+    def _masked(self) -> dict[str, Tensor]:
+        kind, size = self.choice.mask, self.choice.row.size
+        if kind in (START, BOTH):
+            return {"input_image": self.frames[:1]} | ({"end_image": self.frames[-1:]} if kind == BOTH else {})
+        generator = torch.Generator().manual_seed(self.choice.seed)
+        mask = draw_mask(kind, size.num_frames, size.height, size.width, generator)
+        return {"inpaint_video": self.frames, "inpaint_mask": mask}
+
+    def _camera(self) -> CameraPath:
+        """The path of a pose file, of which the trained frames count, or of a named direction."""
+        sample, places = self.choice.row.sample, self.choice.places
+        if "camera_path" in self.choice.names:
+            path = CameraPath.from_file(sample.files["camera_path"][0])
+            if path.num_frames > max(places):
+                return replace(path, rows=tuple(path.rows[place] for place in places))
+            return path
+        speed = INPUTS["camera_control_speed"].default
+        if "camera_control_speed" in self.choice.names:
+            speed = float(sample.values.get("camera_control_speed", speed))
+        return CameraPath.from_direction(sample.values["camera_control_direction"], len(places), speed)
+
+    def _aligned(self, clip: Clip) -> Tensor:
+        """The frames of `clip` that stand at the places of this choice; a picture stands still."""
+        size = self.choice.row.size
+        stored = at_rate(clip, self.config.fps)
+        places = self.choice.places if clip.fps is not None else [0] * size.num_frames
+        return read(clip, [stored[place] for place in places], size.width, size.height)

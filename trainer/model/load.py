@@ -1,0 +1,230 @@
+"""The models of a run: found and checked from their headers, loaded, with weights that were trained before."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wan_core import model as prepare
+from wan_core import variants
+from wan_core.conditioning.slots import fit
+from wan_core.files import is_nameable
+from wan_core.loading.detect import Component, detect_files, join_vace
+from wan_core.lora.apply import LoraUse, fuse
+from wan_core.lora.target import Target, fit_to, open_lora, report, use_lora
+from wan_core.model import Rest, VideoModel
+from wan_core.model_config import ModelConfig, find_models, tokenizer_folder
+from wan_core.models.config import DiTConfig
+from wan_core.types import Conditioning, VideoSize
+from wan_core.variants import IMAGE, Variant
+
+from ..config import TrainConfig
+from ..data.clips import INPUTS, given_names
+from ..flags import ConfigError
+
+log = logging.getLogger("wancore")
+
+ENCODERS = ("text_encoder", "vae")
+"""Kinds of trained weights that are read in place of the model's own file; the others are laid over it."""
+
+
+def trained_encoder(config: TrainConfig) -> Component | None:
+    """What `--resume_from_checkpoint` holds, when that is a whole encoder.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged or unknown.
+    """
+    if config.resume_from_checkpoint is None:
+        return None
+    with _named("resume_from_checkpoint"):
+        found = detect_files(Path(config.resume_from_checkpoint).expanduser())
+    if found.kind == "lora":
+        raise ValueError(f"--resume_from_checkpoint: {found.name} is a LoRA; name it in --lora_checkpoint.")
+    return found if found.kind in ENCODERS else None
+
+
+def changes_weights(config: TrainConfig) -> bool:
+    """Whether `start` has anything to do."""
+    return config.preset_lora_path is not None or _has_trained_weights(config)
+
+
+def check(components: Mapping[str, Component], config: TrainConfig) -> None:
+    """Raise ValueError when a file that the run starts from cannot be read or does not fit the models `components`."""
+    parts = [components[kind] for kind in ("dit", "vace", "motion_controller") if kind in components]
+    shapes = {name: source.shape for part in parts for name, source in part.sources.items()}
+    target = Target(parts[0].name, shapes)
+    if _has_trained_weights(config):
+        trained = detect_files(Path(config.resume_from_checkpoint).expanduser())
+        strange = [name for name, source in trained.sources.items() if shapes.get(name) != source.shape]
+        if strange:
+            raise ValueError(
+                f"--resume_from_checkpoint: {trained.name} does not fit {target.name}, whose {strange[0]} is "
+                f"{shapes.get(strange[0], 'not there')}."
+            )
+    for flag in ("preset_lora_path", "lora_checkpoint"):
+        path = getattr(config, flag)
+        if path is not None:
+            with _named(flag):
+                fit_to(open_lora(Path(path).expanduser()), target)
+
+
+def start(model: VideoModel, config: TrainConfig) -> None:
+    """Change the weights of `model`, which are not quantised, as the settings say.
+
+    Raises:
+        ValueError: a file cannot be read or was made for another model.
+    """
+    if _has_trained_weights(config):
+        with _named("resume_from_checkpoint"):
+            use = _fused(model, config.resume_from_checkpoint)
+        log.info("Starting from %s: %d weights.", use.bound.lora.name, len(use.bound.patches))
+    if config.preset_lora_path is not None:
+        with _named("preset_lora_path"):
+            use = _fused(model, config.preset_lora_path)
+        log.info("Made part of the model: %s", report(use, Target.of_modules(model.name, model.modules)).summary)
+
+
+def _has_trained_weights(config: TrainConfig) -> bool:
+    return config.resume_from_checkpoint is not None and trained_encoder(config) is None
+
+
+def _fused(model: VideoModel, path: str) -> LoraUse:
+    use = use_lora(Path(path).expanduser(), Target.of_modules(model.name, model.modules))
+    fuse(model.modules, use)
+    return use
+
+
+@contextmanager
+def _named(flag: str) -> Iterator[None]:
+    """Errors of this block name the flag that they come from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"--{flag}: {error}") from error
+
+
+INPAINT = "inpaint_video"
+PICTURE_KINDS = ("start", "end", "picture")
+
+USELESS_WITHOUT = {"vace": "vace_", "motion_controller": "motion_"}
+"""Models that run only when they have an input, and how the names of these begin."""
+
+
+@dataclass(frozen=True)
+class FoundModels:
+    """The models of a run, before any weight is read.
+
+    Attributes:
+        components: by kind: `dit`, `text_encoder`, `vae`, and what else was named.
+        config, variant: those of the DiT, with the VACE branch of a file of its own.
+        name: what to call it in messages.
+        tokenizer: folder of the tokenizer; None when the text encoder brings it.
+    """
+
+    components: Mapping[str, Component]
+    config: DiTConfig
+    variant: Variant
+    name: str
+    tokenizer: Path | None
+
+    @property
+    def has_motion_controller(self) -> bool:
+        return "motion_controller" in self.components
+
+    def load_dit(self, dtype: torch.dtype, rest: prepare.Place) -> prepare.VideoModel:
+        """The DiT with what belongs beside it."""
+        parts, rest = self.components, Rest.on(rest)
+        settings = prepare.DiTSettings(dtype=dtype)
+        model = prepare.load_dit(parts["dit"], settings, rest, vace=parts.get("vace"))
+        if self.has_motion_controller:
+            model = prepare.with_speed_control(model, parts["motion_controller"], rest.device)
+        return model
+
+    def fit(self, cond: Conditioning, size: VideoSize) -> Conditioning:
+        """`cond` as the DiT takes it, by the function that inference uses.
+
+        Raises:
+            ValueError: an input is missing, or not one that the model takes.
+        """
+        return fit(cond, self.variant, self.config, self.name, size, self.has_motion_controller)
+
+    def droppable(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the extra inputs `names` that condition dropout may leave out.
+
+        A VACE branch runs only when it has an input, so that one of them stays.
+        """
+        rows = (INPUTS[name] for name in names)
+        found = tuple(row.name for row in rows if row.droppable and row.gives not in self.variant.requires)
+        return () if self.config.vace_layers and found == names else found
+
+
+def find(config: TrainConfig) -> FoundModels:
+    """The models that `config` names, downloaded where that is needed and allowed.
+
+    Raises:
+        ValueError: one is missing, unknown or broken, or they cannot use the inputs that `config` names.
+    """
+    named = [ModelConfig(path=list(group)) for group in config.model_paths]
+    for name in config.model_id_with_origin_paths:
+        model_id, _, pattern = name.rpartition(":")
+        if not model_id or not pattern or not is_nameable(f"{model_id}/{pattern}"):
+            raise ConfigError(f"--model_id_with_origin_paths takes model_id:file_pattern; got {name[:100]!r}.")
+        named.append(ModelConfig(model_id=model_id, origin_file_pattern=pattern))
+    if not named:
+        raise ConfigError("Name the models with --model_paths or --model_id_with_origin_paths.")
+    defaults = ModelConfig(local_model_path=config.local_model_path, skip_download=config.skip_download)
+    try:
+        found = find_models([model.filled_from(defaults) for model in named], torch.bfloat16)
+    except ValueError as error:
+        raise ConfigError(f"--model_paths, --model_id_with_origin_paths: {error}") from error
+    components = {kind: model.component for kind, model in found.items()}
+    encoder = trained_encoder(config)
+    if encoder is not None:
+        components[encoder.kind] = encoder
+    check(components, config)
+    dit = components["dit"]
+    if "vace" in components:
+        dit = join_vace(dit, components["vace"])
+    tokenizer = None if config.tokenizer_path is None else ModelConfig(path=config.tokenizer_path)
+    folder = tokenizer_folder(components["text_encoder"], tokenizer, defaults)
+    models = FoundModels(components, dit.config, variants.match_variant(dit.config), dit.name, folder)
+    check_inputs(models, config)
+    return models
+
+
+def check_inputs(models: FoundModels, config: TrainConfig) -> None:
+    """Raise ConfigError when the models cannot use the inputs that `config` names, or need others; the message names
+    the flags.
+    """
+    given = given_names(config.extra_inputs) + ((INPAINT,) if config.random_mask else ())
+    try:
+        variants.check(models.variant, given, models.name, models.has_motion_controller)
+    except ValueError as error:
+        raise ConfigError(f"{error} Inputs are named by --extra_inputs{_flags(models.variant)}.") from error
+    if IMAGE in models.variant.slots and not given:
+        raise ConfigError(
+            f"{models.name} ({models.variant.label}) is trained with the first frame of each clip: add "
+            "--input_contains_input_image (or --extra_inputs input_image), or --random_mask."
+        )
+    for trained, begin in USELESS_WITHOUT.items():
+        if trained in (*config.trainable_models, config.lora_base_model) and not any(
+            n.startswith(begin) for n in given
+        ):
+            names = [name for name in INPUTS if name.startswith(begin)]
+            raise ConfigError(f"{trained} learns nothing without its inputs: add --extra_inputs {' or '.join(names)}.")
+    pictures = [name for name in config.extra_inputs if INPUTS[name].kind in PICTURE_KINDS]
+    pictures += ["--random_mask"] * config.random_mask
+    if pictures and "image_encoder" not in models.components:
+        raise ConfigError(
+            f"{models.name} reads {' and '.join(pictures)} through the CLIP image encoder too; add "
+            "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth to the models."
+        )
+
+
+def _flags(variant: Variant) -> str:
+    """The flags for all that a variant takes, for a message."""
+    names = [row.name for row in INPUTS.values() if row.gives in variant.accepts]
+    return f"; this model takes {', '.join(names)}" if names else ""

@@ -1,0 +1,166 @@
+"""The steps of a run in their order, and an estimate of what it needs, from the settings and shapes alone."""
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from torch import Tensor
+
+from wan_core.models.config import DiTConfig
+from wan_core.offload.weights import Residency
+
+from ..config import TrainConfig
+from ..data.draws import batches
+from ..model.placing import placement_within
+from ..model.trainable import Trainables
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of one process.
+
+    Attributes:
+        number: of the step, from 1.
+        epoch: from 0.
+        batches: positions in the epoch, one group per forward pass.
+        samples: how many samples all processes take in it together.
+        ends_epoch: whether it is the last one of its epoch.
+    """
+
+    number: int
+    epoch: int
+    batches: tuple[tuple[int, ...], ...]
+    samples: int
+    ends_epoch: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a run.
+
+    Attributes:
+        config: its settings.
+        shapes: what must be equal within a batch, by position, for an epoch.
+        rank, world: which of how many processes.
+    """
+
+    config: TrainConfig
+    shapes: Callable[[int], Sequence[Hashable]]
+    rank: int = 0
+    world: int = 1
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Steps of each epoch. They differ only where inputs are drawn at random, which changes shapes."""
+        if not self.config.condition_dropout and not self.config.random_mask:
+            return (len(self._groups(0)),) * self.config.num_epochs
+        return tuple(len(self._groups(epoch)) for epoch in range(self.config.num_epochs))
+
+    @cached_property
+    def total(self) -> int:
+        """Steps of the run."""
+        whole = sum(self.lengths)
+        return whole if self.config.max_steps is None else min(whole, self.config.max_steps)
+
+    def steps(self, done: int = 0) -> Iterator[Step]:
+        """The steps after the first `done`."""
+        number = 0
+        for epoch, length in enumerate(self.lengths):
+            if number + length > done:
+                for index, group in enumerate(self._groups(epoch)):
+                    step = number + index + 1
+                    if done < step <= self.total:
+                        samples = self.world * sum(map(len, group))
+                        yield Step(step, epoch, group, samples, index == length - 1)
+            number += length
+
+    def _groups(self, epoch: int) -> list[tuple[tuple[int, ...], ...]]:
+        """The batches of `epoch` by step; the last step of an epoch may have fewer."""
+        config = self.config
+        found = batches(self.shapes(epoch), config.seed, epoch, config.batch_size, self.rank, self.world)
+        size = config.gradient_accumulation_steps
+        return [tuple(map(tuple, found[start : start + size])) for start in range(0, len(found), size)]
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """The learning rate of step number `step` of `total`: it grows linearly over the warm-up, is exactly what was typed
+    in the first step after it, and then stays (`constant`) or falls towards zero after the last step.
+    """
+    warmup = config.warmup_steps
+    if step <= warmup:
+        return config.learning_rate * step / (warmup + 1)
+    share = (step - warmup - 1) / max(1, total - warmup)
+    falls = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
+    return config.learning_rate * falls[config.lr_scheduler]
+
+
+BYTES_PER_TRAINED = 16
+"""A float32 weight, its gradient and the two moments of Adam."""
+
+BYTES_PER_SAVED = 12
+"""A float32 weight and the two moments of Adam."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes: of frozen weights, of what is trained with its optimizer, of activations; and of one save on the disk."""
+
+    frozen: int
+    trained: int
+    activations: int
+    saved: int
+    tokens: int
+
+    @property
+    def device(self) -> int:
+        return self.frozen + self.trained + self.activations
+
+    def __str__(self) -> str:
+        return (
+            f"Estimated device memory {_gb(self.device)}: frozen weights {_gb(self.frozen)}, trained weights with "
+            f"optimizer {_gb(self.trained)}, activations of {self.tokens} tokens {_gb(self.activations)}. One save "
+            f"takes {_gb(self.saved)}."
+        )
+
+
+def estimate(trainables: Trainables, shapes: Iterable[tuple[int, ...]], config: TrainConfig) -> Estimate:
+    """The needs of a run whose latents (16, R + F, h, w) have these `shapes`; the largest counts.
+
+    Activations are the inputs of every block, which checkpointing keeps, and the inside of one block, of which about
+    twelve tensors as wide as the model and three as wide as its feed-forward layer live at once.
+    """
+    dit = trainables.module.dit.config
+    tokens = max(_tokens(shape, dit) for shape in shapes) * config.batch_size
+    width = 2 if config.mixed_precision == "bf16" else 4
+    blocks = len(trainables.module.blocks)
+    inside = tokens * (12 * dit.dim + 3 * dit.ffn_dim) * width
+    if config.use_gradient_checkpointing:
+        kept = 0 if config.use_gradient_checkpointing_offload else tokens * dit.dim * width * blocks
+    else:
+        kept = inside * (blocks - 1)
+    trained = sum(p.numel() for p in trainables.parameters().values())
+    frozen = sum(_bytes(p) for p in trainables.module.parameters() if not p.requires_grad)
+    if config.streams:
+        inventory = Residency.of(trainables.module.dit).inventory()
+        frozen += placement_within(inventory, config).device_bytes - inventory.bytes
+    return Estimate(
+        frozen=frozen,
+        trained=trained * BYTES_PER_TRAINED,
+        activations=kept + inside,
+        saved=trained * (BYTES_PER_SAVED + width),
+        tokens=tokens,
+    )
+
+
+def _tokens(shape: tuple[int, ...], dit: DiTConfig) -> int:
+    return prod(n // p for n, p in zip(shape[1:], dit.patch_size, strict=True))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,236 @@
+"""The state of a run on disk: a folder per saved step that is there whole or not at all.
+
+A folder is filled under a draft's name, its files reach the disk, a manifest with their sizes and hashes is written
+last, and only then does the folder get its own name. A folder without a manifest that holds is no state."""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_core.atomic import sync_file, sync_folder
+from wan_core.files import blamed_on, read_json
+from wan_core.loading.pickles import require_plain
+from wan_core.loading.tensor_files import read_whole, write_safetensors
+from wan_core.settings import check_whole
+
+log = logging.getLogger("wancore")
+
+MANIFEST, PROGRESS, WEIGHTS, OPTIMIZER = "manifest.json", "progress.json", "weights.safetensors", "optimizer.pt"
+FORMAT = 1
+LARGEST_STEP = 10**15
+BLOCK = 2**22
+
+
+class StateError(ValueError):
+    """A state that is damaged, or of another run."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands and what it is.
+
+    Attributes:
+        step: optimizer steps that are done; data order, noise and dropout follow from it.
+        run: what must be the same for a run to be continued exactly, by name.
+        config: all settings.
+        world: processes.
+    """
+
+    step: int
+    run: Mapping[str, Any]
+    config: Mapping[str, Any]
+    world: int
+
+
+@dataclass(frozen=True)
+class States:
+    """The saved states of one run, in folders `step-<n>` of `folder`."""
+
+    folder: Path
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:07}"
+
+    def steps(self) -> list[int]:
+        """Steps of the states that have a manifest, ascending."""
+        found = (re.fullmatch(r"step-(\d{7,})", path.parent.name) for path in self.folder.glob(f"*/{MANIFEST}"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def latest(self) -> Path | None:
+        """The newest state that holds; damaged ones are passed over with a notice. None where there is no state.
+
+        Raises:
+            StateError: there are states, but all of them are damaged.
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            try:
+                verify(self.path(step))
+            except StateError as error:
+                damaged.append(str(error))
+            else:
+                for problem in damaged:
+                    log.warning("%s It is passed over.", problem)
+                return self.path(step)
+        damaged += [f"{folder} has no {MANIFEST}." for folder in self._without_manifest()]
+        if damaged:
+            raise StateError(
+                f"{' '.join(damaged)} No saved state holds, and the training does not start over beside its weights. "
+                f"Bring the files back, choose another --output_path, or remove {self.folder} to start over."
+            )
+        return None
+
+    def _without_manifest(self) -> list[Path]:
+        """Folders that are named as states and are none."""
+        found = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        return [path for path in found if re.fullmatch(r"step-\d{7,}", path.name) and not (path / MANIFEST).is_file()]
+
+    def draft(self, step: int) -> Path:
+        """The folder that a state is written into before it is one."""
+        return self.folder / f".{self.path(step).name}.draft"
+
+    def begin(self, step: int) -> Path:
+        """An empty draft, to be filled and then given to `commit`."""
+        self.discard(step)
+        self.draft(step).mkdir(parents=True)
+        return self.draft(step)
+
+    def discard(self, step: int) -> None:
+        shutil.rmtree(self.draft(step), ignore_errors=True)
+
+    def commit(self, progress: Progress) -> Path:
+        """Make the filled draft of that step a state.
+
+        Raises:
+            OSError: its files could not be brought to the disk.
+        """
+        draft, target = self.draft(progress.step), self.path(progress.step)
+        (draft / PROGRESS).write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
+        _seal(draft)
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+        sync_folder(self.folder)
+        return target
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep` states, and what kills left behind."""
+        for step in self.steps()[:-keep]:
+            # Without its manifest a folder is no state, however far its removal comes.
+            (self.path(step) / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(self.path(step), ignore_errors=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what kills left behind: drafts, and states whose removal had begun."""
+        drafts = self.folder.glob(".step-*.draft")
+        # Without any whole state, folders without a manifest are damaged ones, which `latest` refuses.
+        for left in (*drafts, *(self._without_manifest() if self.steps() else ())):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def write_parts(folder: Path, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+    """Put trained weights and an optimizer's `state_dict` into a state's folder."""
+    write_safetensors(folder / WEIGHTS, weights)
+    torch.save(optimizer, folder / OPTIMIZER)
+
+
+def read_parts(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the optimizer's `state_dict` of a state, on the CPU.
+
+    Raises:
+        StateError: a file is missing or damaged, or the optimizer's holds more than numbers, texts and tensors.
+    """
+    with blamed_on(f"The saved state {folder}", "cannot be read", error=StateError):
+        require_plain(folder / OPTIMIZER)
+        optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        return read_whole(folder / WEIGHTS)[0], optimizer
+
+
+def read_progress(folder: Path) -> Progress:
+    """What the state in `folder` says of its run.
+
+    Raises:
+        StateError: there is no state, or it is damaged.
+    """
+    verify(folder)
+    with blamed_on(folder / PROGRESS, "is not what a state holds", error=StateError):
+        progress = Progress(**read_json(folder / PROGRESS))
+        if not isinstance(progress.run, dict) or not isinstance(progress.config, dict):
+            raise ValueError("run and config are no objects")
+        check_whole("step", progress.step, low=0, high=LARGEST_STEP)
+        check_whole("world", progress.world, low=1, high=LARGEST_STEP)
+    return progress
+
+
+def verify(folder: Path) -> None:
+    """Raise StateError unless every file of the state in `folder` is as it was written."""
+    with blamed_on(folder, "is no saved state", error=StateError):
+        files = read_json(folder / MANIFEST)["files"].items()
+        entries = {name: (entry["size"], entry["sha256"]) for name, entry in files}
+        if outside := next((name for name in entries if Path(name).is_absolute() or ".." in Path(name).parts), None):
+            raise ValueError(f"it names {outside!r:.80}, which is none of its files")
+    for name, (size, sha256) in entries.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size or digest(file) != sha256:
+            raise StateError(f"The saved state {folder} is damaged: {name} is not as it was written.")
+
+
+def require_same(progress: Progress, run: Mapping[str, Any], world: int, force: bool) -> None:
+    """Refuse to continue a run with other data or settings that decide the result, unless forced.
+
+    Raises:
+        StateError: something differs; it is named.
+    """
+    before, now = {**progress.run, "processes": progress.world}, {**run, "processes": world}
+    changed = [name for name in now | before if now.get(name) != before.get(name)]
+    if not changed:
+        return
+    told = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
+    if not force:
+        raise StateError(
+            f"The run at step {progress.step} cannot be continued: {told}. Set it back, choose another --output_path, "
+            "or continue all the same with --resume_force."
+        )
+    log.warning("Continuing a run that was another: %s.", told)
+
+
+def require_space(folder: Path, needed: int, keep_free: float) -> None:
+    """Raise OSError when the disk of `folder` lacks room for `needed` bytes and `keep_free` GB besides."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + keep_free * 1e9:
+        raise OSError(
+            f"{folder} needs {needed / 1e9:.2f} GB and {keep_free:g} GB besides (--min_free_gb), but its disk has "
+            f"{free / 1e9:.2f} GB free."
+        )
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    total = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _seal(folder: Path) -> None:
+    """Bring all files of `folder` to the disk and describe them in a manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {}
+    for file in files:
+        sync_file(file)
+        entries[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": digest(file)}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8")
+    sync_file(manifest)
+    sync_folder(folder)

@@ -1,0 +1,123 @@
+"""The bundled tiny models: real key names and structure, small sizes, weights that follow from the key alone.
+
+They draw abstract patterns, not films. They exist so that every workflow can run on any machine without a download."""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import catalog
+from .atomic import replacing
+from .loading.tensor_files import write_safetensors
+from .models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
+from .models.dit import WanDiT
+from .models.embedders import MotionController
+from .models.image_encoder import ImageEncoder
+from .models.text_encoder import UMT5Encoder
+from .models.vae import WanVAE
+
+
+def draw(key: str, shape: tuple[int, ...]) -> Tensor:
+    """The float32 weight called `key`: norm gains near 1, biases near 0, matrices scaled by one over root fan-in."""
+    generator = np.random.default_rng([0, zlib.crc32(key.encode())])
+    x = generator.standard_normal(tuple(shape), dtype=np.float32)
+    if key.endswith((".gamma", "norm.weight")) or (key.endswith(".weight") and len(shape) == 1):
+        x = 1 + 0.1 * x
+    elif key.endswith(".bias"):
+        x = 0.1 * x
+    elif key.endswith("modulation"):
+        x = 0.3 * x
+    elif "embedding.weight" in key and len(shape) == 2:
+        x = 0.5 * x
+    elif len(shape) >= 2:
+        x = x / np.sqrt(np.prod(shape[1:]))
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+
+
+WORDS = (
+    "a small town at sunset with lights and a river a dog is running over the green field while the sky is dark and "
+    "the camera moves left and right up and down fast slow house tree water mountain snow rain people city car bird cat"
+)
+"""The whole vocabulary besides single letters."""
+
+TOKENIZER_FILE = "tokenizer.json"
+LETTERS = "\u2581abcdefghijklmnopqrstuvwxyz0123456789,.!?-'"
+
+TEXT_ENCODER = TextEncoderConfig(vocab_size=320, dim=64, attention_dim=128, ffn_dim=160, num_heads=2, num_layers=3)
+VAE = VAEConfig(base_dim=8)
+IMAGE_ENCODER = ImageEncoderConfig(dim=160, mlp_dim=640, num_layers=4, out_dim=64)
+MOTION_CONTROLLER = MotionControllerConfig(dim=256, freq_dim=64)
+DIT = DiTConfig(dim=256, ffn_dim=512, num_layers=4, text_dim=64, freq_dim=64, image_dim=IMAGE_ENCODER.dim)
+DITS: dict[str, DiTConfig] = {
+    "t2v": DIT,
+    "i2v": replace(DIT, in_channels=36, has_image_input=True),
+    "flf2v": replace(DIT, in_channels=36, has_image_input=True, image_positions=514),
+    "fun_control": replace(DIT, in_channels=48, has_image_input=True),
+    "fun_v1_1_control": replace(DIT, in_channels=48, has_image_input=True, has_reference=True),
+    "fun_camera": replace(DIT, in_channels=32, has_image_input=True, camera_channels=24),
+    "vace": replace(DIT, vace_layers=(0, 2), vace_channels=96),
+}
+"""One structure of each kind, by the name of its variant."""
+
+
+def state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Weights by the recipe for a module built on the meta device."""
+    return {key: draw(key, tuple(tensor.shape)) for key, tensor in module.state_dict().items()}
+
+
+def write_tokenizer(path: Path) -> None:
+    """A tokenizer over a fixed word list, in the format of google/umt5-xxl's tokenizer.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [("\u2581" + word, -2.0 - 0.01 * i) for i, word in enumerate(sorted(set(WORDS.split())))]
+    pieces += [(letter, -8.0) for letter in LETTERS]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save(str(path))
+
+
+def write_model(root: Path, model_id: str) -> Path:
+    """Make what is missing of the bundled model `model_id` under the models folder `root`, in the original file layout.
+
+    The text-to-video model brings the encoders and the speed-control adapter that all of them share. A file appears
+    under its name only when it is complete.
+    """
+    folder = root / model_id
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (cls, config) in _files(model_id).items():
+        if not (folder / name).exists():
+            with torch.device("meta"):
+                module = cls(config)
+            write = write_safetensors if name.endswith(".safetensors") else _write_pth
+            with replacing(folder / name) as partial:
+                write(partial, state_dict(module))
+    if model_id == catalog.TINY and not (folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE).exists():
+        with replacing(folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE) as partial:
+            write_tokenizer(partial)
+    return folder
+
+
+def _write_pth(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    torch.save(dict(tensors), file)
+
+
+def _files(model_id: str) -> dict[str, tuple[type[nn.Module], Any]]:
+    """What a bundled model's files hold, by name."""
+    row = catalog.find_row(model_id)
+    assert row is not None, f"{model_id} is not in the catalog"
+    files: dict[str, tuple[type[nn.Module], Any]] = {catalog.DIT_FILE: (WanDiT, DITS[row.variant])}
+    if model_id == catalog.TINY:
+        files[catalog.TEXT_ENCODER_PATTERN] = (UMT5Encoder, TEXT_ENCODER)
+        files[catalog.VAE_PATTERN] = (WanVAE, VAE)
+        files[catalog.IMAGE_ENCODER_PATTERN] = (ImageEncoder, IMAGE_ENCODER)
+        files[catalog.MOTION_CONTROLLER_PATTERN] = (MotionController, MOTION_CONTROLLER)
+    return files

@@ -1,0 +1,205 @@
+"""The reference pipeline's call parameters, checked under their own names, as parts of the sampler's settings."""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .runtime import usable_device
+from .settings import (
+    MAX_SEED,
+    SOLVER_NAMES,
+    TEACACHE_TEMPLATES,
+    CacheSettings,
+    GuidanceSettings,
+    SamplerSettings,
+    TeaCacheSettings,
+    WindowSettings,
+    check_choice,
+    check_number,
+    check_whole,
+)
+from .tiling import TileSettings
+from .types import Curve
+
+NUMBERS: Mapping[str, tuple[float, float]] = {
+    "denoising_strength": (0, 1),
+    "sigma_shift": (0.01, 1000),
+    "tea_cache_l1_thresh": (0, math.inf),
+    "motion_bucket_id": (0, 100),
+    "vram_limit": (0, 100000),
+    "vram_buffer": (0, 100000),
+}
+"""The least and the largest value of each parameter that is a number."""
+
+WHOLE: Mapping[str, tuple[int, int]] = {
+    "seed": (0, MAX_SEED),
+    "num_inference_steps": (1, 10000),
+    "height": (1, 16384),
+    "width": (1, 16384),
+    "num_frames": (1, 100000),
+    "sliding_window_size": (1, 100000),
+    "sliding_window_stride": (1, 100000),
+    "num_persistent_param_in_dit": (0, 10**15),
+}
+"""The same of each that is a whole number."""
+
+CFG_SCALE = (0, 100)
+STRENGTH = (-1000, 1000)
+
+
+def checked(**values: Any) -> dict[str, Any]:
+    """Parameters of `NUMBERS` and `WHOLE` as Python's own numbers; None stays None where a parameter may be left out.
+
+    Raises:
+        ValueError: one is no number, or out of range.
+    """
+    plain = {name: plain_number(value) for name, value in values.items()}
+    for name, value in plain.items():
+        if value is not None and name in NUMBERS:
+            low, high = NUMBERS[name]
+            check_number(name, value, low=low, high=high)
+        elif value is not None:
+            low, high = WHOLE[name]
+            plain[name] = int(value) if isinstance(value, float) and value.is_integer() else value
+            check_whole(name, plain[name], low=low, high=high)
+    return plain
+
+
+def plain_number(value: Any) -> Any:
+    """NumPy's numbers, which are of types of their own, as Python's; anything else as it is."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0 else value
+
+
+def curve(name: str, value: Any, limits: tuple[float, float]) -> float | tuple[float, ...]:
+    """A number, or several that are spread over the steps.
+
+    Raises:
+        ValueError: it is none of that, or one is out of range.
+    """
+    value = plain_number(value)
+    listed = _members(value)
+    found = (value,) if listed is None else tuple(map(plain_number, listed))
+    if not found:
+        raise ValueError(f"{name} needs at least one number; got {value!r}.")
+    for number in found:
+        check_number(name, number, low=limits[0], high=limits[1])
+    return value if listed is None else found
+
+
+def _members(value: Any) -> list[Any] | None:
+    """What a list, a tuple or an array of one axis holds; None of anything else."""
+    if isinstance(value, np.ndarray):
+        return list(value) if value.ndim == 1 else None
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else None
+
+
+def strength(name: str, value: Any) -> Curve:
+    """`vace_scale`, or a LoRA's `alpha`, as a curve.
+
+    Raises:
+        ValueError: as of `curve`.
+    """
+    return value if isinstance(value, Curve) else Curve.of(curve(name, value, STRENGTH))
+
+
+def settings_of_call(
+    *,
+    seed: int | None,
+    rand_device: str,
+    num_inference_steps: int,
+    sigma_shift: float,
+    denoising_strength: float,
+    starts_from_video: bool,
+    cfg_scale: float | Sequence[float],
+    cfg_merge: bool,
+    solver: str,
+    cache: CacheSettings | None,
+    windows: WindowSettings | None,
+) -> SamplerSettings:
+    """What the reference's arguments ask of the sampler. A strength counts only with a video to start from.
+
+    Raises:
+        ValueError: an argument is out of range; the message has its own name.
+    """
+    check_choice("solver", solver, SOLVER_NAMES)
+    given = checked(
+        seed=random.getrandbits(32) if seed is None else seed,
+        num_inference_steps=_needed("num_inference_steps", num_inference_steps),
+        sigma_shift=_needed("sigma_shift", sigma_shift),
+        denoising_strength=_needed("denoising_strength", denoising_strength),
+    )
+    return SamplerSettings(
+        seed=given["seed"],
+        steps=given["num_inference_steps"],
+        shift=given["sigma_shift"],
+        denoise=given["denoising_strength"] if starts_from_video else 1.0,
+        solver=solver,
+        rand_device=str(usable_device("rand_device", rand_device)),
+        guidance=GuidanceSettings(
+            scale=curve("cfg_scale", cfg_scale, CFG_SCALE), mode="batched" if cfg_merge else "sequential"
+        ),
+        cache=cache,
+        windows=windows,
+    )
+
+
+def _needed(name: str, value: Any) -> Any:
+    if value is None:
+        raise ValueError(f"{name} must be a number; got None.")
+    return value
+
+
+def cache_of_call(
+    tea_cache_l1_thresh: float | None, tea_cache_model_id: str, recommended: str | None
+) -> CacheSettings | None:
+    """TeaCache as the reference's arguments ask for it, or None without a threshold.
+
+    An empty `tea_cache_model_id` takes the `recommended` template, that of the model's catalog row.
+
+    Raises:
+        ValueError: the threshold is out of range, or there is no such template, or none is recommended.
+    """
+    threshold = checked(tea_cache_l1_thresh=tea_cache_l1_thresh)["tea_cache_l1_thresh"]
+    is_open = tea_cache_model_id is None or (isinstance(tea_cache_model_id, str) and not tea_cache_model_id)
+    if not is_open:
+        check_choice("tea_cache_model_id", tea_cache_model_id, TEACACHE_TEMPLATES)
+    if threshold is None:
+        return None
+    return TeaCacheSettings(threshold=threshold, template=tea_cache_model_id or "auto").with_template(recommended)
+
+
+def windows_of_call(sliding_window_size: int | None, sliding_window_stride: int | None) -> WindowSettings | None:
+    """Blended windows of that many latent frames, or None when neither argument is given.
+
+    Raises:
+        ValueError: only one is given, or they are out of range.
+    """
+    given = checked(sliding_window_size=sliding_window_size, sliding_window_stride=sliding_window_stride)
+    size, stride = given.values()
+    if size is None and stride is None:
+        return None
+    if size is None or stride is None:
+        raise ValueError(f"sliding_window_size and sliding_window_stride belong together; got {size!r} and {stride!r}.")
+    return WindowSettings(size=size, stride=stride)
+
+
+def tiles_of_call(tile_size: Sequence[int], tile_stride: Sequence[int]) -> TileSettings:
+    """Tiles of that many latent cells, as (height, width).
+
+    Raises:
+        ValueError: one is not two whole numbers of at least 1, or a stride is above its size.
+    """
+    pairs = {name: _pair(name, value) for name, value in (("tile_size", tile_size), ("tile_stride", tile_stride))}
+    if any(stride > size for size, stride in zip(pairs["tile_size"], pairs["tile_stride"], strict=True)):
+        raise ValueError(f"tile_stride must not be above tile_size; got {tile_stride!r} and {tile_size!r}.")
+    return TileSettings(size=pairs["tile_size"], stride=pairs["tile_stride"])
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    pair = tuple(map(plain_number, _members(value) or ()))
+    if len(pair) == 2 and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair):
+        return pair
+    raise ValueError(f"{name} must be two whole numbers of latent cells, (height, width); got {value!r}.")

@@ -1,0 +1,177 @@
+"""Folders and files that others made: what they hold, which names are allowed, and one clear error for each fault."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MAX_NAME_BYTES = 255
+"""Of one file name in UTF-8, on nearly every file system; letters beyond ASCII take two to four."""
+
+MAX_PATH_BYTES = 4000
+"""Of a whole path; Linux takes 4096, with what is added while a file is written."""
+
+WINDOWS_RESERVED = '<>:"|?*'
+
+
+def files_below(folder: Path, is_one: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
+    """Every file below `folder`, by name, through linked folders too, as ComfyUI's own lists do. A link back to a
+    folder that it lies in is not followed.
+
+    A folder for which `is_one` holds is given itself, in place of what is in it; so is one that cannot be read.
+    """
+
+    def below(place: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+        try:
+            found, inside = place.stat(), sorted(place.iterdir())
+        except OSError:
+            yield place
+            return
+        if (identity := (found.st_dev, found.st_ino)) in above:
+            return
+        for path in inside:
+            if not path.is_dir() or is_one(path):
+                yield path
+            else:
+                yield from below(path, above | {identity})
+
+    yield from below(folder, frozenset())
+
+
+def is_special(path: Path) -> bool:
+    """Whether something other than a regular file stands at `path`: opening a named pipe waits without end."""
+    return path.exists() and not path.is_file()
+
+
+def is_nameable(path: str) -> bool:
+    """Whether a file could be called that."""
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        return False
+    longest = max(map(len, encoded.replace(b"\\", b"/").split(b"/")))
+    return "\0" not in path and longest <= MAX_NAME_BYTES and len(encoded) <= MAX_PATH_BYTES
+
+
+def check_name(name: str, spare: int = 0) -> None:
+    """Raise ValueError unless each part of the relative path `name` can be the name of a file, to which `spare` bytes
+    are added. The message does not repeat the name.
+    """
+    if "\0" in name:
+        raise ValueError("it holds the character NUL")
+    if any(ord(letter) < 32 for letter in name):
+        raise ValueError("it holds a control character, such as a line break")
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds half of a character, {name[error.start]!r}") from None
+    if os.name == "nt" and (reserved := set(name) & set(WINDOWS_RESERVED)):
+        raise ValueError(f"it holds {' '.join(sorted(reserved))}, which Windows does not take")
+    for part in encoded.replace(b"\\", b"/" if os.name == "nt" else b"\\").split(b"/"):
+        if len(part) + spare > MAX_NAME_BYTES:
+            raise ValueError(
+                f"a part of it has {len(part)} bytes in UTF-8; with the {spare} that are added, a name has at most "
+                f"{MAX_NAME_BYTES}"
+            )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError unless files can be written to `folder`, or it can be made; nothing is left of the attempt."""
+    place = folder.absolute()
+    if len(os.fsencode(place)) > MAX_PATH_BYTES:
+        raise ValueError(f"the path of {folder} is longer than {MAX_PATH_BYTES} bytes")
+    try:
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise ValueError(f"{place} is a file, and no folder")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(f"{place} cannot be written to ({error.strerror or error})") from None
+
+
+TEXT_BYTES = 16 * 2**20
+"""How long a text file may be: a pose for each of 10,000 frames has 2 MB."""
+
+JSON_BYTES = 4 * 2**20
+"""How long a JSON file may be that a stranger may have made. Parsed, the worst kind takes thirty times its length."""
+
+
+@contextmanager
+def blamed_on(
+    source: Path | str, problem: str, advice: str = "", error: type[ValueError] = ValueError
+) -> Iterator[None]:
+    """Read the content of `source` inside the block. What goes wrong there is the fault of that content.
+
+    Libraries raise errors of many kinds over damaged input (SafetensorError, KeyError, RecursionError, the
+    PanicException of Rust, which is a BaseException); all of them become `error`, with what was raised as its cause.
+
+    Raises:
+        error: "<source> <problem>: <reason>. <advice>". One that the block raises itself passes unchanged.
+    """
+    try:
+        yield
+    except BaseException as raised:
+        is_panic = type(raised).__name__ == "PanicException"
+        if (isinstance(raised, error) and error is not ValueError) or not (isinstance(raised, Exception) or is_panic):
+            raise
+        raise error(f"{source} {problem}: {_reason(raised)}. {advice}".rstrip()) from raised
+
+
+def parse_json(text: str | bytes, source: Path | str, problem: str = "holds no JSON", **blame: Any) -> Any:
+    """What the JSON `text` of `source` says.
+
+    Args:
+        blame: `advice` and `error` of `blamed_on`.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    with blamed_on(source, problem, **blame):
+        return json.loads(text)
+
+
+def read_json(path: Path, problem: str = "holds no JSON", *, limit: int = JSON_BYTES, **blame: Any) -> Any:
+    """What the JSON file at `path` says.
+
+    Args:
+        limit: its longest length, in bytes.
+        blame: `advice` and `error` of `blamed_on`.
+
+    Raises:
+        ValueError: there is no regular file, it is longer than `limit`, no UTF-8, no JSON, or nested too deeply.
+    """
+    with blamed_on(path, problem, **blame):
+        return json.loads(_text(path, limit))
+
+
+def read_text(path: Path, problem: str = "cannot be read as text", *, limit: int = TEXT_BYTES, **blame: Any) -> str:
+    """The UTF-8 text of the file at `path`, without a byte order mark; arguments are those of `read_json`.
+
+    Raises:
+        ValueError: there is no regular file, it is longer than `limit`, or no UTF-8.
+    """
+    with blamed_on(path, problem, **blame):
+        return _text(path, limit)
+
+
+def _text(path: Path, limit: int) -> str:
+    if not path.is_file():
+        raise ValueError("it does not exist or is no file")
+    if path.stat().st_size > limit:
+        raise ValueError(f"it has {path.stat().st_size} bytes, and at most {limit} are read")
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what `error` says."""
+    line = (str(error).strip().splitlines() or [""])[0][:400].rstrip(".")
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, KeyError):
+        return f"{line} is missing"
+    return line or type(error).__name__

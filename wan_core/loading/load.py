@@ -1,0 +1,321 @@
+"""From a recognised file, or from weights that another program holds, to a module, at the memory cost of one copy."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from ..files import blamed_on
+from ..models.dit import WanDiT
+from ..models.embedders import MotionController
+from ..models.image_encoder import ImageEncoder
+from ..models.preview_decoder import PreviewDecoder
+from ..models.text_encoder import UMT5Encoder
+from ..models.vae import WanVAE
+from ..offload.blocks import blocks_of
+from ..offload.formats import WEIGHTS, Stored, Weights
+from ..offload.quant import QuantisedLinear, big_linears, replace_layer, weight_to_fp8
+from ..offload.weights import Residency
+from ..settings import check_choice
+from .detect import KINDS, Component, check_against, detect, detect_files, require_kind
+from .names import SPIECE_MODEL, Kind, Source
+from .tensor_files import CheckpointError, Header, TensorFiles, TensorInfo, TensorReader, TensorShapes
+
+CLASSES: dict[Kind, type[nn.Module]] = {
+    "dit": WanDiT,
+    "motion_controller": MotionController,
+    "text_encoder": UMT5Encoder,
+    "vae": WanVAE,
+    "image_encoder": ImageEncoder,
+    "preview_decoder": PreviewDecoder,
+}
+
+DEQUANTISED_DTYPE = torch.bfloat16
+"""The dtype of scaled weights when no dtype is asked for: alone, the stored numbers are not the weights."""
+
+
+def build(
+    component: Component,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    weights: Weights = "auto",
+    mapped: bool = False,
+) -> nn.Module:
+    """The module of `component` with its weights, in evaluation mode, no gradients; see `load_into`.
+
+    Raises:
+        CheckpointError: the component cannot be built by itself, or its tensors do not fit; no weight was read then.
+        ValueError: the settings do not fit the file.
+    """
+    require_kind(component, tuple(CLASSES))
+    return load_into(unfilled(component), component, dtype, device, weights=weights, mapped=mapped)
+
+
+def unfilled(component: Component) -> nn.Module:
+    """The module of `component` on the meta device.
+
+    Raises:
+        CheckpointError: a model of its sizes cannot be made.
+    """
+    problem = f"cannot be {KINDS[component.kind][0]}, by the shapes of its tensors"
+    with blamed_on(component.name, problem, error=CheckpointError), torch.device("meta"):
+        return CLASSES[component.kind](component.config)
+
+
+def inspect(path: str | Path | Sequence[str | Path], *kinds: Kind) -> Component:
+    """What the model at `path` is, of an all-in-one file the one of `kinds`; whole as `load_into` wants it.
+
+    `info`, the loaders' validation and loading all ask here.
+
+    Raises:
+        CheckpointError: it is of another kind, not readable, incomplete, or a variant that is not known.
+    """
+    component = require_kind(detect_files(path, kinds), kinds or tuple(KINDS))
+    check_fits(component)
+    return component
+
+
+def check_fits(component: Component) -> None:
+    """Compare names and shapes with those of the module that `component` would be loaded into.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if component.kind in CLASSES:
+        check_against(component, unfilled(component))
+    elif component.kind == "vace":
+        # Alone in its file, but a part of a model whose other sizes it does not tell.
+        model = unfilled(replace(component, kind="dit"))
+        parts = {name: part for name, part in model.named_children() if name.startswith("vace_")}
+        check_against(component, nn.ModuleDict(parts))
+
+
+def load_into(
+    module: nn.Module,
+    component: Component,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    *,
+    weights: Weights = "auto",
+    mapped: bool = False,
+) -> nn.Module:
+    """Give every parameter of `module` the weights of `component`; `module` may stand on the meta device. Returns it.
+
+    Weights are cast to `dtype`, those that the class lists in `FLOAT32_PARAMETERS` to float32; None keeps the stored
+    dtype. Every tensor goes from the file to its place by itself, so that memory holds the model and at most one tensor
+    more. On the meta device no file is read: every weight has its size and dtype there, and nothing else.
+
+    Args:
+        weights: `auto` leaves linear layers of blocks that are stored quantised as they are, as `QuantisedLinear`;
+            `fp8` makes those that are not FP8 so; `plain` makes all of them `dtype`. Quantised weights elsewhere become
+            `dtype`.
+        mapped: do not read the weights inside of blocks: they are views of the file in their stored dtype, and
+            `Residency.of(module).work_dtypes` says in which one they are to work. The rest is read.
+
+    Raises:
+        CheckpointError: names or shapes differ; `module` is unchanged then.
+        ValueError: the weights cannot stay in their file as asked.
+        AssertionError: `module` holds a buffer on the meta device that no file can fill.
+    """
+    check_choice("weights", weights, WEIGHTS)
+    check_against(component, module)
+    stored = module.state_dict().keys()
+    lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in stored]
+    assert not lost, f"{type(module).__name__} makes buffers that are not stored on the meta device: {', '.join(lost)}"
+    filling = _Filling(module, component, dtype, torch.device(device), weights)
+    inside = tuple(f"{path}." for path in blocks_of(module))
+    with (TensorShapes if filling.device.type == "meta" else TensorFiles)(component.header) as files:
+        if mapped:
+            filling.require_mappable(files)
+        for name in sorted(component.sources, key=filling.place):
+            if not (mapped and name.startswith(inside) and filling.map(name, files)):
+                filling.read(name, files)
+    for name in stored - component.sources.keys():
+        _assign(module, name, torch.zeros(module.get_parameter(name).shape, dtype=dtype, device=device))
+    return module.requires_grad_(False).eval()
+
+
+def spiece_model(header: Header) -> bytes | None:
+    """The SentencePiece model that a ComfyUI text encoder pack carries; None when there is none.
+
+    Raises:
+        CheckpointError: what has its name is no sequence of bytes.
+    """
+    name = next((name for name in header if name.rpartition(".")[2] == SPIECE_MODEL), None)
+    if name is None:
+        return None
+    if header[name].dtype != torch.uint8:
+        raise CheckpointError(f"{header[name].file} holds a {SPIECE_MODEL} of {header[name].dtype}, not of bytes.")
+    with TensorFiles(header) as files:
+        return files.read(name).numpy().tobytes()
+
+
+@contextmanager
+def open_component(component: Component) -> Iterator[Callable[[str], Tensor]]:
+    """A function from an original name to its tensor on the CPU, which is valid until the next one is asked for."""
+    with TensorFiles(component.header) as files:
+        yield lambda name: combine(component.sources[name], files)
+
+
+class _Filling:
+    """How the tensors of a component become the weights of a module."""
+
+    def __init__(
+        self, module: nn.Module, component: Component, dtype: torch.dtype | None, device: torch.device, weights: Weights
+    ) -> None:
+        self.module, self.component, self.device, self.weights = module, component, device, weights
+        self.dtype = dtype
+        self.in_float32 = getattr(module, "FLOAT32_PARAMETERS", ())
+        self.linears = {f"{path}.weight": layer for path, layer in big_linears(module).items()}
+        self.order = {file: number for number, file in enumerate(component.header.files)}
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Where in the files a tensor begins, so that they can be read from front to back."""
+        info = self.component.header[self.component.sources[name].names[0]]
+        return self.order[info.file], info.offset or 0
+
+    def read(self, name: str, files: TensorFiles) -> None:
+        """Give the parameter `name` memory of its own."""
+        source, kept = self.component.sources[name], self._kept(name)
+        if kept is not None:
+            self._keep(name, kept, files.read(kept.numbers).to(self.device), files)
+            return
+        if self.weights == "fp8" and name in self.linears:
+            self._put(name, QuantisedLinear, *weight_to_fp8(combine(source, files).to(self.device)))
+            return
+        work = self._work_dtype(name)
+        is_whole = source.combine in ("identity", "reshape") and source.is_cast
+        if is_whole and work == source.dtype and self.device.type == "cpu":
+            tensor = files.read(source.names[0]).reshape(source.shape)
+        else:
+            tensor = combine(source, files).to(self.device, work, copy=True)
+        _assign(self.module, name, tensor)
+
+    def map(self, name: str, files: TensorFiles) -> bool:
+        """Make the parameter `name` a view of its file, where that is possible."""
+        source, kept = self.component.sources[name], self._kept(name)
+        if source.combine not in ("identity", "reshape") or not (kept or source.is_cast):
+            return False
+        view = files.map(source.names[0])
+        if view is None:
+            return False
+        Residency.of(self.module).mapped.add(name)
+        if kept is not None:
+            self._keep(name, kept, view, files)
+            return True
+        view = view.reshape(source.shape)
+        _assign(self.module, name, view)
+        if self._work_dtype(name) != view.dtype:
+            Residency.of(self.module).work_dtypes[name] = self._work_dtype(name)
+        return True
+
+    def require_mappable(self, files: TensorFiles) -> None:
+        """Raise ValueError when what was asked for needs other numbers than those in the file."""
+        file = self.component.name
+        if self.device.type not in ("cpu", "meta"):
+            raise ValueError(f"{file}: weights that stay in their file rest on the CPU, not on {self.device}.")
+        if not all(map(files.can_map, self.component.header.files)):
+            raise ValueError(
+                f"{file} is a PyTorch checkpoint of an old format, which cannot stay on disk. Convert it with "
+                f"`python -m headless convert {file} --dtype bf16 NEW.safetensors`."
+            )
+        if self.weights == "fp8" and not all(map(self._kept, self.linears)):
+            raise ValueError(
+                f"{file} does not hold its weights as FP8, so they cannot be FP8 and stay on disk. Convert it with "
+                f"`python -m headless convert {file} --fp8 NEW.safetensors`, or set weights to 'auto'."
+            )
+        if self.weights == "plain" and not all(self.component.sources[name].is_cast for name in self.linears):
+            raise ValueError(
+                f"{file} holds quantised weights ({self.component.quantised}), which cannot be plain and stay on disk; "
+                "set weights to 'auto'."
+            )
+
+    def _kept(self, name: str) -> Stored | None:
+        """The stored weight of the parameter `name`, if its layer is to keep it as it is."""
+        stored = self.component.sources[name].single
+        return stored if stored and name in self.linears and stored.kept(self.weights) else None
+
+    def _work_dtype(self, name: str) -> torch.dtype:
+        source = self.component.sources[name]
+        if self.dtype is None:
+            return source.dtype if source.is_cast else DEQUANTISED_DTYPE
+        return torch.float32 if name.rpartition(".")[2] in self.in_float32 else self.dtype
+
+    def _keep(self, name: str, stored: Stored, numbers: Tensor, files: TensorFiles) -> None:
+        """Let the layer of the parameter `name` hold `numbers` as they are stored."""
+        shape = tuple(numbers.shape)
+        scale = stored.held_scale(files.read(stored.scale), shape).to(self.device) if stored.scale else None
+        self._put(name, partial(QuantisedLinear, form=stored.format), numbers, scale)
+
+    def _put(self, name: str, layer: Callable[..., QuantisedLinear], weight: Tensor, scale: Tensor | None) -> None:
+        """Put a quantised layer in the place of the plain one; its bias stays where it is or comes later."""
+        made = layer(weight, scale, self.linears[name].bias, self.dtype or DEQUANTISED_DTYPE)
+        replace_layer(self.module, name.removesuffix(".weight"), made)
+
+
+def combine(source: Source, files: TensorReader) -> Tensor:
+    """An original tensor on the CPU, made of its parts in `files`; valid until `files` is asked for the next one.
+
+    Parts with scales come out in float32.
+    """
+    first, *others = [*source.names, *(part.scale for part in source.parts if part.scale)]
+    tensors = {name: files.read(name) for name in others}
+    tensors[first] = files.borrow(first)
+    parts = [part.weight(tensors) for part in source.parts]
+    if source.combine == "cat":
+        return torch.cat(parts)
+    if source.combine == "transpose":
+        return parts[0].T.contiguous()
+    return parts[0].reshape(source.shape)
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    is_parameter = leaf in owner._parameters
+    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+class _Held:
+    """Tensors in memory, read as those of files are."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+
+    def read(self, name: str) -> Tensor:
+        return self._weights[name]
+
+    borrow = read
+
+
+def describe_weights(weights: Mapping[str, Tensor], name: str, kind: Kind) -> Component:
+    """What `weights` are, by the names and shapes of its tensors; messages call them `name`.
+
+    Raises:
+        CheckpointError: they are not a model of that kind.
+    """
+    place = Path(name)
+    tensors = {key: TensorInfo(tuple(tensor.shape), tensor.dtype, place) for key, tensor in weights.items()}
+    return require_kind(detect(Header(MappingProxyType(tensors), (place,), MappingProxyType({}))), kind)
+
+
+def adopt(
+    component: Component, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
+    """The module of `component` with a copy of `weights` in `dtype` on `device`, in evaluation mode, no gradients.
+
+    Raises:
+        CheckpointError: names or shapes do not fit.
+    """
+    module = unfilled(component)
+    check_against(component, module)
+    held = _Held(weights)
+    copies = {name: combine(source, held).to(device, dtype, copy=True) for name, source in component.sources.items()}
+    module.load_state_dict(copies, assign=True)
+    return module.requires_grad_(False).eval()

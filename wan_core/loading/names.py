@@ -1,0 +1,390 @@
+"""The names under which Wan 2.1 weights are passed around, and the way from each of them to the original ones."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+from ..offload.formats import BESIDE, FormatError, Stored, check_declared, plain_name, recognise
+from .paths import describe_files
+from .tensor_files import CheckpointError, Header, TensorFiles
+
+DIFFUSERS_RULES = (
+    (r"\.self_attn\b", ".attn1"),
+    (r"\.cross_attn\b", ".attn2"),
+    (r"(\.attn\d)\.([qkv])$", r"\1.to_\2"),
+    (r"(\.attn\d)\.o$", r"\1.to_out.0"),
+    (r"(\.attn\d)\.([kv])_img$", r"\1.add_\2_proj"),
+    (r"(\.attn\d)\.norm_k_img$", r"\1.norm_added_k"),
+    (r"\.ffn\.0$", ".ffn.net.0.proj"),
+    (r"\.ffn\.2$", ".ffn.net.2"),
+    (r"(blocks\.\d+)\.norm3$", r"\1.norm2"),
+    (r"^(vace_blocks\.\d+)\.before_proj$", r"\1.proj_in"),
+    (r"^(vace_blocks\.\d+)\.after_proj$", r"\1.proj_out"),
+    (r"(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
+    (r"^head\.modulation$", "scale_shift_table"),
+    (r"^head\.head$", "proj_out"),
+    (r"^(time|text)_embedding\.0$", r"condition_embedder.\1_embedder.linear_1"),
+    (r"^(time|text)_embedding\.2$", r"condition_embedder.\1_embedder.linear_2"),
+    (r"^time_projection\.1$", "condition_embedder.time_proj"),
+    (r"^img_emb\.proj\.0$", "condition_embedder.image_embedder.norm1"),
+    (r"^img_emb\.proj\.1$", "condition_embedder.image_embedder.ff.net.0.proj"),
+    (r"^img_emb\.proj\.3$", "condition_embedder.image_embedder.ff.net.2"),
+    (r"^img_emb\.proj\.4$", "condition_embedder.image_embedder.norm2"),
+    (r"^img_emb\.emb_pos$", "condition_embedder.image_embedder.pos_embed"),
+)
+
+
+def diffusers_name(path: str) -> str:
+    """The path in diffusers' `WanTransformer3DModel` of the module or parameter that is `path` in the original DiT."""
+    for pattern, replacement in DIFFUSERS_RULES:
+        path = re.sub(pattern, replacement, path)
+    return path
+
+
+Kind = Literal["dit", "vace", "motion_controller", "text_encoder", "vae", "image_encoder", "preview_decoder", "lora"]
+Combine = Literal["identity", "cat", "transpose", "reshape"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rewriting step on a name. `part` of `parts` says which piece of the target this tensor is."""
+
+    pattern: str
+    replacement: str
+    combine: Combine = "identity"
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One layout of one kind of model.
+
+    `marks` are patterns of names, most of which are present; no name matches `absent`. Names that match `ignored` are
+    left out; targets in `optional` may be missing, because nothing computes with them.
+    """
+
+    kind: Kind
+    layout: str
+    marks: tuple[str, ...]
+    rules: tuple[Rule, ...] = ()
+    absent: str | None = None
+    ignored: str | None = None
+    optional: tuple[str, ...] = ()
+
+
+DIT_RULES = (
+    Rule(r"^((?:vace_)?blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
+    Rule(r"^scale_shift_table$", "head.modulation"),
+    Rule(r"^proj_out\.", "head.head."),
+    Rule(r"\.attn1\.", ".self_attn."),
+    Rule(r"\.attn2\.", ".cross_attn."),
+    Rule(r"_attn\.to_([qkv])\.", r"_attn.\1."),
+    Rule(r"_attn\.to_out\.0\.", "_attn.o."),
+    Rule(r"_attn\.add_([kv])_proj\.", r"_attn.\1_img."),
+    Rule(r"_attn\.norm_added_k\.", "_attn.norm_k_img."),
+    Rule(r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    Rule(r"\.ffn\.net\.2\.", ".ffn.2."),
+    Rule(r"(blocks\.\d+)\.norm2\.", r"\1.norm3."),
+    Rule(r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
+    Rule(r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
+    Rule(r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    Rule(r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+    Rule(r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+    Rule(r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+    Rule(r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+    Rule(r"^condition_embedder\.image_embedder\.pos_embed$", "img_emb.emb_pos"),
+    Rule(r"^(vace_blocks\.\d+)\.proj_in\.", r"\1.before_proj."),
+    Rule(r"^(vace_blocks\.\d+)\.proj_out\.", r"\1.after_proj."),
+)
+
+VAE_RULES = (
+    Rule(r"^encoder\.down_blocks\.(\d+)\.", r"encoder.downsamples.\1."),
+    # A decoder level is three residual blocks and, but for the last, an upsampler: four places in the flat list.
+    *(
+        Rule(rf"^decoder\.up_blocks\.{level}\.{name}\.{j}\.", f"decoder.upsamples.{4 * level + place}.")
+        for level in range(4)
+        for name, j, place in (("resnets", 0, 0), ("resnets", 1, 1), ("resnets", 2, 2), ("upsamplers", 0, 3))
+    ),
+    Rule(r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    Rule(r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    Rule(r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    Rule(r"\.(downsamples|upsamples|middle)\.(\d+)\.norm1\.", r".\1.\2.residual.0."),
+    Rule(r"\.(downsamples|upsamples|middle)\.(\d+)\.conv1\.", r".\1.\2.residual.2."),
+    Rule(r"\.(downsamples|upsamples|middle)\.(\d+)\.norm2\.", r".\1.\2.residual.3."),
+    Rule(r"\.(downsamples|upsamples|middle)\.(\d+)\.conv2\.", r".\1.\2.residual.6."),
+    Rule(r"\.conv_shortcut\.", ".shortcut."),
+    Rule(r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
+    Rule(r"^(encoder|decoder)\.norm_out\.", r"\1.head.0."),
+    Rule(r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
+    Rule(r"^quant_conv\.", "conv1."),
+    Rule(r"^post_quant_conv\.", "conv2."),
+)
+
+UMT5_RULES = (
+    Rule(r"^(shared|encoder\.embed_tokens)\.", "token_embedding."),
+    Rule(r"^encoder\.final_layer_norm\.", "norm."),
+    Rule(r"^encoder\.block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
+    Rule(r"^encoder\.block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
+    Rule(
+        r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.",
+        r"blocks.\1.pos_embedding.embedding.",
+    ),
+    Rule(r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.", r"blocks.\1.attn."),
+    Rule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.", r"blocks.\1.ffn.gate.0."),
+    Rule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.", r"blocks.\1.ffn.fc1."),
+    Rule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"blocks.\1.ffn.fc2."),
+)
+
+CLIP_RULES = (
+    Rule(r"^vision_model\.", ""),
+    Rule(r"^embeddings\.class_embedding$", "visual.cls_embedding", "reshape"),
+    Rule(r"^embeddings\.position_embedding\.weight$", "visual.pos_embedding", "reshape"),
+    Rule(r"^embeddings\.patch_embedding\.", "visual.patch_embedding."),
+    Rule(r"^visual_projection\.weight$", "visual.head", "transpose"),
+    Rule(r"^pre_layrnorm\.", "visual.pre_norm."),
+    Rule(r"^post_layernorm\.", "visual.post_norm."),
+    Rule(r"^encoder\.layers\.(\d+)\.", r"visual.transformer.\1."),
+    Rule(r"\.layer_norm([12])\.", r".norm\1."),
+    *(Rule(rf"\.self_attn\.{name}_proj\.", ".attn.to_qkv.", "cat", i, 3) for i, name in enumerate("qkv")),
+    Rule(r"\.self_attn\.out_proj\.", ".attn.proj."),
+    Rule(r"\.mlp\.fc1\.", ".mlp.0."),
+    Rule(r"\.mlp\.fc2\.", ".mlp.2."),
+)
+
+_BASE_BLOCKS = r"blocks\.\d+\..+"
+
+DIALECTS = (
+    Dialect(
+        "dit", "original",
+        (r"head\.modulation", r"blocks\.0\.self_attn\.q\.weight", r"patch_embedding\.weight",
+         r"time_projection\.1\.weight"),
+    ),
+    Dialect(
+        "dit", "diffusers",
+        (r"scale_shift_table", r"blocks\.0\.attn1\.to_q\.weight", r"patch_embedding\.weight",
+         r"condition_embedder\.time_proj\.weight"),
+        DIT_RULES,
+    ),
+    Dialect(
+        "vace", "original",
+        (r"vace_blocks\.0\.after_proj\.weight", r"vace_blocks\.0\.before_proj\.weight", r"vace_patch_embedding\.weight",
+         r"vace_blocks\.0\.self_attn\.q\.weight"),
+        absent=_BASE_BLOCKS,
+    ),
+    Dialect(
+        "vace", "diffusers",
+        (r"vace_blocks\.0\.proj_out\.weight", r"vace_blocks\.0\.proj_in\.weight", r"vace_patch_embedding\.weight",
+         r"vace_blocks\.0\.attn1\.to_q\.weight"),
+        DIT_RULES, absent=_BASE_BLOCKS,
+    ),
+    Dialect(
+        "motion_controller", "original",
+        (r"linear\.0\.weight", r"linear\.2\.weight", r"linear\.4\.weight", r"linear\.4\.bias"),
+        absent=r"(?!linear\.).+",
+    ),
+    Dialect(
+        "text_encoder", "original",
+        (r"token_embedding\.weight", r"blocks\.0\.attn\.q\.weight", r"blocks\.0\.ffn\.gate\.0\.weight",
+         r"blocks\.0\.pos_embedding\.embedding\.weight"),
+    ),
+    Dialect(
+        "text_encoder", "Hugging Face",
+        (r"shared\.weight|encoder\.embed_tokens\.weight", r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight",
+         r"encoder\.block\.0\.layer\.1\.DenseReluDense\.wi_0\.weight", r"encoder\.final_layer_norm\.weight"),
+        UMT5_RULES, ignored=r"decoder\..+|lm_head\..+",
+    ),
+    Dialect(
+        "vae", "original",
+        (r"conv2\.weight", r"encoder\.conv1\.weight", r"decoder\.head\.2\.weight",
+         r"decoder\.middle\.0\.residual\.0\.gamma", r"encoder\.middle\.0\.residual\.0\.gamma"),
+    ),
+    Dialect(
+        "vae", "diffusers",
+        (r"post_quant_conv\.weight", r"decoder\.mid_block\.resnets\.0\.norm1\.gamma", r"decoder\.norm_out\.gamma",
+         r"encoder\.mid_block\.resnets\.0\.norm1\.gamma"),
+        VAE_RULES,
+    ),
+    Dialect(
+        "image_encoder", "original",
+        (r"visual\.transformer\.0\.attn\.to_qkv\.weight", r"visual\.cls_embedding", r"visual\.pos_embedding",
+         r"visual\.patch_embedding\.weight"),
+    ),
+    Dialect(
+        "image_encoder", "Hugging Face",
+        (r"(vision_model\.)?embeddings\.class_embedding", r"(vision_model\.)?embeddings\.position_embedding\.weight",
+         r"(vision_model\.)?pre_layrnorm\.weight", r"(vision_model\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight"),
+        CLIP_RULES, optional=("visual.head",),
+    ),
+    Dialect(
+        "preview_decoder", "original",
+        (r"decoder\.1\.weight", r"decoder\.3\.conv\.0\.weight", r"decoder\.7\.conv\.weight", r"decoder\.22\.weight"),
+        ignored=r"encoder\..+",
+    ),
+)  # fmt: skip
+
+
+SPIECE_MODEL = "spiece_model"
+"""Name of the byte tensor in ComfyUI's UMT5 packs that holds the SentencePiece model."""
+
+PREFIXES = (
+    "model.diffusion_model.", "diffusion_model.", "module.", "pipe.dit.", "pipe.vace.", "pipe.motion_controller.",
+    "text_encoders.umt5xxl.", "text_encoders.t5xxl.", "clip_vision.", "vae.", "cond_stage_model.",
+    "first_stage_model.", "transformer.", "model.", "net.",
+)  # fmt: skip
+"""What programs put before every name of a model. The longer of two that overlap stands first."""
+
+MARK_BYTES = 4096
+"""The longest text beside a weight that is read; those of ComfyUI have less than 200."""
+
+INNER_PREFIXES = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What FSDP, activation checkpointing and torch.compile put into names, at any place of them."""
+
+UNUSED = re.compile(
+    r"spiece_model|log_scale|logit_scale|textual\..+|text_model\..+|text_projection\..+|.+\.position_ids"
+)
+"""Names that stand beside the weights of a model and are no parameters of it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """How one original tensor is made: the stored weights to read, how they combine, the resulting shape."""
+
+    parts: tuple[Stored, ...]
+    shape: tuple[int, ...]
+    combine: Combine = "identity"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The stored names of the numbers of each part."""
+        return tuple(part.numbers for part in self.parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored numbers."""
+        return self.parts[0].dtype
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether a cast makes the weights of the stored numbers."""
+        return all(part.is_cast for part in self.parts)
+
+    @property
+    def single(self) -> Stored | None:
+        """The one stored weight that this is, as it stands; None when parts are joined or turned."""
+        return self.parts[0] if self.combine == "identity" else None
+
+
+def strip_prefix(names: Iterable[str]) -> dict[str, str]:
+    """The names without the prefixes that a host program put on most of them, mapped to the names in the file."""
+    stripped = {INNER_PREFIXES.sub("", name): name for name in names}
+    while True:
+        prefix = next((p for p in PREFIXES if 2 * sum(name.startswith(p) for name in stripped) > len(stripped)), None)
+        if prefix is None:
+            return stripped
+        stripped = {name.removeprefix(prefix): stored for name, stored in stripped.items()}
+
+
+def find_dialect(names: Iterable[str]) -> Dialect | None:
+    """The layout whose marks are best found among `names` (without prefixes), None when fewer than half are."""
+    weights = (name for name in names if not (UNUSED.fullmatch(name) or BESIDE.fullmatch(name)))
+    text = "\n".join(map(plain_name, weights))
+
+    def has(pattern: str) -> bool:
+        return re.search(rf"^(?:{pattern})$", text, re.MULTILINE) is not None
+
+    def likeness(dialect: Dialect) -> float:
+        if dialect.absent and has(dialect.absent):
+            return 0.0
+        return sum(map(has, dialect.marks)) / len(dialect.marks)
+
+    best = max(DIALECTS, key=likeness)
+    return best if likeness(best) > 0.5 else None
+
+
+@cache
+def rename(dialect: Dialect, name: str) -> tuple[str, Combine, int, int]:
+    """The original name that `name` belongs to, how it gets there, and which part of how many it is."""
+    combine: Combine = "identity"
+    part, parts = 0, 1
+    for rule in dialect.rules:
+        name, count = re.subn(rule.pattern, rule.replacement, name)
+        if count and rule.combine != "identity":
+            combine, part, parts = rule.combine, rule.part, rule.parts
+    return name, combine, part, parts
+
+
+def stored_weights(header: Header, names: Mapping[str, str]) -> dict[str, Stored]:
+    """The weights of a file by the names that they would have if they were plain (`offload.formats`).
+
+    `names` are the names without prefixes, mapped to those in the file.
+
+    Raises:
+        CheckpointError: a weight is stored in a way that is not read.
+    """
+    try:
+        for layer, entry in _declared(header, names).items():
+            check_declared(layer, entry)
+        return recognise(names, header)
+    except FormatError as error:
+        raise CheckpointError(f"{describe_files(header.files)} {error}") from error
+
+
+def convert(dialect: Dialect, weights: Mapping[str, Stored]) -> Mapping[str, Source]:
+    """The source of every original tensor that the file can give; one that lacks some of its parts is left out."""
+    found: dict[str, dict[int, Stored]] = {}
+    how: dict[str, tuple[Combine, int]] = {}
+    for name, stored in weights.items():
+        if UNUSED.fullmatch(name) or (dialect.ignored and re.fullmatch(dialect.ignored, name)):
+            continue
+        target, combine, part, parts = rename(dialect, name)
+        found.setdefault(target, {}).setdefault(part, stored)
+        how[target] = (combine, parts)
+    return MappingProxyType(
+        {
+            target: _source(tuple(pieces[i] for i in sorted(pieces)), how[target][0])
+            for target, pieces in found.items()
+            if len(pieces) == how[target][1]
+        }
+    )
+
+
+def _source(parts: tuple[Stored, ...], combine: Combine) -> Source:
+    shape = parts[0].shape
+    if combine == "cat":
+        shape = (sum(part.shape[0] for part in parts), *shape[1:])
+    elif combine == "transpose":
+        shape = shape[::-1]
+    elif combine == "reshape":
+        shape = (1,) * (3 - len(shape)) + shape
+    return Source(parts, shape, combine)
+
+
+def _declared(header: Header, names: Mapping[str, str]) -> dict[str, Mapping[str, object]]:
+    """Layer -> what ComfyUI's newer packs say of its format, in the file's metadata or beside the weight."""
+    try:
+        layers = dict(json.loads(header.metadata.get("_quantization_metadata", "{}")).get("layers", {}))
+        layers |= {name: json.loads(text) for name, text in _marks(header, names)}
+        return {layer: dict(entry) for layer, entry in layers.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{describe_files(header.files)} has unreadable quantisation metadata: {error}."
+        ) from error
+
+
+def _marks(header: Header, names: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
+    """The text beside each int8 weight: numbers of that dtype may be rotated, which nothing else tells."""
+    with TensorFiles(header) as files:
+        for name, stored in names.items():
+            layer, ending, _ = name.partition(".comfy_quant")
+            weight, info = names.get(f"{layer}.weight"), header[stored]
+            if ending and weight and header[weight].dtype == torch.int8 and info.file.is_file():
+                if info.nbytes > MARK_BYTES:
+                    raise ValueError(f"{stored!r} has {info.nbytes} bytes")
+                yield layer, bytes(files.read(stored).tolist())

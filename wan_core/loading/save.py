@@ -1,0 +1,218 @@
+"""Model files converted: any readable checkpoint to one safetensors file, in FP8 or in a plain dtype.
+
+Tensors go from file to file one at a time, so that a model of any size fits into the memory of its largest tensor.
+
+FP8 files are written in ComfyUI's first dialect of scaled FP8: `scaled_fp8`, a mark of two elements, and beside each
+FP8 weight a float32 number `scale_weight`. It is the one form that every version reads: 0.3.64 takes one scale per
+tensor only (its `scaled_fp8_ops` declares it as a scalar), and newer ones, which write `weight_scale` and
+`comfy_quant`, convert it on loading. The two elements of the mark ask for products in the compute dtype. Linear layers
+that are not FP8 in the file ComfyUI 0.3.64 casts to FP8 by itself; newer ones and WanCore keep them."""
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from ..atomic import creating
+from ..offload.quant import FP8, big_linears, weight_to_fp8
+from .detect import Component, check_against
+from .load import CLASSES, check_fits, combine, spiece_model, unfilled
+from .names import SPIECE_MODEL
+from .tensor_files import TensorFiles, file_size, write_made
+
+log = logging.getLogger("wancore")
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are written and those there will be."""
+
+FP8_KINDS = ("dit", "text_encoder")
+"""What ComfyUI reads as scaled FP8; the others are small."""
+
+SPIECE_FILE = "spiece.model"
+"""The SentencePiece model in a tokenizer's folder."""
+
+UMT5_NAMES = (
+    (r"^token_embedding\.", "shared."),
+    (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (
+        r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
+        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
+    ),
+    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+)
+"""From the original names of UMT5 to those of Hugging Face, the only ones that ComfyUI reads."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor to be written: its name, what it is, and how it is made."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[TensorFiles], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+Changes = Mapping[str, Callable[[Tensor], Tensor]]
+"""What becomes of weights on the way into a file, by original name."""
+
+NO_CHANGES: Changes = MappingProxyType({})
+
+
+def save_fp8(
+    component: Component,
+    path: Path,
+    on_progress: Progress = lambda done, total: None,
+    changes: Changes = NO_CHANGES,
+) -> Path:
+    """Write a DiT or text encoder with the linear layers of its blocks in FP8, the rest in bfloat16; returns `path`.
+
+    FP8 weights with one scale, or none, keep their numbers; all others, and those in `changes`, are rounded once.
+
+    Raises:
+        ValueError: `path` exists, has another ending or no room, or the model is of a kind that stays as it is.
+        CheckpointError: the model is incomplete.
+    """
+    if component.kind not in FP8_KINDS:
+        raise ValueError(
+            f"{component.name} is not written in FP8: only video models and text encoders are read that way. Write it "
+            "with --dtype bf16."
+        )
+    module = unfilled(component)
+    check_against(component, module)
+    linears = {f"{name}.weight" for name in big_linears(module)}
+    mark = torch.zeros(2, dtype=FP8)
+    entries = [_Entry("scaled_fp8", (2,), FP8, lambda files: mark), *_extra(component)]
+    for name in component.sources:
+        make = _fp8_entries if name in linears else partial(_plain_entries, dtype=torch.bfloat16)
+        entries += make(component, name, changes.get(name))
+    return _write(component, Path(path), entries, on_progress)
+
+
+def save_plain(
+    component: Component,
+    path: Path,
+    dtype: torch.dtype,
+    on_progress: Progress = lambda done, total: None,
+    changes: Changes = NO_CHANGES,
+) -> Path:
+    """Write a model with its weights in `dtype`, quantised ones multiplied by their scales; returns `path`.
+
+    Parameters that work in float32 stay float32 where they are stored so.
+
+    Raises:
+        ValueError: `path` exists, has another ending or no room, or `component` is a LoRA.
+        CheckpointError: the model is incomplete.
+    """
+    if not component.sources:
+        raise ValueError(f"{component.name} is a LoRA; convert it with `python -m headless lora`.")
+    check_fits(component)
+    entries = _extra(component)
+    for name in component.sources:
+        entries += _plain_entries(component, name, changes.get(name), dtype)
+    return _write(component, Path(path), entries, on_progress)
+
+
+Change = Callable[[Tensor], Tensor] | None
+
+
+def _plain_entries(component: Component, name: str, change: Change, dtype: torch.dtype) -> list[_Entry]:
+    source = component.sources[name]
+    exact = name.rpartition(".")[2] in getattr(CLASSES.get(component.kind), "FLOAT32_PARAMETERS", ())
+    if exact and source.dtype == torch.float32:
+        dtype = torch.float32
+
+    def make(files: TensorFiles) -> Tensor:
+        weight = combine(source, files)
+        return (change(weight) if change else weight).to(dtype)
+
+    return [_Entry(_stored_name(component, name), source.shape, dtype, make)]
+
+
+def _fp8_entries(component: Component, name: str, change: Change) -> Iterator[_Entry]:
+    """An FP8 weight and its scale, which are made together when the first of them is written."""
+    source = component.sources[name]
+    stored = _stored_name(component, name)
+    kept = None if change else source.single
+    if kept and (kept.dtype != FP8 or (kept.scale and prod(component.header[kept.scale].shape) != 1)):
+        kept = None
+    pair: list[Tensor] = []
+
+    def make(files: TensorFiles, part: int) -> Tensor:
+        if not pair and kept:
+            scale = files.read(kept.scale).float() * kept.unit if kept.scale else torch.ones(())
+            pair.extend((files.read(kept.numbers), scale))
+        elif not pair:
+            weight = combine(source, files)
+            pair.extend(weight_to_fp8(change(weight) if change else weight, per_row=False))
+        tensor, pair[part] = pair[part], torch.empty(0)
+        return tensor
+
+    yield _Entry(stored, source.shape, FP8, partial(make, part=0))
+    yield _Entry(f"{stored.removesuffix('weight')}scale_weight", (), torch.float32, partial(make, part=1))
+
+
+def _extra(component: Component) -> list[_Entry]:
+    """The SentencePiece model, which ComfyUI wants in the file of a text encoder; from the file or from beside it."""
+    if component.kind != "text_encoder":
+        return []
+    model = spiece_model(component.header)
+    beside = sorted(component.header.files[0].parent.glob(f"google/*/{SPIECE_FILE}"))
+    if model is None and not beside:
+        log.warning("No %s was found beside %s; ComfyUI cannot read the text encoder without it.", SPIECE_FILE,
+                    component.name)  # fmt: skip
+        return []
+    tensor = torch.frombuffer(bytearray(model or beside[0].read_bytes()), dtype=torch.uint8)
+    return [_Entry(SPIECE_MODEL, tuple(tensor.shape), torch.uint8, lambda files: tensor)]
+
+
+def _stored_name(component: Component, name: str) -> str:
+    if component.kind == "text_encoder":
+        for pattern, replacement in UMT5_NAMES:
+            name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _write(component: Component, path: Path, entries: list[_Entry], on_progress: Progress) -> Path:
+    """The file of `entries` at `path`, which gets its name when it is whole.
+
+    Raises:
+        ValueError: the name is taken or wrong, the folder cannot be written, or the file does not fit there.
+    """
+    path = path.expanduser()
+    if path.suffix != ".safetensors":
+        raise ValueError(f"Models are written as .safetensors; got the name {path.name!r}.")
+    layout = {entry.name: (entry.dtype, entry.shape) for entry in entries}
+    size = file_size(layout)
+
+    def made(files: TensorFiles) -> Iterator[tuple[str, Tensor]]:
+        done = 0
+        for entry in entries:
+            yield entry.name, entry.make(files).reshape(entry.shape)
+            done += entry.nbytes
+            on_progress(done, size)
+
+    with creating(path) as partial:
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise ValueError(f"{path} takes {size / 1e9:.2f} GB, but {path.parent} has {free / 1e9:.2f} GB left.")
+        with TensorFiles(component.header) as files:
+            write_made(partial, layout, made(files), {"format": "pt"})
+    return path

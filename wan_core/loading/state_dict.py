@@ -1,0 +1,184 @@
+"""State dicts: read from files, and put in the place of a loaded module's weights."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..lora.naming import is_lora
+from ..offload.quant import QuantisedLinear, weight_shapes
+from ..offload.weights import Residency
+from ..runtime import usable_device
+from .load import combine
+from .names import Dialect, Source, convert, find_dialect, stored_weights, strip_prefix
+from .paths import PathLike, resolve_files
+from .tensor_files import CheckpointError, Header, TensorFiles, TensorInfo, read_header
+
+SHOWN = 5
+"""Names that a message lists before it only counts them."""
+
+
+def load_state_dict(
+    file_path: PathLike | Sequence[PathLike],
+    torch_dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    pin_memory: bool = False,
+    verbose: int = 0,
+) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, as the file names them; what wraps a state dict is taken off.
+
+    Files are safetensors or PyTorch checkpoints, by their content. Only plain tensors are unpickled: nothing in a file
+    is executed.
+
+    Args:
+        file_path: a file, or several that are one model.
+        torch_dtype: of the floating-point tensors; None keeps what is stored.
+        device: where they are put.
+        pin_memory: put them in pinned host memory, from which copies to a card are faster; needs CUDA.
+        verbose: accepted as the reference does; what is read is in the log.
+
+    Raises:
+        ValueError: a file is missing, damaged or no weights file, or an argument is none of that.
+    """
+    if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
+        raise ValueError(f"torch_dtype must be a torch.dtype or None; got {torch_dtype!r}.")
+    device = usable_device("device", device)
+    if pin_memory and not torch.cuda.is_available():
+        raise ValueError("pin_memory needs a CUDA device; leave it out on this machine.")
+    header = read_header(_files(file_path))
+    tensors = {}
+    with TensorFiles(header) as files:
+        for name, info in header.items():
+            dtype = torch_dtype if info.dtype.is_floating_point and torch_dtype is not None else info.dtype
+            tensor = files.read(name).to(device, dtype)
+            tensors[name] = tensor.pin_memory() if pin_memory else tensor
+    return tensors
+
+
+def _files(given: Any) -> list[Path]:
+    paths = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not paths or not all(isinstance(path, (str, Path)) and str(path) for path in paths):
+        raise ValueError(f"file_path must be the path of a weights file, or a list of paths; got {given!r}.")
+    if all(Path(path).is_file() for path in paths):
+        return [Path(path) for path in paths]
+    return [file for group in resolve_files(paths) for file in group]
+
+
+def given_header(tensors: Mapping[str, Tensor], name: str) -> Header:
+    """A state dict in memory, called `name` in messages, as the header of a file.
+
+    Raises:
+        ValueError: it is no mapping from names to tensors, or is empty.
+    """
+    is_dict = isinstance(tensors, Mapping) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+    )
+    if not is_dict or not tensors:
+        what = "an empty one" if isinstance(tensors, Mapping) and not tensors else type(tensors).__name__
+        raise ValueError(f"{name} must be a dict of tensors by name, such as load_state_dict returns; got {what}.")
+    place = Path(name)
+    infos = {key: TensorInfo(tuple(value.shape), value.dtype, place) for key, value in tensors.items()}
+    return Header(MappingProxyType(infos), (place,), MappingProxyType({}))
+
+
+class GivenTensors:
+    """The tensors of a state dict in memory, as `loading.load.combine` reads them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+    borrow = read
+
+
+def replace_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, own: Iterable[str] | None = None, strict: bool = True
+) -> tuple[list[str], list[str]]:
+    """Give `module` the weights of a state dict for good, where and how its weights rest; what fits nothing, or was not
+    given, comes back.
+
+    Layers that hold quantised weights get the given ones as FP8, with a scale per row. Weights that were views of a
+    file rest in memory from now on. Nothing is changed when an error is raised.
+
+    Args:
+        tensors: under the module's own names, with or without a prefix, or in any layout that files are read in.
+        own: the names that have to be given; all names of the module if None. Names of its other weights may be given.
+        strict: raise when a name is missing or fits nothing.
+
+    Returns:
+        The names that were not given, and the given ones that fit nothing.
+
+    Raises:
+        ValueError: no tensor fits, shapes differ, or with `strict` a name is missing or fits nothing.
+    """
+    shapes = weight_shapes(module)
+    sources = _sources(given_header(tensors, "state_dict"), shapes)
+    owned = shapes.keys() if own is None else [name for name in own if name in shapes]
+    missing = [name for name in owned if name not in sources]
+    unexpected = [name for name in sources if name not in shapes]
+    misshapen = [
+        f"{name} {list(source.shape)} instead of {list(shapes[name])}"
+        for name, source in sources.items()
+        if name in shapes and source.shape != shapes[name]
+    ]
+    fatal = {"of another shape": misshapen}
+    if strict or len(unexpected) == len(sources):
+        fatal |= {"missing": missing, "unknown": unexpected}
+    problems = [f"{len(names)} {what}: {_first(names)}" for what, names in fatal.items() if names]
+    if problems:
+        advice = "Give what was saved of the same model"
+        if is_lora(unexpected):
+            advice = "It holds a LoRA, which pipe.load_lora applies, with the weights that are saved beside it"
+        raise CheckpointError(f"The state_dict does not fit {type(module).__name__}; {'; '.join(problems)}. {advice}.")
+    reader, residency = GivenTensors(tensors), Residency.of(module)
+    for name, source in sources.items():
+        if name in shapes:
+            _replace(module, name, combine(source, reader), residency)
+    return missing, unexpected
+
+
+def _sources(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Source]:
+    prefix = _prefix(header, shapes)
+    names = {name.removeprefix(prefix): name for name in header}
+    if not any(name in shapes for name in names):
+        names = strip_prefix(header)
+        return convert(find_dialect(names) or Dialect("dit", "given", ()), stored_weights(header, names))
+    return convert(Dialect("dit", "given", ()), stored_weights(header, names))
+
+
+def _prefix(names: Iterable[str], known: Mapping[str, Any]) -> str:
+    """What stands before the known names in most of `names`."""
+    votes: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        index = next((i for i in range(len(parts)) if ".".join(parts[i:]) in known), None)
+        if index is not None:
+            votes[name[: len(name) - len(".".join(parts[index:]))]] += 1
+    return votes.most_common(1)[0][0] if votes else ""
+
+
+def _replace(module: nn.Module, name: str, given: Tensor, residency: Residency) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    old = getattr(owner, leaf)
+    work = residency.work_dtypes.get(name, old.dtype)
+    was_mapped = name in residency.mapped
+    residency.mapped.discard(name)
+    if isinstance(owner, QuantisedLinear) and leaf == "weight":
+        owner.set_weight(given.to(old.device))
+        return
+    if was_mapped:
+        residency.work_dtypes.pop(name, None)
+    # A copy of the old tensor's layout in memory: the VAE's kernels are channels-last.
+    tensor = torch.empty_like(old, dtype=work if was_mapped else old.dtype, requires_grad=False).copy_(given)
+    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad) if leaf in owner._parameters else tensor)
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

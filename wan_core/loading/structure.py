@@ -1,0 +1,253 @@
+"""The sizes of a model, from the shapes of its tensors."""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import wraps
+from math import isqrt, prod
+
+from ..files import blamed_on
+from ..models.config import (
+    HEAD_DIM,
+    DiTConfig,
+    ImageEncoderConfig,
+    MotionControllerConfig,
+    PreviewDecoderConfig,
+    TextEncoderConfig,
+    VAEConfig,
+)
+from ..offload.formats import ADVICE
+from .names import Kind, Source
+from .tensor_files import CheckpointError
+
+Config = DiTConfig | MotionControllerConfig | TextEncoderConfig | VAEConfig | ImageEncoderConfig | PreviewDecoderConfig
+
+CLIP_HEAD_DIM = 80
+"""Attention head width of the one CLIP tower that Wan 2.1 was trained with, ViT-H/14."""
+
+CAMERA_FOLD = 64
+"""Pixels of an 8 x 8 cell, which the camera adapter sees as channels."""
+
+BASE_LAYERS = {15: 30, 8: 40}
+"""Blocks of the published base model for each number of VACE blocks."""
+
+MAX_BLOCKS = 200
+"""More than any model has; each costs some 100 kB as a module, whatever the file holds of it."""
+
+BASE_CHANNELS = {16: False, 36: True, 48: True, 32: True}
+"""Input channels of the Wan 2.1 models, and whether those models read image tokens."""
+
+OTHER_WAN = {
+    r"casual_audio_encoder\..+": "Wan 2.2 S2V",
+    r"face_adapter\..+|face_encoder\..+": "Wan 2.2 Animate",
+    r"audio_proj\..+|audio_model\..+|.+\.audio_cross_attn\..+": "a Wan model that listens to audio (HuMo, MultiTalk)",
+    r"cam_encoder\..+|blocks\.\d+\.cam_encoder\..+": "ReCamMaster",
+}
+"""Parts that only relatives of Wan 2.1 have."""
+
+
+class Shapes:
+    """Shapes by original name; a name that is not there is the user's incomplete file."""
+
+    def __init__(self, sources: Mapping[str, Source], owner: str) -> None:
+        self.sources, self.owner = sources, owner
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        if name not in self.sources:
+            raise self.error(self._lack(name))
+        return self.sources[name].shape
+
+    def _lack(self, name: str) -> str:
+        """Why the weight `name` is not there: tensors in its place are another way to store it, none a loss."""
+        layer = name.removesuffix("weight")
+        instead = [other for other in self.sources if other.startswith(layer) and other != f"{layer}bias"]
+        if not instead:
+            return f"lacks the tensor {name!r}; the file is incomplete, download it again"
+        return f"holds {', '.join(map(repr, instead[:3]))} in place of {name!r}, which is not read. {ADVICE[:-1]}"
+
+    def any(self, pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in self.sources)
+
+    def count(self, pattern: str) -> int:
+        """How many blocks there are, by the indices that `pattern` captures, each of which must be there."""
+        found = (re.match(pattern, name) for name in self.sources)
+        indices = {match[1]: match[0] for match in found if match}
+        strange = sorted(indices[i] for i in indices.keys() - set(map(str, range(len(indices)))))
+        if strange:
+            raise self.error(
+                f"holds tensors of {strange[0]}* but not of all the blocks before it; it has {len(indices)} blocks, "
+                "the file is incomplete, download it again"
+            )
+        if len(indices) > MAX_BLOCKS:
+            raise self.error(f"has {len(indices)} blocks; the largest Wan 2.1 model has 40")
+        return len(indices)
+
+    def error(self, text: str) -> CheckpointError:
+        return CheckpointError(f"{self.owner} {text}.")
+
+
+def vace_layers(num_layers: int, count: int) -> tuple[int, ...]:
+    """The blocks after which the hints of `count` VACE blocks are added: evenly spaced from the first.
+
+    Raises:
+        CheckpointError: there are more VACE blocks than blocks.
+    """
+    if count > num_layers:
+        raise CheckpointError(f"A model of {num_layers} blocks cannot carry {count} VACE blocks.")
+    return tuple(range(0, num_layers, num_layers // count)[:count]) if count else ()
+
+
+def _patch_size(shapes: Shapes, name: str) -> tuple[int, int, int]:
+    """Of the patches that the convolution `name` (out, in, frames, rows, columns) makes tokens of."""
+    if len(shapes[name]) != 5:
+        raise shapes.error(
+            f"holds {name!r} as {list(shapes[name])}; the weight of a convolution over videos is expected"
+        )
+    _, _, frames, rows, columns = shapes[name]
+    return frames, rows, columns
+
+
+def _read_dit(shapes: Shapes) -> DiTConfig:
+    patch = _patch_size(shapes, "patch_embedding.weight")
+    layers, branch = shapes.count(r"blocks\.(\d+)\."), shapes.count(r"vace_blocks\.(\d+)\.")
+    has_vace = branch > 0 or shapes.any(r"vace_")
+    has_image = shapes.any(r"img_emb\.|blocks\.\d+\.cross_attn\.\w*_img\.")
+    config = DiTConfig(
+        dim=shapes["head.modulation"][-1],
+        ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+        num_layers=layers,
+        in_channels=shapes["patch_embedding.weight"][1],
+        out_channels=shapes["head.head.weight"][0] // prod(patch),
+        patch_size=patch,
+        text_dim=shapes["text_embedding.0.weight"][1],
+        freq_dim=shapes["time_embedding.0.weight"][1],
+        has_image_input=has_image,
+        image_dim=shapes["img_emb.proj.0.weight"][0] if shapes.any(r"img_emb\.") else DiTConfig.image_dim,
+        image_positions=shapes["img_emb.emb_pos"][1] if shapes.any(r"img_emb\.emb_pos") else 0,
+        has_reference=shapes.any(r"ref_conv\."),
+        camera_channels=(
+            shapes["control_adapter.conv.weight"][1] // CAMERA_FOLD if shapes.any(r"control_adapter\.") else 0
+        ),
+        vace_layers=vace_layers(layers, branch),
+        vace_channels=shapes["vace_patch_embedding.weight"][1] if has_vace else 0,
+    )
+    _require_wan21(shapes, config)
+    return config
+
+
+def _require_wan21(shapes: Shapes, config: DiTConfig) -> None:
+    relative = next((name for pattern, name in OTHER_WAN.items() if shapes.any(pattern)), None)
+    if (config.in_channels, config.out_channels) == (48, 48):
+        relative = "Wan 2.2 TI2V-5B"
+    elif config.in_channels == 36 and not config.has_image_input:
+        relative = "Wan 2.2 I2V-A14B"
+    if relative:
+        raise shapes.error(f"is {relative}; only Wan 2.1 models are supported")
+    if config.dim % HEAD_DIM:
+        raise shapes.error(f"has width {config.dim}; a Wan 2.1 width is a multiple of {HEAD_DIM}")
+    if config.in_channels == 32 and not config.camera_channels:
+        raise shapes.error(
+            "has 32 input channels, which only camera models have, but lacks 'control_adapter.conv.weight', "
+            "'control_adapter.conv.bias' and the other control_adapter.* tensors; the file is incomplete"
+        )
+    if BASE_CHANNELS.get(config.in_channels) != config.has_image_input or config.out_channels != 16:
+        tokens = "with" if config.has_image_input else "without"
+        known = ", ".join(f"{n} {'with' if image else 'without'}" for n, image in BASE_CHANNELS.items())
+        raise shapes.error(
+            f"has {config.in_channels} input and {config.out_channels} output channels {tokens} image tokens "
+            f"(img_emb.*); Wan 2.1 has 16 output channels and {known} image tokens"
+        )
+
+
+def _read_vace(shapes: Shapes) -> DiTConfig:
+    count = shapes.count(r"vace_blocks\.(\d+)\.")
+    layers = BASE_LAYERS.get(count, 2 * count)
+    return DiTConfig(
+        dim=shapes["vace_patch_embedding.weight"][0],
+        ffn_dim=shapes["vace_blocks.0.ffn.0.weight"][0],
+        num_layers=layers,
+        patch_size=_patch_size(shapes, "vace_patch_embedding.weight"),
+        vace_layers=vace_layers(layers, count),
+        vace_channels=shapes["vace_patch_embedding.weight"][1],
+    )
+
+
+def _read_motion_controller(shapes: Shapes) -> MotionControllerConfig:
+    dim, freq_dim = shapes["linear.0.weight"]
+    return MotionControllerConfig(dim=dim, freq_dim=freq_dim)
+
+
+def _read_text_encoder(shapes: Shapes) -> TextEncoderConfig:
+    layers = shapes.count(r"blocks\.(\d+)\.")
+    tables = sum(name.endswith(".pos_embedding.embedding.weight") for name in shapes.sources)
+    if layers > 2 and tables == 1:
+        raise shapes.error(
+            "is T5, with one position table for all blocks; Wan needs UMT5-XXL, which has one in every block"
+        )
+    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+    vocab_size, dim = shapes["token_embedding.weight"]
+    return TextEncoderConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        attention_dim=shapes["blocks.0.attn.q.weight"][0],
+        ffn_dim=shapes["blocks.0.ffn.gate.0.weight"][0],
+        num_heads=heads,
+        num_layers=layers,
+        num_buckets=buckets,
+    )
+
+
+def _read_vae(shapes: Shapes) -> VAEConfig:
+    latents = shapes["conv2.weight"][0]
+    if latents != VAEConfig.latent_channels:
+        what = "is the VAE of Wan 2.2 TI2V-5B" if latents == 48 else "is not the Wan 2.1 VAE"
+        raise shapes.error(f"{what}: it has {latents} latent channels, Wan 2.1 has {VAEConfig.latent_channels}")
+    pixels = shapes["decoder.head.2.weight"][0]
+    upscale = isqrt(pixels // 3)
+    if pixels != 3 * upscale**2 or not upscale:
+        raise shapes.error(f"decodes {pixels} channels; Wan 2.1 has 3, or 12 for pictures of twice the size")
+    return VAEConfig(base_dim=shapes["encoder.conv1.weight"][0], latent_channels=latents, upscale=upscale)
+
+
+def _read_image_encoder(shapes: Shapes) -> ImageEncoderConfig:
+    dim, _, _, patch = shapes["visual.patch_embedding.weight"]
+    if dim % CLIP_HEAD_DIM:
+        raise shapes.error(f"has width {dim}; Wan 2.1 needs CLIP ViT-H/14, of width 1280")
+    has_head = "visual.head" in shapes.sources
+    return ImageEncoderConfig(
+        dim=dim,
+        mlp_dim=shapes["visual.transformer.0.mlp.0.weight"][0],
+        num_layers=shapes.count(r"visual\.transformer\.(\d+)\."),
+        patch_size=patch,
+        num_positions=shapes["visual.pos_embedding"][1],
+        out_dim=shapes["visual.head"][1] if has_head else ImageEncoderConfig.out_dim,
+    )
+
+
+def _read_preview_decoder(shapes: Shapes) -> PreviewDecoderConfig:
+    first, second, third, last = (shapes[f"decoder.{place}.weight"][0] for place in (1, 8, 14, 20))
+    return PreviewDecoderConfig(widths=(first, second, third, last))
+
+
+Reader = Callable[[Shapes], Config]
+
+
+def _on_damage(read: Reader) -> Reader:
+    """`read`, with CheckpointError for tensors whose axes are not those of such a model at all."""
+
+    @wraps(read)
+    def checked(shapes: Shapes) -> Config:
+        with blamed_on(shapes.owner, "holds tensors of shapes that no such model has", error=CheckpointError):
+            return read(shapes)
+
+    return checked
+
+
+READERS: Mapping[Kind, Reader] = {
+    "dit": _on_damage(_read_dit),
+    "vace": _on_damage(_read_vace),
+    "motion_controller": _on_damage(_read_motion_controller),
+    "text_encoder": _on_damage(_read_text_encoder),
+    "vae": _on_damage(_read_vae),
+    "image_encoder": _on_damage(_read_image_encoder),
+    "preview_decoder": _on_damage(_read_preview_decoder),
+}

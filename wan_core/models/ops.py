@@ -1,0 +1,149 @@
+"""The arithmetic of a block: memory-bound elementwise steps (norms, modulation, gates), and linear layers."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels import Operation, up_to_power_of_two
+
+NORM_TOKENS = {"cpu": 256}
+"""Tokens per piece of a norm that has no fused kernel. On a CPU the float32 copies of a piece stay in its cache, which
+is 2 to 12 times as fast as the whole at once; elsewhere pieces of `MOST_NORM_TOKENS` only bound them.
+"""
+
+MOST_NORM_TOKENS = 4096
+
+
+def has_fused_rms_norm(x: Tensor) -> bool:
+    """Whether there is one kernel for RMS norms where `x` is: newer PyTorch has it for CUDA devices."""
+    return x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm")
+
+
+def may_overwrite(*tensors: Tensor) -> bool:
+    """Whether no gradient can need the old values."""
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def modulate_(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`x * scale + shift` for x (B, S, D) and float32 shift and scale (B, 1, D), computed in float32, in x's dtype.
+
+    The caller folds the "1 +" of adaptive LayerNorm into `scale`, once per step instead of once per token.
+    """
+    if may_overwrite(x, shift, scale):
+        return torch.addcmul(shift, x, scale, out=x)
+    return torch.addcmul(shift, x, scale).to(x.dtype)
+
+
+def gated_add_(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """`x + update * gate` for x, update (B, S, D) and a float32 gate (B, 1, D), in float32, stored as x's dtype."""
+    if may_overwrite(x, update, gate):
+        return torch.addcmul(x, update, gate, out=x)
+    return torch.addcmul(x, update, gate).to(x.dtype)
+
+
+def add_(x: Tensor, update: Tensor, factor: float = 1.0) -> Tensor:
+    """`x + factor * update`, in x's dtype."""
+    if may_overwrite(x, update):
+        return x.add_(update, alpha=factor)
+    return torch.add(x, update, alpha=factor).to(x.dtype)
+
+
+def layer_norm(
+    x: Tensor, eps: float, dtype: torch.dtype, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """LayerNorm over the last axis with float32 statistics, in `dtype`; the kernel itself accumulates in float32."""
+    if weight is not None and weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last axis of x, computed in float32, in x's dtype.
+
+    A float32 weight that is trained on bfloat16 tokens is rounded as inference will read it, because fused kernels
+    take one dtype.
+    """
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last axis of x (B, S, D), computed in float32, in x's dtype.
+
+    Without a fused kernel PyTorch computes it in several whole tensors of float32; it is done in pieces then.
+    """
+    if not may_overwrite(x, weight) or has_fused_rms_norm(x):
+        return rms_norm(x, weight, eps)
+    for piece in x.split(NORM_TOKENS.get(x.device.type, MOST_NORM_TOKENS), 1):
+        piece.copy_(F.rms_norm(piece, x.shape[-1:], weight, eps))
+    return x
+
+
+def gelu_tanh_(x: Tensor) -> Tensor:
+    """GELU in its tanh form, as the DiT's and the text encoder's feed-forward layers use it."""
+    if may_overwrite(x):
+        return torch.ops.aten.gelu_(x, approximate="tanh")
+    return F.gelu(x, approximate="tanh")
+
+
+MOST_TIMED_PRODUCTS, LEAST_TIMED_ROWS = 2**31, 64
+"""How many multiplications a product is timed with at most, if that leaves enough rows."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` for x (..., in) and a weight (out, in), all of one dtype."""
+    if not _suits_onednn(x, weight, bias):
+        return F.linear(x, weight, bias)
+    rows = x.numel() // max(1, x.shape[-1])
+    return _LINEAR(x, weight, bias, sizes=(up_to_power_of_two(rows), x.shape[-1], weight.shape[0]))
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _some_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows = max(LEAST_TIMED_ROWS, MOST_TIMED_PRODUCTS // weight.numel())
+    return x.reshape(-1, x.shape[-1])[:rows], weight, bias
+
+
+_LINEAR = Operation("linear", {"oneDNN": _onednn, "PyTorch": _pytorch}, _some_rows)
+
+
+def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN's layer computes the same, and fast: it knows neither gradients, mixed dtypes nor autocast, and is
+    slow with weights that are not contiguous."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        x.device.type == "cpu"
+        and weight.is_contiguous()
+        and all(tensor.dtype == x.dtype for tensor in given)
+        and onednn_has(x.dtype)
+        and may_overwrite(*given)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+@cache
+def onednn_has(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch and this processor have oneDNN's linear layer in `dtype`; found out by trying once."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    try:
+        eye = torch.eye(16, dtype=dtype, device="cpu")
+        return torch.equal(_onednn(eye, 2 * eye, None), 2 * eye)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, computed by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)

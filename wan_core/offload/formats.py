@@ -1,0 +1,321 @@
+"""The formats in which the weight of a linear layer is stored, one row each.
+
+A format knows its tensors in a file, the shape of the weight they stand for, how numbers and scale become that weight,
+and how rows are cut from it. Loading, planning, streaming, LoRA, saving and messages ask it and know none by name. In
+memory a weight is the tensors of its file, so its bytes are theirs (`nbytes`), whatever a number of it takes.
+
+A further format is a row of `FORMATS`, its dtype or a class of its own, and a row of `SPELLINGS` where its tensors have
+other names. One that packs several numbers into a byte overrides `weight_shape` and `dequantise`."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+Weights = Literal["auto", "fp8", "plain"]
+WEIGHTS: tuple[Weights, ...] = ("auto", "fp8", "plain")
+"""How big layers are to be held: as the file has them, as FP8, or in the compute dtype."""
+
+BLOCK_SIDES = (128, 64, 32, 16, 256)
+"""Sides of the blocks that share a scale, in the order of trial; 128 is DeepSeek-V3's, which block-wise FP8 follows."""
+
+ADVICE = "Use the bf16, fp16, FP8 or int8 file of this model."
+
+
+class FormatError(ValueError):
+    """A weight that is whole, but stored in a way that is not read; the message goes on after the file's name."""
+
+
+class Info(Protocol):
+    """What a header says of one tensor."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Weights that are stored as they are; the base of all formats.
+
+    Attributes:
+        name: in messages and in `info`.
+        dtypes: of the numbers.
+        quantised: whether a layer keeps the stored numbers and computes its weight from them in every call.
+        cast_suffices: whether numbers without a scale are the weight as soon as they are cast.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    quantised: bool = False
+    cast_suffices: bool = True
+
+    def weight_shape(self, numbers: Shape) -> Shape:
+        """The shape of the weight that stored numbers of this shape stand for."""
+        return tuple(numbers)
+
+    def scale_shape(self, scale: Shape, numbers: Shape) -> Shape | None:
+        """`scale` as it is held, such that it has as many axes as the weight: one number, or one per row. None for
+        any other."""
+        weight = self.weight_shape(numbers)
+        axes = (1,) * (len(weight) - 1)
+        if prod(scale) == 1:
+            return (1, *axes)
+        if prod(scale) == weight[0] and scale[0] == weight[0]:
+            return (weight[0], *axes)
+        return None
+
+    def held_shape(self, scale: Shape, numbers: Shape) -> Shape:
+        """`scale_shape`, of a scale that has one.
+
+        Raises:
+            FormatError: it has none.
+        """
+        held = self.scale_shape(scale, numbers)
+        if held is None:
+            raise FormatError(f"has a scale {list(scale)} that does not fit numbers {list(numbers)}. {ADVICE}")
+        return held
+
+    def dequantise(self, numbers: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight in `dtype`, each number rounded once; `scale` is shaped as `scale_shape` says.
+
+        Without a scale it may be `numbers` itself.
+        """
+        if scale is None:
+            return numbers.to(dtype)
+        weight = numbers.to(dtype, copy=True)
+        if all(have in (1, of) for have, of in zip(scale.shape, weight.shape, strict=True)):
+            return weight.mul_(scale)
+        rows, columns = (_side(n, have) for n, have in zip(weight.shape, scale.shape, strict=True))
+        if weight.shape == (rows * scale.shape[0], columns * scale.shape[1]):
+            weight.view(scale.shape[0], rows, scale.shape[1], columns).mul_(scale[:, None, :, None])
+            return weight
+        whole = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        return weight.mul_(whole[: weight.shape[0], : weight.shape[1]])
+
+    def rows(self, numbers: Tensor, scale: Tensor | None, start: int, end: int) -> Tensor:
+        """The rows from `start` to `end` of the weight, in float32; no other is computed."""
+        if scale is not None and len(scale) > 1:
+            scale = scale[torch.arange(start, end, device=scale.device) // _side(len(numbers), len(scale))]
+        return self.dequantise(numbers[start:end], scale)
+
+    def describe(self, scale: Shape | None, numbers: Shape) -> str:
+        """The format of one weight in words: "FP8, a scale per row"."""
+        if scale is None:
+            return self.name
+        held = self.held_shape(scale, numbers)
+        if prod(held) == 1:
+            return f"{self.name}, a scale per tensor"
+        if prod(held) == held[0]:
+            return f"{self.name}, a scale per row"
+        rows, columns = (_side(n, have) for n, have in zip(numbers, held, strict=True))
+        return f"{self.name}, a scale per block of {rows}x{columns}"
+
+
+@dataclass(frozen=True)
+class EightBit(WeightFormat):
+    """Numbers of 8 bits times a scale: of the whole weight, of each row, or of each block."""
+
+    quantised: bool = True
+
+    def scale_shape(self, scale: Shape, numbers: Shape) -> Shape | None:
+        """As of any format, or one number per block, as (blocks down, blocks across)."""
+        held = super().scale_shape(scale, numbers)
+        if held is None and len(scale) == len(numbers) == 2:
+            sides = [_side(n, have) for n, have in zip(numbers, scale, strict=True)]
+            return tuple(scale) if all(sides) else None
+        return held
+
+
+def _side(length: int, blocks: int) -> int:
+    """How many of `length` numbers share one of `blocks` scales; the last block may be shorter. 0 when none fits."""
+    if blocks == 1:
+        return length
+    known = (side for side in BLOCK_SIDES if -(-length // side) == blocks)
+    return next(known, 0 if not blocks or length % blocks else length // blocks)
+
+
+PLAIN = WeightFormat("plain", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+FP8 = EightBit("FP8", FP8_DTYPES)
+INT8 = EightBit("int8", (torch.int8,))
+FORMATS = (PLAIN, FP8, INT8)
+
+
+def format_of(dtype: torch.dtype) -> WeightFormat | None:
+    """The format whose numbers are of `dtype`; None when there is none."""
+    return next((row for row in FORMATS if dtype in row.dtypes), None)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How programs call the tensors of one weight: what follows the layer's name, for the numbers and for the scale.
+
+    `unit` is what a scale is multiplied with before it is one.
+    """
+
+    numbers: str
+    scale: str
+    unit: float = 1.0
+
+
+SPELLINGS = (
+    Spelling(".weight", ".scale_weight"),  # ComfyUI, first dialect
+    Spelling(".weight", ".weight_scale"),  # ComfyUI with `comfy_quant`, compressed-tensors
+    Spelling(".weight", ".weight_scale_inv"),  # DeepSeek-V3; despite its name it is multiplied
+    Spelling(".weight._data", ".weight._scale"),  # optimum-quanto
+    Spelling(".int8_weight", ".scale"),  # TurboDiffusion
+    Spelling(".weight", ".SCB", 1 / 127),  # bitsandbytes LLM.int8: the largest number of each row
+)
+
+BESIDE = re.compile(
+    r"scaled_fp8|.+\.(scale_weight|weight_scale|weight_scale_inv|scale_input|input_scale|output_scale|comfy_quant|SCB"
+    r"|weight_format)"
+)
+"""Tensors beside the weights of a quantised file that are no weights; scales of inputs serve products in 8 bits."""
+
+UNREAD = {
+    r".+\.weight_scale_2": "NVFP4 (4 bits)",
+    r".+\.pre_quant_scale": "ModelOpt with pre-scaled inputs",
+    r".+\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..+)": "bitsandbytes NF4 or FP4",
+    r".+\.(wscales|wtscale|wcscales|smooth_factor|smooth_factor_orig|proj_down)": "Nunchaku SVDQuant (4 bits)",
+    r".+\.(qweight|qzeros|g_idx)": "GPTQ or AWQ (4 bits)",
+    r".+\.weight\.(_data\.\w+|_shift|_zeropoint|_packed)": "quanto with 4 or 2 bits",
+    r".+\.(_?weight[_:.](qdata|zero_point)|weight\.tensor_impl\..+|_weight_(scale|qdata).*)": "torchao",
+    r".+\.weight_(packed|zero_point|shape|global_scale)": "compressed-tensors with 4 bits",
+    r".+\.(weight_codes|codebooks|weight_codebook)": "a codebook",
+}
+"""Names that mark formats that are not read."""
+
+DECLARED = re.compile(r"float8_e4m3fn(_rowwise|_blockwise)?|float8_e5m2|int8(_tensorwise|_rowwise|_blockwise)?")
+"""Formats of ComfyUI's quantisation metadata that are numbers of 8 bits times their scale."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One weight as a file holds it.
+
+    Attributes:
+        numbers: the stored name of its numbers, `dtype` their dtype.
+        scale: the stored name of its scale, None when there is none; `unit` as in `Spelling`.
+        shape: of the weight.
+        words: the format in words.
+    """
+
+    format: WeightFormat
+    numbers: str
+    dtype: torch.dtype
+    shape: Shape
+    scale: str | None = None
+    unit: float = 1.0
+    words: str = ""
+
+    def kept(self, weights: Weights) -> bool:
+        """Whether a big layer that is to be held as `weights` keeps these numbers."""
+        return self.format.quantised and (weights == "auto" or (weights == "fp8" and self.format == FP8))
+
+    def held_scale(self, scale: Tensor, numbers: Shape) -> Tensor:
+        """The stored `scale` as layers and `dequantise` take it, in float32."""
+        held = scale.float().reshape(self.format.held_shape(tuple(scale.shape), numbers))
+        return held if self.unit == 1 else held * self.unit
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether a cast makes the weight of its numbers."""
+        return self.scale is None and self.format.cast_suffices
+
+    def weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight from its tensors by stored name: in its stored dtype where a cast suffices, else in float32."""
+        numbers = tensors[self.numbers]
+        if self.is_cast:
+            return numbers
+        scale = None if self.scale is None else self.held_scale(tensors[self.scale], tuple(numbers.shape))
+        return self.format.dequantise(numbers, scale)
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight would have if it were plain."""
+    endings = (spelling.numbers for spelling in SPELLINGS if spelling.numbers != ".weight")
+    ending = next(filter(name.endswith, endings), None)
+    return f"{name.removesuffix(ending)}.weight" if ending else name
+
+
+def recognise(names: Mapping[str, str], header: Mapping[str, Info]) -> dict[str, Stored]:
+    """The weights among tensors, by the name that each would have if it were plain.
+
+    Args:
+        names: without prefixes, mapped to those in `header`.
+
+    Raises:
+        FormatError: a weight is stored in a way that is not read.
+    """
+    check_readable(names)
+    scales: dict[str, tuple[str, Spelling]] = {}
+    for name in names:
+        for spelling in SPELLINGS:
+            numbers = name.removesuffix(spelling.scale) + spelling.numbers
+            if name.endswith(spelling.scale) and numbers in names:
+                scales[numbers] = name, spelling
+    found: dict[str, Stored] = {}
+    sides = {name for name, _ in scales.values()}
+    for name, stored in names.items():
+        if name in sides or BESIDE.fullmatch(name):
+            continue
+        scale, spelling = scales.get(name, (None, SPELLINGS[0]))
+        found[plain_name(name)] = _stored(
+            name, header[stored], stored, (names[scale], header[names[scale]]) if scale else None, spelling
+        )
+    return found
+
+
+def _stored(name: str, info: Info, stored: str, scale: tuple[str, Info] | None, spelling: Spelling) -> Stored:
+    row = format_of(info.dtype)
+    if scale is None:
+        # Tables of positions and the like are integers in any model; a weight never is.
+        if name.endswith(".weight") and not info.dtype.is_floating_point and (row is None or row.cast_suffices):
+            raise FormatError(f"holds {name!r} as {_word(info.dtype)} with no scale that is known. {ADVICE}")
+        row = row or WeightFormat(_word(info.dtype), (info.dtype,))
+        return Stored(row, stored, info.dtype, row.weight_shape(info.shape), words=row.name)
+    called, side = scale
+    if not side.dtype.is_floating_point or str(side.dtype).endswith("e8m0fnu"):
+        raise FormatError(
+            f"is quantised in a way that is not supported: {name!r} is {_word(info.dtype)} with a scale stored as "
+            f"{_word(side.dtype)}, as MXFP8 and MXFP4 have it. {ADVICE}"
+        )
+    if row is None or row.scale_shape(tuple(side.shape), tuple(info.shape)) is None:
+        raise FormatError(
+            f"is quantised in a way that is not supported: {name!r} is {_word(info.dtype)} {list(info.shape)} with a "
+            f"scale {list(side.shape)}. {ADVICE}"
+        )
+    words = row.describe(tuple(side.shape), tuple(info.shape))
+    return Stored(row, stored, info.dtype, row.weight_shape(info.shape), called, spelling.unit, words)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_readable(names: Iterable[str]) -> None:
+    """Raise FormatError when one of `names` marks a format that is not read."""
+    for name in names:
+        method = next((method for pattern, method in UNREAD.items() if re.fullmatch(pattern, name)), None)
+        if method:
+            raise FormatError(f"is quantised with {method}, which is not read (it holds {name!r}). {ADVICE}")
+
+
+def check_declared(layer: str, entry: Mapping[str, object]) -> None:
+    """Raise FormatError when ComfyUI's metadata of `layer` say that its weight is more than numbers and a scale."""
+    name = str(entry.get("format"))
+    if not DECLARED.fullmatch(name):
+        raise FormatError(f"stores {layer!r} as {name}, which is not read. {ADVICE}")
+    if entry.get("convrot"):
+        raise FormatError(f"stores {layer!r} rotated (ConvRot), which is not read. {ADVICE}")

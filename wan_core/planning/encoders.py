@@ -1,0 +1,247 @@
+"""Memory of encoding and decoding, the tiles that keep it within a budget, and encoders placed within theirs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..models.config import TextEncoderConfig, VAEConfig
+from ..models.text_encoder import UMT5Encoder
+from ..models.vae import WanVAE
+from ..offload.blocks import GIB, installed_ram, used_bytes
+from ..offload.placement import place
+from ..offload.weights import Residency
+from ..runtime import OutOfMemoryError, Runtime
+from ..settings import MemorySettings
+from ..tiling import TileSettings
+from ..types import VAE_STRIDE, LatentSize, VideoSize
+from .estimate import META, counted
+
+
+@cache
+def text_peak_bytes(config: TextEncoderConfig, dtype: torch.dtype, tokens: int = 512, prompts: int = 2) -> int:
+    """Peak bytes on the device of encoding `prompts` texts of `tokens` tokens each, beside the weights.
+
+    Attention is counted as fused kernels run it. All layers are alike, so two stand for all.
+    """
+    with META:
+        encoder = UMT5Encoder(replace(config, num_layers=min(config.num_layers, 2))).requires_grad_(False).to(dtype)
+        ids, mask = torch.empty(prompts, tokens, dtype=torch.long), torch.empty(prompts, tokens, dtype=torch.bool)
+    with counted(*encoder.parameters(), ids, mask) as counter:
+        encoder.encode([row for row in ids])
+    return counter.peak
+
+
+What = Literal["decode", "encode"]
+
+WORKSPACE_BYTES = 256 * 2**20
+"""Allowed beside the counted tensors, whatever the size: cuBLAS keeps up to 32 MiB for itself, cuDNN's implicit-GEMM
+convolutions of channels-last tensors ask for some tens, and the caching allocator rounds blocks of this size up to
+2 MiB. An allowance and not a measurement; when it is too little, `decode` falls back to smaller tiles.
+"""
+
+STEADY_FRAMES = 3
+"""Latent frames after which the peak is reached: the first meets no past, the second leaves half-filled caches, and
+from the third on each is like the one before.
+"""
+
+OVERLAP = 8
+"""Latent cells (64 pixels) that neighbouring tiles share at least. A tile's border is wrong where the padding of its
+edge reaches: up to 11 convolutions at latent resolution and 2 cells' worth at the finer ones, most of it from the
+nearest few, and blending gives the outermost cells the least weight. ComfyUI's tiled decoder shares as many.
+"""
+
+LEAST_STRIP = 3 * OVERLAP
+"""Rows of the lowest strip: below it more than half of the rows would be computed twice, and tiles cost less."""
+
+LEAST_TILE = 2 * OVERLAP
+"""Cells of the smallest tile's sides: below it every cell lies in an overlap."""
+
+_SAMPLE_SIDE = 32
+"""Cells of the square on which memory per cell is counted."""
+
+
+def pixel_stride(config: VAEConfig, what: What) -> int:
+    """Pixels per latent cell and side, of what is encoded or of what is decoded."""
+    return VAE_STRIDE[1] * (config.upscale if what == "decode" else 1)
+
+
+def vae_peak_bytes(
+    config: VAEConfig,
+    dtype: torch.dtype,
+    latent_size: LatentSize,
+    tiles: TileSettings | None = None,
+    what: What = "decode",
+    batch: int = 1,
+) -> int:
+    """Peak bytes on the device of one pass over `batch` videos, beside the weights.
+
+    The video itself stays in host memory, where the pieces are gathered (`wan_core.decode`). Attention is counted as
+    fused kernels run it. Every tensor of a pass grows with the area, so memory per cell is counted once.
+    """
+    height, width = latent_size.height, latent_size.width
+    if tiles is not None:
+        height, width = min(height, tiles.size[0]), min(width, tiles.size[1])
+    per_cell = _bytes_per_cell(config, dtype, min(latent_size.frames, STEADY_FRAMES), what)
+    return int(per_cell * height * width * batch) + WORKSPACE_BYTES
+
+
+@cache
+def _bytes_per_cell(config: VAEConfig, dtype: torch.dtype, frames: int, what: What) -> float:
+    size = LatentSize(frames, _SAMPLE_SIDE, _SAMPLE_SIDE)
+    return counted_bytes(config, dtype, size, what) / _SAMPLE_SIDE**2
+
+
+def counted_bytes(config: VAEConfig, dtype: torch.dtype, latent_size: LatentSize, what: What) -> int:
+    """Peak bytes of the tensors of one untiled pass, by running it on the meta device."""
+    frames, height, width = latent_size.shape
+    time, stride, _ = VAE_STRIDE
+    with META:
+        vae = WanVAE(config).requires_grad_(False).to(dtype).use_channels_last()
+        latents = torch.empty(1, config.latent_channels, frames, height, width)
+        video = torch.empty(1, 3, time * (frames - 1) + 1, stride * height, stride * width)
+    passes: dict[What, Callable[[], Iterator[Tensor]]] = {
+        "decode": lambda: vae.decode_chunks(latents),
+        "encode": lambda: vae.encode_chunks(video),
+    }
+    with counted(*vae.parameters(), latents, video) as counter:
+        for _ in passes[what]():
+            pass
+    return counter.peak
+
+
+def choose_tiles(
+    config: VAEConfig,
+    dtype: torch.dtype,
+    size: LatentSize,
+    budget_bytes: float,
+    what: What = "decode",
+    batch: int = 1,
+) -> TileSettings | None:
+    """The cheapest way to run a pass within `budget_bytes` beside the weights.
+
+    None, the whole at once, where it fits; else the strips of full width or tiles that compute the least area twice.
+
+    Raises:
+        OutOfMemoryError: the smallest tiles need more; the message says how much. It is a ValueError.
+    """
+
+    def fits(tiles: TileSettings | None) -> bool:
+        return vae_peak_bytes(config, dtype, size, tiles, what, batch) <= budget_bytes
+
+    if fits(None):
+        return None
+    strips = [_grid(size, parts, 1) for parts in _parts(size.height, LEAST_STRIP)]
+    grids = [_grid(size, rows, columns) for rows in (1, *_parts(size.height)) for columns in (1, *_parts(size.width))]
+    fitting = [tiles for tiles in (*strips, *grids) if fits(tiles)]
+    if fitting:
+        # The first of equals, so strips before tiles: their seams run in one direction only.
+        return min(fitting, key=lambda tiles: computed_cells(tiles, size))
+    needed = vae_peak_bytes(config, dtype, size, smallest_tiles(size), what, batch)
+    side = pixel_stride(config, what)
+    raise OutOfMemoryError(
+        f"To {what} {size.width * side}x{size.height * side} even in the smallest tiles takes "
+        f"{needed / 1e9:.2f} GB beside the VAE's weights; the budget is {budget_bytes / 1e9:.2f} GB, "
+        f"{(needed - budget_bytes) / 1e9:.2f} GB short."
+    )
+
+
+def smallest_tiles(size: LatentSize) -> TileSettings:
+    """The tiles of a latent of that size that take the least memory."""
+    last = (([1, *_parts(side)])[-1] for side in (size.height, size.width))
+    return _grid(size, *last)
+
+
+def computed_cells(tiles: TileSettings | None, size: LatentSize) -> int:
+    """Cells of one latent frame that are computed, those in overlaps as often as they are."""
+    if tiles is None:
+        return size.height * size.width
+    return sum(row.length * column.length for row, column in tiles.plan(size.height, size.width))
+
+
+def _parts(length: int, least: int = LEAST_TILE) -> list[int]:
+    """Into how many parts of at least `least` cells an axis can be cut; empty when it is too short to be cut."""
+    counts: list[int] = []
+    while _part(length, len(counts) + 2) >= least:
+        counts.append(len(counts) + 2)
+    return counts
+
+
+def _part(length: int, parts: int) -> int:
+    """The length of one of `parts` equal spans that share `OVERLAP` cells with their neighbours."""
+    return -(-(length + (parts - 1) * OVERLAP) // parts)
+
+
+def _grid(size: LatentSize, rows: int, columns: int) -> TileSettings:
+    sides = _part(size.height, rows), _part(size.width, columns)
+    row, column = (side - (OVERLAP if parts > 1 else 0) for side, parts in zip(sides, (rows, columns), strict=True))
+    return TileSettings(size=sides, stride=(row, column))
+
+
+IMAGE_ENCODER_BYTES = 64 * 2**20
+"""Activations of CLIP ViT-H/14 for one picture of 257 tokens: its widest tensor, 257 x 5120, is 5 MiB in float32."""
+
+
+def size_held(width: int, height: int, num_frames: int) -> VideoSize:
+    """`VideoSize.rounded`, of a video that this machine can hold at one byte per colour, the least that any work on it
+    takes.
+
+    Raises:
+        ValueError: it cannot, or `VideoSize.rounded` refuses a number.
+    """
+    size = VideoSize.rounded(width, height, num_frames)
+    held, memory = 3 * size.width * size.height * size.num_frames, installed_ram()
+    if held > memory:
+        raise ValueError(
+            f"A video of width {size.width}, height {size.height} and num_frames {size.num_frames} has "
+            f"{held / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB of memory. Choose a smaller size or fewer "
+            "frames."
+        )
+    return size
+
+
+def limited(runtime: Runtime, memory: MemorySettings) -> Runtime:
+    """`runtime` on a device of which `memory.vram_limit` may be in use; a limit of 0 speaks of weights only."""
+    if not memory.vram_limit:
+        return runtime
+    limit = memory.vram_limit * GIB
+
+    def left(device: torch.device) -> float:
+        below_limit = limit - used_bytes(device)
+        free = runtime.memory_left(device)
+        return below_limit if free is None else min(free, below_limit)
+
+    return replace(runtime, memory_left=left)
+
+
+def available(module: nn.Module, runtime: Runtime, memory: MemorySettings, wanted: float) -> float | None:
+    """Bytes that work with `module` may use on the device; the host is asked first when `wanted` are more.
+
+    What is there of the module's own weights counts as available. None without a bound.
+    """
+    if memory.vram_limit == 0:
+        return 0
+    own = Residency.of(module).bytes_on(runtime.device)
+    left = runtime.room(wanted - own)
+    return None if left is None else left + own
+
+
+@contextmanager
+def encoder_at_work(
+    module: nn.Module, runtime: Runtime, memory: MemorySettings, activations: int, *, keep: bool = False
+) -> Iterator[nn.Module]:
+    """An encoder on the device inside the block; blocks that do not fit there are streamed.
+
+    Args:
+        activations: peak bytes of a pass beside the weights.
+        keep: leave the weights on the device for the next use.
+    """
+    inventory, beside = Residency.of(module).inventory(), activations + WORKSPACE_BYTES
+    bound = available(module, runtime, memory, inventory.bytes + beside)
+    placement = place(inventory, None if bound is None else bound - beside)
+    with Residency.of(module).working(runtime.device, placement, keep=keep):
+        yield module

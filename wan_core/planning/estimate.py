@@ -1,0 +1,241 @@
+"""Memory and work of a step, counted on the meta device, where tensors have sizes and no data."""
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..models.config import DiTConfig
+from ..models.dit import CLIP_TOKENS, TokenState, WanDiT
+from ..models.embedders import MotionController
+from ..models.fused import STEPS
+from ..offload.blocks import weights_of
+from ..runtime import Runtime
+from ..sampling.guidance import Guided
+from ..sampling.predictor import AllBlocks, BlockRunner, ModelPredictor
+from ..sampling.step_cache import CachedBlocks
+from ..settings import GuidanceSettings
+from ..types import Conditioning, StepInfo, map_tensors, tensors_in
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are made on `device` while it is active and are alive, and their peak.
+
+    Attributes:
+        live: bytes alive now.
+        peak: the most that were alive at once.
+    """
+
+    def __init__(self, device: torch.device | str = "meta", given: Iterable[Tensor] = ()) -> None:
+        """`given` tensors are there anyway and do not count."""
+        super().__init__()
+        self.device = torch.device(device)
+        self.live = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+        for tensor in given:
+            self._known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor) and x.device == self.device:
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known[storage] = True
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+META = torch.device("meta")
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as fused kernels run it: its result is all that it allocates.
+
+    The meta device knows only the plain form, which holds the logits of all pairs.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, _, value = args
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted(*given: Tensor) -> Iterator[LiveBytes]:
+    """A counter of what is made on the meta device inside the block, beside the tensors that are `given`."""
+    with torch.no_grad(), LiveBytes(META, given) as counter, _FusedAttention():
+        yield counter
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+Residuals = Literal["none", "device", "host"]
+"""Where a step cache keeps what a step changed."""
+
+
+def meta_twin(module: Module, **parts: nn.Module) -> Module:
+    """A copy of `module` on the meta device, without its weights; `parts` take the place of those of their names."""
+    known: dict[int, object] = {id(getattr(module, name)): part for name, part in parts.items()}
+    for tensor in weights_of(module).values():
+        twin = torch.empty_like(tensor, device=META)
+        known[id(tensor)] = nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+    return copy.deepcopy(module, known)
+
+
+def _short_twin(dit: WanDiT) -> WanDiT:
+    """A twin that ends after two blocks, and two VACE blocks that feed them: memory does not grow after them."""
+    layers = tuple(range(len(dit.config.vace_layers[:2])))
+    parts = {"blocks": nn.ModuleList(meta_twin(block) for block in dit.blocks[:2])}
+    if layers:
+        parts["vace_blocks"] = nn.ModuleList(meta_twin(block) for block in dit.vace_blocks[: len(layers)])
+    twin = meta_twin(dit, **parts)
+    twin.config = dataclasses.replace(dit.config, vace_layers=layers)
+    twin.attend = lambda q, k, v: torch.empty_like(q)
+    twin.chains = STEPS
+    return twin
+
+
+def step_bytes(
+    dit: WanDiT,
+    cond: Conditioning,
+    size: tuple[int, int, int],
+    guidance: GuidanceSettings,
+    residuals: Residuals = "none",
+    motion_controller: MotionController | None = None,
+) -> int:
+    """Peak bytes on the device of a step with all its branches, beside weights and conditioning.
+
+    The step is run on the meta device, with attention counted as fused kernels run it; once for each kind of model and
+    inputs, because it takes a good part of a second.
+
+    Args:
+        size: latent frames with those in front, rows and columns, of the video or of one window of it.
+        residuals: where a step cache keeps its tensors.
+    """
+    twin = _short_twin(dit)
+    controller = None if motion_controller is None else meta_twin(motion_controller)
+    key = _described(twin, controller, cond, size, guidance, residuals)
+    if key not in _COUNTED:
+        _COUNTED[key] = _counted_bytes(twin, controller, cond, size, guidance, residuals)
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, int] = {}
+
+
+def _described(*values: object) -> str:
+    """What memory depends on, as text: modules by layers and weights, tensors by shape and dtype."""
+
+    def described(value: object) -> str:
+        if isinstance(value, nn.Module):
+            weights = {name: (tuple(w.shape), w.dtype) for name, w in weights_of(value).items()}
+            return f"{vars(value).get('exact')} {value} {weights}"
+        return repr(map_tensors(value, lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}"))
+
+    return "; ".join(map(described, values))
+
+
+def _counted_bytes(
+    twin: WanDiT,
+    controller: MotionController | None,
+    cond: Conditioning,
+    size: tuple[int, int, int],
+    guidance: GuidanceSettings,
+    residuals: Residuals,
+) -> int:
+    cond = cond.map(lambda tensor, _: torch.empty_like(tensor, device=META))
+    x = torch.empty(len(cond.encoded_text), twin.config.out_channels, *size, device=META)
+    weights = [*weights_of(twin).values(), *([] if controller is None else weights_of(controller).values())]
+    with counted(*weights, *tensors_in(cond), x) as counter:
+        blocks: BlockRunner = AllBlocks(twin, Runtime(device=META, dtype=twin.dtype))
+        if residuals == "device":
+            blocks = CachedBlocks(blocks, _ComputesEveryStep(), twin.dtype)
+        elif residuals == "host":
+            blocks = _Comparing(blocks)
+        time = twin.embed_time(torch.empty(4, device=META))
+        predict = Guided(ModelPredictor(twin, time, blocks, controller), _with_all_branches(guidance))
+        for index in (1, 2):
+            predict(x, 0.0, cond, StepInfo(index, 4))
+    return counter.peak
+
+
+class _ComputesEveryStep:
+    """A rule that leaves nothing out and keeps everything: the most memory that a cache takes."""
+
+    def __init__(self) -> None:
+        self.memory: dict[str, Tensor] = {}
+
+    def may_skip(self, index: int) -> bool:
+        return True
+
+    def skips(self, tokens: Tensor, info: StepInfo) -> bool:
+        return False
+
+    def computed(self, tokens: Tensor, info: StepInfo) -> None: ...
+
+
+class _Comparing:
+    """What a cache whose tensors rest in host memory holds on the device: the tokens from before the blocks."""
+
+    def __init__(self, run: BlockRunner) -> None:
+        self._run = run
+
+    def __call__(self, states: Sequence[TokenState], keys: Sequence[tuple[str, int]], info: StepInfo) -> None:
+        before = [state.tokens.clone() for state in states]
+        self._run(states, keys, info)
+        del before
+
+
+def _with_all_branches(guidance: GuidanceSettings) -> GuidanceSettings:
+    scales = guidance.scale if isinstance(guidance.scale, tuple) else (guidance.scale,)
+    scale = next((scale for scale in scales if scale != 1), 1.0)
+    return dataclasses.replace(guidance, scale=scale, start=0.0, end=1.0, zero_steps=0)
+
+
+def kept_bytes(config: DiTConfig, cond: Conditioning, dtype: torch.dtype, guidance: GuidanceSettings) -> int:
+    """Bytes of the keys and values of cross-attention in all blocks, of every branch that a run has."""
+    branches = 1 if guidance.scale == 1 else 3 if guidance.mode == "batched" else 2
+    blocks = config.num_layers + (len(config.vace_layers) if cond.vace else 0)
+    batch, text_tokens, _ = cond.encoded_text.shape
+    return branches * blocks * 2 * batch * _context_tokens(config, text_tokens) * config.dim * dtype.itemsize
+
+
+def kept_share(config: DiTConfig, size: tuple[int, int, int], text_tokens: int) -> float:
+    """The share of a step that making them takes."""
+    made = 4 * config.num_layers * _context_tokens(config, text_tokens) * config.dim**2
+    return made / pass_flops(config, size, text_tokens)
+
+
+def _context_tokens(config: DiTConfig, text_tokens: int) -> int:
+    return text_tokens + ((config.image_positions or CLIP_TOKENS) if config.has_image_input else 0)
+
+
+def pass_flops(config: DiTConfig, size: tuple[int, int, int], text_tokens: int = 512, vace_inputs: int = 0) -> float:
+    """Floating-point operations of the blocks in one forward of one branch."""
+    _, ph, pw = config.patch_size
+    tokens = size[0] * (size[1] // ph) * (size[2] // pw)
+    dim = config.dim
+    context = _context_tokens(config, text_tokens)
+    linear = 2 * tokens * (6 * dim * dim + 2 * dim * config.ffn_dim) + 4 * context * dim * dim
+    attention = 4 * tokens * tokens * dim + 4 * tokens * context * dim
+    return (config.num_layers + vace_inputs * len(config.vace_layers)) * (linear + attention)

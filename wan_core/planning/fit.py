@@ -1,0 +1,240 @@
+"""The settings with which a run fits a device at the least loss, and the plan in words and as plain data."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..offload.blocks import GIB
+from ..settings import WindowSettings
+from ..types import LatentSize, VideoSize
+from .encoders import What
+from .job import Job, Phase, Tiles, WholePlan, plan_whole
+
+WINDOW = WindowSettings()
+SMALLER = (832, 480)
+"""The smaller of the two sizes that the models were trained on."""
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A change of a run that takes less memory.
+
+    Attributes:
+        what: where the user makes it, in words.
+        apply: the changed run, or None where it changes nothing.
+    """
+
+    what: str
+    apply: Callable[[Job], Job | None]
+
+
+def _cache_on_host(job: Job) -> Job | None:
+    cache = job.settings.cache
+    if cache is None or cache.residual_on_cpu:
+        return None
+    return _with(job, cache=replace(cache, residual_on_cpu=True))
+
+
+def _sequential(job: Job) -> Job | None:
+    guidance = job.settings.guidance
+    if guidance.mode == "sequential" or guidance.scale == 1:
+        return None
+    return _with(job, guidance=replace(guidance, mode="sequential"))
+
+
+def _model_in_fp8(job: Job) -> Job | None:
+    dit = job.dit.in_fp8()
+    return None if dit is None else replace(job, dit=dit)
+
+
+def _text_in_fp8(job: Job) -> Job | None:
+    encoder = None if job.text_encoder is None else job.text_encoder.in_fp8()
+    return None if encoder is None else replace(job, text_encoder=encoder)
+
+
+def _tiles(job: Job) -> Job | None:
+    automatic: dict[What, Tiles] = {what: "auto" for what in job.tiles}
+    return None if job.tiles == automatic else replace(job, tiles=automatic)
+
+
+def _with(job: Job, **changes: Any) -> Job:
+    return replace(job, settings=dataclasses.replace(job.settings, **changes))
+
+
+VARIATIONS = (
+    Variation("residual_on_cpu on the cache node: what a step changed waits in host memory", _cache_on_host),
+    Variation("cfg_mode sequential: one branch of guidance after the other", _sequential),
+    Variation("weights fp8 in Load Model: 8 bits for the big layers, slightly less exact", _model_in_fp8),
+    Variation("weights fp8 in Load Text Encoder: 8 bits for the big layers, slightly less exact", _text_in_fp8),
+    Variation("tiled off on the VAE nodes: tiles are then chosen to fit", _tiles),
+)
+"""Ways to take less memory, the one that costs least first."""
+
+
+def _windowed(job: Job) -> Job | None:
+    done = job.settings.windows is not None or job.size.latent.frames <= WINDOW.size
+    return None if done else _with(job, windows=WINDOW)
+
+
+def _shorter(job: Job) -> Job | None:
+    latent = job.size.latent
+    if latent.frames < 3:
+        return None
+    size = VideoSize.of_latent(LatentSize((latent.frames + 1) // 2, latent.height, latent.width))
+    return replace(job, size=size, cond=None)
+
+
+def _smaller(job: Job) -> Job | None:
+    width, height = sorted(SMALLER, reverse=job.size.width >= job.size.height)
+    if width * height >= job.size.width * job.size.height:
+        width, height = job.size.width // 32 * 16, job.size.height // 32 * 16
+    return None if not width * height else replace(job, size=replace(job.size, width=width, height=height), cond=None)
+
+
+HELPS = (
+    Variation(f"windows of {WINDOW.size} latent frames", _windowed),
+    Variation("half as many frames", _shorter),
+    Variation("a smaller picture", _smaller),
+)
+"""What changes the video, to be suggested where nothing else is left."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The settings that were found.
+
+    Attributes:
+        plan: of the run with them; when it does not fit, the one that is closest.
+        changes: what was changed, in words.
+        helps: changes of the video that would make it fit, in words; empty when it fits, or when none does alone.
+    """
+
+    plan: WholePlan
+    changes: tuple[str, ...] = ()
+    helps: tuple[str, ...] = ()
+
+
+def fit(job: Job, limit: float | None) -> Fit:
+    """`job` changed as little as it takes to run in `limit` bytes of the device."""
+    changes: list[str] = []
+    plan = plan_whole(job, limit)
+    while not plan.fits:
+        found = next(_better(plan), None)
+        if found is None:
+            return Fit(plan, tuple(changes), helps(plan))
+        plan, what = found
+        changes.append(what)
+    return Fit(plan, tuple(changes))
+
+
+def _better(plan: WholePlan) -> Iterator[tuple[WholePlan, str]]:
+    """Plans that lack less than `plan` by one variation, and what that changes."""
+    for variation in VARIATIONS:
+        changed = variation.apply(plan.job)
+        other = changed and plan_whole(changed, plan.limit)
+        if other and _short(other) < _short(plan):
+            yield other, variation.what
+
+
+def helps(plan: WholePlan) -> tuple[str, ...]:
+    """Changes of the video each of which makes a run fit that does not."""
+    found = []
+    for variation in HELPS:
+        changed = variation.apply(plan.job)
+        if changed is None:
+            continue
+        other = plan_whole(changed, plan.limit)
+        if other.fits:
+            resized = "" if changed.size == plan.job.size else f" ({changed.size})"
+            found.append(f"{variation.what}{resized}: {other.peak_bytes / GIB:.1f} GB")
+    return tuple(found)
+
+
+def _short(plan: WholePlan) -> int:
+    """What all phases together lack."""
+    return sum(phase.missing for phase in plan.phases)
+
+
+COLUMNS = ("phase", "peak", "weights stay", "streamed", "copied", "hidden", "")
+
+
+def text_of(fit: Fit) -> str:
+    """The plan as a table with a verdict."""
+    plan = fit.plan
+    rows = [COLUMNS, *(_row(phase) for phase in plan.phases)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    verdict = f"{plan.job.name}, {plan.job.size}: {_verdict(plan)}"
+    return "\n".join([verdict, "", *table, "", *_memory(plan), *_settings(fit)])
+
+
+def data_of(fit: Fit) -> dict[str, Any]:
+    """The plan as JSON holds it; sizes in bytes."""
+    plan = fit.plan
+    return {
+        "model": plan.job.name,
+        "width": plan.job.size.width,
+        "height": plan.job.size.height,
+        "num_frames": plan.job.size.num_frames,
+        "limit": plan.limit,
+        "fits": plan.fits,
+        "missing": plan.missing,
+        "peak_vram": plan.peak_bytes,
+        "peak_ram": plan.ram_bytes,
+        "phases": [vars(phase) for phase in plan.phases],
+        "ram": dict(plan.ram),
+        "files": dict(plan.files),
+        "changes": list(fit.changes),
+        "helps": list(fit.helps),
+    }
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / GIB:.1f} GB"
+
+
+def _row(phase: Phase) -> tuple[str, ...]:
+    per = "per step" if phase.name == "sampling" else "per pass"
+    streams = bool(phase.streamed_bytes)
+    short = f"{gigabytes(phase.missing)} too much" if phase.missing else ""
+    return (
+        phase.name,
+        gigabytes(phase.peak_bytes),
+        gigabytes(phase.resident_bytes),
+        gigabytes(phase.streamed_bytes) if streams else "-",
+        f"{gigabytes(phase.copied_bytes)} {per}" if streams else "-",
+        f"{phase.hidden:.0%}" if streams else "-",
+        "; ".join(filter(None, (short, phase.note))),
+    )
+
+
+def _verdict(plan: WholePlan) -> str:
+    if plan.limit is None:
+        return f"takes {gigabytes(plan.peak_bytes)} of card memory."
+    if plan.fits:
+        return f"fits, {gigabytes(plan.peak_bytes)} of {gigabytes(plan.limit)} of card memory."
+    return f"does not fit, {gigabytes(plan.missing)} more than {gigabytes(plan.limit)} of card memory."
+
+
+def _memory(plan: WholePlan) -> list[str]:
+    lines = [f"Host memory: {gigabytes(plan.ram_bytes)} ({_listed(plan.ram)}), and about 1 GB for Python itself."]
+    if plan.files:
+        lines.append(
+            f"Stays in files: {_listed(plan.files)}. A block is read when its turn comes; memory that is free serves "
+            "as the system's cache of it."
+        )
+    return lines
+
+
+def _listed(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{what} {gigabytes(size)}" for what, size in sizes.items() if size >= 0.05 * GIB) or "little"
+
+
+def _settings(fit: Fit) -> list[str]:
+    lines = ["Changed to fit:", *(f"  - {change}" for change in fit.changes)] if fit.changes else []
+    if fit.plan.fits:
+        return lines
+    if fit.helps:
+        return [*lines, "What would help, each by itself:", *(f"  - {help}" for help in fit.helps)]
+    return [*lines, "No smaller picture, shorter video or windows helps by itself; combine them, or use another card."]

@@ -1,0 +1,326 @@
+"""What a whole run takes, every phase of it, before any weight is read."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ..lora.apply import LoraUse
+from ..models.config import DiTConfig
+from ..models.dit import CLIP_TOKENS, WanDiT
+from ..models.embedders import MotionController
+from ..models.image_encoder import ImageEncoder
+from ..models.text_encoder import UMT5Encoder
+from ..models.vae import WanVAE
+from ..offload.blocks import GIB, weight_bytes
+from ..offload.placement import Placement, place
+from ..settings import MemorySettings, SamplerSettings
+from ..tiling import TileSettings
+from ..types import Conditioning, LatentSize, VaceInput, VideoSize, tensors_in
+from .encoders import (
+    IMAGE_ENCODER_BYTES,
+    WORKSPACE_BYTES,
+    What,
+    choose_tiles,
+    pixel_stride,
+    smallest_tiles,
+    vae_peak_bytes,
+)
+from .encoders import text_peak_bytes as text_bytes
+from .estimate import META
+from .parts import Part
+from .run import COPIED_PER_SECOND, FLOPS_PER_SECOND, RunPlan, plan_run
+
+TEXT_TOKENS = 512
+VACE_CHANNELS = 96
+CAMERA_CHANNELS = 24
+
+Tiles = TileSettings | Literal["auto"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a run is given besides text, as far as it takes memory.
+
+    Attributes:
+        vace: the reference pictures of each VACE input.
+        camera: whether there is a camera path.
+        pictures: how many pictures CLIP reads.
+        encoded_frames: the most latent frames that the VAE encodes at once; 0 encodes nothing.
+    """
+
+    vace: tuple[int, ...] = ()
+    camera: bool = False
+    pictures: int = 0
+    encoded_frames: int = 0
+
+    @classmethod
+    def of(cls, cond: Conditioning, frames: int) -> "Given":
+        """What `cond` holds for a video of `frames` latent frames, encoded already."""
+        inputs = cond.vace or ()
+        vace = (cond.prefix_frames(frames), *(0 for _ in inputs[1:])) if inputs else ()
+        return cls(vace=vace, camera=cond.camera is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run to be planned.
+
+    Attributes:
+        dit: the video model; with it come its `motion_controller` and `loras`.
+        cond: conditioning of the run; None makes it up from what is `given`.
+        text_encoder, image_encoder, vae: None where a phase is not part of the run.
+        tiles: how the VAE encodes and decodes.
+        decodes: whether the VAE decodes the result.
+    """
+
+    name: str
+    dit: Part[WanDiT]
+    size: VideoSize
+    settings: SamplerSettings
+    memory: MemorySettings = MemorySettings()
+    given: Given = Given()
+    cond: Conditioning | None = None
+    motion_controller: Part[MotionController] | None = None
+    loras: tuple[LoraUse, ...] = ()
+    text_encoder: Part[UMT5Encoder] | None = None
+    image_encoder: Part[ImageEncoder] | None = None
+    vae: Part[WanVAE] | None = None
+    tiles: Mapping[What, Tiles] = field(default_factory=lambda: {"encode": "auto", "decode": "auto"})
+    decodes: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One phase of a run. Sizes are bytes; `copied_bytes` are those of one step, or of one pass of an encoder.
+
+    Attributes:
+        peak_bytes: on the device, with what cannot be counted allowed for.
+        resident_bytes: of the weights that stay on the device during the phase.
+        streamed_bytes: of the weights that pass through it.
+        hidden: share of the copies that computation hides, 0 to 1.
+        missing: bytes beyond the limit.
+        note: what else there is to know.
+    """
+
+    name: str
+    peak_bytes: int
+    resident_bytes: int
+    streamed_bytes: int = 0
+    copied_bytes: int = 0
+    hidden: float = 1.0
+    missing: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholePlan:
+    """What a run takes.
+
+    Attributes:
+        limit: bytes of the device that it may use, None without one.
+        ram: bytes of host memory by what they hold; Python and its libraries take about a gigabyte more.
+        files: bytes of each model that stay in its file; what is read of them is in the system's file cache, not in the
+            memory of the program.
+        sampling: the plan of the sampling phase.
+    """
+
+    job: Job
+    limit: float | None
+    phases: tuple[Phase, ...]
+    ram: Mapping[str, int]
+    files: Mapping[str, int]
+    sampling: RunPlan
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(phase.peak_bytes for phase in self.phases)
+
+    @property
+    def ram_bytes(self) -> int:
+        return sum(self.ram.values())
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the device is too small for; 0 when the run fits."""
+        return max(phase.missing for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing
+
+
+def plan_whole(job: Job, limit: float | None) -> WholePlan:
+    """The plan of `job` on a device of which it may use `limit` bytes, less where its own memory settings say so.
+
+    Raises:
+        ValueError: the settings do not go together.
+    """
+    if job.memory.vram_limit:
+        limit = min(limit or math.inf, job.memory.vram_limit * GIB)
+    sampling = plan_run(
+        job.dit.module, job.cond or made_up(job.dit.module.config, job.size.latent, job.given), job.size.latent,
+        job.settings, _of_sampling(job.memory), lambda _: limit,
+        None if job.motion_controller is None else job.motion_controller.module, job.loras,
+    )  # fmt: skip
+    phases = [*_encoding(job, limit), _sampling_phase(sampling, limit), *_decoding(job, limit)]
+    files = {role: part.file_bytes for role, part in _parts(job).items() if part.file_bytes}
+    return WholePlan(
+        job=job, limit=limit, phases=tuple(phases), ram=_ram(job, sampling), files=files, sampling=sampling
+    )
+
+
+def made_up(config: DiTConfig, size: LatentSize, given: Given) -> Conditioning:
+    """Conditioning on the meta device, of the sizes that a run with these inputs has."""
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(1, *shape, device=META)
+
+    grid, whole = (size.height, size.width), size.shape
+    references = sum(given.vace)
+    reads_pictures, camera = config.has_image_input, config.camera_channels and given.camera
+    return Conditioning(
+        text=tensor(TEXT_TOKENS, config.text_dim),
+        negative_text=tensor(TEXT_TOKENS, config.text_dim),
+        clip=tensor(config.image_positions or CLIP_TOKENS, config.image_dim) if reads_pictures else None,
+        concat=tensor(config.concat_channels, *whole) if config.concat_channels else None,
+        reference=tensor(config.out_channels, *grid) if config.has_reference else None,
+        camera=tensor(CAMERA_CHANNELS, size.frames, size.height * 8, size.width * 8) if camera else None,
+        vace=tuple(
+            VaceInput(context=tensor(VACE_CHANNELS, references + size.frames, *grid)) for _ in given.vace
+        ) or None,
+        motion_bucket=tensor(),
+    )  # fmt: skip
+
+
+def _of_sampling(memory: MemorySettings) -> MemorySettings:
+    """A limit of 0 streams every block and bounds nothing else."""
+    return dataclasses.replace(memory, vram_limit=None, persistent_params=0) if memory.vram_limit == 0 else memory
+
+
+def _encoding(job: Job, limit: float | None) -> Iterator[Phase]:
+    bound = 0 if job.memory.vram_limit == 0 else limit
+    if job.text_encoder is not None:
+        module = job.text_encoder.module
+        activations = text_bytes(module.config, module.norm.weight.dtype, TEXT_TOKENS)
+        yield _encoder_phase("text encoding", job.text_encoder, activations, 2 * TEXT_TOKENS, bound, limit)
+    beside, pictures = weight_bytes(job.vae.module) if job.vae is not None else 0, job.given.pictures
+    if job.image_encoder is not None and pictures:
+        part, tokens = job.image_encoder, pictures * CLIP_TOKENS
+        phase = _encoder_phase("image encoding", part, IMAGE_ENCODER_BYTES, tokens, bound, limit, beside)
+        yield phase
+        beside = phase.resident_bytes
+    if job.vae is not None and job.given.encoded_frames:
+        size = dataclasses.replace(job.size.latent, frames=job.given.encoded_frames)
+        yield _vae_phase("VAE encoding", job, job.vae, "encode", size, beside, limit)
+
+
+def _decoding(job: Job, limit: float | None) -> Iterator[Phase]:
+    if job.vae is not None and job.decodes:
+        yield _vae_phase("VAE decoding", job, job.vae, "decode", job.size.latent, weight_bytes(job.vae.module), limit)
+
+
+def _encoder_phase(
+    name: str,
+    part: Part[nn.Module],
+    activations: int,
+    tokens: int,
+    bound: float | None,
+    limit: float | None,
+    beside: int = 0,
+) -> Phase:
+    """A pass of an encoder, placed as `room.encoder_at_work` does, with `beside` bytes of other weights there."""
+    beside_own = activations + WORKSPACE_BYTES + beside
+    placement = place(part.inventory, None if bound is None else bound - beside_own)
+    work = 2 * tokens * sum(block.parameters for block in part.inventory.blocks.values())
+    copied = placement.streamed_bytes
+    return _phase(
+        name, placement, placement.device_bytes + beside_own, limit, copied=copied, beside=beside,
+        hidden=min(1.0, work / FLOPS_PER_SECOND / (copied / COPIED_PER_SECOND)) if copied else 1.0,
+    )  # fmt: skip
+
+
+def _sampling_phase(plan: RunPlan, limit: float | None) -> Phase:
+    asked = plan.settings.guidance
+    note = f"{len(plan.placement.resident)} of {len(plan.placement.inventory.blocks)} blocks stay"
+    if plan.placement.streamed and asked.scale != 1:
+        note += f", guidance {asked.mode}"
+    return _phase(
+        "sampling", plan.placement, plan.peak_bytes, limit, copied=plan.copied_per_step, hidden=plan.hidden, note=note
+    )
+
+
+def _phase(
+    name: str,
+    placement: Placement,
+    peak: int,
+    limit: float | None,
+    *,
+    copied: int,
+    hidden: float,
+    beside: int = 0,
+    note: str = "",
+) -> Phase:
+    return Phase(
+        name=name, peak_bytes=peak, resident_bytes=placement.resident_bytes + beside,
+        streamed_bytes=placement.streamed_bytes, copied_bytes=copied, hidden=hidden, missing=_missing(peak, limit),
+        note=note,
+    )  # fmt: skip
+
+
+def _vae_phase(
+    name: str, job: Job, part: Part[WanVAE], what: What, size: LatentSize, resident: int, limit: float | None
+) -> Phase:
+    """A pass of the VAE beside `resident` bytes of weights; "auto" tiles are chosen as `decode` chooses them."""
+    vae, tiles = part.module, job.tiles[what]
+    plan = (vae.config, vae.dtype, size)
+    if tiles == "auto":
+        tiles = None
+        if limit is not None:
+            try:
+                tiles = choose_tiles(*plan, int(limit - resident), what)
+            except ValueError:
+                tiles = smallest_tiles(size)
+    peak = resident + vae_peak_bytes(*plan, tiles, what)
+    note = "at once"
+    if tiles is not None:
+        stride = pixel_stride(vae.config, what)
+        height, width = (min(side, of) * stride for side, of in zip(tiles.size, (size.height, size.width), strict=True))
+        note = f"in {len(tiles.plan(size.height, size.width))} tiles of {width}x{height}"
+    return Phase(name=name, peak_bytes=peak, resident_bytes=resident, missing=_missing(peak, limit), note=note)
+
+
+def _missing(peak: int, limit: float | None) -> int:
+    return 0 if limit is None else max(0, math.ceil(peak - limit))
+
+
+def _parts(job: Job) -> dict[str, Part[nn.Module]]:
+    parts: dict[str, Part[nn.Module] | None] = {
+        "video model": job.dit,
+        "speed control": job.motion_controller,
+        "text encoder": job.text_encoder,
+        "image encoder": job.image_encoder,
+        "VAE": job.vae,
+    }
+    return {role: part for role, part in parts.items() if part is not None}
+
+
+def _ram(job: Job, sampling: RunPlan) -> dict[str, int]:
+    """Bytes of host memory by what they hold: weights at rest, frames of the video, tensors of a step cache."""
+    ram = {role: part.ram_bytes for role, part in _parts(job).items()}
+    pixels = 3 * job.size.num_frames * job.size.height * job.size.width * torch.float32.itemsize
+    if job.vae is not None and job.decodes:
+        # Pixels as the VAE gives them, and as the frames of an IMAGE.
+        ram["frames of the video"] = 2 * pixels * job.vae.module.config.upscale**2
+    if job.settings.cache is not None and job.settings.cache.residual_on_cpu:
+        size, config = job.size.latent, job.dit.module.config
+        tokens = size.frames * (size.height // config.patch_size[1]) * (size.width // config.patch_size[2])
+        branches = 1 if sampling.settings.guidance.scale == 1 else 2
+        ram["step cache"] = branches * tokens * config.dim * job.dit.module.dtype.itemsize
+    cond = job.cond or made_up(job.dit.module.config, job.size.latent, job.given)
+    ram["conditioning"] = sum(tensor.nbytes for tensor in tensors_in(cond))
+    return ram

@@ -1,0 +1,113 @@
+"""The models of a run as they will be held, on the meta device: what they weigh is known before they are loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from .. import bundled, catalog
+from ..loading.detect import Component, detect
+from ..loading.load import CLASSES, build
+from ..loading.names import Kind
+from ..loading.tensor_files import Header, TensorInfo
+from ..models.config import ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
+from ..offload.blocks import weights_of
+from ..offload.formats import Weights
+from ..offload.placement import SLOTS, Inventory
+from ..offload.quant import QuantisedLinear, big_linears, quantise
+from ..offload.weights import Residency
+from .estimate import meta_twin
+
+PUBLISHED: dict[Kind, tuple[str, Any]] = {
+    "text_encoder": (catalog.TEXT_ENCODER_PATTERN, TextEncoderConfig()),
+    "vae": (catalog.VAE_PATTERN, VAEConfig()),
+    "image_encoder": (catalog.IMAGE_ENCODER_PATTERN, ImageEncoderConfig()),
+    "motion_controller": (catalog.MOTION_CONTROLLER_PATTERN, MotionControllerConfig()),
+}
+"""File and sizes of what the video models share."""
+
+BUNDLED: dict[Kind, Any] = {
+    "text_encoder": bundled.TEXT_ENCODER,
+    "vae": bundled.VAE,
+    "image_encoder": bundled.IMAGE_ENCODER,
+    "motion_controller": bundled.MOTION_CONTROLLER,
+}
+"""Sizes of the same parts among the bundled models."""
+
+
+Model = TypeVar("Model", bound=nn.Module, covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Generic[Model]):
+    """One model of a run: the loaded module, or its twin on the meta device."""
+
+    module: Model
+
+    @classmethod
+    def planned(
+        cls, component: Component, dtype: torch.dtype, *, weights: Weights = "auto", mapped: bool = False
+    ) -> "Part[nn.Module]":
+        """The part that loading `component` with these settings (`loading.load`) would give; nothing is read.
+
+        Raises:
+            ValueError: loading would refuse it.
+        """
+        return Part(build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped))
+
+    @property
+    def residency(self) -> Residency:
+        return Residency.of(self.module)
+
+    @property
+    def inventory(self) -> Inventory:
+        return self.residency.inventory()
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that stay in the model's file."""
+        return sum(self._weights[name].nbytes for name in self.residency.mapped)
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes of host memory that the weights rest in, and what blocks are read into that rest in another form."""
+        resting = sum(w.nbytes for name, w in self._weights.items() if name not in self.residency.mapped)
+        reread = self.residency.mapped or self.residency.work_dtypes
+        return resting + (SLOTS * max((b.bytes for b in self.inventory.blocks.values()), default=0) if reread else 0)
+
+    @property
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return weights_of(self.module)
+
+    def in_fp8(self) -> "Part[Model] | None":
+        """The same part with the layers of its blocks as FP8; None where they are quantised, or stay as they rest."""
+        done = all(isinstance(layer, QuantisedLinear) for layer in big_linears(self.module).values())
+        if done or self.residency.mapped or self.residency.work_dtypes:
+            return None
+        return Part(quantise(meta_twin(self.module)))
+
+
+def published_dit(row: catalog.CatalogRow) -> Component:
+    """The video model of a catalog row by what is known of it, whether or not its file is here."""
+    if row.size == "tiny":
+        return _unread("dit", bundled.DITS[row.variant], Path(row.model_id, catalog.DIT_FILE), torch.float32)
+    return _unread("dit", catalog.published_config(row), Path(row.base or row.model_id, catalog.DIT_FILE))
+
+
+def published_part(kind: Kind, model_id: str) -> Component:
+    """A part that the video models share, from the published or the bundled model `model_id`."""
+    file, config = PUBLISHED[kind]
+    if model_id == catalog.TINY:
+        return _unread(kind, BUNDLED[kind], Path(model_id, file), torch.float32)
+    return _unread(kind, config, Path(model_id, file))
+
+
+def _unread(kind: Kind, config: Any, file: Path, dtype: torch.dtype = torch.bfloat16) -> Component:
+    """The component that a file of these sizes would be. Published repositories differ in dtype; bfloat16 is usual."""
+    with torch.device("meta"):
+        shapes = CLASSES[kind](config).state_dict()
+    infos = {name: TensorInfo(tuple(tensor.shape), dtype, file) for name, tensor in shapes.items()}
+    return detect(Header(MappingProxyType(infos), (file,), MappingProxyType({})))

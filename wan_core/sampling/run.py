@@ -1,0 +1,348 @@
+"""A sampling run: noise in, latents out, in one piece, in parts, or as a chain of clips."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cached_property, reduce
+
+import torch
+from torch import Tensor
+
+from ..models import kernels
+from ..models.dit import WanDiT
+from ..models.embedders import MotionController
+from ..runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
+from ..settings import SamplerSettings
+from ..tiling import Span, plan_spans
+from ..types import Conditioning, LatentSize, StepInfo
+from .checkpoint import Checkpoint, RunState, digest, digest_run, memory_of, restore
+from .compose import Composed, compose
+from .predictor import Predictor, check_latents
+from .solvers import Solver, add_noise, build_solver, initial_noise
+from .windows import Anchored, colour_corrected, cut, stating, window_of, window_reports, with_text
+
+OnStep = Callable[[int, Tensor, Tensor], None]
+"""Called after each step with the number of steps done, the latents, and the clean latents they point at."""
+
+
+def denoise(
+    predict: Predictor,
+    solver: Solver,
+    x: Tensor,
+    cond: Conditioning,
+    runtime: Runtime,
+    *,
+    steps: range | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Latents after `steps` (all by default) of `solver`'s schedule, from latents `x` (B, 16, R + F, h, w) before."""
+    total = len(solver.sigmas) - 1
+    for index in range(total) if steps is None else steps:
+        runtime.check_cancelled()
+        runtime.before_step(index, total)
+        velocity = predict(x, solver.timesteps[index], cond, StepInfo(index, total))
+        clean = solver.clean(velocity, index, x) if on_step else x
+        x = solver.step(velocity, index, x)
+        if on_step:
+            on_step(index + 1, x, clean)
+    return x
+
+
+LATENT_CHANNELS = 16
+
+
+def sample(
+    dit: WanDiT,
+    cond: Conditioning,
+    size: LatentSize,
+    settings: SamplerSettings,
+    runtime: Runtime,
+    start: Tensor | None = None,
+    motion_controller: MotionController | None = None,
+    *,
+    prompts: Sequence[Conditioning] = (),
+    checkpoint: Checkpoint | None = None,
+) -> Tensor:
+    """Normalised latents (B, 16, F, h, w) in float32 on the device, drawn from noise or from `start`.
+
+    The arguments are those of `sample_state`; the file of an unfinished run is removed when the run is finished.
+    """
+    state = sample_state(
+        dit, cond, size, settings, runtime, start, motion_controller, prompts=prompts, checkpoint=checkpoint
+    )
+    if checkpoint is not None and state.run:
+        checkpoint.remove(state.run)
+    return state.video.to(runtime.device)
+
+
+@torch.no_grad()
+def sample_state(
+    dit: WanDiT,
+    cond: Conditioning,
+    size: LatentSize,
+    settings: SamplerSettings,
+    runtime: Runtime,
+    start: Tensor | None = None,
+    motion_controller: MotionController | None = None,
+    *,
+    prompts: Sequence[Conditioning] = (),
+    checkpoint: Checkpoint | None = None,
+    earlier: RunState | None = None,
+    adapters: Sequence[str] = (),
+) -> RunState:
+    """Run the steps that `settings` name and return the state after them, on the CPU.
+
+    Reference frames that conditioning puts in front of the video are denoised with it.
+
+    Args:
+        cond: fitted to the model (`conditioning.slots.fit`); its tensors may lie on any device.
+        start: normalised latents of that size: a clean video when the first noise level is below 1, latents on their
+            way when `start_step` is above 0; ignored else.
+        prompts: conditioning whose text each window gets in place of that of `cond`, the last one for all after.
+        checkpoint: where the run is written down as it goes on. A run that was cut off goes on from there, also one
+            whose steps are all done: give the `run` of the state to `checkpoint.remove` once its video is saved.
+        earlier: the state that an earlier part of this schedule ended with, in place of `start`.
+        adapters: fingerprints of what changes the model for this run; a kept run goes on only with the same ones.
+
+    Raises:
+        ValueError: an input does not fit the model or the size, latents to start from are missing, or the model gave
+            something else than numbers.
+        OutOfMemoryError: the device is too small; what is done is kept in `checkpoint`.
+    """
+    run = _Run(dit, cond, size, settings, runtime, motion_controller, tuple(prompts), checkpoint, tuple(adapters))
+    run.check(start, earlier)
+    if settings.sigmas is None and settings.denoise == 0:
+        assert start is not None, "`check` refuses a run from nothing to nothing"
+        return RunState(latents=start.float().cpu(), prefix=0, step=settings.total_steps)
+    with kernels.run():
+        return run.execute(start, earlier)
+
+
+class _Run:
+    """What does not change during one run."""
+
+    def __init__(
+        self,
+        dit: WanDiT,
+        cond: Conditioning,
+        size: LatentSize,
+        settings: SamplerSettings,
+        runtime: Runtime,
+        motion_controller: MotionController | None,
+        prompts: tuple[Conditioning, ...],
+        checkpoint: Checkpoint | None,
+        adapters: tuple[str, ...],
+    ) -> None:
+        self.adapters = adapters
+        self.dit, self.cond, self.size, self.settings, self.runtime = dit, cond, size, settings, runtime
+        self.motion_controller, self.prompts, self.checkpoint = motion_controller, prompts, checkpoint
+        self.shape = (len(cond.encoded_text), dit.config.out_channels, *size.shape)
+        self.prefix = cond.prefix_frames(size.frames)
+        windows = settings.windows
+        self.chained = windows is not None and windows.mode == "chain" and windows.size < size.frames
+        self.spans = [Span(0, size.frames, True, True)]
+        if windows is not None:
+            self.spans = plan_spans(size.frames, windows.size, windows.stride)
+        self.start: Tensor | None = None
+
+    def check(self, start: Tensor | None, earlier: RunState | None) -> None:
+        """Refuse what cannot run, before anything long."""
+        settings = self.settings
+        if start is not None and tuple(start.shape) != self.shape:
+            raise ValueError(f"The latents to start from are {tuple(start.shape)}, but this run needs {self.shape}.")
+        if earlier is not None and tuple(earlier.video.shape) != self.shape:
+            raise ValueError(f"The run to go on with is {tuple(earlier.video.shape)}, but this one is {self.shape}.")
+        if start is None and earlier is None and settings.start_step:
+            raise ValueError(
+                f"start_step {settings.start_step} goes on with latents of an earlier sampler; connect them."
+            )
+        if start is None and settings.starts_clean:
+            strength = settings.denoise if settings.sigmas is None else settings.sigmas[0]
+            raise ValueError(f"denoise {strength:g} starts from a video; give one, or set denoise to 1.")
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that decides the result. Reads all of the conditioning, so only for runs that are kept."""
+        controller = None if self.motion_controller is None else self.motion_controller.state_dict()
+        others = (self.prompts, self.start, controller, self.runtime.dtype, self.adapters)
+        return digest_run(self.dit, self.cond, self.size, self.settings, *others)
+
+    @cached_property
+    def schedule(self) -> str:
+        return digest(self.settings.solver, build_solver(self.settings).sigmas)
+
+    def execute(self, start: Tensor | None, earlier: RunState | None) -> RunState:
+        self.start = start if earlier is None and self.settings.starts_clean else None
+        kept = self.checkpoint.load(self.digest) if self.checkpoint is not None and self.checkpoint.in_use else None
+        if kept is not None and kept.kernels and kernels.current().deterministic:
+            log.warning("An unfinished run is there, but with kernels chosen by their time; this one begins anew.")
+            kept = None
+        if (before := kept or earlier) is not None:
+            kernels.current().used.update(before.kernels)
+        if kept is not None:
+            log.info("Going on with an unfinished run after %d of its steps.", self._count(kept))
+        noise = initial_noise(
+            self.shape, self.settings.seed, self.settings.rand_device, self.runtime.device, self.prefix
+        )
+        clean = self._with_references(start.to(noise), noise) if start is not None and self.uses_start else None
+        state = self._chain(clean, noise, kept) if self.chained else self._whole(clean, noise, kept or earlier)
+        if state.step == self.settings.total_steps:
+            check_latents(state.video, "at the end of the run")
+        if self.settings.windows is not None:
+            for report in window_reports(state.video, self.spans):
+                log.info("Window, latent %s", report)
+        return state
+
+    @property
+    def _is_kept(self) -> bool:
+        """Whether another run may go on from a state of this one."""
+        return self.settings.is_part or (self.checkpoint is not None and self.checkpoint.in_use)
+
+    @property
+    def uses_start(self) -> bool:
+        return self.settings.starts_clean or self.settings.start_step > 0
+
+    def _with_references(self, start: Tensor, noise: Tensor) -> Tensor:
+        """`start` (B, 16, F, h, w) with what the reference frames are at the same noise level in front."""
+        if not self.prefix:
+            return start
+        references = reference_latents(self.cond, self.prefix).to(start)
+        if self.settings.start_step:
+            sigma = build_solver(self.settings).sigmas[self.settings.start_step]
+            references = add_noise(references, noise[:, :, : self.prefix], sigma)
+        return torch.cat((references, start), 2)
+
+    def _whole(self, clean: Tensor | None, noise: Tensor, earlier: RunState | None) -> RunState:
+        solver, settings = build_solver(self.settings), self.settings
+        cond = self.cond if len(self.spans) > 1 else with_text(self.cond, self.prompts, 0)
+        parts = self._composed(solver, cond, self.size.frames)
+        if earlier is not None:
+            x = earlier.latents.to(self.runtime.device)
+            self._recall(parts, earlier)
+        elif settings.start_step:
+            log.warning("Going on at step %d without the earlier sampler's state; the solver begins anew.",
+                        settings.start_step)  # fmt: skip
+            assert clean is not None, "`check` refuses to go on without latents"
+            x = clean
+        else:
+            x = noise if clean is None else add_noise(clean, noise, solver.sigmas[0])
+        first = settings.start_step if earlier is None else earlier.step
+        return self._steps(parts, solver, x, cond, range(first, settings.last_step), RunState(
+            latents=x, prefix=self.prefix, step=first))  # fmt: skip
+
+    def _recall(self, parts: Composed, earlier: RunState) -> None:
+        """Go on as the run before would have, as far as that is this run."""
+        if earlier.run == self.digest:
+            restore(parts.memories, earlier.memory, self.runtime.device)
+        elif earlier.schedule == self.schedule:
+            restore({"solver": parts.memories["solver"]}, earlier.memory, self.runtime.device)
+        else:
+            log.warning("The earlier sampler had another solver or schedule, so this one begins anew from its latents.")
+
+    def _chain(self, clean: Tensor | None, noise: Tensor, kept: RunState | None) -> RunState:
+        windows, done = self.settings.windows, None if kept is None else kept.done
+        assert windows is not None, "a chain is made of windows"
+        overlap, device = windows.size - windows.stride, self.runtime.device
+        done = None if done is None else done.to(device)
+        state = kept
+        for number in range(0 if kept is None else kept.clip, len(self.spans)):
+            span = self.spans[number]
+            solver = build_solver(self.settings)
+            cond = with_text(window_of(self.cond, span, self.prefix), self.prompts, number)
+            known = None if done is None else done[:, :, -overlap:]
+            if known is not None:
+                cond = stating(cond, known)
+            parts = self._composed(solver, cond, span.length)
+            x = cut(noise, span, self.prefix, 2)
+            if clean is not None:
+                x = add_noise(cut(clean, span, self.prefix, 2), x, solver.sigmas[0])
+            if known is not None:
+                place = slice(self.prefix, self.prefix + overlap)
+                x = x.clone()
+                x[:, :, place] = add_noise(known, cut(noise, span, self.prefix, 2)[:, :, place], solver.sigmas[0])
+                parts = dataclasses.replace(parts, predict=Anchored(parts.predict, known, self.prefix, solver.sigmas))
+            first = 0
+            if kept is not None and kept.clip == number:
+                first, x = kept.step, kept.latents.to(device)
+                restore(parts.memories, kept.memory, device)
+            before = RunState(latents=x, prefix=self.prefix, step=first, done=done, clip=number)
+            state = self._steps(parts, solver, x, cond, range(first, self.settings.total_steps), before)
+            clip = state.video.to(device)
+            if done is None:
+                done = clip
+            else:
+                new = colour_corrected(clip[:, :, overlap:], done[:, :, : windows.size], overlap, windows.colour_limit)
+                done = torch.cat((done, new), 2)
+        assert state is not None and done is not None, "a chain has at least one clip"
+        latents = torch.cat((state.latents[:, :, : self.prefix], done.cpu()), 2)
+        return dataclasses.replace(state, latents=latents, done=None)
+
+    def _composed(self, solver: Solver, cond: Conditioning, frames: int) -> Composed:
+        return compose(
+            self.dit, solver, cond, frames, self.settings, self.runtime, self.motion_controller,
+            () if self.chained else self.prompts,
+        )  # fmt: skip
+
+    def _steps(
+        self, parts: Composed, solver: Solver, x: Tensor, cond: Conditioning, steps: range, before: RunState
+    ) -> RunState:
+        """The state after `steps`, from `before`; reports, writes down and explains on the way."""
+        latest = [(steps.start, x)]
+
+        def state_at(step: int, latents: Tensor, *names: str) -> RunState:
+            memory = memory_of({name: parts.memories[name] for name in names or parts.memories})
+            return dataclasses.replace(
+                before, latents=latents.float().cpu(), step=step, memory=memory,
+                done=None if before.done is None else before.done.cpu(), kernels=dict(kernels.current().used),
+                run=self.digest if self._is_kept else "", schedule=self.schedule,
+            )  # fmt: skip
+
+        def on_step(done: int, latents: Tensor, clean: Tensor) -> None:
+            latest[0] = (done, latents)
+            self._report(done, before.clip, clean)
+            kept = self.checkpoint
+            if kept and kept.every and (done % kept.every == 0 or done == self.settings.last_step):
+                kept.save(state_at(done, latents))
+
+        problem = ""
+        try:
+            denoise(parts.predict, solver, x, cond, self.runtime, steps=steps, on_step=on_step)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = str(error).splitlines()[0]
+        if problem:
+            # Raised out here, where no frame of the failed step holds device memory any more.
+            raise self._out_of_memory(problem, state_at(*latest[0], "solver"))
+        return state_at(*latest[0])
+
+    def _report(self, done: int, clip: int, clean: Tensor) -> None:
+        clips = len(self.spans) if self.chained else 1
+        total = clips * self.settings.total_steps
+        video = clean[:, :, self.prefix :]
+        self.runtime.on_progress("Sampling", clip * self.settings.total_steps + done, total, video)
+
+    def _count(self, state: RunState) -> int:
+        return state.clip * self.settings.total_steps + state.step
+
+    def _out_of_memory(self, problem: str, state: RunState) -> OutOfMemoryError:
+        kept = ""
+        if self.checkpoint is not None:
+            path = self.checkpoint.save(dataclasses.replace(state, run=self.digest))
+            if path is not None:
+                kept = f" The {self._count(state)} steps done are kept in {path}; the same settings go on from there."
+        mode = self.settings.guidance.mode
+        advice = ["lower width, height or num_frames", "connect a Windows node"]
+        if mode != "sequential":
+            advice.insert(0, f"set cfg_mode from {mode} to sequential")
+        if self.settings.cache is not None and not self.settings.cache.residual_on_cpu:
+            advice.insert(0, "switch residual_on_cpu on in the cache node")
+        return OutOfMemoryError(
+            f"Out of memory in step {state.step + 1} of {self.settings.total_steps} ({problem}). To make it fit, "
+            f"{'; or '.join(advice)}.{kept}",
+            state.latents,
+        )
+
+
+def reference_latents(cond: Conditioning, prefix: int) -> Tensor:
+    """The clean latents (B, 16, R, h, w) of the reference frames; each lies in the inactive part of one VACE input."""
+    return reduce(torch.add, (vace.context[:, :LATENT_CHANNELS, :prefix] for vace in cond.vace or ()))
