@@ -38,14 +38,23 @@ class GuidanceSettings:
     zero_steps: int = 0
 
     def __post_init__(self) -> None:
-        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
-        if not scales:
+        if not self.scales:
             raise ValueError("A cfg_scale curve needs at least one number.")
-        for scale in scales:
+        for scale in self.scales:
             check_number("cfg_scale", scale, low=0, high=100)
         check_choice("cfg mode", self.mode, CFG_MODES)
         _check_interval("guidance", self.start, self.end)
         check_whole("zero_steps", self.zero_steps, low=0, high=10000)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The values of the curve; one number is a curve of one."""
+        return self.scale if isinstance(self.scale, tuple) else (self.scale,)
+
+    @property
+    def branches(self) -> int:
+        """The most branches that a step of the run needs: 1 where the scale is 1 throughout, else 2."""
+        return 1 if all(scale == 1 for scale in self.scales) else 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,6 +103,20 @@ def test_what_they_take_is_planned(monkeypatch):
     assert held(kept) - held(plain) == kept_bytes(dit.config, cond, dit.dtype, plain.guidance) > 0
 
 
+@pytest.mark.parametrize("scale", [(1.0,), (1.0, 1.0)])
+@pytest.mark.parametrize("mode", ["sequential", "interleaved", "batched"])
+def test_a_curve_that_is_1_throughout_is_planned_as_one_branch(scale, mode):
+    dit, cond = small_dit(), conditioning("t2v", SIZE)
+
+    def plan(scale):
+        settings = SamplerSettings(steps=2, guidance=GuidanceSettings(scale=scale, mode=mode))
+        plan = plan_run(dit, cond, STILL, settings, MemorySettings(persistent_params=0), lambda _: None)
+        kept = kept_bytes(dit.config, cond, dit.dtype, settings.guidance)
+        return kept, plan.flops, plan.activations, plan.passes_per_step, plan.settings.guidance.mode
+
+    assert plan(scale) == plan(1.0) != plan((1.0, 2.0))
+
+
 def test_a_lora_that_changes_over_the_steps_keeps_nothing(tmp_path):
     dit = small_dit()
     weight = dit.blocks[0].cross_attn.k.weight

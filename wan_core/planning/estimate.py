@@ -207,14 +207,14 @@ class _Comparing:
 
 
 def _with_all_branches(guidance: GuidanceSettings) -> GuidanceSettings:
-    scales = guidance.scale if isinstance(guidance.scale, tuple) else (guidance.scale,)
-    scale = next((scale for scale in scales if scale != 1), 1.0)
+    scale = next((scale for scale in guidance.scales if scale != 1), 1.0)
     return dataclasses.replace(guidance, scale=scale, start=0.0, end=1.0, zero_steps=0)
 
 
 def kept_bytes(config: DiTConfig, cond: Conditioning, dtype: torch.dtype, guidance: GuidanceSettings) -> int:
     """Bytes of the keys and values of cross-attention in all blocks, of every branch that a run has."""
-    branches = 1 if guidance.scale == 1 else 3 if guidance.mode == "batched" else 2
+    # A batch of both branches keeps its own beside those of the one branch at steps without guidance.
+    branches = 3 if guidance.branches == 2 and guidance.mode == "batched" else guidance.branches
     blocks = config.num_layers + (len(config.vace_layers) if cond.vace else 0)
     batch, text_tokens, _ = cond.encoded_text.shape
     return branches * blocks * 2 * batch * _context_tokens(config, text_tokens) * config.dim * dtype.itemsize

@@ -38,7 +38,7 @@ def _cache_on_host(job: Job) -> Job | None:
 
 def _sequential(job: Job) -> Job | None:
     guidance = job.settings.guidance
-    if guidance.mode == "sequential" or guidance.scale == 1:
+    if guidance.mode == "sequential" or guidance.branches == 1:
         return None
     return _with(job, guidance=replace(guidance, mode="sequential"))
 

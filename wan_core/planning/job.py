@@ -247,7 +247,7 @@ def _encoder_phase(
 def _sampling_phase(plan: RunPlan, limit: float | None) -> Phase:
     asked = plan.settings.guidance
     note = f"{len(plan.placement.resident)} of {len(plan.placement.inventory.blocks)} blocks stay"
-    if plan.placement.streamed and asked.scale != 1:
+    if plan.placement.streamed and asked.branches == 2:
         note += f", guidance {asked.mode}"
     return _phase(
         "sampling", plan.placement, plan.peak_bytes, limit, copied=plan.copied_per_step, hidden=plan.hidden, note=note
@@ -319,8 +319,7 @@ def _ram(job: Job, sampling: RunPlan) -> dict[str, int]:
     if job.settings.cache is not None and job.settings.cache.residual_on_cpu:
         size, config = job.size.latent, job.dit.module.config
         tokens = size.frames * (size.height // config.patch_size[1]) * (size.width // config.patch_size[2])
-        branches = 1 if sampling.settings.guidance.scale == 1 else 2
-        ram["step cache"] = branches * tokens * config.dim * job.dit.module.dtype.itemsize
+        ram["step cache"] = sampling.settings.guidance.branches * tokens * config.dim * job.dit.module.dtype.itemsize
     cond = job.cond or made_up(job.dit.module.config, job.size.latent, job.given)
     ram["conditioning"] = sum(tensor.nbytes for tensor in tensors_in(cond))
     return ram

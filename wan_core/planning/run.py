@@ -72,7 +72,7 @@ class RunPlan:
     def passes_per_step(self) -> int:
         """How often the blocks are copied for one step."""
         guidance = self.settings.guidance
-        return 2 if guidance.mode == "sequential" and guidance.scale != 1 else 1
+        return guidance.branches if guidance.mode == "sequential" else 1
 
     @property
     def copied_per_step(self) -> int:
@@ -115,7 +115,7 @@ def plan_run(
     plan = plan.within(available, memory)
     if not plan.placement.streamed:
         return _keeping(plan, dit, cond, size, memory, given)
-    if settings.guidance.mode != "sequential" or settings.guidance.scale == 1:
+    if settings.guidance.mode != "sequential" or settings.guidance.branches == 1:
         return plan
     other = _counted(dit, inventory, cond, size, interleaved(settings), motion_controller, given)
     return min(plan, other.within(available, memory), key=lambda plan: (plan.missing, plan.copied_per_step))
@@ -136,7 +136,7 @@ def placed_run(
 ) -> RunPlan:
     """The plan of a run that nothing but `memory.persistent_params` bounds; its activations are not counted."""
     placement = place(dit_inventory(dit, cond), None, memory.persistent_params)
-    sequential = settings.guidance.mode == "sequential" and settings.guidance.scale != 1
+    sequential = settings.guidance.mode == "sequential" and settings.guidance.branches == 2
     settings = interleaved(settings) if placement.streamed and sequential else settings
     plan = RunPlan(settings, placement, 0, 0, None, 0.0)
     return plan if memory.persistent_params is not None else _keeping(plan, dit, cond, size, memory, loras)
@@ -191,8 +191,7 @@ def _counted(
     beside += 0 if motion_controller is None else weight_bytes(motion_controller)
     activations += beside
     allowance = WORKSPACE_BYTES + int(activations * FRAGMENTATION)
-    branches = 1 if settings.guidance.scale == 1 else 2
-    flops = branches * pass_flops(dit.config, window, vace_inputs=len(cond.vace or ()))
+    flops = settings.guidance.branches * pass_flops(dit.config, window, vace_inputs=len(cond.vace or ()))
     return RunPlan(settings, Placement(inventory), activations, allowance, None, flops)
 
 

@@ -22,7 +22,7 @@ class Guided:
         if info.index < self._settings.zero_steps:
             return torch.zeros_like(x)
         scale = scale_at(self._settings, info.index, info.total)
-        if scale == 1:
+        if not guides(scale):
             return self._model(x, t, {"positive": cond}, info)[0]
         positive, negative = self._branches(x, t, cond, info)
         if self._settings.zero_star:
@@ -47,10 +47,15 @@ def scale_at(settings: GuidanceSettings, index: int, total: int) -> float:
     return Curve.of(settings.scale, start=settings.start, end=settings.end, outside=1.0).at(index, total)
 
 
+def guides(scale: float) -> bool:
+    """Whether a step of that scale needs the unconditional branch."""
+    return scale != 1
+
+
 def first_steps(settings: GuidanceSettings, total: int) -> set[int]:
     """The steps at which a branch runs for the first time, or again after a step without it."""
     runs = [index >= settings.zero_steps for index in range(total)]
-    both = [run and scale_at(settings, index, total) != 1 for index, run in enumerate(runs)]
+    both = [run and guides(scale_at(settings, index, total)) for index, run in enumerate(runs)]
     return {
         index
         for index in range(total)
