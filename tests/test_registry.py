@@ -13,7 +13,7 @@ import pytest
 from tests.programs import PATIENCE
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ("__init__.py", "pack.py", "nodes", "wan_core", "headless", "trainer", "workflows", "editor")
+SHIPPED = ("__init__.py", "pack.py", "nodes", "wan_core", "headless", "trainer", "workflows", "tools")
 SOURCES = sorted(
     path
     for name in SHIPPED
@@ -124,6 +124,29 @@ def test_importing_the_pack_writes_prints_and_fetches_nothing(tmp_path):
     command = [sys.executable, "-c", WATCHED_IMPORT, str(ROOT)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+DISTRIBUTIONS = {"pillow": "PIL"}
+"""Packages whose import has another name."""
+
+OPTIONAL = {"websocket", "wandb", "deepspeed", "huggingface_hub"}
+"""What is imported only where it is there; what needs it says so where it is not."""
+
+HOST = {"comfy", "comfy_execution", "folder_paths", "latent_preview"}
+OWN = {"wan_core", "nodes", "headless", "trainer", "tools", "workflows", "pack", "wancore"}
+
+
+def test_what_is_imported_is_required_and_nothing_else():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    required = {DISTRIBUTIONS.get(name, name) for name in (line.partition(">=")[0] for line in lines)}
+    imported = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            imported |= {name.partition(".")[0] for name in names}
+    assert imported - OPTIONAL - HOST - OWN - sys.stdlib_module_names == required
 
 
 def test_the_packs_requirements_pin_nothing_of_the_hosts():

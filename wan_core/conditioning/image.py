@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..media import frames_to_pixels
@@ -143,7 +144,7 @@ def fold_mask(known: Tensor, size: VideoSize) -> Tensor:
     group = VAE_STRIDE[0]
     latent = size.latent
     repeated = torch.cat((known[:1].expand(group - 1, -1, -1), known))
-    folded = repeated.unflatten(0, (latent.frames, group)).transpose(0, 1)[None]
+    folded = rearrange(repeated, "(f group) h w -> 1 group f h w", group=group)
     first = F.interpolate(folded[:, :, :1], (1, latent.height, latent.width), mode="trilinear", align_corners=False)
     if latent.frames == 1:
         return first

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..types import VAE_STRIDE, Conditioning
@@ -159,7 +160,7 @@ class WanDiT(nn.Module):
             latent = cond.reference
             if latent is None:
                 latent = text.new_zeros(batch, config.out_channels, *size[1:])
-            reference = self.ref_conv(latent.to(device, dtype)).flatten(2).transpose(1, 2)
+            reference = rearrange(self.ref_conv(latent.to(device, dtype)), "b d h w -> b (h w) d")
         if config.camera_channels and cond.camera is not None:
             camera = self.control_adapter(cond.camera.to(device))
         vace: tuple[Tensor, ...] = ()
@@ -234,10 +235,9 @@ class WanDiT(nn.Module):
         return self._unpatchify(self.head(tokens, state.time.head, prepared.context.text.dtype), prepared.size)
 
     def _unpatchify(self, tokens: Tensor, size: tuple[int, int, int]) -> Tensor:
-        patch, channels = self.config.patch_size, self.config.out_channels
-        grid = [n // p for n, p in zip(size, patch, strict=True)]
-        x = tokens.float().reshape(-1, *grid, *patch, channels)
-        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, channels, *size)
+        pt, ph, pw = self.config.patch_size
+        folds = {"f": size[0] // pt, "h": size[1] // ph, "pt": pt, "ph": ph, "pw": pw}
+        return rearrange(tokens.float(), "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", **folds)
 
     def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning, motion: Tensor | None = None) -> Tensor:
         """Velocity (B, 16, R + F, h, w) for latents `x` of that shape at `timestep` (B,) in 0..1000.
@@ -291,7 +291,6 @@ def _linear_float32(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _patchify(conv: nn.Conv3d, x: Tensor) -> Tensor:
     """`conv(x)` as tokens (B, S, D), by a matrix product that leaves them in the layout the blocks read."""
-    _, pt, ph, pw = (1, *conv.kernel_size)
-    x = x.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))
-    patches = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+    pt, ph, pw = conv.kernel_size
+    patches = rearrange(x, "b c (f pt) (h ph) (w pw) -> b (f h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
     return linear(patches, conv.weight.flatten(1), conv.bias)

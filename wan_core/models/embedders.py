@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .config import MotionControllerConfig
@@ -70,9 +71,9 @@ class CameraAdapter(nn.Module):
 
     def forward(self, rays: Tensor) -> Tensor:
         batch = rays.shape[0]
-        rays = rays.transpose(1, 2).flatten(0, 1).to(self.conv.weight.dtype)
+        rays = rearrange(rays, "b c f h w -> (b f) c h w").to(self.conv.weight.dtype)
         features = self.residual_blocks(self.conv(F.pixel_unshuffle(rays, RAY_STRIDE)))
-        return features.flatten(2).transpose(1, 2).reshape(batch, -1, features.shape[1])
+        return rearrange(features, "(b f) d h w -> b (f h w) d", b=batch)
 
 
 BUCKET_SCALE = 10.0

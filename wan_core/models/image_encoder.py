@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import sdpa
@@ -27,7 +28,7 @@ class VisionAttention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.to_qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        q, k, v = rearrange(self.to_qkv(x), "b s (qkv n d) -> qkv b s n d", qkv=3, n=self.num_heads)
         return self.proj(sdpa(q, k, v).flatten(2))
 
 

@@ -7,6 +7,7 @@ that it saw.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .config import PreviewDecoderConfig
@@ -56,7 +57,7 @@ class TimeGrowth(nn.Module):
         width = x.shape[1]
         if self._only_last:
             return F.conv2d(x[-1:], self.conv.weight[-width:])
-        return self.conv(x).unflatten(1, (-1, width)).flatten(0, 1)
+        return rearrange(self.conv(x), "b (stride c) h w -> (b stride) c h w", c=width)
 
 
 class PreviewDecoder(nn.Module):

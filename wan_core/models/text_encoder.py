@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import sdpa
@@ -72,7 +73,7 @@ class T5Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """`bias` is that of `RelativePosition`."""
-        q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
+        q, k, v = (rearrange(layer(x), "b l (n d) -> b l n d", n=self.num_heads) for layer in (self.q, self.k, self.v))
         return self.o(sdpa(q.flip(1), k, v, mask=bias, scale=1.0).flip(1).flatten(2))
 
 

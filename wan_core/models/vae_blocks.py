@@ -7,6 +7,7 @@ a `FeatureCache`.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .kernels import Operation
@@ -26,12 +27,12 @@ LARGEST_PIECE = 2**23
 
 def to_frames(x: Tensor) -> Tensor:
     """(B, C, T, H, W) as (B * T, C, H, W)."""
-    return x.transpose(1, 2).flatten(0, 1)
+    return rearrange(x, "b c t h w -> (b t) c h w")
 
 
 def from_frames(frames: Tensor, batch: int) -> Tensor:
     """(B * T, C, H, W) as (B, C, T, H, W)."""
-    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=batch)
 
 
 class ChannelNorm(nn.Module):
@@ -179,13 +180,12 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         frames = to_frames(x)
-        height, width = frames.shape[2:]
-        pixels = self.norm(frames).permute(0, 2, 3, 1).flatten(1, 2)
+        pixels = rearrange(self.norm(frames), "n c h w -> n (h w) c")
         qkv = F.linear(pixels, self.to_qkv.weight.flatten(1), self.to_qkv.bias)
         q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, -1))
         out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         out = F.linear(out, self.proj.weight.flatten(1), self.proj.bias)
-        return x + from_frames(out.unflatten(1, (height, width)).permute(0, 3, 1, 2), x.shape[0])
+        return x + rearrange(out, "(b t) (h w) c -> b c t h w", b=x.shape[0], h=x.shape[3])
 
 
 class Downsample(nn.Module):
@@ -240,8 +240,8 @@ class Upsample(nn.Module):
         if self not in cache:
             cache[self] = x.new_empty(0)
             return x
-        pairs = self.time_conv(x, cache).unflatten(1, (2, -1))
-        return pairs.movedim(1, 3).flatten(2, 3).contiguous(memory_format=torch.channels_last_3d)
+        pairs = rearrange(self.time_conv(x, cache), "b (pair c) t h w -> b c (t pair) h w", pair=2)
+        return pairs.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _enlarge_transposed(frames: Tensor, resample: nn.Sequential, cache: FeatureCache) -> Tensor:
