@@ -59,7 +59,7 @@ def command(module: str, words: Sequence[str]) -> int:
     A Python without the packages of requirements.txt ends here with exit code 2 and a line that says what to do.
     """
     # Python looks for packages beside a file that it runs, where `config.py` would pass for a package of that name.
-    beside = ROOT.joinpath(*module.split(".")[:-1])
+    beside = ROOT / module.partition(".")[0]
     sys.path[:] = [place for place in sys.path if Path(place).resolve() != beside]
     try:
         register()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.lora.fixtures import trained_weights
 from tools import workflows
-from tools.graph import declared_inputs, is_widget
+from tools.graph import is_widget
 from tools.training_workflows import VALIDATIONS
 from wan_core.media import probe
 from wancore.headless.core_nodes import core_nodes
@@ -116,7 +116,7 @@ def as_api(workflow: dict) -> dict:
             continue
         values, inputs = iter(node["widgets_values"]), {}
         slots = {entry["name"]: entry for entry in node["inputs"]}
-        for name, (kind, options, _) in declared_inputs(CLASSES[node["type"]]).items():
+        for name, kind, options, _ in inputs(CLASSES[node["type"]]):
             if is_widget(kind):
                 inputs[name] = next(values)
                 if options.get("control_after_generate"):

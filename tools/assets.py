@@ -5,10 +5,10 @@ A red ball rolls over hills. Small and simple on purpose: each workflow runs as 
 better."""
 
 import shutil
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter
 
+from pack import ROOT
 from wan_core.media import save_video
 from wancore.trainer.data.synthetic import write_dataset
 
@@ -16,7 +16,7 @@ SIZE = (416, 240)
 FRAMES = 33
 FPS = 16
 TRAINING = "training_example"
-ASSETS = Path(__file__).resolve().parents[1] / "workflows" / "assets"
+ASSETS = ROOT / "workflows" / "assets"
 
 
 def landscape() -> Image.Image:

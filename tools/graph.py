@@ -1,7 +1,7 @@
 """A workflow described once, written in both of ComfyUI's formats: the editor's and the API's."""
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,14 +68,18 @@ class Graph:
         return [step for stage in self.stages for step in stage.steps]
 
 
-def declared_inputs(cls: type) -> dict[str, tuple[Any, dict[str, Any], bool]]:
-    """name -> (type, options, is optional), in the order in which the editor saves widget values."""
-    declared = cls.INPUT_TYPES()
-    found = {}
+def inputs(cls: type) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
+    """(name, type or choices, options, is optional) of a node's inputs, in the order of the saved widget values."""
     for section in ("required", "optional"):
-        for name, (kind, *options) in declared.get(section, {}).items():
-            found[name] = (kind, options[0] if options else {}, section == "optional")
-    return found
+        for name, (kind, *options) in cls.INPUT_TYPES().get(section, {}).items():
+            yield name, kind, options[0] if options else {}, section == "optional"
+
+
+def outputs(cls: type) -> Iterator[tuple[str, str, str]]:
+    """(name, type, tooltip) of every output of a node."""
+    names, tips = getattr(cls, "RETURN_NAMES", cls.RETURN_TYPES), getattr(cls, "OUTPUT_TOOLTIPS", ())
+    for i, (name, kind) in enumerate(zip(names, cls.RETURN_TYPES, strict=True)):
+        yield name, kind, tips[i] if i < len(tips) else ""
 
 
 def is_widget(kind: Any) -> bool:
@@ -98,14 +102,14 @@ def to_api(graph: Graph, classes: Mapping[str, type]) -> dict[str, Any]:
     ids = {step.title: str(i) for i, step in enumerate(graph.steps, 1)}
     nodes = {}
     for step in graph.steps:
-        inputs = {}
-        for name, (kind, options, _) in declared_inputs(classes[step.class_type]).items():
+        values = {}
+        for name, kind, options, _ in inputs(classes[step.class_type]):
             value = step.inputs.get(name)
             if isinstance(value, tuple):
-                inputs[name] = [ids[value[0]], value[1]]
+                values[name] = [ids[value[0]], value[1]]
             elif is_widget(kind):
-                inputs[name] = _default(kind, options) if value is None else value
-        nodes[ids[step.title]] = {"class_type": step.class_type, "inputs": inputs, "_meta": {"title": step.title}}
+                values[name] = _default(kind, options) if value is None else value
+        nodes[ids[step.title]] = {"class_type": step.class_type, "inputs": values, "_meta": {"title": step.title}}
     return nodes
 
 
@@ -175,7 +179,7 @@ class _Layout:
         cls = self.classes[step.class_type]
         sockets, widgets, values = [], [], []
         height = PADDING + PREVIEW_HEIGHTS.get(step.class_type, 0)
-        for name, (kind, options, optional) in declared_inputs(cls).items():
+        for name, kind, options, optional in inputs(cls):
             entry: dict[str, Any] = {"name": name, "type": "COMBO" if isinstance(kind, list) else kind, "link": None}
             if is_widget(kind):
                 entry["widget"] = {"name": name}
@@ -189,11 +193,8 @@ class _Layout:
             if optional:
                 entry["shape"] = 7
             (widgets if is_widget(kind) else sockets).append(entry)
-        outputs = [
-            {"name": name, "type": kind, "links": []}
-            for name, kind in zip(getattr(cls, "RETURN_NAMES", cls.RETURN_TYPES), cls.RETURN_TYPES, strict=True)
-        ]
-        height += SOCKET_HEIGHT * max(len(sockets), len(outputs))
+        slots = [{"name": name, "type": kind, "links": []} for name, kind, _ in outputs(cls)]
+        height += SOCKET_HEIGHT * max(len(sockets), len(slots))
         ours = step.class_type.startswith("WanCore")
         properties: dict[str, Any] = {
             "cnr_id": self.pack if ours else "comfy-core",
@@ -212,7 +213,7 @@ class _Layout:
             "order": self.ids[step.title],
             "mode": 0,
             "inputs": [*sockets, *widgets],
-            "outputs": outputs,
+            "outputs": slots,
             "properties": properties,
             "widgets_values": values,
             "color": color,

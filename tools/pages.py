@@ -13,6 +13,7 @@ from typing import Any
 from pack import ROOT
 from tools import pictures
 from tools import workflows as workflows_build
+from tools.graph import inputs, outputs
 from tools.workflow_texts import WORKFLOWS
 from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, host
 
@@ -63,20 +64,6 @@ class Catalogue:
 def english(text: Text) -> str:
     """The text as the class has it."""
     return text.english
-
-
-def inputs(cls: type) -> Iterator[tuple[str, Any, dict[str, Any], bool]]:
-    """(name, type or choices, options, is optional) of every input of a node, in order."""
-    for section in ("required", "optional"):
-        for name, (kind, *options) in cls.INPUT_TYPES().get(section, {}).items():
-            yield name, kind, options[0] if options else {}, section == "optional"
-
-
-def outputs(cls: type) -> Iterator[tuple[str, str, str]]:
-    """(name, type, tooltip) of every output of a node."""
-    names, tips = getattr(cls, "RETURN_NAMES", cls.RETURN_TYPES), getattr(cls, "OUTPUT_TOOLTIPS", ())
-    for i, (name, kind) in enumerate(zip(names, cls.RETURN_TYPES, strict=True)):
-        yield name, kind, tips[i] if i < len(tips) else ""
 
 
 def node_text(node_id: str, cls: type, title: str) -> tuple[Text, Text]:
@@ -257,7 +244,7 @@ def files() -> dict[Path, str]:
             names = catalogue.sections["names"] if language == "zh" else {}
             for node_id, cls in ours.items():
                 if node_id not in prose:
-                    raise ValueError(f"{node_id} has no help: add a section to editor/help/{language}.md.")
+                    raise ValueError(f"{node_id} has no help: add a section to tools/texts/help/{language}.md.")
                 used = [name for name, flow in workflows.items() if _uses(flow, node_id)]
                 make = partial(page, node_id, cls, titles[node_id], prose[node_id], used, language)
                 # ComfyUI asks for the page in the user's language, then for the one without a language.

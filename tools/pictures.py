@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from tools import pages
+from tools.graph import inputs, outputs
 
 WIDTH, ROW, TITLE, GAP, COLUMN = 190, 20, 26, 14, 290
 MARGIN = 12
@@ -69,9 +69,9 @@ def _in_workflow(key: str, workflow: Mapping[str, Any], classes: Mapping[str, ty
     for own, value in workflow[key]["inputs"].items():
         if isinstance(value, list):
             cls = workflow[value[0]]["class_type"]
-            slot, kind, _ = list(pages.outputs(classes[cls]))[value[1]]
+            slot, kind, _ = list(outputs(classes[cls]))[value[1]]
             sources.append(Link(cls, slot, own, kind))
-    own_outputs = list(pages.outputs(classes[node_id]))
+    own_outputs = list(outputs(classes[node_id]))
     targets = [
         Link(other["class_type"], slot, own_outputs[value[1]][0], own_outputs[value[1]][1])
         for other in workflow.values()
@@ -86,18 +86,16 @@ def _by_type(node_id: str, classes: Mapping[str, type]) -> Place:
     made = dict(SOURCES)
     taken = dict(TARGETS)
     for name, cls in ours.items():
-        for slot, kind, _ in pages.outputs(cls):
+        for slot, kind, _ in outputs(cls):
             made.setdefault(kind, (name, slot))
-        for slot, kind, _, _ in pages.inputs(cls):
+        for slot, kind, _, _ in inputs(cls):
             if isinstance(kind, str):
                 taken.setdefault(kind, (name, slot))
     cls = classes[node_id]
-    linked = [(name, kind) for name, kind, _, _ in pages.inputs(cls) if isinstance(kind, str) and kind in made]
+    linked = [(name, kind) for name, kind, _, _ in inputs(cls) if isinstance(kind, str) and kind in made]
     sources = [Link(*made[kind], name, kind) for name, kind in linked if kind not in ("STRING", "INT", "FLOAT")]
     targets = [
-        Link(*UNUSUAL.get((node_id, kind), taken[kind]), name, kind)
-        for name, kind, _ in pages.outputs(cls)
-        if kind in taken
+        Link(*UNUSUAL.get((node_id, kind), taken[kind]), name, kind) for name, kind, _ in outputs(cls) if kind in taken
     ]
     return Place(node_id, tuple(sources), tuple(targets))
 

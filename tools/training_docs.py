@@ -2,11 +2,9 @@
 
 import dataclasses
 import re
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from runpy import run_path
 
+from pack import ROOT
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.data.clips import INPUTS
 from wancore.trainer.flags import ACCEPTED, ELSEWHERE, flag_type
@@ -23,12 +21,7 @@ SECTIONS = {
 """Heading to the first setting under it, in the order of the settings."""
 
 
-def main(_: Sequence[str]) -> int:
-    """Write the tables into docs/training.md."""
-    file = Path(__file__).resolve().parents[1] / "docs" / "training.md"
-    file.write_text(filled(file.read_text(encoding="utf-8")), encoding="utf-8")
-    sys.stdout.write(f"{file}\n")
-    return 0
+FILE = ROOT / "docs" / "training.md"
 
 
 def filled(text: str) -> str:
@@ -109,5 +102,4 @@ def _value(value: object) -> str:
 
 
 if __name__ == "__main__":
-    pack = run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))
-    sys.exit(pack["command"]("tools.training_docs", sys.argv[1:]))
+    FILE.write_text(filled(FILE.read_text(encoding="utf-8")), encoding="utf-8")

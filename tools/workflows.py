@@ -24,6 +24,13 @@ from wancore.headless.runner import run
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS, host
 
+SIZE = (480, 320)
+BAND = 44
+"""Height of the line of text below the frames."""
+SETTINGS = {"steps": 8, "cfg": 2.0, "seed": 1}
+TITLES = {**{name: kind.title for name, (_, kind) in WORKFLOWS.items()}, **TRAINING_TITLES}
+FOLDER = ROOT / "workflows"
+
 
 def version() -> str:
     """The pack's version, from pyproject.toml."""
@@ -53,29 +60,6 @@ def write(folder: Path) -> None:
         target = folder / path
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def main() -> None:
-    """Write everything into this folder."""
-    parser = argparse.ArgumentParser(prog="python -m tools.workflows", description="Write the shipped workflows.")
-    parser.add_argument("--thumbnails", action="store_true", help="also run each of them and write its picture")
-    options, folder = parser.parse_args(), FOLDER
-    write(folder)
-    if options.thumbnails:
-        for name in (*workflow_texts.WORKFLOWS, *training_workflows.NAMES):
-            thumbnail(name, folder / f"{name}.jpg")
-
-
-if __name__ == "__main__":
-    main()
-
-
-SIZE = (480, 320)
-BAND = 44
-"""Height of the line of text below the frames."""
-SETTINGS = {"steps": 8, "cfg": 2.0, "seed": 1}
-TITLES = {**{name: kind.title for name, (_, kind) in WORKFLOWS.items()}, **TRAINING_TITLES}
-FOLDER = ROOT / "workflows"
 
 
 def frames(name: str) -> list[Image.Image]:
@@ -138,3 +122,18 @@ def picture(video: list[Image.Image], title: str) -> Image.Image:
 def thumbnail(name: str, path: Path) -> None:
     """Run the workflow `name` and write its picture to `path`, a JPEG of about 20 KB."""
     picture(frames(name), TITLES[name]).save(path, quality=70, optimize=True)
+
+
+def main() -> None:
+    """Write everything into this folder."""
+    parser = argparse.ArgumentParser(prog="python -m tools.workflows", description="Write the shipped workflows.")
+    parser.add_argument("--thumbnails", action="store_true", help="also run each of them and write its picture")
+    options = parser.parse_args()
+    write(FOLDER)
+    if options.thumbnails:
+        for name in (*workflow_texts.WORKFLOWS, *training_workflows.NAMES):
+            thumbnail(name, FOLDER / f"{name}.jpg")
+
+
+if __name__ == "__main__":
+    main()

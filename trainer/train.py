@@ -8,4 +8,4 @@ from runpy import run_path
 
 if __name__ == "__main__":
     pack = run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))
-    sys.exit(pack["command"]("trainer.run.main.main", sys.argv[1:]))
+    sys.exit(pack["command"]("trainer.run.main", sys.argv[1:]))

@@ -209,7 +209,7 @@ def test_only_what_matches_comes(hub, root):
 
 def test_the_endpoint_of_the_environment(hub, root):
     code = (
-        "from pathlib import Path; from wan_core.checkpoints.download import fetch; "
+        "from pathlib import Path; from wan_core.loading.download import fetch; "
         f"fetch({REPO!r}, '*VAE*', root=Path({str(root)!r}), skip_download=False)"
     )
     environment = {k: v for k, v in os.environ.items() if k not in PROXIES} | {"MODELSCOPE_ENDPOINT": hub.url}

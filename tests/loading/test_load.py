@@ -120,8 +120,8 @@ import sys
 from pathlib import Path
 import torch
 
-import wan_core.checkpoints.load as load
-from wan_core.checkpoints.detect import detect_files
+import wan_core.loading.load as load
+from wan_core.loading.detect import detect_files
 
 torch.set_num_threads(1)
 

@@ -22,8 +22,8 @@ sys.path.append({root!r})
 import pack
 pack.register()
 from wancore.nodes import host
-from wan_core.memory.block_stream import PlainCopies
-from wan_core.memory.residency import Residency
+from wan_core.offload.streaming import PlainCopies
+from wan_core.offload.weights import Residency
 
 CPU = torch.device("cpu")
 class Copying(PlainCopies):

@@ -31,14 +31,14 @@ def test_every_text_is_there_and_has_a_translation(node_id):
         assert text.english, f"{text.where} is empty"
         if text.english not in CATALOGUE.sections[text.section]:
             missing.append(f"{text.where}: {text.english!r}")
-    assert not missing, f"add to editor/zh.json, then run python -m tools.pages: {missing}"
+    assert not missing, f"add to tools/texts/zh.json, then run python -m tools.pages: {missing}"
 
 
 @pytest.mark.parametrize("node_id", NODES)
 @pytest.mark.parametrize("language", pages.LANGUAGES)
 def test_every_node_is_explained_with_an_example(node_id, language):
     prose = pages.read_prose(language).get(node_id)
-    assert prose, f"add a section '## {node_id}' to editor/help/{language}.md"
+    assert prose, f"add a section '## {node_id}' to tools/texts/help/{language}.md"
     assert prose.split("\n\n")[-1].startswith(pages.HEADINGS[language]["example"]), f"{node_id} has no example"
 
 

@@ -44,7 +44,7 @@ def test_flags_in_the_text_exist():
 
 
 def test_the_errors_that_are_explained_are_those_of_the_code():
-    files = [*(ROOT / "trainer").glob("*.py"), *(ROOT / "nodes").glob("*.py")]
+    files = [*(ROOT / "trainer").rglob("*.py"), *(ROOT / "nodes").glob("*.py")]
     source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(p.read_text(encoding="utf-8") for p in files))
     section = TEXT.partition("## Troubleshooting")[2]
     for line in re.findall(r"^\| (.+?) \|", section, re.MULTILINE)[1:]:

@@ -35,10 +35,10 @@ def test_the_command_trains_from_any_folder(shared, tmp_path, launcher):
 
 @pytest.mark.parametrize("name", ["train", "check", "recipe"])
 def test_a_command_that_is_run_as_a_file_hides_no_package(tmp_path, name):
-    """Python looks beside the file first, where ours have names such as `config` and `events`."""
+    """Python looks beside the file first, where ours have names such as `config` and `flags`."""
     look = "import sys, runpy; sys.path[0] = sys.argv[1].rpartition('/')[0]; sys.argv[1:] = ['--help', *sys.argv[1:]]\n"
     look += "try: runpy.run_path(sys.argv.pop(), run_name='__main__')\n"
-    look += "finally: import importlib.util; assert importlib.util.find_spec('placing') is None; print('clean')"
+    look += "finally: import importlib.util; assert importlib.util.find_spec('objective') is None; print('clean')"
     words = [sys.executable, "-c", look, (ROOT / "trainer" / f"{name}.py").as_posix()]
     done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and "usage: " in done.stdout and "clean" in done.stdout, done.stderr
