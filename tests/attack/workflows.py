@@ -294,7 +294,7 @@ def _memory() -> int:
 @contextlib.contextmanager
 def _home(folder: Path, cache: Path) -> Iterator[None]:
     """A home folder that is out of bounds; only what is measured of this machine is kept, in `cache`."""
-    given = {"HOME": str(folder), "XDG_CACHE_HOME": str(cache)}
+    given = {"HOME": str(folder), "XDG_CACHE_HOME": str(cache), "MPLCONFIGDIR": str(cache)}
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)
     try:

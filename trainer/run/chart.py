@@ -1,82 +1,47 @@
 """The loss of a run as one picture: over steps, raw and smoothed, with held-out points; and by timestep."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from wan_core.atomic import replacing
 
-SIZE = (960, 640)
-MARGIN = (64, 28, 16, 36)
-"""Pixels left, above, right and below each plot."""
-SPLIT = 400
-"""Height of the upper plot."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-BACKGROUND, AXIS, RAW, SMOOTH, HELD_OUT, BAR = "white", "#555555", "#c8c8c8", "black", "#1f5fd0", "#8fb08c"
+SIZE, DPI = (960, 640), 100
+"""Pixels, and how many of them are an inch."""
+
+MARGINS = {"left": 0.07, "right": 0.98, "top": 0.95, "bottom": 0.08, "hspace": 0.3}
+"""Shares of the picture, and the gap between the plots as a share of their height."""
+
+RAW, SMOOTH, HELD_OUT, BAR = "#c8c8c8", "black", "#1f5fd0", "#8fb08c"
 BINS = 10
+LAST_STEP = 1000
+"""The timestep of pure noise."""
 MEMORY = 0.95
 """Weight of what was before in the smoothed line."""
 
 
-@dataclass(frozen=True)
-class _Plot:
-    """A rectangle of the picture that shows x and y in their ranges."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-    x: tuple[float, float]
-    y: tuple[float, float]
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x[0]) / (self.x[1] - self.x[0])
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
-
-    def line(self, draw: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], colour: str, width: int) -> None:
-        if len(points) == 1:
-            x, y = self.at(*points[0])
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-        draw.line([self.at(*point) for point in points], fill=colour, width=width)
-
-    def axes(self, draw: ImageDraw.ImageDraw, title: str, x_label: str) -> None:
-        font = ImageFont.load_default(12)
-        draw.rectangle((self.left, self.top, self.right, self.bottom), outline=AXIS)
-        draw.text((self.left, self.top - 18), title, fill=AXIS, font=font)
-        for share in (0, 0.25, 0.5, 0.75, 1):
-            y = self.y[0] + share * (self.y[1] - self.y[0])
-            draw.text((self.left - 6, self.at(self.x[0], y)[1]), f"{y:.3g}", fill=AXIS, font=font, anchor="rm")
-            x = self.x[0] + share * (self.x[1] - self.x[0])
-            draw.text((self.at(x, self.y[0])[0], self.bottom + 12), f"{x:.0f}", fill=AXIS, font=font, anchor="mm")
-        draw.text((self.right, self.bottom + 24), x_label, fill=AXIS, font=font, anchor="rm")
-
-
 def draw_chart(steps: Sequence[Mapping[str, Any]], held_out: Sequence[tuple[int, float]] = ()) -> Image.Image:
-    """The chart of `step` events (see `loop`) and of (step, loss) points on held-out clips."""
-    image = Image.new("RGB", SIZE, BACKGROUND)
-    draw = ImageDraw.Draw(image)
+    """The chart of `step` events (see `run.events`) and of (step, loss) points on held-out clips."""
+    # Imported where a chart is drawn, because it takes half a second; without pyplot, whose figures are global.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((SIZE[0] / DPI, SIZE[1] / DPI), DPI)
+    canvas = FigureCanvasAgg(figure)
     raw = [(event["step"], event["loss"]) for event in steps if event.get("loss") is not None]
-    if not raw:
-        draw.text((SIZE[0] / 2, SIZE[1] / 2), "no steps yet", fill=AXIS, font=ImageFont.load_default(16), anchor="mm")
-        return image
-    left, above, right, below = MARGIN
-    smooth = smoothed(raw)
-    upper = _Plot(
-        left, above, SIZE[0] - right, SPLIT - below,
-        _span([x for x, _ in raw]), _span([0.0, *(y for _, y in (*raw, *held_out))]),
-    )  # fmt: skip
-    upper.axes(draw, "loss: grey each step, black smoothed, blue on held-out clips", "step")
-    upper.line(draw, raw, RAW, 1)
-    upper.line(draw, smooth, SMOOTH, 2)
-    for point in held_out:
-        upper.line(draw, [point], HELD_OUT, 2)
-    upper.line(draw, held_out, HELD_OUT, 2)
-    _draw_bins(draw, by_timestep(steps))
-    return image
+    if raw:
+        upper, lower = figure.subplots(2, height_ratios=(3, 2), gridspec_kw=MARGINS)
+        _draw_losses(upper, raw, held_out)
+        _draw_bins(lower, by_timestep(steps))
+    else:
+        figure.text(0.5, 0.5, "no steps yet", ha="center", va="center")
+    canvas.draw()
+    return Image.frombuffer("RGBA", SIZE, canvas.buffer_rgba()).convert("RGB")
 
 
 def save_chart(file: Path, steps: Sequence[Mapping[str, Any]], held_out: Sequence[tuple[int, float]] = ()) -> Path:
@@ -102,23 +67,27 @@ def by_timestep(steps: Sequence[Mapping[str, Any]]) -> list[float | None]:
     for event in steps:
         for timestep, error in zip(event.get("timesteps", ()), event.get("errors", ()), strict=False):
             if error is not None:
-                found[min(int(timestep / 1000 * BINS), BINS - 1)].append(error)
+                found[min(int(timestep / LAST_STEP * BINS), BINS - 1)].append(error)
     return [sum(errors) / len(errors) if errors else None for errors in found]
 
 
-def _draw_bins(draw: ImageDraw.ImageDraw, means: Sequence[float | None]) -> None:
-    left, above, right, below = MARGIN
-    known = [0.0, *(mean for mean in means if mean is not None)]
-    plot = _Plot(left, SPLIT + above, SIZE[0] - right, SIZE[1] - below, (0, 1000), _span(known))
-    for index, mean in enumerate(means):
-        if mean is not None:
-            start, top = plot.at(index * 1000 / BINS, mean)
-            end, bottom = plot.at((index + 1) * 1000 / BINS, 0)
-            draw.rectangle((start + 2, top, end - 2, bottom), fill=BAR)
-    plot.axes(draw, "mean squared error of the velocity by timestep, without weights", "timestep")
+def _draw_losses(axes: "Axes", raw: Sequence[tuple[float, float]], held_out: Sequence[tuple[int, float]]) -> None:
+    # A line of one point is drawn as a dot: only markers show those.
+    for points, colour, width, dotted in (
+        (raw, RAW, 1, len(raw) == 1),
+        (smoothed(raw), SMOOTH, 2, len(raw) == 1),
+        (held_out, HELD_OUT, 2, True),
+    ):
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, marker="o" if dotted else "", markersize=4)
+    axes.set_title("loss: grey each step, black smoothed, blue on held-out clips", fontsize="medium", loc="left")
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=min(0.0, *(loss for _, loss in (*raw, *held_out))))
 
 
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    """The range of `values`, widened when they are all the same."""
-    low, high = min(values), max(values)
-    return (low, high) if high > low else (low, low + 1)
+def _draw_bins(axes: "Axes", means: Sequence[float | None]) -> None:
+    width = LAST_STEP / BINS
+    known = [((index + 0.5) * width, mean) for index, mean in enumerate(means) if mean is not None]
+    axes.bar([x for x, _ in known], [mean for _, mean in known], 0.95 * width, color=BAR)
+    axes.set_title("mean squared error of the velocity by timestep, without weights", fontsize="medium", loc="left")
+    axes.set_xlabel("timestep")
+    axes.set_xlim(0, LAST_STEP)
