@@ -59,9 +59,9 @@ def test_hashes_follow_content_and_are_remembered(tmp_path, monkeypatch):
     file = tmp_path / "clip.mp4"
     file.write_bytes(b"first")
     cache = LatentCache(tmp_path / "cache")
+    side_by_side = LatentCache(tmp_path / "cache")  # made before anything was remembered
     first = cache.file_hash(file)
-    again, side_by_side = LatentCache(tmp_path / "cache"), LatentCache(tmp_path / "cache")
-    side_by_side._hashes.clear()
+    again = LatentCache(tmp_path / "cache")
     monkeypatch.setattr(cache_module.hashlib, "sha256", None)
     assert again.file_hash(file) == side_by_side.file_hash(file) == first
     monkeypatch.undo()
