@@ -59,7 +59,7 @@ def answer(arguments: argparse.Namespace) -> tuple[str, bool]:
     """
     if arguments.vram is not None:
         check_number("--vram", arguments.vram, low=0.1, high=100000)
-    limit = free_bytes(host.device()) if arguments.vram is None else arguments.vram * GIB
+    limit = free_bytes(host.current.device()) if arguments.vram is None else arguments.vram * GIB
     nodes = {**core_nodes(Folders()), **NODE_CLASS_MAPPINGS}
     workflow = Workflow.load(arguments.file)
     if arguments.tiny:

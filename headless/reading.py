@@ -238,7 +238,7 @@ def _load_part(loader: type[Loader]) -> Callable[..., tuple[Any, ...]]:
 
 def _load_lora(reading: Reading, node: NodeSpec, given: Inputs) -> tuple[Any, ...]:
     model = reading.linked(Model, node, given, "model")
-    return _with_lora(model, host.find_file(FOLDER, given["lora"]), given), Unknown(node)
+    return _with_lora(model, host.current.find_file(FOLDER, given["lora"]), given), Unknown(node)
 
 
 def _put_trained(reading: Reading, node: NodeSpec, given: Inputs) -> tuple[Any, ...]:

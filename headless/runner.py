@@ -11,7 +11,7 @@ import torch
 
 from wan_core.runtime import Cancelled
 
-from ..nodes import sampler
+from ..nodes import host
 from .folders import Folders
 from .plan import Plan, Returned, arguments, mapped, merged_outputs, merged_ui
 from .schema import NodeSchema, schemas_of
@@ -105,7 +105,7 @@ def run(
         "DYNPROMPT": DynamicPrompt(prompt),
         "EXTRA_PNGINFO": dict(extra_pnginfo or {}),
     }
-    with torch.inference_mode(), sampler.workflow():
+    with torch.inference_mode(), host.current.workflow():
         plan = Plan.of(workflow, nodes, schemas)
         for node_id, kept in plan.same_as.items():
             if node_id != kept:

@@ -42,7 +42,7 @@ class FromConditioning:
         }
 
     def convert(self, positive: Native, negative: Native, clip_vision_output: Any = None) -> tuple[Conditioning]:
-        return (from_native(positive, negative, clip_vision_output).to(host.resting_device()),)
+        return (from_native(positive, negative, clip_vision_output).to(host.current.offload_device()),)
 
 
 class ToConditioning:
@@ -78,7 +78,7 @@ class ToConditioning:
         self, conditioning: Conditioning, width: int, height: int, num_frames: int
     ) -> tuple[Native, Native, dict[str, Tensor], int]:
         size = size_held(width, height, num_frames)
-        positive, negative, empty, trim = to_native(conditioning, size, host.clip_vision_output)
+        positive, negative, empty, trim = to_native(conditioning, size, host.current.clip_vision_output)
         return positive, negative, {"samples": empty}, trim
 
 
@@ -103,5 +103,5 @@ class FromVAE:
     def convert(self, vae: Any, dtype: str = "auto") -> tuple[WanVAE]:
         weights = vae.get_sd()
         component = describe_weights(weights, "ComfyUI's VAE", "vae")
-        module: WanVAE = adopt(component, weights, choose_dtype(dtype, component), host.resting_device())
+        module: WanVAE = adopt(component, weights, choose_dtype(dtype, component), host.current.offload_device())
         return (module.use_channels_last(),)

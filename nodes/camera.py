@@ -261,5 +261,5 @@ class SpeedControl(Loader):
         download: bool = False,
     ) -> tuple[VideoModel, Conditioning]:
         component = self.component(adapter, download)
-        controlled = with_speed_control(model, component, host.device())
+        controlled = with_speed_control(model, component, host.current.device())
         return controlled, speed_conditioning(conditioning, motion_bucket_id)

@@ -78,10 +78,12 @@ def text_encoder_at_work(encoder: TextEncoder) -> Iterator[None]:
 @contextmanager
 def at_work(module: nn.Module, dtype: torch.dtype, activations: int = 0) -> Iterator[Runtime]:
     """A model on the device inside the block, with the host's services; its weights wait there for the next use."""
-    runtime = host.runtime(dtype)
-    with encoder_at_work(module, runtime, host.memory_settings(), activations, keep=host.keeps_weights()):
+    runtime = host.current.runtime(dtype)
+    with encoder_at_work(
+        module, runtime, host.current.memory_settings(), activations, keep=host.current.keeps_weights()
+    ):
         yield runtime
-    host.account_for(module)
+    host.current.register_weights(module)
 
 
 def tile_settings(
@@ -131,9 +133,9 @@ class TextEncode:
     def encode(
         self, text_encoder: TextEncoder, prompt: str, negative_prompt: str = "", cache_on_disk: bool = False
     ) -> tuple[Conditioning]:
-        encoder = text_encoder.kept_in(host.prompts_dir() if cache_on_disk else None)
+        encoder = text_encoder.kept_in(host.current.prompts_dir() if cache_on_disk else None)
         cond = text_conditioning(encoder, prompt, negative_prompt, partial(text_encoder_at_work, encoder))
-        return (cond.to(host.resting_device()),)
+        return (cond.to(host.current.offload_device()),)
 
 
 class ImageEncode(Encode):
@@ -180,7 +182,7 @@ class ImageEncode(Encode):
             cond = image_conditioning(
                 conditioning, size, encoder, image_encoder, **pictures, fit=Fit(aspect=aspect, length=too_short)
             )
-        return (cond.to(host.resting_device()),)
+        return (cond.to(host.current.offload_device()),)
 
 
 class ControlEncode(Encode):
@@ -230,7 +232,7 @@ class ControlEncode(Encode):
                 cond = first_frame_conditioning(cond, size, encoder, image_encoder, start_image, fit)
             if reference_image is not None:
                 cond = reference_conditioning(cond, size, encoder, image_encoder, reference_image, fit)
-        return (cond.to(host.resting_device()),)
+        return (cond.to(host.current.offload_device()),)
 
 
 class VaceReferences:
@@ -322,4 +324,4 @@ class VaceEncode(Encode):
                 strength=curve,
                 fit=Fit(aspect=aspect, length=too_short),
             )
-        return (cond.to(host.resting_device()),)
+        return (cond.to(host.current.offload_device()),)

@@ -52,7 +52,7 @@ REST_INPUT = sockets.choice(
 
 def choose_dtype(name: str, component: Component) -> torch.dtype:
     """`auto` is bfloat16 on an accelerator that has it, else float16; on the CPU it is what the file is stored in."""
-    device = host.device()
+    device = host.current.device()
     if name != "auto":
         dtype = DTYPES[name]
         if dtype == torch.float16 and device.type == "cpu":
@@ -68,7 +68,7 @@ def choose_dtype(name: str, component: Component) -> torch.dtype:
 
 def _rest(weights: str, rest: str) -> Rest:
     """How weights rest, from the widgets."""
-    return Rest.on(DISK if rest == "disk" else host.resting_device(), weights=weights)
+    return Rest.on(DISK if rest == "disk" else host.current.offload_device(), weights=weights)
 
 
 class Loader:
@@ -84,7 +84,7 @@ class Loader:
 
     @classmethod
     def choices(cls) -> list[str]:
-        return [*cls.ROWS, *host.list_files(cls.FOLDER)]
+        return [*cls.ROWS, *host.current.list_files(cls.FOLDER)]
 
     @classmethod
     def shared_inputs(cls, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -106,9 +106,9 @@ class Loader:
             ValueError: the entry is unknown, or its files are absent and may not be downloaded.
         """
         if name not in cls.ROWS:
-            return [host.find_file(cls.FOLDER, name)]
+            return [host.current.find_file(cls.FOLDER, name)]
         return find_files(
-            name, cls.PATTERN, models_dir=host.models_dir(), skip_download=not download, on_download=on_download
+            name, cls.PATTERN, models_dir=host.current.models_dir(), skip_download=not download, on_download=on_download
         )
 
     @classmethod
@@ -138,7 +138,7 @@ class Loader:
 
     def component(self, name: str, download: bool) -> Component:
         """What the entry is; downloads it first when that is allowed."""
-        report = host.runtime(torch.float32).on_progress
+        report = host.current.runtime(torch.float32).on_progress
         files = self.files(name, download, lambda file, done, total: report(f"Downloading {file}", done, total))
         return inspect(files, self.KIND)
 
@@ -169,7 +169,7 @@ class ModelLoader(Loader):
                 list(PRECISIONS), "fast", "exact keeps the residual stream in float32, as the authors do: more memory."
             ),
             "vace_module": sockets.choice(
-                [NONE, *host.list_files(cls.FOLDER)],
+                [NONE, *host.current.list_files(cls.FOLDER)],
                 NONE,
                 "A VACE branch from a file of its own, for a T2V base of its size.",
             ),
@@ -226,7 +226,7 @@ class ModelLoader(Loader):
         component = self.component(model, download)
         vace = None
         if vace_module != NONE:
-            vace = inspect(host.find_file(self.FOLDER, vace_module), "vace")
+            vace = inspect(host.current.find_file(self.FOLDER, vace_module), "vace")
         settings = DiTSettings(
             dtype=choose_dtype(dtype, component),
             attention=attention,
@@ -237,7 +237,7 @@ class ModelLoader(Loader):
         )
         chosen = None if preset == AUTO else preset
         model = load_dit(
-            component, settings, _rest(weights, rest), vace=vace, preset=chosen, compute_device=host.device()
+            component, settings, _rest(weights, rest), vace=vace, preset=chosen, compute_device=host.current.device()
         )
         return (model,)
 
@@ -282,7 +282,10 @@ class TextEncoderLoader(Loader):
         tokenizer = None
         if not has_tokenizer(component):
             tokenizer = find_files(
-                catalog.T2V_BASE, catalog.TOKENIZER_PATTERN, models_dir=host.models_dir(), skip_download=not download
+                catalog.T2V_BASE,
+                catalog.TOKENIZER_PATTERN,
+                models_dir=host.current.models_dir(),
+                skip_download=not download,
             )[0].parent
         dtype = choose_dtype(dtype, component)
         return (load_text_encoder(component, tokenizer, dtype, _rest(weights, rest)),)
@@ -318,7 +321,7 @@ class VAELoader(Loader):
 
     def load(self, vae: str, dtype: str = "auto", download: bool = False) -> tuple[WanVAE]:
         component = self.component(vae, download)
-        return (load_vae(component, choose_dtype(dtype, component), host.resting_device()),)
+        return (load_vae(component, choose_dtype(dtype, component), host.current.offload_device()),)
 
 
 class ImageEncoderLoader(Loader):

@@ -1,7 +1,6 @@
 """LoRA loader, info and save: each gives a new handle, text or a new file, and leaves the loaded base alone."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 from wan_core.atomic import numbered
@@ -46,18 +45,19 @@ def strength_curve(strength: float, text: str) -> Curve:
 
 
 def _listed(tooltip: str) -> sockets.Declaration:
-    files = host.list_files(FOLDER) or [NO_FILES]
+    files = host.current.list_files(FOLDER) or [NO_FILES]
     return sockets.choice(files, files[0], tooltip)
 
 
 def _fingerprint(*names: str) -> str:
     """Changes when one of the files does."""
-    stats = [(name, Path(host.find_file(FOLDER, name)).stat()) for name in names if name in host.list_files(FOLDER)]
+    listed = host.current.list_files(FOLDER)
+    stats = [(name, host.current.find_file(FOLDER, name).stat()) for name in names if name in listed]
     return ";".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
 
 
 def _check(name: str) -> bool | str:
-    if name not in host.list_files(FOLDER):
+    if name not in host.current.list_files(FOLDER):
         return f"Value not in list: lora: {name!r}. Put LoRA files into models/{FOLDER}."
     return True
 
@@ -122,7 +122,7 @@ class LoraLoader:
         mode: str = "auto",
     ) -> tuple[VideoModel, str]:
         curve, by_block = _parsed(strength, strength_curve, blocks)
-        path = host.find_file(FOLDER, lora)
+        path = host.current.find_file(FOLDER, lora)
         changed, told = model.with_lora(path, strength=curve, blocks=by_block, mode=mode)
         log.info("%s", told.summary)
         return changed, str(told)
@@ -159,7 +159,7 @@ class LoraInfo:
         return _fingerprint(lora)
 
     def tell(self, lora: str, model: VideoModel | None = None) -> dict[str, Any]:
-        path = host.find_file(FOLDER, lora)
+        path = host.current.find_file(FOLDER, lora)
         if model is None:
             told = report_alone(open_lora(path))
         else:
@@ -196,7 +196,7 @@ class LoraSave:
                 "dtype": sockets.choice(list(DTYPES), "bf16", "How to store it."),
                 "rank": sockets.whole(0, 0, 4096, "Cut the result to this rank. 0 keeps it exact."),
                 "second_lora": (
-                    ["none", *host.list_files(FOLDER)],
+                    ["none", *host.current.list_files(FOLDER)],
                     {"default": "none", "tooltip": "A LoRA to merge with the first."},
                 ),
                 "second_strength": sockets.number(1.0, -LIMIT, LIMIT, "Strength of the second LoRA.", step=0.05),
@@ -226,9 +226,9 @@ class LoraSave:
         second_lora: str = "none",
         second_strength: float = 1.0,
     ) -> dict[str, Any]:
-        sources = [(host.find_file(FOLDER, lora), strength)]
+        sources = [(host.current.find_file(FOLDER, lora), strength)]
         if second_lora != "none":
-            sources.append((host.find_file(FOLDER, second_lora), second_strength))
-        out = numbered(host.output_dir() / FOLDER, plain_name("filename", filename), ".safetensors")
+            sources.append((host.current.find_file(FOLDER, second_lora), second_strength))
+        out = numbered(host.current.output_dir() / FOLDER, plain_name("filename", filename), ".safetensors")
         told = str(convert(sources, out, LoraFormat(format, dtype), rank=rank or None))
         return {"ui": {"text": [told]}, "result": (told,)}

@@ -33,13 +33,13 @@ class CheckpointInfo:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        files = [f"{folder}/{name}" for folder in FOLDERS for name in host.list_files(folder)]
+        files = [f"{folder}/{name}" for folder in FOLDERS for name in host.current.list_files(folder)]
         listed = files or ["none"]
         return {"required": {"file": sockets.choice(listed, listed[0], "A file in one of ComfyUI's model folders.")}}
 
     def inspect(self, file: str) -> dict[str, Any]:
         folder, _, name = file.partition("/")
-        text = str(report(host.find_file(folder, name)))
+        text = str(report(host.current.find_file(folder, name)))
         return {"ui": {"text": [text]}, "result": (text,)}
 
 
@@ -137,7 +137,7 @@ class MemoryPlan:
             dit=Part(model.dit),
             size=size,
             settings=SamplerSettings(guidance=GuidanceSettings(scale=cfg), cache=cache, windows=windows),
-            memory=memory or host.memory_settings(),
+            memory=memory or host.current.memory_settings(),
             given=Given.of(cond, size.latent.frames),
             cond=cond,
             loras=model.loras,
@@ -145,6 +145,6 @@ class MemoryPlan:
             text_encoder=None if text_encoder is None else Part(text_encoder.model),
             vae=None if vae is None else Part(vae),
         )
-        limit = vram * GIB if vram else host.memory_left()
+        limit = vram * GIB if vram else host.current.free_bytes()
         told = text_of(fit(job, limit))
         return {"ui": {"text": [told]}, "result": (told,)}

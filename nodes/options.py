@@ -207,7 +207,7 @@ class WindowPrompts(_Options):
         if not lines:
             raise ValueError("prompts needs at least one line.")
         cond = text_conditioning(text_encoder, lines, negative_prompt, partial(text_encoder_at_work, text_encoder))
-        cond = cond.to(host.resting_device())
+        cond = cond.to(host.current.offload_device())
         return (tuple(cond.map(lambda t, _, i=i: t[i : i + 1]) for i in range(len(lines))),)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from wan_core.files import check_name
-from wan_core.loading.download import DEFAULT_FOLDER
 
 from . import host
 
@@ -65,7 +64,7 @@ def _first(name: str, roots: Iterable[Path], fits: Callable[[Path], bool]) -> Pa
     if not name.strip():
         return None
     places = [place for root in roots if (place := inside(root, name))]
-    if name in host.typed_names():
+    if name in host.current.typed_names():
         places.append(Path(name).expanduser().absolute())
     return next((place for place in places if fits(place)), None)
 
@@ -80,7 +79,7 @@ def input_file(name: str) -> Path:
     """
     if not isinstance(name, str):
         raise ValueError(f"An input file is named by text; got {name!r:.100}.")
-    plain, folder = host.annotated(name)
+    plain, folder = host.current.annotated(name)
     found = _first(plain, [folder, ASSETS], Path.is_file)
     if found is None:
         raise ValueError(f"There is no input file {name!r}. Put it into ComfyUI's input folder, or check the name.")
@@ -89,7 +88,7 @@ def input_file(name: str) -> Path:
 
 def list_input_files(suffixes: tuple[str, ...]) -> list[str]:
     """Names of the files with these suffixes in the input folder and among the shipped assets, sorted."""
-    found = (file for place in (host.input_dir(), ASSETS) if place.is_dir() for file in place.iterdir())
+    found = (file for place in (host.current.input_dir(), ASSETS) if place.is_dir() for file in place.iterdir())
     return sorted({file.name for file in found if file.suffix.lower() in suffixes})
 
 
@@ -99,7 +98,7 @@ def saved_file(name: str) -> Path:
     Raises:
         ValueError: there is no such file.
     """
-    return _first(name, [host.output_dir()], Path.is_file) or input_file(name)
+    return _first(name, [host.current.output_dir()], Path.is_file) or input_file(name)
 
 
 def data_folder(name: str) -> Path:
@@ -109,7 +108,7 @@ def data_folder(name: str) -> Path:
     Raises:
         ValueError: there is no such folder.
     """
-    roots = [host.input_dir(), ASSETS, host.output_dir(), *owners_folders()]
+    roots = [host.current.input_dir(), ASSETS, host.current.output_dir(), *owners_folders()]
     found = _first(name, roots, Path.is_dir)
     if found is None:
         raise ValueError(
@@ -121,9 +120,10 @@ def data_folder(name: str) -> Path:
 
 def _trained_roots() -> list[Path]:
     """Where trainings write: the output folder, models folders, and where the shell's trainer writes by itself."""
-    models = [place for folder in MODEL_FOLDERS for place in host.model_folders(folder)]
-    roots = [host.output_dir(), host.models_dir(), *models, host.PACK_FOLDER / "models", *owners_folders()]
-    return roots if host.in_comfyui() else [*roots, DEFAULT_FOLDER]
+    here = host.current
+    models = [place for folder in MODEL_FOLDERS for place in here.model_folders(folder)]
+    roots = [here.output_dir(), here.models_dir(), *models, host.PACK_FOLDER / "models", *owners_folders()]
+    return [*roots, *here.trainer_folders()]
 
 
 def trained_file(name: str) -> Path:

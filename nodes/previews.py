@@ -1,16 +1,26 @@
-"""Previews: as files for runs that nobody watches in an editor, and never at the cost of the run."""
+"""Pictures of a video while it is sampled: as files, or for an editor. A preview that fails never stops the run."""
 
 import contextlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+from torch import Tensor
 
 from wan_core.atomic import replacing
 from wan_core.model import load_preview_decoder
 from wan_core.models.preview_decoder import PreviewDecoder
 from wan_core.runtime import log
+from wan_core.sampling.preview import Previewer, middle_frame
+
+if TYPE_CHECKING:
+    from .host import Host
+
+FOLDER = "vae_approx"
+FILES = ("taew2_1.safetensors", "taew2_1.pth")
+"""The published names of the tiny autoencoder for Wan 2.1, the one that is taken first."""
 
 MILLISECONDS_PER_FRAME = 250
 """A latent frame is four frames of a video at 16 per second."""
@@ -33,8 +43,32 @@ def _save(pictures: list[Image.Image], path: Path) -> None:
         first.save(partial, format="PNG", **animated)
 
 
+def find_decoder(host: "Host") -> PreviewDecoder | None:
+    """The tiny autoencoder among the host's model files, if it is there and can be used."""
+    names = host.list_files(FOLDER)
+    name = next((name for wanted in FILES for name in names if Path(name).name == wanted), None)
+    if name is None:
+        return None
+    path = host.find_file(FOLDER, name)
+    return _load_decoder(path, path.stat().st_mtime_ns)
+
+
+def for_editor(previewer: Any, comfyuis_own: bool, tiny: Previewer, latents: Tensor, side: int) -> tuple | None:
+    """What ComfyUI shows next, as (format, picture or pictures, largest side); None leaves the last picture.
+
+    Previewers of other packs play the whole strip. ComfyUI's own shows the first frame that it is given; the tiny
+    autoencoder takes its place where there is one.
+    """
+    if not comfyuis_own:
+        return previewer.decode_latent_to_preview_image("JPEG", latents)
+    if not tiny.works:
+        return previewer.decode_latent_to_preview_image("JPEG", middle_frame(latents))
+    picture = tiny.middle(latents)
+    return None if picture is None else ("JPEG", picture, side)
+
+
 @lru_cache(maxsize=1)
-def load_decoder(path: Path, changed: int) -> PreviewDecoder | None:
+def _load_decoder(path: Path, changed: int) -> PreviewDecoder | None:
     """The tiny autoencoder of a file, or None, with a notice, if it cannot be used.
 
     `changed` is the file's time, so that a file is read, and complained about, once.

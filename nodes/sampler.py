@@ -1,9 +1,5 @@
-"""The sampler, and what is cleaned up once everything a workflow makes is saved."""
+"""The sampler, and latents that it kept."""
 
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,73 +30,6 @@ from wan_core.settings import (
 from wan_core.types import Conditioning, LatentSize, VideoSize
 
 from . import host, places, sockets
-
-POLL = 0.25
-"""Seconds between two looks at ComfyUI's history."""
-
-Action = Callable[[], None]
-
-_waiting: list[Action] | None = None
-
-
-@contextmanager
-def workflow() -> Iterator[None]:
-    """Around a workflow that runs without ComfyUI. After an error nothing of what waits for its end is done."""
-    global _waiting
-    before, _waiting = _waiting, []
-    try:
-        yield
-        for action in _waiting:
-            action()
-    finally:
-        _waiting = before
-
-
-def when_saved(action: Action) -> None:
-    """Do `action` when what the running node makes is saved: in ComfyUI when the prompt has ended well or, after an
-    error, the next one that takes the node's result from the cache; at once where a node is called alone.
-    """
-    server, running = host.prompt_server(), host.executing()
-    if server is not None and running is not None:
-        threading.Thread(target=_after, args=(server, *running, action), daemon=True).start()
-    elif _waiting is not None:
-        _waiting.append(action)
-    else:
-        action()
-
-
-def _after(server: Any, prompt_id: str, node_id: str, action: Action) -> None:
-    """Do `action` when a prompt has ended well, this one or one after it; nothing once the result of `node_id`, which
-    this one made, has left ComfyUI's cache: the node then runs again, and asks again.
-    """
-    status = _ended(server, prompt_id)
-    while status is not None and not status["completed"]:
-        while server.last_prompt_id == prompt_id:
-            time.sleep(POLL)
-        prompt_id = server.last_prompt_id
-        status = _ended(server, prompt_id)
-        if status is None or node_id not in _from_cache(status):
-            return
-    if status is not None:
-        action()
-
-
-def _ended(server: Any, prompt_id: str) -> dict[str, Any] | None:
-    """How ComfyUI's history says that a prompt has ended, once it has; None where the history was cleared of it."""
-    running = True
-    while running:
-        time.sleep(POLL)
-        # Asked first: the next prompt begins after this one has got into the history.
-        running = server.last_prompt_id == prompt_id
-        for entry in server.prompt_queue.get_history(prompt_id=prompt_id).values():
-            return entry["status"]
-    return None
-
-
-def _from_cache(status: dict[str, Any]) -> set[str]:
-    """The nodes of a prompt whose results were in ComfyUI's cache when it began."""
-    return {node for event, data in status["messages"] if event == "execution_cached" for node in data["nodes"]}
-
 
 FOLDER = "wancore"
 """Below the output folder: latents that were kept, and unfinished runs."""
@@ -218,19 +147,19 @@ class Sampler:
             start = normalise(latent["samples"])
             size = VideoSize.of_latent(LatentSize(*start.shape[2:]))
         run = run or RunSettings(checkpoint_every=0, keep_latents=False)
-        checkpoint = Checkpoint(host.output_dir() / FOLDER, run.checkpoint_every)
+        checkpoint = Checkpoint(host.current.output_dir() / FOLDER, run.checkpoint_every)
         cond, dit = model.fit(conditioning, size), model.dit
-        memory = memory or host.memory_settings()
-        runtime = limited(host.runtime(dit.dtype), memory)
+        memory = memory or host.current.memory_settings()
+        runtime = limited(host.current.runtime(dit.dtype), memory)
         plan = model.plan(cond, size.latent, settings, memory, runtime)
-        keep = host.keeps_weights()
+        keep = host.current.keeps_weights()
         with model.working(settings.total_steps, runtime.device, plan.placement, keep=keep) as adapted:
             state = sample_state(
                 dit, cond.to(runtime.device), size.latent, plan.settings, adapted.follow(runtime), start,
                 model.motion_controller, prompts=prompts, checkpoint=checkpoint, earlier=_earlier(latent, settings),
                 adapters=[lora.fingerprint for lora in model.loras],
             )  # fmt: skip
-        host.account_for(dit)
+        host.current.register_weights(dit)
         return (_finished(state, settings, size, run, checkpoint, extra_pnginfo),)
 
 
@@ -262,9 +191,9 @@ def _finished(
     raw = denormalise(state.video)
     record = manifest(settings, size, state.video, state.kernels)
     if run.keep_latents:
-        _keep(host.output_dir() / FOLDER, run.name, raw, record, checkpoint.resumed)
+        _keep(host.current.output_dir() / FOLDER, run.name, raw, record, checkpoint.resumed)
     if state.run and state.step == settings.total_steps:
-        when_saved(partial(checkpoint.remove, state.run))
+        host.current.when_saved(partial(checkpoint.remove, state.run))
     if extra_pnginfo is not None:
         extra_pnginfo.setdefault("wancore", []).append(record)
     return {"samples": raw, STATE: state} if settings.is_part else {"samples": raw}

@@ -257,7 +257,7 @@ class Train:
         found = self._models(values)
         settings = {**config.resolved(), **data.settings, **found}
         files = [Path(file) for group in found["model_paths"] for file in group]
-        environment = {"ACCELERATE_USE_CPU": "true"} if host.device().type == "cpu" else {}
+        environment = {"ACCELERATE_USE_CPU": "true"} if host.current.device().type == "cpu" else {}
         mark = f"{data.mark} {files_mark(files)}"
         settings = load_settings(settings, typed(values["flags"]))
         return Run(run_folder(values["name"]), settings, mark, values["gpus"], environment)
@@ -280,7 +280,10 @@ class Train:
         found = {"model_paths": paths, "skip_download": True}
         if not model.has_tokenizer(text):
             tokenizer = model.find_files(
-                catalog.T2V_BASE, catalog.TOKENIZER_PATTERN, models_dir=host.models_dir(), skip_download=not download
+                catalog.T2V_BASE,
+                catalog.TOKENIZER_PATTERN,
+                models_dir=host.current.models_dir(),
+                skip_download=not download,
             )
             found["tokenizer_path"] = str(tokenizer[0].parent)
         return found

@@ -157,7 +157,7 @@ def run_folder(name: str) -> Path:
     Raises:
         ValueError: the name is none.
     """
-    return host.output_dir().absolute() / RUNS / plain_name("name", name)
+    return host.current.output_dir().absolute() / RUNS / plain_name("name", name)
 
 
 def image(pictures: Sequence[Image.Image]) -> Tensor:
@@ -272,13 +272,13 @@ class TrainingDataNode:
     def check(self, **values: Any) -> dict[str, Any]:
         settings = self.settings(**values)
         mark = files_mark([Path(settings["dataset_base_path"])])
-        with tempfile.TemporaryDirectory(prefix="wancore_", dir=host.temp_dir()) as work:
+        with tempfile.TemporaryDirectory(prefix="wancore_", dir=host.current.temp_dir()) as work:
             folder = Path(work)
             load_settings(settings, {}).save_json(folder / "settings.json")
             words = ["--out", str(folder), "--config", str(folder / "settings.json")]
             launch = Launch(pack_command(host.PACK_FOLDER, "trainer.checking", words), folder)
             try:
-                attend(launch, _show_check, host.check_cancelled, CHECK_PATIENCE)
+                attend(launch, _show_check, host.current.check_cancelled, CHECK_PATIENCE)
             except ChildError as error:
                 told = folder / "report.txt"
                 raise ValueError(told.read_text(encoding="utf-8") if told.exists() else error.said) from error
@@ -302,4 +302,4 @@ def _metadata(folder: Path, name: str) -> Path:
 
 def _show_check(event: Mapping[str, Any]) -> None:
     if event["event"] == "checked":
-        host.show("Checking", event["done"], event["total"])
+        host.current.show_progress("Checking", event["done"], event["total"])

@@ -78,10 +78,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         request = self.folder / SETTINGS
         self.config.save_json(request)
-        host.free_device()
+        host.current.free_device()
         command = pack_command(host.PACK_FOLDER, MODULE, ["--config", str(request)], self.processes)
         launch = Launch(command, self.folder, self.environment)
-        attend(launch, Display(self.folder, node_id).take, host.check_cancelled)
+        attend(launch, Display(self.folder, node_id).take, host.current.check_cancelled)
         outcome = self._outcome(launch.events)
         if outcome.steps >= outcome.total:
             finished = {"identity": self.identity, "files": [f.name for f in outcome.files], "steps": outcome.steps}
@@ -138,13 +138,13 @@ class Display:
             show(event)
 
     def _say(self, line: str) -> None:
-        host.say(line, self._node_id)
+        host.current.show_text(line, self._node_id)
 
     def _on_check(self, event: Event) -> None:
         self._say(f"{event['good']} good rows, {len(event['bad'])} bad")
 
     def _on_cache(self, event: Event) -> None:
-        host.show("Encoding", event["done"], event["total"])
+        host.current.show_progress("Encoding", event["done"], event["total"])
         self._say(f"encoding {event['done']}/{event['total']}")
 
     def _on_step(self, event: Event) -> None:
@@ -153,7 +153,7 @@ class Display:
         if self._clock() >= self._next_picture:
             self._next_picture = self._clock() + SECONDS_BETWEEN_PICTURES
             picture = self._picture()
-        host.show("Training", event["step"], event["total"], picture)
+        host.current.show_progress("Training", event["step"], event["total"], picture)
         self._say(step_line(event, self._held_out))
 
     def _on_validation(self, event: Event) -> None:

@@ -248,9 +248,9 @@ def test_a_pipeline_keeps_prompts_across_processes(models, tmp_path):
 
 def test_the_nodes_bring_the_encoder_only_for_new_prompts(kept, tmp_path, monkeypatch):
     brought = []
-    real = host.runtime
-    monkeypatch.setattr(host, "runtime", lambda *args: brought.append(args) or real(*args))
     host.configure(device="cpu", models_dir=tmp_path)
+    real = host.current.runtime
+    monkeypatch.setattr(host.current, "runtime", lambda *args: brought.append(args) or real(*args))
     try:
         first = TextEncode().encode(kept, "a dog", "a cat")[0]
         assert len(brought) == 1
@@ -263,7 +263,7 @@ def test_the_nodes_bring_the_encoder_only_for_new_prompts(kept, tmp_path, monkey
         assert torch.equal(windows[1].text, again.text)
         assert [tuple(cond.negative_text.shape) for cond in windows] == [(1, 512, 64)] * 2
         TextEncode().encode(kept, "a tree", "a cat", cache_on_disk=True)
-        assert len(list(host.prompts_dir().iterdir())) == 1
-        assert host.prompts_dir().is_relative_to(tmp_path)
+        assert len(list(host.current.prompts_dir().iterdir())) == 1
+        assert host.current.prompts_dir().is_relative_to(tmp_path)
     finally:
         host.configure()

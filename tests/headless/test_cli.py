@@ -141,7 +141,7 @@ def test_tiny_and_set_reach_the_nodes_with_set_on_top(place, capsys, monkeypatch
 def test_a_node_may_report_progress(place, capsys, monkeypatch, pack):
     class Reporting(pack.NODE_CLASS_MAPPINGS["HeadlessTestPlain"]):
         def run(self, **inputs):
-            runtime = host.runtime(torch.float32)
+            runtime = host.current.runtime(torch.float32)
             assert runtime.device == torch.device("cpu")
             for step in range(1, 1001):
                 runtime.on_progress("sampling", step, 1000, None)

@@ -1,6 +1,6 @@
 """The camera nodes as ComfyUI calls them."""
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from wan_core.conditioning.camera import CameraPath, camera_embedding
 from wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
 from wan_core.types import Conditioning, VideoSize
 from wancore.nodes import NODE_CLASS_MAPPINGS, host, places
+from wancore.nodes.standalone import Standalone
 
 NODES = NODE_CLASS_MAPPINGS
 MOVE, ROWS, ENCODE = (NODES[f"WanCore{name}"] for name in ("CameraPath", "CameraPathFile", "CameraEncode"))
@@ -150,11 +151,14 @@ def test_input_files_in_comfyui_stay_in_its_folders(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / name).write_text("x")
 
-    def annotated(name: str) -> tuple[str, str | None]:
-        return (name[:-9], str(tmp_path / "output")) if name.endswith(" [output]") else (name, None)
+    class Annotated(Standalone):
+        """Folders that a name may choose, as in ComfyUI."""
 
-    folders = SimpleNamespace(get_input_directory=lambda: str(tmp_path / "input"), annotated_filepath=annotated)
-    monkeypatch.setattr(host, "folder_paths", folders)
+        def annotated(self, name: str) -> tuple[str, Path]:
+            return (name[:-9], self.output_dir()) if name.endswith(" [output]") else (name, self.input_dir())
+
+    folders = Annotated(input_dir=tmp_path / "input", output_dir=tmp_path / "output")
+    monkeypatch.setattr(host, "current", folders)
     assert places.list_input_files((".txt",)) == ["mine.txt"]
     assert places.input_file("mine.txt") == tmp_path / "input" / "mine.txt"
     assert places.input_file("made.txt [output]").parent == tmp_path / "output"

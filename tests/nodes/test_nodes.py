@@ -165,7 +165,7 @@ def wan22(path: Path) -> None:
 
 
 def truncated(path: Path) -> None:
-    whole = (host.models_dir() / catalog.TINY / "diffusion_pytorch_model.safetensors").read_bytes()
+    whole = (host.current.models_dir() / catalog.TINY / "diffusion_pytorch_model.safetensors").read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
 
 
@@ -174,7 +174,7 @@ def pointer(path: Path) -> None:
 
 
 def copy_of(name: str):
-    return lambda path: shutil.copy(host.models_dir() / catalog.TINY / name, path)
+    return lambda path: shutil.copy(host.current.models_dir() / catalog.TINY / name, path)
 
 
 WRONG = {

@@ -27,7 +27,8 @@ from wan_core.settings import (
     TeaCacheSettings,
     WindowSettings,
 )
-from wancore.nodes import NODE_CLASS_MAPPINGS, host, sampler
+from wancore.nodes import NODE_CLASS_MAPPINGS, host
+from wancore.nodes.previews import find_decoder, for_editor
 from wancore.nodes.sampler import STATE
 
 ROOT = Path(__file__).parents[2]
@@ -187,7 +188,7 @@ def test_latents_are_kept_with_what_made_them(loaded, tmp_path):
 
 def test_a_run_cut_off_after_its_last_step_goes_on_there(loaded, models, tmp_path):
     run_settings, folder = RunSettings(checkpoint_every=3), tmp_path / "out" / "wancore"
-    with pytest.raises(ZeroDivisionError), sampler.workflow():
+    with pytest.raises(ZeroDivisionError), host.current.workflow():
         first = sampled(loaded, run=run_settings)
         raise ZeroDivisionError("while decoding")
     assert sorted(path.suffix for path in folder.iterdir()) == [".latent", ".safetensors"]
@@ -195,7 +196,7 @@ def test_a_run_cut_off_after_its_last_step_goes_on_there(loaded, models, tmp_pat
     host.configure(
         device="cpu", models_dir=models, output_dir=tmp_path / "out", on_progress=lambda phase, *_: seen.append(phase)
     )
-    with sampler.workflow():
+    with host.current.workflow():
         again = sampled(loaded, run=run_settings)
         assert len(list(folder.iterdir())) == 2
     assert "Sampling" not in seen and torch.equal(again["samples"], first["samples"])
@@ -204,12 +205,13 @@ def test_a_run_cut_off_after_its_last_step_goes_on_there(loaded, models, tmp_pat
     assert len(list(folder.glob("*.latent"))) == 2
 
 
-@pytest.mark.parametrize("place", [host.models_dir, host.input_dir, host.output_dir, host.temp_dir])
-def test_folders_mean_the_same_to_a_process_that_works_elsewhere(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["models_dir", "input_dir", "output_dir", "temp_dir"])
+def test_folders_mean_the_same_to_a_process_that_works_elsewhere(folder, tmp_path, monkeypatch):
     """As those of a training do, and what checks its data."""
     monkeypatch.chdir(tmp_path)
     host.configure(models_dir=Path("models"), input_dir=Path("in"), output_dir=Path("out"))
-    assert place().is_absolute() and place().is_relative_to(tmp_path)
+    place = getattr(host.current, folder)()
+    assert place.is_absolute() and place.is_relative_to(tmp_path)
 
 
 def test_a_full_disk_costs_what_is_kept_and_not_the_run(loaded, models, tmp_path, caplog):
@@ -288,25 +290,21 @@ def test_a_bad_tiny_autoencoder_is_said_once(loaded, red, tmp_path, caplog, cont
         assert still.size == (4, 4)
 
 
-class ComfyUIs:
-    """What ComfyUI's own previewer and its module look like."""
-
-    __name__, MAX_PREVIEW_RESOLUTION = __name__, 512
+class LatentToRGB:
+    """A previewer as ComfyUI and other packs have them."""
 
     def decode_latent_to_preview_image(self, kind, latents):
         return kind, latents.shape[2]
 
 
-def test_the_tiny_autoencoder_takes_the_place_of_comfyuis_own_previewer(red, monkeypatch):
-    monkeypatch.setattr(host, "latent_preview", ComfyUIs())
+def test_the_tiny_autoencoder_takes_the_place_of_comfyuis_own_previewer(red):
     host.configure(device="cpu", models_dir=red.models)
-    latents, tiny_one = torch.zeros(1, 16, 5, 4, 4), Previewer(host._preview_decoder(), torch.device("cpu"))
-    kind, picture, largest = host._picture(ComfyUIs(), tiny_one, latents)
+    latents, tiny = torch.zeros(1, 16, 5, 4, 4), Previewer(find_decoder(host.current), torch.device("cpu"))
+    kind, picture, largest = for_editor(LatentToRGB(), True, tiny, latents, 512)
     assert (kind, picture.size, picture.getpixel((0, 0)), largest) == ("JPEG", (32, 32), (255, 0, 0), 512)
     without = Previewer(None, torch.device("cpu"))
-    assert host._picture(ComfyUIs(), without, latents) == ("JPEG", 1)
-    monkeypatch.setattr(ComfyUIs, "__module__", "another_pack")
-    assert host._picture(ComfyUIs(), tiny_one, latents) == ("JPEG", 5)
+    assert for_editor(LatentToRGB(), True, without, latents, 512) == ("JPEG", 1)
+    assert for_editor(LatentToRGB(), False, tiny, latents, 512) == ("JPEG", 5)
 
 
 def test_the_command_decodes_kept_latents(loaded, tmp_path):

@@ -22,6 +22,7 @@ sys.path.append({root!r})
 import pack
 pack.register()
 from wancore.nodes import host
+from wancore.nodes.comfyui import unreserved_memory
 from wan_core.offload.streaming import PlainCopies
 from wan_core.offload.weights import Residency
 
@@ -32,9 +33,9 @@ class Copying(PlainCopies):
         return weight.clone()
 
 def used(module):
-    with Residency.of(module).working(CPU, keep=host.keeps_weights(), copies=Copying(CPU)):
+    with Residency.of(module).working(CPU, keep=host.current.keeps_weights(), copies=Copying(CPU)):
         pass
-    host.account_for(module)
+    host.current.register_weights(module)
 
 model, other = (nn.ModuleList(nn.Linear(64, 64) for _ in range(4)).requires_grad_(False) for _ in range(2))
 size = sum(p.nbytes for p in model.parameters())
@@ -60,14 +61,14 @@ del model, module
 gc.collect()
 assert not management.current_loaded_models, "nothing is held once the graph drops it"
 
-assert host.memory_settings().vram_limit is None
+assert host.current.memory_settings().vram_limit is None
 for state in (management.VRAMState.LOW_VRAM, management.VRAMState.NO_VRAM):
     management.vram_state = state
-    assert host.memory_settings().vram_limit == 0
+    assert host.current.memory_settings().vram_limit == 0
 management.get_free_memory = lambda device=None, torch_free_too=False: 10**9
 management.EXTRA_RESERVED_VRAM = 3 * 10**8
-assert host._memory_left(torch.device("meta")) == 7 * 10**8, "--reserve-vram is left alone"
-assert host._memory_left(CPU) is None
+assert unreserved_memory(torch.device("meta")) == 7 * 10**8, "--reserve-vram is left alone"
+assert unreserved_memory(CPU) is None
 print("all true")
 '''
 

@@ -255,8 +255,10 @@ def test_a_step_in_words():
 
 def test_progress_and_pictures_are_shown_in_turn(tmp_path, monkeypatch):
     shown, said, now = [], [], [0.0]
-    monkeypatch.setattr(host, "show", lambda phase, done, total, picture=None: shown.append((phase, done, picture)))
-    monkeypatch.setattr(host, "say", lambda line, node_id: said.append((node_id, line)))
+    monkeypatch.setattr(
+        host.current, "show_progress", lambda phase, done, total, picture=None: shown.append((phase, done, picture))
+    )
+    monkeypatch.setattr(host.current, "show_text", lambda line, node_id: said.append((node_id, line)))
     (tmp_path / "samples").mkdir()
     sample = tmp_path / "samples" / "step-0000001_00.png"
     Image.new("RGB", (32, 16), "red").save(sample)

@@ -156,7 +156,6 @@ def test_bad_rows_of_known_kinds_are_rows(tmp_path):
     assert "not a regular file" in bad["pipe.mp4"] and "there is no file" in bad["lost.mp4"]
 
 
-@pytest.mark.skipif(host.folder_paths is not None, reason="ComfyUI lists its own folders")
 def test_model_lists_follow_links_as_comfyui_does(tmp_path):
     root, far = tmp_path / "models" / "loras", tmp_path / "far"
     (far / "deep").mkdir(parents=True)
@@ -168,9 +167,9 @@ def test_model_lists_follow_links_as_comfyui_does(tmp_path):
     (root / "d.safetensors").symlink_to(far / "b.SAFETENSORS")
     host.configure(models_dir=tmp_path / "models")
     try:
-        listed = host.list_files("loras")
+        listed = host.current.list_files("loras")
         assert listed == ["a.safetensors", "d.safetensors", "nas/b.SAFETENSORS", "nas/deep/c.pt"]
-        assert all(host.find_file("loras", name).exists() for name in listed)
+        assert all(host.current.find_file("loras", name).exists() for name in listed)
     finally:
         host.configure()
 

@@ -1,0 +1,301 @@
+"""ComfyUI as the host. The only file that imports it."""
+
+import contextlib
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_vision
+import comfy.latent_formats
+import comfy.utils
+import folder_paths
+import latent_preview
+import torch
+from comfy import model_management
+from comfy_execution.utils import get_executing_context
+from PIL import Image
+from torch import nn
+
+from wan_core.offload.blocks import weight_bytes
+from wan_core.offload.weights import Residency
+from wan_core.runtime import Pace, Runtime, log
+from wan_core.sampling.preview import Previewer
+from wan_core.settings import MemorySettings
+
+from . import previews
+
+SECONDS_BETWEEN_NOTICES = 30
+
+POLL = 0.25
+"""Seconds between two looks at ComfyUI's history."""
+
+_residents: "weakref.WeakKeyDictionary[nn.Module, ResidentModel]" = weakref.WeakKeyDictionary()
+
+
+class ComfyUI:
+    """ComfyUI's services, see `host.Host`."""
+
+    def device(self) -> torch.device:
+        return model_management.get_torch_device()
+
+    def offload_device(self) -> torch.device:
+        return model_management.unet_offload_device()
+
+    def runtime(self, dtype: torch.dtype) -> Runtime:
+        device, reserved = self.device(), model_management.extra_reserved_memory
+        return Runtime(
+            device=device,
+            dtype=dtype,
+            on_progress=_progress_bars(self, device),
+            check_cancelled=self.check_cancelled,
+            free_memory=lambda size: model_management.free_memory(size + reserved(), device),
+            memory_left=unreserved_memory,
+        )
+
+    def check_cancelled(self) -> None:
+        model_management.throw_exception_if_processing_interrupted()
+
+    def show_progress(self, phase: str, done: int, total: int, picture: Image.Image | None = None) -> None:
+        preview = None if picture is None else ("JPEG", picture, max(picture.size))
+        comfy.utils.ProgressBar(total).update_absolute(done, total, preview)
+
+    def show_text(self, line: str, node_id: str | None) -> None:
+        server = _prompt_server()
+        if server and node_id:
+            with previews.never_fail():
+                server.send_progress_text(line, node_id)
+
+    def workflow(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing around it: ComfyUI's executor runs workflows."""
+        return contextlib.nullcontext()
+
+    def when_saved(self, action: Callable[[], None]) -> None:
+        """When the prompt has ended well or, after an error, the next one that takes the node's result from the cache;
+        at once where a node is called alone.
+        """
+        server, running = _prompt_server(), get_executing_context()
+        if server is None or running is None:
+            action()
+        else:
+            arguments = (server, running.prompt_id, running.node_id, action)
+            threading.Thread(target=_after, args=arguments, daemon=True).start()
+
+    def free_device(self) -> None:
+        model_management.unload_all_models()
+        model_management.soft_empty_cache()
+
+    def free_bytes(self) -> float | None:
+        device = self.device()
+        free = unreserved_memory(device)
+        loaded = (known for known in model_management.current_loaded_models if known.device == device and known.model)
+        return None if free is None else free + sum(known.model_loaded_memory() for known in loaded)
+
+    def memory_settings(self) -> MemorySettings:
+        """--lowvram and --novram stream every block."""
+        states = model_management.VRAMState
+        streams = model_management.vram_state in (states.LOW_VRAM, states.NO_VRAM)
+        return MemorySettings(vram_limit=0.0 if streams else None)
+
+    def keeps_weights(self) -> bool:
+        return True
+
+    def register_weights(self, module: nn.Module) -> None:
+        known = model_management.current_loaded_models
+        listed = any(loaded.model is not None and loaded.model.model is module for loaded in known)
+        if listed or not Residency.of(module).kept_bytes:
+            return
+        resident = _residents.setdefault(module, ResidentModel(module, self.device(), self.offload_device()))
+        loaded = model_management.LoadedModel(resident)
+        loaded.real_model = weakref.ref(module)
+        loaded.model_finalizer = weakref.finalize(module, model_management.cleanup_models)
+        known.insert(0, loaded)
+
+    def clip_vision_output(self, tokens: torch.Tensor) -> Any:
+        output = comfy.clip_vision.Output()
+        output.penultimate_hidden_states = tokens
+        return output
+
+    def models_dir(self) -> Path:
+        return Path(folder_paths.models_dir)
+
+    def input_dir(self) -> Path:
+        return Path(folder_paths.get_input_directory())
+
+    def output_dir(self) -> Path:
+        return Path(folder_paths.get_output_directory())
+
+    def temp_dir(self) -> Path:
+        folder = Path(folder_paths.get_temp_directory())
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def prompts_dir(self) -> Path:
+        return Path(folder_paths.get_user_directory()) / "wancore" / "prompts"
+
+    def trainer_folders(self) -> list[Path]:
+        return []
+
+    def typed_names(self) -> frozenset[str]:
+        """None: anybody who reaches ComfyUI's port may queue a workflow."""
+        return frozenset()
+
+    def annotated(self, name: str) -> tuple[str, Path]:
+        """`name [output]` and `name [temp]` name a file of those folders."""
+        plain, folder = folder_paths.annotated_filepath(name)
+        return plain, Path(folder) if folder else self.input_dir()
+
+    def model_folders(self, folder: str) -> list[Path]:
+        """With those of extra_model_paths.yaml."""
+        with contextlib.suppress(KeyError):
+            return [Path(place) for place in folder_paths.get_folder_paths(folder)]
+        return []
+
+    def list_files(self, folder: str) -> list[str]:
+        with contextlib.suppress(KeyError):
+            return list(folder_paths.get_filename_list(folder))
+        return []
+
+    def find_file(self, folder: str, name: str) -> Path:
+        if name not in self.list_files(folder):
+            raise ValueError(f"There is no file {name!r} in the models folder {folder!r}.")
+        return Path(folder_paths.get_full_path(folder, name))
+
+
+def unreserved_memory(device: torch.device) -> int | None:
+    """Bytes that ComfyUI leaves to inference on a device, less what --reserve-vram keeps for others; None for a CPU."""
+    if device.type == "cpu":
+        return None
+    return model_management.get_free_memory(device) - model_management.extra_reserved_memory()
+
+
+def _prompt_server() -> Any | None:
+    # ComfyUI loads it before any node runs. Only a script that uses ComfyUI's parts has none, and importing it there
+    # would start one.
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
+def _after(server: Any, prompt_id: str, node_id: str, action: Callable[[], None]) -> None:
+    """Do `action` when a prompt has ended well, this one or one after it.
+
+    Once the result of `node_id`, which this prompt made, has left ComfyUI's cache, nothing is done: the node then runs
+    again and asks again.
+    """
+    status = _ended(server, prompt_id)
+    while status is not None and not status["completed"]:
+        while server.last_prompt_id == prompt_id:
+            time.sleep(POLL)
+        prompt_id = server.last_prompt_id
+        status = _ended(server, prompt_id)
+        cached = () if status is None else (data["nodes"] for name, data in status["messages"] if name == CACHED)
+        if not any(node_id in nodes for nodes in cached):
+            return
+    if status is not None:
+        action()
+
+
+CACHED = "execution_cached"
+"""ComfyUI's message of the nodes whose results were in its cache when a prompt began."""
+
+
+def _ended(server: Any, prompt_id: str) -> dict[str, Any] | None:
+    """How a prompt has ended, from ComfyUI's history, once it has; None where the history was cleared of it."""
+    running = True
+    while running:
+        time.sleep(POLL)
+        # Asked first: the next prompt begins after this one has got into the history.
+        running = server.last_prompt_id == prompt_id
+        for entry in server.prompt_queue.get_history(prompt_id=prompt_id).values():
+            return entry["status"]
+    return None
+
+
+def _progress_bars(host: ComfyUI, device: torch.device) -> Callable[..., None]:
+    """Progress for ComfyUI's bar, with a picture while sampling where it shows any, and the time left in the log."""
+    bars: dict[str, Any] = {}
+    pace, noticed = Pace(), time.monotonic()
+    previewer, tiny = None, None
+    with previews.never_fail():
+        previewer = latent_preview.get_previewer(device, comfy.latent_formats.Wan21())
+
+    def report(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
+        nonlocal noticed, tiny
+        picture = None
+        if latents is not None and previewer is not None:
+            with previews.never_fail():
+                tiny = tiny or Previewer(previews.find_decoder(host), device)
+                own = type(previewer).__module__ == latent_preview.__name__
+                picture = previews.for_editor(previewer, own, tiny, latents, latent_preview.MAX_PREVIEW_RESOLUTION)
+        bars.setdefault(phase, comfy.utils.ProgressBar(total)).update_absolute(done, total, picture)
+        left = pace.left(phase, done, total)
+        if left and time.monotonic() - noticed > SECONDS_BETWEEN_NOTICES:
+            noticed = time.monotonic()
+            log.info("%s %d/%d%s", phase, done, total, left)
+
+    return report
+
+
+class ResidentModel:
+    """A model whose weights stay on the device for its next use, with what ComfyUI's model management asks of a model
+    that it may evict (`comfy.model_management.LoadedModel`).
+
+    It refers to the module weakly: nothing is held once the graph drops it.
+    """
+
+    parent = None
+
+    def __init__(self, module: nn.Module, load_device: torch.device, offload_device: torch.device) -> None:
+        self._module = weakref.ref(module)
+        self.load_device, self.offload_device = load_device, offload_device
+
+    @property
+    def model(self) -> nn.Module | None:
+        return self._module()
+
+    @property
+    def _residency(self) -> Residency:
+        return Residency.of(self._module())
+
+    def model_size(self) -> int:
+        """Bytes of all weights."""
+        return weight_bytes(self._module())
+
+    def loaded_size(self) -> int:
+        """Bytes that are on the device."""
+        return self._residency.kept_bytes
+
+    def current_loaded_device(self) -> torch.device:
+        return self.load_device if self.loaded_size() else self.offload_device
+
+    def partially_unload(self, device_to: torch.device, memory_to_free: float = 0) -> int:
+        """Free at least so many bytes of the device; the bytes that were freed."""
+        return self._residency.evict(memory_to_free)
+
+    def partially_load(
+        self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
+    ) -> int:
+        """Bytes loaded: none, weights come back when the model is used."""
+        return 0
+
+    def detach(self, unpatch_all: bool = True) -> nn.Module | None:
+        """Free everything."""
+        self._residency.evict()
+        return self._module()
+
+    def model_patches_models(self) -> list["ResidentModel"]:
+        return []
+
+    def model_patches_to(self, target: torch.device | torch.dtype) -> None: ...
+
+    def model_dtype(self) -> torch.dtype | None:
+        return None
+
+    def lowvram_patch_counter(self) -> int:
+        return 0
+
+    def is_clone(self, other: object) -> bool:
+        """Whether `other` stands for the same module."""
+        return getattr(other, "model", None) is self._module()
