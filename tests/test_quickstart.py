@@ -28,9 +28,8 @@ if "Prompt.prompt=wait" in sys.argv:
     time.sleep(60)
 out.mkdir(exist_ok=True)
 (out / "film.mp4").touch()
-print("step 1/1")
+print("step 1/1", file=sys.stderr)
 print(out / "film.mp4")
-print("saved")
 """
 
 
@@ -74,21 +73,14 @@ def empty_venv(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("version", "accepted"),
-    [((3, 10, 0), True), ((3, 11), True), ((4, 0, 0), True), ((3, 9, 18), False), ((2, 7, 18), False)],
-)
-def test_versions_from_3_10_are_accepted(version: tuple[int, ...], accepted: bool) -> None:
-    problem = quickstart.version_problem(version)
-    assert (problem == "") is accepted
-    assert accepted or ("3.10" in problem and f"{version[0]}.{version[1]}" in problem and "\n" not in problem)
-
-
 def test_an_old_python_can_read_the_file_up_to_the_version_check() -> None:
     tree = ast.parse(SOURCE.read_text(encoding="utf-8"), feature_version=(3, 6))
     check = next(index for index, node in enumerate(tree.body) if isinstance(node, ast.If))
-    before = [node for node in tree.body[:check] if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    assert [node.name for node in before] == ["version_problem"]
+    assert not [node for node in tree.body[:check] if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    program = ast.unparse(ast.Module(tree.body[: check + 1], []))
+    old = f"import sys; sys.version_info = (3, 9, 18)\n{program}"
+    done = subprocess.run([sys.executable, "-c", old], capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "3.10 or newer; this is 3.9" in done.stderr
 
 
 def test_help_names_every_option_and_command(pack: Path) -> None:
@@ -109,10 +101,10 @@ def test_help_names_every_option_and_command(pack: Path) -> None:
         (["--prompt"], "--prompt"),
     ],
 )
-def test_a_mistyped_command_line_is_told_in_one_line(pack: Path, arguments: list[str], named: str) -> None:
+def test_a_mistyped_command_line_is_refused_before_anything_runs(pack: Path, arguments: list[str], named: str) -> None:
     done = run(pack, *arguments)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert named in done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
+    assert named in done.stderr.splitlines()[-1]
 
 
 def test_test_passes_its_arguments_on_in_order() -> None:
@@ -143,31 +135,6 @@ def test_options_become_inputs_of_the_workflow(arguments: list[str], expected: l
     assert command == ["py", "-m", "headless", "run", "workflows/api/t2v.json", "--out", "o", *expected]
 
 
-def test_requirements_are_read_through_other_files(pack: Path) -> None:
-    (pack / "requirements.txt").write_text("# a comment\n\nnumpy>=1.25   # why\n")
-    assert quickstart.read_requirements(pack / "requirements-dev.txt") == ["numpy>=1.25", "pytest-xdist>=2"]
-
-
-def test_unmet_are_the_absent_and_the_too_old() -> None:
-    assert quickstart.unmet(["pytest>=7", "pytest-xdist", "pytest>=7000.1", "no-such-package"]) == [
-        "pytest>=7000.1",
-        "no-such-package",
-    ]
-
-
-def test_the_stamp_of_the_developer_holds_for_the_user_until_a_requirement_changes(
-    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    user, developer = pack / "requirements.txt", pack / "requirements-dev.txt"
-    monkeypatch.setattr(quickstart, "REQUIREMENTS", user)
-    quickstart.write_stamp(tmp_path, user)
-    assert [quickstart.is_installed(tmp_path, path) for path in (user, developer)] == [True, False]
-    quickstart.write_stamp(tmp_path, developer)
-    assert [quickstart.is_installed(tmp_path, path) for path in (user, developer)] == [True, True]
-    user.write_text("pytest>=8\n")
-    assert [quickstart.is_installed(tmp_path, path) for path in (user, developer)] == [False, False]
-
-
 @pytest.mark.skipif(os.name == "nt", reason="a program without a suffix is none on Windows")
 def test_a_driver_program_on_the_path_means_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nvidia-smi").touch(mode=0o755)
@@ -177,7 +144,7 @@ def test_a_driver_program_on_the_path_means_cuda(tmp_path: Path, monkeypatch: py
 
 def test_the_active_python_is_used_when_it_has_everything(pack: Path) -> None:
     done = run(pack)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "step 1/1\n")
     assert done.stdout.splitlines()[0].endswith(sys.executable)
     assert done.stdout.splitlines()[-1] == str(pack / "output/film.mp4")
     assert not (pack / ".venv").exists()
@@ -248,29 +215,12 @@ def test_what_is_no_environment_is_refused_and_left_alone(pack: Path, name: str)
     assert kept.read_text() == "mine"
 
 
-def test_a_stamped_environment_is_used_without_pip(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    venv = empty_venv(pack / "env")
-    monkeypatch.setattr(quickstart, "REQUIREMENTS", pack / "requirements.txt")
-    quickstart.write_stamp(venv, pack / "requirements.txt")
-    done = run(pack, "--venv", str(venv))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Installing" not in done.stdout
-
-
-def test_a_python_without_venv_is_told_what_to_install(pack: Path) -> None:
-    (pack / "sitecustomize.py").write_text("import sys\nsys.modules['ensurepip'] = None\n")
-    done = run(pack, "--venv", str(pack / "env"), PYTHONPATH=str(pack))
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert "apt install python3-venv" in done.stderr
-    assert not (pack / "env").exists()
-
-
 def test_a_half_made_environment_is_taken_away(pack: Path) -> None:
     (pack / "venv.py").write_text("import os, sys\nos.makedirs(sys.argv[-1] + '/bin')\nsys.exit('no room for bin')\n")
     done = run(pack, "--venv", str(pack / "env"), PYTHONPATH=str(pack))
-    tail, line = done.stderr.splitlines()
-    assert (done.returncode, tail) == (1, "no room for bin")
-    assert line == f"quickstart: Python could not make {pack / 'env'}; its own words are above."
+    said, line = done.stderr.splitlines()
+    assert (done.returncode, said) == (1, "no room for bin")
+    assert line == f"quickstart: Python could not make {pack / 'env'}; it says why above."
     assert not (pack / "env").exists()
 
 
@@ -281,8 +231,8 @@ def test_from_nothing_to_a_film_and_again_without_pip(pack: Path) -> None:
     make_wheel(pack.parent, "stand_in", "1.0")
 
     first = run(pack, WANCORE_TORCH="torch==2.5")
-    assert (first.returncode, first.stderr) == (0, "")
-    assert [line.split(" ...")[0] for line in first.stdout.splitlines()[:3]] == [
+    assert first.returncode == 0
+    assert [line.split(" ...")[0] for line in first.stdout.splitlines() if line.endswith("...")][:3] == [
         f"Making {pack / '.venv'}",
         "Installing torch==2.5",
         "Installing requirements.txt",
@@ -315,7 +265,7 @@ def test_a_torch_outside_of_environments_is_kept(pack: Path) -> None:
         wheel.extractall(site.stdout.strip())
 
     done = run(pack, python=python, PYTHONUSERBASE=home)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
     assert "around the torch you have" in done.stdout.splitlines()[0]
     assert [path.name for path in (pack / ".venv").rglob("torch*")] == []
     assert list((pack / ".venv").rglob("stand_in.py"))
