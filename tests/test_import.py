@@ -78,9 +78,8 @@ pack.register()
 """
 
 ONE_IDENTITY = """
-import collections, pathlib, wan_core, wancore.headless.cli, wancore.nodes, wancore.trainer.models, wan_core.parts
-assert wan_core.ModelConfig is wan_core.parts.ModelConfig is wan_core.model_config.ModelConfig
-assert wancore.nodes.loaders.prepare is wancore.trainer.models.prepare is wan_core.prepare
+import collections, pathlib, wan_core, wancore.headless.cli, wancore.nodes, wancore.trainer.model.load
+assert wan_core.ModelConfig is wancore.trainer.model.load.ModelConfig
 try:
     import wancore.wan_core
 except ModuleNotFoundError:
