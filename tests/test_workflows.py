@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.lora.fixtures import trained_weights
 from tools import workflows
-from tools.graph import is_widget
+from tools.graph import inputs, is_widget
 from tools.training_workflows import VALIDATIONS
 from wan_core.media import probe
 from wancore.headless.core_nodes import core_nodes
@@ -90,6 +90,20 @@ def test_nodes_say_where_they_and_their_files_come_from(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_loaders_name_what_they_list(name, tmp_path):
+    """On a machine without any model, where a list holds what is published."""
+    host.configure(models_dir=tmp_path, input_dir=tmp_path)
+    try:
+        lists = {kind: next(inputs(CLASSES[kind])) for kind in LOADERS if kind != "WanCoreSpeedControl"}
+    finally:
+        host.configure()
+    for node in load("api", f"{name}.json").values():
+        if node["class_type"] in lists:
+            widget, choices, *_ = lists[node["class_type"]]
+            assert node["inputs"][widget] in choices
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_has_a_picture(name):
     path = FOLDER / f"{name}.jpg"
     assert path.is_file(), "run python -m tools.workflows --thumbnails"
@@ -114,19 +128,19 @@ def as_api(workflow: dict) -> dict:
     for node in workflow["nodes"]:
         if node["type"] == "MarkdownNote":
             continue
-        values, inputs = iter(node["widgets_values"]), {}
+        values, given = iter(node["widgets_values"]), {}
         slots = {entry["name"]: entry for entry in node["inputs"]}
         for name, kind, options, _ in inputs(CLASSES[node["type"]]):
             if is_widget(kind):
-                inputs[name] = next(values)
+                given[name] = next(values)
                 if options.get("control_after_generate"):
                     assert next(values) in ("fixed", "randomize", "increment", "decrement")
                 if any(option.endswith("_upload") for option in options):
                     assert next(values) == "image"
             if slots[name]["link"] is not None:
-                inputs[name] = sources[slots[name]["link"]]
+                given[name] = sources[slots[name]["link"]]
         assert next(values, None) is None
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": node["title"]}}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": given, "_meta": {"title": node["title"]}}
     return prompt
 
 
@@ -194,8 +208,8 @@ def run_tiny(models, weights, tmp_path):
         folders = Folders(tmp_path / "in", tmp_path / "out")
         nodes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
         workflow = loaded(name, nodes, weights.get(name))
-        for title, inputs in {"Sampler": {"steps": 2, "cfg": 1.5}, **(changes or {})}.items():
-            workflow = with_inputs(workflow, title, inputs)
+        for title, given in {"Sampler": {"steps": 2, "cfg": 1.5}, **(changes or {})}.items():
+            workflow = with_inputs(workflow, title, given)
         return run(workflow, nodes, folders=folders, on_event=lambda _: None).files[-1]
 
     yield execute

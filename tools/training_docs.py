@@ -5,11 +5,12 @@ import re
 from collections.abc import Iterator, Sequence
 
 from pack import ROOT
+from wan_core.catalog import CATALOG
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.data.clips import INPUTS
 from wancore.trainer.flags import ACCEPTED, ELSEWHERE, flag_type
 from wancore.trainer.optimizers import PACKAGES
-from wancore.trainer.recipes import CATALOG, KINDS, MODES, recipe, short_name
+from wancore.trainer.recipes import MODES, TASKS, recipe
 
 SECTIONS = {
     "Data": "dataset_base_path",
@@ -74,14 +75,14 @@ def recipes() -> Iterator[str]:
     """Every published checkpoint: what is trained and with what."""
     yield from _head("Row", "Extra inputs", "Mode", "Trained", "Learning rate", "Epochs", "Frames", "Launched with")
     for row in CATALOG:
-        names = ", ".join(f"`{name}`" for name in KINDS[row.model_id].inputs) or "none"
+        names = ", ".join(f"`{name}`" for name in TASKS[row.task].inputs) or "none"
         for mode in MODES:
             found = recipe(row.model_id, mode)
             trained = found.flags.get("lora_base_model") or found.flags["trainable_models"][0]
             rate, epochs, frames = (found.flags[name] for name in ("learning_rate", "num_epochs", "num_frames"))
             first = mode == MODES[0]
             yield _row(
-                f"`{short_name(row)}`" if first else "", names if first else "", mode, f"`{trained}`", f"{rate:g}",
+                f"`{row.short_name}`" if first else "", names if first else "", mode, f"`{trained}`", f"{rate:g}",
                 str(epochs), str(frames), f"`{found.launcher}`" if found.launcher else "one process",
             )  # fmt: skip
 

@@ -1,11 +1,11 @@
 """The workflows that train and try the result: on the example data, and on what the shell has trained."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tools.graph import Graph, Stage, Step
-from tools.workflow_texts import CONTROL, SPEED, SPEED_CONTROL, T2V_BASE, TEXT, Kind, loaders, save_steps, split_steps
+from tools.workflow_texts import TASKS, loaders, save_steps, split_steps
+from wan_core.catalog import SPEED_CONTROL, T2V_BASE, CatalogRow, published
 
 DATA_FOLDER = "training_example"
 DATA_SIZE = {"width": 416, "height": 240, "num_frames": 33}
@@ -25,7 +25,6 @@ class Training:
     Attributes:
         title, what: for its reader.
         model_id: the checkpoint.
-        kind: how its videos are made.
         trainer: the training node, and its inputs that differ from their defaults.
         extra_inputs: what is trained besides the prompt.
     """
@@ -33,22 +32,21 @@ class Training:
     title: str
     what: str
     model_id: str
-    kind: Kind
     trainer: tuple[str, dict[str, Any]]
     extra_inputs: str = ""
 
 
 TRAININGS = {
     "train_lora_t2v": Training(
-        "Train a LoRA", "A LoRA learns how the clips of a data set look.", T2V_BASE, TEXT,
+        "Train a LoRA", "A LoRA learns how the clips of a data set look.", T2V_BASE,
         ("WanCoreTrainLora", {"num_epochs": 5}),
     ),
     "train_lora_control": Training(
         "Train a LoRA on a control model", "A LoRA learns how clips follow their control videos.",
-        "PAI/Wan2.1-Fun-1.3B-Control", CONTROL, ("WanCoreTrainLora", {"num_epochs": 5}), "control_video",
+        "PAI/Wan2.1-Fun-1.3B-Control", ("WanCoreTrainLora", {"num_epochs": 5}), "control_video",
     ),
     "train_speed_control": Training(
-        "Train speed control", "The speed-control adapter learns how fast things move.", SPEED_CONTROL, SPEED,
+        "Train speed control", "The speed-control adapter learns how fast things move.", SPEED_CONTROL,
         ("WanCoreTrainModel", {"part": "motion_controller", "num_epochs": 2, "adapter": SPEED_CONTROL}),
         "motion_bucket_id",
     ),
@@ -69,14 +67,14 @@ TITLES = {
 NAMES = (*TRAININGS, *VALIDATIONS)
 
 
-def describe(name: str, find_row: Callable[[str], Any]) -> Graph:
-    """The workflow called `name`, with the presets that `find_row` knows."""
-    return _training(name, find_row) if name in TRAININGS else _validation(name, find_row)
+def describe(name: str) -> Graph:
+    """The workflow called `name`, with the preset of its checkpoint."""
+    return _training(name) if name in TRAININGS else _validation(name)
 
 
-def _training(name: str, find_row: Callable[[str], Any]) -> Graph:
+def _training(name: str) -> Graph:
     training = TRAININGS[name]
-    row = find_row(training.model_id)
+    row = published(training.model_id)
     node, settings = training.trainer
     data = {"folder": DATA_FOLDER, **DATA_SIZE, "extra_inputs": training.extra_inputs, "dataset_repeat": 25}
     model = {"data": ("Training data", 0), "model": row.base or row.model_id, "name": name}
@@ -86,14 +84,14 @@ def _training(name: str, find_row: Callable[[str], Any]) -> Graph:
         ),
         Stage("Training", [Step("Train", node, {**model, **settings}), _preview("Loss chart", "Train", 1)]),
     ]
-    made = _video(name, row, training.kind, ("Train", 0), CAPTION, DATA_SIZE, {})
+    made = _video(name, row, ("Train", 0), CAPTION, DATA_SIZE, {})
     return Graph(name, _training_note(training), [*before, *made])
 
 
-def _validation(name: str, find_row: Callable[[str], Any]) -> Graph:
-    row = find_row(T2V_BASE)
+def _validation(name: str) -> Graph:
+    row = published(T2V_BASE)
     size = {"width": row.preset.width, "height": row.preset.height, "num_frames": row.preset.num_frames}
-    made = _video(name, row, TEXT, VALIDATIONS[name], VALIDATION_PROMPT, size, {"tiled": True})
+    made = _video(name, row, VALIDATIONS[name], VALIDATION_PROMPT, size, {"tiled": True})
     return Graph(name, _validation_note(name), made)
 
 
@@ -102,13 +100,13 @@ def _preview(title: str, source: str, output: int) -> Step:
 
 
 def _video(
-    name: str, row: Any, kind: Kind, weights: Any, prompt: str, size: dict[str, Any], decode: dict[str, Any]
+    name: str, row: CatalogRow, weights: Any, prompt: str, size: dict[str, Any], decode: dict[str, Any]
 ) -> list[Stage]:
     """From models and trained weights to a video."""
     preset = row.preset
     words = {"prompt": prompt, "negative_prompt": preset.negative_prompt}
-    inputs = kind.inputs(size)
-    controlled = kind is SPEED
+    inputs = TASKS[row.task].inputs(size)
+    controlled = row.task == "speed"
     conditioning = (inputs[-1].title, 1 if controlled else 0) if inputs else ("Prompt", 0)
     model = ("Speed control", 0) if controlled else ("Load model", 0)
     links = {"model": ("Trained weights", 0), "conditioning": conditioning}
@@ -116,7 +114,7 @@ def _video(
     saved = save_steps(name)
     saved[0] = Step(saved[0].title, saved[0].class_type, {**saved[0].inputs, **decode})
     return [
-        Stage("Models", loaders(row, kind)),
+        Stage("Models", loaders(row)),
         Stage("Prompt", [Step("Prompt", "WanCoreTextEncode", {"text_encoder": ("Load text encoder", 0), **words})]),
         *(Stage(title, steps) for title, steps in split_steps(inputs).items() if steps),
         Stage(

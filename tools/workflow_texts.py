@@ -1,38 +1,30 @@
-"""The shipped workflows: one per published checkpoint, rows of a kind sharing one description.
+"""The shipped workflows: one per published checkpoint, those of a task sharing one description.
 
-`python -m tools.workflows` writes the JSON files. Settings come from the catalog's presets."""
+`python -m tools.workflows` writes the JSON files. Names and settings come from the catalog."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tools.graph import Graph, Out, Stage, Step
+from wan_core.catalog import (
+    CATALOG,
+    DIT_FILE,
+    DIT_PATTERN,
+    IMAGE_ENCODER_PATTERN,
+    IMAGE_ENCODER_SOURCE,
+    MOTION_CONTROLLER_PATTERN,
+    SPEED_CONTROL,
+    T2V_BASE,
+    TEXT_ENCODER_PATTERN,
+    TOKENIZER_PATTERN,
+    VAE_PATTERN,
+    CatalogRow,
+    Task,
+    published,
+)
 
-T2V_BASE = "Wan-AI/Wan2.1-T2V-1.3B"
-IMAGE_ENCODER_SOURCE = "Wan-AI/Wan2.1-I2V-14B-480P"
-SPEED_CONTROL = "DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1"
 FPS = 16.0
-
-TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-VAE_FILE = "Wan2.1_VAE.pth"
-DIT_FILE = "diffusion_pytorch_model.safetensors"
-IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-
-REPACKED = {
-    "Wan-AI/Wan2.1-T2V-1.3B": "wan2.1_t2v_1.3B_fp16",
-    "Wan-AI/Wan2.1-T2V-14B": "wan2.1_t2v_14B_fp8_scaled",
-    "Wan-AI/Wan2.1-I2V-14B-480P": "wan2.1_i2v_480p_14B_fp16",
-    "Wan-AI/Wan2.1-I2V-14B-720P": "wan2.1_i2v_720p_14B_fp16",
-    "Wan-AI/Wan2.1-FLF2V-14B-720P": "wan2.1_flf2v_720p_14B_fp16",
-    "Wan-AI/Wan2.1-VACE-1.3B": "wan2.1_vace_1.3B_fp16",
-    "Wan-AI/Wan2.1-VACE-14B": "wan2.1_vace_14B_fp16",
-    "PAI/Wan2.1-Fun-1.3B-InP": "wan2.1_fun_inp_1.3B_bf16",
-    "PAI/Wan2.1-Fun-1.3B-Control": "wan2.1_fun_control_1.3B_bf16",
-    "PAI/Wan2.1-Fun-V1.1-1.3B-Control-Camera": "wan2.1_fun_camera_v1.1_1.3B_bf16",
-    "PAI/Wan2.1-Fun-V1.1-14B-Control-Camera": "wan2.1_fun_camera_v1.1_14B_bf16",
-}
-"""Names of the single files that Comfy-Org offers (comfyui-workflow-templates and docs.comfy.org link them). The
-authors' own files of Wan-AI's 14B models are shards, which ComfyUI's dialog cannot fetch as one."""
 
 PROMPTS = {
     "t2v": "A small town at sunset, warm lights along a river, gentle camera movement, cinematic",
@@ -49,25 +41,33 @@ def link(repository: str, file: str, directory: str) -> dict[str, str]:
     return {"name": file, "url": f"https://huggingface.co/{repository}/resolve/main/{file}", "directory": directory}
 
 
-def video_model(row: Any) -> dict[str, str]:
-    """The file that ComfyUI's dialog offers for a row's DiT: repacked where there is such a file, else its authors'."""
-    name = REPACKED.get(row.model_id)
-    if name:
-        repository, file = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", f"split_files/diffusion_models/{name}.safetensors"
-        return {**link(repository, file, "diffusion_models"), "name": f"{name}.safetensors"}
-    name = row.model_id.split("/")[1]
-    return {**link(row.huggingface_id, DIT_FILE, "diffusion_models"), "name": f"{name}.safetensors"}
+def video_model(row: CatalogRow) -> dict[str, str]:
+    """The file that ComfyUI's dialog offers for a row's DiT: one that is repacked where there is such a file, because
+    the authors' own files of Wan-AI's 14B models are shards, which the dialog cannot fetch as one.
+    """
+    if row.repacked:
+        repository, file = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", f"split_files/diffusion_models/{row.repacked}"
+        found = link(repository, f"{file}.safetensors", "diffusion_models")
+        return {**found, "name": f"{row.repacked}.safetensors"}
+    return {**link(row.huggingface_id, DIT_FILE, "diffusion_models"), "name": f"{row.short_name}.safetensors"}
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How the workflows of one kind of checkpoint are built."""
+class TaskGraph:
+    """How the workflows of one task are built.
+
+    Attributes:
+        title, what: for its reader.
+        prompt: an example.
+        inputs: from width, height and num_frames to the nodes between the prompt and the sampler.
+        uses_image_encoder: whether one of these nodes takes the CLIP image encoder.
+    """
 
     title: str
     what: str
     prompt: str
     inputs: Callable[[dict[str, Any]], list[Step]]
-    needs_image_encoder: bool = False
+    uses_image_encoder: bool = False
 
 
 def _image(title: str, file: str) -> Step:
@@ -147,7 +147,7 @@ def _speed(size: dict[str, Any]) -> list[Step]:
 
 SPEED_CONTROL_FILE = {
     "name": "Wan2.1-1.3b-speedcontrol-v1.safetensors",
-    "url": f"https://modelscope.cn/models/{SPEED_CONTROL}/resolve/master/model.safetensors",
+    "url": f"https://modelscope.cn/models/{SPEED_CONTROL}/resolve/master/{MOTION_CONTROLLER_PATTERN}",
     "directory": "diffusion_models",
 }
 
@@ -156,71 +156,59 @@ def _nothing(size: dict[str, Any]) -> list[Step]:
     return []
 
 
-TEXT = Kind("Text to video", "A prompt becomes a video.", PROMPTS["t2v"], _nothing)
-IMAGE = Kind("Image to video", "A picture becomes the first frame of a video.", PROMPTS["i2v"], _start, True)
-ENDS = Kind("First and last frame to video", "A video between two pictures.", PROMPTS["i2v"], _start_and_end, True)
-CONTROL = Kind(
-    "Control video", "A video that follows edges, depth or poses, frame by frame.", PROMPTS["control"], _control
-)
-CONTROL_REFERENCE = Kind(
-    "Control video with a reference image",
-    "A video that follows a control video and shows what is in the reference image.",
-    PROMPTS["control"],
-    _control_with_reference,
-    True,
-)
-CAMERA = Kind("Camera control", "A camera moves through a picture.", PROMPTS["camera"], _camera, True)
-VACE = Kind(
-    "VACE", "A masked part of a video is drawn anew, with a reference image of what appears.", PROMPTS["vace"], _vace
-)
-SPEED = Kind("Speed control", "A prompt becomes a video, with the speed of motion set.", PROMPTS["speed"], _speed)
-
-WORKFLOWS: dict[str, tuple[str, Kind]] = {
-    "t2v": (T2V_BASE, TEXT),
-    "t2v_1.3b": (T2V_BASE, TEXT),
-    "t2v_14b": ("Wan-AI/Wan2.1-T2V-14B", TEXT),
-    "i2v_480p": ("Wan-AI/Wan2.1-I2V-14B-480P", IMAGE),
-    "i2v_720p": ("Wan-AI/Wan2.1-I2V-14B-720P", IMAGE),
-    "flf2v_720p": ("Wan-AI/Wan2.1-FLF2V-14B-720P", ENDS),
-    "fun_inp_1.3b": ("PAI/Wan2.1-Fun-1.3B-InP", ENDS),
-    "fun_inp_14b": ("PAI/Wan2.1-Fun-14B-InP", ENDS),
-    "fun_control_1.3b": ("PAI/Wan2.1-Fun-1.3B-Control", CONTROL),
-    "fun_control_14b": ("PAI/Wan2.1-Fun-14B-Control", CONTROL),
-    "fun_v1.1_control_1.3b": ("PAI/Wan2.1-Fun-V1.1-1.3B-Control", CONTROL_REFERENCE),
-    "fun_v1.1_control_14b": ("PAI/Wan2.1-Fun-V1.1-14B-Control", CONTROL_REFERENCE),
-    "fun_v1.1_inp_1.3b": ("PAI/Wan2.1-Fun-V1.1-1.3B-InP", ENDS),
-    "fun_v1.1_inp_14b": ("PAI/Wan2.1-Fun-V1.1-14B-InP", ENDS),
-    "fun_v1.1_camera_1.3b": ("PAI/Wan2.1-Fun-V1.1-1.3B-Control-Camera", CAMERA),
-    "fun_v1.1_camera_14b": ("PAI/Wan2.1-Fun-V1.1-14B-Control-Camera", CAMERA),
-    "vace_1.3b_preview": ("iic/VACE-Wan2.1-1.3B-Preview", VACE),
-    "vace_1.3b": ("Wan-AI/Wan2.1-VACE-1.3B", VACE),
-    "vace_14b": ("Wan-AI/Wan2.1-VACE-14B", VACE),
-    "speed_1.3b": (SPEED_CONTROL, SPEED),
+TASKS: Mapping[Task, TaskGraph] = {
+    "text": TaskGraph("Text to video", "A prompt becomes a video.", PROMPTS["t2v"], _nothing),
+    "image": TaskGraph("Image to video", "A picture becomes the first frame of a video.", PROMPTS["i2v"], _start, True),
+    "first_last": TaskGraph(
+        "First and last frame to video", "A video between two pictures.", PROMPTS["i2v"], _start_and_end, True
+    ),
+    "control": TaskGraph(
+        "Control video", "A video that follows edges, depth or poses, frame by frame.", PROMPTS["control"], _control
+    ),
+    "control_reference": TaskGraph(
+        "Control video with a reference image",
+        "A video that follows a control video and shows what is in the reference image.",
+        PROMPTS["control"],
+        _control_with_reference,
+        True,
+    ),
+    "camera": TaskGraph("Camera control", "A camera moves through a picture.", PROMPTS["camera"], _camera, True),
+    "vace": TaskGraph(
+        "VACE",
+        "A masked part of a video is drawn anew, with a reference image of what appears.",
+        PROMPTS["vace"],
+        _vace,
+    ),
+    "speed": TaskGraph(
+        "Speed control", "A prompt becomes a video, with the speed of motion set.", PROMPTS["speed"], _speed
+    ),
 }
-"""File name to checkpoint and kind. `t2v` is the first workflow that a newcomer runs."""
+
+WORKFLOWS: dict[str, CatalogRow] = {"t2v": published(T2V_BASE), **{row.workflow: row for row in CATALOG}}
+"""File name to checkpoint. `t2v` is the first workflow that a newcomer runs."""
 
 
-def describe(name: str, find_row: Callable[[str], Any]) -> Graph:
-    """The workflow called `name`, with the preset that `find_row` knows for its checkpoint."""
-    model_id, kind = WORKFLOWS[name]
-    row = find_row(model_id)
+def describe(name: str) -> Graph:
+    """The workflow called `name`, with the preset of its checkpoint."""
+    row = WORKFLOWS[name]
+    task = TASKS[row.task]
     preset = row.preset
     size = {"width": preset.width, "height": preset.height, "num_frames": preset.num_frames}
-    prompt = {"prompt": kind.prompt, "negative_prompt": preset.negative_prompt}
+    prompt = {"prompt": task.prompt, "negative_prompt": preset.negative_prompt}
     encode = Step("Prompt", "WanCoreTextEncode", {"text_encoder": ("Load text encoder", 0), **prompt})
-    inputs = kind.inputs(size)
-    controlled = kind is SPEED
+    inputs = task.inputs(size)
+    controlled = row.task == "speed"
     source = (inputs[-1].title, 1 if controlled else 0) if inputs else ("Prompt", 0)
     links = {"model": ("Speed control", 0) if controlled else ("Load model", 0), "conditioning": source}
     settings = {"steps": preset.steps, "cfg": preset.cfg, "shift": preset.shift, **size}
     stages = [
-        Stage("Models", loaders(find_row(row.base) if row.base else row, kind)),
+        Stage("Models", loaders(row)),
         Stage("Prompt", [encode]),
         *(Stage(title, steps) for title, steps in split_steps(inputs).items() if steps),
         Stage("Sampling", [Step("Sampler", "WanCoreSampler", {**links, **settings})]),
         Stage("Video", save_steps(name)),
     ]
-    return Graph(name, _note(kind, row), stages)
+    return Graph(name, _note(row), stages)
 
 
 def split_steps(steps: list[Step]) -> dict[str, list[Step]]:
@@ -229,18 +217,19 @@ def split_steps(steps: list[Step]) -> dict[str, list[Step]]:
     return {"Inputs": [step for step in steps if step not in ours], "Conditioning": ours}
 
 
-def loaders(row: Any, kind: Kind) -> list[Step]:
-    """The nodes that load the models of `row`."""
-    text_encoder = link(T2V_BASE, TEXT_ENCODER_FILE, "text_encoders")
+def loaders(row: CatalogRow) -> list[Step]:
+    """The nodes that load the models of `row`; of an adapter's row the model that it is for."""
+    dit = published(row.base) if row.base else row
+    text_encoder = link(T2V_BASE, TEXT_ENCODER_PATTERN, "text_encoders")
     steps = [
-        Step("Load model", "WanCoreModelLoader", {"model": row.model_id}, [video_model(row)]),
+        Step("Load model", "WanCoreModelLoader", {"model": dit.model_id}, [video_model(dit)]),
         Step("Load text encoder", "WanCoreTextEncoderLoader", {"text_encoder": T2V_BASE}, [text_encoder]),
-        Step("Load VAE", "WanCoreVAELoader", {"vae": T2V_BASE}, [link(T2V_BASE, VAE_FILE, "vae")]),
+        Step("Load VAE", "WanCoreVAELoader", {"vae": T2V_BASE}, [link(T2V_BASE, VAE_PATTERN, "vae")]),
     ]
-    if kind.needs_image_encoder:
+    if TASKS[row.task].uses_image_encoder:
         inputs, file = (
             {"image_encoder": IMAGE_ENCODER_SOURCE},
-            link(IMAGE_ENCODER_SOURCE, IMAGE_ENCODER_FILE, "clip_vision"),
+            link(IMAGE_ENCODER_SOURCE, IMAGE_ENCODER_PATTERN, "clip_vision"),
         )
         steps.append(Step("Load image encoder", "WanCoreImageEncoderLoader", inputs, [file]))
     return steps
@@ -256,18 +245,19 @@ def save_steps(name: str) -> list[Step]:
     ]
 
 
-def _note(kind: Kind, row: Any) -> str:
+def _note(row: CatalogRow) -> str:
+    task = TASKS[row.task]
     files = [f"models/{row.model_id}/{pattern}" for pattern in row.files]
     if row.base:
-        files.append(f"models/{row.base}/diffusion_pytorch_model*.safetensors")
-    files += [f"models/{T2V_BASE}/{file}" for file in (TEXT_ENCODER_FILE, VAE_FILE, "google/umt5-xxl/")]
-    if kind.needs_image_encoder:
-        files.append(f"models/{IMAGE_ENCODER_SOURCE}/{IMAGE_ENCODER_FILE}")
+        files.append(f"models/{row.base}/{DIT_PATTERN}")
+    files += [f"models/{T2V_BASE}/{file}" for file in (TEXT_ENCODER_PATTERN, VAE_PATTERN, TOKENIZER_PATTERN)]
+    if task.uses_image_encoder:
+        files.append(f"models/{IMAGE_ENCODER_SOURCE}/{IMAGE_ENCODER_PATTERN}")
     return "\n".join(
         [
-            f"## {kind.title}",
+            f"## {task.title}",
             "",
-            f"{kind.what} The settings are those that the authors of `{row.model_id}` recommend.",
+            f"{task.what} The settings are those that the authors of `{row.model_id}` recommend.",
             "",
             "**Files** (fetched when `download` is on in a loader, or put them there yourself):",
             *(f"- `{file}`" for file in files),

@@ -14,8 +14,7 @@ from tools import training_workflows, workflow_texts
 from tools.graph import to_api, to_ui
 from tools.training_workflows import TITLES as TRAINING_TITLES
 from tools.training_workflows import VALIDATIONS
-from tools.workflow_texts import WORKFLOWS
-from wan_core import catalog
+from tools.workflow_texts import TASKS, WORKFLOWS
 from wan_core.media import load_video
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
@@ -28,7 +27,7 @@ SIZE = (480, 320)
 BAND = 44
 """Height of the line of text below the frames."""
 SETTINGS = {"steps": 8, "cfg": 2.0, "seed": 1}
-TITLES = {**{name: kind.title for name, (_, kind) in WORKFLOWS.items()}, **TRAINING_TITLES}
+TITLES = {**{name: TASKS[row.task].title for name, row in WORKFLOWS.items()}, **TRAINING_TITLES}
 FOLDER = ROOT / "workflows"
 
 
@@ -49,7 +48,7 @@ def files() -> dict[Path, dict[str, Any]]:
     described = [(workflow_texts, name) for name in workflow_texts.WORKFLOWS]
     described += [(training_workflows, name) for name in training_workflows.NAMES]
     for module, name in described:
-        graph = module.describe(name, catalog.find_row)
+        graph = module.describe(name)
         built[Path(f"{graph.name}.json")] = to_ui(graph, classes, NAME, version())
         built[Path("api", f"{graph.name}.json")] = to_api(graph, classes)
     return built

@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wan_core.catalog import CATALOG, DIT_PATTERN, IMAGE_ENCODER_PATTERN, TEXT_ENCODER_PATTERN, VAE_PATTERN, CatalogRow
+from wan_core.catalog import (
+    CATALOG,
+    DIT_PATTERN,
+    IMAGE_ENCODER_PATTERN,
+    TEXT_ENCODER_PATTERN,
+    VAE_PATTERN,
+    CatalogRow,
+    Task,
+)
 
 from .config import parse
 
@@ -43,8 +51,8 @@ BY_MODE: Mapping[str, Flags] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
-    """What the checkpoints of one kind are trained with.
+class TaskFlags:
+    """What the checkpoints of one task are trained with.
 
     Attributes:
         metadata: the file of the reference's example data.
@@ -62,62 +70,38 @@ class Kind:
     lora: Flags = field(default_factory=dict)
 
 
-TEXT = Kind()
-IMAGE = Kind(inputs=("input_image",))
-ENDS = Kind(inputs=("input_image", "end_image"))
-CONTROL = Kind(metadata="metadata_control.csv", inputs=("control_video",), columns=("video", "control_video"))
-REFERENCE = Kind(
-    metadata="metadata_reference_control.csv",
-    inputs=("control_video", "reference_image"),
-    columns=("video", "control_video", "reference_image"),
-)
-CAMERA = Kind(
-    metadata="metadata_camera_control.csv",
-    inputs=("input_image", "camera_control_direction", "camera_control_speed"),
-    lora={"learning_rate": 1e-5},
-)
-VACE = Kind(
-    metadata="metadata_vace.csv",
-    inputs=("vace_video", "vace_reference_image"),
-    columns=("video", "vace_video", "vace_reference_image"),
-    flags={"remove_prefix_in_ckpt": "pipe.vace.", "use_gradient_checkpointing_offload": True},
-    full={"trainable_models": ("vace",), "learning_rate": 5e-5},
-    lora={"lora_base_model": "vace"},
-)
-SPEED = Kind(
-    metadata="metadata_motion_bucket_id.csv",
-    inputs=("motion_bucket_id",),
-    full={"trainable_models": ("motion_controller",), "remove_prefix_in_ckpt": "pipe.motion_controller."},
-)
-
-KINDS: Mapping[str, Kind] = {
-    "Wan-AI/Wan2.1-T2V-1.3B": TEXT,
-    "Wan-AI/Wan2.1-T2V-14B": TEXT,
-    "Wan-AI/Wan2.1-I2V-14B-480P": IMAGE,
-    "Wan-AI/Wan2.1-I2V-14B-720P": IMAGE,
-    "Wan-AI/Wan2.1-FLF2V-14B-720P": ENDS,
-    "PAI/Wan2.1-Fun-1.3B-InP": ENDS,
-    "PAI/Wan2.1-Fun-14B-InP": ENDS,
-    "PAI/Wan2.1-Fun-1.3B-Control": CONTROL,
-    "PAI/Wan2.1-Fun-14B-Control": CONTROL,
-    "PAI/Wan2.1-Fun-V1.1-1.3B-Control": REFERENCE,
-    "PAI/Wan2.1-Fun-V1.1-14B-Control": REFERENCE,
-    "PAI/Wan2.1-Fun-V1.1-1.3B-InP": ENDS,
-    "PAI/Wan2.1-Fun-V1.1-14B-InP": ENDS,
-    "PAI/Wan2.1-Fun-V1.1-1.3B-Control-Camera": CAMERA,
-    "PAI/Wan2.1-Fun-V1.1-14B-Control-Camera": CAMERA,
-    "iic/VACE-Wan2.1-1.3B-Preview": VACE,
-    "Wan-AI/Wan2.1-VACE-1.3B": VACE,
-    "Wan-AI/Wan2.1-VACE-14B": VACE,
-    "DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1": SPEED,
+TASKS: Mapping[Task, TaskFlags] = {
+    "text": TaskFlags(),
+    "image": TaskFlags(inputs=("input_image",)),
+    "first_last": TaskFlags(inputs=("input_image", "end_image")),
+    "control": TaskFlags(
+        metadata="metadata_control.csv", inputs=("control_video",), columns=("video", "control_video")
+    ),
+    "control_reference": TaskFlags(
+        metadata="metadata_reference_control.csv",
+        inputs=("control_video", "reference_image"),
+        columns=("video", "control_video", "reference_image"),
+    ),
+    "camera": TaskFlags(
+        metadata="metadata_camera_control.csv",
+        inputs=("input_image", "camera_control_direction", "camera_control_speed"),
+        lora={"learning_rate": 1e-5},
+    ),
+    "vace": TaskFlags(
+        metadata="metadata_vace.csv",
+        inputs=("vace_video", "vace_reference_image"),
+        columns=("video", "vace_video", "vace_reference_image"),
+        flags={"remove_prefix_in_ckpt": "pipe.vace.", "use_gradient_checkpointing_offload": True},
+        full={"trainable_models": ("vace",), "learning_rate": 5e-5},
+        lora={"lora_base_model": "vace"},
+    ),
+    "speed": TaskFlags(
+        metadata="metadata_motion_bucket_id.csv",
+        inputs=("motion_bucket_id",),
+        full={"trainable_models": ("motion_controller",), "remove_prefix_in_ckpt": "pipe.motion_controller."},
+    ),
 }
-
-EXCEPTIONS: Mapping[tuple[str, str], Flags] = {
-    ("iic/VACE-Wan2.1-1.3B-Preview", "full"): {"num_frames": 49},
-    ("Wan-AI/Wan2.1-VACE-1.3B", "full"): {"num_frames": 49},
-    ("Wan-AI/Wan2.1-VACE-14B", "full"): {"num_frames": 17},
-    ("Wan-AI/Wan2.1-VACE-14B", "lora"): {"num_frames": 17},
-}
+"""By the task of a checkpoint. What one checkpoint is trained with instead stands in its catalog row."""
 
 
 @dataclass(frozen=True)
@@ -146,23 +130,18 @@ class Recipe:
         return found
 
 
-def short_name(row: CatalogRow) -> str:
-    """The name of a row without its organisation."""
-    return row.model_id.rpartition("/")[2]
-
-
 def find_row(name: str) -> CatalogRow:
     """The published checkpoint called `name`, with or without its organisation.
 
     Raises:
         ValueError: there is none; the nearest is named.
     """
-    known = {spelling.lower(): row for row in CATALOG for spelling in (row.model_id, short_name(row))}
+    known = {spelling.lower(): row for row in CATALOG for spelling in (row.model_id, row.short_name)}
     row = known.get(name.lower())
     if row is None:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-        meant = f"Did you mean {short_name(known[near[0]])}?" if near else "Known are:"
-        rows = "" if near else f" {', '.join(map(short_name, CATALOG))}."
+        meant = f"Did you mean {known[near[0]].short_name}?" if near else "Known are:"
+        rows = "" if near else f" {', '.join(row.short_name for row in CATALOG)}."
         raise ValueError(f"There is no recipe for {name!r}. {meant}{rows}")
     return row
 
@@ -176,18 +155,18 @@ def recipe(name: str, mode: str) -> Recipe:
     if mode not in MODES:
         raise ValueError(f"A recipe is one of {', '.join(MODES)}; got {mode!r}.")
     row = find_row(name)
-    kind = KINDS[row.model_id]
+    task = TASKS[row.task]
     flags = {
         **SHARED,
-        "dataset_metadata_path": f"{DATA_FOLDER}/{kind.metadata}",
-        **({"data_file_keys": kind.columns} if kind.columns else {}),
-        **({"extra_inputs": kind.inputs} if kind.inputs else {}),
+        "dataset_metadata_path": f"{DATA_FOLDER}/{task.metadata}",
+        **({"data_file_keys": task.columns} if task.columns else {}),
+        **({"extra_inputs": task.inputs} if task.inputs else {}),
         "model_id_with_origin_paths": _files(row),
-        "output_path": f"./models/train/{short_name(row)}_{mode}",
+        "output_path": f"./models/train/{row.short_name}_{mode}",
         **BY_MODE[mode],
-        **kind.flags,
-        **getattr(kind, mode),
-        **EXCEPTIONS.get((row.model_id, mode), {}),
+        **task.flags,
+        **getattr(task, mode),
+        **row.training.get(mode, {}),
     }
     return Recipe(row, mode, flags, LARGE_LAUNCHER if row.size == "14B" and mode == "full" else None)
 
@@ -247,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: the exit code of the training, 2 when it could not begin."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="rows: " + ", ".join(map(short_name, CATALOG)), allow_abbrev=False,
+        epilog="rows: " + ", ".join(row.short_name for row in CATALOG), allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("row", help="a published checkpoint, with or without its organisation")
     parser.add_argument("mode", choices=MODES)

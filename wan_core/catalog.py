@@ -4,8 +4,8 @@ A row says what is recommended, never what a file is: that is read from the file
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, Literal
 
 from .models.config import DiTConfig
 
@@ -43,28 +43,57 @@ class Preset:
     teacache: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+Task = Literal["text", "image", "first_last", "control", "control_reference", "camera", "vace", "speed"]
+"""What a video is made from. The shipped workflows and the training recipes have one row for each."""
+
+HUGGINGFACE_ORGANISATIONS = {"PAI": "alibaba-pai", "iic": "ali-vilab"}
+"""From ModelScope's name of an organisation to Hugging Face's, where they differ."""
+
+
+@dataclass(frozen=True)
 class CatalogRow:
-    """One published checkpoint.
+    """One published checkpoint: all that the pack knows of it by its name.
 
     Attributes:
         model_id: on ModelScope; also the folder under the models folder.
-        huggingface_id: on Hugging Face, where it differs.
-        variant: the structure its file is expected to have.
+        variant: the structure its file is expected to have, a row of `variants.VARIANTS`.
         size: "1.3B" or "14B".
+        preset: the settings that its authors recommend.
+        task: what it is published for.
+        workflow: the name of its shipped workflow.
+        repacked: the single file of it that Comfy-Org offers, without its ending (comfyui-workflow-templates and
+            docs.comfy.org link them); None when there is none.
         files: patterns of the files that are its own: the DiT, or an adapter for the model `base`.
         base: the row whose DiT this one is an adapter for.
-        needs_image_encoder: whether CLIP image tokens are among its inputs.
+        training: settings of the trainer that differ from those of the task's recipe, by mode ("full" or "lora").
     """
 
     model_id: str
-    huggingface_id: str
     variant: str
     size: str
     preset: Preset
+    task: Task
+    workflow: str
+    repacked: str | None = None
+    _: KW_ONLY
     files: tuple[str, ...] = (DIT_PATTERN,)
     base: str | None = None
-    needs_image_encoder: bool = False
+    training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def huggingface_id(self) -> str:
+        organisation, _, name = self.model_id.partition("/")
+        return f"{HUGGINGFACE_ORGANISATIONS.get(organisation, organisation)}/{name}"
+
+    @property
+    def short_name(self) -> str:
+        """The id without its organisation."""
+        return self.model_id.partition("/")[2]
+
+    @property
+    def needs_image_encoder(self) -> bool:
+        """Whether CLIP image tokens are among its inputs."""
+        return bool(_STRUCTURES[self.variant].get("has_image_input"))
 
 
 # Wan-Video/Wan2.1 generate.py and README for steps, cfg and shift; VideoX-Fun's examples for the Fun rows; TeaCache
@@ -80,58 +109,58 @@ _VACE_S = Preset(shift=16.0, teacache="Wan2.1-T2V-1.3B")
 _VACE_L = replace(_VACE_S, width=1280, height=720, teacache="Wan2.1-I2V-14B-720P")
 
 
-def _wan(name: str, variant: str, size: str, preset: Preset, *, image: bool = False) -> CatalogRow:
-    model_id = f"Wan-AI/Wan2.1-{name}"
-    return CatalogRow(
-        model_id=model_id, huggingface_id=model_id, variant=variant, size=size, preset=preset, needs_image_encoder=image
-    )
-
-
-def _fun(name: str, variant: str) -> CatalogRow:
-    size = "14B" if "14B" in name else "1.3B"
-    return CatalogRow(
-        model_id=f"PAI/Wan2.1-Fun-{name}",
-        huggingface_id=f"alibaba-pai/Wan2.1-Fun-{name}",
-        variant=variant,
-        size=size,
-        preset=_FUN_L if size == "14B" else _FUN_S,
-        needs_image_encoder=True,
-    )
-
-
 CATALOG: tuple[CatalogRow, ...] = (
-    _wan("T2V-1.3B", "t2v", "1.3B", _T2V_S),
-    _wan("T2V-14B", "t2v", "14B", _T2V_L),
-    _wan("I2V-14B-480P", "i2v", "14B", _I2V_480, image=True),
-    _wan("I2V-14B-720P", "i2v", "14B", _I2V_720, image=True),
-    _wan("FLF2V-14B-720P", "flf2v", "14B", _FLF2V, image=True),
-    _fun("1.3B-InP", "i2v"),
-    _fun("14B-InP", "i2v"),
-    _fun("1.3B-Control", "fun_control"),
-    _fun("14B-Control", "fun_control"),
-    _fun("V1.1-1.3B-Control", "fun_v1_1_control"),
-    _fun("V1.1-14B-Control", "fun_v1_1_control"),
-    _fun("V1.1-1.3B-InP", "i2v"),
-    _fun("V1.1-14B-InP", "i2v"),
-    _fun("V1.1-1.3B-Control-Camera", "fun_camera"),
-    _fun("V1.1-14B-Control-Camera", "fun_camera"),
-    replace(
-        _wan("VACE-1.3B-Preview", "vace", "1.3B", _VACE_S),
-        model_id="iic/VACE-Wan2.1-1.3B-Preview",
-        huggingface_id="ali-vilab/VACE-Wan2.1-1.3B-Preview",
-    ),
-    _wan("VACE-1.3B", "vace", "1.3B", _VACE_S),
-    _wan("VACE-14B", "vace", "14B", _VACE_L),
+    CatalogRow("Wan-AI/Wan2.1-T2V-1.3B", "t2v", "1.3B", _T2V_S, "text", "t2v_1.3b", "wan2.1_t2v_1.3B_fp16"),
+    CatalogRow("Wan-AI/Wan2.1-T2V-14B", "t2v", "14B", _T2V_L, "text", "t2v_14b", "wan2.1_t2v_14B_fp8_scaled"),
+    CatalogRow("Wan-AI/Wan2.1-I2V-14B-480P", "i2v", "14B", _I2V_480, "image", "i2v_480p", "wan2.1_i2v_480p_14B_fp16"),
+    CatalogRow("Wan-AI/Wan2.1-I2V-14B-720P", "i2v", "14B", _I2V_720, "image", "i2v_720p", "wan2.1_i2v_720p_14B_fp16"),
     CatalogRow(
-        model_id=SPEED_CONTROL,
-        huggingface_id=SPEED_CONTROL,
-        variant="t2v",
-        size="1.3B",
-        preset=_T2V_S,
-        files=(MOTION_CONTROLLER_PATTERN,),
-        base=T2V_BASE,
+        "Wan-AI/Wan2.1-FLF2V-14B-720P", "flf2v", "14B", _FLF2V, "first_last", "flf2v_720p",
+        "wan2.1_flf2v_720p_14B_fp16",
     ),
-)
+    CatalogRow(
+        "PAI/Wan2.1-Fun-1.3B-InP", "i2v", "1.3B", _FUN_S, "first_last", "fun_inp_1.3b", "wan2.1_fun_inp_1.3B_bf16"
+    ),
+    CatalogRow("PAI/Wan2.1-Fun-14B-InP", "i2v", "14B", _FUN_L, "first_last", "fun_inp_14b"),
+    CatalogRow(
+        "PAI/Wan2.1-Fun-1.3B-Control", "fun_control", "1.3B", _FUN_S, "control", "fun_control_1.3b",
+        "wan2.1_fun_control_1.3B_bf16",
+    ),
+    CatalogRow("PAI/Wan2.1-Fun-14B-Control", "fun_control", "14B", _FUN_L, "control", "fun_control_14b"),
+    CatalogRow(
+        "PAI/Wan2.1-Fun-V1.1-1.3B-Control", "fun_v1_1_control", "1.3B", _FUN_S, "control_reference",
+        "fun_v1.1_control_1.3b",
+    ),
+    CatalogRow(
+        "PAI/Wan2.1-Fun-V1.1-14B-Control", "fun_v1_1_control", "14B", _FUN_L, "control_reference",
+        "fun_v1.1_control_14b",
+    ),
+    CatalogRow("PAI/Wan2.1-Fun-V1.1-1.3B-InP", "i2v", "1.3B", _FUN_S, "first_last", "fun_v1.1_inp_1.3b"),
+    CatalogRow("PAI/Wan2.1-Fun-V1.1-14B-InP", "i2v", "14B", _FUN_L, "first_last", "fun_v1.1_inp_14b"),
+    CatalogRow(
+        "PAI/Wan2.1-Fun-V1.1-1.3B-Control-Camera", "fun_camera", "1.3B", _FUN_S, "camera", "fun_v1.1_camera_1.3b",
+        "wan2.1_fun_camera_v1.1_1.3B_bf16",
+    ),
+    CatalogRow(
+        "PAI/Wan2.1-Fun-V1.1-14B-Control-Camera", "fun_camera", "14B", _FUN_L, "camera", "fun_v1.1_camera_14b",
+        "wan2.1_fun_camera_v1.1_14B_bf16",
+    ),
+    CatalogRow(
+        "iic/VACE-Wan2.1-1.3B-Preview", "vace", "1.3B", _VACE_S, "vace", "vace_1.3b_preview",
+        training={"full": {"num_frames": 49}},
+    ),
+    CatalogRow(
+        "Wan-AI/Wan2.1-VACE-1.3B", "vace", "1.3B", _VACE_S, "vace", "vace_1.3b", "wan2.1_vace_1.3B_fp16",
+        training={"full": {"num_frames": 49}},
+    ),
+    CatalogRow(
+        "Wan-AI/Wan2.1-VACE-14B", "vace", "14B", _VACE_L, "vace", "vace_14b", "wan2.1_vace_14B_fp16",
+        training={"full": {"num_frames": 17}, "lora": {"num_frames": 17}},
+    ),
+    CatalogRow(
+        SPEED_CONTROL, "t2v", "1.3B", _T2V_S, "speed", "speed_1.3b", files=(MOTION_CONTROLLER_PATTERN,), base=T2V_BASE
+    ),
+)  # fmt: skip
 
 
 def tiny_id(variant: str) -> str:
@@ -139,25 +168,22 @@ def tiny_id(variant: str) -> str:
     return TINY if variant == "t2v" else f"{TINY}-{variant.replace('_', '-')}"
 
 
+_TINY = Preset(steps=4, width=96, height=64, num_frames=9, negative_prompt="", teacache="Wan2.1-T2V-1.3B")
 TINY_ROWS: tuple[CatalogRow, ...] = tuple(
-    CatalogRow(
-        model_id=tiny_id(variant),
-        huggingface_id=tiny_id(variant),
-        variant=variant,
-        size="tiny",
-        preset=Preset(steps=4, width=96, height=64, num_frames=9, negative_prompt="", teacache="Wan2.1-T2V-1.3B"),
-        needs_image_encoder=variant not in ("t2v", "vace"),
+    replace(
+        next(row for row in CATALOG if row.variant == variant),
+        model_id=tiny_id(variant), size="tiny", preset=_TINY, repacked=None,
     )
     for variant in dict.fromkeys(row.variant for row in CATALOG)
-)
-"""Models of random weights that this pack makes by itself, one of each structure. They draw abstract patterns, and let
-every workflow run anywhere."""
+)  # fmt: skip
+"""Models of random weights that this pack makes by itself, one of each structure, each in place of the first row
+of its variant. They draw abstract patterns, and let every workflow run anywhere."""
 
 SIZES = {1536: "1.3B", 5120: "14B", 256: "tiny"}
 """Model width to size, of the published models and the bundled ones."""
 
 _WIDTHS: Mapping[str, Mapping[str, Any]] = {"1.3B": {}, "14B": dict(dim=5120, ffn_dim=13824, num_layers=40)}
-_PARTS: Mapping[str, Mapping[str, Any]] = {
+_STRUCTURES: Mapping[str, Mapping[str, Any]] = {
     "t2v": {},
     "i2v": dict(in_channels=36, has_image_input=True),
     "flf2v": dict(in_channels=36, has_image_input=True, image_positions=514),
@@ -172,12 +198,17 @@ _VACE_LAYERS = {"1.3B": tuple(range(0, 30, 2)), "14B": tuple(range(0, 40, 5))}
 def published_config(row: CatalogRow) -> DiTConfig:
     """What the file of a published row holds, of an adapter's row that of its base: to plan with before it is there."""
     layers = _VACE_LAYERS[row.size] if row.variant == "vace" else ()
-    return DiTConfig(**_WIDTHS[row.size], **_PARTS[row.variant], vace_layers=layers)
+    return DiTConfig(**_WIDTHS[row.size], **_STRUCTURES[row.variant], vace_layers=layers)
 
 
 def find_row(model_id: str) -> CatalogRow | None:
     """The row of that id, or None."""
     return next((row for row in (*CATALOG, *TINY_ROWS) if row.model_id == model_id), None)
+
+
+def published(model_id: str) -> CatalogRow:
+    """The row of a published checkpoint, which must be one."""
+    return next(row for row in CATALOG if row.model_id == model_id)
 
 
 HINTS = ("fun", "inp", "480", "720", "v1.1", "preview")

@@ -377,4 +377,5 @@ def test_every_row_of_the_catalog_stands_for_itself():
     assert len({row.model_id for row in catalog.CATALOG}) == len(catalog.CATALOG)
     for row in catalog.CATALOG:
         assert row.variant in VARIANT
-        assert row.needs_image_encoder == (row.variant not in ("t2v", "vace"))
+        assert catalog.find_row(row.model_id) is row and catalog.published(row.model_id) is row
+        assert catalog.published_config(row).has_image_input == row.needs_image_encoder
