@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 from wan_core.offload.blocks import weight_bytes
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 from wan_core.runtime import Pace, Runtime, log
 from wan_core.sampling.preview import Previewer
 from wan_core.settings import MemorySettings
@@ -106,7 +106,7 @@ class ComfyUI:
     def register_weights(self, module: nn.Module) -> None:
         known = model_management.current_loaded_models
         listed = any(loaded.model is not None and loaded.model.model is module for loaded in known)
-        if listed or not Residency.of(module).kept_bytes:
+        if listed or not WeightProvider.of(module).cached_bytes:
             return
         resident = _residents.setdefault(module, ResidentModel(module, self.device(), self.offload_device()))
         loaded = model_management.LoadedModel(resident)
@@ -256,8 +256,8 @@ class ResidentModel:
         return self._module()
 
     @property
-    def _residency(self) -> Residency:
-        return Residency.of(self._module())
+    def _provider(self) -> WeightProvider:
+        return WeightProvider.of(self._module())
 
     def model_size(self) -> int:
         """Bytes of all weights."""
@@ -265,14 +265,14 @@ class ResidentModel:
 
     def loaded_size(self) -> int:
         """Bytes that are on the device."""
-        return self._residency.kept_bytes
+        return self._provider.cached_bytes
 
     def current_loaded_device(self) -> torch.device:
         return self.load_device if self.loaded_size() else self.offload_device
 
     def partially_unload(self, device_to: torch.device, memory_to_free: float = 0) -> int:
         """Free at least so many bytes of the device; the bytes that were freed."""
-        return self._residency.evict(memory_to_free)
+        return self._provider.evict(memory_to_free)
 
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
@@ -282,7 +282,7 @@ class ResidentModel:
 
     def detach(self, unpatch_all: bool = True) -> nn.Module | None:
         """Free everything."""
-        self._residency.evict()
+        self._provider.evict()
         return self._module()
 
     def model_patches_models(self) -> list["ResidentModel"]:

@@ -185,3 +185,16 @@ def test_every_public_function_is_typed(path):
             ]
             untyped = [a.arg for a in arguments if a.annotation is None]
             assert not untyped and node.returns is not None, f"{node.name}: {untyped or 'return'}"
+
+
+def writes_data(path: Path) -> bool:
+    """Whether code in a file gives a tensor other memory: `tensor.data = ...`."""
+    targets = (t for node in ast.walk(parse(path)) if isinstance(node, ast.Assign) for t in node.targets)
+    parts = (part for target in targets for part in (target.elts if isinstance(target, ast.Tuple) else [target]))
+    return any(isinstance(part, ast.Attribute) and part.attr == "data" for part in parts)
+
+
+def test_the_data_of_a_weight_is_set_in_one_place():
+    found = {inside("wan_core", path) for path in FILES if path.is_relative_to(ROOT / "wan_core") and writes_data(path)}
+    # The VAE's layout is chosen once, when it is loaded.
+    assert found == {"offload.blocks", "models.vae"}

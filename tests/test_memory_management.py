@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tests.reference import tiny_dit
 from wan_core.model import DiTSettings, Rest, VideoModel, inspect, load_dit
 from wan_core.offload.blocks import blocks_of, weights_of
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 from wan_core.runtime import Runtime
 from wan_core.sampling.run import sample
 from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, TeaCacheSettings, WindowSettings
@@ -80,15 +80,15 @@ def test_fp8_weights_stream(checkpoint):
     expected = latents(model, settings, MemorySettings(), torch.bfloat16)
     assert torch.equal(latents(model, settings, MemorySettings(vram_limit=0), torch.bfloat16), expected)
     plain_model = load_dit(checkpoint, DiTSettings(), "cpu")
-    plain = Residency.of(plain_model.dit).inventory()
-    eight = Residency.of(model.dit).inventory()
+    plain = WeightProvider.of(plain_model.dit).inventory()
+    eight = WeightProvider.of(model.dit).inventory()
     assert eight.blocks["blocks.1"].bytes < 0.56 * plain.blocks["blocks.1"].bytes
 
 
 def test_weights_on_disk_are_views_of_the_file(checkpoint):
     dit = load_dit(checkpoint, DiTSettings(dtype=torch.float32), "disk").dit
     inside = {name for path in blocks_of(dit) for name in weights_of(dit) if name.startswith(f"{path}.")}
-    assert Residency.of(dit).mapped == inside
+    assert WeightProvider.of(dit).mapped == inside
 
 
 def test_vace_blocks_stay_away_without_a_vace_input():
@@ -117,7 +117,7 @@ def test_skipped_steps_copy_nothing():
     for name, cache in (("all", None), ("teacache", TEACACHE)):
         settings = SamplerSettings(steps=6, cache=cache)
         plan = model.plan(cond, SIZE, settings, MemorySettings(vram_limit=0), runtime)
-        with Residency.of(model.dit).working(CPU, plan.placement) as stream:
+        with WeightProvider.of(model.dit).working(CPU, plan.placement) as stream:
             sample(model.dit, cond, SIZE, plan.settings, runtime)
             copied[name] = stream.copied
     read_ahead = plan.placement.inventory.blocks["blocks.0"].bytes

@@ -37,7 +37,7 @@ from .models.vae import WanVAE
 from .offload.formats import FP8_DTYPES, WEIGHTS, Weights
 from .offload.placement import Placement
 from .offload.quant import require_fp8_matmul, use_fp8_matmul
-from .offload.weights import Residency
+from .offload.weights import WeightProvider
 from .planning.encoders import available
 from .planning.run import RunPlan, placed_run, plan_run
 from .runtime import Runtime
@@ -97,7 +97,7 @@ class Rest:
         """
         module = build(component, dtype=dtype, device=self.device, weights=self.weights, mapped=self.mapped)
         if self.dtype not in (None, dtype):
-            Residency.of(module).rest_as(self.dtype, dtype)
+            WeightProvider.of(module).offload_as(self.dtype, dtype)
         return module
 
 
@@ -213,8 +213,8 @@ class VideoModel:
                 applied(self.modules, self.loras, LAYOUT, steps=steps, device=device, streamed=streamed)
             )
             if self.motion_controller is not None:
-                stack.enter_context(Residency.of(self.motion_controller).working(device))
-            stack.enter_context(Residency.of(self.dit).working(device, placement, keep=keep))
+                stack.enter_context(WeightProvider.of(self.motion_controller).working(device))
+            stack.enter_context(WeightProvider.of(self.dit).working(device, placement, keep=keep))
             yield run
 
     def fit(self, cond: Conditioning, size: VideoSize | None = None) -> Conditioning:

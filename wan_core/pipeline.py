@@ -22,7 +22,7 @@ from .decode import AUTO, Tiles, decode, decode_pieces, encode
 from .media import pixels_to_images
 from .media.fitting import Pictures, as_frames
 from .model_config import TOKENIZER_CONFIG, ModelConfig, compute_dtype
-from .offload.weights import Residency, on_device
+from .offload.weights import WeightProvider, on_device
 from .pipeline_models import LoadedModels, PipelineParts, load_models
 from .planning.encoders import IMAGE_ENCODER_BYTES, encoder_at_work, limited, size_held
 from .planning.encoders import text_peak_bytes as text_bytes
@@ -129,7 +129,7 @@ class WanVideoPipeline(PipelineParts):
         self.memory = _memory(num_persistent_param_in_dit, vram_limit, vram_buffer)
         for module in self.models:
             if self.device.type != "cpu":
-                Residency.of(module).rest_on(torch.device("cpu"))
+                WeightProvider.of(module).offload_to(torch.device("cpu"))
 
     def __call__(
         self,

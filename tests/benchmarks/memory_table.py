@@ -25,7 +25,7 @@ from wan_core.models.dit import WanDiT  # noqa: E402
 from wan_core.offload.blocks import GIB, weights_of  # noqa: E402
 from wan_core.offload.placement import Placement  # noqa: E402
 from wan_core.offload.streaming import PlainCopies  # noqa: E402
-from wan_core.offload.weights import Residency  # noqa: E402
+from wan_core.offload.weights import WeightProvider  # noqa: E402
 from wan_core.planning.estimate import LiveBytes  # noqa: E402
 from wan_core.planning.job import Given, made_up  # noqa: E402
 from wan_core.planning.parts import Part, published_dit  # noqa: E402
@@ -143,14 +143,14 @@ def allocated(case: Case, streamed: tuple[str, ...], mode: str) -> int:
     """Bytes that the engine allocates for a step with these blocks streamed, and those of the conditioning."""
     module, cond = dit(case.model, case.weights), conditioning(case)
     placement = Placement(dit_inventory(module, cond), streamed)
-    residency, copies = Residency.of(module), MetaCopies()
-    with residency.working(META, placement, copies=copies):
+    provider, copies = WeightProvider.of(module), MetaCopies()
+    with provider.working(META, placement, copies=copies):
         """The rows that streamed blocks rest in are made; they stand for host memory."""
     given = [*weights_of(module).values(), *tensors_in(cond)]
     with (
         results_stay_there(),
         LiveBytes(given=given) as counter,
-        residency.working(META, placement, copies=copies),
+        provider.working(META, placement, copies=copies),
     ):
         runtime = Runtime(device=META, dtype=torch.bfloat16)
         sample(module, cond, SIZES[case.size].latent, settings(mode), runtime)

@@ -17,7 +17,7 @@ from wan_core.models.dit import WanDiT
 from wan_core.models.vae import WanVAE
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.placement import Placement
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 from wan_core.runtime import Runtime
 from wan_core.sampling.run import sample
 from wan_core.types import Conditioning, LatentSize, VideoSize
@@ -144,7 +144,7 @@ def copied(case: memory_table.Case, steps: int) -> int:
     placement = Placement(memory_table.dit_inventory(module, cond), plan.placement.streamed)
     settings = replace(memory_table.settings(plan.settings.guidance.mode), steps=steps)
     copies = memory_table.MetaCopies()
-    with memory_table.results_stay_there(), Residency.of(module).working(META, placement, copies=copies) as stream:
+    with memory_table.results_stay_there(), WeightProvider.of(module).working(META, placement, copies=copies) as stream:
         runtime = Runtime(device=META, dtype=torch.bfloat16)
         sample(module, cond, memory_table.SIZES[case.size].latent, settings, runtime)
         return stream.copied

@@ -20,7 +20,7 @@ from wan_core.offload.blocks import weights_of
 from wan_core.offload.formats import EightBit, WeightFormat
 from wan_core.offload.placement import place
 from wan_core.offload.quant import QuantisedLinear, big_linears, weight_shapes
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 from wan_core.planning.parts import Part
 from wan_core.types import Conditioning
 
@@ -159,15 +159,15 @@ def test_it_stays_as_it_is_stored_and_stands_for_the_weights_of_the_model(case):
 def test_it_streams_and_rests_on_disk_at_its_bytes(case):
     mapped = build(case.component, dtype=torch.bfloat16, mapped=True)
     expected = velocity(case.held, torch.bfloat16)
-    inventory = Residency.of(case.held).inventory()
-    assert Part.planned(case.component, torch.bfloat16).inventory == inventory == Residency.of(mapped).inventory()
+    inventory = WeightProvider.of(case.held).inventory()
+    assert Part.planned(case.component, torch.bfloat16).inventory == inventory == WeightProvider.of(mapped).inventory()
     assert inventory.bytes < sum(t.nbytes for t in weights_of(case.plain).values()) / 2 * 0.75
-    assert {f"{path}.weight" for path in big_linears(mapped)} <= Residency.of(mapped).mapped
+    assert {f"{path}.weight" for path in big_linears(mapped)} <= WeightProvider.of(mapped).mapped
     placement = place(inventory, 0)
     assert len(placement.streamed) == len(inventory.blocks)
     for module in (case.held, mapped):
         before = {name: tensor.clone() for name, tensor in weights_of(module).items()}
-        with Residency.of(module).working(CPU, placement) as stream:
+        with WeightProvider.of(module).working(CPU, placement) as stream:
             assert torch.equal(velocity(module, torch.bfloat16), expected)
             assert stream.copied >= placement.streamed_bytes
         assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(module).items())
@@ -282,7 +282,7 @@ def test_a_further_format_is_one_more_row(tmp_path, monkeypatch):
     layers = big_linears(case.held)
     assert all(2 * layer.weight.numel() == layer.in_features * layer.out_features for layer in layers.values())
     assert weight_shapes(case.held) == {name: source.shape for name, source in case.component.sources.items()}
-    four, whole = (Residency.of(module).inventory() for module in (case.held, case.plain))
+    four, whole = (WeightProvider.of(module).inventory() for module in (case.held, case.plain))
     block = "blocks.0"
     assert 7 < whole.blocks[block].bytes / four.blocks[block].bytes < 8
     scales = sum(layer.scale.numel() for path, layer in layers.items() if path.startswith(f"{block}."))

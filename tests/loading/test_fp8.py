@@ -16,7 +16,7 @@ from wan_core.models.dit import WanDiT
 from wan_core.models.ops import Linear
 from wan_core.offload.blocks import weight_bytes
 from wan_core.offload.quant import FP8, QuantisedLinear, big_linears, quantise, weight_to_fp8
-from wan_core.offload.weights import Residency, on_device
+from wan_core.offload.weights import WeightProvider, on_device
 from wan_core.types import Conditioning
 
 MODULES = {"dit": tiny_dit, "umt5": tiny_text_encoder, "clip": tiny_image_encoder}
@@ -153,7 +153,7 @@ def test_mapped_weights_compute_what_loaded_ones_do(tmp_path, case, kind):
     component = write(make(), tmp_path, kind)
     loaded = build(component, dtype=torch.bfloat16, weights=weights)
     mapped = build(component, dtype=torch.bfloat16, weights=weights, mapped=True)
-    work = Residency.of(mapped).work_dtypes
+    work = WeightProvider.of(mapped).work_dtypes
     for name, parameter in mapped.named_parameters():
         inside = name.startswith("blocks.")
         source = component.sources[name]

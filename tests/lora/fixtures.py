@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.reference import tiny_dit
 from wan_core.offload.placement import place
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """`down` (r, in) and `up` (out, r) by module path."""
@@ -44,8 +44,8 @@ def factors(module: nn.Module, paths: list[str], rank: int = RANK, seed: int = 0
 @contextmanager
 def streaming(dit: nn.Module) -> Iterator[nn.Module]:
     """`dit` with all of its blocks streamed."""
-    residency = Residency.of(dit)
-    with residency.working(torch.device("cpu"), place(residency.inventory(dit.block_order()), parameters=0)):
+    provider = WeightProvider.of(dit)
+    with provider.working(torch.device("cpu"), place(provider.inventory(dit.block_order()), parameters=0)):
         yield dit
 
 

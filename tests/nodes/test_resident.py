@@ -24,7 +24,7 @@ pack.register()
 from wancore.nodes import host
 from wancore.nodes.comfyui import unreserved_memory
 from wan_core.offload.streaming import PlainCopies
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 
 CPU = torch.device("cpu")
 class Copying(PlainCopies):
@@ -33,7 +33,7 @@ class Copying(PlainCopies):
         return weight.clone()
 
 def used(module):
-    with Residency.of(module).working(CPU, keep=host.current.keeps_weights(), copies=Copying(CPU)):
+    with WeightProvider.of(module).working(CPU, keep=host.current.keeps_weights(), copies=Copying(CPU)):
         pass
     host.current.register_weights(module)
 
@@ -47,14 +47,14 @@ assert sum(m.model_loaded_memory() for m in management.current_loaded_models) ==
 real = management.get_free_memory
 management.get_free_memory = lambda device=None, torch_free_too=False: (0, 0) if torch_free_too else 0
 management.free_memory(size // 2, CPU)
-left = Residency.of(model).kept_bytes + Residency.of(other).kept_bytes
+left = WeightProvider.of(model).cached_bytes + WeightProvider.of(other).cached_bytes
 assert size // 2 <= 2 * size - left <= 2 * size, left
 used(model)
-assert Residency.of(model).kept_bytes == size, "weights come back on the next use"
+assert WeightProvider.of(model).cached_bytes == size, "weights come back on the next use"
 management.unload_all_models()
 management.get_free_memory = real
 assert not management.current_loaded_models
-assert Residency.of(model).kept_bytes == Residency.of(other).kept_bytes == 0
+assert WeightProvider.of(model).cached_bytes == WeightProvider.of(other).cached_bytes == 0
 
 used(model)
 del model, module

@@ -13,7 +13,7 @@ from torch import nn
 
 from wan_core.offload import blocks, streaming
 from wan_core.offload.placement import place
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 
 CPU = torch.device("cpu")
 
@@ -94,8 +94,8 @@ def card(monkeypatch):
 
 def run(card: Card, order: list[int], passes: int = 3, count: int = 5) -> None:
     net = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(4, 4) for _ in range(count))}).requires_grad_(False)
-    residency = Residency.of(net)
-    with residency.working(CPU, place(residency.inventory(), parameters=0), copies=Simulated(card)) as stream:
+    provider = WeightProvider.of(net)
+    with provider.working(CPU, place(provider.inventory(), parameters=0), copies=Simulated(card)) as stream:
         slots = [row.data_ptr() for row in stream._slots]
 
         def reads(module, *_) -> None:

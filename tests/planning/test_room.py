@@ -7,7 +7,7 @@ import torch
 
 from tests.reference import tiny_image_encoder, tiny_text_encoder
 from wan_core.offload.blocks import GIB
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 from wan_core.planning import encoders
 from wan_core.planning.encoders import available, encoder_at_work, limited, size_held
 from wan_core.runtime import Runtime
@@ -74,5 +74,5 @@ def test_encoders_give_the_same_bits_when_they_are_streamed(limit):
             expected = run(module)
             with encoder_at_work(module, limited(RUNTIME, memory), memory, 0):
                 assert torch.equal(run(module), expected)
-            streams = bool(Residency.of(module)._slabs)
+            streams = bool(WeightProvider.of(module).flat_buffers)
             assert streams == (limit is not None and limit < 0.1)

@@ -10,7 +10,7 @@ from wan_core.models.dit import WanDiT
 from wan_core.offload.blocks import GIB, weights_of
 from wan_core.offload.quant import quantise
 from wan_core.offload.streaming import PlainCopies
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 from wan_core.planning.estimate import LiveBytes
 from wan_core.planning.run import plan_run
 from wan_core.runtime import Runtime
@@ -61,12 +61,12 @@ def test_the_planned_peak_of_14b_is_the_counted_one(gib, width, height, fp8):
     dit, cond, size = model(fp8), conditioning(), VideoSize.rounded(width, height, 81).latent
     plan = plan_run(dit, cond, size, SamplerSettings(steps=1), MemorySettings(), lambda _: gib * GIB)
     assert bool(plan.missing) == (plan.peak_bytes > gib * GIB)
-    residency, copies = Residency.of(dit), MetaCopies()
-    with residency.working(META, plan.placement, copies=copies):
+    provider, copies = WeightProvider.of(dit), MetaCopies()
+    with provider.working(META, plan.placement, copies=copies):
         """The rows that streamed blocks rest in are made; they stand for host memory."""
     with (
         LiveBytes(given=[*weights_of(dit).values(), *tensors_in(cond)]) as counter,
-        residency.working(META, plan.placement, copies=copies) as stream,
+        provider.working(META, plan.placement, copies=copies) as stream,
     ):
         run.sample(dit, cond, size, plan.settings, Runtime(device=META, dtype=torch.bfloat16))
     assert counter.peak == pytest.approx(plan.peak_bytes - plan.allowance, rel=0.02)

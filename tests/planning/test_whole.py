@@ -12,7 +12,7 @@ from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
 from wan_core.model import VideoModel
 from wan_core.offload.blocks import weights_of
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 from wan_core.planning.encoders import WORKSPACE_BYTES, choose_tiles, encoder_at_work, vae_peak_bytes
 from wan_core.planning.encoders import text_peak_bytes as text_bytes
 from wan_core.planning.fit import data_of, fit, text_of
@@ -77,9 +77,9 @@ def test_a_planned_part_weighs_what_the_loaded_one_does(files, kind, settings):
     assert all(weight.is_meta for weight in twin.values())
     described = {name: (tuple(w.shape), w.dtype) for name, w in weights_of(loaded).items()}
     assert {name: (tuple(w.shape), w.dtype) for name, w in twin.items()} == described
-    assert part.residency.mapped == Residency.of(loaded).mapped
-    assert part.residency.work_dtypes == Residency.of(loaded).work_dtypes
-    assert part.inventory == Residency.of(loaded).inventory()
+    assert part.provider.mapped == WeightProvider.of(loaded).mapped
+    assert part.provider.work_dtypes == WeightProvider.of(loaded).work_dtypes
+    assert part.inventory == WeightProvider.of(loaded).inventory()
     assert bool(part.file_bytes) == (bool(settings.get("mapped")) and kind != "vae")
 
 

@@ -11,7 +11,7 @@ from wan_core.conditioning.text import TextEncoder
 from wan_core.models.ops import rms_norm
 from wan_core.offload.placement import place
 from wan_core.offload.quant import big_linears, quantise
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 from wancore.trainer.model.placing import checkpointed
 from wancore.trainer.model.trainable import lora_patches, prepare
 from wancore.trainer.objective import Objective
@@ -126,11 +126,11 @@ def test_streaming_the_base_changes_no_gradient(variant, share):
     loss, plain = loss_and_gradients(found, variant, offload=False)
     dit = found.module.dit
     before = {name: parameter.clone() for name, parameter in dit.named_parameters()}
-    residency = Residency.of(dit)
-    inventory = residency.inventory(dit.block_order())
+    provider = WeightProvider.of(dit)
+    inventory = provider.inventory(dit.block_order())
     placement = place(inventory, share * inventory.bytes)
     assert placement.streamed and bool(placement.resident) == bool(share)
-    with residency.working(torch.device("cpu"), placement) as stream:
+    with provider.working(torch.device("cpu"), placement) as stream:
         copied = []
         for _ in range(3):
             seen = stream.copied

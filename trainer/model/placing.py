@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from wan_core.offload.blocks import GIB
 from wan_core.offload.placement import Inventory, Placement, place
 from wan_core.offload.streaming import BlockStream
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 
 from ..config import TrainConfig
 from .trainable import Denoiser
@@ -74,10 +74,10 @@ def frozen_at_work(module: Denoiser, config: TrainConfig, device: torch.device) 
     brought there by what this gives.
     """
     parts = dict(module.named_children())
-    dit = Residency.of(parts.pop("dit"))
+    dit = WeightProvider.of(parts.pop("dit"))
     placement = placement_within(dit.inventory(module.dit.block_order()), config)
     log.info("Frozen weights: %s.", placement.summary())
     with ExitStack() as stack:
         for part in parts.values():
-            stack.enter_context(Residency.of(part).working(device))
+            stack.enter_context(WeightProvider.of(part).working(device))
         yield stack.enter_context(dit.working(device, placement))

@@ -9,7 +9,7 @@ from math import prod
 from torch import Tensor
 
 from wan_core.models.config import DiTConfig
-from wan_core.offload.weights import Residency
+from wan_core.offload.weights import WeightProvider
 
 from ..config import TrainConfig
 from ..data.draws import batches
@@ -143,7 +143,7 @@ def estimate(trainables: Trainables, shapes: Iterable[tuple[int, ...]], config: 
     trained = sum(p.numel() for p in trainables.parameters().values())
     frozen = sum(_bytes(p) for p in trainables.module.parameters() if not p.requires_grad)
     if config.streams:
-        inventory = Residency.of(trainables.module.dit).inventory()
+        inventory = WeightProvider.of(trainables.module.dit).inventory()
         frozen += placement_within(inventory, config).device_bytes - inventory.bytes
     return Estimate(
         frozen=frozen,

@@ -20,7 +20,7 @@ from ..models.vae import WanVAE
 from ..offload.blocks import blocks_of
 from ..offload.formats import WEIGHTS, Stored, Weights
 from ..offload.quant import QuantisedLinear, big_linears, replace_layer, weight_to_fp8
-from ..offload.weights import Residency
+from ..offload.weights import WeightProvider
 from ..settings import check_choice
 from .detect import KINDS, Component, check_against, detect, detect_files, require_kind
 from .names import SPIECE_MODEL, Kind, Source
@@ -105,7 +105,8 @@ def load_into(
     weights: Weights = "auto",
     mapped: bool = False,
 ) -> nn.Module:
-    """Give every parameter of `module` the weights of `component`; `module` may stand on the meta device. Returns it.
+    """Give every parameter of `module` the weights of `component`, and `module` its `weight_provider`; it may stand on
+    the meta device. Returns it.
 
     Weights are cast to `dtype`, those that the class lists in `FLOAT32_PARAMETERS` to float32; None keeps the stored
     dtype. Every tensor goes from the file to its place by itself, so that memory holds the model and at most one tensor
@@ -116,7 +117,7 @@ def load_into(
             `fp8` makes those that are not FP8 so; `plain` makes all of them `dtype`. Quantised weights elsewhere become
             `dtype`.
         mapped: do not read the weights inside of blocks: they are views of the file in their stored dtype, and
-            `Residency.of(module).work_dtypes` says in which one they are to work. The rest is read.
+            `WeightProvider.of(module).work_dtypes` says in which one they are to work. The rest is read.
 
     Raises:
         CheckpointError: names or shapes differ; `module` is unchanged then.
@@ -171,6 +172,7 @@ class _Filling:
     ) -> None:
         self.module, self.component, self.device, self.weights = module, component, device, weights
         self.dtype = dtype
+        self.provider = WeightProvider.of(module)
         self.in_float32 = getattr(module, "FLOAT32_PARAMETERS", ())
         self.linears = {f"{path}.weight": layer for path, layer in big_linears(module).items()}
         self.order = {file: number for number, file in enumerate(component.header.files)}
@@ -205,14 +207,14 @@ class _Filling:
         view = files.map(source.names[0])
         if view is None:
             return False
-        Residency.of(self.module).mapped.add(name)
+        self.provider.mapped.add(name)
         if kept is not None:
             self._keep(name, kept, view, files)
             return True
         view = view.reshape(source.shape)
         _assign(self.module, name, view)
         if self._work_dtype(name) != view.dtype:
-            Residency.of(self.module).work_dtypes[name] = self._work_dtype(name)
+            self.provider.work_dtypes[name] = self._work_dtype(name)
         return True
 
     def require_mappable(self, files: TensorFiles) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..lora.naming import is_lora
 from ..offload.quant import QuantisedLinear, weight_shapes
-from ..offload.weights import Residency
+from ..offload.weights import WeightProvider
 from ..runtime import usable_device
 from .load import combine
 from .names import Dialect, Source, convert, find_dialect, stored_weights, strip_prefix
@@ -136,10 +136,10 @@ def replace_weights(
         if is_lora(unexpected):
             advice = "It holds a LoRA, which pipe.load_lora applies, with the weights that are saved beside it"
         raise CheckpointError(f"The state_dict does not fit {type(module).__name__}; {'; '.join(problems)}. {advice}.")
-    reader, residency = GivenTensors(tensors), Residency.of(module)
+    reader, provider = GivenTensors(tensors), WeightProvider.of(module)
     for name, source in sources.items():
         if name in shapes:
-            _replace(module, name, combine(source, reader), residency)
+            _replace(module, name, combine(source, reader), provider)
     return missing, unexpected
 
 
@@ -163,18 +163,18 @@ def _prefix(names: Iterable[str], known: Mapping[str, Any]) -> str:
     return votes.most_common(1)[0][0] if votes else ""
 
 
-def _replace(module: nn.Module, name: str, given: Tensor, residency: Residency) -> None:
+def _replace(module: nn.Module, name: str, given: Tensor, provider: WeightProvider) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     old = getattr(owner, leaf)
-    work = residency.work_dtypes.get(name, old.dtype)
-    was_mapped = name in residency.mapped
-    residency.mapped.discard(name)
+    work = provider.work_dtypes.get(name, old.dtype)
+    was_mapped = name in provider.mapped
+    provider.replaced(name)
     if isinstance(owner, QuantisedLinear) and leaf == "weight":
         owner.set_weight(given.to(old.device))
         return
     if was_mapped:
-        residency.work_dtypes.pop(name, None)
+        provider.work_dtypes.pop(name, None)
     # A copy of the old tensor's layout in memory: the VAE's kernels are channels-last.
     tensor = torch.empty_like(old, dtype=work if was_mapped else old.dtype, requires_grad=False).copy_(given)
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad) if leaf in owner._parameters else tensor)

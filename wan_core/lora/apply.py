@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..offload.formats import PLAIN
 from ..offload.quant import QuantisedLinear, weight_of
+from ..offload.weights import Change, WeightProvider
 from ..runtime import Runtime
 from ..types import Curve
 from .bind import EVERYWHERE, BlockStrengths, Bound
@@ -84,9 +85,10 @@ class _Part:
 
 @dataclass(eq=False)
 class _Place:
-    """A parameter and all that changes it."""
+    """A parameter, whose weights it is among, and all that changes it."""
 
     name: str
+    provider: WeightProvider
     owner: nn.Module
     leaf: str
     parts: list[_Part]
@@ -109,9 +111,10 @@ class _Place:
         """How the weight is held, in words."""
         return self.owner.words if isinstance(self.owner, QuantisedLinear) else str(self.tensor.dtype)
 
-    def folded(self, base: Tensor, device: torch.device) -> Tensor:
-        """`base` with all parts at their present strength, in its dtype on its device, computed on `device`."""
-        return folded(base, [(part.patch, part.strength) for part in self.parts], device)
+    def change(self, device: torch.device | None = None) -> Change:
+        """From the weight to itself with all parts at their present strength, in its dtype on its device; computed on
+        `device`, or where it is if that is None."""
+        return lambda base: folded(base, [(p.patch, p.strength) for p in self.parts], device or base.device)
 
 
 def folded(base: Tensor, changes: Sequence[tuple[Patch, float]], device: torch.device) -> Tensor:
@@ -135,14 +138,14 @@ class LoraRun:
         self.steps = steps
         self.device = device
         self.stepwise: list[_Part] = []
-        self.refolded: list[tuple[_Place, Tensor]] = []
+        self.refolded: list[Callable[[], None]] = []
 
     def step(self, index: int) -> None:
         """Set every strength to its value at step `index`."""
         for part in self.stepwise:
             part.set_step(index, self.steps)
-        for place, base in self.refolded:
-            place.tensor.data = place.folded(base, self.device or base.device).to(place.tensor.device)
+        for fold in self.refolded:
+            fold()
 
     def follow(self, runtime: Runtime) -> Runtime:
         """`runtime`, which now also moves the strengths before every step."""
@@ -169,15 +172,15 @@ def applied(
     """`modules` with `uses` on them inside the block, and bit for bit as they were after it.
 
     Enter it before weights are moved to the device, so that folded weights move with the others. LoRA factors of side
-    branches go where the activations are and are dropped at the end.
+    branches go where the activations are and are dropped at the end. What happens to a weight itself is done by its
+    owner (`offload.weights`).
 
     Args:
         modules: the parts of one model; their parameter names do not collide.
         steps: the length of the run, for strengths that follow a curve. A parameter that is only read before the first
             step gets the mean of the curve.
         device: where the run computes; None is where each weight rests.
-        streamed: blocks fetch their weights when their turn comes, so that nothing can be folded into them before.
-            Whoever fetches them does it before the block's forward hooks of this function run.
+        streamed: weights of blocks arrive when their turn comes, so that nothing can be folded into them before.
 
     Raises:
         ValueError: `mode="fold"` was asked of a LoRA that cannot be folded; nothing is changed then.
@@ -186,7 +189,7 @@ def applied(
     places = _places(modules, uses)
     ways = [(place, _way(place, layout, device, streamed)) for place in places]
     with ExitStack() as stack:
-        swapped: dict[str, list[_Place]] = defaultdict(list)
+        in_turn: dict[str, list[_Place]] = defaultdict(list)
         for place, way in ways:
             once = layout.once(place.name)
             for part in place.parts:
@@ -194,14 +197,17 @@ def applied(
             run.stepwise += [] if once else place.parts
             if way == "branch":
                 stack.callback(place.owner.register_forward_hook(_branch_hook(place)).remove)
-            elif way == "swap":
+            elif way == "in turn":
                 block = layout.block(place.name)
                 assert block is not None, "outside of blocks every change is folded"
-                swapped[block].append(place)
+                in_turn[block].append(place)
             else:
-                _fold(place, run, stack, stepwise=not once and not all(part.use.constant for part in place.parts))
-        for path, block_places in swapped.items():
-            _swap_while_running(_submodule(modules, path), block_places, stack)
+                fold = stack.enter_context(place.provider.folded(place.name, place.change(device)))
+                if not once and not all(part.use.constant for part in place.parts):
+                    run.refolded.append(fold)
+        for path, block_places in in_turn.items():
+            changes = {place.name: place.change() for place in block_places}
+            stack.enter_context(block_places[0].provider.changed_while_running(path, changes))
         yield run
 
 
@@ -221,7 +227,7 @@ def fuse(modules: Sequence[nn.Module], use: LoraUse) -> None:
     for place in places:
         for part in place.parts:
             part.set_step(0, 1)
-        place.tensor.data = place.folded(place.tensor.data, place.tensor.device)
+        place.provider.replace(place.name, place.change()(place.tensor.data))
 
 
 def _places(modules: Sequence[nn.Module], uses: Sequence[LoraUse]) -> list[_Place]:
@@ -233,15 +239,16 @@ def _places(modules: Sequence[nn.Module], uses: Sequence[LoraUse]) -> list[_Plac
                 continue
             if name not in places:
                 path, _, leaf = name.rpartition(".")
-                places[name] = _Place(name, _submodule(modules, path), leaf, [])
+                places[name] = _Place(name, *_owner(modules, path), leaf, [])
             places[name].parts.append(_Part(patch, use, factor))
     return list(places.values())
 
 
-def _submodule(modules: Sequence[nn.Module], path: str) -> nn.Module:
+def _owner(modules: Sequence[nn.Module], path: str) -> tuple[WeightProvider, nn.Module]:
+    """The submodule at `path`, and the provider of the module that it is in."""
     for module in modules:
         try:
-            return module.get_submodule(path)
+            return WeightProvider.of(module), module.get_submodule(path)
         except AttributeError:
             continue
     raise ValueError(f"The model has no part {path!r}; the LoRA was prepared for another model.")
@@ -249,7 +256,7 @@ def _submodule(modules: Sequence[nn.Module], path: str) -> nn.Module:
 
 def _way(
     place: _Place, layout: Layout, device: torch.device | None, streamed: bool
-) -> Literal["fold", "branch", "swap"]:
+) -> Literal["fold", "branch", "in turn"]:
     """How a parameter is changed; see `LoraUse.mode`."""
     replaces = any(isinstance(part.patch, Replacement) for part in place.parts)
     in_block = layout.block(place.name) is not None
@@ -265,7 +272,7 @@ def _way(
     folds = all(_folds(part, place, streamed, elsewhere) for part in place.parts)
     if folds:
         return "fold"
-    return "branch" if place.is_linear_weight and not replaces else "swap"
+    return "branch" if place.is_linear_weight and not replaces else "in turn"
 
 
 def _same_device(first: torch.device, second: torch.device) -> bool:
@@ -286,42 +293,6 @@ def _folds(part: _Part, place: _Place, streamed: bool, elsewhere: bool) -> bool:
     if use.mode == "auto":
         return obstacle is None and (not elsewhere or isinstance(part.patch, Replacement))
     return use.mode == "fold"
-
-
-def _fold(place: _Place, run: LoraRun, stack: ExitStack, *, stepwise: bool) -> None:
-    """Change a parameter for the run. The base waits in host memory meanwhile."""
-    tensor = place.tensor
-    resting, base = tensor.device, tensor.data.cpu()
-
-    def restore() -> None:
-        tensor.data = base.to(resting)
-
-    stack.callback(restore)
-    tensor.data = place.folded(tensor.data, run.device or resting)
-    if stepwise:
-        run.refolded.append((place, base))
-
-
-def _swap_while_running(block: nn.Module, places: Sequence[_Place], stack: ExitStack) -> None:
-    """Change parameters only while `block` runs, wherever their weights are by then."""
-    changed: list[tuple[Tensor, Tensor, int]] = []
-
-    def before(*_: object) -> None:
-        for place in places:
-            tensor, base = place.tensor, place.tensor.data
-            tensor.data = place.folded(base, base.device)
-            changed.append((tensor, base, tensor.data_ptr()))
-
-    def after(*_: object) -> None:
-        for tensor, base, pointer in changed:
-            # After an interruption whoever moves weights may have put back the base already.
-            if tensor.data_ptr() == pointer:
-                tensor.data = base
-        changed.clear()
-
-    stack.callback(after)
-    stack.callback(block.register_forward_pre_hook(before).remove)
-    stack.callback(block.register_forward_hook(after, always_call=True).remove)
 
 
 def _branch_hook(place: _Place) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

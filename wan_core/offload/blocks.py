@@ -1,4 +1,4 @@
-"""A module's blocks, its weights, a block's weights as one flat row of bytes, and the memory that is in use."""
+"""A module's blocks, one of its weights at its stages, a block's weights as one flat buffer, and the memory in use."""
 
 import logging
 import weakref
@@ -83,38 +83,38 @@ ALIGNMENT = 256
 """Every weight starts at a multiple of this, as matrix kernels want it."""
 
 PINNED_SHARE = 0.5
-"""Of the host memory that is free before the first slab is pinned: the rest is left to the system and other programs.
+"""Of the host memory that is free before the first buffer is pinned: the rest is left to the system and other programs.
 Windows starts to fail above it (Comfy-Org/ComfyUI#11531).
 """
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One weight in a row of bytes."""
+    """One weight in a flat buffer."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
 
-    def view(self, row: Tensor) -> Tensor:
-        """The weight as a view of `row` (bytes,)."""
+    def view(self, flat: Tensor) -> Tensor:
+        """The weight as a view of `flat` (bytes,)."""
         size = prod(self.shape) * self.dtype.itemsize
-        return row[self.offset : self.offset + size].view(self.dtype).view(self.shape)
+        return flat[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where each weight of a block lies in its row of `bytes`."""
+class FlatLayout:
+    """Where each weight of a block lies in a flat buffer of `bytes`."""
 
     entries: tuple[Entry, ...]
     bytes: int
 
     @classmethod
-    def of(cls, path: str, weights: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> "Layout":
+    def of(cls, path: str, weights: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> "FlatLayout":
         """The layout of the weights below `path`, in `dtypes` where these name one, else in their own.
 
-        Weights that are trained belong to no row: they stay where the optimizer has them.
+        Weights that are trained are in no buffer: they stay where the optimizer has them.
         """
         entries, offset = [], 0
         for name, weight in weights.items():
@@ -125,10 +125,10 @@ class Layout:
             offset += -(-weight.numel() * entry.dtype.itemsize // ALIGNMENT) * ALIGNMENT
         return cls(tuple(entries), offset)
 
-    def fill(self, row: Tensor, weights: Mapping[str, Tensor]) -> None:
-        """Copy `weights` into `row`, each in its dtype."""
+    def fill(self, flat: Tensor, weights: Mapping[str, Tensor]) -> None:
+        """Copy `weights` into `flat`, each in its dtype."""
         for entry in self.entries:
-            entry.view(row).copy_(weights[entry.name])
+            entry.view(flat).copy_(weights[entry.name])
 
 
 class PinnedMemory:
@@ -165,13 +165,78 @@ PINNED = PinnedMemory()
 """Of this process."""
 
 
-class Slab:
-    """A row of bytes where a block rests, in host memory that is pinned if asked and if there is room."""
+class FlatBuffer:
+    """Bytes that hold the weights of one block, in host memory that is pinned if asked and if there is enough.
 
-    def __init__(self, size: int, device: torch.device, pin: bool) -> None:
-        # Slabs outlive the run that makes them, so they must not be tensors of a host's inference mode.
+    One copy to the device then moves the whole block, at the full speed of the bus; a copy for each weight would wait
+    for the host between them.
+    """
+
+    def __init__(self, size: int, device: torch.device, pin: bool, layout: FlatLayout | None = None) -> None:
+        """`layout` is that of the weights it holds for good; None where they come and go."""
+        self.layout = layout
+        # Buffers outlive the run that makes them, so they must not be tensors of a host's inference mode.
         with torch.inference_mode(False):
-            self.row = torch.empty(size, dtype=torch.uint8, device=device)
-        self.pinned = pin and device.type == "cpu" and PINNED.pin(self.row)
+            self.bytes = torch.empty(size, dtype=torch.uint8, device=device)
+        self.pinned = pin and device.type == "cpu" and PINNED.pin(self.bytes)
         if self.pinned:
-            weakref.finalize(self, PINNED.unpin, self.row)
+            weakref.finalize(self, PINNED.unpin, self.bytes)
+
+
+class Weight:
+    """One parameter or buffer of a module at its stages, and the only code that sets its `.data`.
+
+    It shows the last stage that there is: `changed` while its block runs, else `arrived`, else `offloaded`.
+
+    Attributes:
+        tensor: the parameter or buffer itself.
+        offloaded: what it holds between uses.
+        buffer: the flat buffer that `offloaded` is a view of; None where it has memory of its own.
+        cached: a copy of `offloaded` on a device, which may be used again.
+        arrived: what it holds on the device while the module works there; None otherwise.
+        changed: what a LoRA made of it while its block runs; None otherwise.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.offloaded = tensor, tensor.data
+        self.buffer: FlatBuffer | None = None
+        self.cached: Tensor | None = None
+        self.arrived: Tensor | None = None
+        self.changed: Tensor | None = None
+
+    def stands_for(self, tensor: Tensor) -> bool:
+        """Whether this is what is known of `tensor`, and `Module.to` or the like has not moved or cast it since."""
+        if tensor is not self.tensor:
+            return False
+        at_work = self.arrived is not None or self.changed is not None
+        return at_work or (tensor.device, tensor.dtype) == (self.offloaded.device, self.offloaded.dtype)
+
+    @property
+    def at_hand(self) -> Tensor:
+        """The weight where it is now, without what changes it while its block runs."""
+        return self.offloaded if self.arrived is None else self.arrived
+
+    def offload(self, data: Tensor, buffer: FlatBuffer | None = None) -> None:
+        """Hold `data`, a view of `buffer` or memory of its own, between uses from now on; at work its copy, too."""
+        self.offloaded, self.buffer, self.cached = data, buffer, None
+        if self.arrived is not None:
+            self.arrived = data.to(self.arrived.device, self.arrived.dtype)
+        self._show()
+
+    def arrive(self, data: Tensor) -> None:
+        """Hold `data` on the device until `leave`."""
+        self.arrived = data
+        self._show()
+
+    def leave(self) -> None:
+        """Hold what is offloaded again. Nothing is copied back: weights at work do not change."""
+        self.arrived = None
+        self._show()
+
+    def change(self, changed: Tensor | None) -> None:
+        """Hold `changed` until this is called with None."""
+        self.changed = changed
+        self._show()
+
+    def _show(self) -> None:
+        self.tensor.data = self.at_hand if self.changed is None else self.changed

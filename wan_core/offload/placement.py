@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .blocks import GIB, Layout, blocks_of, tables_of, weights_of
+from .blocks import GIB, FlatLayout, blocks_of, tables_of, weights_of
 from .quant import parameter_counts
 
 SLOTS = 2
@@ -49,7 +49,7 @@ class Inventory:
         """
         paths = blocks_of(module) if order is None else order
         weights, counts = weights_of(module), parameter_counts(module)
-        layouts = {path: Layout.of(path, weights, dtypes) for path in paths if path not in idle}
+        layouts = {path: FlatLayout.of(path, weights, dtypes) for path in paths if path not in idle}
         apart = tuple(f"{path}." for path in (*layouts, *idle))
         tables = tables_of(module)
         outside = {

@@ -1,13 +1,14 @@
-"""Blocks whose weights rest in host memory and pass through two slots on the device, copied one ahead of their turn."""
+"""Blocks whose weights are in host memory and pass through two slots on the device, copied one ahead of their turn."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Layout, Slab
+from .blocks import FlatBuffer, FlatLayout, Weight
 from .placement import SLOTS
 
 
@@ -106,49 +107,49 @@ def copies_for(device: torch.device) -> Copies:
     return ParallelCopies(device) if device.type == "cuda" else PlainCopies(device)
 
 
+@dataclass(frozen=True, eq=False)
 class StreamedBlock:
-    """A block, the row that its weights make, and where they rest.
+    """A block whose weights are copied to the device each time its turn comes.
 
-    Args:
-        slab: the row in host memory, which the resting weights are views of; None when they are read from elsewhere
-            (a mapped file, another dtype) each time.
+    Attributes:
+        weights: those in `layout`, by name.
+        buffer: the flat buffer that they are views of; None when they are read from elsewhere (a mapped file, another
+            dtype) each time.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, weights: Mapping[str, Tensor], slab: Slab | None) -> None:
-        self.module, self.layout, self._slab = module, layout, slab
-        self._weights = {entry.name: weights[entry.name] for entry in layout.entries}
-        self._resting = {name: weight.data for name, weight in self._weights.items()}
+    path: str
+    module: nn.Module
+    layout: FlatLayout
+    weights: Mapping[str, Weight]
+    buffer: FlatBuffer | None
 
-    @property
-    def needs_staging(self) -> bool:
-        return self._slab is None
+    def source(self, staging: FlatBuffer | None) -> Tensor:
+        """The bytes of the block in host memory; read into `staging` if it has no buffer of its own."""
+        if self.buffer is not None:
+            return self.buffer.bytes
+        assert staging is not None, "a block without a buffer needs staging"
+        flat = staging.bytes[: self.layout.bytes]
+        self.layout.fill(flat, {name: weight.offloaded for name, weight in self.weights.items()})
+        return flat
 
-    def source(self, staging: Slab | None) -> Tensor:
-        """The row in host memory; read into `staging` if the block has no slab of its own."""
-        if self._slab is not None:
-            return self._slab.row
-        assert staging is not None, "a block without a slab needs staging"
-        row = staging.row[: self.layout.bytes]
-        self.layout.fill(row, self._resting)
-        return row
-
-    def point_to(self, slot: Tensor) -> None:
+    def arrive(self, slot: Tensor) -> None:
         """Let the weights be views of `slot`."""
         for entry in self.layout.entries:
-            self._weights[entry.name].data = entry.view(slot)
+            self.weights[entry.name].arrive(entry.view(slot))
 
-    def rest(self) -> None:
-        """Let the weights be where they rest again."""
-        for name, weight in self._weights.items():
-            weight.data = self._resting[name]
+    def leave(self) -> None:
+        """Let the weights be where they are offloaded again."""
+        for weight in self.weights.values():
+            weight.leave()
 
 
 class BlockStream:
     """Keeps the weights of the block that computes on `device`, and copies those of the next one meanwhile.
 
-    It learns the order from what runs: after the first pass it knows what follows each pair of blocks, so that a
-    backward pass, or a branch that is left out, is read ahead as well. When the first block of the next pass was copied
-    at the end of a pass, it waits in its slot, however many steps are skipped in between.
+    Whoever runs the blocks says when one begins and ends. From that it learns the order: after the first pass it knows
+    what follows each pair of blocks, so that a backward pass, or a branch that is left out, is read ahead as well. When
+    the first block of the next pass was copied at the end of a pass, it waits in its slot, however many steps are
+    skipped in between.
 
     Attributes:
         copied: bytes brought to the device so far.
@@ -157,53 +158,50 @@ class BlockStream:
     def __init__(self, blocks: Sequence[StreamedBlock], device: torch.device, copies: Copies) -> None:
         """`blocks` in the order in which a pass is expected to run them."""
         self._blocks, self._copies = blocks, copies
-        self._index = {id(block.module): index for index, block in enumerate(blocks)}
+        self._index = {block.path: index for index, block in enumerate(blocks)}
         size = max(block.layout.bytes for block in blocks)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        self._staging: list[Slab | None] = [None] * SLOTS
-        if any(block.needs_staging for block in blocks):
-            self._staging = [Slab(size, torch.device("cpu"), copies.reads_pinned) for _ in range(SLOTS)]
+        # Blocks of a mapped file or another dtype are read into host memory first, so that the copy to the device can
+        # run beside the computation; one staging buffer per slot, because the copy still reads it meanwhile.
+        self._staging: list[FlatBuffer | None] = [None] * SLOTS
+        if any(block.buffer is None for block in blocks):
+            self._staging = [FlatBuffer(size, torch.device("cpu"), copies.reads_pinned) for _ in range(SLOTS)]
         self._content: list[int | None] = [None] * SLOTS
         self._after: dict[tuple[int | None, int], int] = {}
         self._before: int | None = None
         self._current: int | None = None
-        self._hooks = ExitStack()
         self.copied = 0
 
     def __enter__(self) -> "BlockStream":
-        for index, block in enumerate(self._blocks):
-            # Before all other hooks of the block: those may change the weights that come here.
-            before = block.module.register_forward_pre_hook(lambda *_, i=index: self._enter_block(i), prepend=True)
-            after = block.module.register_forward_hook(lambda *_, i=index: self._read_ahead(i))
-            self._hooks.callback(before.remove)
-            self._hooks.callback(after.remove)
         self._copies.mark()
         self._fetch(0, 0)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hooks.close()
         for index in self._content:
             if index is not None:
-                self._blocks[index].rest()
+                self._blocks[index].leave()
         self._copies.close()
         self._slots.clear()
 
     @contextmanager
     def around(self, module: nn.Module) -> Iterator[None]:
-        """Around a run of `module` that its hooks do not see, such as one for a backward pass; other modules pass."""
-        index = self._index.get(id(module))
-        if index is None:
+        """Around a run of the block `module` that its hooks do not see, such as one for a backward pass; other modules
+        pass."""
+        path = next((block.path for block in self._blocks if block.module is module), None)
+        if path is None:
             yield
             return
-        self._enter_block(index)
+        self.begin(path)
         try:
             yield
         finally:
-            self._read_ahead(index)
+            self.end(path)
 
-    def _enter_block(self, index: int) -> None:
-        if index == self._current:
+    def begin(self, path: str) -> None:
+        """Have the weights of the block at `path` on the device for what runs next; other blocks pass."""
+        index = self._index.get(path)
+        if index is None or index == self._current:
             return
         # All that reads the other slot has been given to the device; what this block adds reads its own.
         self._copies.mark()
@@ -213,11 +211,14 @@ class BlockStream:
             self._fetch(index, self._free_slot())
         slot = self._content.index(index)
         self._copies.finish(slot)
-        self._blocks[index].point_to(self._slots[slot])
+        self._blocks[index].arrive(self._slots[slot])
         self._before, self._current = self._current, index
 
-    def _read_ahead(self, index: int) -> None:
+    def end(self, path: str) -> None:
         """Fetch the block that follows. The device has work by now, while the host may have to read a file."""
+        index = self._index.get(path)
+        if index is None:
+            return
         following = self._after.get((self._before, index), (index + 1) % len(self._blocks))
         if following not in self._content:
             self._fetch(following, self._free_slot())
@@ -229,9 +230,10 @@ class BlockStream:
     def _fetch(self, index: int, slot: int) -> None:
         old = self._content[slot]
         if old is not None:
-            self._blocks[old].rest()
+            self._blocks[old].leave()
         block, staging = self._blocks[index], self._staging[slot]
-        if block.needs_staging:
+        if block.buffer is None:
+            # The copy before into this slot may still read its staging buffer; only here the host waits for the device.
             self._copies.source_is_free(slot)
         self._copies.start(slot, self._slots[slot][: block.layout.bytes], block.source(staging))
         self._content[slot] = index

@@ -1,93 +1,148 @@
-"""Where the weights of a module are: at rest between uses, and on a device while it works."""
+"""Who owns the weights of a module: where each is kept between uses, how it gets to the device, what a LoRA adds.
+
+A weight passes through stages, and `blocks.Weight` shows the last one that there is:
+
+1. *offloaded*, between uses: in host memory, in the flat pinned buffer of its block, as a view of the mapped model
+   file, on a device, or in another dtype than it works in;
+2. *folded*: a LoRA's change of what is offloaded, for a run; the base waits in host memory;
+3. *arrived* on the device: as a whole copy, which may be cached for the next use, or in a slot of a `BlockStream`;
+4. *changed* while its block runs: by a LoRA whose target is streamed, or whose strength follows a curve.
+
+What a LoRA computes beside a linear layer needs none of this: it leaves the weight alone."""
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import ClassVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Layout, Slab, blocks_of, tables_of, used_bytes, weights_of
+from .blocks import FlatBuffer, FlatLayout, Weight, blocks_of, tables_of, used_bytes, weights_of
 from .placement import Inventory, Placement, place
 from .quant import quantised_layers
 from .streaming import BlockStream, Copies, StreamedBlock, copies_for
 
+Change = Callable[[Tensor], Tensor]
+"""What a LoRA makes of a weight; the result has its shape, dtype and device."""
 
-class Residency:
-    """Moves the weights of one module. Resting weights are what the parameters hold between uses: in host memory, on a
-    device, or as views of the model file ("disk"). Copies on a device are dropped when they are no longer needed and
-    never copied back: they do not change. Weights that are trained are left where they are.
+
+class WeightProvider:
+    """The one owner of the weights of a module while they are offloaded, copied to a device, or changed by a LoRA.
+
+    It belongs to the module, as its attribute `weight_provider`: the loader sets it, and a module that was made
+    otherwise gets one when it is first asked for (`of`). Whoever replaces a parameter by another one says so
+    (`replaced`). Weights that are trained are left where they are.
 
     Attributes:
-        work_dtypes: the dtype, by parameter name, that a weight is given on the device when it rests in another one.
-        mapped: the names of the weights that rest in the model file.
+        work_dtypes: the dtype, by name, that a weight has on the device when it is offloaded in another one.
+        mapped: the names of the weights that are views of the model file.
     """
 
-    _known: ClassVar["weakref.WeakKeyDictionary[nn.Module, Residency]"] = weakref.WeakKeyDictionary()
-
     def __init__(self, module: nn.Module) -> None:
+        # Weakly, so that a module that is dropped frees its weights at once and not at the next garbage collection.
         self._reference = weakref.ref(module)
         self.work_dtypes: dict[str, torch.dtype] = {}
         self.mapped: set[str] = set()
-        self._slabs: dict[str, Slab] = {}
-        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
-        self._busy = 0
+        self._weights: dict[str, Weight] = {}
+        self._stream: BlockStream | None = None
+        self._changes: dict[str, dict[str, Change]] = {}
+        self._watched: set[str] = set()
+        self._at_work, self._users = False, 0
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Residency":
-        """The one residency of `module`; it lives as long as the module."""
-        if module not in cls._known:
-            cls._known[module] = cls(module)
-        return cls._known[module]
+    def of(cls, module: nn.Module) -> "WeightProvider":
+        """The provider of `module`, its attribute `weight_provider`."""
+        found = getattr(module, "weight_provider", None)
+        if found is None:
+            found = module.__dict__["weight_provider"] = cls(module)
+            module.register_load_state_dict_post_hook(_after_load_state_dict)
+        assert isinstance(found, cls)
+        return found
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "WeightProvider | None":
+        module = memo.get(id(self._reference()))
+        if not isinstance(module, nn.Module):
+            return None
+        copy = WeightProvider(module)
+        # Not `mapped`: the copies are in memory.
+        copy.work_dtypes = dict(self.work_dtypes)
+        return copy
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # As None: a module that comes out of a pickle gets a provider of its own.
+        return type(None), ()
+
+    @property
     def _module(self) -> nn.Module:
         module = self._reference()
-        assert module is not None, "a residency is used after its module is gone"
+        assert module is not None, "a provider is used after its module is gone"
         return module
 
     def inventory(self, order: Sequence[str] | None = None, idle: Collection[str] = ()) -> Inventory:
         """The sizes of the weights as they work, see `Inventory.of`."""
-        return Inventory.of(self._module(), self.work_dtypes, order, idle)
+        return Inventory.of(self._module, self.work_dtypes, order, idle)
 
     @property
-    def kept_bytes(self) -> int:
-        """Bytes of the copies that wait on a device for the next use."""
-        return sum(copy.nbytes for _, copy in self._kept.values())
+    def cached_bytes(self) -> int:
+        """Bytes of the copies that stay on a device for the next use."""
+        return sum(weight.cached.nbytes for weight in self._weights.values() if weight.cached is not None)
 
     def bytes_on(self, device: torch.device) -> int:
-        """Bytes of the weights that are on `device` between uses, at rest or waiting; 0 where used bytes are not known,
-        because they are not counted there either.
+        """Bytes of the weights that are on `device` between uses, offloaded or cached; 0 where used bytes are not
+        known, because they are not counted there either.
         """
         if not used_bytes(device):
             return 0
-        resting = (weight for weight in weights_of(self._module()).values() if weight.device == device)
-        return self.kept_bytes + sum(weight.nbytes for weight in resting)
+        offloaded = (weight for weight in weights_of(self._module).values() if weight.device == device)
+        return self.cached_bytes + sum(weight.nbytes for weight in offloaded)
 
-    def rest_on(self, device: torch.device) -> None:
-        """Let all weights rest on `device` from now on."""
-        for weight in weights_of(self._module()).values():
-            weight.data = weight.data.to(device)
+    @property
+    def flat_buffers(self) -> list[FlatBuffer]:
+        """The buffers that blocks were moved into when they were streamed."""
+        found = {id(weight.buffer): weight.buffer for weight in self._weights.values()}
+        return [buffer for buffer in found.values() if buffer is not None]
 
-    def rest_as(self, dtype: torch.dtype, works_as: torch.dtype) -> None:
-        """Let the weights of blocks that work in `works_as` rest in `dtype` from now on; quantised ones stay as they
-        are, with their scales."""
-        inside = tuple(f"{path}." for path in blocks_of(self._module()))
-        kept = {f"{path}.{leaf}" for path in quantised_layers(self._module()) for leaf in ("weight", "scale")}
-        for name, weight in weights_of(self._module()).items():
-            if name.startswith(inside) and weight.dtype == works_as and name not in kept:
-                weight.data = weight.data.to(dtype)
-                self.work_dtypes[name] = works_as
+    def offload_to(self, device: torch.device) -> None:
+        """Keep all weights on `device` between uses from now on."""
+        with self._in_use() as weights:
+            for weight in weights.values():
+                if weight.offloaded.device != device:
+                    weight.offload(weight.offloaded.to(device))
+
+    def offload_as(self, dtype: torch.dtype, works_as: torch.dtype) -> None:
+        """Keep the weights of blocks that work in `works_as` in `dtype` between uses from now on; quantised ones stay
+        as they are, with their scales."""
+        inside = tuple(f"{path}." for path in blocks_of(self._module))
+        quantised = {f"{path}.{leaf}" for path in quantised_layers(self._module) for leaf in ("weight", "scale")}
+        with self._in_use() as weights:
+            for name, weight in weights.items():
+                if name.startswith(inside) and weight.offloaded.dtype == works_as and name not in quantised:
+                    weight.offload(weight.offloaded.to(dtype))
+                    self.work_dtypes[name] = works_as
+
+    def replace(self, name: str, data: Tensor) -> None:
+        """Hold `data` as the weight `name` from now on."""
+        with self._in_use() as weights:
+            weights[name].offload(data)
+            self.mapped.discard(name)
+
+    def replaced(self, name: str) -> None:
+        """Forget what was known of the parameter `name`: another one in memory has taken its place."""
+        self._weights.pop(name, None)
+        self.mapped.discard(name)
 
     def evict(self, size: float | None = None) -> int:
-        """Drop copies that wait for the next use, at least `size` bytes of them or all; the bytes that were dropped.
+        """Drop cached copies, at least `size` bytes of them or all; the bytes that were dropped.
 
         Weights that are at work stay.
         """
         dropped = 0
-        while self._kept and not self._busy and (size is None or dropped < size):
-            _, (_, copy) = self._kept.popitem()
-            dropped += copy.nbytes
+        for weight in reversed(list(self._weights.values())):
+            if self._at_work or (size is not None and dropped >= size):
+                break
+            if weight.cached is not None:
+                dropped += weight.cached.nbytes
+                weight.cached = None
         return dropped
 
     @contextmanager
@@ -99,99 +154,201 @@ class Residency:
         keep: bool = False,
         copies: Copies | None = None,
     ) -> Iterator[BlockStream | None]:
-        """The module able to work on `device` inside the block; afterwards every weight is where it rested.
+        """The module able to work on `device` inside the block; afterwards every weight is as it was before.
+
+        A use inside of another one finds the weights where that one has them.
 
         Args:
-            placement: which blocks are streamed; none is if None. Blocks that it calls idle stay where they rest.
-            keep: leave the copies on the device for the next use instead of dropping them.
+            placement: which blocks are streamed; none is if None. Blocks that it calls idle stay where they are.
+            keep: cache the copies on the device for the next use instead of dropping them.
         """
-        module = self._module()
+        if self._at_work:
+            yield self._stream
+            return
         placement = placement or place(self.inventory())
-        weights = weights_of(module)
         copies = copies or copies_for(device)
-        moved: list[tuple[Tensor, Tensor]] = []
-        self._busy += 1
-        try:
-            for name, copy in self._brought(module, weights, placement, device, copies).items():
-                moved.append((weights[name], weights[name].data))
-                weights[name].data = copy
-            if not placement.streamed:
-                yield None
-                return
-            streamed = self._streamed(module, weights, placement, pin=copies.reads_pinned)
-            with BlockStream(streamed, device, copies) as stream:
-                yield stream
-        except BaseException:
-            keep = False
-            raise
-        finally:
-            for tensor, resting in moved:
-                tensor.data = resting
-            moved.clear()
-            self._busy -= 1
-            if not keep:
-                self.evict()
+        with self._in_use() as weights:
+            self._at_work = True
+            arrived: list[Weight] = []
+            try:
+                for weight in self._copied(weights, placement, device, copies):
+                    assert weight.cached is not None
+                    weight.arrive(weight.cached)
+                    arrived.append(weight)
+                with self._streaming(weights, placement, device, copies) as stream:
+                    yield stream
+            except BaseException:
+                keep = False
+                raise
+            finally:
+                for weight in arrived:
+                    weight.leave()
+                self._at_work = False
+                if not keep:
+                    self.evict()
 
-    def _brought(
-        self,
-        module: nn.Module,
-        weights: Mapping[str, Tensor],
-        placement: Placement,
-        device: torch.device,
-        copies: Copies,
-    ) -> dict[str, Tensor]:
-        """The copies that `placement` wants to stay on `device`, kept ones first; other kept ones are dropped."""
-        elsewhere = tuple(f"{path}." for path in (*placement.streamed, *placement.inventory.idle))
-        tables = tables_of(module)
-        wanted = [
-            name
-            for name, weight in weights.items()
-            if not (weight.requires_grad or name.startswith(elsewhere) or name in tables)
-        ]
-        self._kept = {
-            name: (resting, copy)
-            for name, (resting, copy) in self._kept.items()
-            if name in wanted and resting.data_ptr() == weights[name].data_ptr() and copy.device == device
+    @contextmanager
+    def folded(self, name: str, change: Change) -> Iterator[Callable[[], None]]:
+        """The weight `name` as `change` makes it inside the block, where it is offloaded and where it is at work; what
+        is given makes it once more, for a change that is another by then.
+
+        The base waits in host memory meanwhile, so that a device holds the weight once.
+        """
+        with self._in_use() as weights:
+            weight = weights[name]
+            device, buffer, base = weight.offloaded.device, weight.buffer, weight.offloaded.cpu()
+            first = change(weight.offloaded)
+
+            def fold() -> None:
+                weight.offload(change(base).to(device))
+
+            try:
+                weight.offload(first)
+                del first
+                yield fold
+            finally:
+                weight.offload(base.to(device), buffer if device.type == "cpu" else None)
+
+    @contextmanager
+    def changed_while_running(self, path: str, changes: Mapping[str, Change]) -> Iterator[None]:
+        """Inside the block, the weights of `changes` are changed whenever the block at `path` runs, wherever they are
+        by then. Only one block's changed weights are in memory at a time."""
+        with self._in_use() as weights, self._watching([path]):
+            assert path not in self._changes, "the weights of a block are changed once"
+            self._changes[path] = dict(changes)
+            try:
+                yield
+            finally:
+                del self._changes[path]
+                # After an interruption (Ctrl-C) no hook has run.
+                for name in changes:
+                    weights[name].change(None)
+
+    @contextmanager
+    def _in_use(self) -> Iterator[dict[str, Weight]]:
+        """What is known of each weight that the module has now; a parameter that is another one since, or was moved or
+        cast by its module, starts over.
+
+        Between uses only weights with cached copies and flat buffers are remembered: to remember others would keep
+        the memory of parameters that are replaced meanwhile.
+        """
+        known = self._weights
+        self._weights = {
+            name: known[name] if name in known and known[name].stands_for(tensor) else Weight(tensor)
+            for name, tensor in weights_of(self._module).items()
         }
-        found = {}
-        for name in wanted:
-            resting = weights[name].data
-            if name not in self._kept:
-                copy = copies.whole(resting, self.work_dtypes.get(name, resting.dtype))
-                if copy is not resting:
-                    self._kept[name] = (resting, copy)
-            if name in self._kept:
-                found[name] = self._kept[name][1]
-        return found
+        self._users += 1
+        try:
+            yield self._weights
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._weights = {
+                    name: weight
+                    for name, weight in self._weights.items()
+                    if weight.cached is not None or weight.buffer is not None
+                }
 
-    def _streamed(
-        self, module: nn.Module, weights: Mapping[str, Tensor], placement: Placement, *, pin: bool
-    ) -> list[StreamedBlock]:
-        blocks = blocks_of(module)
-        found = []
+    def _copied(
+        self, weights: Mapping[str, Weight], placement: Placement, device: torch.device, copies: Copies
+    ) -> list[Weight]:
+        """The weights of which `placement` wants a copy on `device`, copied; other cached copies are dropped."""
+        elsewhere = tuple(f"{path}." for path in (*placement.streamed, *placement.inventory.idle))
+        tables = tables_of(self._module)
+        wanted = {
+            name: weight
+            for name, weight in weights.items()
+            if not (weight.tensor.requires_grad or name.startswith(elsewhere) or name in tables)
+        }
+        for name, weight in weights.items():
+            # Before the first copy, so that the device never holds both.
+            if weight.cached is not None and (name not in wanted or weight.cached.device != device):
+                weight.cached = None
+        for name, weight in wanted.items():
+            if weight.cached is None:
+                copy = copies.whole(weight.offloaded, self.work_dtypes.get(name, weight.offloaded.dtype))
+                weight.cached = None if copy is weight.offloaded else copy
+        return [weight for weight in wanted.values() if weight.cached is not None]
+
+    @contextmanager
+    def _streaming(
+        self, weights: Mapping[str, Weight], placement: Placement, device: torch.device, copies: Copies
+    ) -> Iterator[BlockStream | None]:
+        """The blocks that `placement` streams on their way to `device`; None where there is none."""
+        blocks, tensors = blocks_of(self._module), {name: weight.tensor for name, weight in weights.items()}
+        streamed = []
         for path in placement.streamed:
-            layout = Layout.of(path, weights, self.work_dtypes)
-            slab = self._slab(path, layout, weights, pin=pin)
-            found.append(StreamedBlock(blocks[path], layout, weights, slab))
-        return found
+            layout = FlatLayout.of(path, tensors, self.work_dtypes)
+            own = {entry.name: weights[entry.name] for entry in layout.entries}
+            buffer = self._flat_buffer(layout, own, pin=copies.reads_pinned)
+            streamed.append(StreamedBlock(path, blocks[path], layout, own, buffer))
+        if not streamed:
+            yield None
+            return
+        with self._watching(placement.streamed), BlockStream(streamed, device, copies) as stream:
+            self._stream = stream
+            try:
+                yield stream
+            finally:
+                self._stream = None
 
-    def _slab(self, path: str, layout: Layout, weights: Mapping[str, Tensor], *, pin: bool) -> Slab | None:
-        """The row that the block's weights rest in; they are moved into it the first time."""
-        names = [entry.name for entry in layout.entries]
-        if any(name in self.mapped or name in self.work_dtypes for name in names):
+    def _flat_buffer(self, layout: FlatLayout, weights: Mapping[str, Weight], *, pin: bool) -> FlatBuffer | None:
+        """The buffer that a block's weights are views of; they are moved into one the first time.
+
+        None for weights that are not kept in host memory as they work: those of a mapped file, to hold which would take
+        the memory that mapping saves, and those in another dtype.
+        """
+        if any(name in self.mapped or name in self.work_dtypes for name in weights):
             return None
-        slab = self._slabs.get(path)
-        if slab is None or any(weights[e.name].data_ptr() != e.view(slab.row).data_ptr() for e in layout.entries):
-            slab = Slab(layout.bytes, weights[names[0]].device, pin)
-            layout.fill(slab.row, weights)
+        first = next(iter(weights.values()))
+        buffer = first.buffer
+        if buffer is None or buffer.layout != layout or any(weight.buffer is not buffer for weight in weights.values()):
+            buffer = FlatBuffer(layout.bytes, first.offloaded.device, pin, layout)
+            layout.fill(buffer.bytes, {name: weight.offloaded for name, weight in weights.items()})
             for entry in layout.entries:
-                weights[entry.name].data = entry.view(slab.row)
-            self._slabs[path] = slab
-        return slab
+                weights[entry.name].offload(entry.view(buffer.bytes), buffer)
+        return buffer
+
+    @contextmanager
+    def _watching(self, paths: Sequence[str]) -> Iterator[None]:
+        """`_begin` and `_end` around every run of the blocks at `paths`, by one pair of hooks for each block."""
+        with ExitStack() as stack:
+            for path in paths:
+                if path in self._watched:
+                    continue
+                block = self._module.get_submodule(path)
+                self._watched.add(path)
+                stack.callback(self._watched.discard, path)
+                # Before all other hooks of the block: those may read the weights that come here.
+                before = block.register_forward_pre_hook(lambda *_, path=path: self._begin(path), prepend=True)
+                after = block.register_forward_hook(lambda *run, path=path: self._end(path, run[-1]), always_call=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            yield
+
+    def _begin(self, path: str) -> None:
+        if self._stream is not None:
+            self._stream.begin(path)
+        for name, change in self._changes.get(path, {}).items():
+            weight = self._weights[name]
+            weight.change(change(weight.at_hand))
+
+    def _end(self, path: str, out: object) -> None:
+        for name in self._changes.get(path, ()):
+            self._weights[name].change(None)
+        # A block that failed has no output, and nothing follows it.
+        if self._stream is not None and out is not None:
+            self._stream.end(path)
+
+
+def _after_load_state_dict(module: nn.Module, _: object) -> None:
+    """The weights of `module` have other values, or are other parameters: copies of the old ones are of no use."""
+    for weight in WeightProvider.of(module)._weights.values():
+        weight.cached = None
 
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """`module` with its weights on `device` inside the block, and back where they rest after it."""
-    with Residency.of(module).working(device):
+    """`module` with its weights on `device` inside the block, and back where they are offloaded after it."""
+    with WeightProvider.of(module).working(device):
         yield module

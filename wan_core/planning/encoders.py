@@ -14,7 +14,7 @@ from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..offload.blocks import GIB, installed_ram, used_bytes
 from ..offload.placement import place
-from ..offload.weights import Residency
+from ..offload.weights import WeightProvider
 from ..runtime import OutOfMemoryError, Runtime
 from ..settings import MemorySettings
 from ..tiling import TileSettings
@@ -225,7 +225,7 @@ def available(module: nn.Module, runtime: Runtime, memory: MemorySettings, wante
     """
     if memory.vram_limit == 0:
         return 0
-    own = Residency.of(module).bytes_on(runtime.device)
+    own = WeightProvider.of(module).bytes_on(runtime.device)
     left = runtime.room(wanted - own)
     return None if left is None else left + own
 
@@ -240,8 +240,8 @@ def encoder_at_work(
         activations: peak bytes of a pass beside the weights.
         keep: leave the weights on the device for the next use.
     """
-    inventory, beside = Residency.of(module).inventory(), activations + WORKSPACE_BYTES
+    inventory, beside = WeightProvider.of(module).inventory(), activations + WORKSPACE_BYTES
     bound = available(module, runtime, memory, inventory.bytes + beside)
     placement = place(inventory, None if bound is None else bound - beside)
-    with Residency.of(module).working(runtime.device, placement, keep=keep):
+    with WeightProvider.of(module).working(runtime.device, placement, keep=keep):
         yield module

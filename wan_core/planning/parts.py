@@ -18,7 +18,7 @@ from ..offload.blocks import weights_of
 from ..offload.formats import Weights
 from ..offload.placement import SLOTS, Inventory
 from ..offload.quant import QuantisedLinear, big_linears, quantise
-from ..offload.weights import Residency
+from ..offload.weights import WeightProvider
 from .estimate import meta_twin
 
 PUBLISHED: dict[Kind, tuple[str, Any]] = {
@@ -59,23 +59,23 @@ class Part(Generic[Model]):
         return Part(build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped))
 
     @property
-    def residency(self) -> Residency:
-        return Residency.of(self.module)
+    def provider(self) -> WeightProvider:
+        return WeightProvider.of(self.module)
 
     @property
     def inventory(self) -> Inventory:
-        return self.residency.inventory()
+        return self.provider.inventory()
 
     @property
     def file_bytes(self) -> int:
         """Bytes that stay in the model's file."""
-        return sum(self._weights[name].nbytes for name in self.residency.mapped)
+        return sum(self._weights[name].nbytes for name in self.provider.mapped)
 
     @property
     def ram_bytes(self) -> int:
         """Bytes of host memory that the weights rest in, and what blocks are read into that rest in another form."""
-        resting = sum(w.nbytes for name, w in self._weights.items() if name not in self.residency.mapped)
-        reread = self.residency.mapped or self.residency.work_dtypes
+        resting = sum(w.nbytes for name, w in self._weights.items() if name not in self.provider.mapped)
+        reread = self.provider.mapped or self.provider.work_dtypes
         return resting + (SLOTS * max((b.bytes for b in self.inventory.blocks.values()), default=0) if reread else 0)
 
     @property
@@ -85,7 +85,7 @@ class Part(Generic[Model]):
     def in_fp8(self) -> "Part[Model] | None":
         """The same part with the layers of its blocks as FP8; None where they are quantised, or stay as they rest."""
         done = all(isinstance(layer, QuantisedLinear) for layer in big_linears(self.module).values())
-        if done or self.residency.mapped or self.residency.work_dtypes:
+        if done or self.provider.mapped or self.provider.work_dtypes:
             return None
         return Part(quantise(meta_twin(self.module)))
 

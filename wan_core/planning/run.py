@@ -11,7 +11,7 @@ from ..models.dit import WanDiT
 from ..models.embedders import MotionController
 from ..offload.blocks import GIB, weight_bytes
 from ..offload.placement import Inventory, Placement, place
-from ..offload.weights import Residency
+from ..offload.weights import WeightProvider
 from ..sampling.windows import window_of
 from ..settings import MemorySettings, SamplerSettings
 from ..tiling import Span
@@ -167,7 +167,9 @@ def _keeping(
 def dit_inventory(dit: WanDiT, cond: Conditioning) -> Inventory:
     """The weights of `dit` as a run with `cond` uses them: without a VACE input its VACE blocks are idle."""
     order = dit.block_order()
-    return Residency.of(dit).inventory(order, [] if cond.vace else [p for p in order if p.startswith("vace_blocks.")])
+    return WeightProvider.of(dit).inventory(
+        order, [] if cond.vace else [p for p in order if p.startswith("vace_blocks.")]
+    )
 
 
 def _counted(
