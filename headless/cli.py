@@ -345,15 +345,15 @@ COMMANDS = {
 
 
 def _train(words: Sequence[str]) -> int:
-    from ..trainer.run import main as run  # takes seconds, and only this command needs it
+    from ..trainer import train  # takes seconds, and only this command needs it
 
-    return run.main(words)
+    return train.main(words)
 
 
 def _recipe(words: Sequence[str]) -> int:
-    from ..trainer import recipes
+    from ..trainer import recipe
 
-    return recipes.main(words)
+    return recipe.main(words)
 
 
 TRAINING = {

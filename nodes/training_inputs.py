@@ -276,7 +276,7 @@ class TrainingDataNode:
             folder = Path(work)
             load_settings(settings, {}).save_json(folder / "settings.json")
             words = ["--out", str(folder), "--config", str(folder / "settings.json")]
-            launch = Launch(pack_command(host.PACK_FOLDER, "trainer.checking", words), folder)
+            launch = Launch(pack_command(host.PACK_FOLDER, "trainer.check", words), folder)
             try:
                 attend(launch, _show_check, host.current.check_cancelled, CHECK_PATIENCE)
             except ChildError as error:

@@ -46,10 +46,10 @@ LIBRARY = {
 TRAINER = {
     "flags": 0, "optimizers": 0, "objective": 0, "data.clips": 0, "run.chart": 0,
     "config": 1,
-    "recipes": 2, "data": 2, "model": 2,
+    "recipe": 2, "data": 2, "model": 2,
     "data.conditions": 3, "data.cache": 3, "export": 3,
     "run": 4,
-    "checking": 5,
+    "check": 5, "train": 5,
     "": 6,
 }  # fmt: skip
 LEVELS = {"wan_core": LIBRARY, "trainer": TRAINER}

@@ -10,7 +10,7 @@ from wancore.trainer.config import TrainConfig
 from wancore.trainer.data.clips import INPUTS
 from wancore.trainer.flags import ACCEPTED, ELSEWHERE, flag_type
 from wancore.trainer.optimizers import PACKAGES
-from wancore.trainer.recipes import MODES, TASKS, recipe
+from wancore.trainer.recipe import MODES, TASKS, recipe
 
 SECTIONS = {
     "Data": "dataset_base_path",

@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import train
 from .config import TrainConfig, parse
 from .flags import ConfigError
-from .run import main as run
 
 PATIENCE = 600
 """Seconds that a run which is left alone has for its step and its save."""
@@ -27,13 +27,13 @@ def stop_file(config: TrainConfig) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; exit codes are those of `run.main`."""
+    """The command; exit codes are those of `train`."""
     try:
         file = stop_file(parse(argv))
     except ConfigError:
-        return run.main(argv)
+        return train.main(argv)
     threading.Thread(target=_end_with, args=(sys.stdin.fileno(), file), daemon=True).start()
-    return run.main(argv)
+    return train.main(argv)
 
 
 def _end_with(pipe: int, file: Path) -> None:

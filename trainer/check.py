@@ -1,9 +1,109 @@
-"""`python <pack>/trainer/check.py` with the flags of `train.py`, from any folder: look at the data alone."""
+"""The check of a data set by itself: its report, and one picture of what is in it.
+
+`python -m trainer.check`, or `python <pack>/trainer/check.py` from any folder, takes the flags of `trainer.train`.
+"""
 
 import sys
 from pathlib import Path
 from runpy import run_path
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the imports below need the packages' names, which a file that is run does not know
     pack = run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))
-    sys.exit(pack["command"]("trainer.checking", sys.argv[1:]))
+    sys.exit(pack["command"]("trainer.check", sys.argv[1:]))
+
+import argparse
+import logging
+from collections.abc import Iterator, Sequence
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from .config import TrainConfig, parse
+from .data import dataset, report
+from .data.clips import Clip, MediaError, at_rate, read
+from .data.report import Row
+from .run.events import Events
+from .run.output import with_recorded_data
+
+REPORT, CONTACT_SHEET, EVENTS = "report.txt", "contact_sheet.png", "events.jsonl"
+BAD_DATA = 2
+
+THUMB = (176, 132)
+GAP, LINE = 8, 18
+SHOWN = 24
+"""Rows in the picture."""
+COLUMNS = 2
+
+
+def contact_sheet(rows: Sequence[Row], config: TrainConfig) -> Image.Image:
+    """The first rows: first and last frame of each clip as it is trained, the first frames of its inputs, and its
+    caption.
+    """
+    shown = [(row, list(_pictures(row, config))) for row in rows[:SHOWN]]
+    widest = max((len(pictures) for _, pictures in shown), default=1)
+    columns = COLUMNS if widest <= 3 and len(shown) > 1 else 1
+    cell = (widest * (THUMB[0] + GAP) + GAP, THUMB[1] + LINE + 2 * GAP)
+    lines = -(-len(shown) // columns) or 1
+    sheet = Image.new("RGB", (columns * cell[0], lines * cell[1]), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for index, (row, pictures) in enumerate(shown):
+        left, top = index % columns * cell[0] + GAP, index // columns * cell[1] + GAP
+        for place, picture in enumerate(pictures):
+            sheet.paste(ImageOps.pad(picture, THUMB, color="#dddddd"), (left + place * (THUMB[0] + GAP), top))
+        text = f"{row.sample.position + 1}: {row.sample.captions[0]}"
+        while draw.textlength(text, font) > cell[0] - 2 * GAP:
+            text = f"{text.removesuffix('...')[:-4]}..."
+        draw.text((left, top + THUMB[1] + 2), text, fill="black", font=font)
+    return sheet
+
+
+def _pictures(row: Row, config: TrainConfig) -> Iterator[Image.Image]:
+    places = [at_rate(row.target, config.fps)[place] for place in row.places(config)]
+    yield from _frames(row.target, sorted({places[0], places[-1]}), row)
+    for clips in row.clips.values():
+        for clip in clips:
+            first = at_rate(clip, config.fps)
+            yield from _frames(clip, [first[min(row.places(config)[0], len(first) - 1)]], row)
+
+
+def _frames(clip: Clip, places: Sequence[int], row: Row) -> Iterator[Image.Image]:
+    size = (row.size.width, row.size.height) if clip.fps is not None or clip is row.target else (None, None)
+    try:
+        for frame in read(clip, places, *size):
+            yield Image.fromarray(frame.mul(255).round().byte().numpy())
+    except MediaError:
+        yield Image.new("RGB", THUMB, "#b03030")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 when the data can be trained, 2 when not or when it cannot be read."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.check",
+        description="Check a data set for the flags of trainer.train that follow.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, help=f"folder for {REPORT} and {CONTACT_SHEET}")
+    given, words = parser.parse_known_args(argv)
+    try:
+        config = with_recorded_data(parse(words))
+        found = _checked(config, given.out)
+        found.require(config.on_bad_sample)
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return BAD_DATA
+    sys.stdout.write(f"{found}\n")
+    return 0
+
+
+def _checked(config: TrainConfig, folder: Path | None) -> report.Report:
+    """The report; `folder` gets it with the picture, and tells how far the check is."""
+    if folder is None:
+        return report.check(dataset.load(config), config)
+    folder.mkdir(parents=True, exist_ok=True)
+    events = Events(folder / EVENTS)
+    found = report.check(
+        dataset.load(config), config, lambda done, total: events.emit("checked", done=done, total=total)
+    )
+    (folder / REPORT).write_text(f"{found}\n", encoding="utf-8")
+    contact_sheet(found.rows, config).save(folder / CONTACT_SHEET)
+    return found

@@ -28,6 +28,7 @@ from .flags import (
     read_json,
     to_json,
 )
+from .objective import Objective
 
 log = logging.getLogger("wancore")
 
@@ -287,6 +288,17 @@ class TrainConfig:
             "any.": prefix not in {*self._own_prefixes, TrainConfig.remove_prefix_in_ckpt},
         }
         return tuple(line for line, is_so in told.items() if is_so)
+
+    @property
+    def objective(self) -> Objective:
+        """What the model learns from, and how its loss is weighted."""
+        return Objective(
+            sampling=self.timestep_sampling,
+            shift=self.timestep_shift,
+            weighting=self.loss_weighting,
+            low=self.min_timestep_boundary,
+            high=self.max_timestep_boundary,
+        )
 
     @property
     def cache_folder(self) -> Path:

@@ -1,11 +1,382 @@
-"""`accelerate launch <pack>/trainer/train.py` and `python <pack>/trainer/train.py`, from any folder; from the pack's
-folder also `python -m trainer.train` and `accelerate launch -m trainer.train`.
+"""A training run from its settings to its files, in the order in which things happen.
+
+From any folder by `python <pack>/trainer/train.py` and `accelerate launch <pack>/trainer/train.py`; from the pack's
+folder also by `python -m trainer.train` and `accelerate launch -m trainer.train`.
 """
 
 import sys
 from pathlib import Path
 from runpy import run_path
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the imports below need the packages' names, which a file that is run does not know
     pack = run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))
-    sys.exit(pack["command"]("trainer.run.main", sys.argv[1:]))
+    sys.exit(pack["command"]("trainer.train", sys.argv[1:]))
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from wan_core.loading.paths import resolve_model
+from wan_core.model import Rest
+from wan_core.offload.quant import quantise
+from wan_core.runtime import OutOfMemoryError, Runtime
+
+from .config import TrainConfig, parse
+from .data import dataset, report
+from .data.cache import Encoders, LatentCache
+from .data.conditions import Examples
+from .data.report import Row
+from .export import Exporter
+from .model import load, trainable
+from .model.trainable import Trainables
+from .run import engine
+from .run.engine import Engine
+from .run.events import Events, open_trackers
+from .run.loop import LoadError, Loop, NonFiniteError, SaveError, Saver, StopRequest
+from .run.output import (
+    CONFIG,
+    FIRST_SAMPLES,
+    record,
+    record_settings,
+    require_own_outputs,
+    run_id,
+    taken,
+    with_recorded_data,
+)
+from .run.plan import Estimate, Plan, estimate
+from .run.state import Progress, StateError, States, read_progress, require_same, require_space
+from .run.validate import EVENTS, Watcher, sample_requests, save_first_samples
+
+log = logging.getLogger("wancore")
+
+STATES = "states"
+LARGEST_EPOCH = 10**6
+"""Samples of rows that are repeated; their order is drawn as a whole."""
+WRONG_INPUT, FAILED = 2, 1
+"""Exit codes: nothing was begun because of something the user gave; something went wrong later."""
+
+ABOUT_FILES = {
+    "cache", "cache_dir", "confined", "dataset_base_path", "dataset_metadata_path", "local_model_path", "max_steps",
+    "min_free_gb", "model_id_with_origin_paths", "model_paths", "num_epochs", "num_workers", "output_path",
+    "preset_lora_path", "resume", "resume_force", "resume_from_checkpoint", "skip_download", "stop_file", "task",
+    "tokenizer_path",
+}  # fmt: skip
+"""Settings that say where things are and how long a run is, not how it trains and what it writes."""
+
+FREE = ABOUT_FILES | {
+    "find_unused_parameters", "keep_last", "learning_rate", "log_with", "lora_checkpoint", "lora_format",
+    "on_bad_sample", "preset_lora_model", "remove_prefix_in_ckpt", "sample_cfg_scale", "sample_count",
+    "sample_inference_steps", "sample_negative_prompt", "sample_prompt", "sample_seed", "sample_steps", "save_steps",
+    "stream_base", "use_gradient_checkpointing", "use_gradient_checkpointing_offload", "validate_steps", "vram_limit",
+    "wandb_project",
+}  # fmt: skip
+"""Settings that may differ between a run and its continuation: they do not change what a step computes, or, as the
+learning rate, are there to be changed. Data and models are known by their content, not by their paths."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: after how many of its steps, and whether it was stopped before the last.
+
+    A run that only encodes has none; one that was stopped has the rows for its total.
+    """
+
+    steps: int
+    total: int
+
+    @property
+    def stopped(self) -> bool:
+        return self.steps < self.total
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 when the run finished or was stopped, 2 when it could not begin, 1 when it failed."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if os.environ.get("RANK", "0") != "0":
+        log.setLevel(logging.ERROR)
+    try:
+        train(parse(sys.argv[1:] if argv is None else argv))
+    except (NonFiniteError, SaveError, LoadError, OutOfMemoryError, OSError) as error:
+        log.error("%s", error)
+        return FAILED
+    except ValueError as error:
+        log.error("%s", error)
+        return WRONG_INPUT
+    return 0
+
+
+def train(config: TrainConfig) -> Result:
+    """Run `config` to its end, or to where someone stops it.
+
+    Raises:
+        ValueError: data, models or settings cannot be used; nothing was begun then.
+        NonFiniteError, OutOfMemoryError, LoadError, SaveError: see `loop`.
+    """
+    config = with_recorded_data(config)
+    if config.task != "sft:data_process":
+        trainable.check(config)
+    for line in config.notices:
+        log.info("%s", line)
+    accelerator = engine.start(config)
+    is_main = accelerator.is_main_process
+    folder = Path(config.output_path)
+    with taken(folder) if is_main else nullcontext():
+        return _train(config, accelerator, folder)
+
+
+def _train(config: TrainConfig, accelerator: Accelerator, folder: Path) -> Result:
+    is_main = accelerator.is_main_process
+    stop = StopRequest(Path(config.stop_file or folder / "stop"))
+    events = Events(folder / EVENTS if is_main else None, open_trackers(config, folder) if is_main else (), show=True)
+    try:
+        with stop.listening():
+            result = _Run(config, accelerator, events, stop).execute()
+    except Exception as error:
+        events.emit("error", message=str(error))
+        raise
+    finally:
+        events.close()
+        accelerator.end_training()
+    if result.stopped:
+        stop.obeyed()
+    return result
+
+
+class _Run:
+    """What is known of a run before its first step."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, events: Events, stop: StopRequest) -> None:
+        self.config, self.accelerator, self.events, self.stop = config, accelerator, events, stop
+        self.is_main = accelerator.is_main_process
+        self.folder = Path(config.output_path)
+        self.states = States(self.folder / STATES)
+        self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        self.runtime = Runtime.default(accelerator.device, self.dtype)
+
+    def execute(self) -> Result:
+        config = self.config
+        data = dataset.load(config)
+        rows, held_out = self._rows(data)
+        found = load.find(config)
+        encoders = Encoders(found, self.dtype, self.accelerator.device)
+        cache = LatentCache(config.cache_folder) if config.caches else None
+        if config.task == "sft:data_process":
+            if self._fill(Examples((*rows, *held_out), found, encoders, config, cache)):
+                return self._stopped_encoding(0, len(rows) + len(held_out))
+            return self._encoded()
+        identity = _identity(config, data.fingerprint, found)
+        earlier = self._earlier(identity)
+        self._require_one_start(earlier)
+        require_own_outputs(self.folder, identity)
+        if self.is_main:
+            self.states.tidy()
+
+        examples = Examples(rows, found, encoders, config, cache)
+        plan = Plan(config, examples.shapes, self.accelerator.process_index, self.accelerator.num_processes)
+        if earlier is not None and earlier[1].step >= plan.total:
+            return self._ended_before(earlier[1], plan.total)
+        clips = Examples(held_out, found, encoders, replace(config, dataset_repeat=1), cache)
+        if self._fill(Examples((*rows, *held_out), found, encoders, config, cache)):
+            return self._stopped_encoding(earlier[1].step if earlier else 0, plan.total)
+        watcher = self._watcher(examples, clips)
+        trainables = self._trainables(found, encoders)
+        if cache is not None:
+            encoders.free()
+
+        needs = self._needs(trainables, rows)
+        trained = Engine(self.accelerator, trainables, config)
+        watcher.engine = trained
+        done = 0
+        if earlier is not None:
+            place, progress = earlier
+            trained.restore(place)
+            done = progress.step
+        self.events.emit(
+            "resume" if earlier else "start", step=done, total=plan.total, epochs=config.num_epochs, rows=len(rows),
+            held_out=len(held_out), processes=trained.world, memory=needs.device, disk=needs.saved,
+        )  # fmt: skip
+        if self.is_main:
+            record_settings(config, self.folder / CONFIG)
+        exporter = Exporter(config, trainables, run_id(identity))
+        saver = Saver(config, trained, exporter, self.states, self.events, needs.saved, identity, done)
+        loop = Loop(config, trained, examples, plan, config.objective, saver, watcher, self.events, self.stop)
+        with trained.placed():
+            return self._ended(Result(loop.run(done), plan.total), saver)
+
+    def _watcher(self, examples: Examples, clips: Examples) -> Watcher:
+        """What is shown between steps, encoded while the encoders are there; the engine is still to come."""
+        if self.is_main:
+            try:
+                files = save_first_samples(examples, self.folder / FIRST_SAMPLES, self.runtime)
+                self.events.emit("first_samples", files=files)
+            except (OSError, ValueError) as error:
+                log.warning("The first samples cannot be shown in %s (%s).", self.folder / FIRST_SAMPLES, error)
+        validation = [clips.encode(clips.fixed(index), index) for index in range(len(clips.rows))]
+        requests = sample_requests(examples, self.config)
+        return Watcher(self.config, None, examples.encoders, self.events, validation, requests)
+
+    def _trainables(self, found: load.FoundModels, encoders: Encoders) -> Trainables:
+        trained = self.config.trainable_models
+        device = torch.device("cpu") if self.config.streams else self.accelerator.device
+        changes = load.changes_weights(self.config)
+        rest = Rest.on(device, weights="plain" if changes else "fp8" if self.config.fp8_base else "auto")
+        model = found.load_dit(self.dtype, rest)
+        if changes:
+            load.start(model, self.config)
+            if self.config.fp8_base:
+                quantise(model.dit)
+        text_encoder = encoders.text if "text_encoder" in trained else None
+        return trainable.prepare(model, self.config, text_encoder, encoders.vae if "vae" in trained else None)
+
+    def _needs(self, trainables: Trainables, rows: Sequence[Row]) -> Estimate:
+        """The estimate, said before anything is done with it.
+
+        Raises:
+            OSError: the disk has no room for one save.
+        """
+        needs = estimate(trainables, (_latent_shape(row) for row in rows), self.config)
+        if self.is_main:
+            log.info("%s", needs)
+        require_space(self.folder, needs.saved, self.config.min_free_gb)
+        return needs
+
+    def _ended(self, result: Result, saver: Saver) -> Result:
+        if self.is_main and result.stopped:
+            log.info(
+                "Stopped after step %d of %d. Start the same command again to continue.", result.steps, result.total
+            )
+        elif self.is_main:
+            log.info("Finished after %d steps; everything is in %s.", result.steps, self.folder)
+        self.events.emit("end", step=result.steps, total=result.total, stopped=result.stopped, saved=saver.saved)
+        return result
+
+    def _encoded(self) -> Result:
+        """The end of a run that only encodes."""
+        if self.is_main:
+            record(self.config)
+            log.info(
+                "Encoded the data into %s. Train on it with --task sft:train --dataset_base_path %s.",
+                self.config.cache_folder, self.folder,
+            )  # fmt: skip
+        self.events.emit("end", step=0, total=0, stopped=False, saved=0)
+        return Result(0, 0)
+
+    def _stopped_encoding(self, step: int, total: int) -> Result:
+        """The end of a run that was stopped before its first step."""
+        if self.is_main:
+            log.info(
+                "Stopped while the data was being encoded. Start the same command again to go on from %s.",
+                self.config.cache_folder,
+            )
+        self.events.emit("end", step=step, total=total, stopped=True, saved=step)
+        return Result(step, total)
+
+    def _ended_before(self, progress: Progress, total: int) -> Result:
+        """The end of a run that has no steps left."""
+        now = self.config.resolved()
+        changed = [n for n in FREE - ABOUT_FILES if n in progress.config and progress.config[n] != now[n]]
+        others = f" ({', '.join(sorted(changed))} changed, which no step is left to use)" if changed else ""
+        if self.is_main:
+            log.warning(
+                "Nothing was trained: the run in %s had its %d steps before%s. Raise --num_epochs or --max_steps to "
+                "train longer, or choose another --output_path for another run.",
+                self.folder, progress.step, others,
+            )  # fmt: skip
+        self.events.emit("end", step=progress.step, total=total, stopped=False, saved=progress.step)
+        return Result(progress.step, total)
+
+    def _rows(self, data: dataset.Dataset) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+        """The rows to be trained, and those held out."""
+        config = self.config
+        checked = report.check(data, config)
+        if self.is_main:
+            log.info("%s", checked)
+            self.events.emit(
+                "check", good=len(checked.rows), bad=[str(bad) for bad in checked.bad], notices=checked.notices
+            )
+        rows = checked.require(config.on_bad_sample)
+        count = len(rows) - config.validation_clips
+        if count < 1:
+            raise ValueError(
+                f"--validation_clips {config.validation_clips} leaves nothing of {len(rows)} rows to train on."
+            )
+        samples = count * config.dataset_repeat
+        if samples > max(count, LARGEST_EPOCH):
+            raise ValueError(
+                f"--dataset_repeat {config.dataset_repeat} makes {samples} samples of {count} rows; repeated rows "
+                f"make an epoch of at most {LARGEST_EPOCH}. Use --num_epochs for longer runs."
+            )
+        return rows[:count], rows[count:]
+
+    def _fill(self, examples: Examples) -> bool:
+        """Fill the cache, each process a share of it; whether any of them was asked to stop meanwhile."""
+        if examples.cache is None:
+            return False
+        index, world = self.accelerator.process_index, self.accelerator.num_processes
+        stops = self.stop.__bool__
+        examples.fill(index, world, lambda done, total: self.events.emit("cache", done=done, total=total), stops)
+        asked = torch.tensor(float(stops()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum").item())
+
+    def _earlier(self, identity: Mapping[str, Any]) -> tuple[Path, Progress] | None:
+        """The state to continue from, with its folder; None for a new run.
+
+        Raises:
+            ValueError: a state was named that does not hold, the states that are there are those of another run, or
+                there are some and `--resume never` was given.
+        """
+        config = self.config
+        if config.resume == "never":
+            if self.states.steps():
+                raise ValueError(
+                    f"{self.folder} holds saved states of a run; choose another --output_path, or continue it with "
+                    "--resume auto."
+                )
+            return None
+        place = self.states.latest() if config.resume == "auto" else Path(config.resume)
+        if place is None:
+            return None
+        try:
+            progress = read_progress(place)
+        except StateError as error:
+            raise StateError(f"--resume {config.resume}: {error}") from error
+        require_same(progress, identity, self.accelerator.num_processes, config.resume_force)
+        if self.is_main:
+            log.info("Continuing from %s, after step %d.", place, progress.step)
+        return place, progress
+
+    def _require_one_start(self, earlier: tuple[Path, Progress] | None) -> None:
+        """Raise ValueError when processes would start from different steps, as on machines that share no folder."""
+        here = torch.tensor([0 if earlier is None else earlier[1].step], device=self.accelerator.device)
+        steps = self.accelerator.gather(here).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"The processes of this run find different saved states, after steps {steps}: --output_path has to be "
+                "a folder that all machines share."
+            )
+
+
+def _identity(config: TrainConfig, fingerprint: str, found: load.FoundModels) -> dict[str, Any]:
+    """What must be the same for a run to be continued exactly."""
+    kept = {name: value for name, value in config.resolved().items() if name not in FREE}
+    files = {
+        kind: [[file.name, file.stat().st_size] for file in component.header.files]
+        for kind, component in found.components.items()
+    }
+    for name in ("resume_from_checkpoint", "preset_lora_path"):
+        path = getattr(config, name)
+        if path is not None:
+            files[name] = [[file.name, file.stat().st_size] for file in resolve_model(Path(path).expanduser())]
+    return {**kept, "data": fingerprint, "models": files}
+
+
+def _latent_shape(row: Row) -> tuple[int, ...]:
+    references = len(row.clips.get("vace_reference_image", ()))
+    size = row.size.latent
+    return (16, references + size.frames, size.height, size.width)

@@ -95,7 +95,7 @@ def one_new_file(name: str) -> Kind:
 def two_trainings(bench: Bench, out: Path, apart: float) -> Trial:
     """One trains as if it were alone, the other is told of it, or finds it finished."""
     expected = bench.undisturbed("train")[0]
-    ended = both(bench.nursery, "trainer.run.main.main", bench.jobs["train"].words(out), out, apart)
+    ended = both(bench.nursery, "trainer.train", bench.jobs["train"].words(out), out, apart)
     codes = sorted(code for code, _ in ended)
     if codes not in ([0, 2], [0, 0]):
         return Trial("", "raw", str(ended)[-400:])
@@ -110,7 +110,7 @@ def one_cache(bench: Bench, out: Path, apart: float) -> Trial:
     """Two trainings in folders of their own fill one cache of encoded samples."""
     folders = [out / "a", out / "b"]
     words = [training(bench.folder, folder, cache_dir=str(out / "cache")) for folder in folders]
-    ended = both(bench.nursery, "trainer.run.main.main", words[0], out, apart, words[1])
+    ended = both(bench.nursery, "trainer.train", words[0], out, apart, words[1])
     if any(code for code, _ in ended):
         return Trial("", "raw", str(ended)[-400:])
     first, second = (results(bench.jobs["train"], folder) for folder in folders)

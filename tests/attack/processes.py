@@ -20,7 +20,7 @@ LIMIT = 300
 """Seconds after which a process counts as hanging."""
 
 PROGRAM = "import pack; pack.register(); from tests.attack.processes import tend; tend()"
-IMPORTED = ("wancore.headless.cli", "wancore.trainer.run.main.main", "wan_core.conditioning.text")
+IMPORTED = ("wancore.headless.cli", "wancore.trainer.train", "wan_core.conditioning.text")
 
 
 @dataclass

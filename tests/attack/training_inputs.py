@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.attack import Trial
 from tests.trainer import material
-from wancore.trainer import checking
-from wancore.trainer.run import main as running
+from wancore.trainer import check
+from wancore.trainer import train as running
 from wancore.trainer.run.chart import draw_chart
 from wancore.trainer.run.events import latest_steps, read_events
 from wancore.trainer.run.output import RECORD
@@ -365,7 +365,7 @@ def _outcome(place: Place, command: str, words: Words) -> tuple[int, str]:
     log.addHandler(handler)
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            code = (checking if command == "check" else running).main(words)
+            code = (check if command == "check" else running).main(words)
             events = place.out / "events.jsonl"
             list(read_events(events))
             draw_chart(latest_steps(events))

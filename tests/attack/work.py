@@ -96,7 +96,7 @@ def prepare(folder: Path) -> dict[str, Job]:
             lambda out: ("lora", tuned, "--base", base, "--extract", "--rank", 4, "--out", out / "lora.safetensors"),
             bool,
         ),
-        "train": Job("trainer.run.main.main", lambda out: training(folder, out), is_trained),
+        "train": Job("trainer.train", lambda out: training(folder, out), is_trained),
     }
 
 

@@ -26,6 +26,6 @@ def test_a_device_that_is_too_small_is_a_row_too(one_thread, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("wancore.trainer.run.main.loop.weighted", full)
+    monkeypatch.setattr("wancore.trainer.run.loop.weighted", full)
     rows = training.training_rows("cpu", quick=True)
     assert {row["seconds"] for row in rows} == {None}

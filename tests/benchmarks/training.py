@@ -1,6 +1,6 @@
 """What a step of LoRA training takes at the true shapes: seconds, and memory of the card, with each way to save memory.
 
-Weights are random and so are samples; nothing is read or downloaded. The steps are those of `trainer.run.main.loop`.
+Weights are random and so are samples; nothing is read or downloaded. The steps are those of `trainer.run.loop`.
 """
 
 import sys
@@ -34,7 +34,6 @@ from wancore.trainer.model.trainable import prepare  # noqa: E402
 from wancore.trainer.run import engine  # noqa: E402
 from wancore.trainer.run.events import Events  # noqa: E402
 from wancore.trainer.run.loop import Loop, StopRequest  # noqa: E402
-from wancore.trainer.run.main import _objective  # noqa: E402
 from wancore.trainer.run.plan import Plan, estimate  # noqa: E402
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -125,7 +124,7 @@ def _measured(config: DiTConfig, size: VideoSize, settings: TrainConfig, acceler
     idle = SimpleNamespace(after_step=lambda *_, **__: None, saved=0)
     examples = SimpleNamespace(get=lambda position, epoch: replace(sample, position=position))
     loop = Loop(
-        settings, trained, examples, Plan(settings, lambda epoch: [0] * settings.max_steps), _objective(settings),
+        settings, trained, examples, Plan(settings, lambda epoch: [0] * settings.max_steps), settings.objective,
         idle, idle, clock, StopRequest(Path(settings.output_path) / "stop"),
     )  # fmt: skip
     told: dict[str, Any] = {"seconds": None, "peak_gib": None, "estimated_gib": expected.device / GIB}

@@ -187,7 +187,7 @@ def test_the_environment_is_one_for_training(folder, monkeypatch):
 def test_the_pack_runs_by_a_python_that_knows_no_current_folder(folder):
     """ComfyUI's portable Python leaves the current folder out of its path; -I does the same."""
     folder.mkdir()
-    words = pack_command(ROOT, "trainer.checking", ["--dataset_base_path", str(folder)])
+    words = pack_command(ROOT, "trainer.check", ["--dataset_base_path", str(folder)])
     done = subprocess.run([words[0], "-I", *words[1:]], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "holds no samples" in done.stderr
 

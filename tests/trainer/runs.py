@@ -15,8 +15,8 @@ from accelerate.state import AcceleratorState, PartialState
 from tests.trainer import material
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.run.events import read_events
-from wancore.trainer.run.main import Result, train
 from wancore.trainer.run.state import States, read_parts
+from wancore.trainer.train import Result, train
 
 ROOT = Path(__file__).parents[2]
 

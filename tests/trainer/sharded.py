@@ -40,7 +40,7 @@ if __name__ == "__main__":
     # Processes that have parted cannot be brought together again.
     Accelerator.end_training = lambda self: None
     register()
-    from wancore.trainer.run.main import main
+    from wancore.trainer.train import main
 
     for number, words in enumerate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
         if number:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.trainer import material
 from tests.trainer.runs import ROOT, environment
-from wancore.trainer.checking import main
+from wancore.trainer.check import main
 
 SMALL = ["--height", "32", "--width", "32", "--num_frames", "5"]
 

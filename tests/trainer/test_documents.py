@@ -10,7 +10,7 @@ from tests.trainer.runs import ROOT
 from tools.training_docs import SECTIONS, filled
 from wancore.trainer.config import TrainConfig, parse
 from wancore.trainer.flags import ACCEPTED, ELSEWHERE
-from wancore.trainer.recipes import main
+from wancore.trainer.recipe import main
 
 TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^python -m trainer\.(\w+) (.+)$", TEXT, re.MULTILINE)

@@ -246,7 +246,7 @@ def test_a_file_that_goes_bad_is_named_and_the_run_saved_before(shared, tmp_path
                     file.write_bytes(b"gone")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wancore.trainer.run.main.main.Watcher", Spoil)
+        patch.setattr("wancore.trainer.train.Watcher", Spoil)
         with pytest.raises(LoadError, match=r"Step 3 .*row [12] "):
             run(settings)
     assert (out / "states" / "step-0000002").is_dir()
@@ -300,7 +300,7 @@ def test_samples_that_fail_cost_themselves_alone(shared, tmp_path, monkeypatch, 
     def full(*_):
         raise OutOfMemoryError("the device is too small")
 
-    monkeypatch.setattr("wancore.trainer.run.main.validate.draw_samples", full)
+    monkeypatch.setattr("wancore.trainer.run.validate.draw_samples", full)
     assert run(config(shared, tmp_path, sample_steps=2)).steps == 4
     assert "No samples after step 2: the device is too small" in caplog.text
     assert [e["step"] for e in events(tmp_path, "warning")] == [2, 4]

@@ -23,7 +23,7 @@ from wan_core.settings import GuidanceSettings, SamplerSettings
 from wan_core.types import LatentSize
 from wancore.trainer.config import parse
 from wancore.trainer.model import load, trainable
-from wancore.trainer.recipes import LAUNCHERS, TRAIN, command, find_row, main, recipe
+from wancore.trainer.recipe import LAUNCHERS, TRAIN, command, find_row, main, recipe
 
 __all__ = ["shared"]
 

@@ -66,7 +66,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(shared, tmp_path, mode)
 
 def stop_after(out, steps):
     """Within the block a run in this process finds a stop file after that many steps."""
-    from wancore.trainer.run import main as module
+    from wancore.trainer import train as module
 
     class Stopping(module.Watcher):
         seen = 0

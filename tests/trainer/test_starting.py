@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.trainer import material
 from tests.trainer.runs import config, losses, run, shared
 from wan_core.offload.quant import QuantisedLinear
-from wancore.trainer.checking import main as check
+from wancore.trainer.check import main as check
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.flags import ConfigError
 from wancore.trainer.model import load
@@ -108,7 +108,7 @@ def test_a_preset_lora_is_part_of_the_model(shared, tmp_path, earlier, fp8):
 
 
 def test_frozen_weights_are_8_bit_after_a_preset_lora(shared, tmp_path, earlier):
-    from wancore.trainer.run import main as module
+    from wancore.trainer import train as module
 
     kept = []
     with pytest.MonkeyPatch.context() as patch:

@@ -10,7 +10,7 @@ from tests.programs import PATIENCE
 from tests.trainer.runs import ROOT, config, environment, events, losses, program, run, shared
 from wan_core.lora.target import open_lora
 from wancore.trainer.config import TrainConfig
-from wancore.trainer.recipes import TRAIN
+from wancore.trainer.recipe import TRAIN
 
 __all__ = ["shared"]
 
