@@ -13,7 +13,7 @@ from wan_core.decode import Tiles
 from wan_core.loading.detect import Component, join_vace
 from wan_core.lora.apply import LoraUse
 from wan_core.lora.target import Target, use_lora
-from wan_core.model import BUNDLED, inspect
+from wan_core.model_files import BUNDLED, inspect
 from wan_core.planning.job import Given, Job
 from wan_core.planning.parts import Part, published_dit, published_part
 from wan_core.runtime import log

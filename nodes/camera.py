@@ -11,7 +11,8 @@ from wan_core.conditioning.camera_picture import trajectory_picture
 from wan_core.conditioning.inputs import FASTEST, SLOWEST, speed_conditioning
 from wan_core.conditioning.pose_rows import origin_from_text
 from wan_core.media import frames_to_tensor
-from wan_core.model import VideoModel, with_speed_control
+from wan_core.model import VideoModel
+from wan_core.model_files import with_speed_control
 from wan_core.planning.encoders import size_held
 from wan_core.settings import check_choice
 from wan_core.types import Conditioning

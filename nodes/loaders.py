@@ -9,14 +9,14 @@ import torch
 from wan_core import catalog
 from wan_core.loading.detect import Component
 from wan_core.loading.download import OnProgress
-from wan_core.model import (
+from wan_core.model import VideoModel
+from wan_core.model_files import (
     BUNDLED,
     DISK,
     DiTSettings,
     ImageEncoder,
     Rest,
     TextEncoder,
-    VideoModel,
     WanVAE,
     find_files,
     has_tokenizer,

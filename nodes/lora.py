@@ -7,7 +7,7 @@ from wan_core.atomic import numbered
 from wan_core.lora.apply import MODES
 from wan_core.lora.bind import BlockStrengths
 from wan_core.lora.convert import DTYPES, LoraFormat, convert
-from wan_core.lora.target import Target, open_lora, report, report_alone, use_lora
+from wan_core.lora.target import open_lora, report, report_alone, use_lora
 from wan_core.lora.write import FORMATS
 from wan_core.model import VideoModel
 from wan_core.runtime import log
@@ -163,7 +163,7 @@ class LoraInfo:
         if model is None:
             told = report_alone(open_lora(path))
         else:
-            target = Target.of_modules(model.name, model.modules)
+            target = model.target()
             told = report(use_lora(path, target), target, model.loras)
         return {"ui": {"text": [str(told)]}, "result": (str(told),)}
 

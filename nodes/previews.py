@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from wan_core.atomic import replacing
-from wan_core.model import load_preview_decoder
+from wan_core.model_files import load_preview_decoder
 from wan_core.models.preview_decoder import PreviewDecoder
 from wan_core.runtime import log
 from wan_core.sampling.preview import Previewer, middle_frame

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from wan_core.model import VideoModel
 from wan_core.models.vae import denormalise, normalise
-from wan_core.planning.encoders import limited, size_held
+from wan_core.planning.encoders import size_held
 from wan_core.runtime import log
 from wan_core.sampling.checkpoint import Checkpoint, RunState, find_latents, load_latents, manifest, save_latents
-from wan_core.sampling.run import sample_state
+from wan_core.sampling.experts import RunInputs
 from wan_core.settings import (
     CFG_MODES,
     MAX_SEED,
@@ -147,19 +147,15 @@ class Sampler:
             start = normalise(latent["samples"])
             size = VideoSize.of_latent(LatentSize(*start.shape[2:]))
         run = run or RunSettings(checkpoint_every=0, keep_latents=False)
-        checkpoint = Checkpoint(host.current.output_dir() / FOLDER, run.checkpoint_every)
-        cond, dit = model.fit(conditioning, size), model.dit
-        memory = memory or host.current.memory_settings()
-        runtime = limited(host.current.runtime(dit.dtype), memory)
-        plan = model.plan(cond, size.latent, settings, memory, runtime)
-        keep = host.current.keeps_weights()
-        with model.working(settings.total_steps, runtime.device, plan.placement, keep=keep) as adapted:
-            state = sample_state(
-                dit, cond.to(runtime.device), size.latent, plan.settings, adapted.follow(runtime), start,
-                model.motion_controller, prompts=prompts, checkpoint=checkpoint, earlier=_earlier(latent, settings),
-                adapters=[lora.fingerprint for lora in model.loras],
-            )  # fmt: skip
-        host.current.register_weights(dit)
+        here = host.current
+        checkpoint = Checkpoint(here.output_dir() / FOLDER, run.checkpoint_every)
+        inputs = RunInputs(model.fit(conditioning, size), size.latent, start, tuple(prompts))
+        state = model.sample(
+            inputs, settings, memory or here.memory_settings(), here.runtime(model.dtype),
+            checkpoint=checkpoint, earlier=_earlier(latent, settings), keep=here.keeps_weights(),
+        )  # fmt: skip
+        for expert in model.experts:
+            here.register_weights(expert.dit)
         return (_finished(state, settings, size, run, checkpoint, extra_pnginfo),)
 
 

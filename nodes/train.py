@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_core import catalog, model
+from wan_core import catalog, model_files
 from wan_core.model import VideoModel
 from wan_core.runtime import log
 
@@ -268,7 +268,7 @@ class Train:
         dit, text, vae = (loader().component(values[loader.INPUT], download) for loader in self.LOADERS)
         components = [dit, text, vae]
         if dit.config.has_image_input:
-            bundled = values["model"] in model.BUNDLED
+            bundled = values["model"] in model_files.BUNDLED
             name = values["image_encoder"]
             if name == AUTO:
                 name = catalog.TINY if bundled else catalog.IMAGE_ENCODER_SOURCE
@@ -278,8 +278,8 @@ class Train:
         # All files are here by now: the process of the run has no need of the network.
         paths = [[str(file.resolve()) for file in part.header.files] for part in components]
         found = {"model_paths": paths, "skip_download": True}
-        if not model.has_tokenizer(text):
-            tokenizer = model.find_files(
+        if not model_files.has_tokenizer(text):
+            tokenizer = model_files.find_files(
                 catalog.T2V_BASE,
                 catalog.TOKENIZER_PATTERN,
                 models_dir=host.current.models_dir(),

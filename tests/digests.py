@@ -44,6 +44,7 @@ from tests.reference import (
     tiny_text_encoder,
     tiny_vae,
 )
+from tests.sampling.runs import sample
 from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
 from tests.trainer.models import config as train_config
 from wan_core import ModelConfig, WanVideoPipeline
@@ -60,7 +61,6 @@ from wan_core.models.preview_decoder import PreviewDecoder
 from wan_core.models.vae import WanVAE
 from wan_core.offload.quant import big_linears
 from wan_core.runtime import Runtime
-from wan_core.sampling.run import sample
 from wan_core.settings import EasyCacheSettings, GuidanceSettings, SamplerSettings, TeaCacheSettings, WindowSettings
 from wan_core.tiling import TileSettings
 from wan_core.types import Conditioning, LatentSize
@@ -220,7 +220,7 @@ def calls(folder: Path) -> Outputs:
     loaded = WanVideoPipeline.from_pretrained(torch.float32, "cpu", files, local_model_path=folder)
     for variant, call in CALLS.items():
         config = dataclasses.replace(SMALL[variant], image_dim=loaded.models.image.config.dim)
-        model = VideoModel(filled(WanDiT, config), match_variant(config), None, variant)
+        model = VideoModel.of(filled(WanDiT, config), match_variant(config), None, variant)
         pipe = dataclasses.replace(loaded, models=dataclasses.replace(loaded.models, video=model))
         make = functools.partial(pipe, "a dog", "a cat", **SHORT, **call)
         yield variant, make(output_type="tensor")
@@ -238,7 +238,7 @@ def training() -> Outputs:
         for name, mode in (("LoRA", {"lora_base_model": "dit"}), ("full", {"trainable_models": ("dit",)})):
             dit, cond = small(variant)
             controller = small_motion_controller() if cond.motion_bucket is not None else None
-            model = VideoModel(dit, match_variant(dit.config), None, variant, controller)
+            model = VideoModel.of(dit, match_variant(dit.config), None, variant, controller)
             settings = train_config(**mode, learning_rate=1e-2)
             found = prepare(model, settings)
             if variant == "vace":

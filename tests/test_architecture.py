@@ -37,9 +37,10 @@ LIBRARY = {
     "bundled": 4, "conditioning": 4, "sampling": 4, "call_arguments": 4, "lora.target": 4, "lora.convert": 4,
     "planning": 5,
     "model": 6, "decode": 6,
-    "model_config": 7, "inspection": 7,
-    "pipeline_models": 8, "pipeline": 9,
-    "__init__": 10,
+    "model_files": 7,
+    "model_config": 8, "inspection": 8,
+    "pipeline_models": 9, "pipeline": 10,
+    "__init__": 11,
 }  # fmt: skip
 
 # The same for the trainer.

@@ -20,8 +20,8 @@ from tests.reference import relative_error
 from wan_core import ModelConfig, WanVideoPipeline, load_state_dict
 from wan_core.catalog import tiny_id
 from wan_core.loading.download import download_source
-from wan_core.model import Rest
 from wan_core.model_config import TOKENIZER_CONFIG
+from wan_core.model_files import Rest
 from wan_core.pipeline_models import attention_of_environment
 from wan_core.runtime import default_device
 

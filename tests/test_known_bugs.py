@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.reference import relative_error, tiny_dit, tiny_image_encoder, tiny_text_encoder, tiny_vae
+from tests.sampling.runs import sample
 from wan_core import catalog
 from wan_core.conditioning.camera import CameraPath
 from wan_core.conditioning.image import LatentEncoder, fold_mask, image_conditioning
@@ -12,7 +13,6 @@ from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
 from wan_core.models.dit import Head
 from wan_core.runtime import Runtime
-from wan_core.sampling.run import sample
 from wan_core.settings import GuidanceSettings, SamplerSettings, TeaCacheSettings
 from wan_core.tiling import TileSettings
 from wan_core.types import Conditioning, LatentSize, VideoSize

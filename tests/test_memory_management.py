@@ -7,11 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from tests.reference import tiny_dit
-from wan_core.model import DiTSettings, Rest, VideoModel, inspect, load_dit
+from tests.sampling.runs import planned, sample
+from wan_core.model import VideoModel
+from wan_core.model_files import DiTSettings, Rest, inspect, load_dit
 from wan_core.offload.blocks import blocks_of, weights_of
 from wan_core.offload.weights import WeightProvider
 from wan_core.runtime import Runtime
-from wan_core.sampling.run import sample
+from wan_core.sampling.experts import RunInputs
 from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, TeaCacheSettings, WindowSettings
 from wan_core.types import Conditioning, Curve, LatentSize, VaceInput
 
@@ -41,9 +43,7 @@ def conditioning(model: VideoModel) -> Conditioning:
 
 def latents(model: VideoModel, settings: SamplerSettings, memory: MemorySettings, dtype) -> torch.Tensor:
     cond, runtime = conditioning(model), Runtime(device=CPU, dtype=dtype)
-    plan = model.plan(cond, SIZE, settings, memory, runtime)
-    with model.working(settings.total_steps, CPU, plan.placement) as run:
-        return sample(model.dit, cond, SIZE, plan.settings, run.follow(runtime))
+    return planned(model, cond, SIZE, settings, runtime, memory)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,31 +92,33 @@ def test_weights_on_disk_are_views_of_the_file(checkpoint):
 
 
 def test_vace_blocks_stay_away_without_a_vace_input():
-    model = VideoModel(tiny_dit("vace"), None, None, "tiny")
+    model = VideoModel.of(tiny_dit("vace"), None, None, "tiny")
     cond = dataclasses.replace(conditioning(model), vace=None)
     memory = MemorySettings(persistent_params=0)
-    placement = model.plan(cond, SIZE, SamplerSettings(), memory, Runtime(device=CPU, dtype=torch.float32)).placement
+    placement = model.plan(
+        RunInputs(cond, SIZE), SamplerSettings(), memory, Runtime(device=CPU, dtype=torch.float32)
+    ).placement
     assert placement.streamed == tuple(f"blocks.{index}" for index in range(4))
     assert placement.inventory.idle == {"vace_blocks.0", "vace_blocks.1"}
 
 
 def test_streamed_branches_share_each_copy():
-    model = VideoModel(tiny_dit(), None, None, "tiny")
+    model = VideoModel.of(tiny_dit(), None, None, "tiny")
     cond = conditioning(model)
     runtime = Runtime(device=CPU, dtype=torch.float32)
-    plan = model.plan(cond, SIZE, SamplerSettings(), MemorySettings(vram_limit=0), runtime)
+    plan = model.plan(RunInputs(cond, SIZE), SamplerSettings(), MemorySettings(vram_limit=0), runtime)
     assert plan.settings.guidance.mode == "interleaved" and plan.passes_per_step == 1
     batched = SamplerSettings(guidance=GuidanceSettings(mode="batched"))
-    assert model.plan(cond, SIZE, batched, MemorySettings(vram_limit=0), runtime).settings == batched
+    assert model.plan(RunInputs(cond, SIZE), batched, MemorySettings(vram_limit=0), runtime).settings == batched
 
 
 def test_skipped_steps_copy_nothing():
-    model = VideoModel(tiny_dit(), None, None, "tiny")
+    model = VideoModel.of(tiny_dit(), None, None, "tiny")
     cond, runtime = conditioning(model), Runtime(device=CPU, dtype=torch.float32)
     copied = {}
     for name, cache in (("all", None), ("teacache", TEACACHE)):
         settings = SamplerSettings(steps=6, cache=cache)
-        plan = model.plan(cond, SIZE, settings, MemorySettings(vram_limit=0), runtime)
+        plan = model.plan(RunInputs(cond, SIZE), settings, MemorySettings(vram_limit=0), runtime)
         with WeightProvider.of(model.dit).working(CPU, plan.placement) as stream:
             sample(model.dit, cond, SIZE, plan.settings, runtime)
             copied[name] = stream.copied
@@ -126,11 +128,11 @@ def test_skipped_steps_copy_nothing():
 
 
 def test_a_run_that_cannot_meet_its_limit_says_so_and_runs(caplog):
-    model = VideoModel(tiny_dit(), None, None, "tiny")
+    model = VideoModel.of(tiny_dit(), None, None, "tiny")
     cond, memory = conditioning(model), MemorySettings(vram_limit=0.001)
     settings = SamplerSettings(steps=1)
     runtime = dataclasses.replace(Runtime(device=CPU, dtype=torch.float32), memory_left=lambda _: 2**20)
-    plan = model.plan(cond, SIZE, settings, memory, runtime)
+    plan = model.plan(RunInputs(cond, SIZE), settings, memory, runtime)
     assert plan.missing > 0 and len(plan.placement.streamed) == 4
     assert "GB more than it may use" in caplog.text
 

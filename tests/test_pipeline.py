@@ -55,7 +55,7 @@ def pipe(models) -> WanVideoPipeline:
 def reference_pipeline(pipe: WanVideoPipeline, variant: str) -> WanVideoPipeline:
     """A pipeline with the reference's tiny DiT of that variant, and CLIP at its real width."""
     config = DITS[variant]
-    model = VideoModel(tiny_dit(variant), match_variant(config), None, variant)
+    model = VideoModel.of(tiny_dit(variant), match_variant(config), None, variant)
     encoder = None
     if config.has_image_input:
         encoder = filled(ImageEncoder, ImageEncoderConfig(dim=1280, mlp_dim=5120, num_layers=2, out_dim=64))

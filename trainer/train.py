@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from wan_core.loading.paths import resolve_model
-from wan_core.model import Rest
+from wan_core.model_files import Rest
 from wan_core.offload.quant import quantise
 from wan_core.runtime import OutOfMemoryError, Runtime
 

@@ -9,7 +9,7 @@ from .loading.detect import Component, detect_all
 from .loading.load import check_fits
 from .loading.paths import describe_files, resolve_model
 from .loading.tensor_files import read_header
-from .model import PathLike, recommended_row
+from .model_files import PathLike, recommended_row
 from .models.config import DiTConfig, VAEConfig
 from .variants import Variant, match_variant
 

@@ -1,163 +1,106 @@
-"""The handle of a video model, and the way from files to it: find, detect, build on the meta device, load."""
+"""The handle of a video model: everything else asks it, and it alone knows how many transformers it has."""
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
 
-from . import bundled, catalog
+from . import catalog
 from .conditioning.slots import fit
-from .conditioning.text import TextCache, TextEncoder, Tokenizer, fingerprint
-from .loading import load
-from .loading.detect import Component, join_vace, require_kind
-from .loading.download import OnProgress, fetch, redirect
-from .loading.load import build, spiece_model
-from .loading.names import SPIECE_MODEL, Kind
 from .lora.apply import LoraRun, LoraUse, Mode, applied
 from .lora.bind import EVERYWHERE, BlockStrengths
 from .lora.read import Lora
 from .lora.report import Report
 from .lora.target import LAYOUT, Target, report, use_lora
 from .models import kernels
-from .models.attention import load_backend
-from .models.config import DiTConfig, MotionControllerConfig, TextEncoderConfig
+from .models.config import DiTConfig
 from .models.dit import WanDiT
 from .models.embedders import MotionController
-from .models.fused import load_chains
-from .models.image_encoder import ImageEncoder
-from .models.preview_decoder import PreviewDecoder
-from .models.text_encoder import UMT5Encoder
-from .models.vae import WanVAE
-from .offload.formats import FP8_DTYPES, WEIGHTS, Weights
+from .offload.blocks import used_bytes
 from .offload.placement import Placement
-from .offload.quant import require_fp8_matmul, use_fp8_matmul
 from .offload.weights import WeightProvider
-from .planning.encoders import available
+from .planning.encoders import available, limited
 from .planning.run import RunPlan, placed_run, plan_run
 from .runtime import Runtime
-from .settings import MemorySettings, SamplerSettings, check_choice
-from .types import Conditioning, Curve, LatentSize, VideoSize
-from .variants import Variant, match_variant
-
-DISK = "disk"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rest:
-    """Where and how weights rest.
-
-    Attributes:
-        device: where they lie.
-        mapped: leave the weights of blocks in the model's file and read a block when its turn comes.
-        dtype: of the weights of blocks while they rest; None is the one they work in.
-        weights: `auto` holds the big linear layers as the file has them, `fp8` as FP8, `plain` in the compute dtype
-            (`loading.load.load_into`).
-    """
-
-    device: torch.device = torch.device("cpu")
-    mapped: bool = False
-    dtype: torch.dtype | None = None
-    weights: Weights = "auto"
-
-    def __post_init__(self) -> None:
-        check_choice("weights", self.weights, WEIGHTS)
-
-    @classmethod
-    def on(
-        cls, device: "torch.device | str | Rest", *, dtype: torch.dtype | None = None, weights: Weights = "auto"
-    ) -> "Rest":
-        """Weights that rest on `device`, which may be "disk", in `dtype`; an FP8 dtype makes big layers scaled FP8.
-
-        Raises:
-            ValueError: `dtype` is no floating-point type, or weights that stay in their file cannot have it.
-        """
-        if isinstance(device, Rest):
-            return device
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"Weights can rest in floating-point dtypes only; got {dtype}.")
-        if dtype in FP8_DTYPES:
-            dtype, weights = None, "fp8"
-        if str(device) != DISK:
-            return cls(device=torch.device(device), dtype=dtype, weights=weights)
-        if dtype is not None:
-            raise ValueError(f"Weights on disk have the dtype of their file; leave out offload_dtype {dtype}.")
-        return cls(mapped=True, weights=weights)
-
-    def load(self, component: Component, dtype: torch.dtype) -> nn.Module:
-        """The module of `component`, whose weights rest this way and work in `dtype`.
-
-        Raises:
-            ValueError: its tensors do not fit it, or cannot rest this way.
-        """
-        module = build(component, dtype=dtype, device=self.device, weights=self.weights, mapped=self.mapped)
-        if self.dtype not in (None, dtype):
-            WeightProvider.of(module).offload_as(self.dtype, dtype)
-        return module
-
+from .sampling.checkpoint import Checkpoint, RunState
+from .sampling.experts import Active, Expert, RunInputs, RunModel
+from .sampling.run import sample
+from .settings import MemorySettings, SamplerSettings
+from .types import Conditioning, Curve, VideoSize, tensors_in
+from .variants import Variant
 
 log = logging.getLogger("wancore")
 
-Module = TypeVar("Module", bound=nn.Module)
-
 PathLike = str | Path
-Place = Rest | torch.device | str
-"""How weights rest, or just the device: "cpu", "cuda", "disk"."""
-BUNDLED = frozenset(row.model_id for row in catalog.TINY_ROWS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiTSettings:
-    """How a DiT computes.
-
-    Attributes:
-        dtype: of its weights and matrix products.
-        attention: a kernel of `models.attention`.
-        exact: keep the residual stream in float32, as the authors do; costs memory and a little time.
-        fp8_matmul: multiply FP8 weights as FP8 numbers, on cards that can; faster, and less exact.
-        torch_compile: let `torch.compile` fuse the elementwise steps; takes seconds for each new size.
-        deterministic: use the default kernels instead of those that are fastest here, see `models.kernels`.
-    """
-
-    dtype: torch.dtype = torch.bfloat16
-    attention: str = "auto"
-    exact: bool = False
-    fp8_matmul: bool = False
-    torch_compile: bool = False
-    deterministic: bool = False
 
 
 @dataclass(frozen=True)
 class VideoModel:
-    """A DiT with what is known of it.
+    """The handle of a video model: its transformers, what is known of them, and the one way to run them.
 
     Attributes:
-        dit: the transformer, its weights where they rest.
-        variant: its structure's row.
+        experts: transformers of equal structure, each for a range of noise levels, the noisiest first; most models
+            have one. Their weights stay as they are between runs.
+        variant: their structure's row.
         row: the catalog row whose settings are recommended, if its name or structure points to one.
         name: what to call it in messages.
-        motion_controller: the speed-control adapter that was loaded beside it.
-        loras: what is applied to both for the length of a run; the weights themselves stay as they are.
+        motion_controller: the speed-control adapter that was loaded beside them.
         deterministic: its runs use the default kernels.
     """
 
-    dit: WanDiT
+    experts: tuple[Expert, ...]
     variant: Variant
     row: catalog.CatalogRow | None
     name: str
     motion_controller: MotionController | None = None
-    loras: tuple[LoraUse, ...] = ()
     deterministic: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        dit: WanDiT,
+        variant: Variant,
+        row: catalog.CatalogRow | None,
+        name: str,
+        motion_controller: MotionController | None = None,
+        *,
+        deterministic: bool = False,
+    ) -> "VideoModel":
+        """The handle of a model with one transformer."""
+        return cls((Expert(dit),), variant, row, name, motion_controller, deterministic)
+
+    @property
+    def dit(self) -> WanDiT:
+        """The first transformer, for what is done to a module: training it, replacing its weights."""
+        return self.experts[0].dit
+
+    @property
+    def config(self) -> DiTConfig:
+        """The structure that all experts share."""
+        return self.experts[0].dit.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.experts[0].dit.dtype
+
+    @property
+    def loras(self) -> tuple[LoraUse, ...]:
+        """What is applied to any of the experts for the length of a run."""
+        return tuple(dict.fromkeys(use for expert in self.experts for use in expert.loras))
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """The parts that a LoRA can change."""
-        return tuple(module for module in (self.dit, self.motion_controller) if module is not None)
+        """All modules, of which each can be given a LoRA."""
+        return (*(expert.dit for expert in self.experts), *self._beside)
+
+    @property
+    def _beside(self) -> tuple[nn.Module, ...]:
+        return () if self.motion_controller is None else (self.motion_controller,)
 
     def with_lora(
         self,
@@ -166,56 +109,129 @@ class VideoModel:
         strength: float | Sequence[float] | Curve = 1.0,
         blocks: BlockStrengths = EVERYWHERE,
         mode: Mode = "auto",
+        expert: int | None = None,
     ) -> tuple["VideoModel", Report]:
         """A handle on the same weights with one LoRA, or checkpoint of trained weights, more; and what it does to them.
+
+        Args:
+            expert: the number of the one that it is applied to; every one if None.
 
         Raises:
             ValueError: the file cannot be read, nothing in it matches, it was made for another size, or a setting is
                 wrong.
         """
-        target = Target.of_modules(self.name, self.modules)
+        target = self.target(expert or 0)
         use = use_lora(source, target, strength=strength, blocks=blocks, mode=mode)
-        return replace(self, loras=(*self.loras, use)), report(use, target, self.loras)
+        told = report(use, target, self.experts[expert or 0].loras)
+        changed = tuple(
+            replace(each, loras=(*each.loras, use)) if expert in (None, number) else each
+            for number, each in enumerate(self.experts)
+        )
+        return replace(self, experts=changed), told
+
+    def without_loras(self) -> "VideoModel":
+        """A handle on the same weights alone."""
+        return replace(self, experts=tuple(replace(expert, loras=()) for expert in self.experts))
+
+    def target(self, expert: int = 0) -> Target:
+        """What a LoRA of that expert is matched with; all experts have the same names and shapes."""
+        return Target.of_modules(self.name, (self.experts[expert].dit, *self._beside))
 
     def plan(
         self,
-        cond: Conditioning,
-        size: LatentSize,
+        inputs: RunInputs,
         settings: SamplerSettings,
         memory: MemorySettings,
         runtime: Runtime,
+        expert: int = 0,
     ) -> RunPlan:
-        """Where the weights will be during a run of `settings`, see `planning.run`; `runtime` knows of a limit."""
+        """Where the weights of an expert will be while it works, see `planning.run`; `runtime` knows of a limit."""
+        dit, loras, cond = self.experts[expert].dit, self.experts[expert].loras, inputs.cond
         if memory.vram_limit == 0:
             memory = replace(memory, vram_limit=None, persistent_params=0)
         if memory.persistent_params is not None or runtime.unbounded:
-            return placed_run(self.dit, cond, size, settings, memory, self.loras)
-        room = partial(available, self.dit, runtime, memory)
-        plan = plan_run(self.dit, cond, size, settings, memory, room, self.motion_controller, self.loras)
+            return placed_run(dit, cond, inputs.size, settings, memory, loras)
+        # The plan counts the conditioning, so what of it is on the device already is not to be found again.
+        there = sum(tensor.nbytes for tensor in tensors_in(cond) if tensor.device == runtime.device)
+        there = there if used_bytes(runtime.device) else 0
+
+        def room(wanted: float) -> float | None:
+            left = available(dit, runtime, memory, wanted - there)
+            return None if left is None else left + there
+
+        plan = plan_run(dit, cond, inputs.size, settings, memory, room, self.motion_controller, loras)
         log.log(logging.WARNING if plan.missing else logging.INFO, "%s: %s.", self.name, plan.summary())
         return plan
 
     @contextmanager
     def working(
-        self, steps: int, device: torch.device, placement: Placement | None = None, *, keep: bool = False
+        self,
+        steps: int,
+        device: torch.device,
+        placement: Placement | None = None,
+        *,
+        expert: int = 0,
+        keep: bool = False,
     ) -> Iterator[LoraRun]:
-        """The model on `device`, with its LoRAs applied for a run of `steps`, inside the block.
+        """An expert on `device`, with its LoRAs applied for a run of `steps`, inside the block.
 
         Args:
-            placement: of the DiT's weights, as a plan has it; all of them on the device if None.
+            placement: of its weights, as a plan has it; all of them on the device if None.
             keep: leave them there for the next run.
         """
+        dit, loras = self.experts[expert].dit, self.experts[expert].loras
         streamed = placement is not None and bool(placement.streamed)
         # LoRAs first: what is folded into weights has to move with them.
         with ExitStack() as stack:
             stack.enter_context(kernels.run(deterministic=self.deterministic))
             run = stack.enter_context(
-                applied(self.modules, self.loras, LAYOUT, steps=steps, device=device, streamed=streamed)
+                applied((dit, *self._beside), loras, LAYOUT, steps=steps, device=device, streamed=streamed)
             )
             if self.motion_controller is not None:
                 stack.enter_context(WeightProvider.of(self.motion_controller).working(device))
-            stack.enter_context(WeightProvider.of(self.dit).working(device, placement, keep=keep))
+            stack.enter_context(WeightProvider.of(dit).working(device, placement, keep=keep))
             yield run
+
+    def sample(
+        self,
+        inputs: RunInputs,
+        settings: SamplerSettings,
+        memory: MemorySettings,
+        runtime: Runtime,
+        *,
+        checkpoint: Checkpoint | None = None,
+        earlier: RunState | None = None,
+        keep: bool = False,
+    ) -> RunState:
+        """Run the steps that `settings` name: plan, bring the weights, apply the LoRAs, sample, release.
+
+        Every expert is planned and brought when its first step comes, after the one before it has left the device.
+        Weights that someone else has at work already, such as a trainer, are used where they are.
+
+        Args:
+            checkpoint, earlier: as of `sampling.run.sample`, which says what comes back and what is raised.
+            keep: leave weights on the device for the next run.
+        """
+        runtime = limited(runtime, memory)
+
+        @contextmanager
+        def activate(number: int, settings: SamplerSettings) -> Iterator[Active]:
+            dit = self.experts[number].dit
+            if WeightProvider.of(dit).at_work:
+                yield Active(dit, settings)
+                return
+            for other in self.experts:
+                if other.dit is not dit:
+                    WeightProvider.of(other.dit).evict()
+            plan = self.plan(inputs, settings, memory, runtime, number)
+            total, device = settings.total_steps, runtime.device
+            with self.working(total, device, plan.placement, expert=number, keep=keep) as run:
+                yield Active(dit, plan.settings, run.before_step)
+
+        inputs = inputs.to(runtime.device)
+        with kernels.run(deterministic=self.deterministic):
+            model = RunModel(self.experts, self.motion_controller, activate)
+            return sample(model, inputs, settings, runtime, checkpoint=checkpoint, earlier=earlier)
 
     def fit(self, cond: Conditioning, size: VideoSize | None = None) -> Conditioning:
         """`cond` as this model takes it, for a video of `size`.
@@ -223,177 +239,4 @@ class VideoModel:
         Raises:
             ValueError: an input is missing, is not one that the model takes, or was made for another size.
         """
-        return fit(cond, self.variant, self.dit.config, self.name, size, self.motion_controller is not None)
-
-
-def find_files(
-    model_id: str,
-    pattern: str,
-    *,
-    models_dir: Path,
-    skip_download: bool = False,
-    redirect_common_files: bool = True,
-    on_download: OnProgress | None = None,
-    source: str | None = None,
-) -> list[Path]:
-    """The local files of a published model that match `pattern`, downloaded when they are absent and that is allowed.
-
-    Bundled models are made on the spot; `source` is where others are downloaded from, of `download.SOURCES`.
-
-    Raises:
-        ValueError: there is no such source, nothing matches, a file is broken or missing, or the download failed.
-    """
-    if model_id in BUNDLED:
-        bundled.write_model(models_dir, model_id)
-        skip_download = True
-    elif redirect_common_files:
-        model_id, pattern = redirect(model_id, pattern, models_dir)
-    return fetch(
-        model_id, pattern, root=models_dir, skip_download=skip_download, on_progress=on_download, source=source
-    )
-
-
-def inspect(path: PathLike | Sequence[PathLike], kind: Kind) -> Component:
-    """What the model file or files at `path` are, read from their headers; of an all-in-one file the part of `kind`.
-
-    Raises:
-        ValueError: they are not a model of that kind, or not readable, or not complete.
-    """
-    return load.inspect(path, kind)
-
-
-def _loaded(component: Component, cls: type[Module], dtype: torch.dtype, rest: Place) -> Module:
-    """The model of `component`, which has to be one of `cls`."""
-    require_kind(component, next(kind for kind, made in load.CLASSES.items() if made is cls))
-    module = Rest.on(rest).load(component, dtype)
-    assert isinstance(module, cls)
-    return module
-
-
-def load_dit(
-    component: Component,
-    settings: DiTSettings,
-    rest: Place,
-    *,
-    vace: Component | None = None,
-    preset: str | None = None,
-    compute_device: torch.device | str | None = None,
-) -> VideoModel:
-    """The DiT of `component`.
-
-    Args:
-        rest: where its weights rest.
-        compute_device: where it will compute and where the attention backend is tried out; where it rests if None.
-        vace: a VACE branch from a file of its own, joined to the model.
-        preset: the catalog row whose settings are recommended, instead of the one that the file's name points to.
-
-    Raises:
-        ValueError: keys are missing, unexpected or misshapen, the branch is of another size, or the attention backend,
-            FP8 products or torch.compile are not usable.
-    """
-    if vace is not None:
-        component = join_vace(component, vace)
-    variant = match_variant(component.config_of(DiTConfig))
-    computes_on = torch.device(compute_device or Rest.on(rest).device)
-    attend = load_backend(settings.attention, computes_on, settings.dtype)
-    chains = load_chains(settings.torch_compile, computes_on, settings.dtype)
-    if settings.fp8_matmul:
-        require_fp8_matmul(computes_on, settings.dtype)
-    dit = _loaded(component, WanDiT, settings.dtype, rest)
-    if settings.fp8_matmul:
-        use_fp8_matmul(dit, computes_on)
-    dit.attend, dit.chains = attend, chains
-    dit.exact = settings.exact
-    row = catalog.find_row(preset) if preset else recommended_row(component, variant)
-    name = row.model_id if row and _names(row, component) else component.name
-    log.info("%s: %s; recommended settings of %s.", name, variant.label, row.model_id if row else "no published model")
-    return VideoModel(dit, variant, row, name, deterministic=settings.deterministic)
-
-
-def recommended_row(component: Component, variant: Variant) -> catalog.CatalogRow | None:
-    """The catalog row that a file's structure, size and, where these leave a choice, its name point to."""
-    size = catalog.SIZES.get(component.config_of(DiTConfig).dim, "")
-    return catalog.guess_row(_place(component), variant.name, size)
-
-
-def _names(row: catalog.CatalogRow, component: Component) -> bool:
-    return row.model_id.lower() in _place(component).lower()
-
-
-def _place(component: Component) -> str:
-    return component.header.files[0].resolve().as_posix()
-
-
-def load_image_encoder(component: Component, dtype: torch.dtype, rest: Place) -> ImageEncoder:
-    """The CLIP image encoder of `component`."""
-    return _loaded(component, ImageEncoder, dtype, rest)
-
-
-def with_speed_control(model: VideoModel, component: Component, rest: Place) -> VideoModel:
-    """`model` with the speed-control adapter of `component` beside it; the model that was given stays as it is.
-
-    Raises:
-        ValueError: the adapter is for models of another width.
-    """
-    width, own = component.config_of(MotionControllerConfig).dim, model.dit.config.dim
-    if width != own:
-        raise ValueError(
-            f"{component.name} controls models of width {width}, but {model.name} has width {own}. The published "
-            f"adapter is for {catalog.T2V_BASE}."
-        )
-    return replace(model, motion_controller=_loaded(component, MotionController, model.dit.dtype, rest))
-
-
-def load_text_encoder(component: Component, tokenizer: PathLike | None, dtype: torch.dtype, rest: Place) -> TextEncoder:
-    """The text encoder of `component` with its tokenizer.
-
-    The tokenizer comes from the folder `tokenizer`, else from the file itself (ComfyUI's packages carry it), else from
-    the folder google/umt5-xxl beside the file.
-
-    Raises:
-        ValueError: there is no tokenizer, or it knows more tokens than the encoder.
-    """
-    known = component.config_of(TextEncoderConfig).vocab_size
-    found = find_tokenizer(component, tokenizer)
-    if found.vocab_size > known:
-        raise ValueError(
-            f"The tokenizer has {found.vocab_size} tokens, the text encoder only {known}: they do not belong together."
-        )
-    model = _loaded(component, UMT5Encoder, dtype, rest)
-    stored = sorted({str(parameter.dtype) for parameter in model.parameters()})
-    return TextEncoder(model, found, TextCache.in_memory(fingerprint(component.header.files, *stored)))
-
-
-def has_tokenizer(component: Component) -> bool:
-    """Whether the text encoder's file, or the folder it lies in, brings a tokenizer."""
-    return SPIECE_MODEL in component.header or _tokenizer_beside(component).is_dir()
-
-
-def find_tokenizer(component: Component, folder: PathLike | None) -> Tokenizer:
-    """The tokenizer that `load_text_encoder` describes."""
-    if folder is not None:
-        return Tokenizer.from_folder(folder)
-    if (model := spiece_model(component.header)) is not None:
-        return Tokenizer.from_sentencepiece(model)
-    return Tokenizer.from_folder(_tokenizer_beside(component))
-
-
-def _tokenizer_beside(component: Component) -> Path:
-    return component.header.files[0].parent / catalog.TOKENIZER_PATTERN
-
-
-def load_vae(component: Component, dtype: torch.dtype, rest: Place) -> WanVAE:
-    """The video autoencoder of `component`."""
-    return _loaded(component, WanVAE, dtype, rest).use_channels_last()
-
-
-def load_preview_decoder(path: PathLike) -> PreviewDecoder:
-    """The decoder of the tiny autoencoder at `path`, in float32 on the CPU.
-
-    Raises:
-        CheckpointError: the file is broken, or is something else.
-    """
-    component = load.inspect(path, "preview_decoder")
-    # Half of the time on a CPU.
-    decoder = _loaded(component, PreviewDecoder, torch.float32, "cpu")
-    return decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types lack it
+        return fit(cond, self.variant, self.config, self.name, size, self.motion_controller is not None)

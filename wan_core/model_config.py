@@ -13,7 +13,7 @@ from .loading.detect import Component, detect_all
 from .loading.download import models_folder
 from .loading.paths import resolve_files
 from .loading.tensor_files import read_header
-from .model import DISK, Rest, find_files, has_tokenizer
+from .model_files import DISK, Rest, find_files, has_tokenizer
 from .offload.formats import FP8_DTYPES
 from .runtime import usable_device
 

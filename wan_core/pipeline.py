@@ -27,7 +27,7 @@ from .pipeline_models import LoadedModels, PipelineParts, load_models
 from .planning.encoders import IMAGE_ENCODER_BYTES, encoder_at_work, limited, size_held
 from .planning.encoders import text_peak_bytes as text_bytes
 from .runtime import Runtime, default_device, usable_device
-from .sampling.run import sample
+from .sampling.experts import RunInputs
 from .settings import MemorySettings, SamplerSettings, check_choice
 from .types import Conditioning, Curve, VideoSize
 from .variants import check
@@ -86,7 +86,7 @@ class WanVideoPipeline(PipelineParts):
             redirect_common_files: take files that all repositories share from one of them.
             use_usp: not available; one process computes on one device.
             vram_limit: as of `enable_vram_management`.
-            torch_compile: fuse the elementwise steps of the video model, see `prepare.DiTSettings`.
+            torch_compile: fuse the elementwise steps of the video model, see `model_files.DiTSettings`.
             deterministic: use fixed kernels instead of those that are fastest here, see `models.kernels`.
 
         Raises:
@@ -254,14 +254,10 @@ class WanVideoPipeline(PipelineParts):
         prompts = [text_conditioning(encoder, text, negative_prompt, at_work) for text in window_texts]
         cond, latents = self._encode(cond, inputs, start, size, tiles, fit)
         cond = model.fit(cond.to(self.device), size)
-        plan = model.plan(cond, size.latent, settings, self.memory, self._runtime())
-        with model.working(settings.total_steps, self.device, plan.placement) as run:
-            runtime = run.follow(self._runtime(progress_bar_cmd, settings.steps))
-            latents = sample(
-                model.dit, cond, size.latent, plan.settings, runtime, latents, model.motion_controller,
-                prompts=[text.to(self.device) for text in prompts],
-            )  # fmt: skip
-        return self._output(latents, tiles, output_type, runtime)
+        runtime = self._runtime(progress_bar_cmd, settings.steps)
+        run_inputs = RunInputs(cond, size.latent, latents, tuple(prompts))
+        state = model.sample(run_inputs, settings, self.memory, runtime)
+        return self._output(state.video.to(self.device), tiles, output_type, runtime)
 
     def _check(self, inputs: VideoInputs, prompt: Prompt, negative_prompt: Prompt) -> None:
         as_prompts(prompt), as_prompts(negative_prompt, "negative_prompt")

@@ -15,16 +15,9 @@ from .loading.state_dict import replace_weights
 from .lora.read import Lora
 from .lora.report import Report
 from .lora.target import given_lora
-from .model import (
-    DiTSettings,
-    VideoModel,
-    load_dit,
-    load_image_encoder,
-    load_text_encoder,
-    load_vae,
-    with_speed_control,
-)
+from .model import VideoModel
 from .model_config import FoundModel, ModelConfig, find_models, tokenizer_folder
+from .model_files import DiTSettings, load_dit, load_image_encoder, load_text_encoder, load_vae, with_speed_control
 from .models.image_encoder import ImageEncoder
 from .models.vae import WanVAE
 from .runtime import log
@@ -211,7 +204,7 @@ class PipelineParts:
     @property
     def vace(self) -> Part | None:
         """The VACE branch, if the video model has one."""
-        has_branch = bool(self.models.video.dit.config.vace_layers)
+        has_branch = bool(self.models.video.config.vace_layers)
         return Part("vace", self.models.video.dit, VACE_CHILDREN.__contains__) if has_branch else None
 
     @property
@@ -288,7 +281,7 @@ class PipelineParts:
         """Leave all LoRAs out again; the weights were never changed. `verbose` 0 keeps that out of the log."""
         if verbose:
             log.info("%d LoRAs are left out from now on.", len(self.models.video.loras))
-        self.models = replace(self.models, video=replace(self.models.video, loras=()))
+        self.models = replace(self.models, video=self.models.video.without_loras())
 
 
 def _lora_file(source: ModelConfig | str | Path) -> str | Path:

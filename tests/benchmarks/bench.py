@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.sampling.runs import sample
 from wan_core.catalog import find_row, published_config
 from wan_core.models.config import DiTConfig, VAEConfig
 from wan_core.models.dit import WanDiT
 from wan_core.offload.blocks import used_bytes, weights_of
 from wan_core.runtime import Runtime
-from wan_core.sampling.run import sample
 from wan_core.settings import SamplerSettings
 from wan_core.types import Conditioning, LatentSize
 

@@ -34,7 +34,8 @@ from tests.benchmarks.bench import (
     unavailable,
 )
 from tests.benchmarks.report import Row
-from wan_core.model import DiTSettings, Rest, VideoModel, inspect, load_dit
+from wan_core.model import VideoModel
+from wan_core.model_files import DiTSettings, Rest, inspect, load_dit
 from wan_core.models.attention import FastestAttention, load_backend
 from wan_core.models.config import DiTConfig
 from wan_core.models.vae import WanVAE
@@ -43,6 +44,7 @@ from wan_core.offload.quant import quantise, supports_fp8_matmul, use_fp8_matmul
 from wan_core.planning.encoders import limited
 from wan_core.planning.estimate import pass_flops
 from wan_core.runtime import Runtime
+from wan_core.sampling.experts import RunInputs
 from wan_core.settings import MemorySettings, SamplerSettings, TeaCacheSettings
 from wan_core.variants import match_variant
 
@@ -165,12 +167,12 @@ def budgets(bench: Bench) -> Iterator[Row]:
     device.clear()
     dit, cond = random_dit(config, device.torch).to("cpu"), random_conditioning(config, device)
     dit.attend = load_backend("auto", device.torch, device.dtype)
-    model = VideoModel(dit, match_variant(config), None, name)
+    model = VideoModel.of(dit, match_variant(config), None, name)
     plain = Runtime(device=device.torch, dtype=device.dtype)
     for gib in bench.scale.budgets:
         device.clear()
         memory = MemorySettings(vram_limit=gib)
-        plan = model.plan(cond, size, SamplerSettings(steps=3), memory, limited(plain, memory))
+        plan = model.plan(RunInputs(cond, size), SamplerSettings(steps=3), memory, limited(plain, memory))
         if plan.missing:
             bench.problems.append(f"{name} in {gib} GiB: {plan.missing / 1e9:.2f} GB missing")
             continue

@@ -20,6 +20,7 @@ import pack
 
 pack.register()
 
+from tests.sampling.runs import sample  # noqa: E402
 from wan_core import catalog  # noqa: E402
 from wan_core.models.dit import WanDiT  # noqa: E402
 from wan_core.offload.blocks import GIB, weights_of  # noqa: E402
@@ -31,7 +32,6 @@ from wan_core.planning.job import Given, made_up  # noqa: E402
 from wan_core.planning.parts import Part, published_dit  # noqa: E402
 from wan_core.planning.run import RunPlan, dit_inventory, plan_run  # noqa: E402
 from wan_core.runtime import Runtime  # noqa: E402
-from wan_core.sampling.run import sample  # noqa: E402
 from wan_core.settings import MemorySettings, SamplerSettings  # noqa: E402
 from wan_core.types import Conditioning, VideoSize, tensors_in  # noqa: E402
 

@@ -11,6 +11,7 @@ from tests.benchmarks import diffusers_models as peers
 from tests.benchmarks import memory_table
 from tests.benchmarks.counting import Work, counted
 from tests.benchmarks.report import Row
+from tests.sampling.runs import sample
 from wan_core.catalog import find_row, published_config
 from wan_core.models.config import DiTConfig, VAEConfig
 from wan_core.models.dit import WanDiT
@@ -19,7 +20,6 @@ from wan_core.offload.blocks import weights_of
 from wan_core.offload.placement import Placement
 from wan_core.offload.weights import WeightProvider
 from wan_core.runtime import Runtime
-from wan_core.sampling.run import sample
 from wan_core.types import Conditioning, LatentSize, VideoSize
 
 META = torch.device("meta")

@@ -21,7 +21,7 @@ pack.register()
 
 from tests.benchmarks.bench import random_dit  # noqa: E402
 from wan_core import bundled, catalog  # noqa: E402
-from wan_core.model import VideoModel  # noqa: E402
+from wan_core.model_files import VideoModel  # noqa: E402
 from wan_core.models.config import DiTConfig  # noqa: E402
 from wan_core.offload.blocks import GIB  # noqa: E402
 from wan_core.offload.quant import quantise  # noqa: E402
@@ -107,7 +107,7 @@ def _measured(config: DiTConfig, size: VideoSize, settings: TrainConfig, acceler
     dit = random_dit(config, torch.device("cpu") if settings.streams else device)
     if settings.fp8_base:
         quantise(dit)
-    trainables = prepare(VideoModel(dit, match_variant(dit.config), None, "random", None), settings)
+    trainables = prepare(VideoModel.of(dit, match_variant(dit.config), None, "random", None), settings)
     latents = torch.randn(16, *size.latent.shape)
     sample = Encoded(
         latents=latents,

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.reference import tiny_text_encoder
-from wan_core import ModelConfig, WanVideoPipeline, bundled, catalog, model
+from wan_core import ModelConfig, WanVideoPipeline, bundled, catalog, model_files
 from wan_core.conditioning import text
 from wan_core.conditioning.text import MemoryStore, TextCache, TextEncoder, Tokenizer, fingerprint, text_conditioning
 from wancore.nodes import host
@@ -219,9 +219,9 @@ def load(models):
 
 
 def test_loaded_encoders_know_their_weights(models):
-    component = model.inspect(models / catalog.TINY / FILE, "text_encoder")
+    component = model_files.inspect(models / catalog.TINY / FILE, "text_encoder")
     first, again, other = (
-        model.load_text_encoder(component, None, dtype, "cpu").cache.fingerprint
+        model_files.load_text_encoder(component, None, dtype, "cpu").cache.fingerprint
         for dtype in (torch.float32, torch.float32, torch.bfloat16)
     )
     assert first == again != other

@@ -14,7 +14,7 @@ from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
 from wan_core.loading.save import save_fp8, save_plain
 from wan_core.loading.tensor_files import CheckpointError
-from wan_core.model import DiTSettings, load_dit
+from wan_core.model_files import DiTSettings, load_dit
 from wan_core.offload import formats
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.formats import EightBit, WeightFormat

@@ -11,7 +11,7 @@ from torch import nn
 from tests.reference import DITS, filled, relative_error, tiny_dit, tiny_image_encoder, tiny_text_encoder
 from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
-from wan_core.model import DiTSettings, Rest, load_dit
+from wan_core.model_files import DiTSettings, Rest, load_dit
 from wan_core.models.dit import WanDiT
 from wan_core.models.ops import Linear
 from wan_core.offload.blocks import weight_bytes
@@ -131,7 +131,7 @@ def test_fp8_products_are_refused_before_weights_are_read(tmp_path, monkeypatch,
     component = write(tiny_dit().state_dict(), tmp_path)
     monkeypatch.setattr("wan_core.offload.quant.supports_fp8_matmul", lambda device: works)
     dtype = torch.float32 if works else torch.bfloat16
-    monkeypatch.setattr("wan_core.model.build", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("wan_core.model_files.build", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match="set dtype to bf16" if works else "Turn it off"):
         load_dit(component, DiTSettings(dtype=dtype, fp8_matmul=True), Rest(weights="fp8"))
 

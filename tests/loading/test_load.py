@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.loading import inventories as inv
-from wan_core import model
+from wan_core import model_files as model
 from wan_core.loading import load as load_module
 from wan_core.loading.detect import detect, detect_files
 from wan_core.loading.load import build, load_into

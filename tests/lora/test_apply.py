@@ -11,13 +11,13 @@ from torch import nn
 from tests.lora.fixtures import WRITERS, factors, linear_paths, streaming
 from tests.lora.test_dialects import inputs, merged_output, output, with_loras
 from tests.reference import relative_error, tiny_dit, tiny_motion_controller
+from tests.sampling.runs import sample, sample_state
 from wan_core.lora.apply import _same_device, applied
 from wan_core.lora.bind import BlockStrengths
 from wan_core.lora.target import LAYOUT, Target, open_lora, report, use_lora
 from wan_core.offload.quant import big_linears, quantise
 from wan_core.runtime import Runtime
 from wan_core.sampling.checkpoint import RunState
-from wan_core.sampling.run import sample, sample_state
 from wan_core.settings import GuidanceSettings, SamplerSettings
 from wan_core.types import Conditioning, Curve, LatentSize
 
@@ -202,7 +202,7 @@ def sampled(dit: nn.Module, *uses, cfg: float = 3.0, runtime: Runtime | None = N
     settings = SamplerSettings(seed=1, steps=STEPS, guidance=GuidanceSettings(scale=cfg))
     runtime = runtime or Runtime(device=torch.device("cpu"), dtype=torch.float32)
     with applied([dit], uses, LAYOUT, steps=STEPS, device=runtime.device) as run:
-        return sample(dit, cond, LatentSize(2, 4, 6), settings, run.follow(runtime))
+        return sample(dit, cond, LatentSize(2, 4, 6), settings, replace(runtime, before_step=run.before_step))
 
 
 def test_sampling_follows_the_curve(loras):
@@ -243,7 +243,9 @@ def test_a_run_that_begins_in_the_middle_follows_the_curve(loras):
 
     def part(settings: SamplerSettings, **start) -> RunState:
         with applied([dit], [use], LAYOUT, steps=STEPS) as run:
-            return sample_state(dit, cond, LatentSize(2, 4, 6), settings, run.follow(runtime), **start)
+            return sample_state(
+                dit, cond, LatentSize(2, 4, 6), settings, replace(runtime, before_step=run.before_step), **start
+            )
 
     first = part(replace(whole, end_step=2))
     second = part(replace(whole, start_step=2), earlier=first)

@@ -10,14 +10,15 @@ from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.reference import relative_error, tiny_dit
+from tests.sampling.runs import planned
 from tests.sampling.variants import conditioning
-from wan_core.model import DiTSettings, VideoModel, inspect, load_dit
+from wan_core.model import VideoModel
+from wan_core.model_files import DiTSettings, inspect, load_dit
 from wan_core.models import fused as chains
 from wan_core.models.dit import WanDiT
 from wan_core.models.fused import STEPS, compiled, load_chains
 from wan_core.offload.quant import quantise
 from wan_core.runtime import Runtime
-from wan_core.sampling.run import sample
 from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings
 from wan_core.types import Conditioning, LatentSize
 from wan_core.variants import match_variant
@@ -29,7 +30,7 @@ GRAPHS = "aot_eager"
 
 
 def latents(dit: WanDiT, variant: str = "t2v", memory: MemorySettings | None = None, lora=None, **settings):
-    model = VideoModel(dit, match_variant(dit.config), None, "tiny")
+    model = VideoModel.of(dit, match_variant(dit.config), None, "tiny")
     if lora:
         model, _ = model.with_lora(*lora[:1], **lora[1])
     cond = conditioning(variant, SIZE)
@@ -37,9 +38,7 @@ def latents(dit: WanDiT, variant: str = "t2v", memory: MemorySettings | None = N
         cond = Conditioning(text=cond.text, negative_text=cond.negative_text)
     settings = SamplerSettings(**{"steps": 3, "seed": 4, "guidance": GuidanceSettings(scale=3.0)} | settings)
     runtime = Runtime(device=CPU, dtype=dit.dtype)
-    plan = model.plan(cond, SIZE, settings, memory or MemorySettings(), runtime)
-    with model.working(settings.total_steps, CPU, plan.placement) as run:
-        return sample(dit, cond, SIZE, plan.settings, run.follow(runtime))
+    return planned(model, cond, SIZE, settings, runtime, memory)
 
 
 def both(make, **options):
@@ -128,7 +127,7 @@ def test_a_machine_that_cannot_compile_says_so_before_weights_are_read(checkpoin
         raise RuntimeError("no working C++ compiler\nand more")
 
     monkeypatch.setattr(chains, "compiled", broken)
-    monkeypatch.setattr("wan_core.model.Rest.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("wan_core.model_files.Rest.load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=r"no working C\+\+ compiler\. It needs .* turn torch_compile off"):
         load_dit(checkpoint, DiTSettings(dtype=torch.float32, torch_compile=True), "cpu")
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tests.reference import filled, load_case
 from wan_core.loading.tensor_files import CheckpointError
-from wan_core.model import load_preview_decoder
+from wan_core.model_files import load_preview_decoder
 from wan_core.models.config import PreviewDecoderConfig
 from wan_core.models.preview_decoder import PreviewDecoder
 

@@ -14,7 +14,7 @@ from wan_core.inspection import report
 from wan_core.loading.detect import detect
 from wan_core.loading.load import inspect
 from wan_core.loading.tensor_files import CheckpointError
-from wan_core.model import load_vae
+from wan_core.model_files import load_vae
 from wan_core.models.vae import WanVAE, denormalise
 from wan_core.planning.encoders import pixel_stride, vae_peak_bytes
 from wan_core.runtime import Runtime

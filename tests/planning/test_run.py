@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 
+from tests.sampling.runs import sample
 from wan_core.models.config import DiTConfig
 from wan_core.models.dit import WanDiT
 from wan_core.offload.blocks import GIB, weights_of
@@ -14,7 +15,6 @@ from wan_core.offload.weights import WeightProvider
 from wan_core.planning.estimate import LiveBytes
 from wan_core.planning.run import plan_run
 from wan_core.runtime import Runtime
-from wan_core.sampling import run
 from wan_core.settings import MemorySettings, SamplerSettings
 from wan_core.types import Conditioning, VideoSize, tensors_in
 
@@ -68,7 +68,7 @@ def test_the_planned_peak_of_14b_is_the_counted_one(gib, width, height, fp8):
         LiveBytes(given=[*weights_of(dit).values(), *tensors_in(cond)]) as counter,
         provider.working(META, plan.placement, copies=copies) as stream,
     ):
-        run.sample(dit, cond, size, plan.settings, Runtime(device=META, dtype=torch.bfloat16))
+        sample(dit, cond, size, plan.settings, Runtime(device=META, dtype=torch.bfloat16))
     assert counter.peak == pytest.approx(plan.peak_bytes - plan.allowance, rel=0.02)
     read_ahead = plan.placement.inventory.blocks[plan.placement.streamed[0]].bytes if stream else 0
     assert stream.copied - read_ahead == plan.copied_per_step, "interleaved branches share each copy"

@@ -19,6 +19,7 @@ from wan_core.planning.fit import data_of, fit, text_of
 from wan_core.planning.job import Given, Job, made_up, plan_whole
 from wan_core.planning.parts import Part, published_dit, published_part
 from wan_core.runtime import Runtime
+from wan_core.sampling.experts import RunInputs
 from wan_core.settings import EasyCacheSettings, GuidanceSettings, MemorySettings, SamplerSettings
 from wan_core.types import VideoSize
 from wan_core.variants import match_variant
@@ -128,13 +129,13 @@ def test_sampling_is_planned_as_the_run_will_plan_it(share):
     limit = None if share is None else share * whole.sampling.placement.device_bytes + whole.sampling.activations
     limit = limit and limit + whole.sampling.allowance
     dit = tiny_dit("t2v").to(torch.bfloat16)
-    model = VideoModel(dit, match_variant(dit.config), None, "tiny")
+    model = VideoModel.of(dit, match_variant(dit.config), None, "tiny")
     runtime = Runtime(device=torch.device("cpu"), dtype=torch.bfloat16, memory_left=lambda _: limit or 1e12)
     cond = made_up(dit.config, SIZE.latent, Given())
     for parameter in dit.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     twin = replace(job(), dit=Part(dit))
-    own = model.plan(cond, SIZE.latent, SamplerSettings(), MemorySettings(), runtime)
+    own = model.plan(RunInputs(cond, SIZE.latent), SamplerSettings(), MemorySettings(), runtime)
     plan = plan_whole(twin, limit).sampling
     assert (plan.placement.streamed, plan.peak_bytes) == (own.placement.streamed, own.peak_bytes)
     assert bool(plan.placement.streamed) == (share is not None)

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.reference import tiny_dit
+from tests.sampling.runs import sample
 from tests.sampling.variants import conditioning
 from wan_core.runtime import Runtime
 from wan_core.sampling.checkpoint import Checkpoint
-from wan_core.sampling.run import sample
 from wan_core.settings import EasyCacheSettings, SamplerSettings, TeaCacheSettings, WindowSettings
 from wan_core.types import LatentSize
 

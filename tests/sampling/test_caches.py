@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tests.reference import load_case, relative_error, tiny_dit
+from tests.sampling.runs import sample
 from wan_core.catalog import CATALOG
 from wan_core.runtime import Runtime
 from wan_core.sampling import step_cache
 from wan_core.sampling.compose import compose
-from wan_core.sampling.run import denoise, sample
+from wan_core.sampling.run import denoise
 from wan_core.sampling.solvers import build_solver
 from wan_core.settings import (
     TEACACHE_TEMPLATES,

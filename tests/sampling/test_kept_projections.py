@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.reference import DITS
+from tests.sampling.runs import sample
 from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
 from wan_core.model import VideoModel
 from wan_core.models.config import DiTConfig
@@ -14,7 +15,7 @@ from wan_core.planning.estimate import LiveBytes, kept_bytes
 from wan_core.planning.run import WORTH_KEEPING, kept_share, plan_run
 from wan_core.runtime import Runtime
 from wan_core.sampling.checkpoint import digest_run
-from wan_core.sampling.run import sample
+from wan_core.sampling.experts import RunInputs
 from wan_core.settings import CFG_MODES, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, LatentSize, VideoSize, tensors_in
 from wan_core.variants import match_variant
@@ -125,13 +126,13 @@ def test_a_lora_that_changes_over_the_steps_keeps_nothing(tmp_path):
     save_file(
         {f"{name}A.weight": torch.randn(2, weight.shape[1]), f"{name}B.weight": torch.randn(weight.shape[0], 2)}, path
     )
-    model = VideoModel(dit, match_variant(dit.config), None, "tiny")
+    model = VideoModel.of(dit, match_variant(dit.config), None, "tiny")
     cond, settings = conditioning("vace", SIZE), SamplerSettings(steps=3)
     cond = Conditioning(text=cond.text, negative_text=cond.negative_text)
 
     def keeps(strength):
         changed, _ = model.with_lora(path, strength=strength)
-        return changed.plan(cond, SIZE, settings, MemorySettings(), RUNTIME).settings.keep_projections
+        return changed.plan(RunInputs(cond, SIZE), settings, MemorySettings(), RUNTIME).settings.keep_projections
 
     assert keeps(0.5) and not keeps((0.0, 1.0))
 

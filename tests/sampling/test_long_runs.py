@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.reference import tiny_dit, tiny_vae
 from tests.sampling import interrupted
+from tests.sampling.runs import sample, sample_state
 from tests.sampling.variants import conditioning
 from wan_core.decode import decode
 from wan_core.models import kernels
@@ -19,7 +21,6 @@ from wan_core.models.ops import onednn_has
 from wan_core.runtime import Cancelled, OutOfMemoryError, Pace, Runtime
 from wan_core.sampling.checkpoint import Checkpoint, RunState, digest_run, load_latents, manifest, save_latents
 from wan_core.sampling.predictor import NonFiniteError
-from wan_core.sampling.run import sample, sample_state
 from wan_core.settings import GuidanceSettings, SamplerSettings
 from wan_core.tiling import TileSettings
 from wan_core.types import Curve, LatentSize, VideoSize
@@ -237,7 +238,7 @@ def test_a_run_under_another_lora_is_another_run(tmp_path):
     def kept(*adapters: str) -> str:
         state = sample_state(
             tiny_dit(), conditioning("t2v", SIZE), SIZE, settings, RUNTIME,
-            checkpoint=Checkpoint(tmp_path, 1), adapters=adapters,
+            checkpoint=Checkpoint(tmp_path, 1), loras=tuple(SimpleNamespace(fingerprint=each) for each in adapters),
         )  # fmt: skip
         return state.run
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.sampling.runs import sample
 from wan_core.models.config import DiTConfig
 from wan_core.models.dit import WanDiT
 from wan_core.planning.estimate import LiveBytes
 from wan_core.runtime import Runtime
-from wan_core.sampling import run
+from wan_core.sampling import run as loop
 from wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, VideoSize, tensors_in
 
@@ -19,7 +20,7 @@ META = torch.device("meta")
 
 @pytest.fixture(autouse=True)
 def nothing_reads_values(monkeypatch):
-    monkeypatch.setattr(run, "window_reports", lambda *_: [])
+    monkeypatch.setattr(loop, "window_reports", lambda *_: [])
     monkeypatch.setattr(Tensor, "cpu", lambda self: self)
 
 
@@ -37,7 +38,7 @@ def peak_bytes(num_frames: int, windows: WindowSettings | None, mode: str) -> in
     size = VideoSize.rounded(832, 480, num_frames).latent
     given = [*dit.parameters(), *tensors_in(cond)]
     with LiveBytes(given=given) as counter:
-        run.sample(dit, cond, size, settings, Runtime(device=META, dtype=torch.bfloat16))
+        sample(dit, cond, size, settings, Runtime(device=META, dtype=torch.bfloat16))
     return counter.peak
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.reference import DITS, tiny_dit
+from tests.sampling.runs import sample
 from wan_core.models.config import MotionControllerConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.embedders import MotionController
@@ -78,7 +79,7 @@ def run(dit: WanDiT, cond: Conditioning, settings: SamplerSettings, device: torc
 
     runtime = Runtime(device=device, dtype=torch.float32, before_step=before_step, on_progress=on_progress)
     with mode:
-        loop.sample(dit, cond, SIZE, settings, runtime, motion_controller=controller)
+        sample(dit, cond, SIZE, settings, runtime, motion_controller=controller)
 
 
 def texts(device: torch.device, **others: Any) -> Conditioning:

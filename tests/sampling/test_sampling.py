@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.reference import load_case, relative_error, tiny_dit
+from tests.sampling.runs import sample
 from wan_core.runtime import Cancelled, Runtime
-from wan_core.sampling.run import sample
 from wan_core.sampling.solvers import add_noise, initial_noise, shifted_sigmas, training_weights
 from wan_core.settings import GuidanceSettings, SamplerSettings
 from wan_core.types import Conditioning, LatentSize, VaceInput

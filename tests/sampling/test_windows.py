@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.reference import DITS, arguments, load_case, relative_error, tiny_dit, tiny_text_encoder, tiny_vae
+from tests.sampling.runs import sample
 from tests.sampling.variants import conditioning
 from wan_core.conditioning.slots import fit
 from wan_core.conditioning.text import TextEncoder, text_conditioning
 from wan_core.models.dit import WanDiT
 from wan_core.models.vae import WanVAE
 from wan_core.runtime import Runtime
-from wan_core.sampling.run import sample
 from wan_core.sampling.windows import Windowed, colour_corrected, window_of, window_reports
 from wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
 from wan_core.tiling import Span, plan_spans

@@ -10,7 +10,7 @@ from typing import Any
 import av
 import numpy as np
 
-from wan_core import catalog, model
+from wan_core import catalog, model_files
 from wan_core.catalog import tiny_id
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.data.synthetic import write_dataset
@@ -34,7 +34,7 @@ INPUTS = {
 def _write_models(root: Path) -> None:
     for variant in INPUTS:
         if variant != "speed":
-            model.find_files(tiny_id(variant), catalog.DIT_FILE, models_dir=root)
+            model_files.find_files(tiny_id(variant), catalog.DIT_FILE, models_dir=root)
 
 
 def model_names(variant: str) -> tuple[str, ...]:

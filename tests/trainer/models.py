@@ -23,7 +23,7 @@ def video_model(variant: str = "t2v", dtype: torch.dtype = torch.float32) -> Vid
     for name, parameter in dit.named_parameters():
         parameter.data = parameter.data if name.endswith("modulation") else parameter.data.to(dtype)
     controller = tiny_motion_controller() if variant == "t2v" else None
-    return VideoModel(dit, match_variant(dit.config), None, f"tiny {variant}", controller)
+    return VideoModel.of(dit, match_variant(dit.config), None, f"tiny {variant}", controller)
 
 
 def trainables(variant: str = "t2v", **changes) -> Trainables:

@@ -363,7 +363,7 @@ REFUSED = {
 def test_models_that_cannot_use_the_inputs_are_refused_before_they_are_read(root, name, monkeypatch):
     variant, changes, message = REFUSED[name]
     config = material.config(root, variant, **changes)
-    monkeypatch.setattr("wan_core.model.build", None)
+    monkeypatch.setattr("wan_core.model_files.build", None)
     with pytest.raises(ValueError, match=message):
         find(config)
 

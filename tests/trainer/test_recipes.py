@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from tests.programs import PATIENCE, wait_for
+from tests.sampling.runs import planned
 from tests.trainer import material
 from tests.trainer.models import SIZE, inputs
 from tests.trainer.runs import ROOT, environment, events, run, shared
 from wan_core.catalog import CATALOG
-from wan_core.model import DiTSettings, inspect, load_dit
+from wan_core.model_files import DiTSettings, inspect, load_dit
 from wan_core.runtime import Runtime
-from wan_core.sampling.run import sample
 from wan_core.settings import GuidanceSettings, SamplerSettings
 from wan_core.types import LatentSize
 from wancore.trainer.config import parse
@@ -173,8 +173,7 @@ def latents(model, variant):
         cond = dataclasses.replace(cond, motion_bucket=None)
     settings = SamplerSettings(seed=1, steps=2, guidance=GuidanceSettings(scale=1.0))
     runtime = Runtime.default("cpu", torch.float32)
-    with torch.no_grad(), model.working(2, torch.device("cpu")):
-        return sample(model.dit, cond, LatentSize(*SIZE), settings, runtime, motion_controller=model.motion_controller)
+    return planned(model, cond, LatentSize(*SIZE), settings, runtime)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_core import catalog, model
+from wan_core import catalog, model_files
 from wan_core.atomic import replacing
 from wan_core.conditioning.image import LatentEncoder
 from wan_core.conditioning.text import TextEncoder
@@ -186,10 +186,10 @@ class Encoders:
         if kind not in self._loaded:
             component = self.models.components[kind]
             if kind == "text_encoder":
-                loaded = model.load_text_encoder(component, self.models.tokenizer, self.dtype, self.device)
+                loaded = model_files.load_text_encoder(component, self.models.tokenizer, self.dtype, self.device)
             elif kind == "vae":
-                loaded = model.load_vae(component, self.dtype, self.device)
+                loaded = model_files.load_vae(component, self.dtype, self.device)
             else:
-                loaded = model.load_image_encoder(component, self.dtype, self.device)
+                loaded = model_files.load_image_encoder(component, self.dtype, self.device)
             self._loaded[kind] = loaded
         return self._loaded[kind]

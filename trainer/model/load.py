@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from wan_core import model as prepare
+from wan_core import model_files as prepare
 from wan_core import variants
 from wan_core.conditioning.slots import fit
 from wan_core.files import is_nameable
 from wan_core.loading.detect import Component, detect_files, join_vace
 from wan_core.lora.apply import LoraUse, fuse
 from wan_core.lora.target import Target, fit_to, open_lora, report, use_lora
-from wan_core.model import Rest, VideoModel
+from wan_core.model import VideoModel
 from wan_core.model_config import ModelConfig, find_models, tokenizer_folder
+from wan_core.model_files import Rest
 from wan_core.models.config import DiTConfig
 from wan_core.types import Conditioning, VideoSize
 from wan_core.variants import IMAGE, Variant

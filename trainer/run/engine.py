@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wan_core.files import blamed_on
 from wan_core.offload.streaming import BlockStream
+from wan_core.offload.weights import WeightProvider
 
 from .. import optimizers
 from ..config import TrainConfig
@@ -89,7 +90,8 @@ class Engine:
         Blocks of the DiT that `--vram_limit` has no room for are copied there when they are needed.
         """
         if not self.config.streams:
-            yield
+            with WeightProvider.of(self.trainables.model.dit).held():
+                yield
             return
         with frozen_at_work(self.trainables.module, self.config, self.device) as self.stream:
             yield

@@ -15,8 +15,8 @@ from wan_core.media import pixels_to_images, save_video
 from wan_core.model import VideoModel
 from wan_core.models.vae import WanVAE
 from wan_core.runtime import Runtime
-from wan_core.sampling.run import sample
-from wan_core.settings import GuidanceSettings, SamplerSettings
+from wan_core.sampling.experts import RunInputs
+from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings
 from wan_core.types import Conditioning, VideoSize
 
 from ..config import TrainConfig
@@ -90,9 +90,8 @@ def draw_samples(
         guidance=GuidanceSettings(scale=config.sample_cfg_scale),
         **({"shift": model.row.preset.shift} if model.row else {}),
     )
-    controller = model.motion_controller
     return [
-        sample(model.dit, request.cond, request.size.latent, settings, runtime, motion_controller=controller).cpu()
+        model.sample(RunInputs(request.cond, request.size.latent), settings, MemorySettings(), runtime).video
         for request in requests
     ]
 

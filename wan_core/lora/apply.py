@@ -6,7 +6,7 @@ Nothing stays behind: the base holds the same tensors after the run as before it
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..offload.formats import PLAIN
 from ..offload.quant import QuantisedLinear, weight_of
 from ..offload.weights import Change, WeightProvider
-from ..runtime import Runtime
 from ..types import Curve
 from .bind import EVERYWHERE, BlockStrengths, Bound
 from .patches import Decomposed, LowRank, Patch, Replacement
@@ -147,16 +146,10 @@ class LoraRun:
         for fold in self.refolded:
             fold()
 
-    def follow(self, runtime: Runtime) -> Runtime:
-        """`runtime`, which now also moves the strengths before every step."""
-        if all(part.use.constant for part in self.stepwise):
-            return runtime
-
-        def before_step(index: int, total: int) -> None:
-            runtime.before_step(index, total)
+    def before_step(self, index: int, total: int) -> None:
+        """`step`, where a strength changes over the steps at all."""
+        if not all(part.use.constant for part in self.stepwise):
             self.step(index)
-
-        return replace(runtime, before_step=before_step)
 
 
 @contextmanager

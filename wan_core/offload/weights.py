@@ -87,6 +87,20 @@ class WeightProvider:
         """Bytes of the copies that stay on a device for the next use."""
         return sum(weight.cached.nbytes for weight in self._weights.values() if weight.cached is not None)
 
+    @property
+    def at_work(self) -> bool:
+        """Whether the module is at work now, on whichever device."""
+        return self._at_work
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside the block, the module counts as at work with its weights where they are, as a trainer has them."""
+        before, self._at_work = self._at_work, True
+        try:
+            yield
+        finally:
+            self._at_work = before
+
     def bytes_on(self, device: torch.device) -> int:
         """Bytes of the weights that are on `device` between uses, offloaded or cached; 0 where used bytes are not
         known, because they are not counted there either.

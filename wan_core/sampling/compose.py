@@ -24,7 +24,7 @@ FEWEST_CACHED_STEPS = 4
 
 @dataclass(frozen=True)
 class Composed:
-    """A predictor, and the parts of it that remember something from step to step."""
+    """A predictor, and the parts of it that remember something from step to step, besides the solver."""
 
     predict: Predictor
     memories: Mapping[str, HasMemory]
@@ -48,7 +48,7 @@ def compose(
     """
     time = dit.embed_time(torch.tensor(solver.timesteps))
     blocks: BlockRunner = AllBlocks(dit, runtime)
-    memories: dict[str, HasMemory] = {"solver": solver}
+    memories: dict[str, HasMemory] = {}
     windows = settings.windows if settings.windows and settings.windows.mode == "blend" else None
     windows = windows if windows and windows.size < frames else None
     rule = _skip_rule(settings, time, motion_controller, cond)

@@ -1,24 +1,32 @@
 """A sampling run: noise in, latents out, in one piece, in parts, or as a chain of clips."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
 
 from ..models import kernels
-from ..models.dit import WanDiT
-from ..models.embedders import MotionController
 from ..runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
 from ..settings import SamplerSettings
 from ..tiling import Span, plan_spans
-from ..types import Conditioning, LatentSize, StepInfo
-from .checkpoint import Checkpoint, RunState, digest, digest_run, memory_of, restore
+from ..types import Conditioning, StepInfo
+from .checkpoint import (
+    Checkpoint,
+    HasMemory,
+    RunState,
+    digest,
+    digest_run,
+    digest_weights,
+    memory_of,
+    restore,
+)
 from .compose import Composed, compose
+from .experts import Active, RunInputs, RunModel, expert_at
 from .predictor import Predictor, check_latents
 from .solvers import Solver, add_noise, build_solver, initial_noise
-from .windows import Anchored, colour_corrected, cut, stating, window_of, window_reports, with_text
+from .windows import Anchored, colour_corrected, cut, window_of, window_reports, with_known_frames, with_text
 
 OnStep = Callable[[int, Tensor, Tensor], None]
 """Called after each step with the number of steps done, the latents, and the clean latents they point at."""
@@ -50,71 +58,37 @@ def denoise(
 LATENT_CHANNELS = 16
 
 
-def sample(
-    dit: WanDiT,
-    cond: Conditioning,
-    size: LatentSize,
-    settings: SamplerSettings,
-    runtime: Runtime,
-    start: Tensor | None = None,
-    motion_controller: MotionController | None = None,
-    *,
-    prompts: Sequence[Conditioning] = (),
-    checkpoint: Checkpoint | None = None,
-) -> Tensor:
-    """Normalised latents (B, 16, F, h, w) in float32 on the device, drawn from noise or from `start`.
-
-    The arguments are those of `sample_state`; the file of an unfinished run is removed when the run is finished.
-    """
-    state = sample_state(
-        dit, cond, size, settings, runtime, start, motion_controller, prompts=prompts, checkpoint=checkpoint
-    )
-    if checkpoint is not None and state.run:
-        checkpoint.remove(state.run)
-    return state.video.to(runtime.device)
-
-
 @torch.no_grad()
-def sample_state(
-    dit: WanDiT,
-    cond: Conditioning,
-    size: LatentSize,
+def sample(
+    model: RunModel,
+    inputs: RunInputs,
     settings: SamplerSettings,
     runtime: Runtime,
-    start: Tensor | None = None,
-    motion_controller: MotionController | None = None,
     *,
-    prompts: Sequence[Conditioning] = (),
     checkpoint: Checkpoint | None = None,
     earlier: RunState | None = None,
-    adapters: Sequence[str] = (),
 ) -> RunState:
     """Run the steps that `settings` name and return the state after them, on the CPU.
 
     Reference frames that conditioning puts in front of the video are denoised with it.
 
     Args:
-        cond: fitted to the model (`conditioning.slots.fit`); its tensors may lie on any device.
-        start: normalised latents of that size: a clean video when the first noise level is below 1, latents on their
-            way when `start_step` is above 0; ignored else.
-        prompts: conditioning whose text each window gets in place of that of `cond`, the last one for all after.
         checkpoint: where the run is written down as it goes on. A run that was cut off goes on from there, also one
             whose steps are all done: give the `run` of the state to `checkpoint.remove` once its video is saved.
-        earlier: the state that an earlier part of this schedule ended with, in place of `start`.
-        adapters: fingerprints of what changes the model for this run; a kept run goes on only with the same ones.
+        earlier: the state that an earlier part of this schedule ended with, in place of `inputs.start`.
 
     Raises:
         ValueError: an input does not fit the model or the size, latents to start from are missing, or the model gave
             something else than numbers.
         OutOfMemoryError: the device is too small; what is done is kept in `checkpoint`.
     """
-    run = _Run(dit, cond, size, settings, runtime, motion_controller, tuple(prompts), checkpoint, tuple(adapters))
-    run.check(start, earlier)
+    run = _Run(model, inputs, settings, runtime, checkpoint)
+    run.check(earlier)
     if settings.sigmas is None and settings.denoise == 0:
-        assert start is not None, "`check` refuses a run from nothing to nothing"
-        return RunState(latents=start.float().cpu(), prefix=0, step=settings.total_steps)
-    with kernels.run():
-        return run.execute(start, earlier)
+        assert inputs.start is not None, "`check` refuses a run from nothing to nothing"
+        return RunState(latents=inputs.start.float().cpu(), prefix=0, step=settings.total_steps)
+    with kernels.run(), model:
+        return run.execute(earlier)
 
 
 class _Run:
@@ -122,31 +96,26 @@ class _Run:
 
     def __init__(
         self,
-        dit: WanDiT,
-        cond: Conditioning,
-        size: LatentSize,
+        model: RunModel,
+        inputs: RunInputs,
         settings: SamplerSettings,
         runtime: Runtime,
-        motion_controller: MotionController | None,
-        prompts: tuple[Conditioning, ...],
         checkpoint: Checkpoint | None,
-        adapters: tuple[str, ...],
     ) -> None:
-        self.adapters = adapters
-        self.dit, self.cond, self.size, self.settings, self.runtime = dit, cond, size, settings, runtime
-        self.motion_controller, self.prompts, self.checkpoint = motion_controller, prompts, checkpoint
-        self.shape = (len(cond.encoded_text), dit.config.out_channels, *size.shape)
-        self.prefix = cond.prefix_frames(size.frames)
+        self.model, self.inputs, self.settings, self.runtime = model, inputs, settings, runtime
+        self.cond, self.size, self.prompts, self.checkpoint = inputs.cond, inputs.size, inputs.prompts, checkpoint
+        self.shape = (len(self.cond.encoded_text), model.first.config.out_channels, *self.size.shape)
+        self.prefix = self.cond.prefix_frames(self.size.frames)
         windows = settings.windows
-        self.chained = windows is not None and windows.mode == "chain" and windows.size < size.frames
-        self.spans = [Span(0, size.frames, True, True)]
+        self.chained = windows is not None and windows.mode == "chain" and windows.size < self.size.frames
+        self.spans = [Span(0, self.size.frames, True, True)]
         if windows is not None:
-            self.spans = plan_spans(size.frames, windows.size, windows.stride)
+            self.spans = plan_spans(self.size.frames, windows.size, windows.stride)
         self.start: Tensor | None = None
 
-    def check(self, start: Tensor | None, earlier: RunState | None) -> None:
+    def check(self, earlier: RunState | None) -> None:
         """Refuse what cannot run, before anything long."""
-        settings = self.settings
+        settings, start = self.settings, self.inputs.start
         if start is not None and tuple(start.shape) != self.shape:
             raise ValueError(f"The latents to start from are {tuple(start.shape)}, but this run needs {self.shape}.")
         if earlier is not None and tuple(earlier.video.shape) != self.shape:
@@ -161,20 +130,27 @@ class _Run:
 
     @cached_property
     def digest(self) -> str:
-        """Of everything that decides the result. Reads all of the conditioning, so only for runs that are kept."""
-        controller = None if self.motion_controller is None else self.motion_controller.state_dict()
-        others = (self.prompts, self.start, controller, self.runtime.dtype, self.adapters)
-        return digest_run(self.dit, self.cond, self.size, self.settings, *others)
+        """Of everything that decides the result. Reads all of the conditioning, so only for runs that are kept; and
+        weights as they are between runs, so never while an expert is at work."""
+        controller = None if self.model.motion_controller is None else self.model.motion_controller.state_dict()
+        first, *others = self.model.experts
+        applied = tuple(lora.fingerprint for lora in first.loras)
+        boundaries = [expert.lowest for expert in self.model.experts[:-1]]
+        further = [(digest_weights(expert.dit), [lora.fingerprint for lora in expert.loras]) for expert in others]
+        values = (self.prompts, self.start, controller, self.runtime.dtype, applied, *boundaries, *further)
+        return digest_run(first.dit, self.cond, self.size, self.settings, *values)
 
     @cached_property
     def schedule(self) -> str:
         return digest(self.settings.solver, build_solver(self.settings).sigmas)
 
-    def execute(self, start: Tensor | None, earlier: RunState | None) -> RunState:
+    def execute(self, earlier: RunState | None) -> RunState:
+        start = self.inputs.start
         self.start = start if earlier is None and self.settings.starts_clean else None
-        kept = self.checkpoint.load(self.digest) if self.checkpoint is not None and self.checkpoint.in_use else None
+        run = self.digest if self._is_kept else ""
+        kept = self.checkpoint.load(run) if self.checkpoint is not None and self.checkpoint.in_use else None
         if kept is not None and kept.kernels and kernels.current().deterministic:
-            log.warning("An unfinished run is there, but with kernels chosen by their time; this one begins anew.")
+            log.warning("An unfinished run is there, but with kernels chosen by their time; this one starts over.")
             kept = None
         if (before := kept or earlier) is not None:
             kernels.current().used.update(before.kernels)
@@ -214,29 +190,29 @@ class _Run:
     def _whole(self, clean: Tensor | None, noise: Tensor, earlier: RunState | None) -> RunState:
         solver, settings = build_solver(self.settings), self.settings
         cond = self.cond if len(self.spans) > 1 else with_text(self.cond, self.prompts, 0)
-        parts = self._composed(solver, cond, self.size.frames)
+        memory: Mapping[str, Tensor] = {}
         if earlier is not None:
-            x = earlier.latents.to(self.runtime.device)
-            self._recall(parts, earlier)
+            x, memory = earlier.latents.to(self.runtime.device), self._usable_memory(earlier)
         elif settings.start_step:
-            log.warning("Going on at step %d without the earlier sampler's state; the solver begins anew.",
+            log.warning("Going on at step %d without the earlier sampler's state; the solver starts at first order.",
                         settings.start_step)  # fmt: skip
             assert clean is not None, "`check` refuses to go on without latents"
             x = clean
         else:
             x = noise if clean is None else add_noise(clean, noise, solver.sigmas[0])
         first = settings.start_step if earlier is None else earlier.step
-        return self._steps(parts, solver, x, cond, range(first, settings.last_step), RunState(
-            latents=x, prefix=self.prefix, step=first))  # fmt: skip
+        before = RunState(latents=x, prefix=self.prefix, step=first, memory=memory)
+        return self._steps(solver, x, cond, self.size.frames, range(first, settings.last_step), before)
 
-    def _recall(self, parts: Composed, earlier: RunState) -> None:
-        """Go on as the run before would have, as far as that is this run."""
+    def _usable_memory(self, earlier: RunState) -> Mapping[str, Tensor]:
+        """What of the memory of the run before holds for this one: all of the same run, of the same schedule the
+        solver's."""
         if earlier.run == self.digest:
-            restore(parts.memories, earlier.memory, self.runtime.device)
-        elif earlier.schedule == self.schedule:
-            restore({"solver": parts.memories["solver"]}, earlier.memory, self.runtime.device)
-        else:
-            log.warning("The earlier sampler had another solver or schedule, so this one begins anew from its latents.")
+            return earlier.memory
+        if earlier.schedule == self.schedule:
+            return {name: value for name, value in earlier.memory.items() if name.startswith("solver.")}
+        log.warning("The earlier sampler had another solver or schedule, so this one starts over from its latents.")
+        return {}
 
     def _chain(self, clean: Tensor | None, noise: Tensor, kept: RunState | None) -> RunState:
         windows, done = self.settings.windows, None if kept is None else kept.done
@@ -250,8 +226,7 @@ class _Run:
             cond = with_text(window_of(self.cond, span, self.prefix), self.prompts, number)
             known = None if done is None else done[:, :, -overlap:]
             if known is not None:
-                cond = stating(cond, known)
-            parts = self._composed(solver, cond, span.length)
+                cond = with_known_frames(cond, known)
             x = cut(noise, span, self.prefix, 2)
             if clean is not None:
                 x = add_noise(cut(clean, span, self.prefix, 2), x, solver.sigmas[0])
@@ -259,13 +234,12 @@ class _Run:
                 place = slice(self.prefix, self.prefix + overlap)
                 x = x.clone()
                 x[:, :, place] = add_noise(known, cut(noise, span, self.prefix, 2)[:, :, place], solver.sigmas[0])
-                parts = dataclasses.replace(parts, predict=Anchored(parts.predict, known, self.prefix, solver.sigmas))
-            first = 0
+            before = RunState(latents=x, prefix=self.prefix, step=0, done=done, clip=number)
             if kept is not None and kept.clip == number:
-                first, x = kept.step, kept.latents.to(device)
-                restore(parts.memories, kept.memory, device)
-            before = RunState(latents=x, prefix=self.prefix, step=first, done=done, clip=number)
-            state = self._steps(parts, solver, x, cond, range(first, self.settings.total_steps), before)
+                x = kept.latents.to(device)
+                before = dataclasses.replace(before, latents=x, step=kept.step, memory=kept.memory)
+            steps = range(before.step, self.settings.total_steps)
+            state = self._steps(solver, x, cond, span.length, steps, before, known)
             clip = state.video.to(device)
             if done is None:
                 done = clip
@@ -276,28 +250,45 @@ class _Run:
         latents = torch.cat((state.latents[:, :, : self.prefix], done.cpu()), 2)
         return dataclasses.replace(state, latents=latents, done=None)
 
-    def _composed(self, solver: Solver, cond: Conditioning, frames: int) -> Composed:
-        return compose(
-            self.dit, solver, cond, frames, self.settings, self.runtime, self.motion_controller,
+    def _composed(
+        self, active: Active, solver: Solver, cond: Conditioning, frames: int, known: Tensor | None
+    ) -> Composed:
+        parts = compose(
+            active.dit, solver, cond, frames, active.settings, self.runtime, self.model.motion_controller,
             () if self.chained else self.prompts,
         )  # fmt: skip
+        if known is None:
+            return parts
+        return dataclasses.replace(parts, predict=Anchored(parts.predict, known, self.prefix, solver.sigmas))
 
     def _steps(
-        self, parts: Composed, solver: Solver, x: Tensor, cond: Conditioning, steps: range, before: RunState
+        self,
+        solver: Solver,
+        x: Tensor,
+        cond: Conditioning,
+        frames: int,
+        steps: range,
+        before: RunState,
+        known: Tensor | None = None,
     ) -> RunState:
-        """The state after `steps`, from `before`; reports, writes down and explains on the way."""
-        latest = [(steps.start, x)]
+        """The state after `steps`, from `before`, whose memory they go on with; reports, writes down and explains on
+        the way.
+        """
+        device, latest = self.runtime.device, (steps.start, x)
+        memories: dict[str, HasMemory] = {"solver": solver}
+        restore(memories, before.memory, device)
 
         def state_at(step: int, latents: Tensor, *names: str) -> RunState:
-            memory = memory_of({name: parts.memories[name] for name in names or parts.memories})
+            memory = memory_of({name: memories[name] for name in names or memories})
             return dataclasses.replace(
-                before, latents=latents.float().cpu(), step=step, memory=memory,
+                before, latents=latents.float().cpu(), step=step, memory=memory if steps else before.memory,
                 done=None if before.done is None else before.done.cpu(), kernels=dict(kernels.current().used),
                 run=self.digest if self._is_kept else "", schedule=self.schedule,
             )  # fmt: skip
 
         def on_step(done: int, latents: Tensor, clean: Tensor) -> None:
-            latest[0] = (done, latents)
+            nonlocal latest
+            latest = (done, latents)
             self._report(done, before.clip, clean)
             kept = self.checkpoint
             if kept and kept.every and (done % kept.every == 0 or done == self.settings.last_step):
@@ -305,15 +296,32 @@ class _Run:
 
         problem = ""
         try:
-            denoise(parts.predict, solver, x, cond, self.runtime, steps=steps, on_step=on_step)
+            for number, share in self.model.shares(solver.timesteps, steps):
+                active = self.model.active(number, self.settings)
+                parts = self._composed(active, solver, cond, frames, known)
+                memories = {"solver": solver, **parts.memories}
+                if share.start and expert_at(self.model.experts, solver.timesteps[share.start - 1]) == number:
+                    restore(parts.memories, before.memory, device)
+                runtime = self._followed(active)
+                x = denoise(parts.predict, solver, x, cond, runtime, steps=share, on_step=on_step)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             problem = str(error).splitlines()[0]
         if problem:
             # Raised out here, where no frame of the failed step holds device memory any more.
-            raise self._out_of_memory(problem, state_at(*latest[0], "solver"))
-        return state_at(*latest[0])
+            self.model.release(RuntimeError(problem))
+            raise self._out_of_memory(problem, state_at(*latest, "solver"))
+        return state_at(*latest)
+
+    def _followed(self, active: Active) -> Runtime:
+        """The runtime, which also tells the expert of each step."""
+
+        def before_step(index: int, total: int) -> None:
+            self.runtime.before_step(index, total)
+            active.before_step(index, total)
+
+        return dataclasses.replace(self.runtime, before_step=before_step)
 
     def _report(self, done: int, clip: int, clean: Tensor) -> None:
         clips = len(self.spans) if self.chained else 1

@@ -97,8 +97,8 @@ class Anchored:
         return velocity
 
 
-def stating(cond: Conditioning, known: Tensor) -> Conditioning:
-    """The conditioning of a clip whose first frames are `known` (B, 16, n, h, w), stated where the model reads it.
+def with_known_frames(cond: Conditioning, known: Tensor) -> Conditioning:
+    """The conditioning of a clip whose first frames are `known` (B, 16, n, h, w), where the model reads it.
 
     Image-to-video models are told of known frames by a mask and their latents beside the noise, control and camera
     models by the latent of the first frame: without it, every clip but the first would be told that nothing is known.

@@ -1,0 +1,131 @@
+"""What a run is made from, and the transformers that take its steps: each for a range of noise levels, one at a time
+with its weights on the device."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ..lora.apply import LoraUse
+from ..models.dit import WanDiT
+from ..models.embedders import MotionController
+from ..settings import SamplerSettings
+from ..types import Conditioning, LatentSize
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run is made from, besides its settings.
+
+    Attributes:
+        cond: fitted to the model (`VideoModel.fit`); its tensors may lie on any device.
+        size: of the video, without the reference frames that conditioning puts in front of it.
+        start: normalised latents of that size: a clean video when the first noise level is below 1, latents on their
+            way when `start_step` is above 0; ignored otherwise.
+        prompts: conditioning whose text each window gets in place of that of `cond`, the last one for all after.
+    """
+
+    cond: Conditioning
+    size: LatentSize
+    start: Tensor | None = None
+    prompts: tuple[Conditioning, ...] = ()
+
+    def to(self, device: torch.device) -> "RunInputs":
+        """A copy with all conditioning on `device`."""
+        return replace(self, cond=self.cond.to(device), prompts=tuple(prompt.to(device) for prompt in self.prompts))
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """A transformer and the noise levels that it was trained for.
+
+    Attributes:
+        dit: the transformer.
+        lowest: the lowest timestep (0 to 1000) at which it works. The experts of a model stand in falling order of it;
+            the last one has 0.
+        loras: what is applied to it for the length of a run; its weights stay as they are.
+    """
+
+    dit: WanDiT
+    lowest: float = 0.0
+    loras: tuple[LoraUse, ...] = ()
+
+
+def expert_at(experts: Sequence[Expert], timestep: float) -> int:
+    """The number of the expert that takes a step from `timestep`."""
+    return next((number for number, expert in enumerate(experts) if timestep >= expert.lowest), len(experts) - 1)
+
+
+@dataclass(frozen=True)
+class Active:
+    """An expert that is able to work.
+
+    Attributes:
+        dit: its transformer, with the weights where it computes.
+        settings: those of the run, as the plan for this expert has them.
+        before_step: called as (index, total) before every step that it takes.
+    """
+
+    dit: WanDiT
+    settings: SamplerSettings
+    before_step: Callable[[int, int], None] = lambda index, total: None
+
+
+Activate = Callable[[int, SamplerSettings], AbstractContextManager[Active]]
+"""Makes the expert of that number able to work, for the length of the context."""
+
+
+class RunModel:
+    """A model during one run. Experts change between two steps; the one before is released first."""
+
+    def __init__(
+        self,
+        experts: Sequence[Expert],
+        motion_controller: MotionController | None = None,
+        activate: Activate | None = None,
+    ) -> None:
+        """Without `activate`, the weights are taken to be where the run computes."""
+        self.experts, self.motion_controller = tuple(experts), motion_controller
+        self._activate = activate or self._in_place
+        self._stack, self._current = ExitStack(), -1
+        self._active: Active | None = None
+
+    @property
+    def first(self) -> WanDiT:
+        """The transformer whose structure and dtype all experts share."""
+        return self.experts[0].dit
+
+    def shares(self, timesteps: Sequence[float], steps: range) -> list[tuple[int, range]]:
+        """`steps` by the expert that takes them: its number, and consecutive steps."""
+        groups = groupby(steps, lambda index: expert_at(self.experts, timesteps[index]))
+        found = [(number, list(group)) for number, group in groups]
+        return [(number, range(group[0], group[-1] + 1)) for number, group in found]
+
+    def active(self, number: int, settings: SamplerSettings) -> Active:
+        """The expert of that number, able to work until another one is asked for or the run ends."""
+        if self._active is None or self._current != number:
+            self.release()
+            self._active = self._stack.enter_context(self._activate(number, settings))
+            self._current = number
+        return self._active
+
+    def release(self, error: BaseException | None = None) -> None:
+        """Let the weights go back to where they are between runs; after an error nothing is kept on the device."""
+        self._active = None
+        if error is None:
+            self._stack.close()
+        else:
+            self._stack.__exit__(type(error), error, error.__traceback__)
+
+    def __enter__(self) -> "RunModel":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.release(error)
+
+    @contextmanager
+    def _in_place(self, number: int, settings: SamplerSettings) -> Iterator[Active]:
+        yield Active(self.experts[number].dit, settings)
