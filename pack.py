@@ -32,15 +32,16 @@ def register() -> None:
         spec.submodule_search_locations = [str(ROOT)]
         sys.modules[NAME] = importlib.util.module_from_spec(spec)
     # In this folder it could be imported under this name as well, and would be a second copy.
-    sys.modules[f"{NAME}.{LIBRARY}"] = None
+    sys.modules[f"{NAME}.{LIBRARY}"] = None  # type: ignore[assignment]  # Python's own mark of what is not imported
     # pip puts the library beside `wancore`.
     library = next(folder for folder in (ROOT / LIBRARY, ROOT.parent / LIBRARY) if folder.is_dir())
     if LIBRARY not in sys.modules:
         # Not by sys.path: in ComfyUI its `nodes` must stay the module of that name.
-        spec = importlib.util.spec_from_file_location(LIBRARY, library / "__init__.py")
-        sys.modules[LIBRARY] = importlib.util.module_from_spec(spec)
+        found_library = importlib.util.spec_from_file_location(LIBRARY, library / "__init__.py")
+        assert found_library is not None and found_library.loader is not None
+        sys.modules[LIBRARY] = importlib.util.module_from_spec(found_library)
         try:
-            spec.loader.exec_module(sys.modules[LIBRARY])
+            found_library.loader.exec_module(sys.modules[LIBRARY])
         except BaseException:
             del sys.modules[LIBRARY]
             raise
@@ -65,7 +66,7 @@ def command(module: str, words: Sequence[str]) -> int:
         register()
         main = importlib.import_module(f"{NAME}.{module}").main
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] in (NAME, LIBRARY):
+        if (error.name or "").partition(".")[0] in (NAME, LIBRARY):
             raise
         sys.stderr.write(
             f"{sys.executable} has no package {error.name}. Use the Python in .venv, which `python quickstart.py` "

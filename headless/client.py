@@ -25,7 +25,7 @@ from .workflow import NodeSpec, Workflow
 try:
     import websocket
 except ImportError:
-    websocket = None
+    websocket = None  # type: ignore[assignment]  # an optional package
 
 MEDIA = IMAGES | VIDEOS | {".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".txt"}
 """Suffixes of what a workflow may have uploaded; the input folder may hold other files."""

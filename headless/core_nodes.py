@@ -27,7 +27,7 @@ EMPTY_MASK = (64, 64)
 """Height and width of the mask that the host gives for an image without transparency."""
 
 
-def core_nodes(folders: Folders) -> dict[str, type]:
+def core_nodes(folders: Folders) -> dict[str, type[Any]]:
     """The node classes by class_type, reading from and writing to `folders`."""
     classes = (LoadImage, LoadVideo, GetVideoComponents, ImageToMask, CreateVideo, SaveImage, PreviewImage, SaveVideo)
     return {cls.__name__: type(cls.__name__, (cls,), {"folders": folders}) for cls in classes}
@@ -218,7 +218,9 @@ class PreviewImage(SaveImage):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {"images": ("IMAGE",)}, "hidden": HIDDEN}
 
-    def save_images(self, images: Tensor, **hidden: Any) -> dict[str, Any]:
+    def save_images(  # type: ignore[override]  # ComfyUI's node has the inputs of the other but its prefix
+        self, images: Tensor, **hidden: Any
+    ) -> dict[str, Any]:
         run = "".join(random.choices(string.ascii_lowercase, k=5))
         return super().save_images(images, f"ComfyUI_temp_{run}", **hidden)
 

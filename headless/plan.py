@@ -11,7 +11,7 @@ from .validate import dependency_order, needed_nodes
 from .workflow import Link, NodeSpec, Workflow, WorkflowError
 
 
-def apply_tiny(workflow: Workflow, nodes: Mapping[str, type]) -> Workflow:
+def apply_tiny(workflow: Workflow, nodes: Mapping[str, type[Any]]) -> Workflow:
     """The workflow with the inputs that each node's `tiny(inputs)` gives laid over its own.
 
     A node class has a tiny form when it has a classmethod `tiny`; it receives the node's inputs in API form.
@@ -111,7 +111,7 @@ class Plan:
     outputs: tuple[str, ...]
 
     @classmethod
-    def of(cls, workflow: Workflow, nodes: Mapping[str, type], schemas: Mapping[str, NodeSchema]) -> "Plan":
+    def of(cls, workflow: Workflow, nodes: Mapping[str, type[Any]], schemas: Mapping[str, NodeSchema]) -> "Plan":
         """Merge nodes of one class with the same inputs and the same IS_CHANGED, as the host's cache does.
 
         Classes that say NOT_IDEMPOTENT or ask for their UNIQUE_ID are never merged.
@@ -131,13 +131,13 @@ class Plan:
         return cls(kept, same_as, outputs)
 
 
-def _signature(node: NodeSpec, cls: type, schema: NodeSchema) -> tuple[Any, ...]:
+def _signature(node: NodeSpec, cls: type[Any], schema: NodeSchema) -> tuple[Any, ...]:
     own = getattr(cls, "NOT_IDEMPOTENT", False) or "UNIQUE_ID" in schema.hidden.values()
     inputs = frozenset((name, _frozen(value)) for name, value in node.inputs.items())
     return node.class_type, node.id if own else None, inputs, _frozen(_is_changed(node, cls, schema))
 
 
-def _is_changed(node: NodeSpec, cls: type, schema: NodeSchema) -> Any:
+def _is_changed(node: NodeSpec, cls: type[Any], schema: NodeSchema) -> Any:
     check = getattr(cls, "IS_CHANGED", None)
     if check is None:
         return False

@@ -14,6 +14,7 @@ from wan_core.loading.detect import Component, join_vace
 from wan_core.lora.apply import LoraUse
 from wan_core.lora.target import Target, use_lora
 from wan_core.model_files import BUNDLED, inspect
+from wan_core.models.config import DiTConfig
 from wan_core.planning.job import Given, Job
 from wan_core.planning.parts import Part, published_dit, published_part
 from wan_core.runtime import log
@@ -84,7 +85,7 @@ class Reading:
         absent: published models that are not on this machine, in words; they are planned by their published sizes.
     """
 
-    def __init__(self, workflow: Workflow, nodes: Mapping[str, type], schemas: Mapping[str, NodeSchema]) -> None:
+    def __init__(self, workflow: Workflow, nodes: Mapping[str, type[Any]], schemas: Mapping[str, NodeSchema]) -> None:
         """Raises:
         WorkflowError: a link leads nowhere, or links form a cycle.
         """
@@ -193,8 +194,8 @@ class Reading:
         Raises:
             ValueError: the file is broken, or is neither here nor a published model.
         """
-        is_dit = loader is ModelLoader
-        unread = published_dit(catalog.find_row(name)) if is_dit and name in loader.ROWS else None
+        row = catalog.find_row(name) if loader is ModelLoader and name in loader.ROWS else None
+        unread = None if row is None else published_dit(row)
         if name in loader.ROWS and name in BUNDLED:
             return unread or published_part(loader.KIND, name)
         try:
@@ -213,7 +214,7 @@ class Reading:
 
 
 def _part(component: Component, given: Inputs) -> Part:
-    dtype = DTYPES.get(given.get("dtype"), torch.bfloat16)
+    dtype = DTYPES.get(given.get("dtype", ""), torch.bfloat16)
     return Part.planned(component, dtype, weights=given.get("weights", "auto"), mapped=given.get("rest") == "disk")
 
 
@@ -229,7 +230,7 @@ def _load_model(reading: Reading, node: NodeSpec, given: Inputs) -> tuple[Any, .
     component = reading.component(ModelLoader, given["model"])
     if given["vace_module"] != NONE:
         component = join_vace(component, inspect(ModelLoader.files(given["vace_module"], False), "vace"))
-    return (Model(given["model"], match_variant(component.config), _part(component, given)),)
+    return (Model(given["model"], match_variant(component.config_of(DiTConfig)), _part(component, given)),)
 
 
 def _load_part(loader: type[Loader]) -> Callable[..., tuple[Any, ...]]:

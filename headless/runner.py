@@ -75,7 +75,7 @@ class DynamicPrompt:
 
 def run(
     workflow: Workflow,
-    nodes: Mapping[str, type],
+    nodes: Mapping[str, type[Any]],
     *,
     on_event: OnEvent = lambda _: None,
     folders: Folders | None = None,
@@ -134,7 +134,7 @@ class _Execution:
     def __init__(
         self,
         plan: Plan,
-        nodes: Mapping[str, type],
+        nodes: Mapping[str, type[Any]],
         schemas: Mapping[str, NodeSchema],
         hidden: Mapping[str, Any],
         on_event: OnEvent,

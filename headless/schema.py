@@ -64,7 +64,7 @@ class NodeSchema:
     validate_inputs: Callable[..., bool | str] | None = None
 
     @classmethod
-    def of_class(cls, class_type: str, node: type) -> "NodeSchema":
+    def of_class(cls, class_type: str, node: type[Any]) -> "NodeSchema":
         declared = node.INPUT_TYPES()
         inputs, check = _inputs(declared), getattr(node, "VALIDATE_INPUTS", None)
         return cls(
@@ -91,7 +91,7 @@ class NodeSchema:
         )
 
 
-def schemas_of(nodes: Mapping[str, type]) -> dict[str, NodeSchema]:
+def schemas_of(nodes: Mapping[str, type[Any]]) -> dict[str, NodeSchema]:
     """The schema of each node class in this process."""
     return {class_type: NodeSchema.of_class(class_type, node) for class_type, node in nodes.items()}
 

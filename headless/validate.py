@@ -7,7 +7,7 @@ run instead of being left out of it.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from itertools import islice
@@ -140,13 +140,14 @@ def _check_node(
                 if name not in schema.own_checks:
                     _check_constant(spec, inputs[name])
         except _InvalidInputError as error:
-            issues.append(Issue(*error.args, node))
+            kind, message, details = error.args
+            issues.append(Issue(kind, message, details, node))
         except Exception as error:
             issues.append(_exception(node, f"{name}: {error}"))
     for name in islice(node.inputs.keys() - schema.inputs.keys() - schema.hidden.keys() - EDITOR_ONLY, MOST_TOLD):
         log.warning("%s has no input %r; it is ignored. It has: %s.", node, name, nearest(name, schema.inputs))
     if schema.validate_inputs and not issues:
-        issues += _own_validation(node, schema, {**node.inputs, **inputs}, received)
+        issues += _own_validation(node, schema.validate_inputs, schema.own_checks, {**node.inputs, **inputs}, received)
     return inputs, issues
 
 
@@ -230,16 +231,19 @@ def _check_constant(spec: InputSpec, value: Any) -> None:
 
 
 def _own_validation(
-    node: NodeSpec, schema: NodeSchema, inputs: Mapping[str, Any], received: Mapping[str, Any]
+    node: NodeSpec,
+    validate_inputs: Callable[..., bool | str],
+    wanted: Collection[str],
+    inputs: Mapping[str, Any],
+    received: Mapping[str, Any],
 ) -> list[Issue]:
     """Call VALIDATE_INPUTS as the host does: constants it names as they are, linked inputs it names as None."""
-    wanted = schema.own_checks
     arguments = {name: None if isinstance(value, Link) else value for name, value in inputs.items() if name in wanted}
     named = ", ".join(arguments)
     if INPUT_TYPES in wanted:
         arguments[INPUT_TYPES] = dict(received)
     try:
-        answer = schema.validate_inputs(**arguments)
+        answer = validate_inputs(**arguments)
     except Exception as error:
         return [_exception(node, str(error))]
     if answer is True:

@@ -102,7 +102,7 @@ class VideoFromFile:
             VideoFromComponents(self.get_components()).save_to(path, metadata)
 
 
-def load_audio(path: Path) -> Audio | None:
+def load_audio(path: Path | BinaryIO) -> Audio | None:
     """The first sound track of a file that can be decoded, as float samples. None when there is none, with a notice
     when that is because of its kind or because it is damaged.
     """
@@ -128,7 +128,7 @@ def _codec(track: Any) -> str:
     return track.codec_context.name if track.codec_context else "unknown kind"
 
 
-def _decoded_sound(path: Path, index: int) -> Audio | None:
+def _decoded_sound(path: Path | BinaryIO, index: int) -> Audio | None:
     """The sound track with that index among the streams of a file; None when it is empty.
 
     Raises:

@@ -199,7 +199,7 @@ def apply_sets(workflow: Workflow, sets: Iterable[str], schemas: Mapping[str, No
             known = dict.fromkeys([*(schema.inputs if schema else ()), *node.inputs])
             raise WorkflowError(f"--set {text!r}: node {node} has no input {name!r}. It has: {nearest(name, known)}.")
         try:
-            if spec:
+            if spec and schema:
                 parsed = _parse(value, spec, any_choice=name in schema.own_checks)
             else:
                 parsed = _parse_like(value, node.inputs[name])

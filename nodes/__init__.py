@@ -1,5 +1,7 @@
 """The node classes by the ids that workflows save. Ids never change."""
 
+from typing import Any
+
 from .bridge import FromConditioning, FromVAE, ToConditioning
 from .camera import CameraEncode, MovePath, RowsPath, SpeedControl
 from .conditioning import ControlEncode, ImageEncode, TextEncode, VaceEncode, VaceReferences
@@ -13,7 +15,7 @@ from .train import LossPlot, TrainedWeights, TrainLora, TrainModel
 from .training_inputs import TrainingDataNode
 from .vae import VAEDecode, VAEEncode
 
-NODE_CLASS_MAPPINGS: dict[str, type] = {
+NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {
     "WanCoreModelLoader": ModelLoader,
     "WanCoreTextEncoderLoader": TextEncoderLoader,
     "WanCoreVAELoader": VAELoader,

@@ -76,7 +76,7 @@ class ToConditioning:
 
     def convert(
         self, conditioning: Conditioning, width: int, height: int, num_frames: int
-    ) -> tuple[Native, Native, dict[str, Tensor], int]:
+    ) -> tuple[list[list[Any]], list[list[Any]], dict[str, Tensor], int]:
         size = size_held(width, height, num_frames)
         positive, negative, empty, trim = to_native(conditioning, size, host.current.clip_vision_output)
         return positive, negative, {"samples": empty}, trim
@@ -103,5 +103,6 @@ class FromVAE:
     def convert(self, vae: Any, dtype: str = "auto") -> tuple[WanVAE]:
         weights = vae.get_sd()
         component = describe_weights(weights, "ComfyUI's VAE", "vae")
-        module: WanVAE = adopt(component, weights, choose_dtype(dtype, component), host.current.offload_device())
+        module = adopt(component, weights, choose_dtype(dtype, component), host.current.offload_device())
+        assert isinstance(module, WanVAE)
         return (module.use_channels_last(),)

@@ -255,13 +255,18 @@ class ResidentModel:
     def model(self) -> nn.Module | None:
         return self._module()
 
+    def _owner(self) -> nn.Module:
+        module = self._module()
+        assert module is not None, "ComfyUI drops a model whose module is gone"
+        return module
+
     @property
     def _provider(self) -> WeightProvider:
-        return WeightProvider.of(self._module())
+        return WeightProvider.of(self._owner())
 
     def model_size(self) -> int:
         """Bytes of all weights."""
-        return weight_bytes(self._module())
+        return weight_bytes(self._owner())
 
     def loaded_size(self) -> int:
         """Bytes that are on the device."""

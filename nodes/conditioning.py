@@ -20,6 +20,7 @@ from wan_core.conditioning.image import (
 from wan_core.conditioning.text import TextEncoder, text_conditioning
 from wan_core.conditioning.vace import vace_conditioning
 from wan_core.decode import AUTO, Tiles, encode
+from wan_core.media.fitting import Aspect, LengthPolicy
 from wan_core.models.image_encoder import ImageEncoder
 from wan_core.models.vae import WanVAE
 from wan_core.planning.encoders import IMAGE_ENCODER_BYTES, encoder_at_work, size_held
@@ -47,7 +48,7 @@ class Tiled:
         sizes = {"tile_height": tile_height, "tile_width": tile_width}
         strides = {"stride_height": stride_height, "stride_width": stride_width}
         for (name, size), (other, stride) in zip(sizes.items(), strides.items(), strict=True):
-            if tiled and None not in (size, stride) and not 1 <= stride <= size:
+            if tiled and size is not None and stride is not None and not 1 <= stride <= size:
                 return f"{other} must be from 1 to {name}, or tiles leave gaps; got {stride} and {size}."
         return True
 
@@ -172,8 +173,8 @@ class ImageEncode(Encode):
         end_image: Tensor | None = None,
         video: Tensor | None = None,
         mask: Tensor | None = None,
-        aspect: str = "crop",
-        too_short: str = "repeat last",
+        aspect: Aspect = "crop",
+        too_short: LengthPolicy = "repeat last",
         **tiles: Any,
     ) -> tuple[Conditioning]:
         size = size_held(width, height, num_frames)
@@ -217,8 +218,8 @@ class ControlEncode(Encode):
         control_video: Tensor | None = None,
         start_image: Tensor | None = None,
         reference_image: Tensor | None = None,
-        aspect: str = "stretch",
-        too_short: str = "repeat last",
+        aspect: Aspect = "stretch",
+        too_short: LengthPolicy = "repeat last",
         **tiles: Any,
     ) -> tuple[Conditioning]:
         if control_video is None and start_image is None and reference_image is None:
@@ -306,8 +307,8 @@ class VaceEncode(Encode):
         mask: Tensor | None = None,
         reference_images: Tensor | None = None,
         references: tuple[Tensor, ...] = (),
-        aspect: str = "crop",
-        too_short: str = "repeat last",
+        aspect: Aspect = "crop",
+        too_short: LengthPolicy = "repeat last",
         **tiles: Any,
     ) -> tuple[Conditioning]:
         size = size_held(width, height, num_frames)

@@ -131,7 +131,8 @@ def attend(
             _end(child, launch, patience)
             raise
         finally:
-            child.stdin.close()
+            if child.stdin is not None:
+                child.stdin.close()
     if child.returncode:
         raise ChildError(_said(launch, seen, begin), launch, child.returncode)
     return seen
@@ -163,7 +164,9 @@ def _start(launch: Launch, log: BinaryIO) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **launch.environment}
     # ComfyUI may have chosen an allocator for itself that makes training run out of memory sooner.
     environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+    group: dict[str, Any] = {"start_new_session": True}
+    if sys.platform == "win32":
+        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     return subprocess.Popen(
         launch.command, cwd=launch.folder, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, **group
     )

@@ -9,6 +9,7 @@ import torch
 from wan_core import catalog
 from wan_core.loading.detect import Component
 from wan_core.loading.download import OnProgress
+from wan_core.loading.names import Kind
 from wan_core.model import VideoModel
 from wan_core.model_files import (
     BUNDLED,
@@ -27,7 +28,7 @@ from wan_core.model_files import (
     load_vae,
 )
 from wan_core.models.attention import BACKENDS
-from wan_core.offload.formats import WEIGHTS
+from wan_core.offload.formats import WEIGHTS, Weights
 
 from . import host, sockets
 
@@ -66,7 +67,7 @@ def choose_dtype(name: str, component: Component) -> torch.dtype:
     return torch.bfloat16
 
 
-def _rest(weights: str, rest: str) -> Rest:
+def _rest(weights: Weights, rest: str) -> Rest:
     """How weights rest, from the widgets."""
     return Rest.on(DISK if rest == "disk" else host.current.offload_device(), weights=weights)
 
@@ -77,7 +78,7 @@ class Loader:
     CATEGORY = "WanCore/loaders"
     FUNCTION = "load"
     INPUT: str
-    KIND: str
+    KIND: Kind
     FOLDER: str
     PATTERN: str
     ROWS: tuple[str, ...]
@@ -139,7 +140,7 @@ class Loader:
     def component(self, name: str, download: bool) -> Component:
         """What the entry is; downloads it first when that is allowed."""
         report = host.current.runtime(torch.float32).on_progress
-        files = self.files(name, download, lambda file, done, total: report(f"Downloading {file}", done, total))
+        files = self.files(name, download, lambda file, done, total: report(f"Downloading {file}", done, total, None))
         return inspect(files, self.KIND)
 
 
@@ -217,7 +218,7 @@ class ModelLoader(Loader):
         precision: str = "fast",
         vace_module: str = NONE,
         preset: str = AUTO,
-        weights: str = "auto",
+        weights: Weights = "auto",
         fp8_matmul: bool = False,
         rest: str = "memory",
         torch_compile: bool = False,
@@ -236,10 +237,10 @@ class ModelLoader(Loader):
             deterministic=deterministic,
         )
         chosen = None if preset == AUTO else preset
-        model = load_dit(
+        loaded = load_dit(
             component, settings, _rest(weights, rest), vace=vace, preset=chosen, compute_device=host.current.device()
         )
-        return (model,)
+        return (loaded,)
 
 
 class TextEncoderLoader(Loader):
@@ -275,7 +276,7 @@ class TextEncoderLoader(Loader):
         text_encoder: str,
         dtype: str = "auto",
         download: bool = False,
-        weights: str = "auto",
+        weights: Weights = "auto",
         rest: str = "memory",
     ) -> tuple[TextEncoder]:
         component = self.component(text_encoder, download)
@@ -287,8 +288,8 @@ class TextEncoderLoader(Loader):
                 models_dir=host.current.models_dir(),
                 skip_download=not download,
             )[0].parent
-        dtype = choose_dtype(dtype, component)
-        return (load_text_encoder(component, tokenizer, dtype, _rest(weights, rest)),)
+        compute = choose_dtype(dtype, component)
+        return (load_text_encoder(component, tokenizer, compute, _rest(weights, rest)),)
 
 
 class VAELoader(Loader):
@@ -357,9 +358,9 @@ class ImageEncoderLoader(Loader):
         image_encoder: str,
         dtype: str = "auto",
         download: bool = False,
-        weights: str = "auto",
+        weights: Weights = "auto",
         rest: str = "memory",
     ) -> tuple[ImageEncoder]:
         component = self.component(image_encoder, download)
-        dtype = choose_dtype(dtype, component)
-        return (load_image_encoder(component, dtype, _rest(weights, rest)),)
+        compute = choose_dtype(dtype, component)
+        return (load_image_encoder(component, compute, _rest(weights, rest)),)

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from wan_core.atomic import numbered
-from wan_core.lora.apply import MODES
+from wan_core.lora.apply import MODES, Mode
 from wan_core.lora.bind import BlockStrengths
 from wan_core.lora.convert import DTYPES, LoraFormat, convert
 from wan_core.lora.target import open_lora, report, report_alone, use_lora
@@ -119,7 +119,7 @@ class LoraLoader:
         strength: float = 1.0,
         strength_curve: str = "",
         blocks: str = "",
-        mode: str = "auto",
+        mode: Mode = "auto",
     ) -> tuple[VideoModel, str]:
         curve, by_block = _parsed(strength, strength_curve, blocks)
         path = host.current.find_file(FOLDER, lora)

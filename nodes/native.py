@@ -227,7 +227,7 @@ def _references(context: Tensor) -> int:
 
 def to_native(
     cond: Conditioning, size: VideoSize, clip_vision_output: Callable[[Tensor], Any]
-) -> tuple[Native, Native, Tensor, int]:
+) -> tuple[list[list[Any]], list[list[Any]], Tensor, int]:
     """`cond` as the positive and negative CONDITIONING, the empty latent and the frames to trim of ComfyUI's Wan nodes.
 
     Image tokens and a reference that a model of ours takes for zeros when they are absent are given as zeros.
@@ -240,21 +240,23 @@ def to_native(
     """
     if cond.size and cond.size != size:
         raise ValueError(
-            f"{', '.join(cond.inputs)} was made for {cond.size}, but the video is {size}: make them equal."
+            f"{', '.join(cond.inputs or ())} was made for {cond.size}, but the video is {size}: make them equal."
         )
     if cond.motion_bucket is not None:
         raise ValueError("Speed control has no place in ComfyUI's conditioning; sample with Sampler (WanCore).")
-    batch, latent = len(cond.text), size.latent
+    text, negative_text = cond.encoded_text, cond.negative().encoded_text
+    batch, latent = len(text), size.latent
     values: dict[str, Any] = {}
     clip, reference = cond.clip, cond.reference
     if cond.slots:
-        layout = _layout(cond)
+        layout = _layout(cond.slots, has_camera=cond.camera is not None)
         concat = assemble_concat(cond.slots, layout)
+        assert concat is not None, "a layout has at least one slot"
         if layout[0] == MASK:
             values["concat_mask"], concat = 1 - concat[:, : MASK.channels].float(), concat[:, MASK.channels :]
         values["concat_latent_image"] = _by_latents(denormalise, concat)
         if clip is None:
-            clip = cond.text.new_zeros(1, CLIP_TOKENS, IMAGE_TOKEN_WIDTH)
+            clip = text.new_zeros(1, CLIP_TOKENS, IMAGE_TOKEN_WIDTH)
         if reference is None and CONTROL in layout:
             reference = concat.new_zeros(1, LATENT_CHANNELS, latent.height, latent.width)
     if clip is not None:
@@ -267,15 +269,14 @@ def to_native(
         values |= _vace_values(cond.vace)
     references = cond.prefix_frames(latent.frames)
     empty = torch.zeros(batch, LATENT_CHANNELS, references + latent.frames, latent.height, latent.width)
-    positive, negative = ([[text.float(), dict(values)]] for text in (cond.text, cond.negative_text))
-    return positive, negative, empty, references
+    return [[text.float(), dict(values)]], [[negative_text.float(), dict(values)]], empty, references
 
 
-def _layout(cond: Conditioning) -> tuple[Slot, ...]:
-    """The channels that the pictures of `cond` were made for."""
-    if CONTROL.name in cond.slots:
+def _layout(slots: Mapping[str, Tensor], *, has_camera: bool) -> tuple[Slot, ...]:
+    """The channels that the pictures in `slots` were made for."""
+    if CONTROL.name in slots:
         return (CONTROL, FIRST_FRAME)
-    return (MASK, IMAGE) if IMAGE.name in cond.slots and cond.camera is None else (FIRST_FRAME,)
+    return (MASK, IMAGE) if IMAGE.name in slots and not has_camera else (FIRST_FRAME,)
 
 
 def _vace_values(inputs: Sequence[VaceInput]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from wan_core.settings import (
     RunSettings,
     ScheduleSettings,
     TeaCacheSettings,
+    WindowMode,
     WindowSettings,
 )
 from wan_core.types import Conditioning
@@ -38,15 +39,19 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
     return found
 
 
-def _answer(build: Callable[[], Any], *values: Any) -> bool | str:
+def _answer(build: Callable[..., Any], **values: Any) -> bool | str:
     """What VALIDATE_INPUTS says: True, or why `build` refuses; values that are linked (None) are judged later."""
-    if None in values:
+    if None in values.values():
         return True
     try:
-        build()
+        build(**values)
     except ValueError as error:
         return str(error)
     return True
+
+
+def _row(index: int, tensor: Tensor, _: object) -> Tensor:
+    return tensor[index : index + 1]
 
 
 class _Options:
@@ -157,16 +162,16 @@ class Windows(_Options):
         cls,
         sliding_window_size: int | None = None,
         sliding_window_stride: int | None = None,
-        mode: str = "blend",
+        mode: WindowMode = "blend",
     ) -> bool | str:
         size, stride = sliding_window_size, sliding_window_stride
-        return _answer(lambda: WindowSettings(size=size, stride=stride, mode=mode), size, stride, mode)
+        return _answer(WindowSettings, size=size, stride=stride, mode=mode)
 
     def build(
         self,
         sliding_window_size: int,
         sliding_window_stride: int,
-        mode: str = "blend",
+        mode: WindowMode = "blend",
         colour_limit: float = 0.05,
     ) -> tuple[WindowSettings]:
         return (
@@ -208,7 +213,7 @@ class WindowPrompts(_Options):
             raise ValueError("prompts needs at least one line.")
         cond = text_conditioning(text_encoder, lines, negative_prompt, partial(text_encoder_at_work, text_encoder))
         cond = cond.to(host.current.offload_device())
-        return (tuple(cond.map(lambda t, _, i=i: t[i : i + 1]) for i in range(len(lines))),)
+        return (tuple(cond.map(partial(_row, i)) for i in range(len(lines))),)
 
 
 class Guidance(_Options):
@@ -234,7 +239,7 @@ class Guidance(_Options):
 
     @classmethod
     def VALIDATE_INPUTS(cls, cfg: str | None = None, start: float = 0.0, end: float = 1.0) -> bool | str:
-        return _answer(lambda: cls().build(cfg, start, end), cfg, start, end)
+        return _answer(cls().build, cfg=cfg, start=start, end=end)
 
     def build(
         self, cfg: str, start: float = 0.0, end: float = 1.0, zero_star: bool = False, zero_steps: int = 0
@@ -270,7 +275,7 @@ class Schedule(_Options):
 
     @classmethod
     def VALIDATE_INPUTS(cls, sigma_list: str = "") -> bool | str:
-        return _answer(lambda: cls().build(0, 0, None, sigma_list), sigma_list)
+        return _answer(partial(cls().build, 0, 0, None), sigma_list=sigma_list)
 
     def build(
         self, start_step: int, end_step: int, sigmas: Tensor | None = None, sigma_list: str = ""
@@ -306,7 +311,7 @@ class LongRun(_Options):
 
     @classmethod
     def VALIDATE_INPUTS(cls, name: str = "wancore") -> bool | str:
-        return _answer(lambda: RunSettings(name=name), name)
+        return _answer(RunSettings, name=name)
 
     def build(self, checkpoint_every: int, keep_latents: bool, name: str = "wancore") -> tuple[RunSettings]:
         return (RunSettings(checkpoint_every=checkpoint_every, keep_latents=keep_latents, name=name),)

@@ -19,6 +19,7 @@ from wan_core.settings import (
     MAX_SEED,
     SOLVER_NAMES,
     CacheSettings,
+    GuidanceMode,
     GuidanceSettings,
     MemorySettings,
     RunSettings,
@@ -98,7 +99,7 @@ class Sampler:
         cls, cfg: float | None = None, shift: float | None = None, denoise: float | None = None
     ) -> bool | str:
         """Numbers that are none (NaN) pass a host's check of least and most; linked ones (None) are checked later."""
-        given = {"shift": shift, "denoise": denoise}
+        given: dict[str, Any] = {"shift": shift, "denoise": denoise}
         try:
             SamplerSettings(**{name: value for name, value in given.items() if value is not None})
             GuidanceSettings(scale=1.0 if cfg is None else cfg)
@@ -124,7 +125,7 @@ class Sampler:
         height: int,
         num_frames: int,
         denoise: float = 1.0,
-        cfg_mode: str = "sequential",
+        cfg_mode: GuidanceMode = "sequential",
         latent: dict[str, Any] | None = None,
         cache: CacheSettings | None = None,
         windows: WindowSettings | None = None,
@@ -168,7 +169,7 @@ def _with_template(cache: CacheSettings | None, model: VideoModel) -> CacheSetti
 def _earlier(latent: dict[str, Any] | None, settings: SamplerSettings) -> RunState | None:
     """The state that came with the latents of an earlier sampler, if they are still the ones that it left."""
     state = (latent or {}).get(STATE)
-    if not settings.start_step or state is None:
+    if latent is None or not settings.start_step or state is None:
         return None
     if state.step != settings.start_step:
         raise ValueError(f"The sampler before ended at step {state.step}; start_step is {settings.start_step}.")

@@ -79,7 +79,7 @@ def _fits(kind: str, value: Any) -> bool:
     return not isinstance(value, (str, int, float, list, dict))
 
 
-def guarded(cls: type) -> type:
+def guarded(cls: type[Any]) -> type[Any]:
     """The node class, whose function refuses constants in sockets: ComfyUI would call it with them.
 
     The refusal is a ValueError that names the input.

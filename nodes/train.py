@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wan_core import catalog, model_files
 from wan_core.model import VideoModel
+from wan_core.models.config import DiTConfig
 from wan_core.runtime import log
 
 from ..trainer.config import TrainConfig
@@ -255,11 +256,11 @@ class Train:
     def _run(self, data: TrainingData, values: Mapping[str, Any]) -> Run:
         config = self.settings(values)
         found = self._models(values)
-        settings = {**config.resolved(), **data.settings, **found}
+        words = {**config.resolved(), **data.settings, **found}
         files = [Path(file) for group in found["model_paths"] for file in group]
         environment = {"ACCELERATE_USE_CPU": "true"} if host.current.device().type == "cpu" else {}
         mark = f"{data.mark} {files_mark(files)}"
-        settings = load_settings(settings, typed(values["flags"]))
+        settings = load_settings(words, typed(values["flags"]))
         return Run(run_folder(values["name"]), settings, mark, values["gpus"], environment)
 
     def _models(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +268,7 @@ class Train:
         download = values["download"]
         dit, text, vae = (loader().component(values[loader.INPUT], download) for loader in self.LOADERS)
         components = [dit, text, vae]
-        if dit.config.has_image_input:
+        if dit.config_of(DiTConfig).has_image_input:
             bundled = values["model"] in model_files.BUNDLED
             name = values["image_encoder"]
             if name == AUTO:

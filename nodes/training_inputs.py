@@ -101,7 +101,7 @@ def widget(name: str, default: Any = None, tooltip: str = "") -> sockets.Declara
     """The flag `name` of the trainer as a widget. What may be left out on the command line is 0 or empty here."""
     options = FIELDS[name].metadata
     kind, optional = flag_type(FIELDS[name])
-    value = FIELDS[name].default if default is None else default
+    value: Any = FIELDS[name].default if default is None else default
     text = tooltip or f"{options['help'][:1].upper()}{options['help'][1:]}."
     if optional and not tooltip:
         text += " 0: none." if kind in (int, float) else " Empty: none."
@@ -129,7 +129,7 @@ def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_widgets(cls: type, values: Mapping[str, Any]) -> None:
+def check_widgets(cls: type[Any], values: Mapping[str, Any]) -> None:
     """Raise ValueError when a value is outside of its widget's range or list.
 
     ComfyUI leaves this to a node whose VALIDATE_INPUTS takes every input, and never checks values of links.
@@ -144,7 +144,7 @@ def check_widgets(cls: type, values: Mapping[str, Any]) -> None:
             check_number(name, value, low=options["min"], high=options["max"])
 
 
-def defaults(cls: type) -> dict[str, Any]:
+def defaults(cls: type[Any]) -> dict[str, Any]:
     """The default of every widget of a node."""
     declared = cls.INPUT_TYPES()
     rows = {**declared["required"], **declared.get("optional", {})}

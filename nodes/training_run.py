@@ -125,7 +125,7 @@ class Display:
 
     def __init__(self, folder: Path, node_id: str | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._node_id, self._clock = folder, node_id, clock
-        self._steps = {event["step"]: event for event in latest_steps(folder / "events.jsonl")}
+        self._steps: dict[int, Event] = {event["step"]: event for event in latest_steps(folder / "events.jsonl")}
         self._held_out: dict[int, float] = {}
         self._has_sample = False
         self._turn = 0

@@ -252,7 +252,9 @@ class TrainConfig:
     @cached_property
     def size(self) -> VideoSize | None:
         """The fixed size of all clips, rounded up; None when each keeps its own."""
-        return None if self.height is None else VideoSize.rounded(self.width, self.height, self.num_frames)
+        if self.height is None or self.width is None:
+            return None
+        return VideoSize.rounded(self.width, self.height, self.num_frames)
 
     @cached_property
     def clip_frames(self) -> int:

@@ -291,7 +291,7 @@ def check_fields(value: Any) -> None:
 
 
 def _check(field: dataclasses.Field, kind: Any, given: Any) -> None:
-    low = float("-inf") if field.metadata["low"] is None else field.metadata["low"]
+    low: Any = float("-inf") if field.metadata["low"] is None else field.metadata["low"]
     if kind is int:
         check_whole(field.name, given, low=low, high=field.metadata["high"])
     elif kind is float:

@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,9 +40,9 @@ class Objective:
         low, high: the part of the index range that is drawn, in fractions.
     """
 
-    sampling: Literal["uniform", "logit_normal"] = "uniform"
+    sampling: str = "uniform"
     shift: float = 5.0
-    weighting: Literal["bell", "none"] = "bell"
+    weighting: str = "bell"
     low: float = 0.0
     high: float = 1.0
 

@@ -219,7 +219,7 @@ class _Run:
                 log.warning("The first samples cannot be shown in %s (%s).", self.folder / FIRST_SAMPLES, error)
         validation = [clips.encode(clips.fixed(index), index) for index in range(len(clips.rows))]
         requests = sample_requests(examples, self.config)
-        return Watcher(self.config, None, examples.encoders, self.events, validation, requests)
+        return Watcher(self.config, examples.encoders, self.events, validation, requests)
 
     def _trainables(self, found: load.FoundModels, encoders: Encoders) -> Trainables:
         trained = self.config.trainable_models

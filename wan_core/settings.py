@@ -9,6 +9,8 @@ from .files import check_name
 
 SOLVER_NAMES = ("euler", "unipc", "dpm++", "lcm")
 CFG_MODES = ("sequential", "interleaved", "batched")
+GuidanceMode = Literal["sequential", "interleaved", "batched"]
+WindowMode = Literal["blend", "chain"]
 WINDOW_MODES = ("blend", "chain")
 TEACACHE_TEMPLATES = ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P")
 MAX_SEED = 2**64 - 1
@@ -31,7 +33,7 @@ class GuidanceSettings:
     """
 
     scale: float | tuple[float, ...] = 5.0
-    mode: Literal["sequential", "interleaved", "batched"] = "sequential"
+    mode: GuidanceMode = "sequential"
     start: float = 0.0
     end: float = 1.0
     zero_star: bool = False
@@ -137,7 +139,7 @@ class WindowSettings:
 
     size: int = 21
     stride: int = 15
-    mode: Literal["blend", "chain"] = "blend"
+    mode: WindowMode = "blend"
     colour_limit: float = 0.05
 
     def __post_init__(self) -> None:

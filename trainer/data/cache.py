@@ -119,7 +119,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> list[int]:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        total.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else b"")
+        total.update(tensor.contiguous().view(torch.uint8).reshape(-1).numpy().data if tensor.numel() else b"")
     return list(total.digest())
 
 
@@ -185,6 +185,7 @@ class Encoders:
     def _get(self, kind: str) -> Any:
         if kind not in self._loaded:
             component = self.models.components[kind]
+            loaded: Any
             if kind == "text_encoder":
                 loaded = model_files.load_text_encoder(component, self.models.tokenizer, self.dtype, self.device)
             elif kind == "vae":

@@ -163,8 +163,10 @@ def picked(count: int, num_frames: int, pick: str, fraction: float = 0.0) -> lis
 def own_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
     """The largest width and height that are multiples of 16 and neither above the file's nor above `max_pixels`."""
     scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
-    sides = (max(1, int(side * scale / SIZE_MULTIPLE + 1e-6)) * SIZE_MULTIPLE for side in (width, height))
-    return tuple(sides)
+    own_width, own_height = (
+        max(1, int(side * scale / SIZE_MULTIPLE + 1e-6)) * SIZE_MULTIPLE for side in (width, height)
+    )
+    return own_width, own_height
 
 
 def read(clip: Clip, indices: Sequence[int], width: int | None = None, height: int | None = None) -> Tensor:

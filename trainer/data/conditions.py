@@ -4,14 +4,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_core.conditioning.inputs import condition
+from wan_core.conditioning.inputs import condition, numeric_conditioning
 from wan_core.conditioning.text import TEXT_TOKENS, clean_prompt
 from wan_core.media import frames_to_pixels
 from wan_core.types import Conditioning, VaceInput, VideoSize
@@ -173,9 +173,7 @@ class Examples:
             latents = self._kept_or_made(self._latent_parts(choice), lambda: self._latents(media))["latents"]
             encoded = self._kept_or_made(self._condition_parts(choice), lambda: self._encoded_inputs(media))
             inputs = media.inputs(lambda name: not name.startswith(ENCODED))
-            cond = condition(
-                Conditioning(text=_padded(text["text"])), inputs, self.models.variant, row.size, None, None
-            )
+            cond = numeric_conditioning(Conditioning(text=_padded(text["text"])), inputs, row.size)
             cond = self.models.fit(_unpacked(encoded, cond, choice.given, row.size), row.size)
         if "leading" in encoded:
             latents = torch.cat((encoded["leading"], latents), 2)
@@ -210,11 +208,12 @@ class Examples:
         texts = list(captions)[rank::world]
         mine = choices[rank::world]
         total = len(texts) + len(mine)
-        for done, work in enumerate((*texts, *mine), 1):
+        waiting: list[str | Choice] = [*texts, *mine]
+        for done, work in enumerate(waiting, 1):
             if stops():
                 return
             if isinstance(work, str):
-                self._fill_one(self._text_parts(work), lambda caption=work: self._text(caption))
+                self._fill_one(self._text_parts(work), partial(self._text, work))
             else:
                 if "text_encoder" in self.encoders.loaded:
                     self.encoders.free()
@@ -231,8 +230,9 @@ class Examples:
 
     def _fill_one(self, parts: Mapping[str, Any] | None, make: Callable[[], dict[str, Tensor]]) -> None:
         """Make what `parts` describes, unless the cache has it."""
-        if parts is not None and (key := self.cache.key(parts)) not in self.cache:
-            self.cache.put(key, _finite(make()))
+        cache = self.cache
+        if cache is not None and parts is not None and (key := cache.key(parts)) not in cache:
+            cache.put(key, _finite(make()))
 
     def _kept_or_made(
         self, parts: Mapping[str, Any] | None, make: Callable[[], dict[str, Tensor]]
@@ -278,12 +278,13 @@ class Examples:
         cond = condition(Conditioning(), inputs, self.models.variant, size, encoders.latents, encoders.image)
         tensors = {name: tensor.cpu().to(encoders.dtype) for name, tensor in _packed(cond).items()}
         count = cond.prefix_frames(size.latent.frames)
-        if count:
+        if count and cond.vace:
             tensors["leading"] = cond.vace[0].context[:, :16, :count].float().cpu()
         return tensors
 
     def _identity(self, kind: str) -> Any:
         if kind not in self._identities:
+            assert self.cache is not None, "what outputs depend on is asked for their place in the cache"
             self._identities[kind] = self.encoders.identity(kind, self.cache)
         return self._identities[kind]
 
@@ -360,7 +361,7 @@ def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _packed(cond: Conditioning) -> dict[str, Tensor]:
     """The tensors that encoders made, by name."""
-    tensors = {f"slots.{name}": tensor for name, tensor in (cond.slots or {}).items()}
+    tensors: dict[str, Tensor | None] = {f"slots.{name}": tensor for name, tensor in (cond.slots or {}).items()}
     tensors |= {f"vace.{index}": vace.context for index, vace in enumerate(cond.vace or ())}
     tensors |= {"clip": cond.clip, "reference": cond.reference}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -370,7 +371,7 @@ def _unpacked(tensors: Mapping[str, Tensor], cond: Conditioning, names: Sequence
     """`cond` with the tensors of `_packed`."""
     slots = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("slots.")}
     vace = tuple(VaceInput(context=tensor) for name, tensor in tensors.items() if name.startswith("vace."))
-    given = {"slots": slots or None, "vace": vace or None}
+    given: dict[str, Any] = {"slots": slots or None, "vace": vace or None}
     given |= {name: tensors[name] for name in ("clip", "reference") if name in tensors}
     return cond.given(*names, size=size, **given)
 

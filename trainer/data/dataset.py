@@ -246,7 +246,8 @@ def _column_problems(config: TrainConfig, columns: set[str]) -> Iterator[str]:
         yield f"--data_file_keys names neither video nor image, so there is nothing to train; it has {has}"
     elif not set(TARGETS) & set(config.data_file_keys) & columns:
         yield f"there is no column video or image; {has}"
-    wanted = {INPUTS[name].column for name in config.extra_inputs if INPUTS[name].default is None} - {None}
+    needed = [INPUTS[name] for name in config.extra_inputs if INPUTS[name].default is None]
+    wanted = {row.column for row in needed if row.column is not None}
     for name in sorted(wanted - columns):
         yield f"there is no column {name} for that input; {has}"
     for name in sorted(set(config.data_file_keys) - {*TARGETS, *wanted} - columns):

@@ -178,6 +178,7 @@ class Media:
         kind, size = self.choice.mask, self.choice.row.size
         if kind in (START, BOTH):
             return {"input_image": self.frames[:1]} | ({"end_image": self.frames[-1:]} if kind == BOTH else {})
+        assert kind is not None, "asked for where a mask was drawn"
         generator = torch.Generator().manual_seed(self.choice.seed)
         mask = draw_mask(kind, size.num_frames, size.height, size.width, generator)
         return {"inpaint_video": self.frames, "inpaint_mask": mask}
@@ -191,6 +192,7 @@ class Media:
                 return replace(path, rows=tuple(path.rows[place] for place in places))
             return path
         speed = INPUTS["camera_control_speed"].default
+        assert speed is not None, "a column that may be left out has a default"
         if "camera_control_speed" in self.choice.names:
             speed = float(sample.values.get("camera_control_speed", speed))
         return CameraPath.from_direction(sample.values["camera_control_direction"], len(places), speed)

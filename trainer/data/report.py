@@ -109,7 +109,10 @@ def check(dataset: Dataset, config: TrainConfig, on_progress: Callable[[int, int
     bad: list[BadRow] = []
     with ThreadPoolExecutor(READERS) as pool:
         for done, result in enumerate(pool.map(lambda sample: _checked(sample, config), dataset.samples), 1):
-            (rows if isinstance(result, Row) else bad).append(result)
+            if isinstance(result, Row):
+                rows.append(result)
+            else:
+                bad.append(result)
             if on_progress is not None:
                 on_progress(done, len(dataset.samples))
     return Report(dataset.source, tuple(rows), tuple(bad), dataset.problems, tuple(_notices(rows, dataset, config)))
@@ -117,7 +120,9 @@ def check(dataset: Dataset, config: TrainConfig, on_progress: Callable[[int, int
 
 def _checked(sample: Sample, config: TrainConfig) -> Row | BadRow:
     reasons = list(sample.problems)
-    target = count = size = None
+    target: Clip | None = None
+    size: VideoSize | None = None
+    count = 0
     clips: dict[str, tuple[Clip, ...]] = {}
     if sample.target is not None:
         try:
@@ -133,13 +138,13 @@ def _checked(sample: Sample, config: TrainConfig) -> Row | BadRow:
         try:
             if row.is_file:
                 clips[name] = _input_files(row, sample.files[name])
-                if row.kind in ALIGNED_KINDS and target is not None:
+                if row.kind in ALIGNED_KINDS and target is not None and size is not None:
                     _check_aligned(row, clips[name][0], target, count, size, config)
             elif row.column is not None:
                 _check_value(row, sample.values.get(name))
         except ValueError as error:
             reasons.append(str(error))
-    if reasons:
+    if reasons or target is None or size is None:
         return BadRow(sample, tuple(reasons))
     return Row(sample, target, clips, size, count)
 

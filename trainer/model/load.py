@@ -49,7 +49,7 @@ def trained_encoder(config: TrainConfig) -> Component | None:
 
 def changes_weights(config: TrainConfig) -> bool:
     """Whether `start` has anything to do."""
-    return config.preset_lora_path is not None or _has_trained_weights(config)
+    return config.preset_lora_path is not None or _trained_weights(config) is not None
 
 
 def check(components: Mapping[str, Component], config: TrainConfig) -> None:
@@ -57,8 +57,8 @@ def check(components: Mapping[str, Component], config: TrainConfig) -> None:
     parts = [components[kind] for kind in ("dit", "vace", "motion_controller") if kind in components]
     shapes = {name: source.shape for part in parts for name, source in part.sources.items()}
     target = Target(parts[0].name, shapes)
-    if _has_trained_weights(config):
-        trained = detect_files(Path(config.resume_from_checkpoint).expanduser())
+    if (file := _trained_weights(config)) is not None:
+        trained = detect_files(Path(file).expanduser())
         strange = [name for name, source in trained.sources.items() if shapes.get(name) != source.shape]
         if strange:
             raise ValueError(
@@ -78,9 +78,9 @@ def start(model: VideoModel, config: TrainConfig) -> None:
     Raises:
         ValueError: a file cannot be read or was made for another model.
     """
-    if _has_trained_weights(config):
+    if (file := _trained_weights(config)) is not None:
         with _named("resume_from_checkpoint"):
-            use = _fused(model, config.resume_from_checkpoint)
+            use = _fused(model, file)
         log.info("Starting from %s: %d weights.", use.bound.lora.name, len(use.bound.patches))
     if config.preset_lora_path is not None:
         with _named("preset_lora_path"):
@@ -88,8 +88,9 @@ def start(model: VideoModel, config: TrainConfig) -> None:
         log.info("Made part of the model: %s", report(use, Target.of_modules(model.name, model.modules)).summary)
 
 
-def _has_trained_weights(config: TrainConfig) -> bool:
-    return config.resume_from_checkpoint is not None and trained_encoder(config) is None
+def _trained_weights(config: TrainConfig) -> str | None:
+    """The file of trained weights that are laid over the model's own, if the run starts from one."""
+    return config.resume_from_checkpoint if trained_encoder(config) is None else None
 
 
 def _fused(model: VideoModel, path: str) -> LoraUse:
@@ -178,7 +179,7 @@ def find(config: TrainConfig) -> FoundModels:
         raise ConfigError("Name the models with --model_paths or --model_id_with_origin_paths.")
     defaults = ModelConfig(local_model_path=config.local_model_path, skip_download=config.skip_download)
     try:
-        found = find_models([model.filled_from(defaults) for model in named], torch.bfloat16)
+        found = find_models([model.filled_from(defaults) for model in named])
     except ValueError as error:
         raise ConfigError(f"--model_paths, --model_id_with_origin_paths: {error}") from error
     components = {kind: model.component for kind, model in found.items()}
@@ -191,7 +192,8 @@ def find(config: TrainConfig) -> FoundModels:
         dit = join_vace(dit, components["vace"])
     tokenizer = None if config.tokenizer_path is None else ModelConfig(path=config.tokenizer_path)
     folder = tokenizer_folder(components["text_encoder"], tokenizer, defaults)
-    models = FoundModels(components, dit.config, variants.match_variant(dit.config), dit.name, folder)
+    sizes = dit.config_of(DiTConfig)
+    models = FoundModels(components, sizes, variants.match_variant(sizes), dit.name, folder)
     check_inputs(models, config)
     return models
 

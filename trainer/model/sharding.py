@@ -1,7 +1,7 @@
 """Weights, gradients and optimizer state that processes share among them, by FSDP or DeepSpeed: set up so that a step
 computes what it does in one process, and saved in parts, of which each process writes its own."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +59,7 @@ def set_up(accelerator: Accelerator, trainables: Trainables, config: TrainConfig
         return
     # For models that are whole in each process accelerate does so itself.
     bf16 = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
-    trainables.module.forward = bf16(trainables.module.forward)
+    trainables.module.forward = bf16(trainables.module.forward)  # type: ignore[method-assign]  # as accelerate does
     if accelerator.distributed_type == DistributedType.FSDP:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -92,7 +92,8 @@ class FullyShared:
 
     def whole(self) -> dict[str, Tensor]:
         options = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(self.model, options=options)
+        state = get_model_state_dict(self.model, options=options)
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
     def save(self, folder: Path) -> None:
         """
@@ -121,7 +122,7 @@ class FullyShared:
     def _plain(self) -> Any:
         return self.optimizer.optimizer
 
-    def _parts(self) -> dict[str, Mapping[str, Any]]:
+    def _parts(self) -> dict[str, dict[str, Any]]:
         return {
             "weights": get_model_state_dict(self.model, options=self.TRAINED),
             "optimizer": get_optimizer_state_dict(self.model, self._plain, options=self.TRAINED),
@@ -154,5 +155,8 @@ class DeepSpeed:
             raise ValueError(f"The state {folder} was not written by a run that was launched with DeepSpeed.")
 
 
-KINDS = {DistributedType.FSDP: FullyShared, DistributedType.DEEPSPEED: DeepSpeed}
+KINDS: dict[DistributedType, Callable[[Any, Any], Sharded]] = {
+    DistributedType.FSDP: FullyShared,
+    DistributedType.DEEPSPEED: DeepSpeed,
+}
 """Ways to run in which a process holds only a share of the weights or the optimizer's state."""

@@ -91,7 +91,8 @@ class Denoiser(nn.Module):
         if self.text_encoder is not None and captions:
             cond = dataclasses.replace(cond, text=self.embed_text(captions))
         check_shapes(dit.config, x, cond)
-        prepared = dit.prepare(cond, tuple(x.shape[2:]), motion_offset(self.motion_controller, cond))
+        frames, height, width = x.shape[2:]
+        prepared = dit.prepare(cond, (frames, height, width), motion_offset(self.motion_controller, cond))
         state = dit.embed(x, dit.embed_time(timesteps), prepared, vace_strengths(cond))
         if torch.is_grad_enabled() and not state.tokens.requires_grad:
             # Blocks overwrite tokens that need no gradient; those of the first block are needed to run it again.
@@ -101,6 +102,7 @@ class Denoiser(nn.Module):
 
     def embed_text(self, captions: Sequence[str]) -> Tensor:
         """Embeddings (B, 512, text_dim) of `captions`, with gradients."""
+        assert self._tokenizer is not None and self.text_encoder is not None, "the text encoder is trained"
         ids, mask = self._tokenizer([clean_prompt(caption) for caption in captions], TEXT_TOKENS)
         embeddings = self.text_encoder(ids, mask)
         return F.pad(embeddings, (0, 0, 0, TEXT_TOKENS - embeddings.shape[1]))
@@ -190,7 +192,7 @@ def prepare(
     module.requires_grad_(False)
     parts = [_whole(module, name, model.name) for name in config.trainable_models]
     if config.lora_base_model:
-        parts.append(_inject(module, config, model.name))
+        parts.append(_inject(module, config.lora_base_model, config, model.name))
     for part in parts:
         for name in part.parameter_names():
             parameter = module.get_parameter(name)
@@ -240,14 +242,13 @@ def _whole(module: Denoiser, name: str, label: str) -> Part:
     return Part(name, owner, names, is_lora=False)
 
 
-def _inject(module: Denoiser, config: TrainConfig, label: str) -> Part:
-    """Put the LoRA that `config` describes on the layers that it names."""
-    name = config.lora_base_model
+def _inject(module: Denoiser, name: str, config: TrainConfig, label: str) -> Part:
+    """Put the LoRA that `config` describes on the layers of the model `name` that it names."""
     owner, base = _module_of(module, name, label)
     layers = _target_layers(base, name, config.lora_target_modules)
     settings = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha or config.lora_rank,
+        lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]  # PEFT divides any number
         lora_dropout=config.lora_dropout,
         target_modules="|".join(map(re.escape, layers)),
         bias="none",
@@ -258,17 +259,23 @@ def _inject(module: Denoiser, config: TrainConfig, label: str) -> Part:
         _start_in_float32(base, layers, config.seed)
     for layer in layers:
         # Matrix products run in the dtype of the layer's input, by autocast; a float32 copy of it would only cost.
-        base.get_submodule(layer).cast_input_dtype_enabled = config.mixed_precision == "no"
+        _lora_layer(base, layer).cast_input_dtype_enabled = config.mixed_precision == "no"
     if config.lora_checkpoint:
-        _start_from(base, layers, config)
+        _start_from(base, layers, config.lora_checkpoint, config.lora_rank)
     return Part(name, owner, tuple(layers), is_lora=True)
+
+
+def _lora_layer(base: nn.Module, name: str) -> LoraLayer:
+    layer = base.get_submodule(name)
+    assert isinstance(layer, LoraLayer)
+    return layer
 
 
 def _start_in_float32(base: nn.Module, layers: Sequence[str], seed: int) -> None:
     """Draw factors again where layers are quantised: PEFT gives factors the dtype of their layer, too coarse a one."""
-    coarse = {layer for layer in layers if isinstance(base.get_submodule(layer).get_base_layer(), QuantisedLinear)}
+    coarse = {layer for layer in layers if isinstance(_lora_layer(base, layer).get_base_layer(), QuantisedLinear)}
     torch.manual_seed(seed)
-    for layer in (module for name, module in base.named_modules() if name in coarse):
+    for layer in (_lora_layer(base, name) for name, _ in base.named_modules() if name in coarse):
         layer.lora_A[ADAPTER].float(), layer.lora_B[ADAPTER].float()
         layer.reset_lora_parameters(ADAPTER, True)
 
@@ -290,10 +297,10 @@ def _target_layers(base: nn.Module, part: str, targets: Sequence[str]) -> list[s
     return list(dict.fromkeys(n for names in found.values() for n in names))
 
 
-def _start_from(base: nn.Module, layers: Sequence[str], config: TrainConfig) -> None:
+def _start_from(base: nn.Module, layers: Sequence[str], file: str, rank: int) -> None:
     """Give the injected LoRA the factors of `--lora_checkpoint`; layers that it lacks keep their start."""
-    lora = open_lora(config.lora_checkpoint)
-    shapes = {f"{n}.weight": tuple(base.get_submodule(n).weight.shape) for n in layers}
+    lora = open_lora(file)
+    shapes = {f"{n}.weight": tuple(_lora_layer(base, n).weight.shape) for n in layers}
     bound = fit_to(lora, Target("the layers of this LoRA", shapes))
     if bound.skipped:
         raise ValueError(
@@ -301,15 +308,15 @@ def _start_from(base: nn.Module, layers: Sequence[str], config: TrainConfig) -> 
             f"({bound.skipped[0].reason}); give the --lora_target_modules that it was trained with."
         )
     for name, patch in bound.patches:
-        layer: LoraLayer = base.get_submodule(name.removesuffix(".weight"))
-        if not isinstance(patch, LowRank) or patch.rank != config.lora_rank:
+        layer = _lora_layer(base, name.removesuffix(".weight"))
+        if not isinstance(patch, LowRank) or patch.rank != rank:
             raise ValueError(
                 f"{lora.name} has a {patch.label} of rank {patch.rank} at {name}; set --lora_rank to the rank of a "
-                f"plain LoRA (it is {config.lora_rank})."
+                f"plain LoRA (it is {rank})."
             )
         down, up = patch.factors()
-        layer.lora_A[ADAPTER].weight.data.copy_(down)
-        layer.lora_B[ADAPTER].weight.data.copy_(up / layer.scaling[ADAPTER])
+        layer.lora_A[ADAPTER].get_parameter("weight").data.copy_(down)
+        layer.lora_B[ADAPTER].get_parameter("weight").data.copy_(up / layer.scaling[ADAPTER])
     log.info("Starting from %s: factors of %d layers.", lora.name, len(bound.patches))
 
 

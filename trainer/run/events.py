@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -177,7 +177,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+TRACKERS: dict[str, Callable[[Path, TrainConfig], Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def open_trackers(config: TrainConfig, folder: Path) -> list[Tracker]:
@@ -186,7 +186,7 @@ def open_trackers(config: TrainConfig, folder: Path) -> list[Tracker]:
     Raises:
         ValueError: the package of one is not installed.
     """
-    trackers = []
+    trackers: list[Tracker] = []
     for name in config.log_with:
         try:
             trackers.append(TRACKERS[name](folder / "logs" / name, config))

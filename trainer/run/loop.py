@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -301,7 +301,7 @@ class Loop:
         # Dropout then draws the same after a resumed run as in one that was not stopped.
         torch.manual_seed(seed_for("step", config.seed, step.epoch, batch.positions[0]))
         draw = self.objective.draw(batch.latents.shape[1:], config.seed, step.epoch, batch.positions)
-        around = nullcontext()
+        around: AbstractContextManager[None] = nullcontext()
         if config.use_gradient_checkpointing:
             around = checkpointed(
                 engine.trainables.module.blocks,

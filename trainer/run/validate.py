@@ -88,7 +88,7 @@ def draw_samples(
         seed=config.sample_seed,
         steps=config.sample_inference_steps,
         guidance=GuidanceSettings(scale=config.sample_cfg_scale),
-        **({"shift": model.row.preset.shift} if model.row else {}),
+        shift=model.row.preset.shift if model.row else SamplerSettings.shift,
     )
     return [
         model.sample(RunInputs(request.cond, request.size.latent), settings, MemorySettings(), runtime).video
@@ -141,11 +141,11 @@ class Watcher:
     """
 
     config: TrainConfig
-    engine: Engine | None
     encoders: Encoders
     events: Events
     clips: Sequence[Encoded] = ()
     requests: Sequence[SampleRequest] = field(default_factory=tuple)
+    engine: Engine = field(init=False)
 
     @property
     def folder(self) -> Path:
@@ -156,7 +156,7 @@ class Watcher:
         config = self.config
         if self.clips and (is_last or (config.validate_steps and step % config.validate_steps == 0)):
             self.validate(step)
-        if self.requests and (is_last or step % config.sample_steps == 0):
+        if self.requests and config.sample_steps and (is_last or step % config.sample_steps == 0):
             self.sample(step)
         if is_last or step % (config.save_steps or config.validate_steps or 50) == 0:
             self.draw_chart()

@@ -137,8 +137,6 @@ def condition(
         cond = control_conditioning(cond, size, encoder, inputs.control_video, fit)
     if inputs.reference_image is not None:
         cond = reference_conditioning(cond, size, encoder, image_encoder, inputs.reference_image, fit)
-    if inputs.camera is not None:
-        cond = camera_conditioning(cond, inputs.camera, size)
     if inputs.uses_vace:
         cond = vace_conditioning(
             cond,
@@ -150,6 +148,17 @@ def condition(
             strength=inputs.vace_scale,
             fit=fit,
         )
+    return numeric_conditioning(cond, inputs, size)
+
+
+def numeric_conditioning(cond: Conditioning, inputs: VideoInputs, size: VideoSize) -> Conditioning:
+    """`cond` with those of `inputs` that no encoder is needed for: the camera's path and the speed.
+
+    Raises:
+        ValueError: as `condition`.
+    """
+    if inputs.camera is not None:
+        cond = camera_conditioning(cond, inputs.camera, size)
     if inputs.motion_bucket_id is not None:
         cond = speed_conditioning(cond, inputs.motion_bucket_id)
     return cond
