@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from wan_core import catalog
+from wan_core.media import FPS
 from wan_core.runtime import Cancelled, Pace
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
@@ -228,7 +229,7 @@ def _validated(workflows: Sequence[Workflow], schemas: Mapping[str, NodeSchema])
 DECODE_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
     "file": {"metavar": "FILE", "type": Path, "help": "a .latent file that a sampler kept"},
     "--vae": {"default": catalog.T2V_BASE, "help": f"as the VAE loader lists it (default: {catalog.T2V_BASE})"},
-    "--fps": {"type": float, "default": 16.0, "help": "frames per second (default: 16)"},
+    "--fps": {"type": float, "default": float(FPS), "help": f"frames per second (default: {FPS})"},
     "--tiled": {"action": "store_true", "help": "decode in tiles from the beginning"},
     "--name": {"default": "video/wancore", "help": "name of the video below DIR (default: video/wancore)"},
 }

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from wan_core.loading.load import adopt, describe_weights
+from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.models.vae import WanVAE
 from wan_core.planning.encoders import size_held
 from wan_core.types import Conditioning
@@ -77,7 +78,7 @@ class ToConditioning:
     def convert(
         self, conditioning: Conditioning, width: int, height: int, num_frames: int
     ) -> tuple[list[list[Any]], list[list[Any]], dict[str, Tensor], int]:
-        size = size_held(width, height, num_frames)
+        size = size_held(width, height, num_frames, DEFAULT_GEOMETRY)
         positive, negative, empty, trim = to_native(conditioning, size, host.current.clip_vision_output)
         return positive, negative, {"samples": empty}, trim
 

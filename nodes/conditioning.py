@@ -177,7 +177,7 @@ class ImageEncode(Encode):
         too_short: LengthPolicy = "repeat last",
         **tiles: Any,
     ) -> tuple[Conditioning]:
-        size = size_held(width, height, num_frames)
+        size = size_held(width, height, num_frames, vae.config.geometry)
         pictures = {"start": start_image, "end": end_image, "video": video, "mask": mask}
         with encoders(vae, image_encoder, tile_settings(**tiles)) as encoder:
             cond = image_conditioning(
@@ -224,7 +224,7 @@ class ControlEncode(Encode):
     ) -> tuple[Conditioning]:
         if control_video is None and start_image is None and reference_image is None:
             raise ValueError("Connect a control video, a start image or a reference image.")
-        size, fit = size_held(width, height, num_frames), Fit(aspect=aspect, length=too_short)
+        size, fit = size_held(width, height, num_frames, vae.config.geometry), Fit(aspect=aspect, length=too_short)
         cond = conditioning
         with encoders(vae, image_encoder, tile_settings(**tiles)) as encoder:
             if control_video is not None:
@@ -311,7 +311,7 @@ class VaceEncode(Encode):
         too_short: LengthPolicy = "repeat last",
         **tiles: Any,
     ) -> tuple[Conditioning]:
-        size = size_held(width, height, num_frames)
+        size = size_held(width, height, num_frames, vae.config.geometry)
         curve = Curve((strength,) if end_strength < 0 else (strength, end_strength), start, end)
         pictures = references if reference_images is None else (reference_images, *references)
         with encoders(vae, None, tile_settings(**tiles)) as encoder:

@@ -130,7 +130,7 @@ class MemoryPlan:
         vae: WanVAE | None = None,
         text_encoder: TextEncoder | None = None,
     ) -> dict[str, Any]:
-        size = VideoSize.rounded(width, height, num_frames)
+        size = VideoSize.rounded(width, height, num_frames, model.geometry)
         cond, controller = model.fit(conditioning, size), model.motion_controller
         job = Job(
             name=model.name,

@@ -5,6 +5,7 @@ and `comfy/model_base.py` (`WAN21` and its children) reads. Latents in it are ra
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan_core.conditioning.slots import assemble_concat
-from wan_core.conditioning.text import TEXT_TOKENS
-from wan_core.models.dit import CLIP_TOKENS
+from wan_core.models.config import CLIP_TOKENS, DEFAULT_GEOMETRY, TEXT_TOKENS, DiTConfig, Geometry
 from wan_core.models.vae import denormalise, normalise
 from wan_core.runtime import log
 from wan_core.types import Conditioning, Curve, LatentSize, Slot, VaceInput, VideoSize
@@ -42,17 +42,18 @@ UNUSED = frozenset(
 )
 """What Wan 2.1 models have never read."""
 
-LATENT_CHANNELS = 16
-IMAGE_TOKEN_WIDTH = 1280
 NOTHING = 1e-3
 """Largest normalised latent of nothing: zeros that went through raw latents in any dtype."""
 
 
-def from_native(positive: Native, negative: Native, clip_vision_output: Any = None) -> Conditioning:
+def from_native(
+    positive: Native, negative: Native, clip_vision_output: Any = None, geometry: Geometry = DEFAULT_GEOMETRY
+) -> Conditioning:
     """Conditioning with the text of both branches and everything else that `positive` holds.
 
     Args:
         clip_vision_output: image tokens, in place of those that `positive` holds.
+        geometry: of the model that the conditioning was made for, which it does not tell.
 
     Raises:
         ValueError: there are several entries or none, one holds for a part of the run or picture only, the branches
@@ -66,7 +67,7 @@ def from_native(positive: Native, negative: Native, clip_vision_output: Any = No
     tokens = clip_vision_output if clip_vision_output is not None else given.get("clip_vision_output")
     if tokens is not None:
         cond = cond.given(clip=_tokens(tokens))
-    readers: dict[str, Callable[[Conditioning, Mapping[str, Any]], Conditioning]] = {
+    readers: dict[str, Callable[[Conditioning, Mapping[str, Any], Geometry], Conditioning]] = {
         "concat_latent_image": _with_concat,
         "reference_latents": _with_reference,
         "camera_conditions": _with_camera,
@@ -74,7 +75,7 @@ def from_native(positive: Native, negative: Native, clip_vision_output: Any = No
     }
     for name, read in readers.items():
         if given.get(name) is not None:
-            cond = read(cond, given)
+            cond = read(cond, given, geometry)
     return cond
 
 
@@ -133,42 +134,39 @@ def _tokens(output: Any) -> Tensor:
     return tokens.float()
 
 
-def _by_latents(convert: Callable[[Tensor], Tensor], joined: Tensor) -> Tensor:
-    """`convert` on each 16 channels of latents that are joined on channels."""
-    return torch.cat([convert(part) for part in joined.split(LATENT_CHANNELS, 1)], 1)
+def _by_latents(convert: Callable[[Tensor, Geometry], Tensor], joined: Tensor, geometry: Geometry) -> Tensor:
+    """`convert` on each of the latents that are joined on channels."""
+    return torch.cat([convert(part, geometry) for part in joined.split(geometry.channels, 1)], 1)
 
 
-def _video_size(latents: Tensor, prefix: int = 0) -> VideoSize:
-    frames, height, width = latents.shape[2:]
-    return VideoSize.of_latent(LatentSize(frames - prefix, height, width))
-
-
-def _with_concat(cond: Conditioning, given: Mapping[str, Any]) -> Conditioning:
-    """The channels beside the noise. 16 of them are pictures in their places, 32 a control video and a start image."""
+def _with_concat(cond: Conditioning, given: Mapping[str, Any], geometry: Geometry) -> Conditioning:
+    """The channels beside the noise: pictures in their places, or a control video and a start image."""
     raw = given["concat_latent_image"]
-    if raw.ndim != 5 or raw.shape[1] not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS):
+    channels = geometry.channels
+    if raw.ndim != 5 or raw.shape[1] not in (channels, 2 * channels):
         raise ValueError(
-            f"concat_latent_image should be (B, 16 or 32, frames, height, width) for Wan 2.1; got {tuple(raw.shape)}."
+            f"concat_latent_image should be (B, {channels} or {2 * channels}, frames, height, width) for "
+            f"{geometry.name}; got {tuple(raw.shape)}."
         )
-    latents, size = _by_latents(normalise, raw), _video_size(raw)
-    if latents.shape[1] > LATENT_CHANNELS:
-        control, first = latents.split(LATENT_CHANNELS, 1)
+    latents, size = _by_latents(normalise, raw, geometry), LatentSize.of(raw, geometry).video
+    if latents.shape[1] > channels:
+        control, first = latents.split(channels, 1)
         names = ["control_video"] + ["input_image"] * bool(first.abs().max() > NOTHING)
         return cond.given(*names, size=size, slots={CONTROL.name: control, FIRST_FRAME.name: first})
-    known = _known(given.get("concat_mask"), latents)
+    known = _known(given.get("concat_mask"), latents, geometry.mask_channels)
     slots = {MASK.name: known, IMAGE.name: latents, FIRST_FRAME.name: latents}
     return cond.given(*_pictures(known), size=size, slots=slots)
 
 
-def _known(mask: Tensor | None, latents: Tensor) -> Tensor:
-    """What is known of each frame (B, 4, F, h, w), as `comfy.model_base.WAN21.concat_cond` reads a mask."""
+def _known(mask: Tensor | None, latents: Tensor, channels: int) -> Tensor:
+    """What is known of each frame (B, channels, F, h, w), as `comfy.model_base.WAN21.concat_cond` reads a mask."""
     batch, _, frames, height, width = latents.shape
     if mask is None:
-        return latents.new_zeros(batch, MASK.channels, frames, height, width)
+        return latents.new_zeros(batch, channels, frames, height, width)
     if mask.ndim != 5:
-        raise ValueError(f"concat_mask should be (B, 1 or 4, frames, height, width); got {tuple(mask.shape)}.")
-    if mask.shape[1] != MASK.channels:
-        mask = mask.mean(1, keepdim=True).expand(-1, MASK.channels, -1, -1, -1)
+        raise ValueError(f"concat_mask should be (B, 1 or {channels}, frames, height, width); got {tuple(mask.shape)}.")
+    if mask.shape[1] != channels:
+        mask = mask.mean(1, keepdim=True).expand(-1, channels, -1, -1, -1)
     known = 1 - mask.to(latents)
     known = F.interpolate(known, (known.shape[2], height, width), mode="trilinear")[:, :, :frames]
     return F.pad(known, (0, 0, 0, 0, 0, frames - known.shape[2])).expand(batch, -1, -1, -1, -1)
@@ -181,47 +179,50 @@ def _pictures(known: Tensor) -> list[str]:
     return names or ["inpaint_video" if bool((known > 0.5).any()) else "input_image"]
 
 
-def _with_reference(cond: Conditioning, given: Mapping[str, Any]) -> Conditioning:
-    """The last of the reference latents (B, 16, 1, h, w); ComfyUI's Wan models read no other. Zeros are none."""
-    latent = normalise(given["reference_latents"][-1])
+def _with_reference(cond: Conditioning, given: Mapping[str, Any], geometry: Geometry) -> Conditioning:
+    """The last of the reference latents (B, z, 1, h, w); ComfyUI's Wan models read no other. Zeros are none."""
+    latent = normalise(given["reference_latents"][-1], geometry)
     if latent.abs().max() < NOTHING:
         return cond
     return cond.given("reference_image", reference=latent[:, :, 0])
 
 
-def _with_camera(cond: Conditioning, given: Mapping[str, Any]) -> Conditioning:
+def _with_camera(cond: Conditioning, given: Mapping[str, Any], geometry: Geometry) -> Conditioning:
     rays = given["camera_conditions"].float()
     frames, height, width = rays.shape[2:]
-    return cond.given("camera", size=VideoSize(width, height, (frames - 1) * 4 + 1), camera=rays)
+    return cond.given("camera", size=VideoSize(width, height, geometry.video_frames(frames), geometry), camera=rays)
 
 
-def _with_vace(cond: Conditioning, given: Mapping[str, Any]) -> Conditioning:
-    frames = [_by_latents(normalise, raw) for raw in given["vace_frames"]]
+def _with_vace(cond: Conditioning, given: Mapping[str, Any], geometry: Geometry) -> Conditioning:
+    frames = [_by_latents(normalise, raw, geometry) for raw in given["vace_frames"]]
     shapes = {tuple(latents.shape) for latents in frames}
     if len(shapes) > 1:
         raise ValueError(
             f"VACE inputs of different shapes cannot be mixed: {', '.join(map(str, sorted(shapes)))}. Give each a "
             "reference image or none of them, or use VACE Encode (WanCore)."
         )
-    masks = given.get("vace_mask") or [latents.new_ones(latents.shape[0], 64, *latents.shape[2:]) for latents in frames]
+    whole = [x.new_ones(len(x), geometry.vace_mask_channels, *x.shape[2:]) for x in frames]
+    masks = given.get("vace_mask") or whole
     strengths = given.get("vace_strength") or [1.0] * len(frames)
     contexts = [torch.cat((latents, mask.to(latents)), 1) for latents, mask in zip(frames, masks, strict=True)]
     inputs = tuple(
         VaceInput(context=context, strength=Curve.of(float(strength)))
         for context, strength in zip(contexts, strengths, strict=True)
     )
-    references = min(map(_references, contexts))
+    references = min(_references(context, geometry) for context in contexts)
+    latent = LatentSize.of(contexts[0], geometry)
+    size = replace(latent, frames=latent.frames - references).video
     names = ["vace_video"] + ["vace_reference_image"] * bool(references)
-    return cond.given(*names, size=_video_size(contexts[0], references), vace=inputs)
+    return cond.given(*names, size=size, vace=inputs)
 
 
-def _references(context: Tensor) -> int:
-    """How many latent frames of a VACE context (B, 96, R + F, h, w) are references in front of the video.
+def _references(context: Tensor, geometry: Geometry) -> int:
+    """How many latent frames of a VACE context (B, 2 z + 64, R + F, h, w) are references in front of the video.
 
     Nothing is drawn in a reference: its mask and its second latent are zero. The latter is never so in a video, where
     it is what the VAE makes of grey.
     """
-    empty = context[:, LATENT_CHANNELS:].abs().amax((0, 1, 3, 4)) < NOTHING
+    empty = context[:, geometry.channels :].abs().amax((0, 1, 3, 4)) < NOTHING
     return int(empty.long().cumprod(0).sum())
 
 
@@ -245,30 +246,31 @@ def to_native(
     if cond.motion_bucket is not None:
         raise ValueError("Speed control has no place in ComfyUI's conditioning; sample with Sampler (WanCore).")
     text, negative_text = cond.encoded_text, cond.negative().encoded_text
-    batch, latent = len(text), size.latent
+    batch, latent, geometry = len(text), size.latent, size.geometry
     values: dict[str, Any] = {}
     clip, reference = cond.clip, cond.reference
     if cond.slots:
         layout = _layout(cond.slots, has_camera=cond.camera is not None)
-        concat = assemble_concat(cond.slots, layout)
+        concat = assemble_concat(cond.slots, layout, geometry)
         assert concat is not None, "a layout has at least one slot"
         if layout[0] == MASK:
-            values["concat_mask"], concat = 1 - concat[:, : MASK.channels].float(), concat[:, MASK.channels :]
-        values["concat_latent_image"] = _by_latents(denormalise, concat)
+            mask, concat = concat.tensor_split([geometry.mask_channels], 1)
+            values["concat_mask"] = 1 - mask.float()
+        values["concat_latent_image"] = _by_latents(denormalise, concat, geometry)
         if clip is None:
-            clip = text.new_zeros(1, CLIP_TOKENS, IMAGE_TOKEN_WIDTH)
+            clip = text.new_zeros(1, CLIP_TOKENS, DiTConfig.image_dim)
         if reference is None and CONTROL in layout:
-            reference = concat.new_zeros(1, LATENT_CHANNELS, latent.height, latent.width)
+            reference = concat.new_zeros(1, geometry.channels, latent.height, latent.width)
     if clip is not None:
         values["clip_vision_output"] = clip_vision_output(clip.float())
     if reference is not None:
-        values["reference_latents"] = [denormalise(reference[:, :, None])]
+        values["reference_latents"] = [denormalise(reference[:, :, None], geometry)]
     if cond.camera is not None:
         values["camera_conditions"] = cond.camera
     if cond.vace:
-        values |= _vace_values(cond.vace)
+        values |= _vace_values(cond.vace, geometry)
     references = cond.prefix_frames(latent.frames)
-    empty = torch.zeros(batch, LATENT_CHANNELS, references + latent.frames, latent.height, latent.width)
+    empty = torch.zeros(batch, geometry.channels, references + latent.frames, latent.height, latent.width)
     return [[text.float(), dict(values)]], [[negative_text.float(), dict(values)]], empty, references
 
 
@@ -279,8 +281,8 @@ def _layout(slots: Mapping[str, Tensor], *, has_camera: bool) -> tuple[Slot, ...
     return (MASK, IMAGE) if IMAGE.name in slots and not has_camera else (FIRST_FRAME,)
 
 
-def _vace_values(inputs: Sequence[VaceInput]) -> dict[str, Any]:
-    video = 2 * LATENT_CHANNELS
+def _vace_values(inputs: Sequence[VaceInput], geometry: Geometry) -> dict[str, Any]:
+    video = 2 * geometry.channels
     for vace in inputs:
         if len(set(vace.strength.values)) > 1 or (vace.strength.start, vace.strength.end) != (0, 1):
             raise ValueError(
@@ -288,7 +290,7 @@ def _vace_values(inputs: Sequence[VaceInput]) -> dict[str, Any]:
                 "Sampler (WanCore), or leave start at 0, end at 1 and end_strength at -1."
             )
     return {
-        "vace_frames": [_by_latents(denormalise, vace.context[:, :video]) for vace in inputs],
+        "vace_frames": [_by_latents(denormalise, vace.context[:, :video], geometry) for vace in inputs],
         "vace_mask": [vace.context[:, video:].float() for vace in inputs],
         "vace_strength": [vace.strength.values[0] for vace in inputs],
     }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wan_core.atomic import replacing
 from wan_core.model_files import load_preview_decoder
+from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.models.preview_decoder import PreviewDecoder
 from wan_core.runtime import log
 from wan_core.sampling.preview import Previewer, middle_frame
@@ -22,8 +23,8 @@ FOLDER = "vae_approx"
 FILES = ("taew2_1.safetensors", "taew2_1.pth")
 """The published names of the tiny autoencoder for Wan 2.1, the one that is taken first."""
 
-MILLISECONDS_PER_FRAME = 250
-"""A latent frame is four frames of a video at 16 per second."""
+MILLISECONDS_PER_FRAME = round(1000 * DEFAULT_GEOMETRY.temporal_stride / DEFAULT_GEOMETRY.fps)
+"""How long a latent frame lasts."""
 
 
 def write(pictures: list[Image.Image], folder: Path, step: int) -> None:

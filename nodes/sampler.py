@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wan_core.model import VideoModel
+from wan_core.models.config import Geometry
 from wan_core.models.vae import denormalise, normalise
 from wan_core.planning.encoders import size_held
 from wan_core.runtime import log
@@ -51,7 +52,7 @@ class Sampler:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        side = {"step": 16}
+        rounded = f"In pixels; rounded up to a multiple of {sockets.SIDE}."
         return {
             "required": {
                 "model": sockets.socket(sockets.MODEL, "From the model loader."),
@@ -67,12 +68,10 @@ class Sampler:
                     5.0, 0.01, 100.0, "Moves the schedule towards high noise: 3 for image to video at 480p, 5 usually."
                 ),
                 "solver": sockets.choice(list(SOLVER_NAMES), "euler", "How a step is taken."),
-                "width": sockets.whole(832, 16, sockets.MAX_SIDE, "In pixels; rounded up to a multiple of 16.", **side),
-                "height": sockets.whole(
-                    480, 16, sockets.MAX_SIDE, "In pixels; rounded up to a multiple of 16.", **side
-                ),
+                "width": sockets.whole(832, sockets.SIDE, sockets.MAX_SIDE, rounded, step=sockets.SIDE),
+                "height": sockets.whole(480, sockets.SIDE, sockets.MAX_SIDE, rounded, step=sockets.SIDE),
                 "num_frames": sockets.whole(
-                    81, 1, 10001, "Rounded up to 4k + 1; 81 is five seconds, 1 a still.", step=4
+                    81, 1, 10001, "Rounded up to 4k + 1; 81 is five seconds, 1 a still.", step=sockets.FRAMES
                 ),
             },
             "optional": {
@@ -143,17 +142,18 @@ class Sampler:
             sigmas=schedule.sigmas, start_step=schedule.start_step, end_step=schedule.end_step,
             cache=_with_template(cache, model), windows=windows,
         )  # fmt: skip
-        start, size = None, size_held(width, height, num_frames)
+        geometry = model.geometry
+        start, size = None, size_held(width, height, num_frames, geometry)
         if latent is not None and (settings.starts_clean or settings.start_step):
-            start = normalise(latent["samples"])
-            size = VideoSize.of_latent(LatentSize(*start.shape[2:]))
+            start = normalise(latent["samples"], geometry)
+            size = LatentSize.of(start, geometry).video
         run = run or RunSettings(checkpoint_every=0, keep_latents=False)
         here = host.current
         checkpoint = Checkpoint(here.output_dir() / FOLDER, run.checkpoint_every)
         inputs = RunInputs(model.fit(conditioning, size), size.latent, start, tuple(prompts))
         state = model.sample(
             inputs, settings, memory or here.memory_settings(), here.runtime(model.dtype),
-            checkpoint=checkpoint, earlier=_earlier(latent, settings), keep=here.keeps_weights(),
+            checkpoint=checkpoint, earlier=_earlier(latent, settings, geometry), keep=here.keeps_weights(),
         )  # fmt: skip
         for expert in model.experts:
             here.register_weights(expert.dit)
@@ -166,14 +166,14 @@ def _with_template(cache: CacheSettings | None, model: VideoModel) -> CacheSetti
     return cache
 
 
-def _earlier(latent: dict[str, Any] | None, settings: SamplerSettings) -> RunState | None:
+def _earlier(latent: dict[str, Any] | None, settings: SamplerSettings, geometry: Geometry) -> RunState | None:
     """The state that came with the latents of an earlier sampler, if they are still the ones that it left."""
     state = (latent or {}).get(STATE)
     if latent is None or not settings.start_step or state is None:
         return None
     if state.step != settings.start_step:
         raise ValueError(f"The sampler before ended at step {state.step}; start_step is {settings.start_step}.")
-    return state if torch.equal(denormalise(state.video), latent["samples"]) else None
+    return state if torch.equal(denormalise(state.video, geometry), latent["samples"]) else None
 
 
 def _finished(
@@ -185,7 +185,7 @@ def _finished(
     extra_pnginfo: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The LATENT of a state. What made it goes into the metadata of the files that the host saves."""
-    raw = denormalise(state.video)
+    raw = denormalise(state.video, size.geometry)
     record = manifest(settings, size, state.video, state.kernels)
     if run.keep_latents:
         _keep(host.current.output_dir() / FOLDER, run.name, raw, record, checkpoint.resumed)

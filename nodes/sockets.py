@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from wan_core.media.fitting import ASPECTS, LENGTH_POLICIES
+from wan_core.models.config import DEFAULT_GEOMETRY
 
 MODEL = "WANCORE_MODEL"
 """`prepare.VideoModel`: a DiT whose weights rest on the host's offload device."""
@@ -66,6 +67,11 @@ LINKED = frozenset({
 
 MAX_SIDE = 16384
 """ComfyUI's largest image side."""
+
+SIDE, FRAMES = DEFAULT_GEOMETRY.side_multiple, DEFAULT_GEOMETRY.temporal_stride
+"""Steps of the widgets for sides, in pixels, and for lengths; a model may round them further."""
+
+CELL = DEFAULT_GEOMETRY.spatial_stride
 
 Declaration = tuple[Any, dict[str, Any]]
 
@@ -147,13 +153,13 @@ def line(default: str, tooltip: str) -> Declaration:
 
 
 def tile_inputs() -> dict[str, Declaration]:
-    """The switch and the four sizes of tiled encoding and decoding, in latent cells of 8 pixels."""
+    """The switch and the four sizes of tiled encoding and decoding, in latent cells."""
     return {
         "tiled": flag(
             False, "Work in overlapping tiles of these sizes. Off: at once if it fits, else in tiles that fit."
         ),
-        "tile_height": whole(30, 4, 2048, "Height of a tile in latent cells (8 pixels each)."),
-        "tile_width": whole(52, 4, 2048, "Width of a tile in latent cells (8 pixels each)."),
+        "tile_height": whole(30, 4, 2048, f"Height of a tile in latent cells ({CELL} pixels each)."),
+        "tile_width": whole(52, 4, 2048, f"Width of a tile in latent cells ({CELL} pixels each)."),
         "stride_height": whole(15, 1, 2048, "Distance between tiles; the rest of the tile overlaps and is blended."),
         "stride_width": whole(26, 1, 2048, "Distance between tiles; the rest of the tile overlaps and is blended."),
     }
@@ -162,9 +168,9 @@ def tile_inputs() -> dict[str, Declaration]:
 def size_inputs() -> dict[str, Declaration]:
     """Width, height and length of the video; they must be the sampler's."""
     return {
-        "width": whole(832, 16, MAX_SIDE, "Width of the video, as in the sampler.", step=16),
-        "height": whole(480, 16, MAX_SIDE, "Height of the video, as in the sampler.", step=16),
-        "num_frames": whole(81, 1, 10001, "Length of the video, as in the sampler.", step=4),
+        "width": whole(832, SIDE, MAX_SIDE, "Width of the video, as in the sampler.", step=SIDE),
+        "height": whole(480, SIDE, MAX_SIDE, "Height of the video, as in the sampler.", step=SIDE),
+        "num_frames": whole(81, 1, 10001, "Length of the video, as in the sampler.", step=FRAMES),
     }
 
 

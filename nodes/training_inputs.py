@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from wan_core.media import frames_to_tensor, load_video
+from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.runtime import log
 from wan_core.settings import check_number
 
@@ -219,16 +220,20 @@ class TrainingDataNode:
                     EXAMPLE,
                     "A folder in ComfyUI's input folder, or a path in one that its owner lets workflows read.",
                 ),
-                "width": sockets.whole(832, 0, sockets.MAX_SIDE, f"Width to train at. {side}", step=16),
-                "height": sockets.whole(480, 0, sockets.MAX_SIDE, f"Height to train at. {side}", step=16),
+                "width": sockets.whole(832, 0, sockets.MAX_SIDE, f"Width to train at. {side}", step=sockets.SIDE),
+                "height": sockets.whole(480, 0, sockets.MAX_SIDE, f"Height to train at. {side}", step=sockets.SIDE),
                 "num_frames": sockets.whole(
-                    81, 1, 10001, "Frames of a clip, 4k + 1; pictures are clips of one.", step=4
+                    81, 1, 10001, "Frames of a clip, 4k + 1; pictures are clips of one.", step=sockets.FRAMES
                 ),
             },
             "optional": {
                 "extra_inputs": sockets.line("", f"Inputs besides the prompt, with commas between them: {names}."),
                 "metadata": sockets.line("", "The file that lists the rows, if it is not metadata.* of the folder."),
-                "fps": widget("fps", 16.0, "Bring clips to this frame rate; Wan knows 16. 0 takes frames as stored."),
+                "fps": widget(
+                    "fps",
+                    float(DEFAULT_GEOMETRY.fps),
+                    "Bring clips to this frame rate; Wan knows 16. 0 takes frames as stored.",
+                ),
                 "frame_pick": widget("frame_pick"),
                 "short_clip": widget("short_clip"),
                 "on_bad_sample": widget("on_bad_sample"),

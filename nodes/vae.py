@@ -6,28 +6,29 @@ from torch import Tensor
 
 from wan_core.decode import decode_pieces, encode
 from wan_core.media import frames_to_pixels, pixels_to_frames
+from wan_core.models.config import Geometry
 from wan_core.models.vae import WanVAE, denormalise, normalise
 from wan_core.runtime import log
-from wan_core.types import SIZE_MULTIPLE, VAE_STRIDE, LatentSize, VideoSize
 
 from . import sockets
 from .conditioning import Tiled, at_work, tile_settings
 
 
-def _fitted(frames: Tensor) -> Tensor:
-    """`frames` (T, H, W, 3) cropped at the centre to multiples of 16 and cut to 4k + 1 frames, with a notice."""
+def _fitted(frames: Tensor, geometry: Geometry) -> Tensor:
+    """`frames` (T, H, W, 3) cropped at the centre and cut to a size that the geometry has, with a notice."""
     length, height, width = frames.shape[:3]
-    top, left = height % SIZE_MULTIPLE, width % SIZE_MULTIPLE
-    spare = (length - 1) % VAE_STRIDE[0]
-    if height < SIZE_MULTIPLE or width < SIZE_MULTIPLE:
-        raise ValueError(f"Images must be at least {SIZE_MULTIPLE}x{SIZE_MULTIPLE} pixels; got {width}x{height}.")
+    multiple = geometry.side_multiple
+    top, left = height % multiple, width % multiple
+    spare = (length - 1) % geometry.temporal_stride
+    if height < multiple or width < multiple:
+        raise ValueError(f"Images must be at least {multiple}x{multiple} pixels; got {width}x{height}.")
     if top or left or spare:
         log.warning(
-            "Encoding %dx%d, %d frames of a video of %dx%d, %d frames: sides are multiples of %d, lengths 4k + 1.",
-            width - left, height - top, length - spare, width, height, length, SIZE_MULTIPLE,
+            "Encoding %dx%d, %d frames of a video of %dx%d, %d frames: sides are multiples of %d, lengths %s.",
+            width - left, height - top, length - spare, width, height, length, multiple, geometry.length_rule,
         )  # fmt: skip
     top, left = top // 2, left // 2
-    bottom, right = top + height // SIZE_MULTIPLE * SIZE_MULTIPLE, left + width // SIZE_MULTIPLE * SIZE_MULTIPLE
+    bottom, right = top + height // multiple * multiple, left + width // multiple * multiple
     return frames[: length - spare, top:bottom, left:right]
 
 
@@ -59,10 +60,11 @@ class VAEDecode(Tiled):
     ) -> tuple[Tensor]:
         settings = tile_settings(**tiles)
         samples = latent["samples"]
-        video = VideoSize.of_latent(LatentSize(*samples.shape[-3:]))
+        geometry = vae.config.geometry
+        latents = normalise(samples, geometry)
         with at_work(vae, vae.dtype) as runtime:
-            pieces = decode_pieces(vae, normalise(samples), settings, runtime)
-            return (pixels_to_frames(pieces, video.num_frames),)
+            pieces = decode_pieces(vae, latents, settings, runtime)
+            return (pixels_to_frames(pieces, geometry.video_frames(latents.shape[2])),)
 
 
 class VAEEncode(Tiled):
@@ -94,7 +96,7 @@ class VAEEncode(Tiled):
         **tiles: Any,
     ) -> tuple[dict[str, Tensor]]:
         settings = tile_settings(**tiles)
-        pixels = frames_to_pixels(_fitted(images))
+        pixels = frames_to_pixels(_fitted(images, vae.config.geometry))
         with at_work(vae, vae.dtype) as runtime:
             latents = encode(vae, pixels, settings, runtime)
-        return ({"samples": denormalise(latents)},)
+        return ({"samples": denormalise(latents, vae.config.geometry)},)

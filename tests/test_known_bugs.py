@@ -7,7 +7,7 @@ from tests.reference import relative_error, tiny_dit, tiny_image_encoder, tiny_t
 from tests.sampling.runs import sample
 from wan_core import catalog
 from wan_core.conditioning.camera import CameraPath
-from wan_core.conditioning.image import LatentEncoder, fold_mask, image_conditioning
+from wan_core.conditioning.image import LatentEncoder, fold_frames, image_conditioning
 from wan_core.conditioning.vace import vace_conditioning
 from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
@@ -120,7 +120,7 @@ def test_first_and_last_frame_work_at_any_length(frames):
     size = VideoSize(48, 32, frames)
     known = torch.zeros(frames, 32, 48)
     known[0] = known[-1] = 1
-    mask = fold_mask(known, size)
+    mask = fold_frames(known, size)
     assert mask.shape == (1, 4, (frames + 3) // 4, 4, 6)
     assert mask.sum().item() == (4 + 1) * 4 * 6
     start, end = torch.rand(1, 40, 60, 3), torch.rand(1, 90, 50, 3)

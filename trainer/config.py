@@ -11,7 +11,8 @@ from typing import Any
 
 from wan_core.atomic import replacing
 from wan_core.files import is_nameable
-from wan_core.types import SIZE_MULTIPLE, VideoSize
+from wan_core.models.config import DEFAULT_GEOMETRY
+from wan_core.types import VideoSize
 
 from . import optimizers
 from .data.clips import INPUTS, SWITCHES
@@ -251,15 +252,16 @@ class TrainConfig:
 
     @cached_property
     def size(self) -> VideoSize | None:
-        """The fixed size of all clips, rounded up; None when each keeps its own."""
+        """The fixed size of all clips, rounded up; None when each keeps its own. A model may round it further."""
         if self.height is None or self.width is None:
             return None
-        return VideoSize.rounded(self.width, self.height, self.num_frames)
+        return VideoSize.rounded(self.width, self.height, self.num_frames, DEFAULT_GEOMETRY)
 
     @cached_property
     def clip_frames(self) -> int:
-        """`num_frames`, rounded up to 4k + 1."""
-        return (self.size or VideoSize.rounded(SIZE_MULTIPLE, SIZE_MULTIPLE, self.num_frames)).num_frames
+        """`num_frames`, rounded up to a length that videos can have."""
+        side = DEFAULT_GEOMETRY.side_multiple
+        return (self.size or VideoSize.rounded(side, side, self.num_frames)).num_frames
 
     @property
     def _why_uncached(self) -> str | None:

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 
 from wan_core.loading.paths import resolve_model
 from wan_core.model_files import Rest
+from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.offload.quant import quantise
 from wan_core.runtime import OutOfMemoryError, Runtime
 
@@ -164,6 +165,8 @@ class _Run:
         data = dataset.load(config)
         rows, held_out = self._rows(data)
         found = load.find(config)
+        if not found.config.geometry.matches(DEFAULT_GEOMETRY):
+            rows, held_out = self._rows(data, found.config.geometry)
         encoders = Encoders(found, self.dtype, self.accelerator.device)
         cache = LatentCache(config.cache_folder) if config.caches else None
         if config.task == "sft:data_process":
@@ -291,10 +294,12 @@ class _Run:
         self.events.emit("end", step=progress.step, total=total, stopped=False, saved=progress.step)
         return Result(progress.step, total)
 
-    def _rows(self, data: dataset.Dataset) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    def _rows(
+        self, data: dataset.Dataset, geometry: Geometry = DEFAULT_GEOMETRY
+    ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
         """The rows to be trained, and those held out."""
         config = self.config
-        checked = report.check(data, config)
+        checked = report.check(data, config, geometry=geometry)
         if self.is_main:
             log.info("%s", checked)
             self.events.emit(
@@ -379,4 +384,4 @@ def _identity(config: TrainConfig, fingerprint: str, found: load.FoundModels) ->
 def _latent_shape(row: Row) -> tuple[int, ...]:
     references = len(row.clips.get("vace_reference_image", ()))
     size = row.size.latent
-    return (16, references + size.frames, size.height, size.width)
+    return (size.geometry.channels, references + size.frames, size.height, size.width)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .models.vae import WanVAE, fill
-from .planning.encoders import What, choose_tiles, pixel_stride, smallest_tiles, vae_peak_bytes
+from .planning.encoders import What, choose_tiles, smallest_tiles, vae_peak_bytes
 from .runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
 from .sampling.predictor import check_latents, check_pixels
 from .tiling import TileSettings
-from .types import VAE_STRIDE, LatentSize, VideoSize
+from .types import LatentSize, VideoSize
 
 SMALLER_TILES = (TileSettings(), TileSettings(size=(16, 16), stride=(12, 12)))
 """What is tried when memory runs out, one after the other."""
@@ -24,11 +24,11 @@ Tiles = TileSettings | Literal["auto"] | None
 
 
 def decode(vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None) -> Tensor:
-    """Normalised latents (B, 16, F, h, w) to pixels (B, 3, T, H, W) in [-1, 1], float32, on the CPU: what
-    `decode_pieces` gives, in one tensor. H and W are 8h and 8w, twice that with a VAE that upscales.
+    """Normalised latents (B, z, F, h, w) to pixels (B, 3, T, H, W) in [-1, 1], float32, on the CPU: what
+    `decode_pieces` gives, in one tensor. A VAE that upscales gives sides twice as long as it encodes.
     """
     pieces = decode_pieces(vae, latents, tiles, runtime, budget)
-    num_frames = VideoSize.of_latent(LatentSize(*latents.shape[2:])).num_frames
+    num_frames = vae.config.geometry.video_frames(latents.shape[2])
     first = next(pieces)
     if first.shape[2] == num_frames:
         return first
@@ -55,7 +55,7 @@ def decode_pieces(
     """
     check_latents(latents, "before decoding")
     latents = latents.cpu()
-    size = LatentSize(*latents.shape[2:])
+    size = LatentSize.of(latents, vae.config.geometry)
     try:
         if tiles == AUTO:
             tiles = _fitting(vae, size, len(latents), "decode", runtime, budget)
@@ -81,16 +81,15 @@ def _decoded(
 
 @torch.no_grad()
 def encode(vae: WanVAE, pixels: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None) -> Tensor:
-    """Pixels (B, 3, T, H, W) in [-1, 1] to normalised latents (B, 16, F, h, w), float32, on the CPU; as `decode`.
+    """Pixels (B, 3, T, H, W) in [-1, 1] to normalised latents (B, z, F, h, w), float32, on the CPU; as `decode`.
 
     Raises:
         ValueError: the VAE cannot encode pixels of that shape.
         OutOfMemoryError: the smallest tiles do not fit.
     """
     pixels = pixels.cpu()
-    time, stride, _ = VAE_STRIDE
     frames, height, width = pixels.shape[-3:]
-    size = LatentSize((frames - 1) // time + 1, height // stride, width // stride)
+    size = VideoSize(width, height, frames, vae.config.geometry).latent
     if tiles == AUTO:
         tiles = _fitting(vae, size, len(pixels), "encode", runtime, budget)
 
@@ -123,7 +122,7 @@ def _fitting(
         tiles = smallest_tiles(size)
     if tiles is None:
         return None
-    pieces, side = len(tiles.plan(size.height, size.width)), pixel_stride(vae.config, what)
+    pieces, side = len(tiles.plan(size.height, size.width)), vae.config.pixel_stride(what)
     log.warning(
         "To %s %dx%d at once takes %.1f GB, and there are %.1f GB: working in %d tiles of %dx%d pixels.",
         what, size.width * side, size.height * side, needed / 1e9, room / 1e9, pieces,
@@ -162,7 +161,7 @@ def _in_tiles(
     last = tried[-1]
     in_tiles = "" if last is None else f", even in tiles of {last.size[0]}x{last.size[1]} latent cells"
     raise OutOfMemoryError(
-        f"Out of memory while {doing} {size.width * 8}x{size.height * 8}, {size.frames} latent frames{in_tiles}. "
+        f"Out of memory while {doing} {size.video.width}x{size.video.height}, {size.frames} latent frames{in_tiles}. "
         f"Close other programs that use the device, {what} fewer frames at a time, or load the VAE with another device."
     )
 

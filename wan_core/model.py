@@ -17,7 +17,7 @@ from .lora.read import Lora
 from .lora.report import Report
 from .lora.target import LAYOUT, Target, report, use_lora
 from .models import kernels
-from .models.config import DiTConfig
+from .models.config import DiTConfig, Geometry
 from .models.dit import WanDiT
 from .models.embedders import MotionController
 from .offload.blocks import used_bytes
@@ -92,6 +92,11 @@ class VideoModel:
     def loras(self) -> tuple[LoraUse, ...]:
         """What is applied to any of the experts for the length of a run."""
         return tuple(dict.fromkeys(use for expert in self.experts for use in expert.loras))
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of its videos and latents."""
+        return self.config.geometry
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

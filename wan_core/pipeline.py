@@ -206,7 +206,7 @@ class WanVideoPipeline(PipelineParts):
             progress_bar_cmd: wraps the steps, such as `tqdm`; None shows nothing.
             output_type: `quantized` or `pil` for a list of images, `stream` for one after another while the video is
                 decoded (for `save_video`), `floatpoint` or `tensor` for pixels (B, 3, T, H, W) in [-1, 1], `latent`
-                for normalised latents (B, 16, F, h, w).
+                for normalised latents (B, z, F, h, w).
             inpaint_video, inpaint_mask: a video of which the parts where the mask is white are drawn anew (Fun InP).
             camera_path: any path (`conditioning.camera`) in place of a camera move.
             fit: how pictures and clips are brought to the size of the video. By default the authors' rule for each:
@@ -225,8 +225,8 @@ class WanVideoPipeline(PipelineParts):
             raise ValueError(f"fit must be a Fit (wan_core.conditioning.encoders); got {fit!r}.")
         if progress_bar_cmd is not None and not callable(progress_bar_cmd):
             raise ValueError(f"progress_bar_cmd must wrap an iterable, such as tqdm; got {progress_bar_cmd!r}.")
-        size = size_held(**checked(width=width, height=height, num_frames=num_frames))
         model = self.models.video
+        size = size_held(**checked(width=width, height=height, num_frames=num_frames), geometry=model.geometry)
         inputs = VideoInputs.of_call(
             num_frames=size.num_frames, camera_control_direction=camera_control_direction,
             camera_control_speed=camera_control_speed, camera_control_origin=camera_control_origin,

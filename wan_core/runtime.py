@@ -108,7 +108,7 @@ class Runtime:
     Attributes:
         device: where models compute.
         dtype: compute dtype of the models; latents and solver arithmetic are float32 whatever it is.
-        on_progress: called as (phase, done, total, latents); while sampling, latents (B, 16, F, h, w) are the clean
+        on_progress: called as (phase, done, total, latents); while sampling, latents (B, z, F, h, w) are the clean
             ones that the run points at so far, else None.
         before_step: called as (index, total) before every step of a sampling run, wherever the run begins.
         check_cancelled: raises `Cancelled`, or an exception of the host, when the user wants to stop.

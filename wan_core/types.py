@@ -1,7 +1,8 @@
 """Sizes and the conditioning value that travel through every part of the library.
 
-Shape letters used everywhere: B batch, T pixel frames, F latent frames = (T - 1) / 4 + 1, H and W pixels, h = H / 8 and
-w = W / 8 latent cells, R reference latent frames in front of the video, S tokens, D model width.
+Shape letters used everywhere: B batch, T pixel frames, F latent frames, H and W pixels, h and w latent cells, R
+reference latent frames in front of the video, S tokens, D model width, z channels of a latent. How T, H and W relate to
+F, h and w is a model's geometry (`models.config.Geometry`); with Wan 2.1's, z = 16, F = (T - 1) / 4 + 1 and h = H / 8.
 """
 
 import dataclasses
@@ -14,13 +15,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .models.config import DEFAULT_GEOMETRY, Geometry
+
 log = logging.getLogger("wancore")
 
-VAE_STRIDE = (4, 8, 8)
-"""Pixels per latent along (time, height, width)."""
 
-SIZE_MULTIPLE = 16
-"""Width and height are multiples of this: 8 from the VAE, 2 from the DiT's patches."""
+def _geometry() -> Any:
+    """Of a size. It does not count when sizes are compared: an input made before a model is known, such as a camera
+    path, fits any model whose video has as many pixels.
+    """
+    return field(default=DEFAULT_GEOMETRY, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,34 @@ class LatentSize:
     frames: int
     height: int
     width: int
+    geometry: Geometry = _geometry()
+
+    @classmethod
+    def of(cls, latents: Tensor, geometry: Geometry) -> "LatentSize":
+        """That of latents (..., F, h, w)."""
+        frames, height, width = latents.shape[-3:]
+        return cls(frames, height, width, geometry)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return (self.frames, self.height, self.width)
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens a DiT makes of it."""
+        return math.prod(side // patch for side, patch in zip(self.shape, self.geometry.patch, strict=True))
+
+    @property
+    def video(self) -> "VideoSize":
+        """The video that it decodes to."""
+        stride = self.geometry.spatial_stride
+        frames = self.geometry.video_frames(self.frames)
+        return VideoSize(self.width * stride, self.height * stride, frames, self.geometry)
+
 
 @dataclass(frozen=True)
 class VideoSize:
-    """A pixel video whose sides are multiples of 16 and whose length is 4k + 1 frames.
+    """A pixel video whose sides and length are such as its geometry has; with Wan 2.1's, multiples of 16 and 4k + 1.
 
     Build one with `VideoSize.rounded` from what a user typed.
     """
@@ -46,9 +69,10 @@ class VideoSize:
     width: int
     height: int
     num_frames: int
+    geometry: Geometry = _geometry()
 
     @classmethod
-    def rounded(cls, width: int, height: int, num_frames: int) -> "VideoSize":
+    def rounded(cls, width: int, height: int, num_frames: int, geometry: Geometry = DEFAULT_GEOMETRY) -> "VideoSize":
         """The smallest valid size that is not smaller than asked for, with a notice when it is larger.
 
         Raises:
@@ -58,26 +82,26 @@ class VideoSize:
             whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
             if isinstance(value, bool) or not whole or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}.")
-        time = VAE_STRIDE[0]
+        multiple, time = geometry.side_multiple, geometry.temporal_stride
         size = cls(
-            width=-(-int(width) // SIZE_MULTIPLE) * SIZE_MULTIPLE,
-            height=-(-int(height) // SIZE_MULTIPLE) * SIZE_MULTIPLE,
+            width=-(-int(width) // multiple) * multiple,
+            height=-(-int(height) // multiple) * multiple,
             num_frames=-(-(int(num_frames) - 1) // time) * time + 1,
+            geometry=geometry,
         )
         if (size.width, size.height, size.num_frames) != (width, height, num_frames):
             log.warning("Rounded up to %s (asked for %dx%d, %d frames).", size, width, height, num_frames)
         return size
 
-    @classmethod
-    def of_latent(cls, size: LatentSize) -> "VideoSize":
-        """The video that decodes from a latent of `size`."""
-        time, height, width = VAE_STRIDE
-        return cls(size.width * width, size.height * height, (size.frames - 1) * time + 1)
-
     @property
     def latent(self) -> LatentSize:
-        time, height, width = VAE_STRIDE
-        return LatentSize((self.num_frames - 1) // time + 1, self.height // height, self.width // width)
+        stride = self.geometry.spatial_stride
+        frames = self.geometry.latent_frames(self.num_frames)
+        return LatentSize(frames, self.height // stride, self.width // stride, self.geometry)
+
+    def as_dict(self) -> dict[str, int]:
+        """Width, height and num_frames, as manifests hold them."""
+        return {"width": self.width, "height": self.height, "num_frames": self.num_frames}
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}, {self.num_frames} frames"
@@ -149,13 +173,16 @@ class Slot:
     """
 
     name: str
-    channels: int
     states: Literal["mask", "frames", "first"] | None = None
+
+    def channels(self, geometry: Geometry) -> int:
+        """How many it has: those of a latent, or of a mask of known frames."""
+        return geometry.mask_channels if self.states == "mask" else geometry.channels
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaceInput:
-    """One VACE input: context (B, 96, R + F, h, w) and the factor on the hints that it produces."""
+    """One VACE input: context (B, 2 z + 64, R + F, h, w) and the factor on the hints that it produces."""
 
     context: Tensor
     strength: Curve = Curve((1.0,))
@@ -176,13 +203,13 @@ class Conditioning:
     clip: Tensor | None = whole()
     """(B, 257 or 514, image_dim) image tokens."""
     slots: Mapping[str, Tensor] | None = frames(2)
-    """Named latents (B, 4 or 16, F, h, w); `conditioning.slots` joins them in the order a variant wants."""
+    """Named latents (B, z, F, h, w) and masks (B, 4, F, h, w), joined in a variant's order by `conditioning.slots`."""
     concat: Tensor | None = frames(2)
-    """(B, in_channels - 16, F, h, w), joined to the latents on channels."""
+    """(B, in_channels - z, F, h, w), joined to the latents on channels."""
     layout: tuple[Slot, ...] | None = whole()
     """What the channels of `concat` are, in their order; None when they were not made from slots."""
     reference: Tensor | None = whole()
-    """(B, 16, h, w), becomes tokens in front of the sequence through `ref_conv`."""
+    """(B, z, h, w), becomes tokens in front of the sequence through `ref_conv`."""
     camera: Tensor | None = frames(2)
     """(B, 24, F, H, W), folded Plücker rays at pixel resolution."""
     vace: tuple[VaceInput, ...] | None = frames(2, prefixed=True)
@@ -269,7 +296,7 @@ def map_tensors(value: Any, fn: Callable[[Tensor], object]) -> Any:
         return tuple(map_tensors(v, fn) for v in value)
     if isinstance(value, Mapping):
         return {k: map_tensors(v, fn) for k, v in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, (Curve, VideoSize, type)):
+    if dataclasses.is_dataclass(value) and not isinstance(value, (Curve, LatentSize, VideoSize, type)):
         changed = {f.name: map_tensors(getattr(value, f.name), fn) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **changed)
     return value

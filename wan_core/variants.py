@@ -5,11 +5,11 @@ filled.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .models.config import DiTConfig
+from .models.config import DiTConfig, Geometry
 from .types import Slot
 
-MASK, IMAGE = Slot("mask", 4, "mask"), Slot("image", 16, "frames")
-CONTROL, FIRST_FRAME = Slot("control", 16), Slot("first_frame", 16, "first")
+MASK, IMAGE = Slot("mask", "mask"), Slot("image", "frames")
+CONTROL, FIRST_FRAME = Slot("control"), Slot("first_frame", "first")
 
 SPEED = "motion_bucket_id"
 
@@ -21,7 +21,8 @@ class Variant:
     Attributes:
         name: identifies the row; it is never compared with in models, sampling or memory.
         label: what users call it.
-        matches: whether a configuration is of this structure; the first row that matches counts.
+        matches: whether a configuration is of this structure; the first row that matches counts. None matches by the
+            channels beside the noise alone.
         slots: the channels beside the noise, in order.
         accepts: inputs that it can use besides text.
         requires: inputs without which its result is meaningless.
@@ -29,10 +30,20 @@ class Variant:
 
     name: str
     label: str
-    matches: Callable[[DiTConfig], bool]
+    matches: Callable[[DiTConfig], bool] | None
     slots: tuple[Slot, ...] = ()
     accepts: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
+
+    def channels(self, geometry: Geometry) -> int:
+        """How many channels there are beside the noise."""
+        return sum(slot.channels(geometry) for slot in self.slots)
+
+    def describes(self, config: DiTConfig) -> bool:
+        """Whether a DiT of this configuration is of this structure."""
+        if self.matches is not None:
+            return self.matches(config)
+        return config.concat_channels == self.channels(config.geometry)
 
 
 VARIANTS = (
@@ -61,7 +72,7 @@ VARIANTS = (
     Variant(
         "fun_control",
         "Fun Control",
-        lambda c: c.in_channels == 48,
+        None,
         (CONTROL, FIRST_FRAME),
         accepts=("control_video", "input_image"),
         requires=("control_video",),
@@ -77,11 +88,11 @@ VARIANTS = (
     Variant(
         "i2v",
         "image to video or Fun InP",
-        lambda c: c.in_channels == 36,
+        None,
         (MASK, IMAGE),
         accepts=("input_image", "end_image", "inpaint_video"),
     ),
-    Variant("t2v", "text to video", lambda c: c.in_channels == 16, accepts=(SPEED,)),
+    Variant("t2v", "text to video", None, accepts=(SPEED,)),
 )
 
 
@@ -92,9 +103,13 @@ def match_variant(config: DiTConfig) -> Variant:
         ValueError: no row does.
     """
     for variant in VARIANTS:
-        if variant.matches(config):
+        if variant.describes(config):
             return variant
-    raise ValueError(f"No Wan 2.1 model has {config.in_channels} input channels (16, 32, 36 and 48 are known).")
+    known = sorted({config.out_channels + variant.channels(config.geometry) for variant in VARIANTS})
+    raise ValueError(
+        f"No {config.geometry.name} model has {config.in_channels} input channels "
+        f"({', '.join(map(str, known[:-1]))} and {known[-1]} are known)."
+    )
 
 
 def check(variant: Variant, inputs: Sequence[str], label: str, has_motion_controller: bool = False) -> None:

@@ -87,11 +87,11 @@ class Case:
     @property
     def config(self) -> dict[str, Any]:
         if not self.call:
-            return asdict(self.models[0][2])
+            return _sizes(self.models[0][2])
         with tempfile.TemporaryDirectory() as folder:
             bundled.write_tokenizer(Path(folder) / bundled.TOKENIZER_FILE)
             tokenizer = (Path(folder) / bundled.TOKENIZER_FILE).read_text(encoding="utf-8")
-        configs = {prefix.rstrip("."): asdict(config) for prefix, _, config in self.models}
+        configs = {prefix.rstrip("."): _sizes(config) for prefix, _, config in self.models}
         return {**configs, "call": self.call, "tokenizer": tokenizer}
 
     def job(self, folder: Path, dtype: str) -> Job:
@@ -108,6 +108,11 @@ class Case:
             save_file(drawn, weights)
         save_file(self.inputs, folder / "inputs.safetensors")
         return Job(self.kind, self.config, dtype, str(weights), str(folder / "inputs.safetensors"))
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    """The numbers of a configuration; every contestant knows the geometry of Wan 2.1."""
+    return {name: value for name, value in asdict(config).items() if name != "geometry"}
 
 
 def _drawn(*shape: int, seed: int = 0) -> Tensor:

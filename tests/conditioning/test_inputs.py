@@ -14,16 +14,16 @@ from wan_core.conditioning.image import (
     LatentEncoder,
     control_conditioning,
     first_frame_conditioning,
-    fold_mask,
+    fold_frames,
     image_conditioning,
     image_tokens,
     reference_conditioning,
 )
 from wan_core.conditioning.inputs import speed_conditioning
 from wan_core.conditioning.slots import assemble_concat, first_frame, fit
-from wan_core.conditioning.vace import fold_mask as fold_vace_mask
-from wan_core.conditioning.vace import vace_conditioning
+from wan_core.conditioning.vace import fold_pixels, vace_conditioning
 from wan_core.media import fitting
+from wan_core.models.config import WAN_21
 from wan_core.types import Conditioning, VideoSize
 from wan_core.variants import VARIANTS, check, match_variant
 
@@ -103,7 +103,7 @@ def test_inpainting_keeps_what_is_black_and_greys_what_is_white(encoder):
 
 def test_mask_channels_are_places_in_groups_of_four():
     known = torch.arange(9.0)[:, None, None].expand(9, 32, 48)
-    folded = fold_mask(known, SIZE)
+    folded = fold_frames(known, SIZE)
     assert folded[0, :, :, 0, 0].T.tolist() == [[0, 0, 0, 0], [1, 2, 3, 4], [5, 6, 7, 8]]
 
 
@@ -146,7 +146,7 @@ def test_vace_mask_takes_the_nearest_frame():
     mask = torch.zeros(9, 32, 48)
     mask[4] = 1
     expected = F.interpolate(mask[None, None, :, :1, :1], (3, 1, 1), mode="nearest-exact").flatten()
-    assert torch.equal(fold_vace_mask(mask, SIZE)[0, 0, :, 0, 0], expected)
+    assert torch.equal(fold_pixels(mask, SIZE)[0, 0, :, 0, 0], expected)
 
 
 def test_two_references_equal_two_chained_batches(encoder):
@@ -173,9 +173,9 @@ def test_chained_inputs_share_one_row_of_references(encoder):
 def test_concat_follows_the_order_of_the_structure():
     parts = {n: torch.full((1, c, 2, 2, 2), v) for n, c, v in (("control", 16, 2.0), ("first_frame", 16, 3.0))}
     layout = match_variant(DITS["fun_control"]).slots
-    joined = assemble_concat(parts, layout)
+    joined = assemble_concat(parts, layout, WAN_21)
     assert joined[0, ::16, 0, 0, 0].tolist() == [2, 3]
-    without = assemble_concat({"control": parts["control"]}, layout)
+    without = assemble_concat({"control": parts["control"]}, layout, WAN_21)
     assert without[0, ::16, 0, 0, 0].tolist() == [2, 0]
 
 
@@ -183,7 +183,7 @@ def test_concat_follows_the_order_of_the_structure():
 def test_slots_fill_the_extra_channels(name):
     variant = match_variant(DITS[name])
     assert variant.name == name
-    assert sum(slot.channels for slot in variant.slots) == DITS[name].concat_channels
+    assert variant.channels(WAN_21) == DITS[name].concat_channels
     assert set(variant.requires) <= set(variant.accepts)
 
 

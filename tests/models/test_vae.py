@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.reference import load_case, relative_error, tiny_vae
+from wan_core.models.config import WAN_21
 from wan_core.models.vae import denormalise, normalise
 from wan_core.models.vae_blocks import CausalConv3d, Downsample, Upsample
 from wan_core.tiling import TileSettings
@@ -112,8 +113,10 @@ def test_bfloat16_decodes_close():
 
 def test_normalisation_is_inverted():
     raw = torch.randn(1, 16, 2, 3, 4)
-    assert relative_error(denormalise(normalise(raw)), raw) < 1e-6
-    assert normalise(raw)[0, 7, 0, 0, 0] == pytest.approx((raw[0, 7, 0, 0, 0].item() - 1.5508) / 2.0743, rel=1e-5)
+    assert relative_error(denormalise(normalise(raw, WAN_21), WAN_21), raw) < 1e-6
+    assert normalise(raw, WAN_21)[0, 7, 0, 0, 0] == pytest.approx(
+        (raw[0, 7, 0, 0, 0].item() - 1.5508) / 2.0743, rel=1e-5
+    )
 
 
 def test_progress_counts_every_chunk_of_every_tile_and_can_stop():

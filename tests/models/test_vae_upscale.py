@@ -15,8 +15,9 @@ from wan_core.loading.detect import detect
 from wan_core.loading.load import inspect
 from wan_core.loading.tensor_files import CheckpointError
 from wan_core.model_files import load_vae
+from wan_core.models.config import WAN_21
 from wan_core.models.vae import WanVAE, denormalise
-from wan_core.planning.encoders import pixel_stride, vae_peak_bytes
+from wan_core.planning.encoders import vae_peak_bytes
 from wan_core.runtime import Runtime
 from wan_core.tiling import TileSettings
 from wan_core.types import LatentSize
@@ -58,7 +59,7 @@ def expected(weights):
 def test_it_decodes_at_twice_the_size(vae, expected):
     got = decode(vae, LATENTS, None, RUNTIME)
     assert got.shape == (1, 3, 5, 64, 96) and relative_error(got, expected) < 1e-5
-    (frames,) = VAEDecode().decode(vae, {"samples": denormalise(LATENTS)})
+    (frames,) = VAEDecode().decode(vae, {"samples": denormalise(LATENTS, WAN_21)})
     assert frames.shape == (5, 64, 96, 3)
     assert relative_error(frames, (expected[0].movedim(0, -1) + 1) / 2) < 1e-4
 
@@ -82,7 +83,7 @@ def test_plans_know_its_size(vae, caplog):
     size = LatentSize(2, 60, 104)
     more = vae_peak_bytes(LARGE, torch.float32, size) - vae_peak_bytes(bundled.VAE, torch.float32, size)
     assert more > 9 * torch.float32.itemsize * 480 * 832
-    assert [pixel_stride(LARGE, what) for what in ("encode", "decode")] == [8, 16]
+    assert [LARGE.pixel_stride(what) for what in ("encode", "decode")] == [8, 16]
     decode(
         vae,
         LATENTS.repeat(1, 1, 1, 8, 8),

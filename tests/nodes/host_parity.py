@@ -33,7 +33,7 @@ from wan_core import bundled  # noqa: E402
 from wan_core.conditioning.slots import fit  # noqa: E402
 from wan_core.conditioning.text import TextEncoder  # noqa: E402
 from wan_core.conditioning.vace import chained  # noqa: E402
-from wan_core.models.config import DiTConfig, TextEncoderConfig  # noqa: E402
+from wan_core.models.config import WAN_21, DiTConfig, TextEncoderConfig  # noqa: E402
 from wan_core.models.dit import WanDiT  # noqa: E402
 from wan_core.models.text_encoder import UMT5Encoder  # noqa: E402
 from wan_core.models.vae import WanVAE, denormalise  # noqa: E402
@@ -158,8 +158,8 @@ class Latents:
     def encode(self, pixels: Tensor) -> Tensor:
         frames, height, width, _ = pixels.shape
         if pixels.std() == 0:  # what a VAE makes of grey is not zero either
-            return denormalise(torch.full((1, 16, (frames - 1) // 4 + 1, height // 8, width // 8), 0.3))
-        return denormalise(normal(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8))
+            return denormalise(torch.full((1, 16, (frames - 1) // 4 + 1, height // 8, width // 8), 0.3), WAN_21)
+        return denormalise(normal(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8), WAN_21)
 
     def spacial_compression_encode(self) -> int:
         return 8
@@ -220,8 +220,10 @@ def vae() -> dict[str, float]:
     pixels, latents = torch.rand(1, 3, 9, 48, 64) * 2 - 1, normal(1, 16, 3, 6, 8)
     pairs = {}
     for name, own in (("vae", mine), ("adopted_vae", adopted)):
-        pairs[f"{name}_encode"] = difference(denormalise(own.encode(pixels)), theirs.encode(pixels))
-        pairs[f"{name}_decode"] = difference(own.decode(latents), theirs.decode(denormalise(latents)).clamp(-1, 1))
+        pairs[f"{name}_encode"] = difference(denormalise(own.encode(pixels), WAN_21), theirs.encode(pixels))
+        pairs[f"{name}_decode"] = difference(
+            own.decode(latents), theirs.decode(denormalise(latents, WAN_21)).clamp(-1, 1)
+        )
     return pairs
 
 

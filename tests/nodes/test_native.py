@@ -13,6 +13,7 @@ from tests.comfyui import comfyui
 from tests.programs import PATIENCE
 from tests.reference import tiny_dit, tiny_vae
 from wan_core.loading.tensor_files import CheckpointError
+from wan_core.models.config import WAN_21
 from wan_core.models.vae import denormalise
 from wan_core.types import Conditioning, Curve, VaceInput, VideoSize, tensors_in
 from wancore.nodes import NODE_CLASS_MAPPINGS
@@ -70,7 +71,7 @@ def both(**values) -> tuple[list, list]:
 
 
 def raw(channels: int = 16, frames: int = F) -> torch.Tensor:
-    parts = [denormalise(torch.randn(1, 16, frames, H, W)) for _ in range(channels // 16)]
+    parts = [denormalise(torch.randn(1, 16, frames, H, W), WAN_21) for _ in range(channels // 16)]
     return torch.cat(parts, 1)
 
 

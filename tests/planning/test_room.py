@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.reference import tiny_image_encoder, tiny_text_encoder
+from wan_core.models.config import WAN_21
 from wan_core.offload.blocks import GIB
 from wan_core.offload.weights import WeightProvider
 from wan_core.planning import encoders
@@ -38,10 +39,10 @@ def test_the_host_is_asked_only_for_what_is_missing(left, wanted, expected, aske
 def test_a_video_that_the_machine_cannot_hold_is_refused(monkeypatch, frames, fits):
     monkeypatch.setattr(encoders, "installed_ram", lambda: 3 * 1280 * 720 * 81)
     if fits:
-        assert size_held(1280, 720, frames).num_frames == frames
+        assert size_held(1280, 720, frames, WAN_21).num_frames == frames
     else:
         with pytest.raises(ValueError, match=rf"width 1280, height 720 and num_frames {frames} has .* GB; this mach"):
-            size_held(1280, 720, frames)
+            size_held(1280, 720, frames, WAN_21)
 
 
 def test_a_limit_counts_what_others_use(monkeypatch):

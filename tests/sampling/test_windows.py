@@ -11,6 +11,7 @@ from tests.sampling.runs import sample
 from tests.sampling.variants import conditioning
 from wan_core.conditioning.slots import fit
 from wan_core.conditioning.text import TextEncoder, text_conditioning
+from wan_core.models.config import WAN_21
 from wan_core.models.dit import WanDiT
 from wan_core.models.vae import WanVAE
 from wan_core.runtime import Runtime
@@ -120,7 +121,7 @@ def test_chains_run_with_every_conditioning(variant):
 def fitted(variant):
     """Random slots, joined as the model of this structure takes them."""
     row, cond = match_variant(DITS[variant]), conditioning(variant, SIZE)
-    parts = cond.concat.split([slot.channels for slot in row.slots], 1)
+    parts = cond.concat.split([slot.channels(WAN_21) for slot in row.slots], 1)
     slots = {slot.name: part for slot, part in zip(row.slots, parts, strict=True)}
     # What inputs these were made of does not matter here, and some rows insist on theirs.
     cond = dataclasses.replace(cond, concat=None, slots=slots, inputs=row.requires)
@@ -144,7 +145,7 @@ def test_a_chain_states_the_frames_it_goes_on_from(variant, monkeypatch):
     assert torch.equal(seen[0].concat, cond.concat[:, :, :4])
     known, start = latents[:, :, 2:4], 0
     for slot in cond.layout:
-        channels = slice(start, start + slot.channels)
+        channels = slice(start, start + slot.channels(WAN_21))
         before, now = cond.concat[:, channels, 2:6], seen[1].concat[:, channels]
         stated = {"mask": torch.ones(1, 4, 2, 4, 6), "frames": known, "first": known[:, :, :1]}.get(slot.states)
         count = 0 if stated is None else stated.shape[2]
@@ -193,7 +194,7 @@ def test_the_report_sees_drift(caplog):
     brighter = torch.tensor([row[0] + row[1] + row[2] for row in ([0.3568, 0.2548, 0.1747],)])
     latents[:, 2, 4:] += brighter
     latents[:, :, 4:] = latents[:, :, 4:].repeat_interleave(2, 3)[..., :16, :]
-    first, second = window_reports(latents, plan_spans(8, 4, 4))
+    first, second = window_reports(latents, plan_spans(8, 4, 4), WAN_21)
     assert second.mean > first.mean
     assert second.sharpness < first.sharpness
     with caplog.at_level(logging.INFO, "wancore"):

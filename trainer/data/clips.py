@@ -12,7 +12,7 @@ from wan_core.conditioning.camera import DEFAULT_SPEED, MOVES
 from wan_core.conditioning.inputs import FASTEST, SLOWEST
 from wan_core.media import Clip, MediaError, frames, probe, to_unit
 from wan_core.media.fitting import resized
-from wan_core.types import SIZE_MULTIPLE, VAE_STRIDE
+from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 
 Kind = Literal["start", "end", "clip", "mask", "picture", "pictures", "poses", "number", "word"]
 """`start` and `end` are pictures of the trained clip itself; `clip` and `mask` follow it frame by frame."""
@@ -141,9 +141,9 @@ def at_rate(clip: Clip, fps: float | None) -> list[int]:
     return np.where(nearer, before, after).tolist()
 
 
-def usable_frames(count: int, num_frames: int) -> int:
-    """The largest 4k + 1 that is neither above `count` nor above `num_frames`."""
-    return (min(count, num_frames) - 1) // VAE_STRIDE[0] * VAE_STRIDE[0] + 1
+def usable_frames(count: int, num_frames: int, geometry: Geometry = DEFAULT_GEOMETRY) -> int:
+    """The longest that a video can be which is neither above `count` nor above `num_frames`."""
+    return geometry.video_frames(geometry.latent_frames(min(count, num_frames)))
 
 
 def picked(count: int, num_frames: int, pick: str, fraction: float = 0.0) -> list[int]:
@@ -160,12 +160,12 @@ def picked(count: int, num_frames: int, pick: str, fraction: float = 0.0) -> lis
     return list(range(start, start + num_frames))
 
 
-def own_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """The largest width and height that are multiples of 16 and neither above the file's nor above `max_pixels`."""
-    scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
-    own_width, own_height = (
-        max(1, int(side * scale / SIZE_MULTIPLE + 1e-6)) * SIZE_MULTIPLE for side in (width, height)
-    )
+def own_size(width: int, height: int, max_pixels: int, geometry: Geometry = DEFAULT_GEOMETRY) -> tuple[int, int]:
+    """The largest width and height that a video can have and that are neither above the file's nor above
+    `max_pixels`.
+    """
+    scale, multiple = min(1.0, (max_pixels / (width * height)) ** 0.5), geometry.side_multiple
+    own_width, own_height = (max(1, int(side * scale / multiple + 1e-6)) * multiple for side in (width, height))
     return own_width, own_height
 
 

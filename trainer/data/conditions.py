@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan_core.conditioning.inputs import condition, numeric_conditioning
-from wan_core.conditioning.text import TEXT_TOKENS, clean_prompt
+from wan_core.conditioning.text import clean_prompt
 from wan_core.media import frames_to_pixels
+from wan_core.models.config import TEXT_TOKENS
 from wan_core.types import Conditioning, VaceInput, VideoSize
 
 from ..config import TrainConfig
@@ -40,7 +41,7 @@ class Encoded:
     """One sample as a model is trained on it, on the CPU.
 
     Attributes:
-        latents: (16, R + F, h, w) in float32, normalised; R VACE references stand in front and are trained too.
+        latents: (z, R + F, h, w) in float32, normalised; R VACE references stand in front and are trained too.
         cond: for one video, fitted to the model.
         caption: what `cond.text` was made of.
         position: its place in the epoch's data, for random numbers.
@@ -61,7 +62,7 @@ class Batch:
     """Several samples of one shape.
 
     Attributes:
-        latents: (B, 16, R + F, h, w).
+        latents: (B, z, R + F, h, w).
         cond: for B videos.
         captions, positions, names: of each.
         pixels: (B, 3, T, H, W), only where the VAE is trained.
@@ -279,7 +280,7 @@ class Examples:
         tensors = {name: tensor.cpu().to(encoders.dtype) for name, tensor in _packed(cond).items()}
         count = cond.prefix_frames(size.latent.frames)
         if count and cond.vace:
-            tensors["leading"] = cond.vace[0].context[:, :16, :count].float().cpu()
+            tensors["leading"] = cond.vace[0].context[:, : size.geometry.channels, :count].float().cpu()
         return tensors
 
     def _identity(self, kind: str) -> Any:

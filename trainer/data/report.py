@@ -8,6 +8,7 @@ from pathlib import Path
 
 from wan_core.conditioning.camera import CameraPath
 from wan_core.media import FPS, check_frame
+from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.types import VideoSize
 
 from ..config import TrainConfig
@@ -100,15 +101,24 @@ class Report:
         return self.rows
 
 
-def check(dataset: Dataset, config: TrainConfig, on_progress: Callable[[int, int], None] | None = None) -> Report:
+def check(
+    dataset: Dataset,
+    config: TrainConfig,
+    on_progress: Callable[[int, int], None] | None = None,
+    geometry: Geometry = DEFAULT_GEOMETRY,
+) -> Report:
     """Open every file of `dataset` and see whether the run that `config` describes can train it.
 
-    `on_progress` is called as (done, total) rows.
+    Args:
+        on_progress: called as (done, total) rows.
+        geometry: of the model, once that is known; sizes are rounded to it.
     """
+    fixed = config.size and VideoSize.rounded(**config.size.as_dict(), geometry=geometry)
     rows: list[Row] = []
     bad: list[BadRow] = []
     with ThreadPoolExecutor(READERS) as pool:
-        for done, result in enumerate(pool.map(lambda sample: _checked(sample, config), dataset.samples), 1):
+        results = pool.map(lambda sample: _checked(sample, config, fixed, geometry), dataset.samples)
+        for done, result in enumerate(results, 1):
             if isinstance(result, Row):
                 rows.append(result)
             else:
@@ -118,7 +128,7 @@ def check(dataset: Dataset, config: TrainConfig, on_progress: Callable[[int, int
     return Report(dataset.source, tuple(rows), tuple(bad), dataset.problems, tuple(_notices(rows, dataset, config)))
 
 
-def _checked(sample: Sample, config: TrainConfig) -> Row | BadRow:
+def _checked(sample: Sample, config: TrainConfig, fixed: VideoSize | None, geometry: Geometry) -> Row | BadRow:
     reasons = list(sample.problems)
     target: Clip | None = None
     size: VideoSize | None = None
@@ -128,7 +138,7 @@ def _checked(sample: Sample, config: TrainConfig) -> Row | BadRow:
         try:
             target = probe(sample.target)
             count = len(at_rate(target, config.fps))
-            size = _size(target, count, config)
+            size = _size(target, count, config, fixed, geometry)
             check_frame(target, _last_frame(target, count, size, config))
         except MediaError as error:
             reasons.append(str(error))
@@ -149,21 +159,22 @@ def _checked(sample: Sample, config: TrainConfig) -> Row | BadRow:
     return Row(sample, target, clips, size, count)
 
 
-def _size(clip: Clip, count: int, config: TrainConfig) -> VideoSize:
+def _size(clip: Clip, count: int, config: TrainConfig, fixed: VideoSize | None, geometry: Geometry) -> VideoSize:
     """What the target is brought to.
 
     Raises:
         MediaError: it is too short.
     """
-    wanted = 1 if clip.fps is None else config.clip_frames
+    longest = fixed.num_frames if fixed else usable_frames(config.clip_frames, config.clip_frames, geometry)
+    wanted = 1 if clip.fps is None else longest
     if count < wanted:
         if config.short_clip == "error":
             rate = f" at {config.fps:g} fps" if config.fps else ""
             raise MediaError(f"it has {count} frames{rate}, fewer than the {wanted} wanted; --short_clip trim shortens")
-        wanted = usable_frames(count, wanted)
-    fixed = config.size
-    width, height = (fixed.width, fixed.height) if fixed else own_size(clip.width, clip.height, config.max_pixels)
-    return VideoSize(width, height, wanted)
+        wanted = usable_frames(count, wanted, geometry)
+    own = own_size(clip.width, clip.height, config.max_pixels, geometry)
+    width, height = (fixed.width, fixed.height) if fixed else own
+    return VideoSize(width, height, wanted, geometry)
 
 
 def _last_frame(clip: Clip, count: int, size: VideoSize, config: TrainConfig) -> int:
@@ -244,7 +255,8 @@ def _notices(rows: Sequence[Row], dataset: Dataset, config: TrainConfig) -> Iter
         yield f"pictures among the rows: {pictures}, each a clip of one frame"
     shorter = sum(row.size.num_frames < config.clip_frames for row in rows if row.target.fps)
     if shorter:
-        yield f"clips shorter than {config.clip_frames} frames, trimmed to the largest 4k + 1: {shorter}"
+        rule = DEFAULT_GEOMETRY.length_rule
+        yield f"clips shorter than {config.clip_frames} frames, trimmed to the largest {rule}: {shorter}"
     cropped = sum(
         abs(row.target.width * row.size.height / (row.target.height * row.size.width) - 1) > ASPECT_TOLERANCE
         for row in rows

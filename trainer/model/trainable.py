@@ -12,10 +12,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from wan_core.conditioning.text import TEXT_TOKENS, TextEncoder, clean_prompt
+from wan_core.conditioning.text import TextEncoder, clean_prompt
 from wan_core.lora.patches import LowRank
 from wan_core.lora.target import Target, fit_to, open_lora
 from wan_core.model import VideoModel
+from wan_core.models.config import TEXT_TOKENS
 from wan_core.models.dit import WanDiT, check_shapes, vace_strengths
 from wan_core.models.embedders import MotionController
 from wan_core.models.vae import WanVAE
@@ -70,7 +71,7 @@ class Denoiser(nn.Module):
         pixels: Tensor | None = None,
     ) -> Tensor:
         """The error of each sample (B,) in float32, without its weight: how far the velocity at the drawn noise level
-        is from the one that leads from the clean latents (B, 16, R + F, h, w) to the noise.
+        is from the one that leads from the clean latents (B, z, R + F, h, w) to the noise.
 
         Args:
             captions: of each sample; read where the text encoder is trained.
@@ -86,7 +87,7 @@ class Denoiser(nn.Module):
         return errors(velocity, latents, draw)
 
     def velocity(self, x: Tensor, timesteps: Tensor, cond: Conditioning, captions: Sequence[str] = ()) -> Tensor:
-        """Velocity (B, 16, R + F, h, w) in float32 for noisy latents `x` at `timesteps` (B,) in 0..1000."""
+        """Velocity (B, z, R + F, h, w) in float32 for noisy latents `x` at `timesteps` (B,) in 0..1000."""
         dit = self.dit
         if self.text_encoder is not None and captions:
             cond = dataclasses.replace(cond, text=self.embed_text(captions))

@@ -126,7 +126,7 @@ class Estimate:
 
 
 def estimate(trainables: Trainables, shapes: Iterable[tuple[int, ...]], config: TrainConfig) -> Estimate:
-    """The needs of a run whose latents (16, R + F, h, w) have these `shapes`; the largest counts.
+    """The needs of a run whose latents (z, R + F, h, w) have these `shapes`; the largest counts.
 
     Activations are the inputs of every block, which checkpointing keeps, and the inside of one block, of which about
     twelve tensors as wide as the model and three as wide as its feed-forward layer live at once.

@@ -83,7 +83,7 @@ def sample_requests(examples: Examples, config: TrainConfig) -> list[SampleReque
 def draw_samples(
     model: VideoModel, requests: Sequence[SampleRequest], config: TrainConfig, runtime: Runtime
 ) -> list[Tensor]:
-    """Latents (1, 16, F, h, w) of every request, on the CPU; the same weights always give the same."""
+    """Latents (1, z, F, h, w) of every request, on the CPU; the same weights always give the same."""
     settings = SamplerSettings(
         seed=config.sample_seed,
         steps=config.sample_inference_steps,

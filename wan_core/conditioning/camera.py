@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..files import read_text
+from ..models.config import RAY_CHANNELS
 from ..runtime import log
-from ..types import VAE_STRIDE, Conditioning, VideoSize
+from ..types import Conditioning, VideoSize
 from .pose_rows import DEFAULT_ORIGIN, LENS, MATRIX, PoseRow, check_row, pose_row, rows_from_text
 
 DEFAULT_SPEED = 1 / 54
@@ -234,9 +235,6 @@ def _slerp(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
     return torch.from_numpy((start * Rotation.from_rotvec(weight.numpy()[:, None] * turn)).as_matrix())
 
 
-RAY_CHANNELS = 6
-"""Moment (origin x direction) and direction, three numbers each."""
-
 POSE_ASPECT = 1280 / 720
 """Shape of the picture that a path's focal lengths belong to; VideoX-Fun fixes it for all pose files."""
 
@@ -260,12 +258,12 @@ def camera_embedding(path: CameraPath, size: VideoSize, dtype: torch.dtype = tor
     """The rays as the DiT's camera adapter takes them: (1, 24, F, H, W) on the CPU.
 
     A path of another length is resampled to the video's, with a notice. As for the VAE, frame 0 fills the first latent
-    frame alone, four times, and every further one holds four frames; channel 4 c + k is ray channel c of the k-th.
+    frame alone, repeated, and every further one holds four frames; channel 4 c + k is ray channel c of the k-th.
     """
     if path.num_frames != size.num_frames:
         log.warning("Stretching a camera path of %d frames over the video's %d.", path.num_frames, size.num_frames)
         path = path.resampled(size.num_frames)
-    group = VAE_STRIDE[0]
+    group = size.geometry.temporal_stride
     folded = torch.empty(RAY_CHANNELS, group, size.latent.frames, size.height, size.width, dtype=dtype)
     for index, values in enumerate(_frames(path, size.width, size.height)):
         if index == 0:

@@ -13,7 +13,7 @@ from ..media.fitting import ASPECTS, LENGTH_POLICIES, Aspect, LengthPolicy, fit_
 from ..models.image_encoder import ImageEncoder
 from ..models.vae import WanVAE
 from ..settings import check_choice
-from ..types import VAE_STRIDE, Conditioning, VideoSize
+from ..types import Conditioning, VideoSize
 from ..variants import CONTROL, FIRST_FRAME, IMAGE, MASK
 from .slots import first_frame
 
@@ -55,12 +55,12 @@ class LatentEncoder:
 
     @torch.no_grad()
     def frames(self, frames: Tensor) -> Tensor:
-        """Frames (T, H, W, 3) in [0, 1] to latents (1, 16, F, h, w) on the VAE's device."""
+        """Frames (T, H, W, 3) in [0, 1] to latents (1, z, F, h, w) on the VAE's device."""
         return self.pixels(frames_to_pixels(frames))
 
     @torch.no_grad()
     def pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels (1, 3, T, H, W) in [-1, 1] to latents (1, 16, F, h, w) on the VAE's device."""
+        """Pixels (1, 3, T, H, W) in [-1, 1] to latents (1, z, F, h, w) on the VAE's device."""
         encode = self.encode or self.vae.encode
         return encode(pixels).to(self.vae.conv2.weight.device)
 
@@ -105,7 +105,7 @@ def image_conditioning(
     if pictures and image_encoder is None:
         raise ValueError("Start and end images need the CLIP image encoder; load it (open-clip XLM-RoBERTa ViT-H/14).")
     pixels, known = _known_pixels(size, start, end, video, mask, fit)
-    slots = {**(cond.slots or {}), MASK.name: fold_mask(known, size), IMAGE.name: encoder.pixels(pixels)}
+    slots = {**(cond.slots or {}), MASK.name: fold_frames(known, size), IMAGE.name: encoder.pixels(pixels)}
     device = slots[IMAGE.name].device
     slots[MASK.name] = slots[MASK.name].to(device)
     clip = cond.clip
@@ -135,14 +135,13 @@ def _known_pixels(
     return pixels, known
 
 
-def fold_mask(known: Tensor, size: VideoSize) -> Tensor:
-    """What is known of each pixel frame (T, H, W) as 4 channels of each latent frame, (1, 4, F, h, w).
+def fold_frames(known: Tensor, size: VideoSize) -> Tensor:
+    """What is known of each pixel frame (T, H, W) as channels of each latent frame, (1, 4, F, h, w).
 
-    The first frame counts four times, so that the frames make whole groups; a channel is the place in its group. The
+    The first frame is repeated, so that the frames make whole groups; a channel is the place in its group. The
     first latent frame is resized by itself, the others together (VideoX-Fun `resize_mask`).
     """
-    group = VAE_STRIDE[0]
-    latent = size.latent
+    group, latent = size.geometry.temporal_stride, size.latent
     repeated = torch.cat((known[:1].expand(group - 1, -1, -1), known))
     folded = rearrange(repeated, "(f group) h w -> 1 group f h w", group=group)
     first = F.interpolate(folded[:, :, :1], (1, latent.height, latent.width), mode="trilinear", align_corners=False)

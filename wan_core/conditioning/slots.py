@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..models.config import DiTConfig
-from ..models.dit import CLIP_TOKENS
+from ..models.config import DiTConfig, Geometry
 from ..types import Conditioning, Slot, VideoSize
-from ..variants import FIRST_FRAME, IMAGE, Variant, check
+from ..variants import FIRST_FRAME, IMAGE, MASK, Variant, check
 
 
 def fit(
@@ -32,20 +31,34 @@ def fit(
             f"{', '.join(cond.inputs or ())} was made for {cond.size}, but the video is {size}: make them equal."
         )
     check(variant, cond.inputs or (), label, has_motion_controller)
+    _check_channels(cond, config.geometry, label)
     clip = cond.clip
     if clip is not None and config.has_image_input:
-        wanted = config.image_positions or CLIP_TOKENS
-        if clip.shape[1] < wanted:
+        if clip.shape[1] < config.image_tokens:
             raise ValueError(f"{label} reads the image tokens of a start and an end image; give both images.")
-        clip = clip[:, :wanted]
+        clip = clip[:, : config.image_tokens]
     fitted = dataclasses.replace(cond, clip=clip, slots=None, size=None)
     if cond.slots:
-        concat = assemble_concat(cond.slots, variant.slots)
+        concat = assemble_concat(cond.slots, variant.slots, config.geometry)
         fitted = dataclasses.replace(fitted, concat=concat, layout=variant.slots or None)
     return fitted.expanded(len(cond.encoded_text))
 
 
-def assemble_concat(slots: Mapping[str, Tensor], layout: Sequence[Slot]) -> Tensor | None:
+def _check_channels(cond: Conditioning, geometry: Geometry, label: str) -> None:
+    """Raise ValueError when what was encoded comes from another VAE than the model's."""
+    latents = {name: tensor for name, tensor in (cond.slots or {}).items() if name != MASK.name}
+    encoded = [*latents.items(), ("reference_image", cond.reference)]
+    wanted = [(name, tensor, geometry.channels) for name, tensor in encoded if tensor is not None]
+    wanted += [("vace_video", vace.context, geometry.vace_channels) for vace in cond.vace or ()]
+    for name, tensor, channels in wanted:
+        if tensor.shape[1] != channels:
+            raise ValueError(
+                f"{name} was encoded to {tensor.shape[1]} channels, but {label} works on those of {geometry.name}, "
+                f"where it has {channels}: encode it with the VAE that belongs to the model."
+            )
+
+
+def assemble_concat(slots: Mapping[str, Tensor], layout: Sequence[Slot], geometry: Geometry) -> Tensor | None:
     """Named latents joined on channels in the order of `layout`, (B, sum of channels, F, h, w).
 
     What the user did not give is zeros, as the models were trained to see it.
@@ -59,12 +72,12 @@ def assemble_concat(slots: Mapping[str, Tensor], layout: Sequence[Slot]) -> Tens
     parts = []
     for slot in layout:
         part = slots.get(slot.name)
-        parts.append(like.new_zeros(len(like), slot.channels, *like.shape[2:]) if part is None else part)
+        parts.append(like.new_zeros(len(like), slot.channels(geometry), *like.shape[2:]) if part is None else part)
     return torch.cat(parts, 1)
 
 
 def first_frame(latents: Tensor, frames: int | None = None) -> Tensor:
-    """Latents (B, 16, F, h, w) that hold the first frame of `latents` and zeros after it.
+    """Latents (B, z, F, h, w) that hold the first frame of `latents` and zeros after it.
 
     The VAE is causal: the first latent frame of a clip is the latent of its first picture alone. A video of one latent
     frame gets zeros only, as VideoX-Fun prepares it.

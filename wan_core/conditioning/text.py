@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..atomic import replacing
 from ..files import blamed_on
 from ..loading.tensor_files import CheckpointError, is_safetensors, read_whole, write_safetensors
+from ..models.config import TEXT_TOKENS
 from ..models.text_encoder import UMT5Encoder
 from ..runtime import log
 from ..types import Conditioning
@@ -237,11 +238,6 @@ def _file_digest(file: Path, size: int, changed: int) -> bytes:
             digest.update(stream.read(SAMPLE_BYTES))
     return digest.digest()
 
-
-TEXT_TOKENS = 512
-"""Rows of a text embedding. The DiT attends to all of them, also to the zero rows after the text: it was trained that
-way.
-"""
 
 Prompt = str | Sequence[str]
 

@@ -8,10 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..media.fitting import fit_size
-from ..types import VAE_STRIDE, Conditioning, Curve, VaceInput, VideoSize
+from ..types import Conditioning, Curve, VaceInput, VideoSize
 from .image import Fit, LatentEncoder
-
-MASK_CHANNELS = VAE_STRIDE[1] * VAE_STRIDE[2]
 
 
 def vace_conditioning(
@@ -42,7 +40,7 @@ def vace_conditioning(
     drawn = (known > 0.5).float()
     pixels = frames.permute(3, 0, 1, 2)[None] * 2 - 1
     latents = torch.cat((encoder.pixels(pixels * (1 - drawn)), encoder.pixels(pixels * drawn)), 1)
-    context = torch.cat((latents, fold_mask(drawn, size).to(latents)), 1)
+    context = torch.cat((latents, fold_pixels(drawn, size).to(latents)), 1)
     pictures = [picture[None] for reference in references for picture in reference]
     if pictures:
         context = torch.cat((reference_context(pictures, size, encoder), context), 2)
@@ -53,20 +51,19 @@ def vace_conditioning(
 
 
 def reference_context(pictures: Sequence[Tensor], size: VideoSize, encoder: LatentEncoder) -> Tensor:
-    """Context (1, 96, R, h, w) of reference pictures (1, H, W, 3), each encoded by itself; their mask is zero."""
+    """Context (1, 2 z + 64, R, h, w) of reference pictures (1, H, W, 3), each encoded by itself; their mask is zero."""
     latents = [encoder.frames(fit_size(p, size.width, size.height, "letterbox")) for p in pictures]
     known = torch.cat(latents, 2)
-    rest = known.new_zeros(1, known.shape[1] + MASK_CHANNELS, *known.shape[2:])
+    rest = known.new_zeros(1, known.shape[1] + size.geometry.vace_mask_channels, *known.shape[2:])
     return torch.cat((known, rest), 1)
 
 
-def fold_mask(drawn: Tensor, size: VideoSize) -> Tensor:
-    """A mask (T, H, W) as 64 channels of each latent cell, (1, 64, F, h, w): one channel per pixel of the 8 x 8 that it
-    covers.
+def fold_pixels(drawn: Tensor, size: VideoSize) -> Tensor:
+    """A mask (T, H, W) as channels of each latent cell, (1, 64, F, h, w): one for each pixel that the cell covers.
 
     Time is brought to F frames by picking the nearest (ali-vilab/VACE `vace_encode_masks`).
     """
-    pixels = F.pixel_unshuffle(drawn[:, None], VAE_STRIDE[1]).transpose(0, 1)[None]
+    pixels = F.pixel_unshuffle(drawn[:, None], size.geometry.spatial_stride).transpose(0, 1)[None]
     latent = size.latent
     return F.interpolate(pixels, (latent.frames, latent.height, latent.width), mode="nearest-exact")
 

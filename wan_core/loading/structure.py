@@ -2,13 +2,18 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import wraps
 from math import isqrt, prod
 
 from ..files import blamed_on
 from ..models.config import (
+    DEFAULT_GEOMETRY,
+    GEOMETRIES,
     HEAD_DIM,
+    WAN_21,
     DiTConfig,
+    Geometry,
     ImageEncoderConfig,
     MotionControllerConfig,
     PreviewDecoderConfig,
@@ -24,17 +29,11 @@ Config = DiTConfig | MotionControllerConfig | TextEncoderConfig | VAEConfig | Im
 CLIP_HEAD_DIM = 80
 """Attention head width of the one CLIP tower that Wan 2.1 was trained with, ViT-H/14."""
 
-CAMERA_FOLD = 64
-"""Pixels of an 8 x 8 cell, which the camera adapter sees as channels."""
-
 BASE_LAYERS = {15: 30, 8: 40}
 """Blocks of the published base model for each number of VACE blocks."""
 
 MAX_BLOCKS = 200
 """More than any model has; each costs some 100 kB as a module, whatever the file holds of it."""
-
-BASE_CHANNELS = {16: False, 36: True, 48: True, 32: True}
-"""Input channels of the Wan 2.1 models, and whether those models read image tokens."""
 
 OTHER_WAN = {
     r"casual_audio_encoder\..+": "Wan 2.2 S2V",
@@ -106,18 +105,26 @@ def _patch_size(shapes: Shapes, name: str) -> tuple[int, int, int]:
     return frames, rows, columns
 
 
+def _geometry(shapes: Shapes, channels: int, patch: tuple[int, int, int]) -> Geometry:
+    """Of a DiT whose head gives latents of so many channels."""
+    if channels not in GEOMETRIES:
+        known = " or ".join(f"{found.channels} ({found.name})" for found in GEOMETRIES.values())
+        raise shapes.error(f"is made for latents of {channels} channels; Wan models have {known}")
+    return replace(GEOMETRIES[channels], patch=patch)
+
+
 def _read_dit(shapes: Shapes) -> DiTConfig:
     patch = _patch_size(shapes, "patch_embedding.weight")
     layers, branch = shapes.count(r"blocks\.(\d+)\."), shapes.count(r"vace_blocks\.(\d+)\.")
     has_vace = branch > 0 or shapes.any(r"vace_")
     has_image = shapes.any(r"img_emb\.|blocks\.\d+\.cross_attn\.\w*_img\.")
+    geometry = _geometry(shapes, shapes["head.head.weight"][0] // prod(patch), patch)
     config = DiTConfig(
+        geometry=geometry,
         dim=shapes["head.modulation"][-1],
         ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
         num_layers=layers,
         in_channels=shapes["patch_embedding.weight"][1],
-        out_channels=shapes["head.head.weight"][0] // prod(patch),
-        patch_size=patch,
         text_dim=shapes["text_embedding.0.weight"][1],
         freq_dim=shapes["time_embedding.0.weight"][1],
         has_image_input=has_image,
@@ -125,7 +132,9 @@ def _read_dit(shapes: Shapes) -> DiTConfig:
         image_positions=shapes["img_emb.emb_pos"][1] if shapes.any(r"img_emb\.emb_pos") else 0,
         has_reference=shapes.any(r"ref_conv\."),
         camera_channels=(
-            shapes["control_adapter.conv.weight"][1] // CAMERA_FOLD if shapes.any(r"control_adapter\.") else 0
+            shapes["control_adapter.conv.weight"][1] // geometry.spatial_stride**2
+            if shapes.any(r"control_adapter\.")
+            else 0
         ),
         vace_layers=vace_layers(layers, branch),
         vace_channels=shapes["vace_patch_embedding.weight"][1] if has_vace else 0,
@@ -136,26 +145,37 @@ def _read_dit(shapes: Shapes) -> DiTConfig:
 
 def _require_wan21(shapes: Shapes, config: DiTConfig) -> None:
     relative = next((name for pattern, name in OTHER_WAN.items() if shapes.any(pattern)), None)
-    if (config.in_channels, config.out_channels) == (48, 48):
-        relative = "Wan 2.2 TI2V-5B"
-    elif config.in_channels == 36 and not config.has_image_input:
+    geometry, beside = config.geometry, config.concat_channels
+    if not geometry.matches(WAN_21):
+        relative = geometry.name
+    elif beside == geometry.channels + geometry.mask_channels and not config.has_image_input:
         relative = "Wan 2.2 I2V-A14B"
     if relative:
         raise shapes.error(f"is {relative}; only Wan 2.1 models are supported")
     if config.dim % HEAD_DIM:
         raise shapes.error(f"has width {config.dim}; a Wan 2.1 width is a multiple of {HEAD_DIM}")
-    if config.in_channels == 32 and not config.camera_channels:
+    if beside == geometry.channels and not config.camera_channels:
         raise shapes.error(
-            "has 32 input channels, which only camera models have, but lacks 'control_adapter.conv.weight', "
-            "'control_adapter.conv.bias' and the other control_adapter.* tensors; the file is incomplete"
+            f"has {config.in_channels} input channels, which only camera models have, but lacks "
+            "'control_adapter.conv.weight', 'control_adapter.conv.bias' and the other control_adapter.* tensors; the "
+            "file is incomplete"
         )
-    if BASE_CHANNELS.get(config.in_channels) != config.has_image_input or config.out_channels != 16:
+    reads_images = _channels_beside(geometry)
+    if reads_images.get(beside) != config.has_image_input:
         tokens = "with" if config.has_image_input else "without"
-        known = ", ".join(f"{n} {'with' if image else 'without'}" for n, image in BASE_CHANNELS.items())
+        known = ", ".join(
+            f"{geometry.channels + n} {'with' if image else 'without'}" for n, image in reads_images.items()
+        )
         raise shapes.error(
             f"has {config.in_channels} input and {config.out_channels} output channels {tokens} image tokens "
-            f"(img_emb.*); Wan 2.1 has 16 output channels and {known} image tokens"
+            f"(img_emb.*); Wan 2.1 has {geometry.channels} output channels and {known} image tokens"
         )
+
+
+def _channels_beside(geometry: Geometry) -> dict[int, bool]:
+    """How many channels Wan 2.1 models have beside the noise, and whether those models read image tokens."""
+    latent, masked = geometry.channels, geometry.mask_channels + geometry.channels
+    return {0: False, masked: True, 2 * latent: True, latent: True}
 
 
 def _read_vace(shapes: Shapes) -> DiTConfig:
@@ -165,7 +185,7 @@ def _read_vace(shapes: Shapes) -> DiTConfig:
         dim=shapes["vace_patch_embedding.weight"][0],
         ffn_dim=shapes["vace_blocks.0.ffn.0.weight"][0],
         num_layers=layers,
-        patch_size=_patch_size(shapes, "vace_patch_embedding.weight"),
+        geometry=replace(DEFAULT_GEOMETRY, patch=_patch_size(shapes, "vace_patch_embedding.weight")),
         vace_layers=vace_layers(layers, count),
         vace_channels=shapes["vace_patch_embedding.weight"][1],
     )
@@ -198,14 +218,14 @@ def _read_text_encoder(shapes: Shapes) -> TextEncoderConfig:
 
 def _read_vae(shapes: Shapes) -> VAEConfig:
     latents = shapes["conv2.weight"][0]
-    if latents != VAEConfig.latent_channels:
-        what = "is the VAE of Wan 2.2 TI2V-5B" if latents == 48 else "is not the Wan 2.1 VAE"
-        raise shapes.error(f"{what}: it has {latents} latent channels, Wan 2.1 has {VAEConfig.latent_channels}")
+    if latents != WAN_21.channels:
+        what = f"the VAE of {GEOMETRIES[latents].name}" if latents in GEOMETRIES else "not the Wan 2.1 VAE"
+        raise shapes.error(f"is {what}: it has {latents} latent channels, Wan 2.1 has {WAN_21.channels}")
     pixels = shapes["decoder.head.2.weight"][0]
     upscale = isqrt(pixels // 3)
     if pixels != 3 * upscale**2 or not upscale:
         raise shapes.error(f"decodes {pixels} channels; Wan 2.1 has 3, or 12 for pictures of twice the size")
-    return VAEConfig(base_dim=shapes["encoder.conv1.weight"][0], latent_channels=latents, upscale=upscale)
+    return VAEConfig(base_dim=shapes["encoder.conv1.weight"][0], geometry=GEOMETRIES[latents], upscale=upscale)
 
 
 def _read_image_encoder(shapes: Shapes) -> ImageEncoderConfig:

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-FPS = 16
+from ..models.config import DEFAULT_GEOMETRY
+
+FPS = DEFAULT_GEOMETRY.fps
 """Frame rate of the videos that Wan 2.1 was trained on."""
 
 GROUND = "white"

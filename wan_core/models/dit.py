@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..types import VAE_STRIDE, Conditioning
+from ..types import Conditioning
 from .attention import AttentionFn, sdpa
 from .block import EPS, Context, VaceBlock, WanBlock
 from .config import HEAD_DIM, DiTConfig
@@ -22,9 +22,6 @@ from .embedders import CameraAdapter, ImageTokens, sinusoid
 from .fused import STEPS
 from .ops import Linear, add_, layer_norm, linear, modulate_
 from .rope import RotaryTable, rotary_table
-
-CLIP_TOKENS = 257
-"""Tokens of one image: 16 x 16 patches and the class token."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ class WanDiT(nn.Module):
         if config.has_reference:
             self.ref_conv = nn.Conv2d(config.out_channels, dim, patch[1:], patch[1:])
         if config.camera_channels:
-            self.control_adapter = CameraAdapter(config.camera_channels, dim, patch[1:])
+            self.control_adapter = CameraAdapter(config.camera_channels, dim, patch[1:], config.geometry.spatial_stride)
         if config.vace_layers:
             self.vace_patch_embedding = nn.Conv3d(config.vace_channels, dim, patch, patch)
             self.vace_blocks = nn.ModuleList(
@@ -150,8 +147,7 @@ class WanDiT(nn.Module):
         text = self.text_embedding(cond.encoded_text.to(device, dtype))
         image = reference = camera = concat = None
         if config.has_image_input:
-            count = config.image_positions or CLIP_TOKENS
-            clip = cond.clip if cond.clip is not None else text.new_zeros(batch, count, config.image_dim)
+            clip = cond.clip if cond.clip is not None else text.new_zeros(batch, config.image_tokens, config.image_dim)
             image = self.img_emb(clip.to(device))
         if config.concat_channels:
             shape = (batch, config.concat_channels, *size)
@@ -175,7 +171,7 @@ class WanDiT(nn.Module):
     def embed(
         self, x: Tensor, time: TimeEmbedding, prepared: Prepared, vace_strengths: Sequence[float] = ()
     ) -> TokenState:
-        """Latents (B, 16, R + F, h, w) to tokens, with everything joined that enters before the blocks.
+        """Latents (B, z, R + F, h, w) to tokens, with everything joined that enters before the blocks.
 
         VACE inputs of strength 0 cost nothing in this step.
         """
@@ -228,7 +224,7 @@ class WanDiT(nn.Module):
         return hints
 
     def unembed(self, state: TokenState) -> Tensor:
-        """Tokens to velocity (B, 16, R + F, h, w) in float32; reference tokens are dropped first."""
+        """Tokens to velocity (B, z, R + F, h, w) in float32; reference tokens are dropped first."""
         tokens, prepared = state.tokens, state.prepared
         if prepared.reference is not None:
             tokens = tokens[:, prepared.reference.shape[1] :]
@@ -240,10 +236,10 @@ class WanDiT(nn.Module):
         return rearrange(tokens.float(), "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", **folds)
 
     def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning, motion: Tensor | None = None) -> Tensor:
-        """Velocity (B, 16, R + F, h, w) for latents `x` of that shape at `timestep` (B,) in 0..1000.
+        """Velocity (B, z, R + F, h, w) for latents `x` of that shape at `timestep` (B,) in 0..1000.
 
         Raises:
-            ValueError: a side of `x` is odd, or a conditioning tensor does not fit `x` or the model.
+            ValueError: a side of `x` is no multiple of the patch, or a conditioning tensor does not fit.
         """
         check_shapes(self.config, x, cond)
         frames, height, width = x.shape[2:]
@@ -262,17 +258,21 @@ def check_shapes(config: DiTConfig, x: Tensor, cond: Conditioning) -> None:
     """Raise ValueError when a tensor cannot enter the model; everything after this trusts its inputs."""
     batch, _, frames, height, width = x.shape
     if height % config.patch_size[1] or width % config.patch_size[2]:
-        raise ValueError(f"Latents are {height}x{width} cells; both must be even (pixel sides are multiples of 16).")
+        raise ValueError(
+            f"Latents are {height}x{width} cells; both must be multiples of a token's {config.patch_size[1]}x"
+            f"{config.patch_size[2]} (pixel sides are multiples of {config.geometry.side_multiple})."
+        )
     if cond.text is None or cond.text.shape[-1] != config.text_dim:
         got = None if cond.text is None else tuple(cond.text.shape)
         raise ValueError(f"The model takes text embeddings (B, L, {config.text_dim}); got {got}.")
-    rays = (config.camera_channels, frames, height * VAE_STRIDE[1], width * VAE_STRIDE[2])
+    stride = config.geometry.spatial_stride
+    rays = (config.camera_channels, frames, height * stride, width * stride)
     expected = {
         "latents": (x, (config.out_channels, frames, height, width)),
         "concat": (cond.concat, (config.concat_channels, frames, height, width)),
         "reference": (cond.reference, (config.out_channels, height, width)),
         "camera": (cond.camera, rays),
-        "clip": (cond.clip, (config.image_positions or CLIP_TOKENS, config.image_dim)),
+        "clip": (cond.clip if config.has_image_input else None, (config.image_tokens, config.image_dim)),
     }
     for i, vace in enumerate(cond.vace or ()):
         expected[f"vace[{i}]"] = (vace.context, (config.vace_channels, frames, height, width))

@@ -42,10 +42,6 @@ class ImageTokens(nn.Module):
         return self.proj(tokens if self.emb_pos is None else tokens + self.emb_pos)
 
 
-RAY_STRIDE = 8
-"""Rays come at pixel resolution; one latent cell covers 8 x 8 of them."""
-
-
 class CameraResidualBlock(nn.Module):
     """Two 3 x 3 convolutions beside an identity."""
 
@@ -59,20 +55,22 @@ class CameraResidualBlock(nn.Module):
 
 
 class CameraAdapter(nn.Module):
-    """Folded rays (B, 24, F, H, W) to tokens (B, F * h/2 * w/2, D) that are added to the patch embedding.
+    """Folded rays (B, 24, F, H, W) to tokens (B, S, D) that are added to the patch embedding. Rays come at pixel
+    resolution; a latent cell covers `stride` x `stride` of them.
 
     The structure is that of VideoX-Fun's `SimpleAdapter`.
     """
 
-    def __init__(self, channels: int, dim: int, patch: tuple[int, int], num_blocks: int = 1) -> None:
+    def __init__(self, channels: int, dim: int, patch: tuple[int, int], stride: int, num_blocks: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels * RAY_STRIDE**2, dim, kernel_size=patch, stride=patch)
+        self.stride = stride
+        self.conv = nn.Conv2d(channels * stride**2, dim, kernel_size=patch, stride=patch)
         self.residual_blocks = nn.Sequential(*(CameraResidualBlock(dim) for _ in range(num_blocks)))
 
     def forward(self, rays: Tensor) -> Tensor:
         batch = rays.shape[0]
         rays = rearrange(rays, "b c f h w -> (b f) c h w").to(self.conv.weight.dtype)
-        features = self.residual_blocks(self.conv(F.pixel_unshuffle(rays, RAY_STRIDE)))
+        features = self.residual_blocks(self.conv(F.pixel_unshuffle(rays, self.stride)))
         return rearrange(features, "(b f) d h w -> b (f h w) d", b=batch)
 
 

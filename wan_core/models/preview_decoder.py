@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from .config import PreviewDecoderConfig
 
-LATENT_CHANNELS = 16
-
 Memory = dict[nn.Module, Tensor]
 """The last input frame of each block, for one pass over one video."""
 
@@ -70,7 +68,7 @@ class PreviewDecoder(nn.Module):
     def __init__(self, config: PreviewDecoderConfig) -> None:
         super().__init__()
         widths = config.widths
-        layers: list[nn.Module] = [SoftClamp(), _conv(LATENT_CHANNELS, widths[0]), nn.ReLU()]
+        layers: list[nn.Module] = [SoftClamp(), _conv(config.latent_channels, widths[0]), nn.ReLU()]
         for stage, stride in enumerate((1, 2, 2)):
             width, wider = widths[stage : stage + 2]
             layers += [MemBlock(width) for _ in range(3)]
@@ -80,7 +78,7 @@ class PreviewDecoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, latents: Tensor, context: int = 0) -> Tensor:
-        """Pictures (F - context, 3, 8h, 8w) in [0, 1] of normalised latents (16, F, h, w).
+        """Pictures (F - context, 3, 8h, 8w) in [0, 1] of normalised latents (z, F, h, w).
 
         The first `context` frames are only remembered. With seven of them a picture is as in the whole video; with
         fewer it is an approximation.

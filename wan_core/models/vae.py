@@ -1,4 +1,4 @@
-"""The Wan 2.1 causal video autoencoder, streamed in time and tiled in space."""
+"""The causal video autoencoder, streamed in time and tiled in space."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tiling import TiledSum, TileSettings, chunk_lengths
-from ..types import VAE_STRIDE
-from .config import VAEConfig
+from .config import Geometry, VAEConfig
 from .vae_blocks import CausalConv3d, ChannelNorm, Downsample, FeatureCache, ResidualBlock, SpatialAttention, Upsample
 
 WIDTHS = (1, 2, 4, 4)
@@ -20,33 +19,36 @@ FINEST_FRAMES = {torch.float32: 1}
 memory, and copies the frames that are remembered twice as often.
 """
 
-# Per-channel statistics of the latents, from Wan-Video/Wan2.1 wan/modules/vae.py.
-LATENT_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-LATENT_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
 
+def normalise(raw: Tensor, geometry: Geometry) -> Tensor:
+    """Raw VAE latents (B, z, ...) to the unit-variance space that the DiT works in, in float32.
 
-def normalise(raw: Tensor) -> Tensor:
-    """Raw VAE latents (B, 16, ...) to the unit-variance space that the DiT works in, in float32."""
-    mean, std = _statistics(raw)
+    Raises:
+        ValueError: they have another number of channels.
+    """
+    mean, std = _statistics(raw, geometry)
     return (raw.float() - mean) / std
 
 
-def denormalise(latents: Tensor) -> Tensor:
+def denormalise(latents: Tensor, geometry: Geometry) -> Tensor:
     """The inverse of `normalise`: what ComfyUI's LATENT holds."""
-    mean, std = _statistics(latents)
+    mean, std = _statistics(latents, geometry)
     return latents.float() * std + mean
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    if x.ndim < 2 or x.shape[1] != geometry.channels:
+        raise ValueError(
+            f"Latents of {geometry.name} have {geometry.channels} channels, (B, {geometry.channels}, F, h, w); got "
+            f"{tuple(x.shape)}: they are another model's. Use the VAE that belongs to the model."
+        )
     shape = (1, -1, *(1,) * (x.ndim - 2))
-    mean, std = (torch.tensor(v, device=x.device).view(shape) for v in (LATENT_MEAN, LATENT_STD))
+    mean, std = (torch.tensor(v, device=x.device).view(shape) for v in (geometry.mean, geometry.std))
     return mean, std
+
+
+FRAMES_IN_RANGE = 4
+"""Frames that are bounded at a time."""
 
 
 class Encoder(nn.Module):
@@ -171,31 +173,32 @@ class WanVAE(nn.Module):
         return self
 
     def encode(self, video: Tensor, tiles: TileSettings | None = None, on_chunk: OnChunk | None = None) -> Tensor:
-        """(B, 3, T, H, W) in [-1, 1] to normalised latents (B, 16, F, h, w), float32.
+        """(B, 3, T, H, W) in [-1, 1] to normalised latents (B, z, F, h, w), float32.
 
         The mean of the posterior is used, as every reference does at inference.
 
         Raises:
-            ValueError: T is not 4k + 1, a side is not a multiple of 8, or the tensor is not (B, 3, T, H, W).
+            ValueError: T is not 4k + 1, a side is not a multiple of the stride, or the tensor is not (B, 3, T, H, W).
         """
-        time, stride, _ = VAE_STRIDE
+        geometry = self.config.geometry
+        time, stride = geometry.temporal_stride, geometry.spatial_stride
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"The VAE encodes (B, 3, T, H, W); got {tuple(video.shape)}.")
         batch, _, num_frames, height, width = video.shape
         if (num_frames - 1) % time or height % stride or width % stride:
             raise ValueError(
-                f"The VAE encodes 4k + 1 frames with sides that are multiples of {stride}; "
+                f"The VAE encodes {geometry.length_rule} frames with sides that are multiples of {stride}; "
                 f"got {num_frames} frames of {width}x{height}."
             )
-        size = (batch, self.config.latent_channels, (num_frames - 1) // time + 1, height // stride, width // stride)
+        size = (batch, geometry.channels, geometry.latent_frames(num_frames), height // stride, width // stride)
         return self._assemble(self.encode_chunks, video, size, 1, stride, tiles, on_chunk)
 
     def decode(self, latents: Tensor, tiles: TileSettings | None = None, on_chunk: OnChunk | None = None) -> Tensor:
-        """Normalised latents (B, 16, F, h, w) to pixels (B, 3, 4F - 3, 8h, 8w), float32 in [-1, 1]; sides are
-        `upscale` times as long.
+        """Normalised latents (B, z, F, h, w) to pixels (B, 3, T, H, W), float32 in [-1, 1]; sides are `upscale` times
+        as long as those that were encoded.
 
         Raises:
-            ValueError: the tensor is not (B, 16, F, h, w).
+            ValueError: the tensor is not (B, z, F, h, w).
         """
         pieces = self.decode_pieces(latents, tiles, on_chunk)
         out = latents.new_empty(self._decoded_size(latents), dtype=torch.float32)
@@ -209,9 +212,9 @@ class WanVAE(nn.Module):
         the latents. Tiles are done one after the other, each over the whole time: theirs come in one piece.
 
         Raises:
-            ValueError: the tensor is not (B, 16, F, h, w).
+            ValueError: the tensor is not (B, z, F, h, w).
         """
-        size, stride = self._decoded_size(latents), VAE_STRIDE[1] * self.config.upscale
+        size, stride = self._decoded_size(latents), self.config.pixel_stride("decode")
         if tiles and len(tiles.plan(*latents.shape[3:])) > 1:
             yield _in_range(self._assemble(self.decode_chunks, latents, size, stride, 1, tiles, on_chunk))
             return
@@ -221,27 +224,26 @@ class WanVAE(nn.Module):
             report()
 
     def _decoded_size(self, latents: Tensor) -> tuple[int, ...]:
-        time, stride, _ = VAE_STRIDE
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"The VAE decodes (B, {self.config.latent_channels}, F, h, w); got {tuple(latents.shape)}."
             )
         batch, _, frames, height, width = latents.shape
-        stride *= self.config.upscale
-        return batch, 3, time * (frames - 1) + 1, height * stride, width * stride
+        stride = self.config.pixel_stride("decode")
+        return batch, 3, self.config.geometry.video_frames(frames), height * stride, width * stride
 
     def encode_chunks(self, video: Tensor) -> Iterator[Tensor]:
         """Normalised latents of one latent frame after another, on the VAE's device."""
         cache: FeatureCache = {}
-        for start, end in chunk_lengths(video.shape[2], 1, VAE_STRIDE[0]):
+        for start, end in chunk_lengths(video.shape[2], 1, self.config.geometry.temporal_stride):
             moments = self.conv1(self.encoder(self._enter(video[:, :, start:end]), cache), cache)
-            yield normalise(moments[:, : self.config.latent_channels])
+            yield normalise(moments[:, : self.config.latent_channels], self.config.geometry)
 
     def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
         """Pixels of one latent frame after another, 1 frame and then 4 each, on the VAE's device and in its dtype."""
         cache: FeatureCache = {}
         for index in range(latents.shape[2]):
-            frame = self._enter(denormalise(latents[:, :, index : index + 1]))
+            frame = self._enter(denormalise(latents[:, :, index : index + 1], self.config.geometry))
             yield self.decoder(self.conv2(frame, cache), cache)
 
     def _enter(self, x: Tensor) -> Tensor:
@@ -291,8 +293,8 @@ class _Counter:
 
 def _in_range(pixels: Tensor) -> Tensor:
     """The pixels (B, C, T, H, W), in place, from -1 to 1. Infinity becomes NaN: an overflow is no bright pixel."""
-    for start in range(0, pixels.shape[2], VAE_STRIDE[0]):
-        frames = pixels[:, :, start : start + VAE_STRIDE[0]]
+    # A few frames at a time, because the mask of what is infinite is as large as they are.
+    for frames in pixels.split(FRAMES_IN_RANGE, 2):
         frames.masked_fill_(frames.isinf(), math.nan).clamp_(-1, 1)
     return pixels
 

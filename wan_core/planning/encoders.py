@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..models.config import TextEncoderConfig, VAEConfig
+from ..models.config import Geometry, TextEncoderConfig, VAEConfig
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..offload.blocks import GIB, installed_ram, used_bytes
@@ -18,7 +18,7 @@ from ..offload.weights import WeightProvider
 from ..runtime import OutOfMemoryError, Runtime
 from ..settings import MemorySettings
 from ..tiling import TileSettings
-from ..types import VAE_STRIDE, LatentSize, VideoSize
+from ..types import LatentSize, VideoSize
 from .estimate import META, counted
 
 
@@ -50,7 +50,7 @@ from the third on each is like the one before.
 """
 
 OVERLAP = 8
-"""Latent cells (64 pixels) that neighbouring tiles share at least. A tile's border is wrong where the padding of its
+"""Latent cells that neighbouring tiles share at least. A tile's border is wrong where the padding of its
 edge reaches: up to 11 convolutions at latent resolution and 2 cells' worth at the finer ones, most of it from the
 nearest few, and blending gives the outermost cells the least weight. ComfyUI's tiled decoder shares as many.
 """
@@ -63,11 +63,6 @@ LEAST_TILE = 2 * OVERLAP
 
 _SAMPLE_SIDE = 32
 """Cells of the square on which memory per cell is counted."""
-
-
-def pixel_stride(config: VAEConfig, what: What) -> int:
-    """Pixels per latent cell and side, of what is encoded or of what is decoded."""
-    return VAE_STRIDE[1] * (config.upscale if what == "decode" else 1)
 
 
 def vae_peak_bytes(
@@ -92,18 +87,19 @@ def vae_peak_bytes(
 
 @cache
 def _bytes_per_cell(config: VAEConfig, dtype: torch.dtype, frames: int, what: What) -> float:
-    size = LatentSize(frames, _SAMPLE_SIDE, _SAMPLE_SIDE)
+    size = LatentSize(frames, _SAMPLE_SIDE, _SAMPLE_SIDE, config.geometry)
     return counted_bytes(config, dtype, size, what) / _SAMPLE_SIDE**2
 
 
 def counted_bytes(config: VAEConfig, dtype: torch.dtype, latent_size: LatentSize, what: What) -> int:
     """Peak bytes of the tensors of one untiled pass, by running it on the meta device."""
     frames, height, width = latent_size.shape
-    time, stride, _ = VAE_STRIDE
+    geometry = config.geometry
+    stride = geometry.spatial_stride
     with META:
         vae = WanVAE(config).requires_grad_(False).to(dtype).use_channels_last()
         latents = torch.empty(1, config.latent_channels, frames, height, width)
-        video = torch.empty(1, 3, time * (frames - 1) + 1, stride * height, stride * width)
+        video = torch.empty(1, 3, geometry.video_frames(frames), stride * height, stride * width)
     passes: dict[What, Callable[[], Iterator[Tensor]]] = {
         "decode": lambda: vae.decode_chunks(latents),
         "encode": lambda: vae.encode_chunks(video),
@@ -142,7 +138,7 @@ def choose_tiles(
         # The first of equals, so strips before tiles: their seams run in one direction only.
         return min(fitting, key=lambda tiles: computed_cells(tiles, size))
     needed = vae_peak_bytes(config, dtype, size, smallest_tiles(size), what, batch)
-    side = pixel_stride(config, what)
+    side = config.pixel_stride(what)
     raise OutOfMemoryError(
         f"To {what} {size.width * side}x{size.height * side} even in the smallest tiles takes "
         f"{needed / 1e9:.2f} GB beside the VAE's weights; the budget is {budget_bytes / 1e9:.2f} GB, "
@@ -186,14 +182,14 @@ IMAGE_ENCODER_BYTES = 64 * 2**20
 """Activations of CLIP ViT-H/14 for one picture of 257 tokens: its widest tensor, 257 x 5120, is 5 MiB in float32."""
 
 
-def size_held(width: int, height: int, num_frames: int) -> VideoSize:
+def size_held(width: int, height: int, num_frames: int, geometry: Geometry) -> VideoSize:
     """`VideoSize.rounded`, of a video that this machine can hold at one byte per colour, the least that any work on it
     takes.
 
     Raises:
         ValueError: it cannot, or `VideoSize.rounded` refuses a number.
     """
-    size = VideoSize.rounded(width, height, num_frames)
+    size = VideoSize.rounded(width, height, num_frames, geometry)
     held, memory = 3 * size.width * size.height * size.num_frames, installed_ram()
     if held > memory:
         raise ValueError(

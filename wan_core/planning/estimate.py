@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..models.config import DiTConfig
-from ..models.dit import CLIP_TOKENS, TokenState, WanDiT
+from ..models.dit import TokenState, WanDiT
 from ..models.embedders import MotionController
 from ..models.fused import STEPS
 from ..offload.blocks import weights_of
@@ -227,7 +227,7 @@ def kept_share(config: DiTConfig, size: tuple[int, int, int], text_tokens: int) 
 
 
 def _context_tokens(config: DiTConfig, text_tokens: int) -> int:
-    return text_tokens + ((config.image_positions or CLIP_TOKENS) if config.has_image_input else 0)
+    return text_tokens + config.image_tokens
 
 
 def pass_flops(config: DiTConfig, size: tuple[int, int, int], text_tokens: int = 512, vace_inputs: int = 0) -> float:

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..offload.blocks import GIB
 from ..settings import WindowSettings
-from ..types import LatentSize, VideoSize
 from .encoders import What
 from .job import Job, Phase, Tiles, WholePlan, plan_whole
 
@@ -81,14 +80,14 @@ def _shorter(job: Job) -> Job | None:
     latent = job.size.latent
     if latent.frames < 3:
         return None
-    size = VideoSize.of_latent(LatentSize((latent.frames + 1) // 2, latent.height, latent.width))
-    return replace(job, size=size, cond=None)
+    return replace(job, size=replace(latent, frames=(latent.frames + 1) // 2).video, cond=None)
 
 
 def _smaller(job: Job) -> Job | None:
     width, height = sorted(SMALLER, reverse=job.size.width >= job.size.height)
     if width * height >= job.size.width * job.size.height:
-        width, height = job.size.width // 32 * 16, job.size.height // 32 * 16
+        multiple = job.size.geometry.side_multiple
+        width, height = (side // 2 // multiple * multiple for side in (job.size.width, job.size.height))
     return None if not width * height else replace(job, size=replace(job.size, width=width, height=height), cond=None)
 
 

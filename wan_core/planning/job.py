@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..lora.apply import LoraUse
-from ..models.config import DiTConfig
-from ..models.dit import CLIP_TOKENS, WanDiT
+from ..models.config import TEXT_TOKENS, DiTConfig
+from ..models.dit import WanDiT
 from ..models.embedders import MotionController
 from ..models.image_encoder import ImageEncoder
 from ..models.text_encoder import UMT5Encoder
@@ -26,7 +26,6 @@ from .encoders import (
     WORKSPACE_BYTES,
     What,
     choose_tiles,
-    pixel_stride,
     smallest_tiles,
     vae_peak_bytes,
 )
@@ -34,10 +33,6 @@ from .encoders import text_peak_bytes as text_bytes
 from .estimate import META
 from .parts import Part
 from .run import COPIED_PER_SECOND, FLOPS_PER_SECOND, RunPlan, plan_run
-
-TEXT_TOKENS = 512
-VACE_CHANNELS = 96
-CAMERA_CHANNELS = 24
 
 Tiles = TileSettings | Literal["auto"] | None
 
@@ -181,17 +176,18 @@ def made_up(config: DiTConfig, size: LatentSize, given: Given) -> Conditioning:
         return torch.empty(1, *shape, device=META)
 
     grid, whole = (size.height, size.width), size.shape
-    references = sum(given.vace)
-    reads_pictures, camera = config.has_image_input, config.camera_channels and given.camera
+    length = sum(given.vace) + size.frames
+    stride = config.geometry.spatial_stride
+    rays = (config.camera_channels, size.frames, size.height * stride, size.width * stride)
     return Conditioning(
         text=tensor(TEXT_TOKENS, config.text_dim),
         negative_text=tensor(TEXT_TOKENS, config.text_dim),
-        clip=tensor(config.image_positions or CLIP_TOKENS, config.image_dim) if reads_pictures else None,
+        clip=tensor(config.image_tokens, config.image_dim) if config.has_image_input else None,
         concat=tensor(config.concat_channels, *whole) if config.concat_channels else None,
         reference=tensor(config.out_channels, *grid) if config.has_reference else None,
-        camera=tensor(CAMERA_CHANNELS, size.frames, size.height * 8, size.width * 8) if camera else None,
+        camera=tensor(*rays) if config.camera_channels and given.camera else None,
         vace=tuple(
-            VaceInput(context=tensor(VACE_CHANNELS, references + size.frames, *grid)) for _ in given.vace
+            VaceInput(context=tensor(config.geometry.vace_channels, length, *grid)) for _ in given.vace
         ) or None,
         motion_bucket=tensor(),
     )  # fmt: skip
@@ -210,7 +206,7 @@ def _encoding(job: Job, limit: float | None) -> Iterator[Phase]:
         yield _encoder_phase("text encoding", job.text_encoder, activations, 2 * TEXT_TOKENS, bound, limit)
     beside, pictures = weight_bytes(job.vae.module) if job.vae is not None else 0, job.given.pictures
     if job.image_encoder is not None and pictures:
-        part, tokens = job.image_encoder, pictures * CLIP_TOKENS
+        part, tokens = job.image_encoder, pictures * job.image_encoder.module.config.num_positions
         phase = _encoder_phase("image encoding", part, IMAGE_ENCODER_BYTES, tokens, bound, limit, beside)
         yield phase
         beside = phase.resident_bytes
@@ -288,7 +284,7 @@ def _vae_phase(
     peak = resident + vae_peak_bytes(*plan, tiles, what)
     note = "at once"
     if tiles is not None:
-        stride = pixel_stride(vae.config, what)
+        stride = vae.config.pixel_stride(what)
         height, width = (min(side, of) * stride for side, of in zip(tiles.size, (size.height, size.width), strict=True))
         note = f"in {len(tiles.plan(size.height, size.width))} tiles of {width}x{height}"
     return Phase(name=name, peak_bytes=peak, resident_bytes=resident, missing=_missing(peak, limit), note=note)
@@ -317,9 +313,8 @@ def _ram(job: Job, sampling: RunPlan) -> dict[str, int]:
         # Pixels as the VAE gives them, and as the frames of an IMAGE.
         ram["frames of the video"] = 2 * pixels * job.vae.module.config.upscale**2
     if job.settings.cache is not None and job.settings.cache.residual_on_cpu:
-        size, config = job.size.latent, job.dit.module.config
-        tokens = size.frames * (size.height // config.patch_size[1]) * (size.width // config.patch_size[2])
-        ram["step cache"] = sampling.settings.guidance.branches * tokens * config.dim * job.dit.module.dtype.itemsize
+        per_token = job.dit.module.config.dim * job.dit.module.dtype.itemsize
+        ram["step cache"] = sampling.settings.guidance.branches * job.size.latent.tokens * per_token
     cond = job.cond or made_up(job.dit.module.config, job.size.latent, job.given)
     ram["conditioning"] = sum(tensor.nbytes for tensor in tensors_in(cond))
     return ram

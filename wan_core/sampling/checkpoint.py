@@ -36,7 +36,7 @@ class RunState:
     """A run after `step` steps of its schedule.
 
     Attributes:
-        latents: normalised, (B, 16, R + F, h, w) in float32 on the CPU, reference frames in front.
+        latents: normalised, (B, z, R + F, h, w) in float32 on the CPU, reference frames in front.
         prefix: R.
         memory: what solver and cache remember, by "solver.<name>" and "cache.<name>".
         run: digest of everything that decides the result; a run with another digest cannot go on from here exactly.
@@ -107,7 +107,7 @@ def manifest(
     """What made these normalised latents, and their digest, as values that JSON can hold."""
     return {
         "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
-        "size": dataclasses.asdict(size),
+        "size": size.as_dict(),
         "kernels": dict(kernels or {}),
         "latents": {"shape": list(latents.shape), "sha256": digest(latents.float())},
     }
@@ -212,7 +212,7 @@ def _state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> RunSta
 
 
 def save_latents(folder: Path, name: str, raw: Tensor, manifest: Mapping[str, Any]) -> Path:
-    """Write raw latents (B, 16, F, h, w) and a manifest into a new file `<name>_00001_.latent` and return its path.
+    """Write raw latents (B, z, F, h, w) and a manifest into a new file `<name>_00001_.latent` and return its path.
 
     The file is the one that ComfyUI's own LoadLatent reads. The manifest is JSON in its metadata, under "wancore".
 
@@ -236,7 +236,7 @@ def find_latents(folder: Path, name: str, manifest: Mapping[str, Any]) -> Path |
 
 
 def load_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """The raw latents (B, 16, F, h, w) and the manifest of a file that `save_latents` or ComfyUI wrote.
+    """The raw latents (B, z, F, h, w) and the manifest of a file that `save_latents` or ComfyUI wrote.
 
     Raises:
         ValueError: the file is missing, broken, or holds no video latents.
@@ -244,7 +244,7 @@ def load_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
     tensors, metadata = read_whole(path)
     raw = tensors.get(LATENT_FORMAT)
     if raw is None or raw.ndim != 5:
-        raise ValueError(f"{path} holds no video latents; expected {LATENT_FORMAT!r} of shape (B, 16, F, h, w).")
+        raise ValueError(f"{path} holds no video latents; expected {LATENT_FORMAT!r} of five axes.")
     return raw.float(), _manifest(path, metadata)
 
 

@@ -23,7 +23,7 @@ def is_finite(x: Tensor) -> bool:
 
 
 def check_latents(latents: Tensor, when: str) -> None:
-    """Raise NonFiniteError when latents (B, 16, F, h, w) hold anything but numbers; `when` says where, in words."""
+    """Raise NonFiniteError when latents (B, z, F, h, w) hold anything but numbers; `when` says where, in words."""
     if not is_finite(latents):
         bad = 100 * (~torch.isfinite(latents)).double().mean().item()
         raise NonFiniteError(
@@ -83,7 +83,7 @@ def _first_bad_block(dit: WanDiT, states: Sequence[TokenState]) -> str:
 
 
 class Predictor(Protocol):
-    """Velocity of latents `x` (B, 16, R + F, h, w) at timestep `t`. Features wrap one another through this call."""
+    """Velocity of latents `x` (B, z, R + F, h, w) at timestep `t`. Features wrap one another through this call."""
 
     def __call__(self, x: Tensor, t: float, cond: Conditioning, info: StepInfo) -> Tensor: ...
 

@@ -42,7 +42,7 @@ def denoise(
     steps: range | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Latents after `steps` (all by default) of `solver`'s schedule, from latents `x` (B, 16, R + F, h, w) before."""
+    """Latents after `steps` (all by default) of `solver`'s schedule, from latents `x` (B, z, R + F, h, w) before."""
     total = len(solver.sigmas) - 1
     for index in range(total) if steps is None else steps:
         runtime.check_cancelled()
@@ -53,9 +53,6 @@ def denoise(
         if on_step:
             on_step(index + 1, x, clean)
     return x
-
-
-LATENT_CHANNELS = 16
 
 
 @torch.no_grad()
@@ -164,7 +161,7 @@ class _Run:
         if state.step == self.settings.total_steps:
             check_latents(state.video, "at the end of the run")
         if self.settings.windows is not None:
-            for report in window_reports(state.video, self.spans):
+            for report in window_reports(state.video, self.spans, self.size.geometry):
                 log.info("Window, latent %s", report)
         return state
 
@@ -178,10 +175,10 @@ class _Run:
         return self.settings.starts_clean or self.settings.start_step > 0
 
     def _with_references(self, start: Tensor, noise: Tensor) -> Tensor:
-        """`start` (B, 16, F, h, w) with what the reference frames are at the same noise level in front."""
+        """`start` (B, z, F, h, w) with what the reference frames are at the same noise level in front."""
         if not self.prefix:
             return start
-        references = reference_latents(self.cond, self.prefix).to(start)
+        references = reference_latents(self.cond, self.prefix, self.shape[1]).to(start)
         if self.settings.start_step:
             sigma = build_solver(self.settings).sigmas[self.settings.start_step]
             references = add_noise(references, noise[:, :, : self.prefix], sigma)
@@ -226,7 +223,7 @@ class _Run:
             cond = with_text(window_of(self.cond, span, self.prefix), self.prompts, number)
             known = None if done is None else done[:, :, -overlap:]
             if known is not None:
-                cond = with_known_frames(cond, known)
+                cond = with_known_frames(cond, known, self.size.geometry)
             x = cut(noise, span, self.prefix, 2)
             if clean is not None:
                 x = add_noise(cut(clean, span, self.prefix, 2), x, solver.sigmas[0])
@@ -351,6 +348,6 @@ class _Run:
         )
 
 
-def reference_latents(cond: Conditioning, prefix: int) -> Tensor:
-    """The clean latents (B, 16, R, h, w) of the reference frames; each lies in the inactive part of one VACE input."""
-    return reduce(torch.add, (vace.context[:, :LATENT_CHANNELS, :prefix] for vace in cond.vace or ()))
+def reference_latents(cond: Conditioning, prefix: int, channels: int) -> Tensor:
+    """The clean latents (B, z, R, h, w) of the reference frames; each lies in the inactive part of one VACE input."""
+    return reduce(torch.add, (vace.context[:, :channels, :prefix] for vace in cond.vace or ()))

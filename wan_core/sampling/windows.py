@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.config import Geometry
 from ..settings import WindowSettings
 from ..tiling import Span, blend_weights, plan_spans
 from ..types import Conditioning, StepInfo
@@ -87,7 +88,7 @@ class Anchored:
     """
 
     def __init__(self, predict: Predictor, known: Tensor, prefix: int, sigmas: list[float]) -> None:
-        """`known` (B, 16, n, h, w) are clean latents; `sigmas` the solver's noise levels."""
+        """`known` (B, z, n, h, w) are clean latents; `sigmas` the solver's noise levels."""
         self._predict, self._known, self._sigmas = predict, known, sigmas
         self._place = slice(prefix, prefix + known.shape[2])
 
@@ -97,8 +98,8 @@ class Anchored:
         return velocity
 
 
-def with_known_frames(cond: Conditioning, known: Tensor) -> Conditioning:
-    """The conditioning of a clip whose first frames are `known` (B, 16, n, h, w), where the model reads it.
+def with_known_frames(cond: Conditioning, known: Tensor, geometry: Geometry) -> Conditioning:
+    """The conditioning of a clip whose first frames are `known` (B, z, n, h, w), where the model reads it.
 
     Image-to-video models are told of known frames by a mask and their latents beside the noise, control and camera
     models by the latent of the first frame: without it, every clip but the first would be told that nothing is known.
@@ -109,7 +110,8 @@ def with_known_frames(cond: Conditioning, known: Tensor) -> Conditioning:
         return cond
     concat, frames, start = cond.concat.clone(), known.shape[2], 0
     for slot in cond.layout:
-        place = concat[:, start : start + slot.channels]
+        channels = slot.channels(geometry)
+        place = concat[:, start : start + channels]
         match slot.states:
             case "mask":
                 place[:, :, :frames] = 1
@@ -117,12 +119,12 @@ def with_known_frames(cond: Conditioning, known: Tensor) -> Conditioning:
                 place[:, :, :frames] = known
             case "first":
                 place[:, :, :1] = known[:, :, :1]
-        start += slot.channels
+        start += channels
     return dataclasses.replace(cond, concat=concat)
 
 
 def colour_corrected(clip: Tensor, like: Tensor, overlap: int, limit: float) -> Tensor:
-    """`clip` (B, 16, F, h, w) with each channel pulled towards mean and contrast of the video `like`.
+    """`clip` (B, z, F, h, w) with each channel pulled towards mean and contrast of the video `like`.
 
     A channel's mean moves by at most `limit` and its contrast by at most that fraction, so that slow drift is undone
     while a change of scene stays. The pull grows over the first `overlap` frames, so that the clip still joins the one
@@ -163,11 +165,11 @@ class WindowReport:
         )
 
 
-def window_reports(latents: Tensor, spans: Iterable[Span]) -> list[WindowReport]:
-    """Brightness statistics of each window of normalised latents (B, 16, F, h, w), one window at a time."""
+def window_reports(latents: Tensor, spans: Iterable[Span], geometry: Geometry) -> list[WindowReport]:
+    """Brightness statistics of each window of normalised latents (B, z, F, h, w), one window at a time."""
     found = []
     for span in spans:
-        grey = latents_to_rgb(latents[:, :, span.start : span.end]).mean(-1)
+        grey = latents_to_rgb(latents[:, :, span.start : span.end], geometry).mean(-1)
         steps = [grey.diff(dim=axis).abs().mean() for axis in (2, 3)]
         mean, contrast, sharpness = (v.item() for v in (grey.mean(), grey.std(), (steps[0] + steps[1]) / 2))
         found.append(WindowReport(span.start, span.end, mean, contrast, sharpness))
