@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from wan_core.loading.detect import detect_files
-from wan_core.loading.save import save_fp8, save_plain
+from wan_core.loading.save import save_plain, save_quantised
 
 log = logging.getLogger("wancore")
 
@@ -53,7 +53,7 @@ def answer(arguments: argparse.Namespace) -> str:
     component = detect_files(arguments.file, (arguments.part,) if arguments.part else ())
     report = Report()
     if arguments.fp8:
-        path = save_fp8(component, arguments.out, report)
+        path = save_quantised(component, arguments.out, report)
     else:
         path = save_plain(component, arguments.out, DTYPES[arguments.dtype], report)
     return f"{path} ({path.stat().st_size / 1e9:.2f} GB)"

@@ -14,7 +14,7 @@ from .loading.download import models_folder
 from .loading.paths import resolve_files
 from .loading.tensor_files import read_header
 from .model_files import DISK, Rest, find_files, has_tokenizer
-from .offload.formats import FP8_DTYPES
+from .offload.formats import choice_of
 from .runtime import usable_device
 
 log = logging.getLogger("wancore")
@@ -123,7 +123,7 @@ class ModelConfig:
         dtype = self._dtype("offload_dtype")
         if dtype is None:
             wanted = (self._dtype(name) for name in ("onload_dtype", "preparing_dtype"))
-            eight = next((found for found in wanted if found in FP8_DTYPES), None)
+            eight = next((found for found in wanted if choice_of(found)), None)
             if eight is not None and on_disk:
                 log.warning("Weights that stay on disk have the dtype of their file, so %s is not applied; set "
                             'offload_device to "cpu" to hold them so.', eight)  # fmt: skip
@@ -187,8 +187,8 @@ def compute_dtype(name: str, value: Any) -> torch.dtype:
         ValueError: it is none.
     """
     if not isinstance(value, torch.dtype) or value not in COMPUTE_DTYPES:
-        is_fp8 = isinstance(value, torch.dtype) and value in FP8_DTYPES
-        hint = " FP8 is for weights at rest: offload_dtype." if is_fp8 else ""
+        quantises = isinstance(value, torch.dtype) and choice_of(value)
+        hint = " Weights are held so between uses by offload_dtype." if quantises else ""
         raise ValueError(f"{name} must be torch.bfloat16, torch.float16 or torch.float32; got {value!r}.{hint}")
     return value
 

@@ -26,7 +26,7 @@ from .models.image_encoder import ImageEncoder
 from .models.preview_decoder import PreviewDecoder
 from .models.text_encoder import UMT5Encoder
 from .models.vae import WanVAE
-from .offload.formats import FP8_DTYPES, WEIGHTS, Weights
+from .offload.formats import WEIGHTS, Weights, choice_of
 from .offload.quant import require_fp8_matmul, use_fp8_matmul
 from .offload.weights import WeightProvider
 from .settings import check_choice
@@ -59,7 +59,7 @@ class Rest:
     def on(
         cls, device: "torch.device | str | Rest", *, dtype: torch.dtype | None = None, weights: Weights = "auto"
     ) -> "Rest":
-        """Weights that rest on `device`, which may be "disk", in `dtype`; an FP8 dtype makes big layers scaled FP8.
+        """Weights that rest on `device`, which may be "disk", in `dtype`; the dtype of a format makes big layers so.
 
         Raises:
             ValueError: `dtype` is no floating-point type, or weights that stay in their file cannot have it.
@@ -68,8 +68,8 @@ class Rest:
             return device
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"Weights can rest in floating-point dtypes only; got {dtype}.")
-        if dtype in FP8_DTYPES:
-            dtype, weights = None, "fp8"
+        if (choice := choice_of(dtype)) is not None:
+            dtype, weights = None, choice
         if str(device) != DISK:
             return cls(device=torch.device(device), dtype=dtype, weights=weights)
         if dtype is not None:

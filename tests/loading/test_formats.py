@@ -12,14 +12,15 @@ from tests.reference import relative_error, tiny_dit
 from wan_core.inspection import report as info
 from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
-from wan_core.loading.save import save_fp8, save_plain
+from wan_core.loading.save import save_plain, save_quantised
 from wan_core.loading.tensor_files import CheckpointError
+from wan_core.lora.convert import fuse
 from wan_core.model_files import DiTSettings, load_dit
 from wan_core.offload import formats
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.formats import EightBit, WeightFormat
 from wan_core.offload.placement import place
-from wan_core.offload.quant import QuantisedLinear, big_linears, weight_shapes
+from wan_core.offload.quant import QuantisedLinear, big_linears, replace_layer, weight_shapes
 from wan_core.offload.weights import WeightProvider
 from wan_core.planning.parts import Part
 from wan_core.types import Conditioning
@@ -191,7 +192,7 @@ def test_fp8_is_made_of_it_on_request_and_files_are_written(case, tmp_path):
         assert relative_error(layer.dequantised(), wide[path].weight) < 0.04
     after = build(detect_files(save_plain(case.component, tmp_path / "p.safetensors", torch.float32)), dtype=None)
     assert all(torch.equal(tensor, case.plain.state_dict()[name]) for name, tensor in after.state_dict().items())
-    fp8 = detect_files(save_fp8(case.component, tmp_path / "f.safetensors"))
+    fp8 = detect_files(save_quantised(case.component, tmp_path / "f.safetensors"))
     assert fp8.quantised == "FP8, a scale per tensor"
 
 
@@ -215,6 +216,22 @@ def test_a_lora_works_beside_it(case, tmp_path):
     folded, _ = model.with_lora(file, mode="fold")
     with pytest.raises(ValueError, match="cannot be folded: the weights are quantised"), folded.working(1, CPU):
         pass
+
+
+@one_of_each
+def test_a_lora_is_written_into_it(case, tmp_path):
+    """`lora --fuse` writes the weights of the file with the change added to them."""
+    draw = torch.Generator().manual_seed(1)
+    layer, file = "blocks.0.ffn.0", tmp_path / "written.safetensors"
+    down, up = torch.randn(4, 256, generator=draw), torch.randn(512, 4, generator=draw)
+    save_file({f"diffusion_model.{layer}.lora_A.weight": down, f"diffusion_model.{layer}.lora_B.weight": up}, file)
+    fuse([(file, 1.0)], case.file, tmp_path / "fused.safetensors", "fp32")
+    expected = dict(case.plain.state_dict())
+    expected[f"{layer}.weight"] = expected[f"{layer}.weight"] + up @ down
+    fused = build(detect_files(tmp_path / "fused.safetensors"), dtype=None).state_dict()
+    assert all(relative_error(tensor, expected[name]) < 1e-6 for name, tensor in fused.items())
+    fuse([(file, 1.0)], case.file, tmp_path / "eight.safetensors")
+    assert detect_files(tmp_path / "eight.safetensors").quantised == "FP8, a scale per tensor"
 
 
 def extra(name, dtype=torch.uint8, shape=(4,)):
@@ -275,21 +292,71 @@ def nibbles(layer, weight):
     return {f"{layer}.weight": numbers[:, ::2] | numbers[:, 1::2] << 4, f"{layer}.weight_scale": scale}
 
 
-def test_a_further_format_is_one_more_row(tmp_path, monkeypatch):
-    """Packed bytes load, plan, stream, rest on disk and carry a LoRA with a row of FORMATS and nothing else."""
-    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Nibbles("4 bits", (torch.uint8,))))
-    case = Case(nibbles, "4 bits, a scale per row", 0.3, tmp_path)
+GROUP, GROUP_BYTES = 32, 18
+"""Weights of a group, and its bytes: a float16 scale and 16 bytes of two weights each, as GGUF's Q4_0 has them."""
+
+
+@dataclass(frozen=True)
+class Groups(WeightFormat):
+    """Groups of 4-bit numbers with their scales among them: the bytes of a row are numbers of no dtype."""
+
+    quantised: bool = True
+    cast_suffices: bool = False
+
+    def recognises(self, info):
+        return info.dtype == torch.uint8 and len(info.shape) == 2 and info.shape[1] % GROUP_BYTES == 0
+
+    def weight_shape(self, numbers):
+        return numbers[0], numbers[1] // GROUP_BYTES * GROUP
+
+    def dequantise(self, numbers, scale, dtype=torch.float32):
+        groups = numbers.unflatten(1, (-1, GROUP_BYTES))
+        packed = groups[..., 2:]
+        fours = torch.cat([packed & 15, packed >> 4], -1).float() - 8
+        return fours.mul_(groups[..., :2].contiguous().view(torch.float16).float()).flatten(1).to(dtype)
+
+
+def groups(layer, weight):
+    fours = weight.unflatten(1, (-1, GROUP))
+    scale = (fours.abs().amax(-1, keepdim=True) / 7).half()
+    fours = ((fours / scale.float()).round().clamp(-8, 7) + 8).to(torch.uint8)
+    packed = fours[..., : GROUP // 2] | fours[..., GROUP // 2 :] << 4
+    return {f"{layer}.weight": torch.cat([scale.view(torch.uint8), packed], -1).flatten(1)}
+
+
+FURTHER = {
+    "two numbers in a byte": (Nibbles("4 bits", (torch.uint8,)), nibbles, "4 bits, a scale per row", 0.3, (7, 8)),
+    "groups": (Groups("4 bits in groups", ()), groups, "4 bits in groups", 0.2, (6.5, 4 * GROUP / GROUP_BYTES)),
+}
+"""A row of `FORMATS`, what writes it, its words, its error, and how many times smaller a block of float32 gets."""
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_a_further_format_is_one_more_row(name, tmp_path, monkeypatch):
+    """Bytes of no dtype load, plan, stream, stay on disk, carry LoRAs and are saved with a row of FORMATS alone."""
+    row, make, words, error, (least, most) = FURTHER[name]
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, row))
+    case = Case(make, words, error, tmp_path)
     layers = big_linears(case.held)
-    assert all(2 * layer.weight.numel() == layer.in_features * layer.out_features for layer in layers.values())
+    assert all(layer.weight.nbytes < layer.in_features * layer.out_features for layer in layers.values())
     assert weight_shapes(case.held) == {name: source.shape for name, source in case.component.sources.items()}
     four, whole = (WeightProvider.of(module).inventory() for module in (case.held, case.plain))
     block = "blocks.0"
-    assert 7 < whole.blocks[block].bytes / four.blocks[block].bytes < 8
-    scales = sum(layer.scale.numel() for path, layer in layers.items() if path.startswith(f"{block}."))
-    assert four.blocks[block].parameters == whole.blocks[block].parameters + scales
+    assert least < whole.blocks[block].bytes / four.blocks[block].bytes < most
+    scales = [layer.scale for path, layer in layers.items() if path.startswith(f"{block}.")]
+    beside = sum(scale.numel() for scale in scales if scale is not None)
+    assert four.blocks[block].parameters == whole.blocks[block].parameters + beside
+    exact = build(case.component, dtype=torch.float32)
+    got = velocity(exact)
+    for path, layer in big_linears(exact).items():
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, device="meta").requires_grad_(False)
+        plain.load_state_dict({"weight": layer.dequantised(), "bias": layer.bias}, assign=True)
+        replace_layer(exact, path, plain.eval())
+    assert torch.equal(got, velocity(exact)), "as with the dequantised weights"
     test_it_stays_as_it_is_stored_and_stands_for_the_weights_of_the_model(case)
     test_it_streams_and_rests_on_disk_at_its_bytes(case)
     test_a_lora_works_beside_it(case, tmp_path)
+    test_a_lora_is_written_into_it(case, tmp_path)
     test_fp8_is_made_of_it_on_request_and_files_are_written(case, tmp_path)
 
 

@@ -14,8 +14,10 @@ from wan_core.loading.load import build
 from wan_core.model_files import DiTSettings, Rest, load_dit
 from wan_core.models.dit import WanDiT
 from wan_core.models.ops import Linear
+from wan_core.offload import formats
 from wan_core.offload.blocks import weight_bytes
-from wan_core.offload.quant import FP8, QuantisedLinear, big_linears, quantise, weight_to_fp8
+from wan_core.offload.formats import FP8_MADE as FP8
+from wan_core.offload.quant import QuantisedLinear, big_linears, quantise
 from wan_core.offload.weights import WeightProvider, on_device
 from wan_core.types import Conditioning
 
@@ -31,7 +33,7 @@ def stored(module: nn.Module, dialect: str, per_row: bool = False) -> dict[str, 
         if dialect == "plain":
             tensors[f"{path}.weight"] = weight.to(FP8)
             continue
-        quantised, scale = weight_to_fp8(weight, per_row=per_row)
+        quantised, scale = formats.FP8.quantise(weight, per_row=per_row)
         tensors[f"{path}.weight"] = quantised
         scale = scale if per_row else scale.reshape(())
         if dialect == "old":

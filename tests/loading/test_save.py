@@ -15,11 +15,12 @@ from tests.reference import filled, relative_error, tiny_dit, tiny_text_encoder
 from wan_core.loading import save as save_module
 from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build, spiece_model
-from wan_core.loading.save import save_fp8, save_plain
+from wan_core.loading.save import save_plain, save_quantised
 from wan_core.loading.tensor_files import CheckpointError
 from wan_core.models.config import DiTConfig
 from wan_core.models.dit import WanDiT
-from wan_core.offload.quant import FP8, big_linears, weight_to_fp8
+from wan_core.offload import formats
+from wan_core.offload.quant import big_linears
 from wancore.headless.cli import main
 
 
@@ -30,23 +31,23 @@ def dit(tmp_path):
 
 
 def test_a_saved_file_round_trips(dit, tmp_path):
-    first = save_fp8(dit, tmp_path / "new" / "fp8.safetensors")
+    first = save_quantised(dit, tmp_path / "new" / "fp8.safetensors")
     component = detect_files(first)
     assert component.quantised.startswith("FP8, a scale per")
     module = build(component, dtype=torch.bfloat16)
     for path, layer in big_linears(module).items():
-        weight, scale = weight_to_fp8(big_linears(tiny_dit("vace").bfloat16())[path].weight, per_row=False)
+        weight, scale = formats.FP8.quantise(big_linears(tiny_dit("vace").bfloat16())[path].weight, per_row=False)
         assert torch.equal(layer.weight, weight) and torch.equal(layer.scale, scale)
-    second = save_fp8(component, tmp_path / "again.safetensors")
+    second = save_quantised(component, tmp_path / "again.safetensors")
     assert first.read_bytes() == second.read_bytes()
     assert first.stat().st_size < 0.6 * dit.header.files[0].stat().st_size
     assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["again.safetensors", "dit.safetensors", "fp8.safetensors"]
 
 
 def test_the_dialect_is_the_one_that_every_comfyui_reads(dit, tmp_path):
-    path = save_fp8(dit, tmp_path / "fp8.safetensors")
+    path = save_quantised(dit, tmp_path / "fp8.safetensors")
     tensors = load_file(path)
-    assert (tensors["scaled_fp8"].dtype, tensors["scaled_fp8"].shape) == (FP8, (2,))
+    assert (tensors["scaled_fp8"].dtype, tensors["scaled_fp8"].shape) == (formats.FP8_MADE, (2,))
     scaled = {name.removesuffix(".scale_weight") for name in tensors if name.endswith(".scale_weight")}
     assert scaled == big_linears(tiny_dit("vace")).keys()
     assert all(tensors[f"{name}.scale_weight"].shape == () for name in scaled)
@@ -61,14 +62,14 @@ def test_the_dialect_is_the_one_that_every_comfyui_reads(dit, tmp_path):
 def test_fp8_numbers_with_one_scale_are_kept(tmp_path, dialect):
     save_file(stored(tiny_dit(), dialect), tmp_path / "a.safetensors")
     before = detect_files(tmp_path / "a.safetensors")
-    after = detect_files(save_fp8(before, tmp_path / "b.safetensors"))
+    after = detect_files(save_quantised(before, tmp_path / "b.safetensors"))
     ours, theirs = (big_linears(build(c, dtype=torch.bfloat16)) for c in (after, before))
     assert all(torch.equal(layer.dequantised(), theirs[path].dequantised()) for path, layer in ours.items())
 
 
 def test_scales_per_row_become_one_scale(tmp_path):
     save_file(stored(tiny_dit(), "new", per_row=True), tmp_path / "a.safetensors")
-    after = detect_files(save_fp8(detect_files(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"))
+    after = detect_files(save_quantised(detect_files(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"))
     error = relative_error(velocity(build(after, dtype=torch.float32)), velocity(tiny_dit()))
     assert 0 < error < 0.06
 
@@ -107,13 +108,13 @@ def test_a_text_encoder_takes_its_sentencepiece_model_along(tmp_path):
     (folder / "spiece.model").write_bytes(b"sentences")
     torch.save(dict(tiny_text_encoder().bfloat16().state_dict()), tmp_path / "t5.pth")
     component = detect_files(tmp_path / "t5.pth")
-    after = detect_files(save_fp8(component, tmp_path / "new" / "t5.safetensors"))
+    after = detect_files(save_quantised(component, tmp_path / "new" / "t5.safetensors"))
     assert (after.layout, after.quantised, spiece_model(after.header)) == (
         "Hugging Face",
         "FP8, a scale per tensor",
         b"sentences",
     )
-    assert spiece_model(detect_files(save_fp8(after, tmp_path / "t5.safetensors")).header) == b"sentences"
+    assert spiece_model(detect_files(save_quantised(after, tmp_path / "t5.safetensors")).header) == b"sentences"
     fp8, same, plain = (
         build(c, dtype=torch.float32, weights=w) for c, w in ((after, "auto"), (after, "plain"), (component, "auto"))
     )
@@ -128,21 +129,21 @@ def test_what_is_not_written(dit, tmp_path, monkeypatch):
     taken = tmp_path / "taken.safetensors"
     taken.write_bytes(b"mine")
     with pytest.raises(ValueError, match="exists already; nothing is overwritten"):
-        save_fp8(dit, taken)
+        save_quantised(dit, taken)
     with pytest.raises(ValueError, match=r"written as \.safetensors; got the name 'a\.pth'"):
-        save_fp8(dit, tmp_path / "a.pth")
+        save_quantised(dit, tmp_path / "a.pth")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written"):
-        save_fp8(dit, tmp_path / "file" / "a.safetensors")
+        save_quantised(dit, tmp_path / "file" / "a.safetensors")
     torch.save(inv.tiny("vae"), tmp_path / "vae.pth")
     with pytest.raises(ValueError, match=r"not written in FP8.*--dtype bf16"):
-        save_fp8(detect_files(tmp_path / "vae.pth"), tmp_path / "a.safetensors")
+        save_quantised(detect_files(tmp_path / "vae.pth"), tmp_path / "a.safetensors")
     save_file({"diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="is a LoRA"):
         save_plain(detect_files(tmp_path / "lora.safetensors"), tmp_path / "a.safetensors", torch.bfloat16)
     monkeypatch.setattr(save_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(ValueError, match=r"takes 0\.\d+ GB, but .* has 0\.00 GB left"):
-        save_fp8(dit, tmp_path / "a.safetensors")
+        save_quantised(dit, tmp_path / "a.safetensors")
     assert taken.read_bytes() == b"mine" and not (tmp_path / "a.safetensors").exists()
 
 
@@ -151,7 +152,7 @@ def test_nothing_is_left_of_a_file_that_broke_off(dit, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_fp8(dit, tmp_path / "a.safetensors", stop)
+        save_quantised(dit, tmp_path / "a.safetensors", stop)
     assert [p.name for p in tmp_path.iterdir()] == ["dit.safetensors"]
 
 
@@ -203,7 +204,7 @@ def test_a_real_comfyui_computes_with_the_file(tmp_path):
     # ComfyUI fixes the widths of text and time that the tiny models have smaller.
     plain = filled(WanDiT, DiTConfig(dim=256, ffn_dim=512, num_layers=2)).bfloat16()
     save_file(plain.state_dict(), tmp_path / "dit.safetensors")
-    save_fp8(detect_files(tmp_path / "dit.safetensors"), tmp_path / "fp8.safetensors")
+    save_quantised(detect_files(tmp_path / "dit.safetensors"), tmp_path / "fp8.safetensors")
     x = torch.randn(1, 4096, 256, generator=torch.Generator().manual_seed(0))
     save_file({"x": x}, tmp_path / "x.safetensors")
     host = [comfy.python, "-c", HOST.format(folder=str(tmp_path))]

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tests.reference import relative_error, tiny_dit
 from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
-from wan_core.loading.save import save_fp8
+from wan_core.loading.save import save_quantised
 from wan_core.lora.bind import BlockStrengths
 from wan_core.lora.convert import fuse
 from wan_core.lora.target import Target, open_lora, report, report_alone, use_lora
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     save_file(
         {f"model.diffusion_model.{k}": t.contiguous() for k, t in dit.state_dict().items()}, root / "m.safetensors"
     )
-    save_fp8(detect_files(root / "m.safetensors"), root / "fp8.safetensors")
+    save_quantised(detect_files(root / "m.safetensors"), root / "fp8.safetensors")
     tensors = {}
     for layer in LAYERS:
         out, width = dit.get_submodule(layer).weight.shape

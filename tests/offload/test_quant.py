@@ -6,10 +6,11 @@ from torch import nn
 
 from tests.reference import relative_error, tiny_dit, tiny_image_encoder, tiny_text_encoder
 from wan_core.models.ops import Linear
-from wan_core.offload import quant
+from wan_core.offload import formats, quant
 from wan_core.offload.blocks import weight_bytes
-from wan_core.offload.formats import FP8_DTYPES
-from wan_core.offload.quant import FP8, FP8_MAX, QuantisedLinear, big_linears, quantise, to_fp8, weight_to_fp8
+from wan_core.offload.formats import FP8_DTYPES, FP8_MAX
+from wan_core.offload.formats import FP8_MADE as FP8
+from wan_core.offload.quant import QuantisedLinear, big_linears, quantise, to_fp8
 from wan_core.types import Conditioning, VaceInput
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,12 +40,12 @@ def test_rows_use_the_whole_range_and_zero_rows_stay_zero():
 @pytest.mark.parametrize("chunk", [1, 24, 1 << 22])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_quantised_in_float32_whatever_they_are_stored_in(chunk, dtype, monkeypatch):
-    monkeypatch.setattr(quant, "CHUNK", chunk)
+    monkeypatch.setattr(formats, "CHUNK", chunk)
     weight = normal(7, 8, dtype=dtype)
-    stored, scale = weight_to_fp8(weight)
+    stored, scale = formats.FP8.quantise(weight)
     expected = to_fp8(weight.float())
     assert torch.equal(stored.float(), expected[0].float()) and torch.equal(scale, expected[1])
-    stored, scale = weight_to_fp8(weight, per_row=False)
+    stored, scale = formats.FP8.quantise(weight, per_row=False)
     assert scale.shape == (1, 1) and stored.float().abs().amax() == FP8_MAX
     assert relative_error(stored.float() * scale, weight) < 0.04
 

@@ -179,14 +179,14 @@ def test_weights_on_disk_are_no_host_memory():
     assert mapped.file_bytes > 1.9 * (held.ram_bytes - mapped.ram_bytes) > 0, "the bundled file is float32"
     plan = plan_whole(job(dit=mapped), None)
     assert plan.files == {"video model": mapped.file_bytes}
-    assert mapped.in_fp8() is None
+    assert mapped.quantised() is None
 
 
 def test_fp8_takes_half_the_memory_and_once_is_enough():
-    held, quantised = part("dit"), part("dit").in_fp8()
+    held, quantised = part("dit"), part("dit").quantised()
     big = sum(w.nbytes for n, w in weights_of(held.module).items() if n.startswith("blocks") and w.ndim == 2)
     assert held.ram_bytes - quantised.ram_bytes == pytest.approx(big / 2, rel=0.05)
-    assert quantised.in_fp8() is None
+    assert quantised.quantised() is None
 
 
 def greedy() -> Job:
@@ -199,7 +199,7 @@ def test_fit_changes_no_more_than_it_must():
     one_by_one = replace(alone.settings, guidance=GuidanceSettings(mode="sequential"))
     on_host = replace(one_by_one, cache=EasyCacheSettings(residual_on_cpu=True))
     steps = [alone, replace(alone, settings=one_by_one), replace(alone, settings=on_host)]
-    steps += [replace(steps[-1], dit=alone.dit.in_fp8())]
+    steps += [replace(steps[-1], dit=alone.dit.quantised())]
     limits = [plan_whole(step, 1).peak_bytes for step in steps]
     assert limits == sorted(set(limits), reverse=True)
     expected = ["cfg_mode sequential", "residual_on_cpu", "weights fp8 in Load Model"]

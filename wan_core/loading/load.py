@@ -18,8 +18,8 @@ from ..models.preview_decoder import PreviewDecoder
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..offload.blocks import blocks_of
-from ..offload.formats import WEIGHTS, Stored, Weights
-from ..offload.quant import QuantisedLinear, big_linears, replace_layer, weight_to_fp8
+from ..offload.formats import MADE, WEIGHTS, Stored, Weights
+from ..offload.quant import QuantisedLinear, big_linears, replace_layer
 from ..offload.weights import WeightProvider
 from ..settings import check_choice
 from .detect import KINDS, Component, check_against, detect, detect_files, require_kind
@@ -171,7 +171,7 @@ class _Filling:
         self, module: nn.Module, component: Component, dtype: torch.dtype | None, device: torch.device, weights: Weights
     ) -> None:
         self.module, self.component, self.device, self.weights = module, component, device, weights
-        self.dtype = dtype
+        self.dtype, self.made = dtype, MADE.get(weights)
         self.provider = WeightProvider.of(module)
         self.in_float32 = getattr(module, "FLOAT32_PARAMETERS", ())
         self.linears = {f"{path}.weight": layer for path, layer in big_linears(module).items()}
@@ -188,8 +188,9 @@ class _Filling:
         if kept is not None:
             self._keep(name, kept, files.read(kept.numbers).to(self.device), files)
             return
-        if self.weights == "fp8" and name in self.linears:
-            self._put(name, QuantisedLinear, *weight_to_fp8(combine(source, files).to(self.device)))
+        if self.made is not None and name in self.linears:
+            numbers, scale = self.made.quantise(combine(source, files).to(self.device))
+            self._put(name, partial(QuantisedLinear, form=self.made), numbers, scale)
             return
         work = self._work_dtype(name)
         is_whole = source.combine in ("identity", "reshape") and source.is_cast
@@ -227,10 +228,11 @@ class _Filling:
                 f"{file} is a PyTorch checkpoint of an old format, which cannot stay on disk. Convert it with "
                 f"`python -m headless convert {file} --dtype bf16 NEW.safetensors`."
             )
-        if self.weights == "fp8" and not all(map(self._kept, self.linears)):
+        if self.made is not None and not all(map(self._kept, self.linears)):
+            name = self.made.name
             raise ValueError(
-                f"{file} does not hold its weights as FP8, so they cannot be FP8 and stay on disk. Convert it with "
-                f"`python -m headless convert {file} --fp8 NEW.safetensors`, or set weights to 'auto'."
+                f"{file} does not hold its weights as {name}, so they cannot be {name} and stay on disk. Convert it "
+                f"with `python -m headless convert {file} --{self.weights} NEW.safetensors`, or set weights to 'auto'."
             )
         if self.weights == "plain" and not all(self.component.sources[name].is_cast for name in self.linears):
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ..offload.formats import BESIDE, FormatError, Stored, check_declared, plain_name, recognise
+from ..offload.formats import BESIDE, FormatError, Stored, check_declared, format_of, plain_name, recognise
 from .paths import describe_files
 from .tensor_files import CheckpointError, Header, TensorFiles
 
@@ -379,12 +379,15 @@ def _declared(header: Header, names: Mapping[str, str]) -> dict[str, Mapping[str
 
 
 def _marks(header: Header, names: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
-    """The text beside each int8 weight: numbers of that dtype may be rotated, which nothing else tells."""
+    """The text beside each weight of a format that needs it: int8 numbers may be rotated, which nothing else tells."""
     with TensorFiles(header) as files:
         for name, stored in names.items():
             layer, ending, _ = name.partition(".comfy_quant")
             weight, info = names.get(f"{layer}.weight"), header[stored]
-            if ending and weight and header[weight].dtype == torch.int8 and info.file.is_file():
+            if not (ending and weight and info.file.is_file()):
+                continue
+            form = format_of(header[weight].dtype)
+            if form is not None and form.is_marked:
                 if info.nbytes > MARK_BYTES:
                     raise ValueError(f"{stored!r} has {info.nbytes} bytes")
                 yield layer, bytes(files.read(stored).tolist())

@@ -1,12 +1,9 @@
-"""Model files converted: any readable checkpoint to one safetensors file, in FP8 or in a plain dtype.
+"""Model files converted: any readable checkpoint to one safetensors file, quantised or in a plain dtype.
 
 Tensors go from file to file one at a time, so that a model of any size fits into the memory of its largest tensor.
 
-FP8 files are written in ComfyUI's first dialect of scaled FP8: `scaled_fp8`, a mark of two elements, and beside each
-FP8 weight a float32 number `scale_weight`. It is the one form that every version reads: 0.3.64 takes one scale per
-tensor only (its `scaled_fp8_ops` declares it as a scalar), and newer ones, which write `weight_scale` and
-`comfy_quant`, convert it on loading. The two elements of the mark ask for products in the compute dtype. Linear layers
-that are not FP8 in the file ComfyUI 0.3.64 casts to FP8 by itself; newer ones and WanCore keep them."""
+Quantised files are `offload.formats.WRITTEN`, which ComfyUI reads, too. Linear layers that are not FP8 in
+the file ComfyUI 0.3.64 casts to FP8 by itself; newer ones and WanCore keep them."""
 
 import logging
 import re
@@ -22,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..atomic import creating
-from ..offload.quant import FP8, big_linears, weight_to_fp8
+from ..offload.formats import WRITTEN
+from ..offload.quant import big_linears
 from .detect import Component, check_against
 from .load import CLASSES, check_fits, combine, spiece_model, unfilled
 from .names import SPIECE_MODEL
@@ -33,8 +31,8 @@ log = logging.getLogger("wancore")
 Progress = Callable[[int, int], None]
 """Called with the bytes that are written and those there will be."""
 
-FP8_KINDS = ("dit", "text_encoder")
-"""What ComfyUI reads as scaled FP8; the others are small."""
+QUANTISED_KINDS = ("dit", "text_encoder")
+"""What ComfyUI reads quantised; the others are small."""
 
 SPIECE_FILE = "spiece.model"
 """The SentencePiece model in a tokenizer's folder."""
@@ -76,32 +74,33 @@ Changes = Mapping[str, Callable[[Tensor], Tensor]]
 NO_CHANGES: Changes = MappingProxyType({})
 
 
-def save_fp8(
+def save_quantised(
     component: Component,
     path: Path,
     on_progress: Progress = lambda done, total: None,
     changes: Changes = NO_CHANGES,
 ) -> Path:
-    """Write a DiT or text encoder with the linear layers of its blocks in FP8, the rest in bfloat16; returns `path`.
+    """Write a DiT or text encoder with the linear layers of its blocks quantised, as `WRITTEN` says, and all else in
+    bfloat16; returns `path`.
 
-    FP8 weights with one scale, or none, keep their numbers; all others, and those in `changes`, are rounded once.
+    Weights that are stored so keep their numbers; all others, and those in `changes`, are rounded once.
 
     Raises:
         ValueError: `path` exists, has another ending or no room, or the model is of a kind that stays as it is.
         CheckpointError: the model is incomplete.
     """
-    if component.kind not in FP8_KINDS:
+    if component.kind not in QUANTISED_KINDS:
         raise ValueError(
-            f"{component.name} is not written in FP8: only video models and text encoders are read that way. Write it "
-            "with --dtype bf16."
+            f"{component.name} is not written in {WRITTEN.format.name}: only video models and text encoders are "
+            "read that way. Write it with --dtype bf16."
         )
     module = unfilled(component)
     check_against(component, module)
     linears = {f"{name}.weight" for name in big_linears(module)}
-    mark = torch.zeros(2, dtype=FP8)
-    entries = [_Entry("scaled_fp8", (2,), FP8, lambda files: mark), *_extra(component)]
+    mark = torch.zeros(2, dtype=WRITTEN.dtype)
+    entries = [_Entry(WRITTEN.mark, (2,), mark.dtype, lambda files: mark), *_extra(component)]
     for name in component.sources:
-        make = _fp8_entries if name in linears else partial(_plain_entries, dtype=torch.bfloat16)
+        make = _quantised_entries if name in linears else partial(_plain_entries, dtype=torch.bfloat16)
         entries += make(component, name, changes.get(name))
     return _write(component, Path(path), entries, on_progress)
 
@@ -146,12 +145,12 @@ def _plain_entries(component: Component, name: str, change: Change, dtype: torch
     return [_Entry(_stored_name(component, name), source.shape, dtype, make)]
 
 
-def _fp8_entries(component: Component, name: str, change: Change) -> Iterator[_Entry]:
-    """An FP8 weight and its scale, which are made together when the first of them is written."""
+def _quantised_entries(component: Component, name: str, change: Change) -> Iterator[_Entry]:
+    """A quantised weight and its scale, which are made together when the first of them is written."""
     source = component.sources[name]
     stored = _stored_name(component, name)
     kept = None if change else source.single
-    if kept and (kept.dtype != FP8 or (kept.scale and prod(component.header[kept.scale].shape) != 1)):
+    if kept and not WRITTEN.keeps(kept, component.header):
         kept = None
     pair: list[Tensor] = []
 
@@ -161,12 +160,13 @@ def _fp8_entries(component: Component, name: str, change: Change) -> Iterator[_E
             pair.extend((files.read(kept.numbers), scale))
         elif not pair:
             weight = combine(source, files)
-            pair.extend(weight_to_fp8(change(weight) if change else weight, per_row=False))
+            pair.extend(WRITTEN.format.quantise(change(weight) if change else weight, per_row=False))
         tensor, pair[part] = pair[part], torch.empty(0)
         return tensor
 
-    yield _Entry(stored, source.shape, FP8, partial(make, part=0))
-    yield _Entry(f"{stored.removesuffix('weight')}scale_weight", (), torch.float32, partial(make, part=1))
+    layer, spelling = stored.removesuffix(".weight"), WRITTEN.spelling
+    yield _Entry(f"{layer}{spelling.numbers}", source.shape, WRITTEN.dtype, partial(make, part=0))
+    yield _Entry(f"{layer}{spelling.scale}", (), torch.float32, partial(make, part=1))
 
 
 def _extra(component: Component) -> list[_Entry]:

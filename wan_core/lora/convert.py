@@ -16,7 +16,7 @@ from ..files import blamed_on
 from ..loading.detect import Component, detect_files, require_kind
 from ..loading.load import open_component
 from ..loading.names import Kind, diffusers_name
-from ..loading.save import save_fp8, save_plain
+from ..loading.save import save_plain, save_quantised
 from ..loading.tensor_files import write_safetensors
 from ..settings import check_choice, check_whole
 from .apply import folded
@@ -170,7 +170,7 @@ def fuse(sources: Sequence[tuple[PathLike, float]], base: PathLike, out: PathLik
         raise ValueError(f"Nothing would change in {component.name}: every change is zero, or its strength is.")
     made = {name: partial(_fused, changes=parts) for name, parts in changes.items()}
     if component.quantised and dtype is None:
-        save_fp8(component, target, changes=made)
+        save_quantised(component, target, changes=made)
     else:
         stored = component.dtype if component.dtype in DTYPES.values() else torch.bfloat16
         save_plain(component, target, DTYPES[dtype] if dtype else stored, changes=made)

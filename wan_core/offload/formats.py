@@ -1,11 +1,13 @@
 """The formats in which the weight of a linear layer is stored, one row each.
 
-A format knows its tensors in a file, the shape of the weight they stand for, how numbers and scale become that weight,
-and how rows are cut from it. Loading, planning, streaming, LoRA, saving and messages ask it and know none by name. In
-memory a weight is the tensors of its file, so its bytes are theirs (`nbytes`), whatever a number of it takes.
+A format recognises its tensors in a header, and knows the shape of the weight they stand for, how numbers and scale
+become that weight, and how rows are cut from it. Loading, planning, streaming, LoRA, saving and messages ask it and
+know none by name. In memory a weight is the tensors of its file, so its bytes are theirs (`nbytes`), whatever a number
+of it takes.
 
 A further format is a row of `FORMATS`, its dtype or a class of its own, and a row of `SPELLINGS` where its tensors have
-other names. One that packs several numbers into a byte overrides `weight_shape` and `dequantise`."""
+other names. One whose numbers are bytes of no dtype (GGUF's blocks) overrides `recognises`, `weight_shape` and
+`dequantise`; all else, streaming included, moves its bytes as they are."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +21,14 @@ from torch import Tensor
 Shape = tuple[int, ...]
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+FP8_MADE = torch.float8_e4m3fn
+"""The dtype of FP8 weights that are made here: 4 bits of exponent, 3 of mantissa."""
+
+FP8_MAX = torch.finfo(FP8_MADE).max
+
+CHUNK = 1 << 18
+"""Numbers of a weight that are quantised at once: enough to keep all cores busy, few enough to stay in their caches."""
 
 Weights = Literal["auto", "fp8", "plain"]
 WEIGHTS: tuple[Weights, ...] = ("auto", "fp8", "plain")
@@ -53,12 +63,19 @@ class WeightFormat:
         dtypes: of the numbers.
         quantised: whether a layer keeps the stored numbers and computes its weight from them in every call.
         cast_suffices: whether numbers without a scale are the weight as soon as they are cast.
+        is_marked: whether the text beside a weight (ComfyUI's `comfy_quant`) has to be read, because nothing else tells
+            whether the weight is more than numbers and a scale.
     """
 
     name: str
     dtypes: tuple[torch.dtype, ...]
     quantised: bool = False
     cast_suffices: bool = True
+    is_marked: bool = False
+
+    def recognises(self, info: Info) -> bool:
+        """Whether a tensor of a file holds numbers of this format."""
+        return info.dtype in self.dtypes
 
     def weight_shape(self, numbers: Shape) -> Shape:
         """The shape of the weight that stored numbers of this shape stand for."""
@@ -137,6 +154,33 @@ class EightBit(WeightFormat):
         return held
 
 
+@dataclass(frozen=True)
+class Float8(EightBit):
+    """FP8 numbers, which are also made here."""
+
+    def quantise(self, weight: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tensor]:
+        """FP8 numbers for a weight (out, in), with a float32 scale per row, (out, 1), or for all, (1, 1).
+
+        Computed in float32, a few rows at a time: no second copy of the weight arises.
+        """
+        rows = len(weight) if weight.is_meta else max(1, CHUNK // weight.shape[1])
+        stored = torch.empty(weight.shape, dtype=FP8_MADE, device=weight.device)
+        quotient = torch.empty(rows, weight.shape[1], dtype=torch.float32, device=weight.device)
+        ranges = [torch.aminmax(part, dim=1, keepdim=True) for part in weight.split(rows)]
+        scale = fp8_scale(torch.cat([torch.maximum(-low, high) for low, high in ranges]))
+        if not per_row:
+            scale = scale.amax().reshape(1, 1)
+        scales = scale.expand(len(weight), 1)
+        for target, part, factor in zip(stored.split(rows), weight.split(rows), scales.split(rows), strict=True):
+            target.copy_(torch.div(part, factor, out=quotient[: len(part)]))
+        return stored, scale
+
+
+def fp8_scale(peak: Tensor) -> Tensor:
+    """The float32 scale with which the largest number of the format is `peak`; never zero, so that zeros stay zeros."""
+    return (peak.float() / FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
+
+
 def _side(length: int, blocks: int) -> int:
     """How many of `length` numbers share one of `blocks` scales; the last block may be shorter. 0 when none fits."""
     if blocks == 1:
@@ -146,9 +190,17 @@ def _side(length: int, blocks: int) -> int:
 
 
 PLAIN = WeightFormat("plain", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
-FP8 = EightBit("FP8", FP8_DTYPES)
-INT8 = EightBit("int8", (torch.int8,))
+FP8 = Float8("FP8", FP8_DTYPES)
+INT8 = EightBit("int8", (torch.int8,), is_marked=True)
 FORMATS = (PLAIN, FP8, INT8)
+
+MADE: Mapping[Weights, Float8] = {"fp8": FP8}
+"""The format that big layers are brought into on request, by the choice that asks for it."""
+
+
+def choice_of(dtype: torch.dtype | None) -> Weights | None:
+    """The choice of `MADE` that a dtype names; None for dtypes that weights are just cast to."""
+    return next((choice for choice, row in MADE.items() if dtype in row.dtypes), None)
 
 
 def format_of(dtype: torch.dtype) -> WeightFormat | None:
@@ -176,6 +228,32 @@ SPELLINGS = (
     Spelling(".int8_weight", ".scale"),  # TurboDiffusion
     Spelling(".weight", ".SCB", 1 / 127),  # bitsandbytes LLM.int8: the largest number of each row
 )
+
+
+@dataclass(frozen=True)
+class Written:
+    """How quantised weights are written to files.
+
+    Attributes:
+        dtype: of the numbers, which are of `format`.
+        mark: the name of a tensor of two elements of that dtype, by which readers know the file.
+    """
+
+    format: Float8
+    dtype: torch.dtype
+    spelling: Spelling
+    mark: str
+
+    def keeps(self, stored: "Stored", header: Mapping[str, Info]) -> bool:
+        """Whether the numbers and the scale of a file can be written as they are."""
+        one_scale = not stored.scale or prod(header[stored.scale].shape) == 1
+        return stored.dtype == self.dtype and one_scale
+
+
+WRITTEN = Written(FP8, FP8_MADE, SPELLINGS[0], "scaled_fp8")
+"""ComfyUI's first dialect, the one form that every version reads: 0.3.64 takes one scale per tensor only (its
+`scaled_fp8_ops` declares it as a scalar), and newer ones, which write `weight_scale` and `comfy_quant`, convert it on
+loading. The two elements of the mark ask for products in the compute dtype."""
 
 BESIDE = re.compile(
     r"scaled_fp8|.+\.(scale_weight|weight_scale|weight_scale_inv|scale_input|input_scale|output_scale|comfy_quant|SCB"
@@ -221,7 +299,7 @@ class Stored:
 
     def kept(self, weights: Weights) -> bool:
         """Whether a big layer that is to be held as `weights` keeps these numbers."""
-        return self.format.quantised and (weights == "auto" or (weights == "fp8" and self.format == FP8))
+        return self.format.quantised and (weights == "auto" or MADE.get(weights) == self.format)
 
     def held_scale(self, scale: Tensor, numbers: Shape) -> Tensor:
         """The stored `scale` as layers and `dequantise` take it, in float32."""
@@ -278,7 +356,7 @@ def recognise(names: Mapping[str, str], header: Mapping[str, Info]) -> dict[str,
 
 
 def _stored(name: str, info: Info, stored: str, scale: tuple[str, Info] | None, spelling: Spelling) -> Stored:
-    row = format_of(info.dtype)
+    row = next((row for row in FORMATS if row.recognises(info)), None)
     if scale is None:
         # Tables of positions and the like are integers in any model; a weight never is.
         if name.endswith(".weight") and not info.dtype.is_floating_point and (row is None or row.cast_suffices):

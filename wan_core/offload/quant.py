@@ -14,17 +14,9 @@ from torch import Tensor, nn
 
 from . import formats
 from .blocks import blocks_of, weights_of
-from .formats import WeightFormat, format_of
+from .formats import FP8_MADE, WeightFormat, format_of, fp8_scale
 
 Module = TypeVar("Module", bound=nn.Module)
-
-FP8 = torch.float8_e4m3fn
-"""The format of weights that are quantised here: 4 bits of exponent, 3 of mantissa."""
-
-FP8_MAX = torch.finfo(FP8).max
-
-CHUNK = 1 << 18
-"""Numbers of a weight that are quantised at once: enough to keep all cores busy, few enough to stay in their caches."""
 
 MATMUL_DTYPE = torch.bfloat16
 """What an FP8 product with a scale per row comes out in; cuBLAS offers no other."""
@@ -36,30 +28,8 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     The largest number of a row becomes the largest of the format; rows of zeros stay zeros. Arithmetic is in the dtype
     of `x`.
     """
-    scale = _scale_for(x.abs().amax(-1, keepdim=True)).to(x.dtype)
-    return (x / scale).to(FP8), scale.float()
-
-
-def _scale_for(peak: Tensor) -> Tensor:
-    return (peak.float() / FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
-
-
-def weight_to_fp8(weight: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tensor]:
-    """A weight (out, in) of any dtype as FP8 numbers with a float32 scale per row, (out, 1), or for all, (1, 1).
-
-    Computed in float32, a few rows at a time: no second copy of the weight arises.
-    """
-    rows = len(weight) if weight.is_meta else max(1, CHUNK // weight.shape[1])
-    stored = torch.empty(weight.shape, dtype=FP8, device=weight.device)
-    quotient = torch.empty(rows, weight.shape[1], dtype=torch.float32, device=weight.device)
-    ranges = [torch.aminmax(part, dim=1, keepdim=True) for part in weight.split(rows)]
-    scale = _scale_for(torch.cat([torch.maximum(-low, high) for low, high in ranges]))
-    if not per_row:
-        scale = scale.amax().reshape(1, 1)
-    scales = scale.expand(len(weight), 1)
-    for target, part, factor in zip(stored.split(rows), weight.split(rows), scales.split(rows), strict=True):
-        target.copy_(torch.div(part, factor, out=quotient[: len(part)]))
-    return stored, scale
+    scale = fp8_scale(x.abs().amax(-1, keepdim=True)).to(x.dtype)
+    return (x / scale).to(FP8_MADE), scale.float()
 
 
 class QuantisedLinear(nn.Linear):
@@ -101,13 +71,13 @@ class QuantisedLinear(nn.Linear):
     @classmethod
     def of(cls, linear: nn.Linear) -> "QuantisedLinear":
         """A layer in FP8 with a scale per row, on the device where it is."""
-        weight, scale = weight_to_fp8(weight_of(linear).detach())
+        weight, scale = formats.FP8.quantise(weight_of(linear).detach())
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(weight, scale, bias, getattr(linear, "compute_dtype", linear.weight.dtype))
 
     def set_weight(self, weight: Tensor) -> None:
         """Hold `weight` from now on, as FP8 with a scale per row."""
-        stored, self.scale = weight_to_fp8(weight)
+        stored, self.scale = formats.FP8.quantise(weight)
         self.weight, self.format = nn.Parameter(stored, requires_grad=False), formats.FP8
 
     @property
@@ -248,7 +218,7 @@ def require_fp8_matmul(device: torch.device, dtype: torch.dtype) -> None:
 def supports_fp8_matmul(device: torch.device) -> bool:
     """Whether `device` multiplies FP8 matrices with a scale per row; found out by trying once."""
     try:
-        left, right = (torch.eye(32, device=device).to(FP8) for _ in range(2))
+        left, right = (torch.eye(32, device=device).to(FP8_MADE) for _ in range(2))
         scale = torch.ones(32, 1, device=device)
         bias = torch.zeros(32, device=device, dtype=MATMUL_DTYPE)
         out = torch._scaled_mm(left, right.T, scale_a=scale, scale_b=scale.T, bias=bias, out_dtype=MATMUL_DTYPE)

@@ -42,13 +42,13 @@ def _sequential(job: Job) -> Job | None:
     return _with(job, guidance=replace(guidance, mode="sequential"))
 
 
-def _model_in_fp8(job: Job) -> Job | None:
-    dit = job.dit.in_fp8()
+def _model_quantised(job: Job) -> Job | None:
+    dit = job.dit.quantised()
     return None if dit is None else replace(job, dit=dit)
 
 
-def _text_in_fp8(job: Job) -> Job | None:
-    encoder = None if job.text_encoder is None else job.text_encoder.in_fp8()
+def _text_quantised(job: Job) -> Job | None:
+    encoder = None if job.text_encoder is None else job.text_encoder.quantised()
     return None if encoder is None else replace(job, text_encoder=encoder)
 
 
@@ -64,8 +64,8 @@ def _with(job: Job, **changes: Any) -> Job:
 VARIATIONS = (
     Variation("residual_on_cpu on the cache node: what a step changed waits in host memory", _cache_on_host),
     Variation("cfg_mode sequential: one branch of guidance after the other", _sequential),
-    Variation("weights fp8 in Load Model: 8 bits for the big layers, slightly less exact", _model_in_fp8),
-    Variation("weights fp8 in Load Text Encoder: 8 bits for the big layers, slightly less exact", _text_in_fp8),
+    Variation("weights fp8 in Load Model: 8 bits for the big layers, slightly less exact", _model_quantised),
+    Variation("weights fp8 in Load Text Encoder: 8 bits for the big layers, slightly less exact", _text_quantised),
     Variation("tiled off on the VAE nodes: tiles are then chosen to fit", _tiles),
 )
 """Ways to take less memory, the one that costs least first."""

@@ -82,7 +82,7 @@ class Part(Generic[Model]):
     def _weights(self) -> dict[str, torch.Tensor]:
         return weights_of(self.module)
 
-    def in_fp8(self) -> "Part[Model] | None":
+    def quantised(self) -> "Part[Model] | None":
         """The same part with the layers of its blocks as FP8; None where they are quantised, or stay as they rest."""
         done = all(isinstance(layer, QuantisedLinear) for layer in big_linears(self.module).values())
         if done or self.provider.mapped or self.provider.work_dtypes:
