@@ -14,15 +14,13 @@ if __name__ == "__main__":  # the imports below need the packages' names, which 
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from wan_core.loading.paths import resolve_model
 from wan_core.model_files import Rest
 from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.offload.quant import quantise
@@ -51,7 +49,7 @@ from .run.output import (
     with_recorded_data,
 )
 from .run.plan import Estimate, Plan, estimate
-from .run.state import Progress, StateError, States, read_progress, require_same, require_space
+from .run.state import ABOUT_FILES, FREE, Progress, States, find_earlier, identity_of, require_space
 from .run.validate import EVENTS, Watcher, sample_requests, save_first_samples
 
 log = logging.getLogger("wancore")
@@ -61,24 +59,6 @@ LARGEST_EPOCH = 10**6
 """Samples of rows that are repeated; their order is drawn as a whole."""
 WRONG_INPUT, FAILED = 2, 1
 """Exit codes: nothing was begun because of something the user gave; something went wrong later."""
-
-ABOUT_FILES = {
-    "cache", "cache_dir", "confined", "dataset_base_path", "dataset_metadata_path", "local_model_path", "max_steps",
-    "min_free_gb", "model_id_with_origin_paths", "model_paths", "num_epochs", "num_workers", "output_path",
-    "preset_lora_path", "resume", "resume_force", "resume_from_checkpoint", "skip_download", "stop_file", "task",
-    "tokenizer_path",
-}  # fmt: skip
-"""Settings that say where things are and how long a run is, not how it trains and what it writes."""
-
-FREE = ABOUT_FILES | {
-    "find_unused_parameters", "keep_last", "learning_rate", "log_with", "lora_checkpoint", "lora_format",
-    "on_bad_sample", "preset_lora_model", "remove_prefix_in_ckpt", "sample_cfg_scale", "sample_count",
-    "sample_inference_steps", "sample_negative_prompt", "sample_prompt", "sample_seed", "sample_steps", "save_steps",
-    "stream_base", "use_gradient_checkpointing", "use_gradient_checkpointing_offload", "validate_steps", "vram_limit",
-    "wandb_project",
-}  # fmt: skip
-"""Settings that may differ between a run and its continuation: they do not change what a step computes, or, as the
-learning rate, are there to be changed. Data and models are known by their content, not by their paths."""
 
 
 @dataclass(frozen=True)
@@ -128,29 +108,25 @@ def train(config: TrainConfig) -> Result:
     is_main = accelerator.is_main_process
     folder = Path(config.output_path)
     with taken(folder) if is_main else nullcontext():
-        return _train(config, accelerator, folder)
+        stop = StopRequest(Path(config.stop_file or folder / "stop"))
+        trackers = open_trackers(config, folder) if is_main else ()
+        events = Events(folder / EVENTS if is_main else None, trackers, show=True)
+        try:
+            with stop.listening():
+                result = Run(config, accelerator, events, stop).execute()
+        except Exception as error:
+            events.emit("error", message=str(error))
+            raise
+        finally:
+            events.close()
+            accelerator.end_training()
+        if result.stopped:
+            stop.obeyed()
+        return result
 
 
-def _train(config: TrainConfig, accelerator: Accelerator, folder: Path) -> Result:
-    is_main = accelerator.is_main_process
-    stop = StopRequest(Path(config.stop_file or folder / "stop"))
-    events = Events(folder / EVENTS if is_main else None, open_trackers(config, folder) if is_main else (), show=True)
-    try:
-        with stop.listening():
-            result = _Run(config, accelerator, events, stop).execute()
-    except Exception as error:
-        events.emit("error", message=str(error))
-        raise
-    finally:
-        events.close()
-        accelerator.end_training()
-    if result.stopped:
-        stop.obeyed()
-    return result
-
-
-class _Run:
-    """What is known of a run before its first step."""
+class Run:
+    """A run from its data to its last save: `execute` is the order, the methods after it are its steps."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, events: Events, stop: StopRequest) -> None:
         self.config, self.accelerator, self.events, self.stop = config, accelerator, events, stop
@@ -161,7 +137,9 @@ class _Run:
         self.runtime = Runtime.default(accelerator.device, self.dtype)
 
     def execute(self) -> Result:
-        config = self.config
+        config, world = self.config, self.accelerator.num_processes
+
+        # Data and models are checked, from files and headers, before anything is encoded or loaded.
         data = dataset.load(config)
         rows, held_out = self._rows(data)
         found = load.find(config)
@@ -169,48 +147,102 @@ class _Run:
             rows, held_out = self._rows(data, found.config.geometry)
         encoders = Encoders(found, self.dtype, self.accelerator.device)
         cache = LatentCache(config.cache_folder) if config.caches else None
+        everything = Examples((*rows, *held_out), found, encoders, config, cache)
         if config.task == "sft:data_process":
-            if self._fill(Examples((*rows, *held_out), found, encoders, config, cache)):
-                return self._stopped_encoding(0, len(rows) + len(held_out))
-            return self._encoded()
-        identity = _identity(config, data.fingerprint, found)
-        earlier = self._earlier(identity)
-        self._require_one_start(earlier)
+            return self._encode_only(everything)
+
+        # A run that was stopped goes on from its newest state.
+        identity = identity_of(config, data.fingerprint, found.components)
+        earlier = find_earlier(self.states, config, identity, world)
+        done = self._step_of(earlier)
         require_own_outputs(self.folder, identity)
         if self.is_main:
             self.states.tidy()
-
         examples = Examples(rows, found, encoders, config, cache)
-        plan = Plan(config, examples.shapes, self.accelerator.process_index, self.accelerator.num_processes)
-        if earlier is not None and earlier[1].step >= plan.total:
-            return self._ended_before(earlier[1], plan.total)
-        clips = Examples(held_out, found, encoders, replace(config, dataset_repeat=1), cache)
-        if self._fill(Examples((*rows, *held_out), found, encoders, config, cache)):
-            return self._stopped_encoding(earlier[1].step if earlier else 0, plan.total)
-        watcher = self._watcher(examples, clips)
+        plan = Plan(config, examples.shapes, self.accelerator.process_index, world)
+        if earlier is not None and done >= plan.total:
+            return self._nothing_left(earlier[1], plan.total)
+
+        # Encoders first, and gone before the model is loaded: the two need not fit into memory together.
+        if self._fill(everything):
+            return self._stopped_encoding(done, plan.total)
+        watcher = self._watcher(examples, Examples(held_out, found, encoders, replace(config, dataset_repeat=1), cache))
         trainables = self._trainables(found, encoders)
         if cache is not None:
             encoders.free()
 
+        # The model with its optimizer, in as many processes as there are.
         needs = self._needs(trainables, rows)
         trained = Engine(self.accelerator, trainables, config)
         watcher.engine = trained
-        done = 0
         if earlier is not None:
-            place, progress = earlier
-            trained.restore(place)
-            done = progress.step
+            trained.restore(earlier[0])
         self.events.emit(
             "resume" if earlier else "start", step=done, total=plan.total, epochs=config.num_epochs, rows=len(rows),
             held_out=len(held_out), processes=trained.world, memory=needs.device, disk=needs.saved,
         )  # fmt: skip
         if self.is_main:
             record_settings(config, self.folder / CONFIG)
+
+        # The steps; saves, exports and what is shown of the run happen between them.
         exporter = Exporter(config, trainables, run_id(identity))
         saver = Saver(config, trained, exporter, self.states, self.events, needs.saved, identity, done)
         loop = Loop(config, trained, examples, plan, config.objective, saver, watcher, self.events, self.stop)
         with trained.placed():
-            return self._ended(Result(loop.run(done), plan.total), saver)
+            result = Result(loop.run(done), plan.total)
+        return self._end(result, saver.saved, self._how_it_ended(result))
+
+    def _rows(
+        self, data: dataset.Dataset, geometry: Geometry = DEFAULT_GEOMETRY
+    ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+        """The rows to be trained, and those held out."""
+        config = self.config
+        checked = report.check(data, config, geometry=geometry)
+        if self.is_main:
+            log.info("%s", checked)
+            self.events.emit(
+                "check", good=len(checked.rows), bad=[str(bad) for bad in checked.bad], notices=checked.notices
+            )
+        rows = checked.require(config.on_bad_sample)
+        count = len(rows) - config.validation_clips
+        if count < 1:
+            raise ValueError(
+                f"--validation_clips {config.validation_clips} leaves nothing of {len(rows)} rows to train on."
+            )
+        samples = count * config.dataset_repeat
+        if samples > max(count, LARGEST_EPOCH):
+            raise ValueError(
+                f"--dataset_repeat {config.dataset_repeat} makes {samples} samples of {count} rows; repeated rows "
+                f"make an epoch of at most {LARGEST_EPOCH}. Use --num_epochs for longer runs."
+            )
+        return rows[:count], rows[count:]
+
+    def _fill(self, examples: Examples) -> bool:
+        """Fill the cache, each process a share of it; whether any of them was asked to stop meanwhile."""
+        if examples.cache is None:
+            return False
+        index, world = self.accelerator.process_index, self.accelerator.num_processes
+        stops = self.stop.__bool__
+        examples.fill(index, world, lambda done, total: self.events.emit("cache", done=done, total=total), stops)
+        asked = torch.tensor(float(stops()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum").item())
+
+    def _step_of(self, earlier: tuple[Path, Progress] | None) -> int:
+        """The steps that are done.
+
+        Raises:
+            ValueError: processes would start from different steps, as on machines that share no folder.
+        """
+        done = 0 if earlier is None else earlier[1].step
+        steps = self.accelerator.gather(torch.tensor([done], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"The processes of this run find different saved states, after steps {steps}: --output_path has to be "
+                "a folder that all machines share."
+            )
+        if earlier is not None and self.is_main:
+            log.info("Continuing from %s, after step %d.", earlier[0], done)
+        return done
 
     def _watcher(self, examples: Examples, clips: Examples) -> Watcher:
         """What is shown between steps, encoded while the encoders are there; the engine is still to come."""
@@ -249,136 +281,48 @@ class _Run:
         require_space(self.folder, needs.saved, self.config.min_free_gb)
         return needs
 
-    def _ended(self, result: Result, saver: Saver) -> Result:
-        if self.is_main and result.stopped:
-            log.info(
-                "Stopped after step %d of %d. Start the same command again to continue.", result.steps, result.total
-            )
-        elif self.is_main:
-            log.info("Finished after %d steps; everything is in %s.", result.steps, self.folder)
-        self.events.emit("end", step=result.steps, total=result.total, stopped=result.stopped, saved=saver.saved)
-        return result
-
-    def _encoded(self) -> Result:
-        """The end of a run that only encodes."""
+    def _encode_only(self, examples: Examples) -> Result:
+        """Encode the data and end."""
+        if self._fill(examples):
+            return self._stopped_encoding(0, len(examples.rows))
         if self.is_main:
             record(self.config)
-            log.info(
-                "Encoded the data into %s. Train on it with --task sft:train --dataset_base_path %s.",
-                self.config.cache_folder, self.folder,
-            )  # fmt: skip
-        self.events.emit("end", step=0, total=0, stopped=False, saved=0)
-        return Result(0, 0)
+        return self._end(
+            Result(0, 0), 0,
+            f"Encoded the data into {self.config.cache_folder}. Train on it with --task sft:train "
+            f"--dataset_base_path {self.folder}.",
+        )  # fmt: skip
 
     def _stopped_encoding(self, step: int, total: int) -> Result:
-        """The end of a run that was stopped before its first step."""
-        if self.is_main:
-            log.info(
-                "Stopped while the data was being encoded. Start the same command again to go on from %s.",
-                self.config.cache_folder,
-            )
-        self.events.emit("end", step=step, total=total, stopped=True, saved=step)
-        return Result(step, total)
+        return self._end(
+            Result(step, total), step,
+            "Stopped while the data was being encoded. Start the same command again to go on from "
+            f"{self.config.cache_folder}.",
+        )  # fmt: skip
 
-    def _ended_before(self, progress: Progress, total: int) -> Result:
+    def _nothing_left(self, progress: Progress, total: int) -> Result:
         """The end of a run that has no steps left."""
         now = self.config.resolved()
         changed = [n for n in FREE - ABOUT_FILES if n in progress.config and progress.config[n] != now[n]]
         others = f" ({', '.join(sorted(changed))} changed, which no step is left to use)" if changed else ""
+        return self._end(
+            Result(progress.step, total), progress.step,
+            f"Nothing was trained: the run in {self.folder} had its {progress.step} steps before{others}. Raise "
+            "--num_epochs or --max_steps to train longer, or choose another --output_path for another run.",
+            logging.WARNING,
+        )  # fmt: skip
+
+    def _how_it_ended(self, result: Result) -> str:
+        if result.stopped:
+            return f"Stopped after step {result.steps} of {result.total}. Start the same command again to continue."
+        return f"Finished after {result.steps} steps; everything is in {self.folder}."
+
+    def _end(self, result: Result, saved: int, text: str, level: int = logging.INFO) -> Result:
+        """`result`, after it was logged; `saved` is the step of the last save."""
         if self.is_main:
-            log.warning(
-                "Nothing was trained: the run in %s had its %d steps before%s. Raise --num_epochs or --max_steps to "
-                "train longer, or choose another --output_path for another run.",
-                self.folder, progress.step, others,
-            )  # fmt: skip
-        self.events.emit("end", step=progress.step, total=total, stopped=False, saved=progress.step)
-        return Result(progress.step, total)
-
-    def _rows(
-        self, data: dataset.Dataset, geometry: Geometry = DEFAULT_GEOMETRY
-    ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-        """The rows to be trained, and those held out."""
-        config = self.config
-        checked = report.check(data, config, geometry=geometry)
-        if self.is_main:
-            log.info("%s", checked)
-            self.events.emit(
-                "check", good=len(checked.rows), bad=[str(bad) for bad in checked.bad], notices=checked.notices
-            )
-        rows = checked.require(config.on_bad_sample)
-        count = len(rows) - config.validation_clips
-        if count < 1:
-            raise ValueError(
-                f"--validation_clips {config.validation_clips} leaves nothing of {len(rows)} rows to train on."
-            )
-        samples = count * config.dataset_repeat
-        if samples > max(count, LARGEST_EPOCH):
-            raise ValueError(
-                f"--dataset_repeat {config.dataset_repeat} makes {samples} samples of {count} rows; repeated rows "
-                f"make an epoch of at most {LARGEST_EPOCH}. Use --num_epochs for longer runs."
-            )
-        return rows[:count], rows[count:]
-
-    def _fill(self, examples: Examples) -> bool:
-        """Fill the cache, each process a share of it; whether any of them was asked to stop meanwhile."""
-        if examples.cache is None:
-            return False
-        index, world = self.accelerator.process_index, self.accelerator.num_processes
-        stops = self.stop.__bool__
-        examples.fill(index, world, lambda done, total: self.events.emit("cache", done=done, total=total), stops)
-        asked = torch.tensor(float(stops()), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, "sum").item())
-
-    def _earlier(self, identity: Mapping[str, Any]) -> tuple[Path, Progress] | None:
-        """The state to continue from, with its folder; None for a new run.
-
-        Raises:
-            ValueError: a state was named that does not hold, the states that are there are those of another run, or
-                there are some and `--resume never` was given.
-        """
-        config = self.config
-        if config.resume == "never":
-            if self.states.steps():
-                raise ValueError(
-                    f"{self.folder} holds saved states of a run; choose another --output_path, or continue it with "
-                    "--resume auto."
-                )
-            return None
-        place = self.states.latest() if config.resume == "auto" else Path(config.resume)
-        if place is None:
-            return None
-        try:
-            progress = read_progress(place)
-        except StateError as error:
-            raise StateError(f"--resume {config.resume}: {error}") from error
-        require_same(progress, identity, self.accelerator.num_processes, config.resume_force)
-        if self.is_main:
-            log.info("Continuing from %s, after step %d.", place, progress.step)
-        return place, progress
-
-    def _require_one_start(self, earlier: tuple[Path, Progress] | None) -> None:
-        """Raise ValueError when processes would start from different steps, as on machines that share no folder."""
-        here = torch.tensor([0 if earlier is None else earlier[1].step], device=self.accelerator.device)
-        steps = self.accelerator.gather(here).tolist()
-        if len(set(steps)) > 1:
-            raise ValueError(
-                f"The processes of this run find different saved states, after steps {steps}: --output_path has to be "
-                "a folder that all machines share."
-            )
-
-
-def _identity(config: TrainConfig, fingerprint: str, found: load.FoundModels) -> dict[str, Any]:
-    """What must be the same for a run to be continued exactly."""
-    kept = {name: value for name, value in config.resolved().items() if name not in FREE}
-    files = {
-        kind: [[file.name, file.stat().st_size] for file in component.header.files]
-        for kind, component in found.components.items()
-    }
-    for name in ("resume_from_checkpoint", "preset_lora_path"):
-        path = getattr(config, name)
-        if path is not None:
-            files[name] = [[file.name, file.stat().st_size] for file in resolve_model(Path(path).expanduser())]
-    return {**kept, "data": fingerprint, "models": files}
+            log.log(level, "%s", text)
+        self.events.emit("end", step=result.steps, total=result.total, stopped=result.stopped, saved=saved)
+        return result
 
 
 def _latent_shape(row: Row) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wan_core.conditioning.inputs import condition, numeric_conditioning
 from wan_core.conditioning.text import clean_prompt
-from wan_core.media import frames_to_pixels
+from wan_core.media import fitting, frames_to_pixels
 from wan_core.models.config import TEXT_TOKENS
 from wan_core.types import Conditioning, VaceInput, VideoSize
 
@@ -23,8 +23,6 @@ from .cache import Encoders, LatentCache
 from .clips import at_rate
 from .draws import Choice, Media, choose, fixed
 from .report import Row
-
-log = logging.getLogger("wancore")
 
 CACHE_VERSION = 2
 """Raise it when the same files and options are encoded to other tensors than before."""
@@ -252,14 +250,16 @@ class Examples:
 
     @contextmanager
     def _reading(self, row: Row) -> Iterator[None]:
-        """Around work on a row: its name goes into errors, and a notice on how pictures are fitted is given once."""
-        log.addFilter(self._once)
+        """Around work on a row: its name goes into errors. What is logged on the fitting of pictures is logged once,
+        because it would come again for every sample in every step.
+        """
+        fitting.log.addFilter(self._once)
         try:
             yield
         except ValueError as error:
             raise ValueError(f"{row.sample.where} ({row.name}): {error}") from error
         finally:
-            log.removeFilter(self._once)
+            fitting.log.removeFilter(self._once)
 
     @torch.no_grad()
     def _text(self, caption: str) -> dict[str, Tensor]:
@@ -333,18 +333,16 @@ class Examples:
 
 
 class _Once(logging.Filter):
-    """Lets each notice of `wan_core.media.fitting` through once; there would be one for every sample in every step."""
+    """Lets each text through once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._told: set[str] = set()
+        self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.module != "fitting":
-            return True
         text = record.getMessage()
-        is_new = text not in self._told
-        self._told.add(text)
+        is_new = text not in self._seen
+        self._seen.add(text)
         return is_new
 
 

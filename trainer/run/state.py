@@ -1,4 +1,4 @@
-"""The state of a run on disk: a folder per saved step that is there whole or not at all.
+"""The state of a run on disk, and which run may continue from it: a folder per saved step, whole or not there at all.
 
 A folder is filled under a draft's name, its files reach the disk, a manifest with their sizes and hashes is written
 last, and only then does the folder get its own name. A folder without a manifest that holds is no state."""
@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,13 @@ from torch import Tensor
 
 from wan_core.atomic import sync_file, sync_folder
 from wan_core.files import blamed_on, read_json
+from wan_core.loading.detect import Component
+from wan_core.loading.paths import resolve_model
 from wan_core.loading.pickles import require_plain
 from wan_core.loading.tensor_files import read_whole, write_safetensors
 from wan_core.settings import check_whole
+
+from ..config import TrainConfig
 
 log = logging.getLogger("wancore")
 
@@ -28,6 +32,25 @@ MANIFEST, PROGRESS, WEIGHTS, OPTIMIZER = "manifest.json", "progress.json", "weig
 FORMAT = 1
 LARGEST_STEP = 10**15
 BLOCK = 2**22
+
+
+ABOUT_FILES = {
+    "cache", "cache_dir", "confined", "dataset_base_path", "dataset_metadata_path", "local_model_path", "max_steps",
+    "min_free_gb", "model_id_with_origin_paths", "model_paths", "num_epochs", "num_workers", "output_path",
+    "preset_lora_path", "resume", "resume_force", "resume_from_checkpoint", "skip_download", "stop_file", "task",
+    "tokenizer_path",
+}  # fmt: skip
+"""Settings that say where things are and how long a run is, not how it trains and what it writes."""
+
+FREE = ABOUT_FILES | {
+    "find_unused_parameters", "keep_last", "learning_rate", "log_with", "lora_checkpoint", "lora_format",
+    "on_bad_sample", "preset_lora_model", "remove_prefix_in_ckpt", "sample_cfg_scale", "sample_count",
+    "sample_inference_steps", "sample_negative_prompt", "sample_prompt", "sample_seed", "sample_steps", "save_steps",
+    "stream_base", "use_gradient_checkpointing", "use_gradient_checkpointing_offload", "validate_steps", "vram_limit",
+    "wandb_project",
+}  # fmt: skip
+"""Settings that may differ between a run and its continuation: they do not change what a step computes, or, as the
+learning rate, are there to be changed. Data and models are known by their content, not by their paths."""
 
 
 class StateError(ValueError):
@@ -185,6 +208,48 @@ def verify(folder: Path) -> None:
             raise StateError(f"The saved state {folder} is damaged: {name} is not as it was written.")
 
 
+def identity_of(config: TrainConfig, fingerprint: str, components: Mapping[str, Component]) -> dict[str, Any]:
+    """What must be the same for a run to be continued exactly: settings, data by its `fingerprint`, model files."""
+    kept = {name: value for name, value in config.resolved().items() if name not in FREE}
+    files = {kind: _sizes(component.header.files) for kind, component in components.items()}
+    for name in ("resume_from_checkpoint", "preset_lora_path"):
+        path = getattr(config, name)
+        if path is not None:
+            files[name] = _sizes(resolve_model(Path(path).expanduser()))
+    return {**kept, "data": fingerprint, "models": files}
+
+
+def _sizes(files: Iterable[Path]) -> list[list[str | int]]:
+    return [[file.name, file.stat().st_size] for file in files]
+
+
+def find_earlier(
+    states: States, config: TrainConfig, identity: Mapping[str, Any], world: int
+) -> tuple[Path, Progress] | None:
+    """The state to continue from, with its folder; None for a new run.
+
+    Raises:
+        ValueError: a state was named that does not hold, the states that are there are those of another run, or there
+            are some and `--resume never` was given.
+    """
+    if config.resume == "never":
+        if states.steps():
+            raise ValueError(
+                f"{states.folder.parent} holds saved states of a run; choose another --output_path, or continue it "
+                "with --resume auto."
+            )
+        return None
+    place = states.latest() if config.resume == "auto" else Path(config.resume)
+    if place is None:
+        return None
+    try:
+        progress = read_progress(place)
+    except StateError as error:
+        raise StateError(f"--resume {config.resume}: {error}") from error
+    require_same(progress, identity, world, config.resume_force)
+    return place, progress
+
+
 def require_same(progress: Progress, run: Mapping[str, Any], world: int, force: bool) -> None:
     """Refuse to continue a run with other data or settings that decide the result, unless forced.
 
@@ -195,13 +260,13 @@ def require_same(progress: Progress, run: Mapping[str, Any], world: int, force: 
     changed = [name for name in now | before if now.get(name) != before.get(name)]
     if not changed:
         return
-    told = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
+    changes = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
     if not force:
         raise StateError(
-            f"The run at step {progress.step} cannot be continued: {told}. Set it back, choose another --output_path, "
-            "or continue all the same with --resume_force."
+            f"The run at step {progress.step} cannot be continued: {changes}. Set it back, choose another "
+            "--output_path, or continue all the same with --resume_force."
         )
-    log.warning("Continuing a run that was another: %s.", told)
+    log.warning("Continuing a run that was another: %s.", changes)
 
 
 def require_space(folder: Path, needed: int, keep_free: float) -> None:

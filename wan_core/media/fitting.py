@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import PictureSequence, as_tensor, frames_to_tensor, to_colour, to_unit
 
-log = logging.getLogger("wancore")
+log = logging.getLogger("wancore.fitting")
 
 Aspect = Literal["stretch", "crop", "letterbox"]
 ASPECTS: tuple[str, ...] = ("crop", "stretch", "letterbox")
