@@ -14,7 +14,7 @@ from wan_core.loading.detect import Component, join_vace
 from wan_core.lora.apply import LoraUse
 from wan_core.lora.target import Target, use_lora
 from wan_core.model_files import BUNDLED, inspect
-from wan_core.models.config import DiTConfig
+from wan_core.models.config import DEFAULT_GEOMETRY, DiTConfig
 from wan_core.planning.job import Given, Job
 from wan_core.planning.parts import Part, published_dit, published_part
 from wan_core.runtime import log
@@ -113,7 +113,8 @@ class Reading:
     def _job(self, node: NodeSpec) -> Job:
         given = self._inputs(node)
         model, cond = self.linked(Model, node, given, "model"), self.linked(Conditions, node, given, "conditioning")
-        size = VideoSize.rounded(given["width"], given["height"], given["num_frames"])
+        geometry = model.dit.module.config.geometry
+        size = VideoSize.rounded(given["width"], given["height"], given["num_frames"], geometry)
         if cond.size and cond.size != size:
             raise WorkflowError(f"{node}: {', '.join(cond.names)} is made for {cond.size}, but the video is {size}.")
         if isinstance(given.get("latent"), Encoded) and given["denoise"] < 1:
@@ -275,10 +276,11 @@ def _encode(
     def read(reading: Reading, node: NodeSpec, given: Inputs) -> tuple[Any, ...]:
         before = reading.linked(Conditions, node, given, "conditioning")
         linked = [name for name in names if name in given]
-        size = VideoSize.rounded(given["width"], given["height"], given["num_frames"])
+        vae = _known(given.get("vae"))
+        geometry = DEFAULT_GEOMETRY if vae is None else vae.module.config.geometry
+        size = VideoSize.rounded(given["width"], given["height"], given["num_frames"], geometry)
         if before.size and before.size != size:
             raise WorkflowError(f"{node} is made for {size}, but {', '.join(before.names)} for {before.size}.")
-        vae = _known(given.get("vae"))
         frames = 0 if vae is None else size.latent.frames if set(linked) & set(clips) else 1
         read_by_clip = sum(name in pictures for name in linked)
         return (

@@ -14,6 +14,7 @@ from .loading.download import models_folder
 from .loading.paths import resolve_files
 from .loading.tensor_files import read_header
 from .model_files import DISK, Rest, find_files, has_tokenizer
+from .models.config import DiTConfig, VAEConfig
 from .offload.formats import choice_of
 from .runtime import usable_device
 
@@ -217,7 +218,8 @@ def find_models(
     `defaults` has the folder and the download rule of configurations that have none of their own.
 
     Raises:
-        ValueError: one is missing, given twice, unknown, broken, or of no use to a pipeline.
+        ValueError: one is missing, given twice, unknown, broken, or of no use to a pipeline, or the VAE is another
+            model's.
     """
     found: dict[str, FoundModel] = {}
     if isinstance(configs, (str, ModelConfig)) or not isinstance(configs, Sequence):
@@ -238,7 +240,18 @@ def find_models(
     for kind, model in found.items():
         if kind not in (*NEEDED, *OPTIONAL):
             raise ValueError(f"{model.component.name} ({kind}) is not one of a pipeline's models; load it afterwards.")
+    require_same_latents(found["dit"].component, found["vae"].component)
     return found
+
+
+def require_same_latents(dit: Component, vae: Component) -> None:
+    """Raise ValueError unless `vae` encodes to what `dit` denoises; their headers tell."""
+    wanted, given = dit.config_of(DiTConfig).geometry, vae.config_of(VAEConfig).geometry
+    if not wanted.matches(given):
+        raise ValueError(
+            f"{vae.name} encodes to latents of {given.name} ({given.channels} channels), but {dit.name} denoises those "
+            f"of {wanted.name} ({wanted.channels} channels). Load the VAE of {wanted.name}."
+        )
 
 
 def tokenizer_folder(component: Component, config: ModelConfig | None, defaults: ModelConfig) -> Path | None:

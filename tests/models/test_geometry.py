@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.reference import filled
 from tests.sampling.runs import sample
+from wan_core import catalog
 from wan_core.conditioning.camera import CameraPath, camera_conditioning
 from wan_core.conditioning.image import (
     LatentEncoder,
@@ -21,11 +22,13 @@ from wan_core.conditioning.image import (
 from wan_core.conditioning.slots import fit
 from wan_core.conditioning.vace import vace_conditioning
 from wan_core.decode import decode
+from wan_core.model_config import require_same_latents
 from wan_core.models.config import WAN_21, WAN_22, DiTConfig, Geometry, ImageEncoderConfig, VAEConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.image_encoder import ImageEncoder
 from wan_core.models.vae import WanVAE, denormalise, normalise
 from wan_core.planning.job import Given, made_up
+from wan_core.planning.parts import published_dit, published_part
 from wan_core.planning.run import plan_run
 from wan_core.runtime import Runtime
 from wan_core.sampling.preview import latents_to_rgb, preview_frames
@@ -182,6 +185,17 @@ def test_a_vae_refuses_latents_of_another_model():
     vae = filled(WanVAE, VAEConfig(base_dim=8))
     with pytest.raises(ValueError, match="48"):
         decode(vae, torch.zeros(1, 48, 1, 2, 2), None, RUNTIME)
+
+
+@GEOMETRIES
+def test_a_dit_and_a_vae_of_two_families_are_refused_from_their_headers(geometry):
+    dit = published_dit(catalog.find_row(catalog.TINY))
+    vae = published_part("vae", catalog.TINY)
+    dit = replace(dit, config=replace(dit.config, geometry=geometry))
+    require_same_latents(dit, replace(vae, config=VAEConfig(geometry=geometry)))
+    other = WAN_22 if geometry is WAN_21 else WAN_21
+    with pytest.raises(ValueError, match=f"latents of {other.name} .{other.channels} .*VAE of {geometry.name}"):
+        require_same_latents(dit, replace(vae, config=VAEConfig(geometry=other)))
 
 
 @pytest.mark.parametrize("geometry", [WAN_21, WAN_22], ids=lambda geometry: geometry.name)

@@ -16,7 +16,7 @@ from wan_core.loading.detect import Component, detect_files, join_vace
 from wan_core.lora.apply import LoraUse, fuse
 from wan_core.lora.target import Target, fit_to, open_lora, report, use_lora
 from wan_core.model import VideoModel
-from wan_core.model_config import ModelConfig, find_models, tokenizer_folder
+from wan_core.model_config import ModelConfig, find_models, require_same_latents, tokenizer_folder
 from wan_core.model_files import Rest
 from wan_core.models.config import DiTConfig
 from wan_core.types import Conditioning, VideoSize
@@ -186,6 +186,7 @@ def find(config: TrainConfig) -> FoundModels:
     encoder = trained_encoder(config)
     if encoder is not None:
         components[encoder.kind] = encoder
+        require_same_latents(components["dit"], components["vae"])
     check(components, config)
     dit = components["dit"]
     if "vace" in components:
