@@ -155,8 +155,8 @@ class Sampler:
             inputs, settings, memory or here.memory_settings(), here.runtime(model.dtype),
             checkpoint=checkpoint, earlier=_earlier(latent, settings, geometry), keep=here.keeps_weights(),
         )  # fmt: skip
-        for expert in model.experts:
-            here.register_weights(expert.dit)
+        for module in model.modules:
+            here.register_weights(module)
         return (_finished(state, settings, size, run, checkpoint, extra_pnginfo),)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from .files import check_name
 
-SOLVER_NAMES = ("euler", "unipc", "dpm++", "lcm")
+SOLVER_NAMES = ("euler", "unipc", "dpm++", "lcm", "heun")
 CFG_MODES = ("sequential", "interleaved", "batched")
 GuidanceMode = Literal["sequential", "interleaved", "batched"]
 WindowMode = Literal["blend", "chain"]
@@ -221,7 +221,7 @@ class SamplerSettings:
 
     Attributes:
         seed: of the initial noise, 0 to 2**64 - 1.
-        steps: number of model evaluations per branch.
+        steps: each evaluates the model once per branch; with `heun` twice, but for the last one.
         shift: moves the schedule towards high noise; 5 in the reference, 3 for image-to-video at 480p.
         denoise: 1 starts from noise; below 1 starts from a video with that much noise. All steps are run either way.
         solver: how a velocity becomes the next latents.

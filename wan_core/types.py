@@ -321,8 +321,10 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Where a prediction stands in its run: step `index` of `total`, in window number `window`."""
+    """Where a prediction stands in its run: step `index` of `total`, in window number `window`; `evaluation` counts the
+    calls of one step, of which most solvers make one."""
 
     index: int
     total: int
     window: int = 0
+    evaluation: int = 0

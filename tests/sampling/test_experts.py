@@ -31,6 +31,7 @@ GUIDED = GuidanceSettings(scale=3.0)
 RUNS = {
     "euler": {"guidance": PLAIN},
     "unipc": {"guidance": PLAIN, "solver": "unipc"},
+    "heun": {"guidance": PLAIN, "solver": "heun"},
     "guided dpm++": {"guidance": GUIDED, "solver": "dpm++"},
     "batched": {"guidance": replace(GUIDED, mode="batched")},
     "TeaCache": {"guidance": GUIDED, "cache": TeaCacheSettings(threshold=0.5, template="Wan2.1-T2V-1.3B")},

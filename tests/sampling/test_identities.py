@@ -90,7 +90,7 @@ def test_caches_windows_and_guidance_go_together(variant, cache, windows):
         assert not torch.equal(plain, without)
 
 
-@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "lcm"])
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "lcm", "heun"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("split", [1, 3, 4])
 def test_a_run_in_two_parts_is_the_run_in_one(solver, cache, split):
@@ -218,7 +218,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "lcm"])
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "lcm", "heun"])
 @pytest.mark.parametrize(
     ("mode", "windows", "cache", "first"),
     [

@@ -166,7 +166,7 @@ NAN = float("nan")
         (SamplerSettings, {"shift": 0.0}, "shift must be"),
         (SamplerSettings, {"denoise": 1.5}, "denoise must be"),
         (SamplerSettings, {"seed": -1}, "seed must be"),
-        (SamplerSettings, {"solver": "heun"}, "solver must be one of euler"),
+        (SamplerSettings, {"solver": "rk4"}, "solver must be one of euler"),
         (GuidanceSettings, {"scale": NAN}, "cfg_scale must be"),
         (GuidanceSettings, {"scale": "high"}, "cfg_scale must be"),
         (GuidanceSettings, {"mode": "both"}, "cfg mode must be"),

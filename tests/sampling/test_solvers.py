@@ -1,5 +1,6 @@
 """Every solver against the published ones, and against flows whose end is known."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,14 +8,17 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from tests.reference import relative_error
+from tests.sampling.runs import sample
+from tests.sampling.variants import SMALL, conditioning, small_dit
 from wan_core.runtime import Runtime
 from wan_core.sampling.run import denoise
-from wan_core.sampling.solvers import SOLVERS, Euler, build_solver
-from wan_core.settings import SOLVER_NAMES, SamplerSettings
-from wan_core.types import Conditioning
+from wan_core.sampling.solvers import SOLVERS, Euler, Heun, build_solver
+from wan_core.settings import SOLVER_NAMES, GuidanceSettings, SamplerSettings, TeaCacheSettings
+from wan_core.types import Conditioning, LatentSize
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 SHAPE = (1, 16, 2, 4, 4)
+SIZE = LatentSize(2, 4, 4)
 PUBLISHED = {
     "unipc": lambda **options: UniPCMultistepScheduler(solver_order=2, solver_type="bh2", **options),
     "dpm++": lambda **options: DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++", **options),
@@ -60,7 +64,7 @@ def test_every_solver_recovers_a_straight_flow(name, sigmas):
     x = torch.lerp(clean, noise, solver.sigmas[0])
 
     def straight(x, t, cond, info):
-        return (x - clean) / solver.sigmas[info.index]
+        return (x - clean) / solver.levels(info.index)[info.evaluation]
 
     out = denoise(straight, solver, x, Conditioning(), RUNTIME)
     remaining = solver.sigmas[-1]
@@ -70,13 +74,13 @@ def test_every_solver_recovers_a_straight_flow(name, sigmas):
         assert torch.allclose(out, torch.lerp(clean, noise, remaining), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["unipc", "dpm++"])
+@pytest.mark.parametrize("name", ["unipc", "dpm++", "heun"])
 def test_higher_orders_err_less_than_euler(name):
     x = torch.randn(SHAPE)
 
     def run(name, steps):
         solver = build_solver(SamplerSettings(solver=name, steps=steps, shift=1.0, sigmas=None))
-        solver.timesteps = [sigma * 1000 for sigma in solver.sigmas[:-1]]
+        solver.evaluations = [tuple(1000 * sigma for sigma in solver.levels(index)) for index in range(steps)]
         return denoise(lambda x, t, *_: curved(x, t), solver, x, Conditioning(), RUNTIME)
 
     exact = run("euler", 4000)
@@ -90,6 +94,51 @@ def test_lcm_draws_noise_of_the_run():
     assert not torch.equal(first, other)
     noise = (first - 0.5 * (x - velocity)) / 0.5
     assert noise.std().item() == pytest.approx(1, abs=0.15)
+
+
+def test_heun_takes_the_mean_of_both_ends_and_ends_with_a_step_of_euler():
+    solver, asked = Heun([1.0, 0.4, 0.0]), []
+
+    def evaluate(x, number):
+        asked.append((x.clone(), number))
+        return torch.full((2,), 1.0)
+
+    out = solver.advance(torch.full((2,), 2.0), 0, torch.zeros(2), evaluate)
+    assert torch.allclose(out, torch.full((2,), -0.9))
+    assert torch.allclose(asked[0][0], torch.full((2,), -1.2)) and asked[0][1] == 1
+    assert solver.evaluations == [(1000.0, 400.0), (400.0,)]
+    assert torch.allclose(solver.advance(torch.full((2,), 2.0), 1, out, evaluate), torch.full((2,), -1.7))
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("cfg_mode", ["sequential", "batched"])
+def test_a_run_with_two_evaluations_counts_steps(cfg_mode):
+    """Progress, LoRA strengths, guidance and caches speak of steps, of which each evaluation is a part."""
+    dit, cond = small_dit(), conditioning("t2v", SIZE, models=SMALL)
+    cond = dataclasses.replace(cond, motion_bucket=None)
+    ran, seen, before = [], [], []
+    dit.blocks[0].register_forward_hook(lambda *_: ran.append(0))
+    runtime = dataclasses.replace(
+        RUNTIME,
+        on_progress=lambda phase, done, total, latents: seen.append((done, total)),
+        before_step=lambda index, total: before.append((index, total)),
+    )
+
+    def run(cache=None):
+        ran.clear()
+        guidance = GuidanceSettings(scale=3.0, mode=cfg_mode)
+        settings = SamplerSettings(solver="heun", steps=5, seed=1, guidance=guidance, cache=cache)
+        return sample(dit, cond, SIZE, settings, runtime)
+
+    passes = 1 if cfg_mode == "batched" else 2
+    plain = run()
+    assert seen == [(step + 1, 5) for step in range(5)] and before == [(step, 5) for step in range(5)]
+    assert len(ran) == (2 * 4 + 1) * passes
+    template = "Wan2.1-T2V-1.3B"
+    assert torch.equal(run(TeaCacheSettings(threshold=0.0, template=template)), plain)
+    cached = run(TeaCacheSettings(threshold=1000.0, template=template))
+    assert len(ran) == (2 + 1) * passes, "both evaluations of the first step, and the last step"
+    assert not torch.equal(cached, plain)
 
 
 def test_euler_moves_along_the_velocity():

@@ -97,7 +97,7 @@ def chained(dit, cond, solver="euler", steps=3, **changes):
     return sample(dit, cond, SIZE, settings, RUNTIME, prompts=prompts)
 
 
-@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "lcm"])
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "lcm", "heun"])
 def test_a_chain_goes_on_from_the_last_frames(solver):
     dit, cond = tiny_dit(), conditioning("t2v", SIZE)
     long = chained(dit, cond, solver)

@@ -190,14 +190,20 @@ class WanDiT(nn.Module):
         vace = [(hidden, factor) for hidden, factor in zip(prepared.vace, vace_strengths, strict=True) if factor]
         return TokenState(tokens, time, prepared, vace)
 
-    def run_blocks(self, states: Sequence[TokenState], on_block: Callable[[int], None] | None = None) -> None:
-        """Advance every state through all blocks, each block serving all states before the next one starts.
+    def run_blocks(
+        self,
+        states: Sequence[TokenState],
+        on_block: Callable[[int], None] | None = None,
+        blocks: range | None = None,
+    ) -> None:
+        """Advance every state through `blocks` (all if None), each block serving all states before the next one starts.
 
         A block whose weights are streamed from the host is thereby copied once per step, not once per branch.
         `on_block` is called with the block's index before it runs; what it raises ends the run.
         """
         hints = {layer: n for n, layer in enumerate(self.config.vace_layers)}
-        for index, block in enumerate(self.blocks):
+        for index in range(len(self.blocks)) if blocks is None else blocks:
+            block = self.blocks[index]
             if on_block is not None:
                 on_block(index)
             given = [self._hint(hints[index], state) if index in hints else [] for state in states]

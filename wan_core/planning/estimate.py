@@ -21,8 +21,8 @@ from ..models.fused import STEPS
 from ..offload.blocks import weights_of
 from ..runtime import Runtime
 from ..sampling.guidance import Guided
-from ..sampling.predictor import AllBlocks, BlockRunner, ModelPredictor
-from ..sampling.step_cache import CachedBlocks
+from ..sampling.predictor import AllBlocks, BlockRunner, Key, ModelPredictor, TimeTable
+from ..sampling.step_cache import CachedBlocks, Lead
 from ..settings import GuidanceSettings
 from ..types import Conditioning, StepInfo, map_tensors, tensors_in
 
@@ -172,7 +172,7 @@ def _counted_bytes(
             blocks = CachedBlocks(blocks, _ComputesEveryStep(), twin.dtype)
         elif residuals == "host":
             blocks = _Comparing(blocks)
-        time = twin.embed_time(torch.empty(4, device=META))
+        time = TimeTable(twin, [[0.0]] * 4)
         predict = Guided(ModelPredictor(twin, time, blocks, controller), _with_all_branches(guidance))
         for index in (1, 2):
             predict(x, 0.0, cond, StepInfo(index, 4))
@@ -188,7 +188,7 @@ class _ComputesEveryStep:
     def may_skip(self, index: int) -> bool:
         return True
 
-    def skips(self, tokens: Tensor, info: StepInfo) -> bool:
+    def skips(self, lead: Lead, info: StepInfo) -> bool:
         return False
 
     def computed(self, tokens: Tensor, info: StepInfo) -> None: ...
@@ -198,11 +198,13 @@ class _Comparing:
     """What a cache whose tensors rest in host memory holds on the device: the tokens from before the blocks."""
 
     def __init__(self, run: BlockRunner) -> None:
-        self._run = run
+        self._run, self.count = run, run.count
 
-    def __call__(self, states: Sequence[TokenState], keys: Sequence[tuple[str, int]], info: StepInfo) -> None:
+    def __call__(
+        self, states: Sequence[TokenState], keys: Sequence[Key], info: StepInfo, blocks: range | None = None
+    ) -> None:
         before = [state.tokens.clone() for state in states]
-        self._run(states, keys, info)
+        self._run(states, keys, info, blocks)
         del before
 
 

@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from ..models.dit import TimeEmbedding, WanDiT
+from ..models.dit import WanDiT
 from ..models.embedders import MotionController
 from ..runtime import Runtime, log
 from ..settings import EasyCacheSettings, SamplerSettings, TeaCacheSettings
@@ -13,7 +11,7 @@ from ..types import Conditioning
 from . import step_cache
 from .checkpoint import HasMemory
 from .guidance import Guided, first_steps
-from .predictor import AllBlocks, BlockRunner, ModelPredictor, Predictor, motion_offset
+from .predictor import AllBlocks, BlockRunner, ModelPredictor, Predictor, TimeTable, motion_offset
 from .solvers import Solver
 from .step_cache import CachedBlocks, EasyCache, SkipRule
 from .windows import Windowed
@@ -46,7 +44,7 @@ def compose(
         cond: what the run is conditioned on; `prompts` replace its text, one window after the other.
         frames: latent frames of the video, without reference frames.
     """
-    time = dit.embed_time(torch.tensor(solver.timesteps))
+    time = TimeTable(dit, solver.evaluations)
     blocks: BlockRunner = AllBlocks(dit, runtime)
     memories: dict[str, HasMemory] = {}
     windows = settings.windows if settings.windows and settings.windows.mode == "blend" else None
@@ -65,7 +63,7 @@ def compose(
 
 
 def _skip_rule(
-    settings: SamplerSettings, time: TimeEmbedding, controller: MotionController | None, cond: Conditioning
+    settings: SamplerSettings, time: TimeTable, controller: MotionController | None, cond: Conditioning
 ) -> SkipRule | None:
     steps, cache = settings.total_steps, settings.cache
     if cache is None:
@@ -79,7 +77,8 @@ def _skip_rule(
             return EasyCache(cache, steps, forced)
         case TeaCacheSettings():
             motion = motion_offset(controller, cond)
-            modulations = time.blocks[:, None] if motion is None else time.blocks[:, None] + motion.to(time.blocks)
+            modulations = time.modulations[:, None]
+            modulations = modulations if motion is None else modulations + motion.to(modulations)
             plan = step_cache.plan(modulations, cache, forced)
             log.info("TeaCache (%s, threshold %.4g) %s.", cache.template, plan.threshold, plan.summary())
             return plan

@@ -1,6 +1,7 @@
 """The seam between a model and everything that samples from it, and the check that its velocities are finite."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -94,14 +95,24 @@ class BranchPredictor(Protocol):
     def __call__(self, x: Tensor, t: float, branches: Mapping[str, Conditioning], info: StepInfo) -> list[Tensor]: ...
 
 
-class BlockRunner(Protocol):
-    """Takes token states through the blocks of a model, all of them or none; step caches are built on this seam.
+Key = tuple[str, int]
+"""The branch and the window that a token state belongs to; a batch of several branches has all their names, see
+`branches_of`."""
 
-    `keys` names each state's (branch, window); a runner that remembers anything keeps it apart by them. A state whose
-    batch joins several branches bears all their names, see `branches_of`.
+
+class BlockRunner(Protocol):
+    """Takes token states through the blocks of a model; step caches are built on this seam.
+
+    `keys` names each state; a runner that remembers anything keeps it apart by them. Of the `count` blocks those in
+    `blocks` run, all if None; blocks that were left out are not run later.
     """
 
-    def __call__(self, states: Sequence[TokenState], keys: Sequence[tuple[str, int]], info: StepInfo) -> None: ...
+    @property
+    def count(self) -> int: ...
+
+    def __call__(
+        self, states: Sequence[TokenState], keys: Sequence[Key], info: StepInfo, blocks: range | None = None
+    ) -> None: ...
 
 
 def joined_branches(names: Iterable[str]) -> str:
@@ -119,15 +130,36 @@ class AllBlocks:
 
     def __init__(self, dit: WanDiT, runtime: Runtime) -> None:
         self._dit, self._runtime = dit, runtime
+        self.count = len(dit.blocks)
 
-    def __call__(self, states: Sequence[TokenState], keys: Sequence[tuple[str, int]], info: StepInfo) -> None:
-        self._dit.run_blocks(states, lambda _: self._runtime.check_cancelled())
+    def __call__(
+        self, states: Sequence[TokenState], keys: Sequence[Key], info: StepInfo, blocks: range | None = None
+    ) -> None:
+        self._dit.run_blocks(states, lambda _: self._runtime.check_cancelled(), blocks)
+
+
+class TimeTable:
+    """The time path of all evaluations of a run, computed at once."""
+
+    def __init__(self, dit: WanDiT, evaluations: Sequence[Sequence[float]]) -> None:
+        """`evaluations` are the timesteps of each step, as `Solver.evaluations` has them."""
+        self._first = [0, *accumulate(len(step) for step in evaluations)]
+        self._embedded = dit.embed_time(torch.tensor([timestep for step in evaluations for timestep in step]))
+
+    def __getitem__(self, info: StepInfo) -> TimeEmbedding:
+        row = self._first[info.index] + info.evaluation
+        return self._embedded[row : row + 1]
+
+    @property
+    def modulations(self) -> Tensor:
+        """What the blocks get at the first evaluation of each step, (N, 6, D)."""
+        return self._embedded.blocks[self._first[:-1]]
 
 
 class ModelPredictor:
     """Runs a DiT for one sampling run and owns what of it does not change between steps.
 
-    `time` is the time path for all steps. Text, image tokens, camera, reference and VACE inputs are projected once per
+    Text, image tokens, camera, reference and VACE inputs are projected once per
     (branch, window) and kept until another window comes, so that memory does not grow with the number of windows. A run
     has one conditioning, so these stay valid for its length.
 
@@ -138,7 +170,7 @@ class ModelPredictor:
     def __init__(
         self,
         dit: WanDiT,
-        time: TimeEmbedding,
+        time: TimeTable,
         run_blocks: BlockRunner,
         motion_controller: MotionController | None = None,
         *,
@@ -164,7 +196,7 @@ class ModelPredictor:
         states = self._embedded(x, branches, info)
         self._run_blocks(states, [(name, info.window) for name in branches], info)
         velocities = [self._dit.unembed(state) for state in states]
-        if info.index == self._checked:
+        if info.index == self._checked and not info.evaluation:
             for (name, cond), velocity in zip(branches.items(), velocities, strict=True):
                 if not is_finite(velocity):
                     raise locate(self._dit, x, cond, self._embedded(x, {name: cond}, info), info)
@@ -174,9 +206,10 @@ class ModelPredictor:
         if info.window != self._window:
             self._prepared.clear()
             self._window = info.window
-        time = self._time[info.index : info.index + 1]
         return [
-            self._dit.embed(x, time, self._prepare(name, cond, x), vace_strengths(cond, info.index, info.total))
+            self._dit.embed(
+                x, self._time[info], self._prepare(name, cond, x), vace_strengths(cond, info.index, info.total)
+            )
             for name, cond in branches.items()
         ]
 

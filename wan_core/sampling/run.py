@@ -47,9 +47,14 @@ def denoise(
     for index in range(total) if steps is None else steps:
         runtime.check_cancelled()
         runtime.before_step(index, total)
-        velocity = predict(x, solver.timesteps[index], cond, StepInfo(index, total))
+
+        def evaluate(x: Tensor, number: int, index: int = index) -> Tensor:
+            info = StepInfo(index, total, evaluation=number)
+            return predict(x, solver.evaluations[index][number], cond, info)
+
+        velocity = evaluate(x, 0)
         clean = solver.clean(velocity, index, x) if on_step else x
-        x = solver.step(velocity, index, x)
+        x = solver.advance(velocity, index, x, evaluate)
         if on_step:
             on_step(index + 1, x, clean)
     return x
@@ -256,7 +261,7 @@ class _Run:
         )  # fmt: skip
         if known is None:
             return parts
-        return dataclasses.replace(parts, predict=Anchored(parts.predict, known, self.prefix, solver.sigmas))
+        return dataclasses.replace(parts, predict=Anchored(parts.predict, known, self.prefix, solver))
 
     def _steps(
         self,

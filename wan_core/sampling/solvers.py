@@ -1,10 +1,10 @@
-"""Noise schedules of rectified flow and the solvers that step along them: Euler, LCM, UniPC, DPM-Solver++.
+"""Noise schedules of rectified flow and the solvers that step along them: Euler, Heun, LCM, UniPC, DPM-Solver++.
 
 `x = (1 - sigma) * clean + sigma * noise`; the model predicts the velocity `noise - clean`; its timestep is `1000 *
 sigma`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,12 +56,17 @@ def initial_noise(
     return noise.roll(prefix, 2) if prefix else noise
 
 
+Evaluate = Callable[[Tensor, int], Tensor]
+"""The velocity of latents at that evaluation of the present step, counted from 0."""
+
+
 class Solver:
     """Turns velocities into latents along a schedule of its own.
 
     Attributes:
         sigmas: noise levels, one more than there are steps. Python floats, so that the loop never waits for a device.
-        timesteps: what the model is told at each step.
+        timesteps: what the model is given at the first evaluation of each step.
+        evaluations: what it is given at all evaluations of each step.
         memory: the tensors that the next step needs from earlier ones. A run that is continued elsewhere with them goes
             on exactly as it would have; without them a solver begins again at first order.
         HIGHEST: where the unshifted schedule begins.
@@ -74,15 +79,30 @@ class Solver:
     def __init__(self, sigmas: Sequence[float] | Tensor, *, seed: int = 0, rand_device: str = "cpu") -> None:
         """`seed` and `rand_device` are for solvers that draw noise."""
         self.sigmas = [float(sigma) for sigma in sigmas]
-        self.timesteps = [sigma * NUM_TRAIN_TIMESTEPS for sigma in self.sigmas[:-1]]
-        if self.WHOLE_TIMESTEPS:
-            self.timesteps = [float(int(timestep)) for timestep in self.timesteps]
+        self.evaluations = [
+            tuple(self._timestep(sigma) for sigma in self.levels(index)) for index in range(len(self.sigmas) - 1)
+        ]
+        self.timesteps = [first for first, *_ in self.evaluations]
         self.memory: dict[str, Tensor] = {}
         self._seed, self._rand_device = seed, rand_device
+
+    def _timestep(self, sigma: float) -> float:
+        timestep = sigma * NUM_TRAIN_TIMESTEPS
+        return float(int(timestep)) if self.WHOLE_TIMESTEPS else timestep
+
+    def levels(self, index: int) -> Sequence[float]:
+        """The noise levels at which step `index` evaluates the model; the first is `sigmas[index]`."""
+        return self.sigmas[index : index + 1]
 
     def step(self, velocity: Tensor, index: int, x: Tensor) -> Tensor:
         """Latents at `sigmas[index + 1]` from latents `x` and velocity at `sigmas[index]`."""
         raise NotImplementedError
+
+    def advance(self, velocity: Tensor, index: int, x: Tensor, evaluate: Evaluate) -> Tensor:
+        """`step`, of solvers that evaluate the model more than once: the first velocity is given, others are asked of
+        `evaluate`.
+        """
+        return self.step(velocity, index, x)
 
     def clean(self, velocity: Tensor, index: int, x: Tensor) -> Tensor:
         """The clean latents that a velocity points at."""
@@ -94,6 +114,21 @@ class Euler(Solver):
 
     def step(self, velocity: Tensor, index: int, x: Tensor) -> Tensor:
         return x.add(velocity, alpha=self.sigmas[index + 1] - self.sigmas[index])
+
+
+class Heun(Euler):
+    """Second order from two evaluations of a step: along the mean of the velocities at its two ends. A step to 0, where
+    no noise is left to evaluate, is Euler's.
+    """
+
+    def levels(self, index: int) -> Sequence[float]:
+        return self.sigmas[index : index + (2 if self.sigmas[index + 1] else 1)]
+
+    def advance(self, velocity: Tensor, index: int, x: Tensor, evaluate: Evaluate) -> Tensor:
+        end = self.step(velocity, index, x)
+        if len(self.evaluations[index]) == 1:
+            return end
+        return self.step(torch.lerp(velocity, evaluate(end, 1), 0.5), index, x)
 
 
 class LCM(Solver):
@@ -187,7 +222,7 @@ class DPMpp2M(Solver):
         return out
 
 
-SOLVERS: dict[str, type[Solver]] = {"euler": Euler, "unipc": UniPC, "dpm++": DPMpp2M, "lcm": LCM}
+SOLVERS: dict[str, type[Solver]] = {"euler": Euler, "unipc": UniPC, "dpm++": DPMpp2M, "lcm": LCM, "heun": Heun}
 
 
 def build_solver(settings: SamplerSettings) -> Solver:

@@ -12,12 +12,38 @@ from ..models.dit import TokenState
 from ..models.ops import add_
 from ..settings import EasyCacheSettings, TeaCacheSettings
 from ..types import StepInfo
-from .predictor import BlockRunner, branches_of
+from .predictor import BlockRunner, Key, branches_of
+
+
+class Lead:
+    """The leading branch before the blocks of a step, and the way through as many of them as a rule wants to see.
+
+    Attributes:
+        done: how many blocks have run, for all branches that came with it.
+    """
+
+    def __init__(
+        self, run: BlockRunner, states: Sequence[TokenState], keys: Sequence[Key], info: StepInfo, branches: int
+    ) -> None:
+        """`branches` are joined in the batch of the first state."""
+        self._run, self._states, self._keys, self._info, self._branches = run, states, keys, info, branches
+        self.done = 0
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, S, D), as they are now; blocks write into them, so clone what is to be compared."""
+        return self._states[0].tokens.chunk(self._branches)[0]
+
+    def run(self, count: int) -> None:
+        """Let the first `count` blocks run, of which some may have run before."""
+        if count > self.done:
+            self._run(self._states, self._keys, self._info, range(self.done, count))
+            self.done = count
 
 
 class SkipRule(Protocol):
-    """Decides which steps run. It is asked once per step and window, with the tokens of the leading branch; the other
-    branches follow, so that the result does not depend on how branches are run.
+    """Decides which steps run. It is asked once per step and window, about the leading branch; the other branches, and
+    further evaluations of the step, follow, so that the result does not depend on how branches are run.
 
     Attributes:
         memory: tensors that later decisions need, for a run that is continued elsewhere.
@@ -30,8 +56,8 @@ class SkipRule(Protocol):
         """Whether step `index` could be left out at all; what the step before changed is kept only then."""
         ...
 
-    def skips(self, tokens: Tensor, info: StepInfo) -> bool:
-        """Whether to leave out this step, whose blocks would receive `tokens` (B, S, D)."""
+    def skips(self, lead: Lead, info: StepInfo) -> bool:
+        """Whether to leave out the blocks of this step; the first ones may be run to see, in each step as many."""
         ...
 
     def computed(self, tokens: Tensor, info: StepInfo) -> None:
@@ -39,18 +65,29 @@ class SkipRule(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Decision:
+    """Whether the blocks after the first `looked_at` are left out in `step`."""
+
+    step: int
+    skips: bool
+    looked_at: int
+
+
 class CachedBlocks:
     """A block runner that adds again what the last computed step changed, wherever `rule` leaves a step out.
 
-    VACE blocks run inside of the others and are left out with them. What a step changed is kept per (branch, window)
-    in `dtype`, on the CPU if asked; it belongs to this object, that is to one run.
+    VACE blocks run inside of the others and are left out with them. What a step changed, after the blocks that the rule
+    ran, is kept per (branch, window) and evaluation in `dtype`, on the CPU if asked; it belongs to this object, that is
+    to one run.
     """
 
     def __init__(self, run: BlockRunner, rule: SkipRule, dtype: torch.dtype, *, on_cpu: bool = False) -> None:
         self._run, self._rule = run, rule
         self._dtype, self._on_cpu = dtype, on_cpu
+        self.count = run.count
         self._residuals: dict[str, Tensor] = {}
-        self._decisions: dict[int, tuple[int, bool]] = {}
+        self._decisions: dict[int, _Decision] = {}
 
     @property
     def memory(self) -> dict[str, Tensor]:
@@ -68,14 +105,21 @@ class CachedBlocks:
         self._rule.memory.clear()
         self._rule.memory.update(parts["rule"])
 
-    def __call__(self, states: Sequence[TokenState], keys: Sequence[tuple[str, int]], info: StepInfo) -> None:
-        names = [[f"{branch}.{window}" for branch in branches_of(name)] for name, window in keys]
-        lead = states[0].tokens.chunk(len(names[0]))[0]
-        is_lead = self._decisions.get(info.window, (-1, False))[0] != info.index
-        if is_lead:
+    def __call__(
+        self, states: Sequence[TokenState], keys: Sequence[Key], info: StepInfo, blocks: range | None = None
+    ) -> None:
+        assert blocks is None, "a cache decides about all blocks"
+        further = f".{info.evaluation}" if info.evaluation else ""
+        names = [[f"{branch}.{window}{further}" for branch in branches_of(name)] for name, window in keys]
+        lead = Lead(self._run, states, keys, info, len(names[0]))
+        decision = self._decisions.get(info.window)
+        is_lead = decision is None or decision.step != info.index
+        if decision is None or is_lead:
             known = all(name in self._residuals for name in names[0])
-            self._decisions[info.window] = (info.index, self._rule.skips(lead, info) and known)
-        if self._decisions[info.window][1] and all(name in self._residuals for group in names for name in group):
+            skips = self._rule.skips(lead, info) and known
+            decision = self._decisions[info.window] = _Decision(info.index, skips, lead.done)
+        lead.run(decision.looked_at)
+        if decision.skips and all(name in self._residuals for group in names for name in group):
             for state, group in zip(states, names, strict=True):
                 state.tokens = add_(state.tokens, self._recalled(group, state.tokens))
             return
@@ -84,9 +128,9 @@ class CachedBlocks:
             self._residuals.pop(name, None)
         keep = info.index + 1 < info.total and self._rule.may_skip(info.index + 1)
         before = [state.tokens.clone() if keep else None for state in states]
-        self._run(states, keys, info)
+        self._run(states, keys, info, range(lead.done, self.count))
         if is_lead:
-            self._rule.computed(states[0].tokens.chunk(len(names[0]))[0], info)
+            self._rule.computed(lead.tokens, info)
         for state, group, old in zip(states, names, before, strict=True):
             self._keep(group, None if old is None else torch.sub(state.tokens, old, out=old))
 
@@ -181,7 +225,7 @@ class SkipPlan:
     def may_skip(self, index: int) -> bool:
         return self.skipped[index]
 
-    def skips(self, tokens: Tensor, info: StepInfo) -> bool:
+    def skips(self, lead: Lead, info: StepInfo) -> bool:
         return self.skipped[info.index]
 
     def computed(self, tokens: Tensor, info: StepInfo) -> None:
@@ -262,8 +306,8 @@ class EasyCache:
     def may_skip(self, index: int) -> bool:
         return max(1, self._settings.start_step) <= index < self._total - 1 and index not in self._forced
 
-    def skips(self, tokens: Tensor, info: StepInfo) -> bool:
-        sample, change, rate = _sample(tokens), self._get("change", info), self._get("rate", info)
+    def skips(self, lead: Lead, info: StepInfo) -> bool:
+        sample, change, rate = _sample(lead.tokens), self._get("change", info), self._get("rate", info)
         seen, made = self._get("seen", info), self._get("made", info)
         self._set("seen", info, sample)
         if rate is None or seen is None or made is None or not self.may_skip(info.index):

@@ -14,6 +14,7 @@ from ..tiling import Span, blend_weights, plan_spans
 from ..types import Conditioning, StepInfo
 from .predictor import Predictor
 from .preview import latents_to_rgb
+from .solvers import Solver
 
 RAMP_OFFSET = 0.5
 """Weights rise as (i + 0.5) / overlap, so that two windows add up to one (DiffSynth-Studio 2.1.12)."""
@@ -87,14 +88,15 @@ class Anchored:
     A solver then arrives there exactly, and the frames after them see what came before at every noise level.
     """
 
-    def __init__(self, predict: Predictor, known: Tensor, prefix: int, sigmas: list[float]) -> None:
-        """`known` (B, z, n, h, w) are clean latents; `sigmas` the solver's noise levels."""
-        self._predict, self._known, self._sigmas = predict, known, sigmas
+    def __init__(self, predict: Predictor, known: Tensor, prefix: int, solver: Solver) -> None:
+        """`known` (B, z, n, h, w) are clean latents."""
+        self._predict, self._known, self._solver = predict, known, solver
         self._place = slice(prefix, prefix + known.shape[2])
 
     def __call__(self, x: Tensor, t: float, cond: Conditioning, info: StepInfo) -> Tensor:
         velocity = self._predict(x, t, cond, info)
-        velocity[:, :, self._place] = (x[:, :, self._place] - self._known) / self._sigmas[info.index]
+        sigma = self._solver.levels(info.index)[info.evaluation]
+        velocity[:, :, self._place] = (x[:, :, self._place] - self._known) / sigma
         return velocity
 
 
