@@ -11,6 +11,7 @@ import torch
 
 from wan_core.loading.detect import detect_files
 from wan_core.loading.save import save_plain, save_quantised
+from wan_core.runtime import gigabytes
 
 log = logging.getLogger("wancore")
 
@@ -56,7 +57,7 @@ def answer(arguments: argparse.Namespace) -> str:
         path = save_quantised(component, arguments.out, report)
     else:
         path = save_plain(component, arguments.out, DTYPES[arguments.dtype], report)
-    return f"{path} ({path.stat().st_size / 1e9:.2f} GB)"
+    return f"{path} ({gigabytes(path.stat().st_size, 2)})"
 
 
 class Report:
@@ -69,4 +70,4 @@ class Report:
         now = time.monotonic()
         if now - self.shown >= LINE_INTERVAL:
             self.shown = now
-            log.info("    %.2f of %.2f GB", done / 1e9, total / 1e9)
+            log.info("    %s of %s", gigabytes(done, 2), gigabytes(total, 2))

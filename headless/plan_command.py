@@ -5,10 +5,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from wan_core.offload.blocks import GIB
 from wan_core.planning.fit import Fit, data_of, fit, helps, text_of
 from wan_core.planning.job import Job, plan_whole
-from wan_core.runtime import free_bytes
+from wan_core.runtime import GIB, free_bytes
 from wan_core.settings import check_number
 
 from ..nodes import NODE_CLASS_MAPPINGS, host

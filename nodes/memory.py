@@ -6,10 +6,10 @@ from wan_core.conditioning.text import TextEncoder
 from wan_core.inspection import report
 from wan_core.model import VideoModel
 from wan_core.models.vae import WanVAE
-from wan_core.offload.blocks import GIB
 from wan_core.planning.fit import fit, text_of
 from wan_core.planning.job import Given, Job
 from wan_core.planning.parts import Part
+from wan_core.runtime import GIB
 from wan_core.settings import CacheSettings, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, VideoSize
 

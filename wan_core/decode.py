@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .models.vae import WanVAE, fill
 from .planning.encoders import What, choose_tiles, smallest_tiles, vae_peak_bytes
-from .runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
+from .runtime import OutOfMemoryError, Runtime, gigabytes, is_out_of_memory, log
 from .sampling.predictor import check_latents, check_pixels
 from .tiling import TileSettings
 from .types import LatentSize, VideoSize
@@ -124,8 +124,8 @@ def _fitting(
         return None
     pieces, side = len(tiles.plan(size.height, size.width)), vae.config.pixel_stride(what)
     log.warning(
-        "To %s %dx%d at once takes %.1f GB, and there are %.1f GB: working in %d tiles of %dx%d pixels.",
-        what, size.width * side, size.height * side, needed / 1e9, room / 1e9, pieces,
+        "To %s %dx%d at once takes %s, and there are %s: working in %d tiles of %dx%d pixels.",
+        what, size.width * side, size.height * side, gigabytes(needed), gigabytes(room), pieces,
         tiles.size[1] * side, tiles.size[0] * side,
     )  # fmt: skip
     return tiles

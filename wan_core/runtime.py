@@ -9,6 +9,16 @@ import torch
 
 log = logging.getLogger("wancore")
 
+GIB = 1024**3
+"""Bytes in a GB, as cards are sold and as limits are typed; every size of memory and of files is shown in it."""
+
+
+def gigabytes(size: float, places: int = 1) -> str:
+    """`size` in bytes, in words: "9.1 GB", or "12.3 MB" of what is too little for that."""
+    if 0 < size < 50 * 2**20:
+        return f"{size / 2**20:.1f} MB"
+    return f"{size / GIB:,.{places}f} GB"
+
 
 class Cancelled(Exception):
     """The user stopped the run."""

@@ -39,11 +39,10 @@ from wan_core.model_files import DiTSettings, Rest, inspect, load_dit
 from wan_core.models.attention import FastestAttention, load_backend
 from wan_core.models.config import DiTConfig
 from wan_core.models.vae import WanVAE
-from wan_core.offload.blocks import GIB
 from wan_core.offload.quant import quantise, supports_fp8_matmul, use_fp8_matmul
 from wan_core.planning.encoders import limited
 from wan_core.planning.estimate import pass_flops
-from wan_core.runtime import Runtime
+from wan_core.runtime import GIB, Runtime
 from wan_core.sampling.experts import RunInputs
 from wan_core.settings import MemorySettings, SamplerSettings, TeaCacheSettings
 from wan_core.variants import match_variant

@@ -23,7 +23,7 @@ pack.register()
 from tests.sampling.runs import sample  # noqa: E402
 from wan_core import catalog  # noqa: E402
 from wan_core.models.dit import WanDiT  # noqa: E402
-from wan_core.offload.blocks import GIB, weights_of  # noqa: E402
+from wan_core.offload.blocks import weights_of  # noqa: E402
 from wan_core.offload.placement import Placement  # noqa: E402
 from wan_core.offload.streaming import PlainCopies  # noqa: E402
 from wan_core.offload.weights import WeightProvider  # noqa: E402
@@ -31,7 +31,10 @@ from wan_core.planning.estimate import LiveBytes  # noqa: E402
 from wan_core.planning.job import Given, made_up  # noqa: E402
 from wan_core.planning.parts import Part, published_dit  # noqa: E402
 from wan_core.planning.run import RunPlan, dit_inventory, plan_run  # noqa: E402
-from wan_core.runtime import Runtime  # noqa: E402
+from wan_core.runtime import (  # noqa: E402
+    GIB,
+    Runtime,
+)
 from wan_core.settings import MemorySettings, SamplerSettings  # noqa: E402
 from wan_core.types import Conditioning, VideoSize, tensors_in  # noqa: E402
 

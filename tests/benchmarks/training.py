@@ -23,9 +23,11 @@ from tests.benchmarks.bench import random_dit  # noqa: E402
 from wan_core import bundled, catalog  # noqa: E402
 from wan_core.model_files import VideoModel  # noqa: E402
 from wan_core.models.config import DiTConfig  # noqa: E402
-from wan_core.offload.blocks import GIB  # noqa: E402
 from wan_core.offload.quant import quantise  # noqa: E402
-from wan_core.runtime import OutOfMemoryError  # noqa: E402
+from wan_core.runtime import (  # noqa: E402
+    GIB,
+    OutOfMemoryError,
+)
 from wan_core.types import Conditioning, VideoSize  # noqa: E402
 from wan_core.variants import match_variant  # noqa: E402
 from wancore.trainer.config import TrainConfig  # noqa: E402

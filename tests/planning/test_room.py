@@ -7,11 +7,10 @@ import torch
 
 from tests.reference import tiny_image_encoder, tiny_text_encoder
 from wan_core.models.config import WAN_21
-from wan_core.offload.blocks import GIB
 from wan_core.offload.weights import WeightProvider
 from wan_core.planning import encoders
 from wan_core.planning.encoders import available, encoder_at_work, limited, size_held
-from wan_core.runtime import Runtime
+from wan_core.runtime import GIB, Runtime
 from wan_core.settings import MemorySettings
 
 CPU = torch.device("cpu")

@@ -8,13 +8,13 @@ import torch
 from tests.sampling.runs import sample
 from wan_core.models.config import DiTConfig
 from wan_core.models.dit import WanDiT
-from wan_core.offload.blocks import GIB, weights_of
+from wan_core.offload.blocks import weights_of
 from wan_core.offload.quant import quantise
 from wan_core.offload.streaming import PlainCopies
 from wan_core.offload.weights import WeightProvider
 from wan_core.planning.estimate import LiveBytes
 from wan_core.planning.run import plan_run
-from wan_core.runtime import Runtime
+from wan_core.runtime import GIB, Runtime
 from wan_core.settings import MemorySettings, SamplerSettings
 from wan_core.types import Conditioning, VideoSize, tensors_in
 

@@ -10,10 +10,9 @@ from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion
 from wan_core.model import VideoModel
 from wan_core.models.config import DiTConfig
 from wan_core.models.dit import WanDiT
-from wan_core.offload.blocks import GIB
 from wan_core.planning.estimate import LiveBytes, kept_bytes
 from wan_core.planning.run import WORTH_KEEPING, kept_share, plan_run
-from wan_core.runtime import Runtime
+from wan_core.runtime import GIB, Runtime
 from wan_core.sampling.checkpoint import digest_run
 from wan_core.sampling.experts import RunInputs
 from wan_core.settings import CFG_MODES, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings

@@ -10,10 +10,10 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from wan_core.offload.blocks import GIB
 from wan_core.offload.placement import Inventory, Placement, place
 from wan_core.offload.streaming import BlockStream
 from wan_core.offload.weights import WeightProvider
+from wan_core.runtime import GIB
 
 from ..config import TrainConfig
 from .trainable import Denoiser

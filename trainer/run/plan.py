@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wan_core.models.config import DiTConfig
 from wan_core.offload.weights import WeightProvider
+from wan_core.runtime import gigabytes
 
 from ..config import TrainConfig
 from ..data.draws import batches
@@ -119,9 +120,9 @@ class Estimate:
 
     def __str__(self) -> str:
         return (
-            f"Estimated device memory {_gb(self.device)}: frozen weights {_gb(self.frozen)}, trained weights with "
-            f"optimizer {_gb(self.trained)}, activations of {self.tokens} tokens {_gb(self.activations)}. One save "
-            f"takes {_gb(self.saved)}."
+            f"Estimated device memory {gigabytes(self.device)}: frozen weights {gigabytes(self.frozen)}, trained "
+            f"weights with optimizer {gigabytes(self.trained)}, activations of {self.tokens} tokens "
+            f"{gigabytes(self.activations)}. One save takes {gigabytes(self.saved)}."
         )
 
 
@@ -160,7 +161,3 @@ def _tokens(shape: tuple[int, ...], dit: DiTConfig) -> int:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"

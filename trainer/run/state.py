@@ -22,6 +22,7 @@ from wan_core.loading.detect import Component
 from wan_core.loading.paths import resolve_model
 from wan_core.loading.pickles import require_plain
 from wan_core.loading.tensor_files import read_whole, write_safetensors
+from wan_core.runtime import GIB, gigabytes
 from wan_core.settings import check_whole
 
 from ..config import TrainConfig
@@ -272,10 +273,10 @@ def require_same(progress: Progress, run: Mapping[str, Any], world: int, force: 
 def require_space(folder: Path, needed: int, keep_free: float) -> None:
     """Raise OSError when the disk of `folder` lacks room for `needed` bytes and `keep_free` GB besides."""
     free = shutil.disk_usage(folder).free
-    if free < needed + keep_free * 1e9:
+    if free < needed + keep_free * GIB:
         raise OSError(
-            f"{folder} needs {needed / 1e9:.2f} GB and {keep_free:g} GB besides (--min_free_gb), but its disk has "
-            f"{free / 1e9:.2f} GB free."
+            f"{folder} needs {gigabytes(needed, 2)} and {keep_free:g} GB besides (--min_free_gb), but its disk has "
+            f"{gigabytes(free, 2)} free."
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..atomic import creating
 from ..offload.formats import WRITTEN
 from ..offload.quant import big_linears
+from ..runtime import gigabytes
 from .detect import Component, check_against
 from .load import CLASSES, check_fits, combine, spiece_model, unfilled
 from .names import SPIECE_MODEL
@@ -212,7 +213,7 @@ def _write(component: Component, path: Path, entries: list[_Entry], on_progress:
     with creating(path) as partial:
         free = shutil.disk_usage(path.parent).free
         if free < size:
-            raise ValueError(f"{path} takes {size / 1e9:.2f} GB, but {path.parent} has {free / 1e9:.2f} GB left.")
+            raise ValueError(f"{path} takes {gigabytes(size, 2)}, but {path.parent} has {gigabytes(free, 2)} left.")
         with TensorFiles(component.header) as files:
             write_made(partial, layout, made(files), {"format": "pt"})
     return path

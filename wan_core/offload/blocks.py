@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-GIB = 1024**3
+from ..runtime import gigabytes
 
 
 def used_bytes(device: torch.device) -> int:
@@ -150,7 +150,7 @@ class PinnedMemory:
             return False
         runtime = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(row.data_ptr(), row.nbytes, 0)) != 0:
-            log.warning("The system refuses to pin %.1f GB of memory; copies to the card are slower.", row.nbytes / GIB)
+            log.warning("The system refuses to pin %s of memory; copies to the card are slower.", gigabytes(row.nbytes))
             self._limit = 0.0
             return False
         self.bytes += row.nbytes

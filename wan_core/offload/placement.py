@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .blocks import GIB, FlatLayout, blocks_of, tables_of, weights_of
+from ..runtime import gigabytes
+from .blocks import FlatLayout, blocks_of, tables_of, weights_of
 from .quant import parameter_counts
 
 SLOTS = 2
@@ -113,10 +114,10 @@ class Placement:
         """In words: "12 of 40 blocks stay on the device (9.1 GB), 28 are streamed (19.2 GB per pass)"."""
         total, streamed = len(self.inventory.blocks), len(self.streamed)
         if not streamed:
-            return f"all weights stay on the device ({self.device_bytes / GIB:.1f} GB)"
+            return f"all weights stay on the device ({gigabytes(self.device_bytes)})"
         return (
-            f"{total - streamed} of {total} blocks stay on the device ({self.device_bytes / GIB:.1f} GB with what is "
-            f"under way), {streamed} are streamed ({self.streamed_bytes / GIB:.1f} GB per pass)"
+            f"{total - streamed} of {total} blocks stay on the device ({gigabytes(self.device_bytes)} with what is "
+            f"under way), {streamed} are streamed ({gigabytes(self.streamed_bytes)} per pass)"
         )
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..models.config import Geometry, TextEncoderConfig, VAEConfig
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
-from ..offload.blocks import GIB, installed_ram, used_bytes
+from ..offload.blocks import installed_ram, used_bytes
 from ..offload.placement import place
 from ..offload.weights import WeightProvider
-from ..runtime import OutOfMemoryError, Runtime
+from ..runtime import GIB, OutOfMemoryError, Runtime, gigabytes
 from ..settings import MemorySettings
 from ..tiling import TileSettings
 from ..types import LatentSize, VideoSize
@@ -141,8 +141,8 @@ def choose_tiles(
     side = config.pixel_stride(what)
     raise OutOfMemoryError(
         f"To {what} {size.width * side}x{size.height * side} even in the smallest tiles takes "
-        f"{needed / 1e9:.2f} GB beside the VAE's weights; the budget is {budget_bytes / 1e9:.2f} GB, "
-        f"{(needed - budget_bytes) / 1e9:.2f} GB short."
+        f"{gigabytes(needed, 2)} beside the VAE's weights; the budget is {gigabytes(budget_bytes, 2)}, "
+        f"{gigabytes(needed - budget_bytes, 2)} short."
     )
 
 
@@ -194,7 +194,7 @@ def size_held(width: int, height: int, num_frames: int, geometry: Geometry) -> V
     if held > memory:
         raise ValueError(
             f"A video of width {size.width}, height {size.height} and num_frames {size.num_frames} has "
-            f"{held / 1e9:,.0f} GB; this machine has {memory / 1e9:,.0f} GB of memory. Choose a smaller size or fewer "
+            f"{gigabytes(held, 0)}; this machine has {gigabytes(memory, 0)} of memory. Choose a smaller size or fewer "
             "frames."
         )
     return size

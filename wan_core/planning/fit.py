@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..offload.blocks import GIB
+from ..runtime import GIB, gigabytes
 from ..settings import WindowSettings
 from .encoders import What
 from .job import Job, Phase, Tiles, WholePlan, plan_whole
@@ -146,7 +146,7 @@ def helps(plan: WholePlan) -> tuple[str, ...]:
         other = plan_whole(changed, plan.limit)
         if other.fits:
             resized = "" if changed.size == plan.job.size else f" ({changed.size})"
-            found.append(f"{variation.what}{resized}: {other.peak_bytes / GIB:.1f} GB")
+            found.append(f"{variation.what}{resized}: {gigabytes(other.peak_bytes)}")
     return tuple(found)
 
 
@@ -187,10 +187,6 @@ def data_of(fit: Fit) -> dict[str, Any]:
         "changes": list(fit.changes),
         "helps": list(fit.helps),
     }
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / GIB:.1f} GB"
 
 
 def _row(phase: Phase) -> tuple[str, ...]:

@@ -16,8 +16,9 @@ from ..models.embedders import MotionController
 from ..models.image_encoder import ImageEncoder
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
-from ..offload.blocks import GIB, weight_bytes
+from ..offload.blocks import weight_bytes
 from ..offload.placement import Placement, place
+from ..runtime import GIB
 from ..settings import MemorySettings, SamplerSettings
 from ..tiling import TileSettings
 from ..types import Conditioning, LatentSize, VaceInput, VideoSize, tensors_in

@@ -9,9 +9,10 @@ import torch
 from ..lora.apply import LoraUse
 from ..models.dit import WanDiT
 from ..models.embedders import MotionController
-from ..offload.blocks import GIB, weight_bytes
+from ..offload.blocks import weight_bytes
 from ..offload.placement import Inventory, Placement, place
 from ..offload.weights import WeightProvider
+from ..runtime import GIB, gigabytes
 from ..sampling.windows import window_of
 from ..settings import MemorySettings, SamplerSettings
 from ..tiling import Span
@@ -87,8 +88,8 @@ class RunPlan:
 
     def summary(self) -> str:
         """In words, for the log."""
-        text = f"{self.placement.summary()}; at most {self.peak_bytes / GIB:.1f} GB on the device"
-        return text if not self.missing else f"{text}, {self.missing / GIB:.1f} GB more than it may use"
+        text = f"{self.placement.summary()}; at most {gigabytes(self.peak_bytes)} on the device"
+        return text if not self.missing else f"{text}, {gigabytes(self.missing)} more than it may use"
 
 
 def plan_run(
