@@ -166,7 +166,7 @@ def test_a_source_that_shrinks_while_it_is_read(dit, tmp_path):
 def test_on_the_command_line(dit, tmp_path, capsys):
     out = tmp_path / "fp8.safetensors"
     assert main(["convert", str(dit.header.files[0]), "--fp8", str(out)]) == 0
-    assert capsys.readouterr().out.startswith(f"{out} (0.0")
+    assert capsys.readouterr().out.startswith(f"{out} (6.1 MB)")
     assert detect_files(out).quantised == "FP8, a scale per tensor"
     assert main(["convert", str(out), str(tmp_path / "b.safetensors"), "--dtype", "bf16"]) == 0
     assert detect_files(tmp_path / "b.safetensors").quantised is None
