@@ -56,6 +56,28 @@ def test_links_lead_somewhere(path):
         assert link.startswith("http") or (path.parent / link).exists(), f"{path.name} links {link}"
 
 
+COMMANDS = sorted({
+    (page.name, module)
+    for page in DOCUMENTS
+    for module in re.findall(r"python -m ((?:headless|trainer|tools|tests)[\w.]*\w)", page.read_text(encoding="utf-8"))
+})  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "module"), COMMANDS)
+def test_commands_name_files_that_are_run(page, module):
+    place = ROOT.joinpath(*module.split("."))
+    file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+    assert file.is_file() and re.search(r'__name__ == "__main__"|pack\["command"\]', file.read_text(encoding="utf-8"))
+
+
+PLACES = r"`((?:wan_core|nodes|headless|trainer|tools|tests|workflows|docs)/[\w./-]*)`"
+
+
+def test_contributing_names_places_that_exist():
+    named = set(re.findall(PLACES, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    assert named and not [place for place in named if not (ROOT / place).exists()]
+
+
 def strings() -> str:
     """Every text in the code of the pack, the parts of one message joined as they are written."""
     found = []

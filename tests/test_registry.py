@@ -84,7 +84,7 @@ def test_the_archive_holds_what_runs_and_what_the_editor_shows(tmp_path):
     needed = ("__init__.py", "nodes/__init__.py", "wan_core/__init__.py", "web/docs/WanCoreSampler.md", "LICENSE")
     needed += ("locales/zh/nodeDefs.json", "workflows/t2v.json", "workflows/t2v.jpg", "requirements.txt")
     assert kept.issuperset(needed)
-    assert not [path for path in kept if path.startswith(("tests/", ".ci/", "quickstart"))]
+    assert not [path for path in kept if path.startswith(("tests/", "tools/", ".ci/", "quickstart"))]
     assert all((ROOT / path).is_file() for path in includes)
     assert sum((ROOT / path).stat().st_size for path in kept) < 5_000_000
 
