@@ -166,7 +166,7 @@ def test_a_run_is_stopped_continued_and_finished(data, tmp_path, monkeypatch):
             raise Cancelled
 
     with monkeypatch.context() as patch:
-        patch.setattr(host, "check_cancelled", cancel)
+        patch.setattr(host.current, "check_cancelled", cancel)
         with pytest.raises(Cancelled):
             lora(data, max_steps=60, learning_rate=1e-3)
     done = len(steps(folder))

@@ -10,10 +10,13 @@ import torch
 
 from tests.trainer import material
 from tests.trainer.material import INPUTS, model_names
-from wan_core import ModelConfig, WanVideoPipeline, load_video, pipeline
+from wan_core import ModelConfig, WanVideoPipeline, load_video
 from wan_core.catalog import IMAGE_ENCODER_PATTERN
 from wan_core.conditioning.image import LatentEncoder
 from wan_core.media.fitting import as_frames, fit_size
+from wan_core.model import VideoModel
+from wan_core.sampling.checkpoint import RunState
+from wan_core.sampling.experts import RunInputs
 from wan_core.types import tensors_in
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.data.cache import Encoders, LatentCache
@@ -63,9 +66,13 @@ def inference(root: Path, variant: str, monkeypatch: pytest.MonkeyPatch):
     configs = [ModelConfig(model_id=n.split(":")[0], origin_file_pattern=n.split(":")[1]) for n in model_names(variant)]
     pipe = WanVideoPipeline.from_pretrained(torch.float32, "cpu", configs, local_model_path=root / "models")
     seen = []
-    monkeypatch.setattr(pipeline, "sample", lambda dit, cond, size, *_, **__: seen.append(cond) or torch.zeros(1))
+
+    def sample(self, inputs: RunInputs, *_: object) -> RunState:
+        seen.append(inputs.cond)
+        return RunState(latents=torch.zeros(1, 16, 2, 4, 4), prefix=0, step=0)
+
+    monkeypatch.setattr(VideoModel, "sample", sample)
     monkeypatch.setattr(WanVideoPipeline, "_output", lambda self, latents, *_: latents)
-    monkeypatch.setattr("wan_core.lora.apply.LoraRun.follow", lambda self, runtime: runtime)
     names = {name: arguments[name] for name in INPUTS[variant]}
     prompt = "a red ball moves slowly right over a dark ground"
     pipe(prompt, height=32, width=32, num_frames=5, num_inference_steps=1, output_type="latent", seed=0, **names)
