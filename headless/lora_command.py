@@ -8,7 +8,7 @@ from typing import Any
 from wan_core.loading.detect import detect_files, require_kind
 from wan_core.lora.apply import LoraUse
 from wan_core.lora.convert import DTYPES, LoraFormat, convert, extract_lora, fuse
-from wan_core.lora.report import Report
+from wan_core.lora.report import LoraReport
 from wan_core.lora.target import REPLACING_KINDS, Target, open_lora, report, report_alone, use_lora
 from wan_core.lora.write import FORMATS
 
@@ -84,7 +84,7 @@ def with_strength(text: str) -> tuple[str, float]:
         raise ValueError(f"{text!r}: a strength is a number, as in style.safetensors=0.8.") from None
 
 
-def _reports(files: list[tuple[str, float]], base: str) -> list[Report]:
+def _reports(files: list[tuple[str, float]], base: str) -> list[LoraReport]:
     """What each file does to the model at `base`, on top of those before it."""
     component = require_kind(detect_files(base, REPLACING_KINDS), REPLACING_KINDS)
     stacked: list[LoraUse] = []

@@ -9,14 +9,14 @@ import torch
 from wan_core import catalog
 from wan_core.loading.detect import Component
 from wan_core.loading.download import OnProgress
-from wan_core.loading.names import Kind
+from wan_core.loading.names import ModelKind
 from wan_core.model import VideoModel
 from wan_core.model_files import (
     BUNDLED,
     DISK,
     DiTSettings,
     ImageEncoder,
-    Rest,
+    Offload,
     TextEncoder,
     WanVAE,
     find_files,
@@ -67,9 +67,9 @@ def choose_dtype(name: str, component: Component) -> torch.dtype:
     return torch.bfloat16
 
 
-def _rest(weights: Weights, rest: str) -> Rest:
+def _rest(weights: Weights, rest: str) -> Offload:
     """How weights rest, from the widgets."""
-    return Rest.on(DISK if rest == "disk" else host.current.offload_device(), weights=weights)
+    return Offload.on(DISK if rest == "disk" else host.current.offload_device(), weights=weights)
 
 
 class Loader:
@@ -78,7 +78,7 @@ class Loader:
     CATEGORY = "WanCore/loaders"
     FUNCTION = "load"
     INPUT: str
-    KIND: Kind
+    KIND: ModelKind
     FOLDER: str
     PATTERN: str
     ROWS: tuple[str, ...]

@@ -14,16 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from wan_core import atomic
-from wan_core.atomic import (  # fmt: skip
-    abandon,
-    clean,
-    creating,
-    creating_first,
-    locked,
-    numbered,
-    partial_path,
-    replacing,
-)
+from wan_core.atomic import abandon, clean, creating, creating_first, locked, numbered, partial_path, replacing
 from wan_core.loading.tensor_files import write_safetensors
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from wan_core import ModelConfig, WanVideoPipeline, load_state_dict
 from wan_core.catalog import tiny_id
 from wan_core.loading.download import download_source
 from wan_core.model_config import TOKENIZER_CONFIG
-from wan_core.model_files import Rest
+from wan_core.model_files import Offload
 from wan_core.pipeline_models import attention_of_environment
 from wan_core.runtime import default_device
 
@@ -240,12 +240,15 @@ EIGHT = torch.float8_e4m3fn
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, Rest()),
-        (LOW_VRAM, Rest(mapped=True)),
-        ({"offload_device": "cpu", "offload_dtype": EIGHT}, Rest(weights="fp8")),
-        ({"offload_device": "cpu", "onload_dtype": EIGHT, "preparing_dtype": EIGHT}, Rest(weights="fp8")),
-        ({"offload_device": "cpu", "offload_dtype": torch.bfloat16, "onload_dtype": EIGHT}, Rest(dtype=torch.bfloat16)),
-        ({"offload_device": "disk", "onload_dtype": EIGHT}, Rest(mapped=True)),
+        ({}, Offload()),
+        (LOW_VRAM, Offload(mapped=True)),
+        ({"offload_device": "cpu", "offload_dtype": EIGHT}, Offload(weights="fp8")),
+        ({"offload_device": "cpu", "onload_dtype": EIGHT, "preparing_dtype": EIGHT}, Offload(weights="fp8")),
+        (
+            {"offload_device": "cpu", "offload_dtype": torch.bfloat16, "onload_dtype": EIGHT},
+            Offload(dtype=torch.bfloat16),
+        ),
+        ({"offload_device": "disk", "onload_dtype": EIGHT}, Offload(mapped=True)),
     ],
 )
 def test_the_memory_states_become_how_weights_rest(given, expected):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tests.reference import tiny_dit
 from tests.sampling.runs import planned, sample
 from wan_core.model import VideoModel
-from wan_core.model_files import DiTSettings, Rest, inspect, load_dit
+from wan_core.model_files import DiTSettings, Offload, inspect, load_dit
 from wan_core.offload.blocks import blocks_of, weights_of
 from wan_core.offload.weights import WeightProvider
 from wan_core.runtime import Runtime
@@ -68,14 +68,14 @@ def test_latents_are_the_same_bits_wherever_weights_are(checkpoint, dtype, cache
 def test_weights_may_rest_in_a_wider_dtype(checkpoint, dtype):
     settings = SamplerSettings(steps=2)
     expected = latents(load_dit(checkpoint, DiTSettings(), "cpu"), settings, MemorySettings(), torch.bfloat16)
-    model = load_dit(checkpoint, DiTSettings(), Rest(dtype=dtype))
+    model = load_dit(checkpoint, DiTSettings(), Offload(dtype=dtype))
     assert model.dit.blocks[0].ffn[0].weight.dtype == dtype and model.dit.dtype == torch.bfloat16
     for memory in (MemorySettings(), MemorySettings(vram_limit=0)):
         assert torch.equal(latents(model, settings, memory, torch.bfloat16), expected)
 
 
 def test_fp8_weights_stream(checkpoint):
-    model = load_dit(checkpoint, DiTSettings(), Rest(weights="fp8"))
+    model = load_dit(checkpoint, DiTSettings(), Offload(weights="fp8"))
     settings = SamplerSettings(steps=2)
     expected = latents(model, settings, MemorySettings(), torch.bfloat16)
     assert torch.equal(latents(model, settings, MemorySettings(vram_limit=0), torch.bfloat16), expected)

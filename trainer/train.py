@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 
-from wan_core.model_files import Rest
+from wan_core.model_files import Offload
 from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.offload.quant import quantise
 from wan_core.runtime import OutOfMemoryError, Runtime
@@ -260,7 +260,7 @@ class Run:
         trained = self.config.trainable_models
         device = torch.device("cpu") if self.config.streams else self.accelerator.device
         changes = load.changes_weights(self.config)
-        rest = Rest.on(device, weights="plain" if changes else "fp8" if self.config.fp8_base else "auto")
+        rest = Offload.on(device, weights="plain" if changes else "fp8" if self.config.fp8_base else "auto")
         model = found.load_dit(self.dtype, rest)
         if changes:
             load.start(model, self.config)

@@ -14,8 +14,8 @@ from .conditioning.slots import fit
 from .lora.apply import LoraRun, LoraUse, Mode, applied
 from .lora.bind import EVERYWHERE, BlockStrengths
 from .lora.read import Lora
-from .lora.report import Report
-from .lora.target import LAYOUT, Target, report, use_lora
+from .lora.report import LoraReport
+from .lora.target import MODEL_BLOCKS, Target, report, use_lora
 from .models import kernels
 from .models.config import DiTConfig, Geometry
 from .models.dit import WanDiT
@@ -115,7 +115,7 @@ class VideoModel:
         blocks: BlockStrengths = EVERYWHERE,
         mode: Mode = "auto",
         expert: int | None = None,
-    ) -> tuple["VideoModel", Report]:
+    ) -> tuple["VideoModel", LoraReport]:
         """A handle on the same weights with one LoRA, or checkpoint of trained weights, more; and what it does to them.
 
         Args:
@@ -190,7 +190,7 @@ class VideoModel:
         with ExitStack() as stack:
             stack.enter_context(kernels.run(deterministic=self.deterministic))
             run = stack.enter_context(
-                applied((dit, *self._beside), loras, LAYOUT, steps=steps, device=device, streamed=streamed)
+                applied((dit, *self._beside), loras, MODEL_BLOCKS, steps=steps, device=device, streamed=streamed)
             )
             if self.motion_controller is not None:
                 stack.enter_context(WeightProvider.of(self.motion_controller).working(device))

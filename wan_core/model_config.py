@@ -13,7 +13,7 @@ from .loading.detect import Component, detect_all
 from .loading.download import models_folder
 from .loading.paths import resolve_files
 from .loading.tensor_files import read_header
-from .model_files import DISK, Rest, find_files, has_tokenizer
+from .model_files import DISK, Offload, find_files, has_tokenizer
 from .models.config import DiTConfig, VAEConfig
 from .offload.formats import choice_of
 from .runtime import usable_device
@@ -112,7 +112,7 @@ class ModelConfig:
         paths = [str(file) for file in found]
         self.path = paths[0] if len(paths) == 1 else paths
 
-    def rest(self, device: torch.device) -> Rest:
+    def rest(self, device: torch.device) -> Offload:
         """How the weights rest in a pipeline on `device`.
 
         Raises:
@@ -135,7 +135,7 @@ class ModelConfig:
         if usable_device("computation_device", computes_on).type != device.type:
             log.warning("All models of a pipeline compute on its device %s; computation_device %s is not applied.",
                         device, computes_on)  # fmt: skip
-        return Rest.on(offload, dtype=dtype)
+        return Offload.on(offload, dtype=dtype)
 
     def work_dtype(self, default: torch.dtype) -> torch.dtype:
         """In which dtype the model computes in a pipeline of dtype `default`.

@@ -15,7 +15,7 @@ from .loading import load
 from .loading.detect import Component, join_vace, require_kind
 from .loading.download import OnProgress, fetch, redirect
 from .loading.load import build, spiece_model
-from .loading.names import SPIECE_MODEL, Kind
+from .loading.names import SPIECE_MODEL, ModelKind
 from .model import VideoModel
 from .models.attention import load_backend
 from .models.config import DiTConfig, MotionControllerConfig, TextEncoderConfig
@@ -36,7 +36,7 @@ DISK = "disk"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rest:
+class Offload:
     """Where and how weights rest.
 
     Attributes:
@@ -57,14 +57,14 @@ class Rest:
 
     @classmethod
     def on(
-        cls, device: "torch.device | str | Rest", *, dtype: torch.dtype | None = None, weights: Weights = "auto"
-    ) -> "Rest":
+        cls, device: "torch.device | str | Offload", *, dtype: torch.dtype | None = None, weights: Weights = "auto"
+    ) -> "Offload":
         """Weights that rest on `device`, which may be "disk", in `dtype`; the dtype of a format makes big layers so.
 
         Raises:
             ValueError: `dtype` is no floating-point type, or weights that stay in their file cannot have it.
         """
-        if isinstance(device, Rest):
+        if isinstance(device, Offload):
             return device
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"Weights can rest in floating-point dtypes only; got {dtype}.")
@@ -93,7 +93,7 @@ log = logging.getLogger("wancore")
 Module = TypeVar("Module", bound=nn.Module)
 
 PathLike = str | Path
-Place = Rest | torch.device | str
+Place = Offload | torch.device | str
 """How weights rest, or just the device: "cpu", "cuda", "disk"."""
 BUNDLED = frozenset(row.model_id for row in catalog.TINY_ROWS)
 
@@ -146,7 +146,7 @@ def find_files(
     )
 
 
-def inspect(path: PathLike | Sequence[PathLike], kind: Kind) -> Component:
+def inspect(path: PathLike | Sequence[PathLike], kind: ModelKind) -> Component:
     """What the model file or files at `path` are, read from their headers; of an all-in-one file the part of `kind`.
 
     Raises:
@@ -158,7 +158,7 @@ def inspect(path: PathLike | Sequence[PathLike], kind: Kind) -> Component:
 def _loaded(component: Component, cls: type[Module], dtype: torch.dtype, rest: Place) -> Module:
     """The model of `component`, which has to be one of `cls`."""
     require_kind(component, next(kind for kind, made in load.CLASSES.items() if made is cls))
-    module = Rest.on(rest).load(component, dtype)
+    module = Offload.on(rest).load(component, dtype)
     assert isinstance(module, cls)
     return module
 
@@ -187,7 +187,7 @@ def load_dit(
     if vace is not None:
         component = join_vace(component, vace)
     variant = match_variant(component.config_of(DiTConfig))
-    computes_on = torch.device(compute_device or Rest.on(rest).device)
+    computes_on = torch.device(compute_device or Offload.on(rest).device)
     attend = load_backend(settings.attention, computes_on, settings.dtype)
     chains = load_chains(settings.torch_compile, computes_on, settings.dtype)
     if settings.fp8_matmul:

@@ -13,7 +13,7 @@ from .call_arguments import strength
 from .conditioning.text import TextCache, TextEncoder
 from .loading.state_dict import replace_weights
 from .lora.read import Lora
-from .lora.report import Report
+from .lora.report import LoraReport
 from .lora.target import given_lora
 from .model import VideoModel
 from .model_config import FoundModel, ModelConfig, find_models, tokenizer_folder
@@ -245,7 +245,7 @@ class PipelineParts:
         verbose: int = 1,
         *,
         path: str | Path | None = None,
-    ) -> Report:
+    ) -> LoraReport:
         """Apply a LoRA, or a checkpoint of trained weights, in every call from now on; say what it does.
 
         Args:

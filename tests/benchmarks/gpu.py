@@ -35,7 +35,7 @@ from tests.benchmarks.bench import (
 )
 from tests.benchmarks.report import Row
 from wan_core.model import VideoModel
-from wan_core.model_files import DiTSettings, Rest, inspect, load_dit
+from wan_core.model_files import DiTSettings, Offload, inspect, load_dit
 from wan_core.models.attention import FastestAttention, load_backend
 from wan_core.models.config import DiTConfig
 from wan_core.models.vae import WanVAE
@@ -231,7 +231,7 @@ def loading(bench: Bench) -> Iterator[Row]:
         for _ in range(2):
             device.wait()
             start = time.perf_counter()
-            model = load_dit(component, DiTSettings(dtype=device.dtype), Rest.on(device.torch))
+            model = load_dit(component, DiTSettings(dtype=device.dtype), Offload.on(device.torch))
             device.wait()
             times.append(time.perf_counter() - start)
             del model

@@ -11,7 +11,7 @@ from torch import nn
 from tests.reference import DITS, filled, relative_error, tiny_dit, tiny_image_encoder, tiny_text_encoder
 from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
-from wan_core.model_files import DiTSettings, Rest, load_dit
+from wan_core.model_files import DiTSettings, Offload, load_dit
 from wan_core.models.dit import WanDiT
 from wan_core.models.ops import Linear
 from wan_core.offload import formats
@@ -125,7 +125,7 @@ def test_an_unknown_way_of_holding_weights(tmp_path, weights):
     with pytest.raises(ValueError, match="weights must be one of"):
         build(component, dtype=None, weights=weights)
     with pytest.raises(ValueError, match="weights must be one of"):
-        Rest(weights=weights)
+        Offload(weights=weights)
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -135,7 +135,7 @@ def test_fp8_products_are_refused_before_weights_are_read(tmp_path, monkeypatch,
     dtype = torch.float32 if works else torch.bfloat16
     monkeypatch.setattr("wan_core.model_files.build", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match="set dtype to bf16" if works else "Turn it off"):
-        load_dit(component, DiTSettings(dtype=dtype, fp8_matmul=True), Rest(weights="fp8"))
+        load_dit(component, DiTSettings(dtype=dtype, fp8_matmul=True), Offload(weights="fp8"))
 
 
 CASES = {

@@ -127,7 +127,7 @@ def test_a_machine_that_cannot_compile_says_so_before_weights_are_read(checkpoin
         raise RuntimeError("no working C++ compiler\nand more")
 
     monkeypatch.setattr(chains, "compiled", broken)
-    monkeypatch.setattr("wan_core.model_files.Rest.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("wan_core.model_files.Offload.load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=r"no working C\+\+ compiler\. It needs .* turn torch_compile off"):
         load_dit(checkpoint, DiTSettings(dtype=torch.float32, torch_compile=True), "cpu")
 

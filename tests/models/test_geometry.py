@@ -13,12 +13,7 @@ from tests.reference import filled
 from tests.sampling.runs import sample
 from wan_core import catalog
 from wan_core.conditioning.camera import CameraPath, camera_conditioning
-from wan_core.conditioning.image import (
-    LatentEncoder,
-    control_conditioning,
-    image_conditioning,
-    reference_conditioning,
-)
+from wan_core.conditioning.image import LatentEncoder, control_conditioning, image_conditioning, reference_conditioning
 from wan_core.conditioning.slots import fit
 from wan_core.conditioning.vace import vace_conditioning
 from wan_core.decode import decode

@@ -17,7 +17,7 @@ from wan_core.lora.apply import LoraUse, fuse
 from wan_core.lora.target import Target, fit_to, open_lora, report, use_lora
 from wan_core.model import VideoModel
 from wan_core.model_config import ModelConfig, find_models, require_same_latents, tokenizer_folder
-from wan_core.model_files import Rest
+from wan_core.model_files import Offload
 from wan_core.models.config import DiTConfig
 from wan_core.types import Conditioning, VideoSize
 from wan_core.variants import IMAGE, Variant
@@ -136,13 +136,13 @@ class FoundModels:
     def has_motion_controller(self) -> bool:
         return "motion_controller" in self.components
 
-    def load_dit(self, dtype: torch.dtype, rest: prepare.Place) -> prepare.VideoModel:
+    def load_dit(self, dtype: torch.dtype, place: prepare.Place) -> prepare.VideoModel:
         """The DiT with what belongs beside it."""
-        parts, rest = self.components, Rest.on(rest)
+        parts, offload = self.components, Offload.on(place)
         settings = prepare.DiTSettings(dtype=dtype)
-        model = prepare.load_dit(parts["dit"], settings, rest, vace=parts.get("vace"))
+        model = prepare.load_dit(parts["dit"], settings, offload, vace=parts.get("vace"))
         if self.has_motion_controller:
-            model = prepare.with_speed_control(model, parts["motion_controller"], rest.device)
+            model = prepare.with_speed_control(model, parts["motion_controller"], offload.device)
         return model
 
     def fit(self, cond: Conditioning, size: VideoSize) -> Conditioning:

@@ -16,14 +16,14 @@ from torch import nn
 from ..files import blamed_on
 from ..lora.naming import is_lora
 from ..models.config import DiTConfig
-from .names import Kind, Source, convert, find_dialect, stored_weights, strip_prefix
+from .names import ModelKind, Source, convert, find_dialect, stored_weights, strip_prefix
 from .paths import describe_files, resolve_model
-from .structure import READERS, Config, Shapes, vace_layers
+from .structure import CONFIG_READERS, Config, Shapes, vace_layers
 from .tensor_files import CheckpointError, Header, TensorInfo, read_header
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
-KINDS: Mapping[Kind, tuple[str, str]] = {
+KINDS: Mapping[ModelKind, tuple[str, str]] = {
     "dit": ("a Wan DiT", "model loader"),
     "vace": ("a VACE branch", "VACE input of the model loader"),
     "motion_controller": ("a Wan motion controller", "speed control loader"),
@@ -83,7 +83,7 @@ class Component:
     layout may lack. `dtype` is the one that most stored weights have.
     """
 
-    kind: Kind
+    kind: ModelKind
     layout: str
     config: Config | None
     sources: Mapping[str, Source]
@@ -114,7 +114,7 @@ class Component:
         return words.most_common(1)[0][0] if words else None
 
 
-def detect_files(path: str | Path | Sequence[str | Path], kinds: Sequence[Kind] = ()) -> Component:
+def detect_files(path: str | Path | Sequence[str | Path], kinds: Sequence[ModelKind] = ()) -> Component:
     """The component in the files that `path` names (see `files.resolve_model`); of an all-in-one file that of `kinds`.
 
     Raises:
@@ -123,7 +123,7 @@ def detect_files(path: str | Path | Sequence[str | Path], kinds: Sequence[Kind] 
     return detect(read_header(resolve_model(path)), kinds)
 
 
-def detect(header: Header, kinds: Sequence[Kind] = ()) -> Component:
+def detect(header: Header, kinds: Sequence[ModelKind] = ()) -> Component:
     """What the tensors of `header` are; where they are several models, the first of `kinds`, or just the first.
 
     Raises:
@@ -195,7 +195,7 @@ def _detect_one(header: Header) -> Component:
     file = describe_files(header.files)
     with blamed_on(file, "holds tensors that do not fit together", error=CheckpointError):
         sources = convert(dialect, stored_weights(header, names))
-    config = READERS[dialect.kind](Shapes(sources, f"{file} ({KINDS[dialect.kind][0]})"))
+    config = CONFIG_READERS[dialect.kind](Shapes(sources, f"{file} ({KINDS[dialect.kind][0]})"))
     return Component(
         kind=dialect.kind,
         layout=dialect.layout,
@@ -207,7 +207,7 @@ def _detect_one(header: Header) -> Component:
     )
 
 
-def require_kind(component: Component, kinds: Kind | Sequence[Kind]) -> Component:
+def require_kind(component: Component, kinds: ModelKind | Sequence[ModelKind]) -> Component:
     """`component`, when it is of one of `kinds`; the first of them names the loader in the message.
 
     Raises:

@@ -18,15 +18,15 @@ from ..models.preview_decoder import PreviewDecoder
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..offload.blocks import blocks_of
-from ..offload.formats import MADE, WEIGHTS, Stored, Weights
+from ..offload.formats import MADE, WEIGHTS, StoredWeight, Weights
 from ..offload.quant import QuantisedLinear, big_linears, replace_layer
 from ..offload.weights import WeightProvider
 from ..settings import check_choice
 from .detect import KINDS, Component, check_against, detect, detect_files, require_kind
-from .names import SPIECE_MODEL, Kind, Source
+from .names import SPIECE_MODEL, ModelKind, Source
 from .tensor_files import CheckpointError, Header, TensorFiles, TensorInfo, TensorReader, TensorShapes
 
-CLASSES: dict[Kind, type[nn.Module]] = {
+CLASSES: dict[ModelKind, type[nn.Module]] = {
     "dit": WanDiT,
     "motion_controller": MotionController,
     "text_encoder": UMT5Encoder,
@@ -68,7 +68,7 @@ def unfilled(component: Component) -> nn.Module:
         return CLASSES[component.kind](component.config)
 
 
-def inspect(path: str | Path | Sequence[str | Path], *kinds: Kind) -> Component:
+def inspect(path: str | Path | Sequence[str | Path], *kinds: ModelKind) -> Component:
     """What the model at `path` is, of an all-in-one file the one of `kinds`; whole as `load_into` wants it.
 
     `info`, the loaders' validation and loading all ask here.
@@ -240,7 +240,7 @@ class _Filling:
                 "set weights to 'auto'."
             )
 
-    def _kept(self, name: str) -> Stored | None:
+    def _kept(self, name: str) -> StoredWeight | None:
         """The stored weight of the parameter `name`, if its layer is to keep it as it is."""
         stored = self.component.sources[name].single
         return stored if stored and name in self.linears and stored.kept(self.weights) else None
@@ -251,7 +251,7 @@ class _Filling:
             return source.dtype if source.is_cast else DEQUANTISED_DTYPE
         return torch.float32 if name.rpartition(".")[2] in self.in_float32 else self.dtype
 
-    def _keep(self, name: str, stored: Stored, numbers: Tensor, files: TensorFiles) -> None:
+    def _keep(self, name: str, stored: StoredWeight, numbers: Tensor, files: TensorFiles) -> None:
         """Let the layer of the parameter `name` hold `numbers` as they are stored."""
         shape = tuple(numbers.shape)
         scale = stored.held_scale(files.read(stored.scale), shape).to(self.device) if stored.scale else None
@@ -298,7 +298,7 @@ class _Held:
     borrow = read
 
 
-def describe_weights(weights: Mapping[str, Tensor], name: str, kind: Kind) -> Component:
+def describe_weights(weights: Mapping[str, Tensor], name: str, kind: ModelKind) -> Component:
     """What `weights` are, by the names and shapes of its tensors; messages call them `name`.
 
     Raises:

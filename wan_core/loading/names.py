@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ..offload.formats import BESIDE, FormatError, Stored, check_declared, format_of, plain_name, recognise
+from ..offload.formats import BESIDE, FormatError, StoredWeight, check_declared, format_of, plain_name, recognise
 from .paths import describe_files
 from .tensor_files import CheckpointError, Header, TensorFiles
 
@@ -47,7 +47,9 @@ def diffusers_name(path: str) -> str:
     return path
 
 
-Kind = Literal["dit", "vace", "motion_controller", "text_encoder", "vae", "image_encoder", "preview_decoder", "lora"]
+ModelKind = Literal[
+    "dit", "vace", "motion_controller", "text_encoder", "vae", "image_encoder", "preview_decoder", "lora"
+]
 Combine = Literal["identity", "cat", "transpose", "reshape"]
 
 
@@ -70,7 +72,7 @@ class Dialect:
     left out; targets in `optional` may be missing, because nothing computes with them.
     """
 
-    kind: Kind
+    kind: ModelKind
     layout: str
     marks: tuple[str, ...]
     rules: tuple[Rule, ...] = ()
@@ -256,7 +258,7 @@ UNUSED = re.compile(
 class Source:
     """How one original tensor is made: the stored weights to read, how they combine, the resulting shape."""
 
-    parts: tuple[Stored, ...]
+    parts: tuple[StoredWeight, ...]
     shape: tuple[int, ...]
     combine: Combine = "identity"
 
@@ -276,7 +278,7 @@ class Source:
         return all(part.is_cast for part in self.parts)
 
     @property
-    def single(self) -> Stored | None:
+    def single(self) -> StoredWeight | None:
         """The one stored weight that this is, as it stands; None when parts are joined or turned."""
         return self.parts[0] if self.combine == "identity" else None
 
@@ -320,7 +322,7 @@ def rename(dialect: Dialect, name: str) -> tuple[str, Combine, int, int]:
     return name, combine, part, parts
 
 
-def stored_weights(header: Header, names: Mapping[str, str]) -> dict[str, Stored]:
+def stored_weights(header: Header, names: Mapping[str, str]) -> dict[str, StoredWeight]:
     """The weights of a file by the names that they would have if they were plain (`offload.formats`).
 
     `names` are the names without prefixes, mapped to those in the file.
@@ -336,9 +338,9 @@ def stored_weights(header: Header, names: Mapping[str, str]) -> dict[str, Stored
         raise CheckpointError(f"{describe_files(header.files)} {error}") from error
 
 
-def convert(dialect: Dialect, weights: Mapping[str, Stored]) -> Mapping[str, Source]:
+def convert(dialect: Dialect, weights: Mapping[str, StoredWeight]) -> Mapping[str, Source]:
     """The source of every original tensor that the file can give; one that lacks some of its parts is left out."""
-    found: dict[str, dict[int, Stored]] = {}
+    found: dict[str, dict[int, StoredWeight]] = {}
     how: dict[str, tuple[Combine, int]] = {}
     for name, stored in weights.items():
         if UNUSED.fullmatch(name) or (dialect.ignored and re.fullmatch(dialect.ignored, name)):
@@ -355,7 +357,7 @@ def convert(dialect: Dialect, weights: Mapping[str, Stored]) -> Mapping[str, Sou
     )
 
 
-def _source(parts: tuple[Stored, ...], combine: Combine) -> Source:
+def _source(parts: tuple[StoredWeight, ...], combine: Combine) -> Source:
     shape = parts[0].shape
     if combine == "cat":
         shape = (sum(part.shape[0] for part in parts), *shape[1:])

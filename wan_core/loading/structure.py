@@ -21,7 +21,7 @@ from ..models.config import (
     VAEConfig,
 )
 from ..offload.formats import ADVICE
-from .names import Kind, Source
+from .names import ModelKind, Source
 from .tensor_files import CheckpointError
 
 Config = DiTConfig | MotionControllerConfig | TextEncoderConfig | VAEConfig | ImageEncoderConfig | PreviewDecoderConfig
@@ -262,7 +262,7 @@ def _on_damage(read: Reader) -> Reader:
     return checked
 
 
-READERS: Mapping[Kind, Reader] = {
+CONFIG_READERS: Mapping[ModelKind, Reader] = {
     "dit": _on_damage(_read_dit),
     "vace": _on_damage(_read_vace),
     "motion_controller": _on_damage(_read_motion_controller),

@@ -329,11 +329,11 @@ class TensorShapes(TensorFiles):
 
 CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
-Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+TensorSpecs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """The dtype and the shape of each tensor of a file, by name."""
 
 
-def file_size(layout: Layout) -> int:
+def file_size(layout: TensorSpecs) -> int:
     """Bytes of the tensors in a file of that layout."""
     return sum(dtype.itemsize * prod(shape) for dtype, shape in layout.values())
 
@@ -349,7 +349,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def write_made(
-    file: Path, layout: Layout, made: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
+    file: Path, layout: TensorSpecs, made: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a file of that layout whose tensors are made one after the other, in any order.
 

@@ -54,7 +54,7 @@ class LoraUse:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModelBlocks:
     """What must be known of a model's code.
 
     Attributes:
@@ -156,7 +156,7 @@ class LoraRun:
 def applied(
     modules: Sequence[nn.Module],
     uses: Sequence[LoraUse],
-    layout: Layout,
+    layout: ModelBlocks,
     *,
     steps: int = 1,
     device: torch.device | None = None,
@@ -248,7 +248,7 @@ def _owner(modules: Sequence[nn.Module], path: str) -> tuple[WeightProvider, nn.
 
 
 def _way(
-    place: _Place, layout: Layout, device: torch.device | None, streamed: bool
+    place: _Place, layout: ModelBlocks, device: torch.device | None, streamed: bool
 ) -> Literal["fold", "branch", "in turn"]:
     """How a parameter is changed; see `LoraUse.mode`."""
     replaces = any(isinstance(part.patch, Replacement) for part in place.parts)

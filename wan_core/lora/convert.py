@@ -15,7 +15,7 @@ from ..atomic import creating_first, partial_path, replacing
 from ..files import blamed_on
 from ..loading.detect import Component, detect_files, require_kind
 from ..loading.load import open_component
-from ..loading.names import Kind, diffusers_name
+from ..loading.names import ModelKind, diffusers_name
 from ..loading.save import save_plain, save_quantised
 from ..loading.tensor_files import write_safetensors
 from ..settings import check_choice, check_whole
@@ -41,7 +41,7 @@ from .write import Merged, Named, encode, extract, merge
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_RANK = 4096
 
-FUSED_KINDS: tuple[Kind, ...] = ("dit", "vace", "motion_controller")
+FUSED_KINDS: tuple[ModelKind, ...] = ("dit", "vace", "motion_controller")
 """Models that LoRAs change."""
 
 OWN_METADATA = (ADAPTER_METADATA, "ss_network_dim", "ss_network_alpha", "ss_network_module", "sshs_model_hash")

@@ -273,7 +273,7 @@ def _digest_patch(patch: Patch, update: Callable[[bytes], None]) -> None:
             update(f"{f.name} {value}".encode())
 
 
-Stored = Mapping[str, Tensor]
+StoredTensors = Mapping[str, Tensor]
 """The tensors of one module by role."""
 
 UNUSED = {
@@ -293,7 +293,7 @@ WHOLE: Mapping[str, tuple[str, Callable[[Tensor], Patch]]] = {
 """Roles that hold a whole tensor: the parameter they change, and how."""
 
 
-def _low_rank(t: Stored) -> tuple[LowRank, set[str]] | None:
+def _low_rank(t: StoredTensors) -> tuple[LowRank, set[str]] | None:
     if not {"down", "up"} <= t.keys():
         return None
     if t["down"].shape[0] != t["up"].shape[1]:
@@ -301,7 +301,7 @@ def _low_rank(t: Stored) -> tuple[LowRank, set[str]] | None:
     return LowRank(t["down"], t["up"], mid=t.get("mid")), {"down", "up", "mid"}
 
 
-def _hadamard(t: Stored) -> tuple[Hadamard, set[str]] | None:
+def _hadamard(t: StoredTensors) -> tuple[Hadamard, set[str]] | None:
     names = [f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")]
     if not all(name in t for name in names):
         return None
@@ -310,7 +310,7 @@ def _hadamard(t: Stored) -> tuple[Hadamard, set[str]] | None:
     return patch, {*names, "hada_t1", "hada_t2"}
 
 
-def _kronecker(t: Stored) -> tuple[Kronecker, set[str]] | None:
+def _kronecker(t: StoredTensors) -> tuple[Kronecker, set[str]] | None:
     first, second = (_kronecker_factor(t, name) for name in ("lokr_w1", "lokr_w2"))
     if first is None or second is None:
         return None
@@ -318,7 +318,7 @@ def _kronecker(t: Stored) -> tuple[Kronecker, set[str]] | None:
     return Kronecker(first, second, dim=rank), {name for name in t if name.startswith("lokr_")}
 
 
-def _kronecker_factor(t: Stored, name: str) -> Tensor | None:
+def _kronecker_factor(t: StoredTensors, name: str) -> Tensor | None:
     if name in t:
         return t[name]
     if f"{name}_a" not in t or f"{name}_b" not in t:
@@ -330,7 +330,7 @@ def _kronecker_factor(t: Stored, name: str) -> Tensor | None:
     return (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:])
 
 
-Builder = Callable[[Stored], tuple[LowRank | Hadamard | Kronecker, set[str]] | None]
+Builder = Callable[[StoredTensors], tuple[LowRank | Hadamard | Kronecker, set[str]] | None]
 
 BUILDERS: tuple[Builder, ...] = (_low_rank, _hadamard, _kronecker)
 """From a module's tensors to its weight's patch and the roles that went into it; None when it is of another kind."""
@@ -351,7 +351,7 @@ def _check_shapes(patch: Patch) -> None:
 
 
 def _patches(
-    path: str, stored: Stored, config: AdapterConfig | None
+    path: str, stored: StoredTensors, config: AdapterConfig | None
 ) -> tuple[list[tuple[str, Patch]], set[str], str | None]:
     """The patches of one module, the roles that they use, and the rule of the scale."""
     whole = WHOLE.keys() & stored.keys()
@@ -371,7 +371,7 @@ def _patches(
     return patches, whole | roles | {"alpha", "scalar", "magnitude", "up_bias"}, rule
 
 
-def _scale(weight: Patch, path: str, stored: Stored, config: AdapterConfig | None) -> tuple[float, str]:
+def _scale(weight: Patch, path: str, stored: StoredTensors, config: AdapterConfig | None) -> tuple[float, str]:
     """The factor on the product of the factors, and the rule behind it.
 
     LyCORIS ignores the alpha of a LoKr whose factors are both stored whole. `ss_network_alpha` of the metadata is not

@@ -36,7 +36,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Report:
+class LoraReport:
     """What is known of a LoRA, and what it does to a model when there is one.
 
     Attributes:
@@ -220,10 +220,10 @@ def describe(
     stacked: Sequence[LoraUse] = (),
     blocks: BlockStrengths = EVERYWHERE,
     base_norm: BaseNorm = lambda name: None,
-) -> Report:
+) -> LoraReport:
     """The report of `lora`, with `patches` as what is applied."""
     with torch.no_grad():
-        return Report(
+        return LoraReport(
             name=lora.name,
             dialects=lora.dialects,
             kinds=lora.kinds,

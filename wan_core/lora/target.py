@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..files import blamed_on, read_json
 from ..loading.detect import Component, detect
 from ..loading.load import combine, open_component
-from ..loading.names import Kind, diffusers_name
+from ..loading.names import ModelKind, diffusers_name
 from ..loading.paths import describe_files, resolve_model
 from ..loading.state_dict import GivenTensors, given_header
 from ..loading.tensor_files import CheckpointError, TensorFiles, read_header
@@ -24,12 +24,12 @@ from ..models.embedders import MotionController
 from ..offload.quant import quantised_layers
 from ..settings import check_choice
 from ..types import Curve
-from .apply import MODES, Layout, LoraUse, Mode
+from .apply import MODES, LoraUse, Mode, ModelBlocks
 from .bind import EVERYWHERE, NO_SUCH_PART, BlockStrengths, Bound, Misfit, Shapes, bind, module_names, parameter_shapes
 from .naming import Spellings, is_lora
 from .patches import Patch, Replacement
 from .read import AdapterConfig, Layer, Lora, Skipped, read_lora
-from .report import Report, describe, estimated_norm
+from .report import LoraReport, describe, estimated_norm
 
 PathLike = str | Path
 
@@ -37,7 +37,7 @@ PEFT_FILE = "adapter_model"
 """PEFT's fixed file name; the configuration with alpha lies beside it."""
 PEFT_CONFIG = "adapter_config.json"
 
-REPLACING_KINDS: tuple[Kind, ...] = ("dit", "vace", "motion_controller")
+REPLACING_KINDS: tuple[ModelKind, ...] = ("dit", "vace", "motion_controller")
 
 
 def open_lora(path: PathLike) -> Lora:
@@ -144,7 +144,7 @@ def _layout_block(name: str) -> str | None:
     return match and match[0]
 
 
-LAYOUT = Layout(
+MODEL_BLOCKS = ModelBlocks(
     block=_layout_block,
     once=lambda name: _layout_block(name) is None and not name.startswith(("patch_embedding.", "head.")),
 )
@@ -361,7 +361,7 @@ def use_lora(
     return LoraUse(bound=fit_to(lora, target), strength=curve, blocks=blocks, mode=mode)
 
 
-def report(use: LoraUse, target: Target, stacked: Sequence[LoraUse] = ()) -> Report:
+def report(use: LoraUse, target: Target, stacked: Sequence[LoraUse] = ()) -> LoraReport:
     """What `use` does to `target`, beside the LoRAs that are `stacked` under it."""
     named, _ = canonical(use.bound.lora)
     is_used = any((*use.strength.values, use.strength.outside))
@@ -378,7 +378,7 @@ def report(use: LoraUse, target: Target, stacked: Sequence[LoraUse] = ()) -> Rep
     )
 
 
-def report_alone(lora: Lora) -> Report:
+def report_alone(lora: Lora) -> LoraReport:
     """What `lora` is, without a model."""
     patches, skipped = canonical(lora)
     return describe(lora, made_for(patches), patches=patches, skipped=skipped)

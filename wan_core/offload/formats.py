@@ -244,7 +244,7 @@ class Written:
     spelling: Spelling
     mark: str
 
-    def keeps(self, stored: "Stored", header: Mapping[str, Info]) -> bool:
+    def keeps(self, stored: "StoredWeight", header: Mapping[str, Info]) -> bool:
         """Whether the numbers and the scale of a file can be written as they are."""
         one_scale = not stored.scale or prod(header[stored.scale].shape) == 1
         return stored.dtype == self.dtype and one_scale
@@ -279,7 +279,7 @@ DECLARED = re.compile(r"float8_e4m3fn(_rowwise|_blockwise)?|float8_e5m2|int8(_te
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredWeight:
     """One weight as a file holds it.
 
     Attributes:
@@ -327,7 +327,7 @@ def plain_name(name: str) -> str:
     return f"{name.removesuffix(ending)}.weight" if ending else name
 
 
-def recognise(names: Mapping[str, str], header: Mapping[str, Info]) -> dict[str, Stored]:
+def recognise(names: Mapping[str, str], header: Mapping[str, Info]) -> dict[str, StoredWeight]:
     """The weights among tensors, by the name that each would have if it were plain.
 
     Args:
@@ -343,7 +343,7 @@ def recognise(names: Mapping[str, str], header: Mapping[str, Info]) -> dict[str,
             numbers = name.removesuffix(spelling.scale) + spelling.numbers
             if name.endswith(spelling.scale) and numbers in names:
                 scales[numbers] = name, spelling
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredWeight] = {}
     sides = {name for name, _ in scales.values()}
     for name, stored in names.items():
         if name in sides or BESIDE.fullmatch(name):
@@ -355,14 +355,14 @@ def recognise(names: Mapping[str, str], header: Mapping[str, Info]) -> dict[str,
     return found
 
 
-def _stored(name: str, info: Info, stored: str, scale: tuple[str, Info] | None, spelling: Spelling) -> Stored:
+def _stored(name: str, info: Info, stored: str, scale: tuple[str, Info] | None, spelling: Spelling) -> StoredWeight:
     row = next((row for row in FORMATS if row.recognises(info)), None)
     if scale is None:
         # Tables of positions and the like are integers in any model; a weight never is.
         if name.endswith(".weight") and not info.dtype.is_floating_point and (row is None or row.cast_suffices):
             raise FormatError(f"holds {name!r} as {_word(info.dtype)} with no scale that is known. {ADVICE}")
         row = row or WeightFormat(_word(info.dtype), (info.dtype,))
-        return Stored(row, stored, info.dtype, row.weight_shape(info.shape), words=row.name)
+        return StoredWeight(row, stored, info.dtype, row.weight_shape(info.shape), words=row.name)
     called, side = scale
     if not side.dtype.is_floating_point or str(side.dtype).endswith("e8m0fnu"):
         raise FormatError(
@@ -375,7 +375,7 @@ def _stored(name: str, info: Info, stored: str, scale: tuple[str, Info] | None, 
             f"scale {list(side.shape)}. {ADVICE}"
         )
     words = row.describe(tuple(side.shape), tuple(info.shape))
-    return Stored(row, stored, info.dtype, row.weight_shape(info.shape), called, spelling.unit, words)
+    return StoredWeight(row, stored, info.dtype, row.weight_shape(info.shape), called, spelling.unit, words)
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ SLOTS = 2
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightSizes:
     """Size of some weights."""
 
     bytes: int
@@ -30,8 +30,8 @@ class Inventory:
     Blocks that are `idle` in every pass, and tables that are used where they rest, are in neither.
     """
 
-    outside: Weights
-    blocks: Mapping[str, Weights]
+    outside: WeightSizes
+    blocks: Mapping[str, WeightSizes]
     idle: frozenset[str] = frozenset()
 
     @classmethod
@@ -60,9 +60,9 @@ class Inventory:
         }
         size = sum(weight.numel() * dtypes.get(name, weight.dtype).itemsize for name, weight in outside.items())
         return cls(
-            Weights(size, sum(counts[name] for name in outside)),
+            WeightSizes(size, sum(counts[name] for name in outside)),
             {
-                path: Weights(layout.bytes, sum(counts[entry.name] for entry in layout.entries))
+                path: WeightSizes(layout.bytes, sum(counts[entry.name] for entry in layout.entries))
                 for path, layout in layouts.items()
             },
             frozenset(idle),

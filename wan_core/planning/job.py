@@ -22,14 +22,7 @@ from ..runtime import GIB
 from ..settings import MemorySettings, SamplerSettings
 from ..tiling import TileSettings
 from ..types import Conditioning, LatentSize, VaceInput, VideoSize, tensors_in
-from .encoders import (
-    IMAGE_ENCODER_BYTES,
-    WORKSPACE_BYTES,
-    What,
-    choose_tiles,
-    smallest_tiles,
-    vae_peak_bytes,
-)
+from .encoders import IMAGE_ENCODER_BYTES, WORKSPACE_BYTES, What, choose_tiles, smallest_tiles, vae_peak_bytes
 from .encoders import text_peak_bytes as text_bytes
 from .estimate import META
 from .parts import Part

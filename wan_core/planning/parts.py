@@ -11,7 +11,7 @@ from torch import nn
 from .. import bundled, catalog
 from ..loading.detect import Component, detect
 from ..loading.load import CLASSES, build
-from ..loading.names import Kind
+from ..loading.names import ModelKind
 from ..loading.tensor_files import Header, TensorInfo
 from ..models.config import ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
 from ..offload.blocks import weights_of
@@ -21,7 +21,7 @@ from ..offload.quant import QuantisedLinear, big_linears, quantise
 from ..offload.weights import WeightProvider
 from .estimate import meta_twin
 
-PUBLISHED: dict[Kind, tuple[str, Any]] = {
+PUBLISHED: dict[ModelKind, tuple[str, Any]] = {
     "text_encoder": (catalog.TEXT_ENCODER_PATTERN, TextEncoderConfig()),
     "vae": (catalog.VAE_PATTERN, VAEConfig()),
     "image_encoder": (catalog.IMAGE_ENCODER_PATTERN, ImageEncoderConfig()),
@@ -29,7 +29,7 @@ PUBLISHED: dict[Kind, tuple[str, Any]] = {
 }
 """File and sizes of what the video models share."""
 
-BUNDLED: dict[Kind, Any] = {
+BUNDLED: dict[ModelKind, Any] = {
     "text_encoder": bundled.TEXT_ENCODER,
     "vae": bundled.VAE,
     "image_encoder": bundled.IMAGE_ENCODER,
@@ -97,7 +97,7 @@ def published_dit(row: catalog.CatalogRow) -> Component:
     return _unread("dit", catalog.published_config(row), Path(row.base or row.model_id, catalog.DIT_FILE))
 
 
-def published_part(kind: Kind, model_id: str) -> Component:
+def published_part(kind: ModelKind, model_id: str) -> Component:
     """A part that the video models share, from the published or the bundled model `model_id`."""
     file, config = PUBLISHED[kind]
     if model_id == catalog.TINY:
@@ -105,7 +105,7 @@ def published_part(kind: Kind, model_id: str) -> Component:
     return _unread(kind, config, Path(model_id, file))
 
 
-def _unread(kind: Kind, config: Any, file: Path, dtype: torch.dtype = torch.bfloat16) -> Component:
+def _unread(kind: ModelKind, config: Any, file: Path, dtype: torch.dtype = torch.bfloat16) -> Component:
     """The component that a file of these sizes would be. Published repositories differ in dtype; bfloat16 is usual."""
     with torch.device("meta"):
         shapes = CLASSES[kind](config).state_dict()

@@ -12,16 +12,7 @@ from ..runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
 from ..settings import SamplerSettings
 from ..tiling import Span, plan_spans
 from ..types import Conditioning, StepInfo
-from .checkpoint import (
-    Checkpoint,
-    HasMemory,
-    RunState,
-    digest,
-    digest_run,
-    digest_weights,
-    memory_of,
-    restore,
-)
+from .checkpoint import Checkpoint, HasMemory, RunState, digest, digest_run, digest_weights, memory_of, restore
 from .compose import Composed, compose
 from .experts import Active, RunInputs, RunModel, expert_at
 from .predictor import Predictor, check_latents
