@@ -14,7 +14,7 @@ from ..nodes import NODE_CLASS_MAPPINGS, host
 from .core_nodes import core_nodes
 from .folders import Folders, workflow_file
 from .plan import apply_tiny
-from .reading import Reading
+from .reading import jobs_of
 from .schema import schemas_of
 from .workflow import Workflow, apply_sets
 
@@ -64,16 +64,17 @@ def answer(arguments: argparse.Namespace) -> tuple[str, bool]:
     if arguments.tiny:
         workflow = apply_tiny(workflow, nodes)
     schemas = schemas_of(nodes)
-    reading = Reading(apply_sets(workflow, arguments.sets, schemas), nodes, schemas)
-    fits = [_planned(job, limit, change=arguments.fit) for job in reading.jobs()]
+    jobs = jobs_of(apply_sets(workflow, arguments.sets, schemas), nodes, schemas)
+    absent = list(dict.fromkeys(part.absent for job in jobs for part in job.parts.values() if part.absent))
+    fits = [_planned(job, limit, change=arguments.fit) for job in jobs]
     fine = all(found.plan.fits for found in fits)
     if arguments.json:
-        return json.dumps({"plans": [data_of(found) for found in fits], "absent": list(reading.absent)}, indent=2), fine
+        return json.dumps({"plans": [data_of(found) for found in fits], "absent": absent}, indent=2), fine
     texts = [text_of(found) for found in fits]
     if not fine and not arguments.fit:
         texts.append("With --fit, settings are looked for that take less.")
-    if reading.absent:
-        files = [f"  - {file}" for file in reading.absent]
+    if absent:
+        files = [f"  - {file}" for file in absent]
         texts.append("\n".join(["Not on this machine, planned by what is published of it, in bf16:", *files]))
     return "\n\n".join(texts), fine
 

@@ -4,13 +4,15 @@ from typing import Any
 
 from torch import Tensor
 
+from wan_core import catalog
 from wan_core.loading.load import adopt, describe_weights
 from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.models.vae import WanVAE
 from wan_core.planning.encoders import size_held
+from wan_core.planning.parts import Part, published_part
 from wan_core.types import Conditioning
 
-from . import host, sockets
+from . import host, planning, sockets
 from .loaders import DTYPES, choose_dtype
 from .native import Native, from_native, to_native
 
@@ -100,6 +102,11 @@ class FromVAE:
             "required": {"vae": sockets.socket("VAE", "The VAE of Wan 2.1, from ComfyUI's Load VAE.")},
             "optional": {"dtype": dtype},
         }
+
+    @classmethod
+    def planned(cls, dtype: str = "auto", **_: Any) -> tuple[Part]:
+        """As the published one: ComfyUI's is loaded when the graph runs, and all VAEs of Wan 2.1 are alike."""
+        return (planning.planned_part(published_part("vae", catalog.T2V_BASE), "", dtype),)
 
     def convert(self, vae: Any, dtype: str = "auto") -> tuple[WanVAE]:
         weights = vae.get_sd()

@@ -1,5 +1,6 @@
 """Camera moves and speed to conditioning."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from wan_core.model_files import with_speed_control
 from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.planning.encoders import size_held
 from wan_core.settings import check_choice
-from wan_core.types import Conditioning
+from wan_core.types import Conditioning, VideoSize
+from wan_core.variants import SPEED
 
-from . import host, places, sockets
+from . import host, places, planning, sockets
 from .loaders import Loader
 
 NO_FILE = "None"
@@ -188,6 +190,13 @@ class CameraEncode:
         """The size of every node's tiny form."""
         return dict(host.TINY_SIZE)
 
+    @classmethod
+    def planned(
+        cls, conditioning: Any, width: int, height: int, num_frames: int, **_: Any
+    ) -> tuple[planning.PlannedConditioning]:
+        before = planning.known(planning.PlannedConditioning, "conditioning", conditioning)
+        return (before.adding(["camera"], VideoSize.rounded(width, height, num_frames), camera=True),)
+
     def encode(
         self, conditioning: Conditioning, camera_path: CameraPath, width: int, height: int, num_frames: int
     ) -> tuple[Conditioning]:
@@ -253,6 +262,15 @@ class SpeedControl(Loader):
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
         """The bundled adapter."""
         return {"adapter": catalog.TINY, "download": False}
+
+    @classmethod
+    def planned(
+        cls, model: Any, conditioning: Any, adapter: str, **_: Any
+    ) -> tuple[planning.PlannedModel, planning.PlannedConditioning]:
+        handle = planning.known(planning.PlannedModel, "model", model)
+        cond = planning.known(planning.PlannedConditioning, "conditioning", conditioning)
+        controller = planning.planned_part(*cls.described(adapter))
+        return replace(handle, motion_controller=controller), replace(cond, names=(*cond.names, SPEED))
 
     def apply(
         self,

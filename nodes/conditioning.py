@@ -1,9 +1,10 @@
 """Prompts, pictures, control videos and VACE inputs to conditioning."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,17 @@ from wan_core.conditioning.text import TextEncoder, text_conditioning
 from wan_core.conditioning.vace import vace_conditioning
 from wan_core.decode import AUTO, Tiles, encode
 from wan_core.media.fitting import Aspect, LengthPolicy
+from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.models.image_encoder import ImageEncoder
 from wan_core.models.vae import WanVAE
 from wan_core.planning.encoders import IMAGE_ENCODER_BYTES, encoder_at_work, size_held
 from wan_core.planning.encoders import text_peak_bytes as text_bytes
+from wan_core.planning.parts import Part
 from wan_core.runtime import Runtime
 from wan_core.tiling import TileSettings
-from wan_core.types import Conditioning, Curve
+from wan_core.types import Conditioning, Curve, VideoSize
 
-from . import host, sockets
+from . import host, planning, sockets
 
 
 class Tiled:
@@ -54,7 +57,17 @@ class Tiled:
 
 
 class Encode(Tiled):
-    """A node that adds pictures or clips to conditioning."""
+    """A node that adds pictures or videos to conditioning.
+
+    Attributes:
+        MODEL_INPUTS: what the models call each of its inputs.
+        SEEN: those that the image encoder reads.
+        WHOLE: those that the VAE encodes in the length of the video; the others are one frame.
+    """
+
+    MODEL_INPUTS: ClassVar[Mapping[str, str]]
+    SEEN: ClassVar[tuple[str, ...]] = ()
+    WHOLE: ClassVar[tuple[str, ...]] = ()
 
     CATEGORY = "WanCore/conditioning"
     FUNCTION = "encode"
@@ -66,6 +79,30 @@ class Encode(Tiled):
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
         """The size of every node's tiny form."""
         return dict(host.TINY_SIZE)
+
+    @classmethod
+    def planned(cls, **given: Any) -> tuple[planning.PlannedConditioning]:
+        before = planning.known(planning.PlannedConditioning, "conditioning", given["conditioning"])
+        vae = planning.if_known(given["vae"])
+        geometry = DEFAULT_GEOMETRY if vae is None else vae.module.config.geometry
+        size = VideoSize.rounded(given["width"], given["height"], given["num_frames"], geometry)
+        linked = [name for name in cls.MODEL_INPUTS if name in given]
+        frames = 0 if vae is None else size.latent.frames if set(linked) & set(cls.WHOLE) else 1
+        tiles = tile_settings(**{name: given[name] for name in sockets.tile_inputs() if name in given})
+        with_inputs = before.adding(
+            [cls.MODEL_INPUTS[name] for name in linked],
+            size,
+            pictures=before.given.pictures + sum(name in cls.SEEN for name in linked),
+            encoded_frames=max(before.given.encoded_frames, frames),
+        )
+        return (
+            replace(
+                with_inputs,
+                vae=vae or before.vae,
+                image_encoder=planning.if_known(given.get("image_encoder")) or before.image_encoder,
+                tiles=before.tiles if vae is None else tiles,
+            ),
+        )
 
 
 @contextmanager
@@ -131,6 +168,10 @@ class TextEncode:
             },
         }
 
+    @classmethod
+    def planned(cls, text_encoder: Any, **_: Any) -> tuple[planning.PlannedConditioning]:
+        return (planning.PlannedConditioning(planning.known(Part, "text_encoder", text_encoder)),)
+
     def encode(
         self, text_encoder: TextEncoder, prompt: str, negative_prompt: str = "", cache_on_disk: bool = False
     ) -> tuple[Conditioning]:
@@ -146,6 +187,9 @@ class ImageEncode(Encode):
         "Give an image-to-video, first-last-frame or Fun InP model its pictures: a start image, an end image, or a "
         "video and a mask of what to draw anew."
     )
+    MODEL_INPUTS: ClassVar = {"start_image": "input_image", "end_image": "end_image", "video": "inpaint_video"}
+    SEEN = ("start_image", "end_image")
+    WHOLE = ("start_image", "end_image", "video")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -193,6 +237,13 @@ class ControlEncode(Encode):
         "Give a Fun control model its control video (edges, depth, poses), a Fun control or camera model its start "
         "image, and a V1.1 control model its reference image."
     )
+    MODEL_INPUTS: ClassVar = {
+        "control_video": "control_video",
+        "start_image": "input_image",
+        "reference_image": "reference_image",
+    }
+    SEEN = ("start_image", "reference_image")
+    WHOLE = ("control_video",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -253,6 +304,11 @@ class VaceReferences:
             "optional": {"references": sockets.socket(sockets.REFERENCES, "References that come before these.")},
         }
 
+    @classmethod
+    def planned(cls, references: Any = None, **_: Any) -> tuple[int]:
+        """How many reference pictures there are; each linked batch counts as one."""
+        return ((planning.if_known(references) or 0) + 1,)
+
     def collect(self, images: Tensor, references: tuple[Tensor, ...] = ()) -> tuple[tuple[Tensor, ...]]:
         return ((*references, images),)
 
@@ -265,6 +321,12 @@ class VaceEncode(Encode):
         "inputs; reference frames are trimmed by the sampler."
     )
     OUTPUT_TOOLTIPS = ("The conditioning with one more VACE input.",)
+    MODEL_INPUTS: ClassVar = {
+        "video": "vace_video",
+        "mask": "vace_video_mask",
+        "reference_images": "vace_reference_image",
+        "references": "vace_reference_image",
+    }
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -291,6 +353,15 @@ class VaceEncode(Encode):
                 **sockets.encode_settings(),
             },
         }
+
+    @classmethod
+    def planned(cls, **given: Any) -> tuple[planning.PlannedConditioning]:
+        (cond,) = super().planned(**given)
+        assert cond.size is not None, "it was made for one"
+        references = int("reference_images" in given) + (planning.if_known(given.get("references")) or 0)
+        names, frames = cond.names or ("vace_video",), cond.size.latent.frames
+        inputs = replace(cond.given, vace=(*cond.given.vace, references), encoded_frames=frames)
+        return (replace(cond, names=names, given=inputs),)
 
     def encode(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from wan_core import catalog
-from wan_core.loading.detect import Component
+from wan_core.loading.detect import Component, join_vace
 from wan_core.loading.download import OnProgress
 from wan_core.loading.names import ModelKind
 from wan_core.model import VideoModel
@@ -28,13 +28,16 @@ from wan_core.model_files import (
     load_vae,
 )
 from wan_core.models.attention import BACKENDS
+from wan_core.models.config import DiTConfig
 from wan_core.offload.formats import WEIGHTS, Weights
+from wan_core.planning.parts import Part, published_dit, published_part
+from wan_core.variants import match_variant
 
-from . import host, sockets
+from . import host, planning, sockets
+from .planning import DTYPES
 
 log = logging.getLogger("wancore")
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = ("fast", "exact")
 NONE, AUTO = "none", "auto"
 WEIGHTS_INPUT = sockets.choice(
@@ -137,11 +140,43 @@ class Loader:
             return f"{name}, absent"
         return ";".join(f"{f}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
 
+    @classmethod
+    def published(cls, name: str) -> Component:
+        """What a published model is, without its file."""
+        return published_part(cls.KIND, name)
+
+    @classmethod
+    def described(cls, name: str) -> tuple[Component, str]:
+        """What an entry of the list is, by its header or else by what is published of it; then also the files that are
+        not on this machine.
+
+        Raises:
+            ValueError: the file is broken, or is neither here nor a published model.
+        """
+        if name in cls.ROWS and name in BUNDLED:
+            return cls.published(name), ""
+        try:
+            files = cls.files(name, False)
+        except ValueError as error:
+            if name not in cls.ROWS:
+                raise
+            log.debug("%s", error)
+            return cls.published(name), f"{name}/{cls.PATTERN}"
+        return inspect(files, cls.KIND), ""
+
     def component(self, name: str, download: bool) -> Component:
         """What the entry is; downloads it first when that is allowed."""
         report = host.current.runtime(torch.float32).on_progress
         files = self.files(name, download, lambda file, done, total: report(f"Downloading {file}", done, total, None))
         return inspect(files, self.KIND)
+
+
+class PartLoader(Loader):
+    """A loader of an encoder or a VAE."""
+
+    @classmethod
+    def planned(cls, **given: Any) -> tuple[Part]:
+        return (planning.planned_part(*cls.described(given[cls.INPUT]), **given),)
 
 
 class ModelLoader(Loader):
@@ -209,6 +244,20 @@ class ModelLoader(Loader):
         row = catalog.find_row(inputs.get("model", ""))
         return {"model": catalog.tiny_id(row.variant if row else "t2v"), "download": False, "vace_module": NONE}
 
+    @classmethod
+    def published(cls, name: str) -> Component:
+        row = catalog.find_row(name)
+        assert row is not None, "ROWS are those of the catalog"
+        return published_dit(row)
+
+    @classmethod
+    def planned(cls, model: str, vace_module: str = NONE, **given: Any) -> tuple[planning.PlannedModel]:
+        component, absent = cls.described(model)
+        if vace_module != NONE:
+            component = join_vace(component, inspect(cls.files(vace_module, False), "vace"))
+        variant = match_variant(component.config_of(DiTConfig))
+        return (planning.PlannedModel(model, variant, planning.planned_part(component, absent, **given)),)
+
     def load(
         self,
         model: str,
@@ -243,7 +292,7 @@ class ModelLoader(Loader):
         return (loaded,)
 
 
-class TextEncoderLoader(Loader):
+class TextEncoderLoader(PartLoader):
     """UMT5 with its tokenizer."""
 
     INPUT, KIND, FOLDER, PATTERN = "text_encoder", "text_encoder", "text_encoders", catalog.TEXT_ENCODER_PATTERN
@@ -292,7 +341,7 @@ class TextEncoderLoader(Loader):
         return (load_text_encoder(component, tokenizer, compute, _rest(weights, rest)),)
 
 
-class VAELoader(Loader):
+class VAELoader(PartLoader):
     """The Wan 2.1 video autoencoder."""
 
     INPUT, KIND, FOLDER, PATTERN = "vae", "vae", "vae", catalog.VAE_PATTERN
@@ -325,7 +374,7 @@ class VAELoader(Loader):
         return (load_vae(component, choose_dtype(dtype, component), host.current.offload_device()),)
 
 
-class ImageEncoderLoader(Loader):
+class ImageEncoderLoader(PartLoader):
     """CLIP's vision tower."""
 
     INPUT, KIND, FOLDER, PATTERN = "image_encoder", "image_encoder", "clip_vision", catalog.IMAGE_ENCODER_PATTERN

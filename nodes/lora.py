@@ -13,7 +13,7 @@ from wan_core.model import VideoModel
 from wan_core.runtime import log
 from wan_core.types import Curve
 
-from . import host, sockets
+from . import host, planning, sockets
 from .places import plain_name
 
 FOLDER = "loras"
@@ -111,6 +111,12 @@ class LoraLoader:
     @classmethod
     def IS_CHANGED(cls, lora: str, **_: Any) -> str:
         return _fingerprint(lora)
+
+    @classmethod
+    def planned(cls, model: Any, lora: str, strength: Any, **_: Any) -> tuple[planning.PlannedModel, None]:
+        """As if it changed every block for the whole run, whatever its curve and its blocks say."""
+        handle = planning.known(planning.PlannedModel, "model", model)
+        return handle.with_lora(host.current.find_file(FOLDER, lora), strength), None
 
     def load(
         self,

@@ -13,7 +13,7 @@ from wan_core.runtime import GIB
 from wan_core.settings import CacheSettings, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, VideoSize
 
-from . import host, sockets
+from . import host, planning, sockets
 
 FOLDERS = ("diffusion_models", "text_encoders", "vae", "clip_vision", "loras")
 
@@ -43,7 +43,7 @@ class CheckpointInfo:
         return {"ui": {"text": [text]}, "result": (text,)}
 
 
-class Memory:
+class Memory(planning.Settings):
     """A limit for the sampler."""
 
     CATEGORY = "WanCore/speed and memory"

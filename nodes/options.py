@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from wan_core.conditioning.text import TextEncoder, text_conditioning
+from wan_core.planning.parts import Part
 from wan_core.settings import (
     TEACACHE_TEMPLATES,
     WINDOW_MODES,
@@ -22,7 +23,7 @@ from wan_core.settings import (
 )
 from wan_core.types import Conditioning
 
-from . import host, sockets
+from . import host, planning, sockets
 from .conditioning import text_encoder_at_work
 
 
@@ -54,7 +55,7 @@ def _row(index: int, tensor: Tensor, _: object) -> Tensor:
     return tensor[index : index + 1]
 
 
-class _Options:
+class _Options(planning.Settings):
     CATEGORY = "WanCore/sampling"
     FUNCTION = "build"
     OUTPUT_TOOLTIPS: tuple[str, ...] = ("For the socket of that name on the sampler.",)
@@ -204,6 +205,10 @@ class WindowPrompts(_Options):
     @classmethod
     def VALIDATE_INPUTS(cls, prompts: str | None = None) -> bool | str:
         return True if prompts is None or prompts.strip() else "prompts needs at least one line."
+
+    @classmethod
+    def planned(cls, **inputs: Any) -> tuple[planning.PlannedConditioning]:
+        return (planning.PlannedConditioning(planning.known(Part, "text_encoder", inputs["text_encoder"])),)
 
     def build(
         self, text_encoder: TextEncoder, prompts: str, negative_prompt: str = ""

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wan_core.decode import AUTO
 from wan_core.model import VideoModel
 from wan_core.models.config import Geometry
 from wan_core.models.vae import denormalise, normalise
 from wan_core.planning.encoders import size_held
+from wan_core.planning.job import Job
 from wan_core.runtime import log
 from wan_core.sampling.checkpoint import Checkpoint, RunState, find_latents, load_latents, manifest, save_latents
 from wan_core.sampling.experts import RunInputs
@@ -30,8 +32,9 @@ from wan_core.settings import (
     WindowSettings,
 )
 from wan_core.types import Conditioning, LatentSize, VideoSize
+from wan_core.variants import check
 
-from . import host, places, sockets
+from . import host, places, planning, sockets
 
 FOLDER = "wancore"
 """Below the output folder: latents that were kept, and unfinished runs."""
@@ -111,6 +114,35 @@ class Sampler:
         """Sizes and steps that take a second on any machine."""
         return {**host.TINY_SIZE, "steps": 4}
 
+    @classmethod
+    def planned(
+        cls, model: Any, conditioning: Any, seed: Any, width: int, height: int, num_frames: int, **given: Any
+    ) -> tuple[planning.PlannedRun]:
+        handle = planning.known(planning.PlannedModel, "model", model)
+        cond = planning.known(planning.PlannedConditioning, "conditioning", conditioning)
+        size = VideoSize.rounded(width, height, num_frames, handle.dit.module.config.geometry)
+        if cond.size and cond.size != size:
+            raise planning.PlanError(f"{', '.join(cond.names)} is made for {cond.size}, but the video is {size}.")
+        latent = given.get("latent")
+        if isinstance(latent, planning.PlannedLatent) and given["denoise"] < 1:
+            encoded = replace(cond.given, encoded_frames=size.latent.frames)
+            cond = replace(cond, given=encoded, vae=latent.vae, tiles=latent.tiles)
+        check(handle.variant, cond.names, handle.name, handle.motion_controller is not None)
+        options = ("guidance", "schedule", "cache", "windows", "memory")
+        known = {name: planning.if_known(given.get(name)) for name in options}
+        settings = _settings(
+            given["cfg"], given["cfg_mode"], known["guidance"], known["schedule"],
+            seed=0 if isinstance(seed, planning.Unknown) else seed, steps=given["steps"], shift=given["shift"],
+            denoise=given["denoise"], solver=given["solver"], cache=known["cache"], windows=known["windows"],
+        )  # fmt: skip
+        job = Job(
+            name=handle.name, dit=handle.dit, size=size, settings=settings, given=cond.given, loras=handle.loras,
+            motion_controller=handle.motion_controller, text_encoder=cond.text_encoder,
+            image_encoder=cond.image_encoder, vae=cond.vae, decodes=False,
+            tiles={"encode": cond.tiles, "decode": AUTO}, memory=known["memory"] or MemorySettings(),
+        )  # fmt: skip
+        return (planning.PlannedRun(job),)
+
     def sample(
         self,
         model: VideoModel,
@@ -135,11 +167,8 @@ class Sampler:
         memory: MemorySettings | None = None,
         extra_pnginfo: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any]]:
-        schedule = schedule or ScheduleSettings()
-        settings = SamplerSettings(
-            seed=seed, steps=steps, shift=shift, denoise=denoise, solver=solver,
-            guidance=replace(guidance or GuidanceSettings(scale=cfg), mode=cfg_mode),
-            sigmas=schedule.sigmas, start_step=schedule.start_step, end_step=schedule.end_step,
+        settings = _settings(
+            cfg, cfg_mode, guidance, schedule, seed=seed, steps=steps, shift=shift, denoise=denoise, solver=solver,
             cache=_with_template(cache, model), windows=windows,
         )  # fmt: skip
         geometry = model.geometry
@@ -158,6 +187,20 @@ class Sampler:
         for module in model.modules:
             here.register_weights(module)
         return (_finished(state, settings, size, run, checkpoint, extra_pnginfo),)
+
+
+def _settings(
+    cfg: float,
+    cfg_mode: GuidanceMode,
+    guidance: GuidanceSettings | None,
+    schedule: ScheduleSettings | None,
+    **others: Any,
+) -> SamplerSettings:
+    schedule = schedule or ScheduleSettings()
+    return SamplerSettings(
+        guidance=replace(guidance or GuidanceSettings(scale=cfg), mode=cfg_mode),
+        sigmas=schedule.sigmas, start_step=schedule.start_step, end_step=schedule.end_step, **others,
+    )  # fmt: skip
 
 
 def _with_template(cache: CacheSettings | None, model: VideoModel) -> CacheSettings | None:

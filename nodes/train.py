@@ -1,6 +1,7 @@
 """Training in the graph: a process of its own by the shell's command, followed by nodes, and what it leaves."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from wan_core.runtime import log
 
 from ..trainer.config import TrainConfig
 from ..trainer.run.events import latest_steps
-from . import host, places, sockets
+from . import host, places, planning, sockets
 from .camera import SpeedControl
 from .loaders import AUTO, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEncoderLoader, VAELoader
 from .lora import LIMIT
@@ -121,6 +122,15 @@ class TrainedWeights:
     @classmethod
     def IS_CHANGED(cls, weights: str | None = None, **_: Any) -> str:
         return files_mark([places.trained_file(weights)]) if weights else ""
+
+    @classmethod
+    def planned(cls, model: Any, weights: Any, strength: Any, **_: Any) -> tuple[planning.PlannedModel, None]:
+        """Weights that are still to be trained are left out: beside the model they are small."""
+        handle = planning.known(planning.PlannedModel, "model", model)
+        with suppress(ValueError):
+            if isinstance(weights, str):
+                handle = handle.with_lora(places.trained_file(weights), strength)
+        return handle, None
 
     def load(self, model: VideoModel, weights: str, strength: float = 1.0) -> tuple[VideoModel, str]:
         changed, told = model.with_lora(places.trained_file(weights), strength=strength)

@@ -1,5 +1,6 @@
 """Pixels to latents and back."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -8,9 +9,10 @@ from wan_core.decode import decode_pieces, encode
 from wan_core.media import frames_to_pixels, pixels_to_frames
 from wan_core.models.config import Geometry
 from wan_core.models.vae import WanVAE, denormalise, normalise
+from wan_core.planning.parts import Part
 from wan_core.runtime import log
 
-from . import sockets
+from . import planning, sockets
 from .conditioning import Tiled, at_work, tile_settings
 
 
@@ -52,6 +54,13 @@ class VAEDecode(Tiled):
             "optional": sockets.tile_inputs(),
         }
 
+    @classmethod
+    def planned(cls, vae: Any, latent: Any, **tiles: Any) -> tuple[Any]:
+        if not isinstance(vae, Part) or not isinstance(latent, planning.PlannedRun):
+            return (planning.Unknown("VAE Decode"),)
+        chosen = {**latent.job.tiles, "decode": tile_settings(**tiles)}
+        return (planning.PlannedRun(replace(latent.job, vae=vae, decodes=True, tiles=chosen), sampled=latent),)
+
     def decode(
         self,
         vae: WanVAE,
@@ -88,6 +97,10 @@ class VAEEncode(Tiled):
             },
             "optional": sockets.tile_inputs(),
         }
+
+    @classmethod
+    def planned(cls, vae: Any, images: Any, **tiles: Any) -> tuple[planning.PlannedLatent]:
+        return (planning.PlannedLatent(planning.known(Part, "vae", vae), tile_settings(**tiles)),)
 
     def encode(
         self,

@@ -82,6 +82,18 @@ class Job:
     tiles: Mapping[What, Tiles] = field(default_factory=lambda: {"encode": "auto", "decode": "auto"})
     decodes: bool = True
 
+    @property
+    def parts(self) -> dict[str, Part[nn.Module]]:
+        """The models of the run, by what they are in words."""
+        parts: dict[str, Part[nn.Module] | None] = {
+            "video model": self.dit,
+            "speed control": self.motion_controller,
+            "text encoder": self.text_encoder,
+            "image encoder": self.image_encoder,
+            "VAE": self.vae,
+        }
+        return {role: part for role, part in parts.items() if part is not None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
@@ -157,7 +169,7 @@ def plan_whole(job: Job, limit: float | None) -> WholePlan:
         None if job.motion_controller is None else job.motion_controller.module, job.loras,
     )  # fmt: skip
     phases = [*_encoding(job, limit), _sampling_phase(sampling, limit), *_decoding(job, limit)]
-    files = {role: part.file_bytes for role, part in _parts(job).items() if part.file_bytes}
+    files = {role: part.file_bytes for role, part in job.parts.items() if part.file_bytes}
     return WholePlan(
         job=job, limit=limit, phases=tuple(phases), ram=_ram(job, sampling), files=files, sampling=sampling
     )
@@ -288,20 +300,9 @@ def _missing(peak: int, limit: float | None) -> int:
     return 0 if limit is None else max(0, math.ceil(peak - limit))
 
 
-def _parts(job: Job) -> dict[str, Part[nn.Module]]:
-    parts: dict[str, Part[nn.Module] | None] = {
-        "video model": job.dit,
-        "speed control": job.motion_controller,
-        "text encoder": job.text_encoder,
-        "image encoder": job.image_encoder,
-        "VAE": job.vae,
-    }
-    return {role: part for role, part in parts.items() if part is not None}
-
-
 def _ram(job: Job, sampling: RunPlan) -> dict[str, int]:
     """Bytes of host memory by what they hold: weights at rest, frames of the video, tensors of a step cache."""
-    ram = {role: part.ram_bytes for role, part in _parts(job).items()}
+    ram = {role: part.ram_bytes for role, part in job.parts.items()}
     pixels = 3 * job.size.num_frames * job.size.height * job.size.width * torch.float32.itemsize
     if job.vae is not None and job.decodes:
         # Pixels as the VAE gives them, and as the frames of an IMAGE.

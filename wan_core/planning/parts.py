@@ -43,20 +43,31 @@ Model = TypeVar("Model", bound=nn.Module, covariant=True)
 
 @dataclass(frozen=True, eq=False)
 class Part(Generic[Model]):
-    """One model of a run: the loaded module, or its twin on the meta device."""
+    """One model of a run: the loaded module, or its twin on the meta device.
+
+    Attributes:
+        absent: the files of a published model that are not on this machine; the twin is made from what is published.
+    """
 
     module: Model
+    absent: str = ""
 
     @classmethod
     def planned(
-        cls, component: Component, dtype: torch.dtype, *, weights: Weights = "auto", mapped: bool = False
+        cls,
+        component: Component,
+        dtype: torch.dtype,
+        *,
+        weights: Weights = "auto",
+        mapped: bool = False,
+        absent: str = "",
     ) -> "Part[nn.Module]":
         """The part that loading `component` with these settings (`loading.load`) would give; nothing is read.
 
         Raises:
             ValueError: loading would refuse it.
         """
-        return Part(build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped))
+        return Part(build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped), absent)
 
     @property
     def provider(self) -> WeightProvider:
@@ -87,7 +98,7 @@ class Part(Generic[Model]):
         done = all(isinstance(layer, QuantisedLinear) for layer in big_linears(self.module).values())
         if done or self.provider.mapped or self.provider.work_dtypes:
             return None
-        return Part(quantise(meta_twin(self.module)))
+        return Part(quantise(meta_twin(self.module)), self.absent)
 
 
 def published_dit(row: catalog.CatalogRow) -> Component:
