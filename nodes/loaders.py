@@ -178,6 +178,15 @@ class PartLoader(Loader):
     def planned(cls, **given: Any) -> tuple[Part]:
         return (planning.planned_part(*cls.described(given[cls.INPUT]), **given),)
 
+    @classmethod
+    def IS_CHANGED(cls, download: bool = False, **given: Any) -> str:
+        return cls.fingerprint(given[cls.INPUT], download)
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The bundled part."""
+        return {cls.INPUT: catalog.TINY, "download": False}
+
 
 class ModelLoader(Loader):
     """A Wan DiT."""
@@ -311,15 +320,6 @@ class TextEncoderLoader(PartLoader):
     def VALIDATE_INPUTS(cls, text_encoder: str, download: bool = False) -> bool | str:
         return cls.check(text_encoder, download)
 
-    @classmethod
-    def IS_CHANGED(cls, text_encoder: str, download: bool = False, **_: Any) -> str:
-        return cls.fingerprint(text_encoder, download)
-
-    @classmethod
-    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The bundled text encoder."""
-        return {"text_encoder": catalog.TINY, "download": False}
-
     def load(
         self,
         text_encoder: str,
@@ -360,15 +360,6 @@ class VAELoader(PartLoader):
     def VALIDATE_INPUTS(cls, vae: str, download: bool = False) -> bool | str:
         return cls.check(vae, download)
 
-    @classmethod
-    def IS_CHANGED(cls, vae: str, download: bool = False, **_: Any) -> str:
-        return cls.fingerprint(vae, download)
-
-    @classmethod
-    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The bundled autoencoder."""
-        return {"vae": catalog.TINY, "download": False}
-
     def load(self, vae: str, dtype: str = "auto", download: bool = False) -> tuple[WanVAE]:
         component = self.component(vae, download)
         return (load_vae(component, choose_dtype(dtype, component), host.current.offload_device()),)
@@ -392,15 +383,6 @@ class ImageEncoderLoader(PartLoader):
     @classmethod
     def VALIDATE_INPUTS(cls, image_encoder: str, download: bool = False) -> bool | str:
         return cls.check(image_encoder, download)
-
-    @classmethod
-    def IS_CHANGED(cls, image_encoder: str, download: bool = False, **_: Any) -> str:
-        return cls.fingerprint(image_encoder, download)
-
-    @classmethod
-    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The bundled image encoder."""
-        return {"image_encoder": catalog.TINY, "download": False}
 
     def load(
         self,

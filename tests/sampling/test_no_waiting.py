@@ -64,7 +64,7 @@ def nothing_is_given_back(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(loop, "window_reports", lambda *_: [])
         patched.setattr(Tensor, "cpu", lambda self: self)
-        patched.setattr(compose.teacache, "changes", lambda modulations: [0.01] * (len(modulations) - 1))
+        patched.setattr(compose.step_cache, "changes", lambda modulations: [0.01] * (len(modulations) - 1))
         yield
 
 
@@ -149,6 +149,6 @@ def test_a_copy_from_the_host_is_seen(monkeypatch):
 
 def test_the_plan_of_teacache_leaves_steps_out():
     changes = [0.01] * (STEPS - 1)
-    rule = compose.teacache.OnlineRule(compose.teacache.COEFFICIENTS[TEACACHE.template], 0.2, STEPS)
+    rule = compose.step_cache.OnlineRule(compose.step_cache.COEFFICIENTS[TEACACHE.template], 0.2, STEPS)
     plan = SkipPlan(tuple(rule.skips(i, c) for i, c in enumerate([0.0, *changes])), 0.2)
     assert plan.computed_steps < STEPS
