@@ -115,7 +115,7 @@ WAN_21 = Geometry(
     rgb_bias=(-0.1835, -0.0868, -0.3360),
 )  # fmt: skip
 WAN_22 = Geometry(
-    name="Wan 2.2 5B",
+    name="Wan 2.2 TI2V-5B",
     channels=48,
     spatial_stride=16,
     temporal_stride=4,
