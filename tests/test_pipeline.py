@@ -268,7 +268,7 @@ def test_rounding_is_said(pipe, caplog):
         ({"cfg_scale": float("nan")}, "cfg_scale must be"),
         ({"sigma_shift": float("inf")}, "sigma_shift must be"),
         ({"num_inference_steps": 0}, "num_inference_steps must be"),
-        ({"solver": "heun"}, "solver must be one of"),
+        ({"solver": "rk4"}, "solver must be one of"),
         ({"seed": -1}, "seed must be"),
         ({"tiled": True, "tile_size": (4, 4), "tile_stride": (5, 4)}, "tile_stride must not be above tile_size"),
         ({"output_type": "gif"}, "output_type must be"),
