@@ -156,7 +156,7 @@ def test_a_tensor_that_does_not_fit_is_named(change, words):
 
 def test_odd_latents_are_refused():
     dit, latents, timestep, cond, _ = case_inputs("t2v")
-    with pytest.raises(ValueError, match="must be even"):
+    with pytest.raises(ValueError, match="8x11 cells; both must be multiples"):
         dit(latents[..., :11], timestep, cond)
 
 
