@@ -294,7 +294,9 @@ class _Counter:
 def _in_range(pixels: Tensor) -> Tensor:
     """The pixels (B, C, T, H, W), in place, from -1 to 1. Infinity becomes NaN: an overflow is no bright pixel."""
     # A few frames at a time, because the mask of what is infinite is as large as they are.
-    for frames in pixels.split(FRAMES_IN_RANGE, 2):
+    for start in range(0, pixels.shape[2], FRAMES_IN_RANGE):
+        # A slice and not `split`, whose views autograd lets nobody write into.
+        frames = pixels[:, :, start : start + FRAMES_IN_RANGE]
         frames.masked_fill_(frames.isinf(), math.nan).clamp_(-1, 1)
     return pixels
 
