@@ -208,7 +208,7 @@ class VideoModel:
         earlier: RunState | None = None,
         keep: bool = False,
     ) -> RunState:
-        """Run the steps that `settings` name: plan, bring the weights, apply the LoRAs, sample, release.
+        """Run the steps that `settings` name: plan, apply the LoRAs, bring the weights, sample, release.
 
         Every expert is planned and brought when its first step comes, after the one before it has left the device.
         Weights that someone else has at work already, such as a trainer, are used where they are.
