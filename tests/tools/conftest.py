@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.headless.conftest import comfy_server  # noqa: F401
+
 ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 READY = "window.app?.graph && 'WanCoreSampler' in (window.LiteGraph?.registered_node_types ?? {})"
@@ -86,7 +88,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def editor(comfy_server, browser) -> Iterator[Editor]:
+def editor(comfy_server, browser) -> Iterator[Editor]:  # noqa: F811
     """The editor in the browser, with the shipped pictures and clips in ComfyUI's input folder."""
     for asset in (ROOT / "workflows" / "assets").iterdir():
         target = comfy_server.base / "input" / asset.name
