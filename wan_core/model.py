@@ -188,7 +188,6 @@ class VideoModel:
         streamed = placement is not None and bool(placement.streamed)
         # LoRAs first: what is folded into weights has to move with them.
         with ExitStack() as stack:
-            stack.enter_context(kernels.run(deterministic=self.deterministic))
             run = stack.enter_context(
                 applied((dit, *self._beside), loras, MODEL_BLOCKS, steps=steps, device=device, streamed=streamed)
             )

@@ -11,19 +11,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.reference import tiny_dit, tiny_vae
+from tests.reference import DITS, tiny_dit, tiny_vae
 from tests.sampling import interrupted
 from tests.sampling.runs import sample, sample_state
 from tests.sampling.variants import conditioning
 from wan_core.decode import decode
+from wan_core.model import VideoModel
 from wan_core.models import kernels
 from wan_core.models.ops import onednn_has
 from wan_core.runtime import Cancelled, OutOfMemoryError, Pace, Runtime
 from wan_core.sampling.checkpoint import Checkpoint, RunState, digest_run, load_latents, manifest, save_latents
+from wan_core.sampling.experts import RunInputs
 from wan_core.sampling.predictor import NonFiniteError
-from wan_core.settings import GuidanceSettings, SamplerSettings
+from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings
 from wan_core.tiling import TileSettings
 from wan_core.types import Curve, LatentSize, VideoSize
+from wan_core.variants import match_variant
 
 PROGRAM = "import sys, tests.conftest; from tests.sampling.interrupted import main; main(*sys.argv[1:])"
 ROOT = Path(__file__).parents[2]
@@ -96,8 +99,18 @@ def test_another_run_does_not_take_it_up(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def run_by_handle(folder, runtime=RUNTIME):
+    """`run` by the model's handle, which also plans it and brings the weights."""
+    model, checkpoint = VideoModel.of(tiny_dit(), match_variant(DITS["t2v"]), None, "tiny"), Checkpoint(folder, every=1)
+    inputs, settings = RunInputs(conditioning("t2v", SIZE), SIZE), SamplerSettings(steps=4, seed=1)
+    state = model.sample(inputs, settings, MemorySettings(), runtime, checkpoint=checkpoint)
+    checkpoint.remove(state.run)
+    return state.video
+
+
 @pytest.mark.skipif(not onednn_has(torch.float32), reason="this PyTorch has one product only")
-def test_it_goes_on_with_the_kernels_that_it_began_with(tmp_path, monkeypatch):
+@pytest.mark.parametrize("run", [run, run_by_handle], ids=["alone", "by the handle"])
+def test_it_goes_on_with_the_kernels_that_it_began_with(tmp_path, monkeypatch, run):
     """However fast another one seems after a restart, and however the file of choices fared."""
 
     def choosing(name, folder):
@@ -109,8 +122,8 @@ def test_it_goes_on_with_the_kernels_that_it_began_with(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels.current(), "deterministic", False)
     with choosing("PyTorch", "a"):
         expected = run(tmp_path / "whole")
-    with choosing("PyTorch", "b"):
-        cut_off(tmp_path / "kept")
+    with choosing("PyTorch", "b"), pytest.raises(Cancelled):
+        run(tmp_path / "kept", runtime=stopped_at(3))
     with choosing("oneDNN", "c"):
         assert torch.equal(run(tmp_path / "kept"), expected)
     assert not (tmp_path / "c" / "kernels.jsonl").exists()
