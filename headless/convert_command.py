@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wan_core.loading.detect import detect_files
 from wan_core.loading.save import save_plain, save_quantised
-from wan_core.runtime import gigabytes
+from wan_core.runtime import DTYPES, gigabytes
 
 log = logging.getLogger("wancore")
 
 HELP = "Write a model as one safetensors file, in FP8 or in another dtype, from any file this library reads."
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = ("dit", "text_encoder", "vae", "image_encoder")
 LINE_INTERVAL = 2.0
 """Seconds between two lines of progress."""

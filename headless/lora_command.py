@@ -7,10 +7,11 @@ from typing import Any
 
 from wan_core.loading.detect import detect_files, require_kind
 from wan_core.lora.apply import LoraUse
-from wan_core.lora.convert import DTYPES, LoraFormat, convert, extract_lora, fuse
+from wan_core.lora.convert import LoraFormat, convert, extract_lora, fuse
 from wan_core.lora.report import LoraReport
 from wan_core.lora.target import REPLACING_KINDS, Target, open_lora, report, report_alone, use_lora
 from wan_core.lora.write import FORMATS
+from wan_core.runtime import DTYPES
 
 HELP = "Say what LoRA files are and what they do to a model; convert, merge or extract them, or fuse them into it."
 DEFAULT_RANK = 32

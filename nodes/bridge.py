@@ -10,10 +10,11 @@ from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.models.vae import WanVAE
 from wan_core.planning.encoders import size_held
 from wan_core.planning.parts import Part, published_part
+from wan_core.runtime import DTYPES
 from wan_core.types import Conditioning
 
 from . import host, planning, sockets
-from .loaders import DTYPES, choose_dtype
+from .loaders import choose_dtype
 from .native import Native, from_native, to_native
 
 

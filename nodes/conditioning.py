@@ -20,7 +20,7 @@ from wan_core.conditioning.image import (
 )
 from wan_core.conditioning.text import TextEncoder, text_conditioning
 from wan_core.conditioning.vace import vace_conditioning
-from wan_core.decode import AUTO, Tiles, encode
+from wan_core.decode import encode
 from wan_core.media.fitting import Aspect, LengthPolicy
 from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.models.image_encoder import ImageEncoder
@@ -29,7 +29,7 @@ from wan_core.planning.encoders import IMAGE_ENCODER_BYTES, encoder_at_work, siz
 from wan_core.planning.encoders import text_peak_bytes as text_bytes
 from wan_core.planning.parts import Part
 from wan_core.runtime import Runtime
-from wan_core.tiling import TileSettings
+from wan_core.tiling import AUTO, Tiles, TileSettings
 from wan_core.types import Conditioning, Curve, VideoSize
 
 from . import host, planning, sockets

@@ -12,9 +12,9 @@ from PIL import Image
 from wan_core.runtime import Runtime
 from wan_core.settings import MemorySettings
 
-from .standalone import Standalone
+from .standalone import PACK_FOLDER, Standalone
 
-PACK_FOLDER = Path(__file__).resolve().parents[1]
+__all__ = ["PACK_FOLDER", "TINY_SIZE", "Host", "configure", "current"]
 
 TINY_SIZE = {"width": 96, "height": 64, "num_frames": 17}
 """What `--tiny` makes of every node's size: a second of work on any machine."""

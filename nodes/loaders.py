@@ -31,10 +31,10 @@ from wan_core.models.attention import BACKENDS
 from wan_core.models.config import DiTConfig
 from wan_core.offload.formats import WEIGHTS, Weights
 from wan_core.planning.parts import Part, published_dit, published_part
+from wan_core.runtime import DTYPES
 from wan_core.variants import match_variant
 
 from . import host, planning, sockets
-from .planning import DTYPES
 
 log = logging.getLogger("wancore")
 

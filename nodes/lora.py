@@ -6,11 +6,11 @@ from typing import Any
 from wan_core.atomic import numbered
 from wan_core.lora.apply import MODES, Mode
 from wan_core.lora.bind import BlockStrengths
-from wan_core.lora.convert import DTYPES, LoraFormat, convert
+from wan_core.lora.convert import LoraFormat, convert
 from wan_core.lora.target import open_lora, report, report_alone, use_lora
 from wan_core.lora.write import FORMATS
 from wan_core.model import VideoModel
-from wan_core.runtime import log
+from wan_core.runtime import DTYPES, log
 from wan_core.types import Curve
 
 from . import host, planning, sockets

@@ -17,20 +17,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from wan_core.decode import Tiles
 from wan_core.loading.detect import Component
 from wan_core.lora.apply import LoraUse
 from wan_core.lora.target import Target, use_lora
 from wan_core.offload.formats import Weights
 from wan_core.planning.job import Given, Job
 from wan_core.planning.parts import Part
+from wan_core.runtime import DTYPES
+from wan_core.tiling import Tiles
 from wan_core.types import VideoSize
 from wan_core.variants import Variant
 
 Value = TypeVar("Value")
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class PlanError(ValueError):

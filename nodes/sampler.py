@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_core.decode import AUTO
 from wan_core.model import VideoModel
 from wan_core.models.config import Geometry
 from wan_core.models.vae import denormalise, normalise
@@ -31,6 +30,7 @@ from wan_core.settings import (
     TeaCacheSettings,
     WindowSettings,
 )
+from wan_core.tiling import AUTO
 from wan_core.types import Conditioning, LatentSize, VideoSize
 from wan_core.variants import check
 

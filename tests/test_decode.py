@@ -8,14 +8,14 @@ import torch
 
 from tests.reference import relative_error, tiny_vae
 from wan_core import bundled
-from wan_core.decode import AUTO, SMALLER_TILES, decode, decode_pieces, encode
+from wan_core.decode import SMALLER_TILES, decode, decode_pieces, encode
 from wan_core.media import pixels_to_frames
 from wan_core.models.vae import WanVAE
 from wan_core.planning.encoders import WORKSPACE_BYTES, choose_tiles, smallest_tiles, vae_peak_bytes
 from wan_core.planning.estimate import LiveBytes
 from wan_core.runtime import OutOfMemoryError, Runtime, free_bytes
 from wan_core.sampling.predictor import NonFiniteError
-from wan_core.tiling import TileSettings
+from wan_core.tiling import AUTO, TileSettings
 from wan_core.types import LatentSize
 
 CPU = torch.device("cpu")

@@ -16,9 +16,10 @@ from torch import Tensor
 from wan_core.atomic import replacing, sync_folder
 from wan_core.loading.detect import detect_files
 from wan_core.loading.tensor_files import read_header, write_safetensors
-from wan_core.lora.convert import DTYPES, LoraFormat, lora_metadata, write_lora
+from wan_core.lora.convert import LoraFormat, lora_metadata, write_lora
 from wan_core.lora.target import Target, fit_to, open_lora
 from wan_core.lora.write import Merged
+from wan_core.runtime import DTYPES
 
 from .config import TrainConfig
 from .model.trainable import Part, Trainables, lora_patches

@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -12,15 +11,11 @@ from .models.vae import WanVAE, fill
 from .planning.encoders import What, choose_tiles, smallest_tiles, vae_peak_bytes
 from .runtime import OutOfMemoryError, Runtime, gigabytes, is_out_of_memory, log
 from .sampling.predictor import check_latents, check_pixels
-from .tiling import TileSettings
+from .tiling import AUTO, Tiles, TileSettings
 from .types import LatentSize, VideoSize
 
 SMALLER_TILES = (TileSettings(), TileSettings(size=(16, 16), stride=(12, 12)))
 """What is tried when memory runs out, one after the other."""
-
-AUTO: Final = "auto"
-Tiles = TileSettings | Literal["auto"] | None
-"""Tiles of that size, whatever the memory; as the memory asks for; or none as long as there is memory."""
 
 
 def decode(vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from .conditioning.image import Fit, LatentEncoder
 from .conditioning.inputs import VideoInputs, condition
 from .conditioning.pose_rows import DEFAULT_ORIGIN
 from .conditioning.text import Prompt, as_prompts, text_conditioning
-from .decode import AUTO, Tiles, decode, decode_pieces, encode
+from .decode import decode, decode_pieces, encode
 from .media import pixels_to_images
 from .media.fitting import Pictures, as_frames
 from .model_config import TOKENIZER_CONFIG, ModelConfig, compute_dtype
@@ -29,6 +29,7 @@ from .planning.encoders import text_peak_bytes as text_bytes
 from .runtime import Runtime, default_device, usable_device
 from .sampling.experts import RunInputs
 from .settings import MemorySettings, SamplerSettings, check_choice
+from .tiling import AUTO, Tiles
 from .types import Conditioning, Curve, VideoSize
 from .variants import check
 

@@ -12,6 +12,9 @@ log = logging.getLogger("wancore")
 GIB = 1024**3
 """Bytes in a GB, as cards are sold and as limits are typed; every size of memory and of files is shown in it."""
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Dtypes by the names that users choose from."""
+
 
 def gigabytes(size: float, places: int = 1) -> str:
     """`size` in bytes, in words: "9.1 GB", or "12.3 MB" of what is too little for that."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -90,6 +91,11 @@ class TileSettings:
             for span, border in zip((row, column), borders, strict=True)
         )
         return torch.minimum(down[:, None], across[None, :])
+
+
+AUTO: Final = "auto"
+Tiles = TileSettings | Literal["auto"] | None
+"""Tiles of that size, whatever the memory is; tiles only where memory is short; or none until memory runs out."""
 
 
 class TiledSum:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tests.loading.inventories import header
 from tests.reference import filled, relative_error
 from wan_core import bundled
-from wan_core.decode import AUTO, decode
+from wan_core.decode import decode
 from wan_core.inspection import report
 from wan_core.loading.detect import detect
 from wan_core.loading.load import inspect
@@ -19,7 +19,7 @@ from wan_core.models.config import WAN_21
 from wan_core.models.vae import WanVAE, denormalise
 from wan_core.planning.encoders import vae_peak_bytes
 from wan_core.runtime import Runtime
-from wan_core.tiling import TileSettings
+from wan_core.tiling import AUTO, TileSettings
 from wan_core.types import LatentSize
 from wancore.nodes.vae import VAEDecode
 

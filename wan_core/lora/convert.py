@@ -18,6 +18,7 @@ from ..loading.load import open_component
 from ..loading.names import ModelKind, diffusers_name
 from ..loading.save import save_plain, save_quantised
 from ..loading.tensor_files import write_safetensors
+from ..runtime import DTYPES
 from ..settings import check_choice, check_whole
 from .apply import folded
 from .patches import LowRank, Patch
@@ -38,7 +39,6 @@ from .target import (
 )
 from .write import Merged, Named, encode, extract, merge
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_RANK = 4096
 
 FUSED_KINDS: tuple[ModelKind, ...] = ("dit", "vace", "motion_controller")

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..runtime import GIB, gigabytes
 from ..settings import WindowSettings
+from ..tiling import Tiles
 from .encoders import What
-from .job import Job, Phase, Tiles, WholePlan, plan_whole
+from .job import Job, Phase, WholePlan, plan_whole
 
 WINDOW = WindowSettings()
 SMALLER = (832, 480)

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import nn
@@ -20,15 +19,13 @@ from ..offload.blocks import weight_bytes
 from ..offload.placement import Placement, place
 from ..runtime import GIB
 from ..settings import MemorySettings, SamplerSettings
-from ..tiling import TileSettings
+from ..tiling import Tiles
 from ..types import Conditioning, LatentSize, VaceInput, VideoSize, tensors_in
 from .encoders import IMAGE_ENCODER_BYTES, WORKSPACE_BYTES, What, choose_tiles, smallest_tiles, vae_peak_bytes
 from .encoders import text_peak_bytes as text_bytes
 from .estimate import META
 from .parts import Part
 from .run import COPIED_PER_SECOND, FLOPS_PER_SECOND, RunPlan, plan_run
-
-Tiles = TileSettings | Literal["auto"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
