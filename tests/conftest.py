@@ -13,8 +13,10 @@ from pack import register
 # Kernels by default, not by their time: a test's bits must not depend on what else the machine does.
 os.environ.setdefault("WANCORE_DETERMINISTIC", "1")
 
-# A shell that runs the tests in the background ignores Ctrl-C for them, and the programs they start would inherit it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that runs the tests in the background ignores Ctrl-C for them, and nohup a closed terminal; the programs that
+# they start would inherit it.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), handler)
 
 register()
