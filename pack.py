@@ -4,7 +4,7 @@ The library is the package `wan_core`; `nodes`, `headless` and `trainer` are `wa
 `wancore.trainer`. ComfyUI loads the pack under a name made from its path, `python -m headless` from its folder, and pip
 installs it: `register` makes both names in each of them, so that every class exists once.
 
-`python pack.py trainer.attended ...` runs one of its commands from anywhere, also by a Python that leaves the current
+`python pack.py trainer.supervised ...` runs one of its commands from anywhere, also by a Python that leaves the current
 folder out of its path, as the one that comes with ComfyUI's portable build does. `python pack.py -m module ...` is
 Python's own `-m` without the current folder in the path.
 """

@@ -16,9 +16,9 @@ from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.runtime import log
 from wan_core.settings import check_number
 
-from ..trainer.config import ELSEWHERE, TrainConfig, parser
+from ..trainer.config import TrainConfig, parser
 from ..trainer.data.clips import INPUTS
-from ..trainer.flags import flag_type, parse_known
+from ..trainer.flags import REFUSED_FLAGS, flag_type, parse_known
 from . import host, places, sockets
 from .launcher import ChildError, Launch, attend, pack_command
 from .places import plain_name
@@ -76,7 +76,7 @@ def typed(flags: str) -> dict[str, Any]:
     Raises:
         ValueError: a flag is unknown, its value cannot be read, or it is not a workflow's to set.
     """
-    found = parse_known(parser(prints_help=False), shlex.split(flags), ELSEWHERE)
+    found = parse_known(parser(prints_help=False), shlex.split(flags), REFUSED_FLAGS)
     for name, value in found.items():
         words = value if isinstance(value, tuple) else (value,)
         if name not in ALLOWED or (name in WORDS and not set(words) <= set(WORDS[name])):

@@ -25,7 +25,7 @@ from . import host
 from .launcher import Event, Launch, attend, pack_command
 
 SETTINGS, FINISHED = "request.json", "finished.json"
-MODULE = "trainer.attended"
+MODULE = "trainer.supervised"
 PACKAGES = ("accelerate", "peft", "av")
 SECONDS_BETWEEN_PICTURES = 2.0
 FAR = 86400

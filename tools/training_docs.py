@@ -8,7 +8,7 @@ from pack import ROOT
 from wan_core.catalog import CATALOG
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.data.clips import INPUTS
-from wancore.trainer.flags import ACCEPTED, ELSEWHERE, flag_type
+from wancore.trainer.flags import REFERENCE_FLAGS, REFUSED_FLAGS, flag_type
 from wancore.trainer.optimizers import PACKAGES
 from wancore.trainer.recipe import MODES, TASKS, recipe
 
@@ -51,9 +51,9 @@ def flags() -> Iterator[str]:
 def reference() -> Iterator[str]:
     """Every flag of the reference that is no setting: what it stands for, or why it is refused."""
     yield from _head("Flag", "Here")
-    for name, flag in ACCEPTED.items():
+    for name, flag in REFERENCE_FLAGS.items():
         yield _row(f"`--{name}`", flag.says)
-    for name, instead in ELSEWHERE.items():
+    for name, instead in REFUSED_FLAGS.items():
         yield _row(f"`--{name}`", f"refused: {instead}")
 
 

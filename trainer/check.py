@@ -17,9 +17,11 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from wan_core.media import Clip, MediaError
+
 from .config import TrainConfig, parse
 from .data import dataset, report
-from .data.clips import Clip, MediaError, at_rate, read
+from .data.clips import frames_at_rate, read
 from .data.report import Row
 from .run.events import Events
 from .run.output import with_recorded_data
@@ -57,11 +59,11 @@ def contact_sheet(rows: Sequence[Row], config: TrainConfig) -> Image.Image:
 
 
 def _pictures(row: Row, config: TrainConfig) -> Iterator[Image.Image]:
-    places = [at_rate(row.target, config.fps)[place] for place in row.places(config)]
+    places = [frames_at_rate(row.target, config.fps)[place] for place in row.places(config)]
     yield from _frames(row.target, sorted({places[0], places[-1]}), row)
     for clips in row.clips.values():
         for clip in clips:
-            first = at_rate(clip, config.fps)
+            first = frames_at_rate(clip, config.fps)
             yield from _frames(clip, [first[min(row.places(config)[0], len(first) - 1)]], row)
 
 
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _checked(config: TrainConfig, folder: Path | None) -> report.Report:
+def _checked(config: TrainConfig, folder: Path | None) -> report.DatasetReport:
     """The report; `folder` gets it with the picture, and tells how far the check is."""
     if folder is None:
         return report.check(dataset.load(config), config)

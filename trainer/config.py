@@ -17,17 +17,17 @@ from wan_core.types import VideoSize
 from . import optimizers
 from .data.clips import INPUTS, SWITCHES
 from .flags import (
-    ACCEPTED,
-    ELSEWHERE,
+    REFERENCE_FLAGS,
+    REFUSED_FLAGS,
     ConfigError,
     build_parser,
     check_fields,
     from_json,
-    meaning,
     option,
     parse_known,
     read_json,
     to_json,
+    translate,
 )
 from .objective import Objective
 
@@ -344,7 +344,7 @@ def parser(*, prints_help: bool = True) -> argparse.ArgumentParser:
             const=name,
             help=f"the same as {name} in --extra_inputs: {INPUTS[name].help}",
         )
-    for name, flag in ACCEPTED.items():
+    for name, flag in REFERENCE_FLAGS.items():
         kept = {"action": "append", "type": partial(_named, name)} if flag.has_value else {
             "action": "append_const", "const": (name, "")}  # fmt: skip
         made.add_argument(f"--{name}", dest="reference", help=f"a flag of DiffSynth-Studio: {flag.says}", **kept)
@@ -361,9 +361,9 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     Raises:
         ConfigError: a flag is unknown, its value cannot be used, or the file of `--config` cannot be read.
     """
-    typed = parse_known(parser(), argv, ELSEWHERE)
+    typed = parse_known(parser(), argv, REFUSED_FLAGS)
     file, switched = typed.pop("config", None), typed.pop("switched", ())
-    implied, told = meaning(typed.pop("reference", ()))
+    implied, told = translate(typed.pop("reference", ()))
     for line in told:
         log.info("%s", line)
     values = from_json(TrainConfig, read_json(file), file) if file else {}

@@ -22,7 +22,7 @@ from wan_core.lora.write import Merged
 from wan_core.runtime import DTYPES
 
 from .config import TrainConfig
-from .model.trainable import Part, Trainables, lora_patches
+from .model.trainable import Trainable, Trainables, lora_patches
 
 log = logging.getLogger("wancore")
 
@@ -58,7 +58,7 @@ class Exporter:
     def folder(self) -> Path:
         return Path(self.config.output_path)
 
-    def paths(self, stem: str) -> dict[Path, tuple[Part, ...]]:
+    def paths(self, stem: str) -> dict[Path, tuple[Trainable, ...]]:
         """The files, and what each holds: one for each part, as programs other than the reference load one thing from
         a file; one for all where a LoRA is written in the reference's names. The only file of a run has the plain name.
         """
@@ -95,7 +95,7 @@ class Exporter:
         """Remove the weights of all but the newest `keep` saves of this run."""
         steps: dict[Path, int] = {}
         for path in self.folder.glob("*.safetensors"):
-            told = _told_by(path) if WEIGHTS.fullmatch(path.name) else {}
+            told = _metadata_of(path) if WEIGHTS.fullmatch(path.name) else {}
             if told.get(RUN) == self.run and told.get(STEP, "").isdigit():
                 steps[path] = int(told[STEP])
         kept = sorted(set(steps.values()))[-keep:]
@@ -106,7 +106,7 @@ class Exporter:
     @staticmethod
     def require_own(path: Path, run: str) -> None:
         """Raise ValueError when there is a file at `path` that the run of that identity did not write."""
-        if path.exists() and _told_by(path).get(RUN) != run:
+        if path.exists() and _metadata_of(path).get(RUN) != run:
             raise ValueError(
                 f"{path} exists already and is not of this run; nothing is overwritten. Choose another --output_path "
                 "or move it away."
@@ -130,7 +130,7 @@ class Exporter:
 
     def _write(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[Trainable],
         partial: Path,
         title: str,
         tensors: Mapping[str, Tensor],
@@ -146,7 +146,12 @@ class Exporter:
             self._write_whole(part, partial, title, tensors, metadata)
 
     def _write_lora(
-        self, part: Part, partial: Path, title: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+        self,
+        part: Trainable,
+        partial: Path,
+        title: str,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
     ) -> None:
         config = self.config
         patches = tuple(lora_patches(part, tensors, config.lora_alpha or config.lora_rank))
@@ -155,7 +160,7 @@ class Exporter:
         write_lora(partial, Merged(patches), title, form, told, {"trained": True})
         self._check_lora(part, partial, dict(patches))
 
-    def _check_lora(self, part: Part, partial: Path, patches: Mapping[str, Any]) -> None:
+    def _check_lora(self, part: Trainable, partial: Path, patches: Mapping[str, Any]) -> None:
         shapes = {name: patch.shape for name, patch in patches.items()}
         bound = fit_to(open_lora(partial), Target(self.trainables.model.name, shapes))
         found = dict(bound.patches)
@@ -171,7 +176,12 @@ class Exporter:
             log.warning("Every up factor of the LoRA on %s is zero: the file will change nothing.", part.name)
 
     def _write_whole(
-        self, part: Part, partial: Path, title: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+        self,
+        part: Trainable,
+        partial: Path,
+        title: str,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
     ) -> None:
         prefix = "" if self.config.remove_prefix_in_ckpt else f"pipe.{part.name}."
         told = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title, **metadata}
@@ -180,7 +190,7 @@ class Exporter:
         if found.kind != part.name:
             raise ExportError(f"{partial.name} is read as a {found.kind}, not as a {part.name}.")
 
-    def _add_whole(self, parts: Sequence[Part], partial: Path, tensors: Mapping[str, Tensor]) -> None:
+    def _add_whole(self, parts: Sequence[Trainable], partial: Path, tensors: Mapping[str, Tensor]) -> None:
         """Put whole weights beside the LoRA in `partial`, under the names that the reference gives them there."""
         removed = self.config.remove_prefix_in_ckpt
         # Read, not mapped: the file is written again.
@@ -188,9 +198,9 @@ class Exporter:
         for part in parts:
             named = self._whole(part, tensors, f"pipe.{part.name}.")
             together |= {name.removeprefix(removed): tensor for name, tensor in named.items()}
-        _save_checked(together, partial, _told_by(partial))
+        _save_checked(together, partial, _metadata_of(partial))
 
-    def _whole(self, part: Part, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    def _whole(self, part: Trainable, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         dtype = DTYPES["bf16" if self.config.mixed_precision == "bf16" else "fp32"]
         return {
             f"{prefix}{name}": tensors[f"{part.owner}.{name}"].detach().to("cpu", dtype).contiguous()
@@ -213,7 +223,7 @@ def _save_checked(tensors: Mapping[str, Tensor], partial: Path, metadata: Mappin
                 raise ExportError(f"{partial.name}: {name} is not what was written.")
 
 
-def _told_by(path: Path) -> dict[str, str]:
+def _metadata_of(path: Path) -> dict[str, str]:
     """The metadata of a file; none where it cannot be read."""
     try:
         return dict(read_header([path]).metadata)

@@ -21,7 +21,7 @@ Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Accepted:
+class ReferenceFlag:
     """A flag that is taken.
 
     Attributes:
@@ -49,38 +49,40 @@ def _quant_options(word: str) -> Settings:
     return {"fp8_base": True} if _names_base([entry.rpartition(":")[0] for entry in word.split(";")]) else {}
 
 
-ACCEPTED: Mapping[str, Accepted] = {
-    "initialize_model_on_cpu": Accepted(
+REFERENCE_FLAGS: Mapping[str, ReferenceFlag] = {
+    "initialize_model_on_cpu": ReferenceFlag(
         "weights are always read from their file to where they are needed", has_value=False
     ),
-    "offload_models": Accepted("models that a run does not need are not loaded, and encoders are freed after use"),
-    "fp8_models": Accepted(
+    "offload_models": ReferenceFlag("models that a run does not need are not loaded, and encoders are freed after use"),
+    "fp8_models": ReferenceFlag(
         "frozen weights of the trained model are kept in 8 bits (--fp8_base); encoders are freed after use", _fp8_models
     ),
-    "quant_options": Accepted(
+    "quant_options": ReferenceFlag(
         "frozen weights of the trained model are kept in 8 bits (--fp8_base), whatever the method", _quant_options
     ),
-    "enable_model_cpu_offload": Accepted(
+    "enable_model_cpu_offload": ReferenceFlag(
         "frozen blocks stay in host memory (--stream_base)", lambda word: {"stream_base": True}, has_value=False
     ),
-    "enable_optimizer_cpu_offload": Accepted(
+    "enable_optimizer_cpu_offload": ReferenceFlag(
         "the optimizer stays with what it trains; the DeepSpeed configurations of trainer/accelerate move it",
         has_value=False,
     ),
-    "cpu_offload_split_threshold": Accepted("blocks are copied one by one; --vram_limit says how many stay"),
-    "enable_tensorboard_log": Accepted(
+    "cpu_offload_split_threshold": ReferenceFlag("blocks are copied one by one; --vram_limit says how many stay"),
+    "enable_tensorboard_log": ReferenceFlag(
         "the same as --log_with tensorboard", lambda word: {"log_with": ("tensorboard",)}, has_value=False
     ),
-    "enable_wandb_log": Accepted(
+    "enable_wandb_log": ReferenceFlag(
         "the same as --log_with wandb", lambda word: {"log_with": ("wandb",)}, has_value=False
     ),
-    "enable_swanlab_log": Accepted("events.jsonl and loss.png show the loss; --log_with plots it", has_value=False),
-    "swanlab_project": Accepted("events.jsonl and loss.png show the loss; --log_with plots it"),
-    "enable_csv_log": Accepted("events.jsonl is always written", has_value=False),
+    "enable_swanlab_log": ReferenceFlag(
+        "events.jsonl and loss.png show the loss; --log_with plots it", has_value=False
+    ),
+    "swanlab_project": ReferenceFlag("events.jsonl and loss.png show the loss; --log_with plots it"),
+    "enable_csv_log": ReferenceFlag("events.jsonl is always written", has_value=False),
 }
 """Flags, without dashes, that a run takes."""
 
-ELSEWHERE: Mapping[str, str] = {
+REFUSED_FLAGS: Mapping[str, str] = {
     "audio_processor_path": "it is for Wan 2.2 S2V; this trainer is for Wan 2.1",
     "framewise_decoding": "it is for WanToDance models; this trainer is for Wan 2.1",
     "template_model_id_or_path": "template models are of other families; this trainer is for Wan 2.1",
@@ -91,13 +93,13 @@ ELSEWHERE: Mapping[str, str] = {
 """Flags that are refused, and what to do."""
 
 
-def meaning(given: Sequence[tuple[str, str]]) -> tuple[Settings, tuple[str, ...]]:
+def translate(given: Sequence[tuple[str, str]]) -> tuple[Settings, tuple[str, ...]]:
     """The settings that the flags of ACCEPTED in `given`, each with its word, stand for; and a line on each flag."""
     settings: dict[str, Any] = {}
     for name, word in given:
-        for key, value in ACCEPTED[name].sets(word).items():
+        for key, value in REFERENCE_FLAGS[name].sets(word).items():
             settings[key] = (*settings.get(key, ()), *value) if isinstance(value, tuple) else value
-    return settings, tuple(f"--{name}: {ACCEPTED[name].says}." for name in dict(given))
+    return settings, tuple(f"--{name}: {REFERENCE_FLAGS[name].says}." for name in dict(given))
 
 
 class ConfigError(ValueError):
@@ -160,7 +162,7 @@ def pairs(text: str) -> dict[str, Any]:
     return found
 
 
-READERS: dict[Any, Any] = {
+PARSERS: dict[Any, Any] = {
     int: int,
     float: float,
     str: str,
@@ -204,7 +206,7 @@ def _reader(name: str, kind: Any, optional: bool) -> Any:
         if optional and text.lower() == "none":
             return None
         try:
-            return READERS[kind](text)
+            return PARSERS[kind](text)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise argparse.ArgumentTypeError(f"{text!r:.200} cannot be read: {error}") from error
 
@@ -248,7 +250,7 @@ def from_json(cls: type, values: Mapping[str, Any], source: str) -> dict[str, An
         kind, optional = flag_type(fields[name])
         if isinstance(value, str) and kind is not str:
             try:
-                value = _reader(name, kind, optional)(value) if kind in READERS else value
+                value = _reader(name, kind, optional)(value) if kind in PARSERS else value
             except argparse.ArgumentTypeError as error:
                 raise ConfigError(f"{source}: {name}: {error}") from error
         found[name] = _frozen(value)

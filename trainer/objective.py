@@ -16,7 +16,7 @@ from wan_core.sampling.solvers import NUM_TRAIN_TIMESTEPS, shifted_sigmas, train
 
 
 @dataclass(frozen=True)
-class Draw:
+class Noising:
     """What was drawn for a batch, on the CPU in float32.
 
     `noise` has the shape of the latents; `sigmas`, `timesteps` (0 to 1000) and `weights` are (B,).
@@ -58,7 +58,7 @@ class Objective:
             return torch.ones(NUM_TRAIN_TIMESTEPS)
         return training_weights(self.shift)
 
-    def draw(self, shape: Sequence[int], seed: int, epoch: int, positions: Sequence[int]) -> Draw:
+    def draw(self, shape: Sequence[int], seed: int, epoch: int, positions: Sequence[int]) -> Noising:
         """Noise and timesteps for samples at `positions` of `epoch`, whose latents are (len(positions), *shape)."""
         noise, indices = [], []
         for position in positions:
@@ -67,10 +67,10 @@ class Objective:
             noise.append(torch.randn(tuple(shape), generator=generator))
         return self.at(torch.stack(noise), torch.tensor(indices))
 
-    def at(self, noise: Tensor, indices: Tensor) -> Draw:
+    def at(self, noise: Tensor, indices: Tensor) -> Noising:
         """The draw with this noise and these schedule indices (B,)."""
         sigmas = self.sigmas[indices]
-        return Draw(noise, sigmas, sigmas * NUM_TRAIN_TIMESTEPS, self.weights[indices])
+        return Noising(noise, sigmas, sigmas * NUM_TRAIN_TIMESTEPS, self.weights[indices])
 
     def _index(self, generator: torch.Generator) -> int:
         first, last = int(self.low * NUM_TRAIN_TIMESTEPS), max(1, int(self.high * NUM_TRAIN_TIMESTEPS))
@@ -94,19 +94,19 @@ def seed_for(purpose: str, *numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def noisy(latents: Tensor, draw: Draw) -> Tensor:
+def noisy(latents: Tensor, draw: Noising) -> Tensor:
     """`latents` (B, ...) at the drawn noise levels, in float32."""
     sigmas = _per_sample(draw.sigmas, latents)
     return (1 - sigmas) * latents.float() + sigmas * draw.noise.to(latents.device)
 
 
-def errors(velocity: Tensor, latents: Tensor, draw: Draw) -> Tensor:
+def errors(velocity: Tensor, latents: Tensor, draw: Noising) -> Tensor:
     """Mean squared error of each sample's velocity (B,), in float32, without the weight."""
     target = draw.noise.to(latents.device) - latents.float()
     return (velocity.float() - target).square().flatten(1).mean(1)
 
 
-def weighted(error: Tensor, draw: Draw) -> Tensor:
+def weighted(error: Tensor, draw: Noising) -> Tensor:
     """The loss of each sample (B,): its error times the weight of its timestep."""
     return error * draw.weights.to(error.device)
 

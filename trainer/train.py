@@ -41,16 +41,16 @@ from .run.loop import LoadError, Loop, NonFiniteError, SaveError, Saver, StopReq
 from .run.output import (
     CONFIG,
     FIRST_SAMPLES,
-    record,
+    locked_output,
+    record_data,
     record_settings,
     require_own_outputs,
     run_id,
-    taken,
     with_recorded_data,
 )
 from .run.plan import Estimate, Plan, estimate
-from .run.state import ABOUT_FILES, FREE, Progress, States, find_earlier, identity_of, require_space
-from .run.validate import EVENTS, Watcher, sample_requests, save_first_samples
+from .run.state import FREE_SETTINGS, LOCATION_SETTINGS, Progress, States, find_state, require_space, run_identity
+from .run.validate import EVENTS, Evaluator, sample_requests, save_first_samples
 
 log = logging.getLogger("wancore")
 
@@ -107,7 +107,7 @@ def train(config: TrainConfig) -> Result:
     accelerator = engine.start(config)
     is_main = accelerator.is_main_process
     folder = Path(config.output_path)
-    with taken(folder) if is_main else nullcontext():
+    with locked_output(folder) if is_main else nullcontext():
         stop = StopRequest(Path(config.stop_file or folder / "stop"))
         trackers = open_trackers(config, folder) if is_main else ()
         events = Events(folder / EVENTS if is_main else None, trackers, show=True)
@@ -152,8 +152,8 @@ class Run:
             return self._encode_only(everything)
 
         # A run that was stopped goes on from its newest state.
-        identity = identity_of(config, data.fingerprint, found.components)
-        earlier = find_earlier(self.states, config, identity, world)
+        identity = run_identity(config, data.fingerprint, found.components)
+        earlier = find_state(self.states, config, identity, world)
         done = self._step_of(earlier)
         require_own_outputs(self.folder, identity)
         if self.is_main:
@@ -244,7 +244,7 @@ class Run:
             log.info("Continuing from %s, after step %d.", earlier[0], done)
         return done
 
-    def _watcher(self, examples: Examples, clips: Examples) -> Watcher:
+    def _watcher(self, examples: Examples, clips: Examples) -> Evaluator:
         """What is shown between steps, encoded while the encoders are there; the engine is still to come."""
         if self.is_main:
             try:
@@ -254,7 +254,7 @@ class Run:
                 log.warning("The first samples cannot be shown in %s (%s).", self.folder / FIRST_SAMPLES, error)
         validation = [clips.encode(clips.fixed(index), index) for index in range(len(clips.rows))]
         requests = sample_requests(examples, self.config)
-        return Watcher(self.config, examples.encoders, self.events, validation, requests)
+        return Evaluator(self.config, examples.encoders, self.events, validation, requests)
 
     def _trainables(self, found: load.FoundModels, encoders: Encoders) -> Trainables:
         trained = self.config.trainable_models
@@ -286,7 +286,7 @@ class Run:
         if self._fill(examples):
             return self._stopped_encoding(0, len(examples.rows))
         if self.is_main:
-            record(self.config)
+            record_data(self.config)
         return self._end(
             Result(0, 0), 0,
             f"Encoded the data into {self.config.cache_folder}. Train on it with --task sft:train "
@@ -303,7 +303,9 @@ class Run:
     def _nothing_left(self, progress: Progress, total: int) -> Result:
         """The end of a run that has no steps left."""
         now = self.config.resolved()
-        changed = [n for n in FREE - ABOUT_FILES if n in progress.config and progress.config[n] != now[n]]
+        changed = [
+            n for n in FREE_SETTINGS - LOCATION_SETTINGS if n in progress.config and progress.config[n] != now[n]
+        ]
         others = f" ({', '.join(sorted(changed))} changed, which no step is left to use)" if changed else ""
         return self._end(
             Result(progress.step, total), progress.step,

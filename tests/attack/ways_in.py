@@ -17,7 +17,7 @@ from wan_core.lora.convert import LoraFormat, convert
 from wan_core.lora.target import open_lora, report_alone
 from wan_core.sampling.checkpoint import load_latents
 from wancore.trainer.data.cache import LatentCache
-from wancore.trainer.run.state import OPTIMIZER, WEIGHTS, read_parts
+from wancore.trainer.run.state import OPTIMIZER, WEIGHTS, read_weights_and_optimizer
 
 
 def _info(path: Path) -> str:
@@ -85,7 +85,7 @@ def _state(path: Path) -> str:
                 (Path(folder) / name).symlink_to(path)
             else:
                 make(Path(folder) / name)
-        return f"{len(read_parts(Path(folder))[0])} tensors"
+        return f"{len(read_weights_and_optimizer(Path(folder))[0])} tensors"
 
 
 def _latents(path: Path) -> str:

@@ -24,14 +24,11 @@ from wan_core import bundled, catalog  # noqa: E402
 from wan_core.model_files import VideoModel  # noqa: E402
 from wan_core.models.config import DiTConfig  # noqa: E402
 from wan_core.offload.quant import quantise  # noqa: E402
-from wan_core.runtime import (  # noqa: E402
-    GIB,
-    OutOfMemoryError,
-)
+from wan_core.runtime import GIB, OutOfMemoryError  # noqa: E402
 from wan_core.types import Conditioning, VideoSize  # noqa: E402
 from wan_core.variants import match_variant  # noqa: E402
 from wancore.trainer.config import TrainConfig  # noqa: E402
-from wancore.trainer.data.conditions import Encoded  # noqa: E402
+from wancore.trainer.data.conditions import EncodedSample  # noqa: E402
 from wancore.trainer.model.trainable import prepare  # noqa: E402
 from wancore.trainer.run import engine  # noqa: E402
 from wancore.trainer.run.events import Events  # noqa: E402
@@ -111,7 +108,7 @@ def _measured(config: DiTConfig, size: VideoSize, settings: TrainConfig, acceler
         quantise(dit)
     trainables = prepare(VideoModel.of(dit, match_variant(dit.config), None, "random", None), settings)
     latents = torch.randn(16, *size.latent.shape)
-    sample = Encoded(
+    sample = EncodedSample(
         latents=latents,
         cond=Conditioning(text=torch.randn(1, 512, config.text_dim)),
         caption="",

@@ -30,7 +30,7 @@ SINK = "HeadlessTestSink"
 DATA = {"folder": "data", "width": 32, "height": 32, "num_frames": 5, "fps": 0.0}
 TRAINED = ("--lora_target_modules '(a+)+$'", "--data_file_keys ../x", "--remove_prefix_in_ckpt ../../x", "--")
 """Flags that a training of its own looks at, which takes long; one training is enough."""
-OWN = ("trainer.check", "trainer.attended")
+OWN = ("trainer.check", "trainer.supervised")
 TRACED = (
     "execve,connect,open,openat,creat,mkdir,mkdirat,unlink,unlinkat,rename,renameat,renameat2,link,linkat,symlink,"
     "symlinkat"
@@ -171,4 +171,4 @@ def test_a_harmless_training_runs_beside_them(watched):
     assert outcome(server, prompt) == "done"
     assert list((place.root / "output" / "training" / "harmless").glob("*.safetensors"))
     if trace:
-        assert "trainer.attended" in trace.read_text(errors="replace")
+        assert "trainer.supervised" in trace.read_text(errors="replace")

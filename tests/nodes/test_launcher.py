@@ -193,12 +193,12 @@ def test_the_pack_runs_by_a_python_that_knows_no_current_folder(folder):
 
 
 def test_several_processes_are_launched_by_accelerate():
-    words = pack_command(ROOT, "trainer.attended", ["--config", "a b.json"], processes=3)
+    words = pack_command(ROOT, "trainer.supervised", ["--config", "a b.json"], processes=3)
     assert (
         words[1:4] == [str(ROOT / "pack.py"), "-m", "accelerate.commands.launch"]
         and words[words.index("--num_processes") + 1] == "3"
     )
-    assert words[-4:] == [str(ROOT / "pack.py"), "trainer.attended", "--config", "a b.json"]
+    assert words[-4:] == [str(ROOT / "pack.py"), "trainer.supervised", "--config", "a b.json"]
 
 
 def test_signals_do_not_reach_the_child(folder):

@@ -221,7 +221,7 @@ from pack import register
 register()
 from wancore.nodes.launcher import Launch, attend, pack_command
 words = ["--config", sys.argv[2]]
-attend(Launch(pack_command(Path(sys.argv[1]), "trainer.attended", words), Path(sys.argv[3])), print, lambda: None)
+attend(Launch(pack_command(Path(sys.argv[1]), "trainer.supervised", words), Path(sys.argv[3])), print, lambda: None)
 """
 
 
@@ -305,7 +305,7 @@ def test_each_flag_of_the_trainer_is_the_graphs_or_says_what_to_do_instead():
 def test_what_lies_in_the_folder_of_a_run_is_not_imported(tmp_path):
     """Uploads may put any file there."""
     (tmp_path / "json.py").write_text("raise SystemExit('imported from the folder')")
-    words = pack_command(ROOT, "trainer.attended", ["--config", "x"], 2)
+    words = pack_command(ROOT, "trainer.supervised", ["--config", "x"], 2)
     assert words[1:4] == [str(ROOT / "pack.py"), "-m", "accelerate.commands.launch"]
     words = [*words[:3], "json.tool", "--help"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from tests.trainer import material
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.run.events import read_events
-from wancore.trainer.run.state import States, read_parts
+from wancore.trainer.run.state import States, read_weights_and_optimizer
 from wancore.trainer.train import Result, train
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def losses(out: Path) -> dict[int, float]:
 def weights(out: Path, step: int | None = None):
     """The trained weights and the optimizer's state of the newest saved state, or that of `step`."""
     states = States(out / "states")
-    return read_parts(states.latest() if step is None else states.path(step))
+    return read_weights_and_optimizer(states.latest() if step is None else states.path(step))
 
 
 def free_port() -> str:

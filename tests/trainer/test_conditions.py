@@ -394,7 +394,7 @@ def test_a_clip_that_goes_bad_later_is_named(root, tmp_path):
 @pytest.mark.parametrize("kind", MASKS)
 def test_random_masks_are_drawn_and_trained(root, kind, monkeypatch):
     config = material.config(root, "i2v", extra_inputs=(), random_mask=True)
-    monkeypatch.setattr("wancore.trainer.data.draws.mask_kind", lambda fraction: kind)
+    monkeypatch.setattr("wancore.trainer.data.choices.mask_kind", lambda fraction: kind)
     made = examples(config)
     sample = made.get(0, 0)
     known = sample.cond.concat[0, :4]

@@ -9,7 +9,7 @@ import pytest
 
 from wancore.trainer import optimizers
 from wancore.trainer.config import TrainConfig, parse, parser
-from wancore.trainer.flags import ACCEPTED, ELSEWHERE, ConfigError
+from wancore.trainer.flags import REFERENCE_FLAGS, REFUSED_FLAGS, ConfigError
 
 SHARED = (
     "--dataset_base_path data/example_video_dataset --dataset_metadata_path data/example_video_dataset/{metadata} "
@@ -178,7 +178,7 @@ def test_later_flags_of_the_reference_are_taken(line, expected, caplog):
     with caplog.at_level("INFO", "wancore"):
         config = parse(shlex.split(line.replace(";", r"\;")))
     assert config == TrainConfig(**expected)
-    given = {f"--{name}" for name in ACCEPTED} & set(line.split())
+    given = {f"--{name}" for name in REFERENCE_FLAGS} & set(line.split())
     assert {record.message.partition(":")[0] for record in caplog.records} == given
 
 
@@ -200,7 +200,7 @@ def test_every_flag_of_the_reference_is_known():
         use_gradient_checkpointing use_gradient_checkpointing_offload wandb_project weight_decay width
     """
     known = set(re.findall(r"--(\w+)", parser().format_help()))
-    assert set(re.findall(r"\w+", flags)) <= known | ELSEWHERE.keys()
+    assert set(re.findall(r"\w+", flags)) <= known | REFUSED_FLAGS.keys()
 
 
 @pytest.mark.parametrize(
@@ -220,11 +220,11 @@ def test_samples_that_cannot_be_kept_are_not(line, why):
     assert parse([]).caches and not parse([]).notices
 
 
-@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("name", REFUSED_FLAGS)
 def test_flags_of_other_trainers_say_what_to_do(name):
     with pytest.raises(ConfigError, match="not a flag of this trainer") as caught:
         parse([f"--{name}", "1"])
-    assert ELSEWHERE[name] in str(caught.value)
+    assert REFUSED_FLAGS[name] in str(caught.value)
 
 
 def test_a_run_can_be_repeated_from_its_file_and_flags_win(tmp_path):

@@ -16,10 +16,10 @@ from wancore.trainer.run.state import (
     Progress,
     StateError,
     States,
-    read_parts,
     read_progress,
+    read_weights_and_optimizer,
     verify,
-    write_parts,
+    write_weights_and_optimizer,
 )
 
 DEEP = "[" * 100_000
@@ -34,12 +34,12 @@ def state(tmp_path):
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    write_parts(draft, layer.state_dict(), optimizer.state_dict())
+    write_weights_and_optimizer(draft, layer.state_dict(), optimizer.state_dict())
     return states.commit(Progress(step=3, run={}, config={}, world=1))
 
 
 def test_a_whole_state_is_read(state):
-    weights, optimizer = read_parts(state)
+    weights, optimizer = read_weights_and_optimizer(state)
     assert read_progress(state).step == 3 and weights["weight"].shape == (2, 2)
     assert optimizer["state"][0]["step"] == 1
 
@@ -74,7 +74,7 @@ def test_damaged_progress(state, text):
 def test_damaged_parts(state, name, content):
     (state / name).write_bytes(content)
     with pytest.raises(StateError, match=name):
-        read_parts(state)
+        read_weights_and_optimizer(state)
 
 
 LINES = (

@@ -15,7 +15,7 @@ from tests.trainer.material import numbered, write_metadata, write_video
 from wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.data.dataset import load
-from wancore.trainer.data.report import DatasetError, Report, check
+from wancore.trainer.data.report import DatasetError, DatasetReport, check
 from wancore.trainer.data.synthetic import write_dataset
 from wancore.trainer.flags import ConfigError
 
@@ -41,7 +41,7 @@ def config(folder: Path, **changes) -> TrainConfig:
     return TrainConfig(**{"dataset_base_path": str(folder), "height": 32, "width": 64, "num_frames": 5, **changes})
 
 
-def checked(folder: Path, rows, name="metadata.csv", **changes) -> Report:
+def checked(folder: Path, rows, name="metadata.csv", **changes) -> DatasetReport:
     """The report on `rows`, whose metadata is written into `folder`."""
     path = write_metadata(folder, rows, name)
     try:

@@ -9,7 +9,7 @@ import pytest
 from tests.trainer.runs import ROOT
 from tools.training_docs import SECTIONS, filled
 from wancore.trainer.config import TrainConfig, parse
-from wancore.trainer.flags import ACCEPTED, ELSEWHERE
+from wancore.trainer.flags import REFERENCE_FLAGS, REFUSED_FLAGS
 from wancore.trainer.recipe import main
 
 TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -39,7 +39,15 @@ def test_flags_in_the_text_exist():
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
     aliases = {name for f in dataclasses.fields(TrainConfig) for name in f.metadata["aliases"]}
     others = {"config", "launcher", "out", "set", "tiny", "dry-run", "no-", "input_contains_"}
-    others |= {*ACCEPTED, *ELSEWHERE, "num_machines", "machine_rank", "main_process_ip", "dataset", "local_dir"}
+    others |= {
+        *REFERENCE_FLAGS,
+        *REFUSED_FLAGS,
+        "num_machines",
+        "machine_rank",
+        "main_process_ip",
+        "dataset",
+        "local_dir",
+    }
     assert set(re.findall(r"--([\w-]+)", TEXT)) <= fields | aliases | others
 
 

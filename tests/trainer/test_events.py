@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from wancore.trainer.config import TrainConfig
-from wancore.trainer.run.chart import by_timestep, draw_chart, save_chart, smoothed
-from wancore.trainer.run.events import Events, Pace, latest_steps, open_trackers, read_events, validation_points
+from wancore.trainer.run.chart import by_timestep, draw_chart, save_chart, smooth
+from wancore.trainer.run.events import Events, StepTimer, latest_steps, open_trackers, read_events, validation_points
 
 
 def step(number, loss=0.5, **more):
@@ -90,7 +90,7 @@ def test_a_tracker_that_is_not_installed_is_an_error_that_names_it(tmp_path, mon
 
 
 def test_pace_is_the_median_of_the_last_steps():
-    pace = Pace()
+    pace = StepTimer()
     assert pace.left(3) != pace.left(3)
     for seconds in (100.0, 2.0, 2.0, 2.0):
         pace.add(seconds)
@@ -135,8 +135,8 @@ def test_a_chart_shows_the_held_out_points_in_blue():
 
 
 def test_smoothing_keeps_a_constant_and_follows_a_step():
-    assert [y for _, y in smoothed([(i, 2.0) for i in range(30)])] == pytest.approx([2.0] * 30)
-    line = smoothed([(i, float(i >= 50)) for i in range(200)])
+    assert [y for _, y in smooth([(i, 2.0) for i in range(30)])] == pytest.approx([2.0] * 30)
+    line = smooth([(i, float(i >= 50)) for i in range(200)])
     assert line[49][1] == 0 and 0 < line[60][1] < 1 and line[199][1] > 0.99
 
 

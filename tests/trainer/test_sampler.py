@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from wancore.trainer.data.draws import batches, mixed, permutation
+from wancore.trainer.data.choices import batches, mix_seeds, permutation
 
 SHAPES = ["a"] * 7 + ["b"] * 4 + ["a"] * 3 + ["c"]
 
@@ -50,9 +50,9 @@ def test_seed_and_epoch_choose_the_order_for_good():
 
 
 def test_neighbouring_numbers_mix_to_unlike_seeds():
-    seeds = {mixed(seed, epoch, position) for seed in range(10) for epoch in range(10) for position in range(10)}
+    seeds = {mix_seeds(seed, epoch, position) for seed in range(10) for epoch in range(10) for position in range(10)}
     assert len(seeds) == 1000 and all(0 <= seed < 2**63 for seed in seeds)
-    assert mixed(1, 2) != mixed(2, 1) and mixed(0) != mixed(0, 0)
+    assert mix_seeds(1, 2) != mix_seeds(2, 1) and mix_seeds(0) != mix_seeds(0, 0)
 
 
 @pytest.mark.parametrize(

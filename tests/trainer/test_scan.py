@@ -10,11 +10,12 @@ from PIL import Image
 
 from tests.trainer.material import number_of, numbered, write_video
 from wan_core.files import files_below
+from wan_core.media import probe
 from wancore.nodes import host
 from wancore.nodes.training_run import files_mark
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.data.cache import LatentCache
-from wancore.trainer.data.clips import probe, read
+from wancore.trainer.data.clips import read
 from wancore.trainer.data.dataset import load
 from wancore.trainer.data.report import check
 from wancore.trainer.flags import ConfigError

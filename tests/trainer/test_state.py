@@ -11,12 +11,12 @@ from wancore.trainer.run.state import (
     Progress,
     StateError,
     States,
-    read_parts,
     read_progress,
+    read_weights_and_optimizer,
     require_same,
     require_space,
     verify,
-    write_parts,
+    write_weights_and_optimizer,
 )
 
 
@@ -30,7 +30,7 @@ def save(states, step):
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
     parameter.sum().backward()
     optimizer.step()
-    write_parts(folder, {"a.b": parameter.detach()}, optimizer.state_dict())
+    write_weights_and_optimizer(folder, {"a.b": parameter.detach()}, optimizer.state_dict())
     return states.commit(progress(step))
 
 
@@ -39,14 +39,14 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     folder = save(states, 7)
     assert states.latest() == folder
     assert read_progress(folder) == progress(7)
-    weights, optimizer = read_parts(folder)
+    weights, optimizer = read_weights_and_optimizer(folder)
     assert weights.keys() == {"a.b"} and optimizer["state"][0]["step"] == 1
 
 
 def test_a_draft_is_no_state(tmp_path):
     states = States(tmp_path)
     draft = states.begin(3)
-    write_parts(draft, {"a": torch.zeros(1)}, {})
+    write_weights_and_optimizer(draft, {"a": torch.zeros(1)}, {})
     assert states.steps() == [] and states.latest() is None
     states.discard(3)
     assert not list(tmp_path.iterdir())

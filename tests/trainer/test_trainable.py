@@ -11,7 +11,7 @@ from wan_core.models.ops import rms_norm
 from wan_core.offload.placement import place
 from wan_core.offload.quant import big_linears, quantise
 from wan_core.offload.weights import WeightProvider
-from wancore.trainer.model.placing import checkpointed
+from wancore.trainer.model.memory import activation_checkpointing
 from wancore.trainer.model.trainable import lora_patches, prepare
 from wancore.trainer.objective import Objective
 
@@ -32,7 +32,7 @@ def give_the_lora_an_effect(found, scale=0.05):
 
 def loss_and_gradients(found, variant="t2v", **how):
     x, timesteps, cond = inputs(variant)
-    around = checkpointed(found.module.blocks, **how) if how else nullcontext()
+    around = activation_checkpointing(found.module.blocks, **how) if how else nullcontext()
     with around:
         loss = found.module.velocity(x, timesteps, cond).square().mean()
         loss.backward()
@@ -64,7 +64,7 @@ def test_a_step_leaves_frozen_tensors_bit_for_bit():
     optimizer = torch.optim.AdamW(found.groups(0.01), lr=1e-2)
     x, timesteps, cond = inputs()
     for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16), checkpointed(found.module.blocks):
+        with torch.autocast("cpu", torch.bfloat16), activation_checkpointing(found.module.blocks):
             found.module.velocity(x, timesteps, cond).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -187,7 +187,7 @@ def test_checkpointing_keeps_less_and_leaves_nothing_behind():
             found.module.velocity(x, timesteps, cond)
         return sum(sizes)
 
-    assert kept(checkpointed(found.module.blocks)) < kept(nullcontext()) / 4
+    assert kept(activation_checkpointing(found.module.blocks)) < kept(nullcontext()) / 4
     assert not any("forward" in vars(block) for block in found.module.blocks)
 
 
@@ -197,7 +197,7 @@ def test_checkpointing_runs_blocks_once_when_no_gradient_is_wanted():
     for block in found.module.blocks:
         block.self_attn.register_forward_hook(lambda *_: calls.append(1))
     x, timesteps, cond = inputs()
-    with torch.no_grad(), checkpointed(found.module.blocks):
+    with torch.no_grad(), activation_checkpointing(found.module.blocks):
         found.module.velocity(x, timesteps, cond)
     assert len(calls) == len(found.module.blocks)
 

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from tests.trainer.material import number_of, numbered, write_video
-from wan_core.media import check_frame
+from wan_core.media import Clip, MediaError, check_frame, probe
 from wan_core.media.fitting import resized
-from wancore.trainer.data.clips import Clip, MediaError, at_rate, own_size, picked, probe, read, usable_frames
+from wancore.trainer.data.clips import frames_at_rate, native_size, pick_frames, read, usable_frames
 
 VIDEO_SUFFIXES = (
     ".mp4",
@@ -64,7 +64,7 @@ def test_every_picture_format_is_a_clip_of_one_frame(tmp_path, suffix):
 )
 def test_frame_rates_are_changed_by_time(stored, fps, expected):
     clip = Clip(None, tuple(n / stored for n in range(16)), stored, 32, 32)
-    found = at_rate(clip, fps)
+    found = frames_at_rate(clip, fps)
     assert all(
         abs(clip.times[index] - place / (fps or stored)) <= 0.5 / stored + 1e-9 for place, index in enumerate(found)
     )
@@ -75,7 +75,7 @@ def test_frame_rates_are_changed_by_time(stored, fps, expected):
 
 def test_frames_at_uneven_times_are_chosen_by_time():
     clip = Clip(None, (0.0, 0.1, 0.2, 1.0, 1.1), 5, 32, 32)
-    assert at_rate(clip, 2) == [0, 2, 3]
+    assert frames_at_rate(clip, 2) == [0, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_frames_at_uneven_times_are_chosen_by_time():
     ],
 )
 def test_frame_picks(pick, fraction, expected):
-    assert picked(11, 5, pick, fraction) == pytest.approx(expected, abs=pick == "spread")
-    assert picked(5, 5, pick, fraction) == [0, 1, 2, 3, 4]
+    assert pick_frames(11, 5, pick, fraction) == pytest.approx(expected, abs=pick == "spread")
+    assert pick_frames(5, 5, pick, fraction) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_usable_frames(count, wanted, expected):
     ],
 )
 def test_own_size(size, pixels, expected):
-    assert own_size(*size, pixels) == expected
+    assert native_size(*size, pixels) == expected
 
 
 def test_frames_are_cropped_around_the_centre_by_the_function_of_inference(tmp_path):

@@ -53,7 +53,7 @@ class LatentCache:
                 pass
         except OSError as error:
             raise ValueError(f"The cache folder {folder} cannot be written to: {error}. Name another one.") from error
-        self._hashes = _remembered(self.folder / HASHES)
+        self._hashes = _read_hashes(self.folder / HASHES)
 
     def key(self, parts: Mapping[str, Any]) -> str:
         """The name of what was made from `parts`, which must be JSON."""
@@ -69,7 +69,7 @@ class LatentCache:
         stat = path.stat()
         identity = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
         if identity not in self._hashes:
-            self._hashes |= _remembered(self.folder / HASHES)
+            self._hashes |= _read_hashes(self.folder / HASHES)
         if identity not in self._hashes:
             digest = hashlib.sha256()
             with path.open("rb") as file:
@@ -123,7 +123,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> list[int]:
     return list(total.digest())
 
 
-def _remembered(path: Path) -> dict[str, str]:
+def _read_hashes(path: Path) -> dict[str, str]:
     """The hashes in `path`; none where it is no such file."""
     try:
         found = read_json(path, limit=HASHES_BYTES)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from wan_core.conditioning.camera import DEFAULT_SPEED, MOVES
 from wan_core.conditioning.inputs import FASTEST, SLOWEST
-from wan_core.media import Clip, MediaError, frames, probe, to_unit
+from wan_core.media import Clip, MediaError, frames, to_unit
 from wan_core.media.fitting import resized
 from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 
-Kind = Literal["start", "end", "clip", "mask", "picture", "pictures", "poses", "number", "word"]
+InputKind = Literal["start", "end", "clip", "mask", "picture", "pictures", "poses", "number", "word"]
 """`start` and `end` are pictures of the trained clip itself; `clip` and `mask` follow it frame by frame."""
 
 FILE_KINDS = ("clip", "mask", "picture", "pictures", "poses")
@@ -38,7 +38,7 @@ class ExtraInput:
     """
 
     name: str
-    kind: Kind
+    kind: InputKind
     gives: str
     help: str
     droppable: bool = False
@@ -120,15 +120,12 @@ SWITCHES = (
 """Inputs that `--input_contains_<name>` turns on, the older spelling of `--extra_inputs`."""
 
 
-def given_names(names: Sequence[str]) -> tuple[str, ...]:
+def input_names(names: Sequence[str]) -> tuple[str, ...]:
     """What `wan_core.variants` calls the inputs `names`, each once."""
     return tuple(dict.fromkeys(INPUTS[name].gives for name in names))
 
 
-__all__ = ["Clip", "MediaError", "at_rate", "own_size", "picked", "probe", "read", "usable_frames"]
-
-
-def at_rate(clip: Clip, fps: float | None) -> list[int]:
+def frames_at_rate(clip: Clip, fps: float | None) -> list[int]:
     """Which frames make up `clip` at `fps`: at each time the nearest one. None is every frame as stored."""
     if fps is None or clip.fps is None:
         return list(range(clip.num_frames))
@@ -146,7 +143,7 @@ def usable_frames(count: int, num_frames: int, geometry: Geometry = DEFAULT_GEOM
     return geometry.video_frames(geometry.latent_frames(min(count, num_frames)))
 
 
-def picked(count: int, num_frames: int, pick: str, fraction: float = 0.0) -> list[int]:
+def pick_frames(count: int, num_frames: int, pick: str, fraction: float = 0.0) -> list[int]:
     """Which `num_frames` of `count` frames are used.
 
     Args:
@@ -160,7 +157,7 @@ def picked(count: int, num_frames: int, pick: str, fraction: float = 0.0) -> lis
     return list(range(start, start + num_frames))
 
 
-def own_size(width: int, height: int, max_pixels: int, geometry: Geometry = DEFAULT_GEOMETRY) -> tuple[int, int]:
+def native_size(width: int, height: int, max_pixels: int, geometry: Geometry = DEFAULT_GEOMETRY) -> tuple[int, int]:
     """The largest width and height that a video can have and that are neither above the file's nor above
     `max_pixels`.
     """

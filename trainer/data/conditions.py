@@ -20,8 +20,8 @@ from wan_core.types import Conditioning, VaceInput, VideoSize
 from ..config import TrainConfig
 from ..model.load import FoundModels
 from .cache import Encoders, LatentCache
-from .clips import at_rate
-from .draws import Choice, Media, choose, fixed
+from .choices import Choice, Media, choose, fixed
+from .clips import frames_at_rate
 from .report import Row
 
 CACHE_VERSION = 2
@@ -35,7 +35,7 @@ Shape = tuple[VideoSize, tuple[str, ...], int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class EncodedSample:
     """One sample as a model is trained on it, on the CPU.
 
     Attributes:
@@ -74,7 +74,7 @@ class Batch:
     pixels: Tensor | None = None
 
 
-def collate(samples: Sequence[Encoded]) -> Batch:
+def collate(samples: Sequence[EncodedSample]) -> Batch:
     """`samples` as one batch.
 
     Raises:
@@ -150,7 +150,7 @@ class Examples:
         dropped = self.models.droppable(names)
         return tuple(name for name in names if name not in dropped)
 
-    def get(self, position: int, epoch: int) -> Encoded:
+    def get(self, position: int, epoch: int) -> EncodedSample:
         """The sample of a position in an epoch, from the cache where it is there.
 
         Raises:
@@ -159,7 +159,7 @@ class Examples:
         return self.encode(self.choose(position, epoch), position)
 
     @torch.no_grad()
-    def encode(self, choice: Choice, position: int) -> Encoded:
+    def encode(self, choice: Choice, position: int) -> EncodedSample:
         """The sample of a choice, from the cache where it is there.
 
         Raises:
@@ -176,7 +176,7 @@ class Examples:
             cond = self.models.fit(_unpacked(encoded, cond, choice.given, row.size), row.size)
         if "leading" in encoded:
             latents = torch.cat((encoded["leading"], latents), 2)
-        return Encoded(
+        return EncodedSample(
             latents=latents[0],
             cond=cond,
             caption=choice.caption,
@@ -308,7 +308,7 @@ class Examples:
             "version": CACHE_VERSION,
             "encoder": self._identity("vae"),
             "file": self.cache.file_hash(row.target.path),
-            "frames": [at_rate(row.target, self.config.fps)[place] for place in choice.places],
+            "frames": [frames_at_rate(row.target, self.config.fps)[place] for place in choice.places],
             "size": [row.size.width, row.size.height, row.size.num_frames],
         }
 
@@ -325,7 +325,7 @@ class Examples:
             "variant": self.models.variant.name,
             "image_encoder": self._identity("image_encoder"),
             "inputs": {
-                name: [[self.cache.file_hash(c.path), [*at_rate(c, self.config.fps)]] for c in clips]
+                name: [[self.cache.file_hash(c.path), [*frames_at_rate(c, self.config.fps)]] for c in clips]
                 for name, clips in files.items()
                 if name.startswith(ENCODED)
             },

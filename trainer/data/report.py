@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan_core.conditioning.camera import CameraPath
-from wan_core.media import FPS, check_frame
+from wan_core.media import FPS, Clip, MediaError, check_frame, probe
 from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.types import VideoSize
 
 from ..config import TrainConfig
-from .clips import ALIGNED_KINDS, INPUTS, Clip, ExtraInput, MediaError, at_rate, own_size, picked, probe, usable_frames
+from .clips import ALIGNED_KINDS, INPUTS, ExtraInput, frames_at_rate, native_size, pick_frames, usable_frames
 from .dataset import MOST_NAMED, Dataset, Sample
 
 ASPECT_TOLERANCE = 0.02
 """How far the shape of a control clip may be from that of the clip that it belongs to."""
 
-READERS = 8
+THREADS = 8
 SHOWN_ROWS = 3
 
 
@@ -50,7 +50,7 @@ class Row:
 
     def places(self, config: TrainConfig, fraction: float = 0.0) -> list[int]:
         """Which of the `count` frames are used; `fraction` in [0, 1) chooses where `random` starts."""
-        return picked(self.count, self.size.num_frames, config.frame_pick, fraction)
+        return pick_frames(self.count, self.size.num_frames, config.frame_pick, fraction)
 
     def __str__(self) -> str:
         rate = f" at {self.target.fps:g} fps" if self.target.fps else ""
@@ -71,7 +71,7 @@ class BadRow:
 
 
 @dataclass(frozen=True)
-class Report:
+class DatasetReport:
     """What the check found. As text it is what a user is shown."""
 
     source: Path
@@ -106,7 +106,7 @@ def check(
     config: TrainConfig,
     on_progress: Callable[[int, int], None] | None = None,
     geometry: Geometry = DEFAULT_GEOMETRY,
-) -> Report:
+) -> DatasetReport:
     """Open every file of `dataset` and see whether the run that `config` describes can train it.
 
     Args:
@@ -116,7 +116,7 @@ def check(
     fixed = config.size and VideoSize.rounded(**config.size.as_dict(), geometry=geometry)
     rows: list[Row] = []
     bad: list[BadRow] = []
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         results = pool.map(lambda sample: _checked(sample, config, fixed, geometry), dataset.samples)
         for done, result in enumerate(results, 1):
             if isinstance(result, Row):
@@ -125,7 +125,9 @@ def check(
                 bad.append(result)
             if on_progress is not None:
                 on_progress(done, len(dataset.samples))
-    return Report(dataset.source, tuple(rows), tuple(bad), dataset.problems, tuple(_notices(rows, dataset, config)))
+    return DatasetReport(
+        dataset.source, tuple(rows), tuple(bad), dataset.problems, tuple(_notices(rows, dataset, config))
+    )
 
 
 def _checked(sample: Sample, config: TrainConfig, fixed: VideoSize | None, geometry: Geometry) -> Row | BadRow:
@@ -137,7 +139,7 @@ def _checked(sample: Sample, config: TrainConfig, fixed: VideoSize | None, geome
     if sample.target is not None:
         try:
             target = probe(sample.target)
-            count = len(at_rate(target, config.fps))
+            count = len(frames_at_rate(target, config.fps))
             size = _size(target, count, config, fixed, geometry)
             check_frame(target, _last_frame(target, count, size, config))
         except MediaError as error:
@@ -172,13 +174,13 @@ def _size(clip: Clip, count: int, config: TrainConfig, fixed: VideoSize | None, 
             rate = f" at {config.fps:g} fps" if config.fps else ""
             raise MediaError(f"it has {count} frames{rate}, fewer than the {wanted} wanted; --short_clip trim shortens")
         wanted = usable_frames(count, wanted, geometry)
-    own = own_size(clip.width, clip.height, config.max_pixels, geometry)
+    own = native_size(clip.width, clip.height, config.max_pixels, geometry)
     width, height = (fixed.width, fixed.height) if fixed else own
     return VideoSize(width, height, wanted, geometry)
 
 
 def _last_frame(clip: Clip, count: int, size: VideoSize, config: TrainConfig) -> int:
-    return at_rate(clip, config.fps)[max(picked(count, size.num_frames, config.frame_pick))]
+    return frames_at_rate(clip, config.fps)[max(pick_frames(count, size.num_frames, config.frame_pick))]
 
 
 def _input_files(row: ExtraInput, paths: Sequence[Path]) -> tuple[Clip, ...]:
@@ -203,12 +205,12 @@ def _input_files(row: ExtraInput, paths: Sequence[Path]) -> tuple[Clip, ...]:
 def _check_aligned(row: ExtraInput, clip: Clip, target: Clip, count: int, size: VideoSize, config: TrainConfig) -> None:
     """Raise ValueError unless `clip` follows `target` frame by frame; a picture holds still for all of them."""
     if clip.fps is not None:
-        places = picked(count, size.num_frames, config.frame_pick)
+        places = pick_frames(count, size.num_frames, config.frame_pick)
         needed = count if config.frame_pick == "random" else max(places) + 1
-        have = len(at_rate(clip, config.fps))
+        have = len(frames_at_rate(clip, config.fps))
         if have < needed:
             raise ValueError(f"{row.name} ({clip.path.name}) has {have} frames; the clip needs {needed}")
-        check_frame(clip, at_rate(clip, config.fps)[needed - 1])
+        check_frame(clip, frames_at_rate(clip, config.fps)[needed - 1])
     shapes = clip.width / clip.height, target.width / target.height
     if abs(shapes[0] / shapes[1] - 1) > ASPECT_TOLERANCE:
         raise ValueError(

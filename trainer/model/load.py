@@ -23,7 +23,7 @@ from wan_core.types import Conditioning, VideoSize
 from wan_core.variants import IMAGE, Variant
 
 from ..config import TrainConfig
-from ..data.clips import INPUTS, given_names
+from ..data.clips import INPUTS, input_names
 from ..flags import ConfigError
 
 log = logging.getLogger("wancore")
@@ -203,7 +203,7 @@ def check_inputs(models: FoundModels, config: TrainConfig) -> None:
     """Raise ConfigError when the models cannot use the inputs that `config` names, or need others; the message names
     the flags.
     """
-    given = given_names(config.extra_inputs) + ((INPAINT,) if config.random_mask else ())
+    given = input_names(config.extra_inputs) + ((INPAINT,) if config.random_mask else ())
     try:
         variants.check(models.variant, given, models.name, models.has_motion_controller)
     except ValueError as error:

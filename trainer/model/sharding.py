@@ -26,7 +26,7 @@ TAG = "deepspeed"
 """The folder of DeepSpeed's parts within a state."""
 
 
-class Sharded(Protocol):
+class ShardedModel(Protocol):
     """A model and its optimizer of which a process holds a share. Every process must call each of these."""
 
     def whole(self) -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ def check(accelerator: Accelerator, config: TrainConfig) -> None:
     """Raise ValueError when `config` asks for what the processes of this run cannot do."""
     if config.streams and accelerator.num_processes > 1:
         raise ValueError("--stream_base and --vram_limit are for one process; launch one, or leave them out.")
-    if accelerator.distributed_type not in KINDS:
+    if accelerator.distributed_type not in SHARDED_MODELS:
         return
     if config.sample_steps is not None:
         raise ValueError("Sharded weights cannot draw samples; leave out --sample_steps, or launch without sharding.")
@@ -55,7 +55,7 @@ def check(accelerator: Accelerator, config: TrainConfig) -> None:
 
 def set_up(accelerator: Accelerator, trainables: Trainables, config: TrainConfig) -> None:
     """Tell FSDP or DeepSpeed what they must know of the run before the model is given to them."""
-    if accelerator.distributed_type not in KINDS:
+    if accelerator.distributed_type not in SHARDED_MODELS:
         return
     # For models that are whole in each process accelerate does so itself.
     bf16 = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
@@ -75,14 +75,14 @@ def set_up(accelerator: Accelerator, trainables: Trainables, config: TrainConfig
         }
 
 
-def sharded(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Sharded | None:
+def sharded_model(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> ShardedModel | None:
     """How `model` and `optimizer`, as `accelerator` prepared them, are saved; None when every process holds all."""
-    kind = KINDS.get(accelerator.distributed_type)
+    kind = SHARDED_MODELS.get(accelerator.distributed_type)
     return None if kind is None else kind(model, optimizer)
 
 
 @dataclass(frozen=True, eq=False)
-class FullyShared:
+class FSDPModel:
     """FSDP: `model` and `optimizer` hold a share of each tensor."""
 
     model: nn.Module
@@ -130,7 +130,7 @@ class FullyShared:
 
 
 @dataclass(frozen=True, eq=False)
-class DeepSpeed:
+class DeepSpeedModel:
     """DeepSpeed: `model` is its engine, which holds the optimizer too."""
 
     model: Any
@@ -155,8 +155,8 @@ class DeepSpeed:
             raise ValueError(f"The state {folder} was not written by a run that was launched with DeepSpeed.")
 
 
-KINDS: dict[DistributedType, Callable[[Any, Any], Sharded]] = {
-    DistributedType.FSDP: FullyShared,
-    DistributedType.DEEPSPEED: DeepSpeed,
+SHARDED_MODELS: dict[DistributedType, Callable[[Any, Any], ShardedModel]] = {
+    DistributedType.FSDP: FSDPModel,
+    DistributedType.DEEPSPEED: DeepSpeedModel,
 }
 """Ways to run in which a process holds only a share of the weights or the optimizer's state."""

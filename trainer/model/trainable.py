@@ -25,7 +25,7 @@ from wan_core.sampling.predictor import motion_offset
 from wan_core.types import Conditioning
 
 from ..config import TrainConfig
-from ..objective import Draw, errors, noisy
+from ..objective import Noising, errors, noisy
 
 log = logging.getLogger("wancore")
 
@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        draw: Draw,
+        draw: Noising,
         cond: Conditioning,
         captions: Sequence[str] = (),
         pixels: Tensor | None = None,
@@ -115,7 +115,7 @@ class Denoiser(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Trainable:
     """Weights that are trained and saved together.
 
     Attributes:
@@ -148,7 +148,7 @@ class Trainables:
     """
 
     module: Denoiser
-    parts: tuple[Part, ...]
+    parts: tuple[Trainable, ...]
     model: VideoModel
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -237,13 +237,13 @@ def _belongs(name: str, part: str) -> bool:
     return part not in ("dit", "vace") or name.startswith(VACE) == (part == "vace")
 
 
-def _whole(module: Denoiser, name: str, label: str) -> Part:
+def _whole(module: Denoiser, name: str, label: str) -> Trainable:
     owner, found = _module_of(module, name, label)
     names = tuple(n for n, _ in found.named_parameters() if _belongs(n, name))
-    return Part(name, owner, names, is_lora=False)
+    return Trainable(name, owner, names, is_lora=False)
 
 
-def _inject(module: Denoiser, name: str, config: TrainConfig, label: str) -> Part:
+def _inject(module: Denoiser, name: str, config: TrainConfig, label: str) -> Trainable:
     """Put the LoRA that `config` describes on the layers of the model `name` that it names."""
     owner, base = _module_of(module, name, label)
     layers = _target_layers(base, name, config.lora_target_modules)
@@ -263,7 +263,7 @@ def _inject(module: Denoiser, name: str, config: TrainConfig, label: str) -> Par
         _lora_layer(base, layer).cast_input_dtype_enabled = config.mixed_precision == "no"
     if config.lora_checkpoint:
         _start_from(base, layers, config.lora_checkpoint, config.lora_rank)
-    return Part(name, owner, tuple(layers), is_lora=True)
+    return Trainable(name, owner, tuple(layers), is_lora=True)
 
 
 def _lora_layer(base: nn.Module, name: str) -> LoraLayer:
@@ -321,7 +321,7 @@ def _start_from(base: nn.Module, layers: Sequence[str], file: str, rank: int) ->
     log.info("Starting from %s: factors of %d layers.", lora.name, len(bound.patches))
 
 
-def lora_patches(part: Part, tensors: Mapping[str, Tensor], alpha: float) -> Iterator[tuple[str, LowRank]]:
+def lora_patches(part: Trainable, tensors: Mapping[str, Tensor], alpha: float) -> Iterator[tuple[str, LowRank]]:
     """The patches of a LoRA part under original parameter names, from the tensors of `Denoiser` by name."""
     for layer in part.names:
         down, up = (tensors[f"{part.owner}.{layer}.lora_{side}.{ADAPTER}.weight"] for side in "AB")

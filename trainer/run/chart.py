@@ -51,7 +51,7 @@ def save_chart(file: Path, steps: Sequence[Mapping[str, Any]], held_out: Sequenc
     return file
 
 
-def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The running mean of `points`, in which a step counts less the longer ago it was, without a bias at the start."""
     mean = weight = 0.0
     line = []
@@ -75,7 +75,7 @@ def _draw_losses(axes: "Axes", raw: Sequence[tuple[float, float]], held_out: Seq
     # A line of one point is drawn as a dot: only markers show those.
     for points, colour, width, dotted in (
         (raw, RAW, 1, len(raw) == 1),
-        (smoothed(raw), SMOOTH, 2, len(raw) == 1),
+        (smooth(raw), SMOOTH, 2, len(raw) == 1),
         (held_out, HELD_OUT, 2, True),
     ):
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, marker="o" if dotted else "", markersize=4)

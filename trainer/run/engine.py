@@ -19,9 +19,9 @@ from wan_core.offload.weights import WeightProvider
 from .. import optimizers
 from ..config import TrainConfig
 from ..model import sharding
-from ..model.placing import frozen_at_work
+from ..model.memory import frozen_weights_on
 from ..model.trainable import Trainables
-from .state import StateError, read_parts, write_parts
+from .state import StateError, read_weights_and_optimizer, write_weights_and_optimizer
 
 log = logging.getLogger("wancore")
 
@@ -80,7 +80,7 @@ class Engine:
         self.model, self.optimizer = accelerator.prepare(
             trainables.module, optimizer, device_placement=[False, True] if config.streams else None
         )
-        self._sharded = sharding.sharded(accelerator, self.model, self.optimizer)
+        self._sharded = sharding.sharded_model(accelerator, self.model, self.optimizer)
         self._checked = False
 
     @contextmanager
@@ -93,7 +93,7 @@ class Engine:
             with WeightProvider.of(self.trainables.model.dit).held():
                 yield
             return
-        with frozen_at_work(self.trainables.module, self.config, self.device) as self.stream:
+        with frozen_weights_on(self.trainables.module, self.config, self.device) as self.stream:
             yield
         self.stream = None
 
@@ -180,7 +180,7 @@ class Engine:
         if self._sharded is not None:
             self._sharded.save(folder)
         elif self.is_main:
-            write_parts(folder, self.trained(), self.optimizer.state_dict())
+            write_weights_and_optimizer(folder, self.trained(), self.optimizer.state_dict())
 
     def restore(self, folder: Path) -> None:
         """Take weights and optimizer from a state's folder.
@@ -191,7 +191,7 @@ class Engine:
         if self._sharded is not None:
             self._sharded.load(folder)
             return
-        weights, optimizer = read_parts(folder)
+        weights, optimizer = read_weights_and_optimizer(folder)
         trained = self.trainables.parameters()
         wrong = [n for n in weights.keys() | trained.keys() if _shape(weights, n) != _shape(trained, n)]
         if wrong:

@@ -127,7 +127,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
-class Pace:
+class StepTimer:
     """How long the rest takes, judged by the last steps."""
 
     WINDOW = 20

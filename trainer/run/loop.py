@@ -26,13 +26,13 @@ from wan_core.runtime import OutOfMemoryError, is_out_of_memory
 from ..config import TrainConfig
 from ..data.conditions import Batch, Examples, collate
 from ..export import STEP, Exporter
-from ..model.placing import checkpointed
+from ..model.memory import activation_checkpointing
 from ..objective import Objective, seed_for, weighted
 from .engine import Engine
-from .events import Events, Pace
+from .events import Events, StepTimer
 from .plan import Plan, Step, learning_rate
 from .state import Progress, States, require_space
-from .validate import Watcher
+from .validate import Evaluator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 QUIT_NOW = 130
@@ -182,7 +182,7 @@ class Saver:
         return None
 
 
-SPEAK_EVERY = 15.0
+LOG_SECONDS = 15.0
 """Seconds between lines of progress in the log."""
 
 
@@ -195,7 +195,7 @@ class LoadError(ValueError):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What a step gave, over all processes: loss, gradient norm, and timestep and error of every sample."""
 
     loss: float
@@ -218,7 +218,7 @@ class Loop:
     plan: Plan
     objective: Objective
     saver: Saver
-    watcher: Watcher
+    watcher: Evaluator
     events: Events
     stop: StopRequest
 
@@ -231,7 +231,7 @@ class Loop:
             LoadError: a file cannot be read any more; the run was saved before, if it has one process.
             SaveError: two saves in a row failed, or the last one.
         """
-        pace, spoken = Pace(), 0.0
+        pace, spoken = StepTimer(), 0.0
         last: Step | None = None
         if self._stops():
             return done
@@ -242,7 +242,7 @@ class Loop:
                 last, done = step, step.number
                 pace.add(time.monotonic() - started)
                 self._tell(step, outcome, time.monotonic() - started, pace.left(self.plan.total - done))
-                if time.monotonic() - spoken > SPEAK_EVERY:
+                if time.monotonic() - spoken > LOG_SECONDS:
                     spoken = time.monotonic()
                     log.info(
                         "Step %d of %d: loss %.4f, about %.0f min left.",
@@ -260,7 +260,7 @@ class Loop:
             raise
         return done
 
-    def _tell(self, step: Step, outcome: Outcome, seconds: float, left: float) -> None:
+    def _tell(self, step: Step, outcome: StepResult, seconds: float, left: float) -> None:
         self.events.step(
             step.number, self.plan.total, epoch=step.epoch, loss=outcome.loss,
             lr=learning_rate(self.config, step.number, self.plan.total), grad_norm=outcome.grad_norm, seconds=seconds,
@@ -271,7 +271,7 @@ class Loop:
         """Whether any process was asked to stop; all of them then do."""
         return self.engine.any(bool(self.stop))
 
-    def _step(self, step: Step, batches: list[Batch]) -> Outcome:
+    def _step(self, step: Step, batches: list[Batch]) -> StepResult:
         engine, errors, timesteps = self.engine, [], []
         loss = torch.zeros((), device=engine.device)
         engine.set_learning_rate(learning_rate(self.config, step.number, self.plan.total))
@@ -287,7 +287,7 @@ class Loop:
             if is_out_of_memory(error):
                 raise OutOfMemoryError(self._memory_advice(step, batches)) from error
             raise
-        outcome = Outcome(
+        outcome = StepResult(
             engine.sum(loss).item(), norm, engine.gather(torch.cat(timesteps)), engine.gather(torch.cat(errors))
         )
         if not outcome.is_finite:
@@ -303,7 +303,7 @@ class Loop:
         draw = self.objective.draw(batch.latents.shape[1:], config.seed, step.epoch, batch.positions)
         around: AbstractContextManager[None] = nullcontext()
         if config.use_gradient_checkpointing:
-            around = checkpointed(
+            around = activation_checkpointing(
                 engine.trainables.module.blocks,
                 offload=config.use_gradient_checkpointing_offload,
                 preserve_rng=config.lora_dropout > 0,
@@ -338,7 +338,7 @@ class Loop:
         except (ValueError, OSError) as error:
             raise LoadError(f"Step {step.number} cannot load its samples: {error}") from error
 
-    def _where(self, step: Step, batches: list[Batch], outcome: Outcome) -> str:
+    def _where(self, step: Step, batches: list[Batch], outcome: StepResult) -> str:
         names = ", ".join(name for batch in batches for name in batch.names)
         times = ", ".join(f"{t:.0f}" for t in outcome.timesteps)
         return (

@@ -29,7 +29,7 @@ CACHE_SETTINGS = (
 """Settings of the second command that are those of the first: they decide what is in the cache."""
 
 
-def record(config: TrainConfig) -> Path:
+def record_data(config: TrainConfig) -> Path:
     """Write down, in the output folder of `config`, which data was encoded there. Returns the file."""
     told = {name: value for name, value in config.resolved().items() if name in CACHE_SETTINGS}
     told |= {"dataset_base_path": _absolute(config.dataset_base_path), "cache_dir": _absolute(config.cache_folder)}
@@ -72,7 +72,7 @@ RUN_SETTINGS = frozenset({"output_path", "dataset_base_path", "learning_rate", "
 
 
 @contextmanager
-def taken(folder: Path) -> Iterator[None]:
+def locked_output(folder: Path) -> Iterator[None]:
     """Make `folder`, keep other trainings out of it, and remove what killed ones were writing there.
 
     Raises:

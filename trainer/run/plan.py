@@ -13,8 +13,8 @@ from wan_core.offload.weights import WeightProvider
 from wan_core.runtime import gigabytes
 
 from ..config import TrainConfig
-from ..data.draws import batches
-from ..model.placing import placement_within
+from ..data.choices import batches
+from ..model.memory import placement_within
 from ..model.trainable import Trainables
 
 

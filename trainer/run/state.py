@@ -35,7 +35,7 @@ LARGEST_STEP = 10**15
 BLOCK = 2**22
 
 
-ABOUT_FILES = {
+LOCATION_SETTINGS = {
     "cache", "cache_dir", "confined", "dataset_base_path", "dataset_metadata_path", "local_model_path", "max_steps",
     "min_free_gb", "model_id_with_origin_paths", "model_paths", "num_epochs", "num_workers", "output_path",
     "preset_lora_path", "resume", "resume_force", "resume_from_checkpoint", "skip_download", "stop_file", "task",
@@ -43,7 +43,7 @@ ABOUT_FILES = {
 }  # fmt: skip
 """Settings that say where things are and how long a run is, not how it trains and what it writes."""
 
-FREE = ABOUT_FILES | {
+FREE_SETTINGS = LOCATION_SETTINGS | {
     "find_unused_parameters", "keep_last", "learning_rate", "log_with", "lora_checkpoint", "lora_format",
     "on_bad_sample", "preset_lora_model", "remove_prefix_in_ckpt", "sample_cfg_scale", "sample_count",
     "sample_inference_steps", "sample_negative_prompt", "sample_prompt", "sample_seed", "sample_steps", "save_steps",
@@ -162,13 +162,13 @@ class States:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def write_parts(folder: Path, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+def write_weights_and_optimizer(folder: Path, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
     """Put trained weights and an optimizer's `state_dict` into a state's folder."""
     write_safetensors(folder / WEIGHTS, weights)
     torch.save(optimizer, folder / OPTIMIZER)
 
 
-def read_parts(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights_and_optimizer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights and the optimizer's `state_dict` of a state, on the CPU.
 
     Raises:
@@ -209,9 +209,9 @@ def verify(folder: Path) -> None:
             raise StateError(f"The saved state {folder} is damaged: {name} is not as it was written.")
 
 
-def identity_of(config: TrainConfig, fingerprint: str, components: Mapping[str, Component]) -> dict[str, Any]:
+def run_identity(config: TrainConfig, fingerprint: str, components: Mapping[str, Component]) -> dict[str, Any]:
     """What must be the same for a run to be continued exactly: settings, data by its `fingerprint`, model files."""
-    kept = {name: value for name, value in config.resolved().items() if name not in FREE}
+    kept = {name: value for name, value in config.resolved().items() if name not in FREE_SETTINGS}
     files = {kind: _sizes(component.header.files) for kind, component in components.items()}
     for name in ("resume_from_checkpoint", "preset_lora_path"):
         path = getattr(config, name)
@@ -224,7 +224,7 @@ def _sizes(files: Iterable[Path]) -> list[list[str | int]]:
     return [[file.name, file.stat().st_size] for file in files]
 
 
-def find_earlier(
+def find_state(
     states: States, config: TrainConfig, identity: Mapping[str, Any], world: int
 ) -> tuple[Path, Progress] | None:
     """The state to continue from, with its folder; None for a new run.

@@ -21,8 +21,8 @@ from wan_core.types import Conditioning, VideoSize
 
 from ..config import TrainConfig
 from ..data.cache import Encoders
-from ..data.conditions import Encoded, Examples, collate
-from ..objective import Draw, generator_for
+from ..data.conditions import EncodedSample, Examples, collate
+from ..objective import Noising, generator_for
 from .chart import save_chart
 from .engine import Engine
 from .events import Events, latest_steps, validation_points
@@ -40,7 +40,7 @@ Step = Callable[..., Tensor]
 
 
 @torch.no_grad()
-def held_out_errors(model: Step, clips: Iterable[Encoded], device: torch.device) -> dict[float, float]:
+def held_out_errors(model: Step, clips: Iterable[EncodedSample], device: torch.device) -> dict[float, float]:
     """The mean error, without weights, over `clips` at each of `TIMESTEPS`; the noise of a clip is always the same."""
     found: dict[float, list[float]] = {timestep: [] for timestep in TIMESTEPS}
     for clip in clips:
@@ -51,7 +51,7 @@ def held_out_errors(model: Step, clips: Iterable[Encoded], device: torch.device)
                 batch.latents.shape, generator=generator_for("validation", clip.position, int(timestep))
             )
             at = torch.tensor([timestep])
-            draw = Draw(noise, at / 1000, at, torch.ones(1))
+            draw = Noising(noise, at / 1000, at, torch.ones(1))
             found[timestep].append(model(latents, draw, cond, batch.captions, batch.pixels).item())
     return {timestep: sum(errors) / len(errors) for timestep, errors in found.items()}
 
@@ -130,7 +130,7 @@ EVENTS, CHART, SAMPLES = "events.jsonl", "loss.png", "samples"
 
 
 @dataclass(eq=False)
-class Watcher:
+class Evaluator:
     """Validates, samples and draws where the settings say so.
 
     Attributes:
@@ -143,7 +143,7 @@ class Watcher:
     config: TrainConfig
     encoders: Encoders
     events: Events
-    clips: Sequence[Encoded] = ()
+    clips: Sequence[EncodedSample] = ()
     requests: Sequence[SampleRequest] = field(default_factory=tuple)
     engine: Engine = field(init=False)
 

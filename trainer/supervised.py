@@ -1,8 +1,7 @@
 """A training run that ends when the program that started it does.
 
 It is `trainer.train` with one difference: its standard input is a pipe from that program. When the pipe closes, the run
-finishes its step, saves and ends, so that nothing is left behind that holds the GPU.
-"""
+finishes its step, saves and ends, so that nothing is left behind that holds the GPU."""
 
 import os
 import sys

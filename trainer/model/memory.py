@@ -20,7 +20,7 @@ from .trainable import Denoiser
 
 
 @contextmanager
-def checkpointed(
+def activation_checkpointing(
     blocks: Sequence[nn.Module],
     *,
     offload: bool = False,
@@ -69,7 +69,7 @@ def placement_within(inventory: Inventory, config: TrainConfig) -> Placement:
 
 
 @contextmanager
-def frozen_at_work(module: Denoiser, config: TrainConfig, device: torch.device) -> Iterator[BlockStream | None]:
+def frozen_weights_on(module: Denoiser, config: TrainConfig, device: torch.device) -> Iterator[BlockStream | None]:
     """All frozen weights of `module` able to work on `device` inside the block; blocks of the DiT beyond the limit are
     brought there by what this gives.
     """

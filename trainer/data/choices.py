@@ -9,9 +9,10 @@ from torch import Tensor
 
 from wan_core.conditioning.camera import CameraPath
 from wan_core.conditioning.inputs import VideoInputs
+from wan_core.media import Clip
 
 from ..config import TrainConfig
-from .clips import ALIGNED_KINDS, BOTH, INPUTS, START, Clip, at_rate, draw_mask, given_names, mask_kind, read
+from .clips import ALIGNED_KINDS, BOTH, INPUTS, START, draw_mask, frames_at_rate, input_names, mask_kind, read
 from .report import Row
 
 
@@ -48,11 +49,11 @@ def batches(
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:
     """The positions 0 to `count` - 1 in the order of `epoch`."""
-    generator = torch.Generator().manual_seed(mixed(seed, epoch))
+    generator = torch.Generator().manual_seed(mix_seeds(seed, epoch))
     return torch.randperm(count, generator=generator).tolist()
 
 
-def mixed(*numbers: int) -> int:
+def mix_seeds(*numbers: int) -> int:
     """One seed of 63 bits from several numbers, unlike for neighbours (the finaliser of SplitMix64, Steele et al. 2014,
     applied to each)."""
     state = 0
@@ -100,7 +101,7 @@ class Choice:
     def given(self) -> tuple[str, ...]:
         """The inputs by the names that `wan_core.variants` uses."""
         masked = {None: (), START: ("input_image",), BOTH: ("input_image", "end_image")}
-        return given_names(self.names) + masked.get(self.mask, ("inpaint_video",))
+        return input_names(self.names) + masked.get(self.mask, ("inpaint_video",))
 
 
 def choose(row: Row, config: TrainConfig, kept: tuple[str, ...], epoch: int, position: int) -> Choice:
@@ -108,7 +109,7 @@ def choose(row: Row, config: TrainConfig, kept: tuple[str, ...], epoch: int, pos
 
     It follows from (seed, epoch, position) alone.
     """
-    seed = mixed(STREAM, config.seed, epoch, position)
+    seed = mix_seeds(STREAM, config.seed, epoch, position)
     generator = torch.Generator().manual_seed(seed)
     which, no_caption, no_condition, start, kind = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
     captions = row.sample.captions
@@ -118,7 +119,7 @@ def choose(row: Row, config: TrainConfig, kept: tuple[str, ...], epoch: int, pos
         names=kept if no_condition < config.condition_dropout else config.extra_inputs,
         places=tuple(row.places(config, start)),
         mask=mask_kind(kind) if config.random_mask else None,
-        seed=mixed(seed),
+        seed=mix_seeds(seed),
     )
 
 
@@ -200,6 +201,6 @@ class Media:
     def _aligned(self, clip: Clip) -> Tensor:
         """The frames of `clip` that stand at the places of this choice; a picture stands still."""
         size = self.choice.row.size
-        stored = at_rate(clip, self.config.fps)
+        stored = frames_at_rate(clip, self.config.fps)
         places = self.choice.places if clip.fps is not None else [0] * size.num_frames
         return read(clip, [stored[place] for place in places], size.width, size.height)
