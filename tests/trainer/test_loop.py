@@ -239,14 +239,14 @@ def test_a_file_that_goes_bad_is_named_and_the_run_saved_before(shared, tmp_path
     out = tmp_path / "out"
     settings = config(shared, out, cache="off", dataset_base_path=str(data))
 
-    class Spoil(loop_module.Watcher):
+    class Spoil(loop_module.Evaluator):
         def after_step(self, step, is_last):
             if step == 2:
                 for file in data.rglob("*.mp4"):
                     file.write_bytes(b"gone")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wancore.trainer.train.Watcher", Spoil)
+        patch.setattr("wancore.trainer.train.Evaluator", Spoil)
         with pytest.raises(LoadError, match=r"Step 3 .*row [12] "):
             run(settings)
     assert (out / "states" / "step-0000002").is_dir()

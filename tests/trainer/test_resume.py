@@ -68,7 +68,7 @@ def stop_after(out, steps):
     """Within the block a run in this process finds a stop file after that many steps."""
     from wancore.trainer import train as module
 
-    class Stopping(module.Watcher):
+    class Stopping(module.Evaluator):
         seen = 0
 
         def after_step(self, step, is_last):
@@ -81,7 +81,7 @@ def stop_after(out, steps):
     class Around:
         def __enter__(self):
             self.patch = patch.__enter__()
-            self.patch.setattr(module, "Watcher", Stopping)
+            self.patch.setattr(module, "Evaluator", Stopping)
 
         def __exit__(self, *error):
             patch.__exit__(*error)
