@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from wan_core.atomic import NewFile, creating_first, numbered
+from wan_core.atomic import NewFile, creating_first, numbered_paths
 from wan_core.files import check_name, check_writable
 
 from ..nodes import host
@@ -134,7 +134,7 @@ class Folders:
         pattern = re.compile(rf"{re.escape(stem)}_(\d+)(?:_.*)?", re.IGNORECASE if os.name == "nt" else 0)
         there = folder.iterdir() if folder.is_dir() else ()
         taken = [int(match[1]) for path in there if (match := pattern.fullmatch(path.stem))]
-        yield from numbered(folder, stem, f"_{suffix}", max(taken, default=0) + 1)
+        yield from numbered_paths(folder, stem, f"_{suffix}", max(taken, default=0) + 1)
 
     def check(self, prefix: str, suffix: str = ".mp4") -> None:
         """Raise ValueError unless `numbered` can make files of that prefix; nothing is made."""

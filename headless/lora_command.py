@@ -9,7 +9,7 @@ from wan_core.loading.detect import detect_files, require_kind
 from wan_core.lora.apply import LoraUse
 from wan_core.lora.convert import LoraFormat, convert, extract_lora, fuse
 from wan_core.lora.report import LoraReport
-from wan_core.lora.target import REPLACING_KINDS, Target, open_lora, report, report_alone, use_lora
+from wan_core.lora.target import REPLACING_KINDS, Target, lora_file_report, lora_report, open_lora, use_lora
 from wan_core.lora.write import FORMATS
 from wan_core.runtime import DTYPES
 
@@ -67,7 +67,7 @@ def answer(arguments: argparse.Namespace) -> str:
         raise ValueError("--rank is for files that are written; name one with --out.")
     if arguments.base:
         return "\n".join(map(str, _reports(files, arguments.base)))
-    return "\n".join(str(report_alone(open_lora(path))) for path, _ in files)
+    return "\n".join(str(lora_file_report(open_lora(path))) for path, _ in files)
 
 
 def with_strength(text: str) -> tuple[str, float]:
@@ -93,6 +93,6 @@ def _reports(files: list[tuple[str, float]], base: str) -> list[LoraReport]:
     with Target.of_file(component) as target:
         for path, strength in files:
             use = use_lora(path, target, strength=strength)
-            reports.append(report(use, target, stacked))
+            reports.append(lora_report(use, target, stacked))
             stacked.append(use)
     return reports

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from wan_core.planning.fit import Fit, data_of, fit, helps, text_of
+from wan_core.planning.fit import FittedPlan, data_of, fit_plan, suggestions, text_of
 from wan_core.planning.job import Job, plan_whole
 from wan_core.runtime import GIB, free_bytes
 from wan_core.settings import check_number
@@ -79,8 +79,8 @@ def answer(arguments: argparse.Namespace) -> tuple[str, bool]:
     return "\n\n".join(texts), fine
 
 
-def _planned(job: Job, limit: float | None, *, change: bool) -> Fit:
+def _planned(job: Job, limit: float | None, *, change: bool) -> FittedPlan:
     if change:
-        return fit(job, limit)
+        return fit_plan(job, limit)
     plan = plan_whole(job, limit)
-    return Fit(plan, helps=() if plan.fits else helps(plan))
+    return FittedPlan(plan, suggestions=() if plan.fits else suggestions(plan))

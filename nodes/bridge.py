@@ -8,8 +8,8 @@ from wan_core import catalog
 from wan_core.loading.load import adopt, describe_weights
 from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.models.vae import WanVAE
-from wan_core.planning.encoders import size_held
-from wan_core.planning.parts import Part, published_part
+from wan_core.planning.encoders import checked_size
+from wan_core.planning.modules import SizedModule, published_component
 from wan_core.runtime import DTYPES
 from wan_core.types import Conditioning
 
@@ -81,7 +81,7 @@ class ToConditioning:
     def convert(
         self, conditioning: Conditioning, width: int, height: int, num_frames: int
     ) -> tuple[list[list[Any]], list[list[Any]], dict[str, Tensor], int]:
-        size = size_held(width, height, num_frames, DEFAULT_GEOMETRY)
+        size = checked_size(width, height, num_frames, DEFAULT_GEOMETRY)
         positive, negative, empty, trim = to_native(conditioning, size, host.current.clip_vision_output)
         return positive, negative, {"samples": empty}, trim
 
@@ -105,9 +105,9 @@ class FromVAE:
         }
 
     @classmethod
-    def planned(cls, dtype: str = "auto", **_: Any) -> tuple[Part]:
+    def planned(cls, dtype: str = "auto", **_: Any) -> tuple[SizedModule]:
         """As the published one: ComfyUI's is loaded when the graph runs, and all VAEs of Wan 2.1 are alike."""
-        return (planning.planned_part(published_part("vae", catalog.T2V_BASE), "", dtype),)
+        return (planning.planned_part(published_component("vae", catalog.T2V_BASE), "", dtype),)
 
     def convert(self, vae: Any, dtype: str = "auto") -> tuple[WanVAE]:
         weights = vae.get_sd()

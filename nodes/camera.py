@@ -15,7 +15,7 @@ from wan_core.media import frames_to_tensor
 from wan_core.model import VideoModel
 from wan_core.model_files import with_speed_control
 from wan_core.models.config import DEFAULT_GEOMETRY
-from wan_core.planning.encoders import size_held
+from wan_core.planning.encoders import checked_size
 from wan_core.settings import check_choice
 from wan_core.types import Conditioning, VideoSize
 from wan_core.variants import SPEED
@@ -200,7 +200,9 @@ class CameraEncode:
     def encode(
         self, conditioning: Conditioning, camera_path: CameraPath, width: int, height: int, num_frames: int
     ) -> tuple[Conditioning]:
-        return (camera_conditioning(conditioning, camera_path, size_held(width, height, num_frames, DEFAULT_GEOMETRY)),)
+        return (
+            camera_conditioning(conditioning, camera_path, checked_size(width, height, num_frames, DEFAULT_GEOMETRY)),
+        )
 
 
 def _move(direction: str, num_frames: int, speed: float, origin: str, mode: str) -> CameraPath:

@@ -25,9 +25,9 @@ from wan_core.media.fitting import Aspect, LengthPolicy
 from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.models.image_encoder import ImageEncoder
 from wan_core.models.vae import WanVAE
-from wan_core.planning.encoders import IMAGE_ENCODER_BYTES, encoder_at_work, size_held
+from wan_core.planning.encoders import IMAGE_ENCODER_BYTES, checked_size, working_encoder
 from wan_core.planning.encoders import text_peak_bytes as text_bytes
-from wan_core.planning.parts import Part
+from wan_core.planning.modules import SizedModule
 from wan_core.runtime import Runtime
 from wan_core.tiling import AUTO, Tiles, TileSettings
 from wan_core.types import Conditioning, Curve, VideoSize
@@ -117,7 +117,7 @@ def text_encoder_at_work(encoder: TextEncoder) -> Iterator[None]:
 def at_work(module: nn.Module, dtype: torch.dtype, activations: int = 0) -> Iterator[Runtime]:
     """A model on the device inside the block, with the host's services; its weights wait there for the next use."""
     runtime = host.current.runtime(dtype)
-    with encoder_at_work(
+    with working_encoder(
         module, runtime, host.current.memory_settings(), activations, keep=host.current.keeps_weights()
     ):
         yield runtime
@@ -170,7 +170,7 @@ class TextEncode:
 
     @classmethod
     def planned(cls, text_encoder: Any, **_: Any) -> tuple[planning.PlannedConditioning]:
-        return (planning.PlannedConditioning(planning.known(Part, "text_encoder", text_encoder)),)
+        return (planning.PlannedConditioning(planning.known(SizedModule, "text_encoder", text_encoder)),)
 
     def encode(
         self, text_encoder: TextEncoder, prompt: str, negative_prompt: str = "", cache_on_disk: bool = False
@@ -221,7 +221,7 @@ class ImageEncode(Encode):
         too_short: LengthPolicy = "repeat last",
         **tiles: Any,
     ) -> tuple[Conditioning]:
-        size = size_held(width, height, num_frames, vae.config.geometry)
+        size = checked_size(width, height, num_frames, vae.config.geometry)
         pictures = {"start": start_image, "end": end_image, "video": video, "mask": mask}
         with encoders(vae, image_encoder, tile_settings(**tiles)) as encoder:
             cond = image_conditioning(
@@ -275,7 +275,8 @@ class ControlEncode(Encode):
     ) -> tuple[Conditioning]:
         if control_video is None and start_image is None and reference_image is None:
             raise ValueError("Connect a control video, a start image or a reference image.")
-        size, fit = size_held(width, height, num_frames, vae.config.geometry), Fit(aspect=aspect, length=too_short)
+        size = checked_size(width, height, num_frames, vae.config.geometry)
+        fit = Fit(aspect=aspect, length=too_short)
         cond = conditioning
         with encoders(vae, image_encoder, tile_settings(**tiles)) as encoder:
             if control_video is not None:
@@ -382,7 +383,7 @@ class VaceEncode(Encode):
         too_short: LengthPolicy = "repeat last",
         **tiles: Any,
     ) -> tuple[Conditioning]:
-        size = size_held(width, height, num_frames, vae.config.geometry)
+        size = checked_size(width, height, num_frames, vae.config.geometry)
         curve = Curve((strength,) if end_strength < 0 else (strength, end_strength), start, end)
         pictures = references if reference_images is None else (reference_images, *references)
         with encoders(vae, None, tile_settings(**tiles)) as encoder:

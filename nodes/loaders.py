@@ -29,8 +29,8 @@ from wan_core.model_files import (
 )
 from wan_core.models.attention import BACKENDS
 from wan_core.models.config import DiTConfig
-from wan_core.offload.formats import WEIGHTS, Weights
-from wan_core.planning.parts import Part, published_dit, published_part
+from wan_core.offload.formats import WEIGHT_CHOICES, WeightChoice
+from wan_core.planning.modules import SizedModule, published_component, published_dit
 from wan_core.runtime import DTYPES
 from wan_core.variants import match_variant
 
@@ -41,7 +41,7 @@ log = logging.getLogger("wancore")
 PRECISIONS = ("fast", "exact")
 NONE, AUTO = "none", "auto"
 WEIGHTS_INPUT = sockets.choice(
-    list(WEIGHTS),
+    list(WEIGHT_CHOICES),
     "auto",
     "How the weights of the big layers are held. auto: as the file has them; fp8: in 8 bits, half the memory of bf16; "
     "plain: in dtype.",
@@ -70,7 +70,7 @@ def choose_dtype(name: str, component: Component) -> torch.dtype:
     return torch.bfloat16
 
 
-def _rest(weights: Weights, rest: str) -> Offload:
+def _rest(weights: WeightChoice, rest: str) -> Offload:
     """How weights rest, from the widgets."""
     return Offload.on(DISK if rest == "disk" else host.current.offload_device(), weights=weights)
 
@@ -143,7 +143,7 @@ class Loader:
     @classmethod
     def published(cls, name: str) -> Component:
         """What a published model is, without its file."""
-        return published_part(cls.KIND, name)
+        return published_component(cls.KIND, name)
 
     @classmethod
     def described(cls, name: str) -> tuple[Component, str]:
@@ -175,7 +175,7 @@ class PartLoader(Loader):
     """A loader of an encoder or a VAE."""
 
     @classmethod
-    def planned(cls, **given: Any) -> tuple[Part]:
+    def planned(cls, **given: Any) -> tuple[SizedModule]:
         return (planning.planned_part(*cls.described(given[cls.INPUT]), **given),)
 
     @classmethod
@@ -276,7 +276,7 @@ class ModelLoader(Loader):
         precision: str = "fast",
         vace_module: str = NONE,
         preset: str = AUTO,
-        weights: Weights = "auto",
+        weights: WeightChoice = "auto",
         fp8_matmul: bool = False,
         rest: str = "memory",
         torch_compile: bool = False,
@@ -325,7 +325,7 @@ class TextEncoderLoader(PartLoader):
         text_encoder: str,
         dtype: str = "auto",
         download: bool = False,
-        weights: Weights = "auto",
+        weights: WeightChoice = "auto",
         rest: str = "memory",
     ) -> tuple[TextEncoder]:
         component = self.component(text_encoder, download)
@@ -389,7 +389,7 @@ class ImageEncoderLoader(PartLoader):
         image_encoder: str,
         dtype: str = "auto",
         download: bool = False,
-        weights: Weights = "auto",
+        weights: WeightChoice = "auto",
         rest: str = "memory",
     ) -> tuple[ImageEncoder]:
         component = self.component(image_encoder, download)

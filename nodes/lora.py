@@ -3,11 +3,11 @@
 import re
 from typing import Any
 
-from wan_core.atomic import numbered
-from wan_core.lora.apply import MODES, Mode
+from wan_core.atomic import numbered_paths
+from wan_core.lora.apply import LORA_MODES, LoraMode
 from wan_core.lora.bind import BlockStrengths
 from wan_core.lora.convert import LoraFormat, convert
-from wan_core.lora.target import open_lora, report, report_alone, use_lora
+from wan_core.lora.target import lora_file_report, lora_report, open_lora, use_lora
 from wan_core.lora.write import FORMATS
 from wan_core.model import VideoModel
 from wan_core.runtime import DTYPES, log
@@ -93,7 +93,7 @@ class LoraLoader:
                     "Blocks it may change, such as '0-9, 20-29=0.5, other=1' (other: outside of blocks). Empty: all.",
                 ),
                 "mode": sockets.choice(
-                    list(MODES),
+                    list(LORA_MODES),
                     "auto",
                     "fold changes the weights during a run, side computes beside them (exact on FP8); auto chooses.",
                 ),
@@ -125,7 +125,7 @@ class LoraLoader:
         strength: float = 1.0,
         strength_curve: str = "",
         blocks: str = "",
-        mode: Mode = "auto",
+        mode: LoraMode = "auto",
     ) -> tuple[VideoModel, str]:
         curve, by_block = _parsed(strength, strength_curve, blocks)
         path = host.current.find_file(FOLDER, lora)
@@ -167,10 +167,10 @@ class LoraInfo:
     def tell(self, lora: str, model: VideoModel | None = None) -> dict[str, Any]:
         path = host.current.find_file(FOLDER, lora)
         if model is None:
-            told = report_alone(open_lora(path))
+            told = lora_file_report(open_lora(path))
         else:
             target = model.target()
-            told = report(use_lora(path, target), target, model.loras)
+            told = lora_report(use_lora(path, target), target, model.loras)
         return {"ui": {"text": [str(told)]}, "result": (str(told),)}
 
 
@@ -235,6 +235,6 @@ class LoraSave:
         sources = [(host.current.find_file(FOLDER, lora), strength)]
         if second_lora != "none":
             sources.append((host.current.find_file(FOLDER, second_lora), second_strength))
-        out = numbered(host.current.output_dir() / FOLDER, plain_name("filename", filename), ".safetensors")
+        out = numbered_paths(host.current.output_dir() / FOLDER, plain_name("filename", filename), ".safetensors")
         told = str(convert(sources, out, LoraFormat(format, dtype), rank=rank or None))
         return {"ui": {"text": [told]}, "result": (told,)}

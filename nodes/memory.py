@@ -6,9 +6,9 @@ from wan_core.conditioning.text import TextEncoder
 from wan_core.inspection import report
 from wan_core.model import VideoModel
 from wan_core.models.vae import WanVAE
-from wan_core.planning.fit import fit, text_of
-from wan_core.planning.job import Given, Job
-from wan_core.planning.parts import Part
+from wan_core.planning.fit import fit_plan, text_of
+from wan_core.planning.job import InputSizes, Job
+from wan_core.planning.modules import SizedModule
 from wan_core.runtime import GIB
 from wan_core.settings import CacheSettings, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, VideoSize
@@ -134,17 +134,17 @@ class MemoryPlan:
         cond, controller = model.fit(conditioning, size), model.motion_controller
         job = Job(
             name=model.name,
-            dit=Part(model.dit),
+            dit=SizedModule(model.dit),
             size=size,
             settings=SamplerSettings(guidance=GuidanceSettings(scale=cfg), cache=cache, windows=windows),
             memory=memory or host.current.memory_settings(),
-            given=Given.of(cond, size.latent.frames),
+            given=InputSizes.of(cond, size.latent.frames),
             cond=cond,
             loras=model.loras,
-            motion_controller=None if controller is None else Part(controller),
-            text_encoder=None if text_encoder is None else Part(text_encoder.model),
-            vae=None if vae is None else Part(vae),
+            motion_controller=None if controller is None else SizedModule(controller),
+            text_encoder=None if text_encoder is None else SizedModule(text_encoder.model),
+            vae=None if vae is None else SizedModule(vae),
         )
         limit = vram * GIB if vram else host.current.free_bytes()
-        told = text_of(fit(job, limit))
+        told = text_of(fit_plan(job, limit))
         return {"ui": {"text": [told]}, "result": (told,)}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from wan_core.conditioning.text import TextEncoder, text_conditioning
-from wan_core.planning.parts import Part
+from wan_core.planning.modules import SizedModule
 from wan_core.settings import (
     TEACACHE_TEMPLATES,
     WINDOW_MODES,
@@ -208,7 +208,7 @@ class WindowPrompts(_Options):
 
     @classmethod
     def planned(cls, **inputs: Any) -> tuple[planning.PlannedConditioning]:
-        return (planning.PlannedConditioning(planning.known(Part, "text_encoder", inputs["text_encoder"])),)
+        return (planning.PlannedConditioning(planning.known(SizedModule, "text_encoder", inputs["text_encoder"])),)
 
     def build(
         self, text_encoder: TextEncoder, prompts: str, negative_prompt: str = ""

@@ -20,9 +20,9 @@ import torch
 from wan_core.loading.detect import Component
 from wan_core.lora.apply import LoraUse
 from wan_core.lora.target import Target, use_lora
-from wan_core.offload.formats import Weights
-from wan_core.planning.job import Given, Job
-from wan_core.planning.parts import Part
+from wan_core.offload.formats import WeightChoice
+from wan_core.planning.job import InputSizes, Job
+from wan_core.planning.modules import SizedModule
 from wan_core.runtime import DTYPES
 from wan_core.tiling import Tiles
 from wan_core.types import VideoSize
@@ -80,8 +80,8 @@ class PlannedModel:
 
     name: str
     variant: Variant
-    dit: Part
-    motion_controller: Part | None = None
+    dit: SizedModule
+    motion_controller: SizedModule | None = None
     loras: tuple[LoraUse, ...] = ()
 
     def with_lora(self, path: Path, strength: Any) -> "PlannedModel":
@@ -102,12 +102,12 @@ class PlannedConditioning:
         vae, image_encoder, tiles: what encoded them.
     """
 
-    text_encoder: Part | None
+    text_encoder: SizedModule | None
     names: tuple[str, ...] = ()
     size: VideoSize | None = None
-    given: Given = Given()
-    vae: Part | None = None
-    image_encoder: Part | None = None
+    given: InputSizes = InputSizes()
+    vae: SizedModule | None = None
+    image_encoder: SizedModule | None = None
     tiles: Tiles = "auto"
 
     def adding(self, names: Iterable[str], size: VideoSize, **given: Any) -> "PlannedConditioning":
@@ -126,7 +126,7 @@ class PlannedConditioning:
 class PlannedLatent:
     """A LATENT that the VAE makes of frames."""
 
-    vae: Part
+    vae: SizedModule
     tiles: Tiles
 
 
@@ -143,8 +143,13 @@ class PlannedRun:
 
 
 def planned_part(
-    component: Component, absent: str, dtype: str = "auto", weights: Weights = "auto", rest: str = "memory", **_: Any
-) -> Part:
+    component: Component,
+    absent: str,
+    dtype: str = "auto",
+    weights: WeightChoice = "auto",
+    rest: str = "memory",
+    **_: Any,
+) -> SizedModule:
     """The part that loading a component with these widgets would give; planned in bfloat16 where `dtype` is auto."""
     chosen = DTYPES.get(dtype, torch.bfloat16)
-    return Part.planned(component, chosen, weights=weights, mapped=rest == "disk", absent=absent)
+    return SizedModule.planned(component, chosen, weights=weights, mapped=rest == "disk", absent=absent)

@@ -11,7 +11,7 @@ from torch import Tensor
 from wan_core.model import VideoModel
 from wan_core.models.config import Geometry
 from wan_core.models.vae import denormalise, normalise
-from wan_core.planning.encoders import size_held
+from wan_core.planning.encoders import checked_size
 from wan_core.planning.job import Job
 from wan_core.runtime import log
 from wan_core.sampling.checkpoint import Checkpoint, RunState, find_latents, load_latents, manifest, save_latents
@@ -172,7 +172,7 @@ class Sampler:
             cache=_with_template(cache, model), windows=windows,
         )  # fmt: skip
         geometry = model.geometry
-        start, size = None, size_held(width, height, num_frames, geometry)
+        start, size = None, checked_size(width, height, num_frames, geometry)
         if latent is not None and (settings.starts_clean or settings.start_step):
             start = normalise(latent["samples"], geometry)
             size = LatentSize.of(start, geometry).video

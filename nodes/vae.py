@@ -9,7 +9,7 @@ from wan_core.decode import decode_pieces, encode
 from wan_core.media import frames_to_pixels, pixels_to_frames
 from wan_core.models.config import Geometry
 from wan_core.models.vae import WanVAE, denormalise, normalise
-from wan_core.planning.parts import Part
+from wan_core.planning.modules import SizedModule
 from wan_core.runtime import log
 
 from . import planning, sockets
@@ -56,7 +56,7 @@ class VAEDecode(Tiled):
 
     @classmethod
     def planned(cls, vae: Any, latent: Any, **tiles: Any) -> tuple[Any]:
-        if not isinstance(vae, Part) or not isinstance(latent, planning.PlannedRun):
+        if not isinstance(vae, SizedModule) or not isinstance(latent, planning.PlannedRun):
             return (planning.Unknown("VAE Decode"),)
         chosen = {**latent.job.tiles, "decode": tile_settings(**tiles)}
         return (planning.PlannedRun(replace(latent.job, vae=vae, decodes=True, tiles=chosen), sampled=latent),)
@@ -100,7 +100,7 @@ class VAEEncode(Tiled):
 
     @classmethod
     def planned(cls, vae: Any, images: Any, **tiles: Any) -> tuple[planning.PlannedLatent]:
-        return (planning.PlannedLatent(planning.known(Part, "vae", vae), tile_settings(**tiles)),)
+        return (planning.PlannedLatent(planning.known(SizedModule, "vae", vae), tile_settings(**tiles)),)
 
     def encode(
         self,

@@ -52,7 +52,7 @@ from wan_core.catalog import tiny_id
 from wan_core.decode import decode, encode
 from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
-from wan_core.lora.apply import applied, fuse
+from wan_core.lora.apply import apply_loras, fuse
 from wan_core.lora.target import MODEL_BLOCKS, Target, use_lora
 from wan_core.model import VideoModel
 from wan_core.models.config import PreviewDecoderConfig, VAEConfig
@@ -185,11 +185,11 @@ def lora(folder: Path) -> Outputs:
         (dit, cond), file = small(variant), folder / f"{variant}.safetensors"
         save_file(WRITERS["ComfyUI"](factors(dit, linear_paths(dit))), file)
         fold, side = (use_lora(file, Target.of_modules("tiny", [dit]), mode=mode) for mode in ("fold", "side"))
-        with applied([dit], [fold], MODEL_BLOCKS, steps=1):
+        with apply_loras([dit], [fold], MODEL_BLOCKS, steps=1):
             yield f"{variant} folded", velocity(dit, cond)
-        with applied([dit], [side], MODEL_BLOCKS, steps=1):
+        with apply_loras([dit], [side], MODEL_BLOCKS, steps=1):
             yield f"{variant} beside", velocity(dit, cond)
-        with streaming(dit), applied([dit], [side], MODEL_BLOCKS, steps=1, streamed=True):
+        with streaming(dit), apply_loras([dit], [side], MODEL_BLOCKS, steps=1, streamed=True):
             yield f"{variant} streamed", velocity(dit, cond)
         fuse([dit], fold)
         yield f"{variant} fused", velocity(dit, cond)

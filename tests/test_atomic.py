@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from wan_core import atomic
-from wan_core.atomic import abandon, clean, creating, creating_first, locked, numbered, partial_path, replacing
+from wan_core.atomic import abandon, clean, creating, creating_first, locked, numbered_paths, partial_path, replacing
 from wan_core.loading.tensor_files import write_safetensors
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def test_what_appears_under_the_name_meanwhile_is_kept(tmp_path, monkeypatch, li
     with pytest.raises(ValueError, match="exists already"), creating(tmp_path / "a.txt") as partial:
         partial.write_text("mine")
         (tmp_path / "a.txt").write_text("another's")
-    with creating_first(numbered(tmp_path, "b", ".txt")) as file:
+    with creating_first(numbered_paths(tmp_path, "b", ".txt")) as file:
         file.partial.write_text("mine")
         (tmp_path / "b_00001.txt").write_text("another's")
     assert file.path.name == "b_00002.txt"
@@ -93,7 +93,7 @@ def test_writers_do_not_meet(tmp_path):
             partial.write_text(text)
 
     def create(text: str) -> None:
-        with creating_first(numbered(tmp_path, "b", ".txt")) as file:
+        with creating_first(numbered_paths(tmp_path, "b", ".txt")) as file:
             file.partial.write_text(text)
 
     texts = [str(n) * 10000 for n in range(8)]

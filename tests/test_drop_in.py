@@ -252,13 +252,13 @@ EIGHT = torch.float8_e4m3fn
     ],
 )
 def test_the_memory_states_become_how_weights_rest(given, expected):
-    assert ModelConfig(**given).rest(CPU) == expected
+    assert ModelConfig(**given).offload(CPU) == expected
 
 
 def test_what_the_memory_states_cannot_mean_is_said(caplog):
-    ModelConfig(offload_device="disk", onload_dtype=EIGHT).rest(CPU)
+    ModelConfig(offload_device="disk", onload_dtype=EIGHT).offload(CPU)
     assert "float8_e4m3fn is not applied" in caplog.text
-    ModelConfig(offload_device="cpu", computation_device="cpu").rest(torch.device("cuda"))
+    ModelConfig(offload_device="cpu", computation_device="cpu").offload(torch.device("cuda"))
     assert "computation_device cpu is not applied" in caplog.text
 
 

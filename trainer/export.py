@@ -17,7 +17,7 @@ from wan_core.atomic import replacing, sync_folder
 from wan_core.loading.detect import detect_files
 from wan_core.loading.tensor_files import read_header, write_safetensors
 from wan_core.lora.convert import LoraFormat, lora_metadata, write_lora
-from wan_core.lora.target import Target, fit_to, open_lora
+from wan_core.lora.target import Target, bind_to, open_lora
 from wan_core.lora.write import Merged
 from wan_core.runtime import DTYPES
 
@@ -162,7 +162,7 @@ class Exporter:
 
     def _check_lora(self, part: Trainable, partial: Path, patches: Mapping[str, Any]) -> None:
         shapes = {name: patch.shape for name, patch in patches.items()}
-        bound = fit_to(open_lora(partial), Target(self.trainables.model.name, shapes))
+        bound = bind_to(open_lora(partial), Target(self.trainables.model.name, shapes))
         found = dict(bound.patches)
         if bound.skipped or found.keys() != patches.keys():
             lacking = sorted(patches.keys() - found.keys())[:3]

@@ -127,7 +127,7 @@ def creating_first(paths: Iterable[Path]) -> Iterator[NewFile]:
             file.path = _next(names, file.path)
 
 
-def numbered(folder: Path, stem: str, suffix: str, first: int = 1) -> Iterator[Path]:
+def numbered_paths(folder: Path, stem: str, suffix: str, first: int = 1) -> Iterator[Path]:
     """`<stem>_00001<suffix>` in `folder` and what follows it."""
     return (folder / f"{stem}_{number:05}{suffix}" for number in count(first))
 

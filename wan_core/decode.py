@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .models.vae import WanVAE, fill
-from .planning.encoders import What, choose_tiles, smallest_tiles, vae_peak_bytes
+from .planning.encoders import VaePass, choose_tiles, smallest_tiles, vae_peak_bytes
 from .runtime import OutOfMemoryError, Runtime, gigabytes, is_out_of_memory, log
 from .sampling.predictor import check_latents, check_pixels
 from .tiling import AUTO, Tiles, TileSettings
@@ -95,9 +95,9 @@ def encode(vae: WanVAE, pixels: Tensor, tiles: Tiles, runtime: Runtime, budget: 
 
 
 def _fitting(
-    vae: WanVAE, size: LatentSize, batch: int, what: What, runtime: Runtime, budget: int | None
+    vae: WanVAE, size: LatentSize, batch: int, what: VaePass, runtime: Runtime, budget: int | None
 ) -> TileSettings | None:
-    """Tiles that a pass fits into memory with, after the host was asked for room; None where the whole fits.
+    """Tiles that a pass fits into memory with, after the host was asked to free memory; None where the whole fits.
 
     What the device says to have left is no promise either way: when even the smallest tiles seem not to fit into that,
     they are tried. A budget that was given is kept.
@@ -106,11 +106,11 @@ def _fitting(
         return None
     plan = (vae.config, vae.dtype, size)
     needed = vae_peak_bytes(*plan, None, what, batch)
-    room = runtime.room(needed) if budget is None else budget
-    if room is None or needed <= room:
+    available = runtime.request_memory(needed) if budget is None else budget
+    if available is None or needed <= available:
         return None
     try:
-        tiles = choose_tiles(*plan, room, what, batch)
+        tiles = choose_tiles(*plan, available, what, batch)
     except OutOfMemoryError:
         if budget is not None:
             raise
@@ -120,14 +120,14 @@ def _fitting(
     pieces, side = len(tiles.plan(size.height, size.width)), vae.config.pixel_stride(what)
     log.warning(
         "To %s %dx%d at once takes %s, and there are %s: working in %d tiles of %dx%d pixels.",
-        what, size.width * side, size.height * side, gigabytes(needed), gigabytes(room), pieces,
+        what, size.width * side, size.height * side, gigabytes(needed), gigabytes(available), pieces,
         tiles.size[1] * side, tiles.size[0] * side,
     )  # fmt: skip
     return tiles
 
 
 def _in_tiles(
-    work: Callable[[TileSettings | None], Iterator[Tensor]], tiles: TileSettings | None, size: LatentSize, what: What
+    work: Callable[[TileSettings | None], Iterator[Tensor]], tiles: TileSettings | None, size: LatentSize, what: VaePass
 ) -> Iterator[Tensor]:
     """The pieces (B, C, t, ...) of `work` with these tiles, and with ever smaller ones while the device runs out of
     memory; frames that were given already are not given again.

@@ -102,7 +102,7 @@ JSON_BYTES = 4 * 2**20
 
 
 @contextmanager
-def blamed_on(
+def errors_from(
     source: Path | str, problem: str, advice: str = "", error: type[ValueError] = ValueError
 ) -> Iterator[None]:
     """Read the content of `source` inside the block. What goes wrong there is the fault of that content.
@@ -126,12 +126,12 @@ def parse_json(text: str | bytes, source: Path | str, problem: str = "holds no J
     """What the JSON `text` of `source` says.
 
     Args:
-        blame: `advice` and `error` of `blamed_on`.
+        blame: `advice` and `error` of `errors_from`.
 
     Raises:
         ValueError: it is no JSON, or nested too deeply.
     """
-    with blamed_on(source, problem, **blame):
+    with errors_from(source, problem, **blame):
         return json.loads(text)
 
 
@@ -140,12 +140,12 @@ def read_json(path: Path, problem: str = "holds no JSON", *, limit: int = JSON_B
 
     Args:
         limit: its longest length, in bytes.
-        blame: `advice` and `error` of `blamed_on`.
+        blame: `advice` and `error` of `errors_from`.
 
     Raises:
         ValueError: there is no regular file, it is longer than `limit`, no UTF-8, no JSON, or nested too deeply.
     """
-    with blamed_on(path, problem, **blame):
+    with errors_from(path, problem, **blame):
         return json.loads(_text(path, limit))
 
 
@@ -155,7 +155,7 @@ def read_text(path: Path, problem: str = "cannot be read as text", *, limit: int
     Raises:
         ValueError: there is no regular file, it is longer than `limit`, or no UTF-8.
     """
-    with blamed_on(path, problem, **blame):
+    with errors_from(path, problem, **blame):
         return _text(path, limit)
 
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from . import catalog
 from .conditioning.slots import fit
-from .lora.apply import LoraRun, LoraUse, Mode, applied
+from .lora.apply import LoraMode, LoraRun, LoraUse, apply_loras
 from .lora.bind import EVERYWHERE, BlockStrengths
 from .lora.read import Lora
 from .lora.report import LoraReport
-from .lora.target import MODEL_BLOCKS, Target, report, use_lora
+from .lora.target import MODEL_BLOCKS, Target, lora_report, use_lora
 from .models import kernels
 from .models.config import DiTConfig, Geometry
 from .models.dit import WanDiT
@@ -23,7 +23,7 @@ from .models.embedders import MotionController
 from .offload.blocks import used_bytes
 from .offload.placement import Placement
 from .offload.weights import WeightProvider
-from .planning.encoders import available, limited
+from .planning.encoders import limit_memory, memory_for
 from .planning.run import RunPlan, placed_run, plan_run
 from .runtime import Runtime
 from .sampling.checkpoint import Checkpoint, RunState
@@ -113,7 +113,7 @@ class VideoModel:
         *,
         strength: float | Sequence[float] | Curve = 1.0,
         blocks: BlockStrengths = EVERYWHERE,
-        mode: Mode = "auto",
+        mode: LoraMode = "auto",
         expert: int | None = None,
     ) -> tuple["VideoModel", LoraReport]:
         """A handle on the same weights with one LoRA, or checkpoint of trained weights, more; and what it does to them.
@@ -127,7 +127,7 @@ class VideoModel:
         """
         target = self.target(expert or 0)
         use = use_lora(source, target, strength=strength, blocks=blocks, mode=mode)
-        told = report(use, target, self.experts[expert or 0].loras)
+        told = lora_report(use, target, self.experts[expert or 0].loras)
         changed = tuple(
             replace(each, loras=(*each.loras, use)) if expert in (None, number) else each
             for number, each in enumerate(self.experts)
@@ -160,11 +160,11 @@ class VideoModel:
         there = sum(tensor.nbytes for tensor in tensors_in(cond) if tensor.device == runtime.device)
         there = there if used_bytes(runtime.device) else 0
 
-        def room(wanted: float) -> float | None:
-            left = available(dit, runtime, memory, wanted - there)
+        def request_memory(wanted: float) -> float | None:
+            left = memory_for(dit, runtime, memory, wanted - there)
             return None if left is None else left + there
 
-        plan = plan_run(dit, cond, inputs.size, settings, memory, room, self.motion_controller, loras)
+        plan = plan_run(dit, cond, inputs.size, settings, memory, request_memory, self.motion_controller, loras)
         log.log(logging.WARNING if plan.missing else logging.INFO, "%s: %s.", self.name, plan.summary())
         return plan
 
@@ -189,7 +189,7 @@ class VideoModel:
         # LoRAs first: what is folded into weights has to move with them.
         with ExitStack() as stack:
             run = stack.enter_context(
-                applied((dit, *self._beside), loras, MODEL_BLOCKS, steps=steps, device=device, streamed=streamed)
+                apply_loras((dit, *self._beside), loras, MODEL_BLOCKS, steps=steps, device=device, streamed=streamed)
             )
             if self.motion_controller is not None:
                 stack.enter_context(WeightProvider.of(self.motion_controller).working(device))
@@ -216,7 +216,7 @@ class VideoModel:
             checkpoint, earlier: as of `sampling.run.sample`, which says what comes back and what is raised.
             keep: leave weights on the device for the next run.
         """
-        runtime = limited(runtime, memory)
+        runtime = limit_memory(runtime, memory)
 
         @contextmanager
         def activate(number: int, settings: SamplerSettings) -> Iterator[Active]:

@@ -15,7 +15,7 @@ from .loading.paths import resolve_files
 from .loading.tensor_files import read_header
 from .model_files import DISK, Offload, find_files, has_tokenizer
 from .models.config import DiTConfig, VAEConfig
-from .offload.formats import choice_of
+from .offload.formats import choice_for_dtype
 from .runtime import usable_device
 
 log = logging.getLogger("wancore")
@@ -29,7 +29,7 @@ OPTIONAL = ("image_encoder", "motion_controller", "vace")
 
 @dataclass
 class ModelConfig:
-    """Where one model of a pipeline is, and where its weights rest. It may be changed until the pipeline is loaded.
+    """Where one model of a pipeline is, and where its weights are between uses; mutable until the pipeline is loaded.
 
     Attributes:
         path: a file, a folder, a glob or a list of shards; wins over `model_id`.
@@ -39,12 +39,12 @@ class ModelConfig:
             `DIFFSYNTH_DOWNLOAD_SOURCE`, else ModelScope.
         local_model_path: root of the downloaded models, "./models" when None.
         skip_download: use local files only.
-        offload_device: where the weights rest while another model works; None keeps them on the pipeline's device,
+        offload_device: where the weights are while another model works; None keeps them on the pipeline's device,
             "disk" leaves those of transformer blocks in their file.
-        offload_dtype: in which dtype the weights of transformer blocks rest; None is the one they work in, and so is
-            "disk". The FP8 dtypes halve the memory on the device, too: layers keep FP8 weights with a scale per row.
-        onload_device, preparing_device: accepted. Weights are brought from where they rest to where they work block by
-            block, one ahead of its turn, as the memory that is free allows.
+        offload_dtype: the dtype of the weights of transformer blocks between uses; None is the one they work in, and so
+            is "disk". The FP8 dtypes halve the memory on the device, too: layers keep FP8 weights, a scale per row.
+        onload_device, preparing_device: accepted. Weights are copied to the pipeline's device block by block, one ahead
+            of its turn, as free memory allows.
         onload_dtype, preparing_dtype: in which dtype weights are while their model works; an FP8 dtype is taken for
             `offload_dtype` where that leaves it open, others are accepted.
         computation_device: the pipeline's device.
@@ -112,11 +112,11 @@ class ModelConfig:
         paths = [str(file) for file in found]
         self.path = paths[0] if len(paths) == 1 else paths
 
-    def rest(self, device: torch.device) -> Offload:
-        """How the weights rest in a pipeline on `device`.
+    def offload(self, device: torch.device) -> Offload:
+        """Where and how the weights are kept between uses in a pipeline on `device`.
 
         Raises:
-            ValueError: they cannot rest that way, or the configuration asks for what this library does not have.
+            ValueError: they cannot be kept that way, or the configuration asks for what this library does not have.
         """
         self._refuse_unknown()
         offload = device if self.offload_device is None else self.offload_device
@@ -124,7 +124,7 @@ class ModelConfig:
         dtype = self._dtype("offload_dtype")
         if dtype is None:
             wanted = (self._dtype(name) for name in ("onload_dtype", "preparing_dtype"))
-            eight = next((found for found in wanted if choice_of(found)), None)
+            eight = next((found for found in wanted if choice_for_dtype(found)), None)
             if eight is not None and on_disk:
                 log.warning("Weights that stay on disk have the dtype of their file, so %s is not applied; set "
                             'offload_device to "cpu" to hold them so.', eight)  # fmt: skip
@@ -188,7 +188,7 @@ def compute_dtype(name: str, value: Any) -> torch.dtype:
         ValueError: it is none.
     """
     if not isinstance(value, torch.dtype) or value not in COMPUTE_DTYPES:
-        quantises = isinstance(value, torch.dtype) and choice_of(value)
+        quantises = isinstance(value, torch.dtype) and choice_for_dtype(value)
         hint = " Weights are held so between uses by offload_dtype." if quantises else ""
         raise ValueError(f"{name} must be torch.bfloat16, torch.float16 or torch.float32; got {value!r}.{hint}")
     return value

@@ -26,7 +26,7 @@ from .models.image_encoder import ImageEncoder
 from .models.preview_decoder import PreviewDecoder
 from .models.text_encoder import UMT5Encoder
 from .models.vae import WanVAE
-from .offload.formats import WEIGHTS, Weights, choice_of
+from .offload.formats import WEIGHT_CHOICES, WeightChoice, choice_for_dtype
 from .offload.quant import require_fp8_matmul, use_fp8_matmul
 from .offload.weights import WeightProvider
 from .settings import check_choice
@@ -37,12 +37,12 @@ DISK = "disk"
 
 @dataclass(frozen=True, kw_only=True)
 class Offload:
-    """Where and how weights rest.
+    """Where and how weights are kept between uses.
 
     Attributes:
-        device: where they lie.
+        device: where they are.
         mapped: leave the weights of blocks in the model's file and read a block when its turn comes.
-        dtype: of the weights of blocks while they rest; None is the one they work in.
+        dtype: of the weights of blocks between uses; None is the one they work in.
         weights: `auto` holds the big linear layers as the file has them, `fp8` as FP8, `plain` in the compute dtype
             (`loading.load.load_into`).
     """
@@ -50,16 +50,16 @@ class Offload:
     device: torch.device = torch.device("cpu")
     mapped: bool = False
     dtype: torch.dtype | None = None
-    weights: Weights = "auto"
+    weights: WeightChoice = "auto"
 
     def __post_init__(self) -> None:
-        check_choice("weights", self.weights, WEIGHTS)
+        check_choice("weights", self.weights, WEIGHT_CHOICES)
 
     @classmethod
     def on(
-        cls, device: "torch.device | str | Offload", *, dtype: torch.dtype | None = None, weights: Weights = "auto"
+        cls, device: "torch.device | str | Offload", *, dtype: torch.dtype | None = None, weights: WeightChoice = "auto"
     ) -> "Offload":
-        """Weights that rest on `device`, which may be "disk", in `dtype`; the dtype of a format makes big layers so.
+        """Weights on `device`, which may be "disk", in `dtype`; an FP8 dtype quantises the big layers instead.
 
         Raises:
             ValueError: `dtype` is no floating-point type, or weights that stay in their file cannot have it.
@@ -67,8 +67,8 @@ class Offload:
         if isinstance(device, Offload):
             return device
         if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"Weights can rest in floating-point dtypes only; got {dtype}.")
-        if (choice := choice_of(dtype)) is not None:
+            raise ValueError(f"Weights can be held in floating-point dtypes only; got {dtype}.")
+        if (choice := choice_for_dtype(dtype)) is not None:
             dtype, weights = None, choice
         if str(device) != DISK:
             return cls(device=torch.device(device), dtype=dtype, weights=weights)
@@ -77,10 +77,10 @@ class Offload:
         return cls(mapped=True, weights=weights)
 
     def load(self, component: Component, dtype: torch.dtype) -> nn.Module:
-        """The module of `component`, whose weights rest this way and work in `dtype`.
+        """The module of `component`, whose weights are kept this way and work in `dtype`.
 
         Raises:
-            ValueError: its tensors do not fit it, or cannot rest this way.
+            ValueError: its tensors do not fit it, or cannot be kept this way.
         """
         module = build(component, dtype=dtype, device=self.device, weights=self.weights, mapped=self.mapped)
         if self.dtype not in (None, dtype):
@@ -93,8 +93,8 @@ log = logging.getLogger("wancore")
 Module = TypeVar("Module", bound=nn.Module)
 
 PathLike = str | Path
-Place = Offload | torch.device | str
-"""How weights rest, or just the device: "cpu", "cuda", "disk"."""
+OffloadPlace = Offload | torch.device | str
+"""An `Offload`, or just the device: "cpu", "cuda", "disk"."""
 BUNDLED = frozenset(row.model_id for row in catalog.TINY_ROWS)
 
 
@@ -155,10 +155,10 @@ def inspect(path: PathLike | Sequence[PathLike], kind: ModelKind) -> Component:
     return load.inspect(path, kind)
 
 
-def _loaded(component: Component, cls: type[Module], dtype: torch.dtype, rest: Place) -> Module:
+def _loaded(component: Component, cls: type[Module], dtype: torch.dtype, offload: OffloadPlace) -> Module:
     """The model of `component`, which has to be one of `cls`."""
     require_kind(component, next(kind for kind, made in load.CLASSES.items() if made is cls))
-    module = Offload.on(rest).load(component, dtype)
+    module = Offload.on(offload).load(component, dtype)
     assert isinstance(module, cls)
     return module
 
@@ -166,7 +166,7 @@ def _loaded(component: Component, cls: type[Module], dtype: torch.dtype, rest: P
 def load_dit(
     component: Component,
     settings: DiTSettings,
-    rest: Place,
+    offload: OffloadPlace,
     *,
     vace: Component | None = None,
     preset: str | None = None,
@@ -175,8 +175,8 @@ def load_dit(
     """The DiT of `component`.
 
     Args:
-        rest: where its weights rest.
-        compute_device: where it will compute and where the attention backend is tried out; where it rests if None.
+        offload: where its weights are between uses.
+        compute_device: where it will compute and the attention backend is tried out; the device of `offload` if None.
         vace: a VACE branch from a file of its own, joined to the model.
         preset: the catalog row whose settings are recommended, instead of the one that the file's name points to.
 
@@ -187,12 +187,12 @@ def load_dit(
     if vace is not None:
         component = join_vace(component, vace)
     variant = match_variant(component.config_of(DiTConfig))
-    computes_on = torch.device(compute_device or Offload.on(rest).device)
+    computes_on = torch.device(compute_device or Offload.on(offload).device)
     attend = load_backend(settings.attention, computes_on, settings.dtype)
     chains = load_chains(settings.torch_compile, computes_on, settings.dtype)
     if settings.fp8_matmul:
         require_fp8_matmul(computes_on, settings.dtype)
-    dit = _loaded(component, WanDiT, settings.dtype, rest)
+    dit = _loaded(component, WanDiT, settings.dtype, offload)
     if settings.fp8_matmul:
         use_fp8_matmul(dit, computes_on)
     dit.attend, dit.chains = attend, chains
@@ -217,12 +217,12 @@ def _place(component: Component) -> str:
     return component.header.files[0].resolve().as_posix()
 
 
-def load_image_encoder(component: Component, dtype: torch.dtype, rest: Place) -> ImageEncoder:
+def load_image_encoder(component: Component, dtype: torch.dtype, offload: OffloadPlace) -> ImageEncoder:
     """The CLIP image encoder of `component`."""
-    return _loaded(component, ImageEncoder, dtype, rest)
+    return _loaded(component, ImageEncoder, dtype, offload)
 
 
-def with_speed_control(model: VideoModel, component: Component, rest: Place) -> VideoModel:
+def with_speed_control(model: VideoModel, component: Component, offload: OffloadPlace) -> VideoModel:
     """`model` with the speed-control adapter of `component` beside it; the model that was given stays as it is.
 
     Raises:
@@ -234,10 +234,12 @@ def with_speed_control(model: VideoModel, component: Component, rest: Place) -> 
             f"{component.name} controls models of width {width}, but {model.name} has width {own}. The published "
             f"adapter is for {catalog.T2V_BASE}."
         )
-    return replace(model, motion_controller=_loaded(component, MotionController, model.dtype, rest))
+    return replace(model, motion_controller=_loaded(component, MotionController, model.dtype, offload))
 
 
-def load_text_encoder(component: Component, tokenizer: PathLike | None, dtype: torch.dtype, rest: Place) -> TextEncoder:
+def load_text_encoder(
+    component: Component, tokenizer: PathLike | None, dtype: torch.dtype, offload: OffloadPlace
+) -> TextEncoder:
     """The text encoder of `component` with its tokenizer.
 
     The tokenizer comes from the folder `tokenizer`, else from the file itself (ComfyUI's packages carry it), else from
@@ -252,7 +254,7 @@ def load_text_encoder(component: Component, tokenizer: PathLike | None, dtype: t
         raise ValueError(
             f"The tokenizer has {found.vocab_size} tokens, the text encoder only {known}: they do not belong together."
         )
-    model = _loaded(component, UMT5Encoder, dtype, rest)
+    model = _loaded(component, UMT5Encoder, dtype, offload)
     stored = sorted({str(parameter.dtype) for parameter in model.parameters()})
     return TextEncoder(model, found, TextCache.in_memory(fingerprint(component.header.files, *stored)))
 
@@ -275,9 +277,9 @@ def _tokenizer_beside(component: Component) -> Path:
     return component.header.files[0].parent / catalog.TOKENIZER_PATTERN
 
 
-def load_vae(component: Component, dtype: torch.dtype, rest: Place) -> WanVAE:
+def load_vae(component: Component, dtype: torch.dtype, offload: OffloadPlace) -> WanVAE:
     """The video autoencoder of `component`."""
-    return _loaded(component, WanVAE, dtype, rest).use_channels_last()
+    return _loaded(component, WanVAE, dtype, offload).use_channels_last()
 
 
 def load_preview_decoder(path: PathLike) -> PreviewDecoder:

@@ -23,8 +23,8 @@ from .media import pixels_to_images
 from .media.fitting import Pictures, as_frames
 from .model_config import TOKENIZER_CONFIG, ModelConfig, compute_dtype
 from .offload.weights import WeightProvider, on_device
-from .pipeline_models import LoadedModels, PipelineParts, load_models
-from .planning.encoders import IMAGE_ENCODER_BYTES, encoder_at_work, limited, size_held
+from .pipeline_models import LoadedModels, PipelineModels, load_models
+from .planning.encoders import IMAGE_ENCODER_BYTES, checked_size, limit_memory, working_encoder
 from .planning.encoders import text_peak_bytes as text_bytes
 from .runtime import Runtime, default_device, usable_device
 from .sampling.experts import RunInputs
@@ -42,7 +42,7 @@ DEVICE = default_device().type
 
 
 @dataclass(eq=False)
-class WanVideoPipeline(PipelineParts):
+class WanVideoPipeline(PipelineModels):
     """Every Wan 2.1 model in one object. Build it with `from_pretrained`, then call it.
 
     Models whose `offload_device` differs from `device` are on `device` only while they work; blocks that do not fit
@@ -227,7 +227,7 @@ class WanVideoPipeline(PipelineParts):
         if progress_bar_cmd is not None and not callable(progress_bar_cmd):
             raise ValueError(f"progress_bar_cmd must wrap an iterable, such as tqdm; got {progress_bar_cmd!r}.")
         model = self.models.video
-        size = size_held(**checked(width=width, height=height, num_frames=num_frames), geometry=model.geometry)
+        size = checked_size(**checked(width=width, height=height, num_frames=num_frames), geometry=model.geometry)
         inputs = VideoInputs.of_call(
             num_frames=size.num_frames, camera_control_direction=camera_control_direction,
             camera_control_speed=camera_control_speed, camera_control_origin=camera_control_origin,
@@ -314,7 +314,7 @@ class WanVideoPipeline(PipelineParts):
                 yield from pixels_to_images(piece)
 
     def _at_work(self, module: torch.nn.Module, activations: int) -> AbstractContextManager[torch.nn.Module]:
-        return encoder_at_work(module, self._runtime(), self.memory, activations)
+        return working_encoder(module, self._runtime(), self.memory, activations)
 
     def _runtime(
         self, progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = None, steps: int = 0
@@ -330,7 +330,7 @@ class WanVideoPipeline(PipelineParts):
             dtype=self.torch_dtype,
             on_progress=advance,
         )
-        return limited(runtime, self.memory)
+        return limit_memory(runtime, self.memory)
 
 
 def _memory(

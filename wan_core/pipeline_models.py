@@ -14,7 +14,7 @@ from .conditioning.text import TextCache, TextEncoder
 from .loading.state_dict import replace_weights
 from .lora.read import Lora
 from .lora.report import LoraReport
-from .lora.target import given_lora
+from .lora.target import lora_from_tensors
 from .model import VideoModel
 from .model_config import FoundModel, ModelConfig, find_models, tokenizer_folder
 from .model_files import DiTSettings, load_dit, load_image_encoder, load_text_encoder, load_vae, with_speed_control
@@ -89,19 +89,19 @@ def load_models(
     found = find_models(configs, redirect_common_files, defaults)
     component = {kind: model.component for kind, model in found.items()}
     tokenizer = tokenizer_folder(component["text_encoder"], tokenizer_config, defaults)
-    rest = {kind: model.config.rest(device) for kind, model in found.items()}
+    offload = {kind: model.config.offload(device) for kind, model in found.items()}
     dtype = {kind: model.config.work_dtype(torch_dtype) for kind, model in found.items()}
     settings = DiTSettings(
         dtype=dtype["dit"], attention=attention, torch_compile=torch_compile, deterministic=deterministic
     )
-    video = load_dit(component["dit"], settings, rest["dit"], vace=component.get("vace"), compute_device=device)
+    video = load_dit(component["dit"], settings, offload["dit"], vace=component.get("vace"), compute_device=device)
     if "motion_controller" in found:
-        video = with_speed_control(video, component["motion_controller"], rest["motion_controller"])
+        video = with_speed_control(video, component["motion_controller"], offload["motion_controller"])
     image = None
     if "image_encoder" in found:
-        image = load_image_encoder(component["image_encoder"], dtype["image_encoder"], rest["image_encoder"])
-    text = load_text_encoder(component["text_encoder"], tokenizer, dtype["text_encoder"], rest["text_encoder"])
-    models = LoadedModels(video, text, load_vae(component["vae"], dtype["vae"], rest["vae"]), image)
+        image = load_image_encoder(component["image_encoder"], dtype["image_encoder"], offload["image_encoder"])
+    text = load_text_encoder(component["text_encoder"], tokenizer, dtype["text_encoder"], offload["text_encoder"])
+    models = LoadedModels(video, text, load_vae(component["vae"], dtype["vae"], offload["vae"]), image)
     return _with_given_weights(models, found)
 
 
@@ -130,7 +130,7 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-class Part(nn.Module):
+class ModuleView(nn.Module):
     """A model, or some children of one. Its tensors are the model's own, and what is set on it is set on the model."""
 
     def __init__(
@@ -173,7 +173,7 @@ class Part(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> IncompatibleKeys:
-        """Give the model other weights for good, such as a trainer saved them; they rest as its weights do.
+        """Give the model other weights for good, such as a trainer saved them; they are kept where its weights are.
 
         Works on weights that are streamed, held as FP8 or left in their file too (`loading.state_dict`).
 
@@ -191,42 +191,42 @@ class Part(nn.Module):
         return IncompatibleKeys(missing, unexpected)
 
 
-class PipelineParts:
+class PipelineModels:
     """What scripts do to the models of a pipeline: take one by its name, give it other weights, apply LoRAs."""
 
     models: LoadedModels
 
     @property
-    def dit(self) -> Part:
+    def dit(self) -> ModuleView:
         """The video model, without its VACE branch."""
-        return Part("dit", self.models.video.dit, lambda child: child not in VACE_CHILDREN)
+        return ModuleView("dit", self.models.video.dit, lambda child: child not in VACE_CHILDREN)
 
     @property
-    def vace(self) -> Part | None:
+    def vace(self) -> ModuleView | None:
         """The VACE branch, if the video model has one."""
         has_branch = bool(self.models.video.config.vace_layers)
-        return Part("vace", self.models.video.dit, VACE_CHILDREN.__contains__) if has_branch else None
+        return ModuleView("vace", self.models.video.dit, VACE_CHILDREN.__contains__) if has_branch else None
 
     @property
-    def motion_controller(self) -> Part | None:
+    def motion_controller(self) -> ModuleView | None:
         """The speed-control adapter, if it was loaded."""
         controller = self.models.video.motion_controller
-        return None if controller is None else Part("motion_controller", controller)
+        return None if controller is None else ModuleView("motion_controller", controller)
 
     @property
-    def text_encoder(self) -> Part:
+    def text_encoder(self) -> ModuleView:
         """The UMT5 encoder."""
-        return Part("text_encoder", self.models.text.model, on_change=self._forget_prompts)
+        return ModuleView("text_encoder", self.models.text.model, on_change=self._forget_prompts)
 
     @property
-    def vae(self) -> Part:
+    def vae(self) -> ModuleView:
         """The video autoencoder."""
-        return Part("vae", self.models.vae)
+        return ModuleView("vae", self.models.vae)
 
     @property
-    def image_encoder(self) -> Part | None:
+    def image_encoder(self) -> ModuleView | None:
         """The CLIP image encoder, if it was loaded."""
-        return None if self.models.image is None else Part("image_encoder", self.models.image)
+        return None if self.models.image is None else ModuleView("image_encoder", self.models.image)
 
     @property
     def tokenizer(self) -> Any:
@@ -268,7 +268,7 @@ class PipelineParts:
         if file is not None and state_dict is None:
             lora: str | Path | Lora = _lora_file(file)
         elif state_dict is not None and file is None:
-            lora = given_lora(state_dict)
+            lora = lora_from_tensors(state_dict)
         else:
             raise ValueError("load_lora needs a file (lora_config) or a state_dict, and not both.")
         model, report = self.models.video.with_lora(lora, strength=strength("alpha", alpha))

@@ -1,4 +1,4 @@
-"""What the library asks of whoever hosts it: device, dtype, progress, cancellation, room in memory."""
+"""What the library asks of whoever hosts it: device, dtype, progress, cancellation, memory."""
 
 import logging
 import time
@@ -125,7 +125,7 @@ class Runtime:
             ones that the run points at so far, else None.
         before_step: called as (index, total) before every step of a sampling run, wherever the run begins.
         check_cancelled: raises `Cancelled`, or an exception of the host, when the user wants to stop.
-        free_memory: asks the host to make room for that many bytes on `device`.
+        free_memory: asks the host to free that many bytes of `device`.
         memory_left: bytes that work may still use on a device; None where no limit is known.
     """
 
@@ -146,7 +146,7 @@ class Runtime:
         """Whether no limit is known of the memory of `device`."""
         return self.memory_left(self.device) is None
 
-    def room(self, wanted: float) -> float | None:
+    def request_memory(self, wanted: float) -> float | None:
         """Bytes that work which wants so many may use on `device`, after the host was asked for what is missing.
 
         None where no limit is known.

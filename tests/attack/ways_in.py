@@ -14,7 +14,7 @@ from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
 from wan_core.loading.save import save_plain
 from wan_core.lora.convert import LoraFormat, convert
-from wan_core.lora.target import open_lora, report_alone
+from wan_core.lora.target import lora_file_report, open_lora
 from wan_core.sampling.checkpoint import load_latents
 from wancore.trainer.data.cache import LatentCache
 from wancore.trainer.run.state import OPTIMIZER, WEIGHTS, read_weights_and_optimizer
@@ -51,7 +51,7 @@ def _agree(path: Path) -> None:
 def _lora(path: Path) -> str:
     lora = open_lora(path)
     _agree(path)
-    return str(report_alone(lora))[:80]
+    return str(lora_file_report(lora))[:80]
 
 
 def _written(path: Path, write: Callable[[Path], object]) -> str:

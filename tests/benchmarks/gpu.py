@@ -40,7 +40,7 @@ from wan_core.models.attention import FastestAttention, load_backend
 from wan_core.models.config import DiTConfig
 from wan_core.models.vae import WanVAE
 from wan_core.offload.quant import quantise, supports_fp8_matmul, use_fp8_matmul
-from wan_core.planning.encoders import limited
+from wan_core.planning.encoders import limit_memory
 from wan_core.planning.estimate import pass_flops
 from wan_core.runtime import GIB, Runtime
 from wan_core.sampling.experts import RunInputs
@@ -171,7 +171,7 @@ def budgets(bench: Bench) -> Iterator[Row]:
     for gib in bench.scale.budgets:
         device.clear()
         memory = MemorySettings(vram_limit=gib)
-        plan = model.plan(RunInputs(cond, size), SamplerSettings(steps=3), memory, limited(plain, memory))
+        plan = model.plan(RunInputs(cond, size), SamplerSettings(steps=3), memory, limit_memory(plain, memory))
         if plan.missing:
             bench.problems.append(f"{name} in {gib} GiB: {plan.missing / 1e9:.2f} GB missing")
             continue

@@ -28,13 +28,10 @@ from wan_core.offload.placement import Placement  # noqa: E402
 from wan_core.offload.streaming import PlainCopies  # noqa: E402
 from wan_core.offload.weights import WeightProvider  # noqa: E402
 from wan_core.planning.estimate import LiveBytes  # noqa: E402
-from wan_core.planning.job import Given, made_up  # noqa: E402
-from wan_core.planning.parts import Part, published_dit  # noqa: E402
+from wan_core.planning.job import InputSizes, placeholder_conditioning  # noqa: E402
+from wan_core.planning.modules import SizedModule, published_dit  # noqa: E402
 from wan_core.planning.run import RunPlan, dit_inventory, plan_run  # noqa: E402
-from wan_core.runtime import (  # noqa: E402
-    GIB,
-    Runtime,
-)
+from wan_core.runtime import GIB, Runtime  # noqa: E402
 from wan_core.settings import MemorySettings, SamplerSettings  # noqa: E402
 from wan_core.types import Conditioning, VideoSize, tensors_in  # noqa: E402
 
@@ -76,7 +73,7 @@ def cases() -> Iterator[Case]:
 
 @cache
 def dit(model: str, weights: str) -> WanDiT:
-    module = Part.planned(
+    module = SizedModule.planned(
         published_dit(catalog.find_row(MODELS[model])), torch.bfloat16, weights=WEIGHTS[weights]
     ).module
     module.attend = lambda q, k, v: torch.empty_like(q)
@@ -84,8 +81,11 @@ def dit(model: str, weights: str) -> WanDiT:
 
 
 def conditioning(case: Case) -> Conditioning:
-    given = Given(vace=(1,)) if case.model.startswith("VACE") else Given()
-    return replace(made_up(dit(case.model, case.weights).config, SIZES[case.size].latent, given), motion_bucket=None)
+    given = InputSizes(vace=(1,)) if case.model.startswith("VACE") else InputSizes()
+    return replace(
+        placeholder_conditioning(dit(case.model, case.weights).config, SIZES[case.size].latent, given),
+        motion_bucket=None,
+    )
 
 
 @cache

@@ -22,7 +22,7 @@ from wan_core.offload.formats import EightBit, WeightFormat
 from wan_core.offload.placement import place
 from wan_core.offload.quant import QuantisedLinear, big_linears, replace_layer, weight_shapes
 from wan_core.offload.weights import WeightProvider
-from wan_core.planning.parts import Part
+from wan_core.planning.modules import SizedModule
 from wan_core.types import Conditioning
 
 FP8 = torch.float8_e4m3fn
@@ -161,7 +161,11 @@ def test_it_streams_and_rests_on_disk_at_its_bytes(case):
     mapped = build(case.component, dtype=torch.bfloat16, mapped=True)
     expected = velocity(case.held, torch.bfloat16)
     inventory = WeightProvider.of(case.held).inventory()
-    assert Part.planned(case.component, torch.bfloat16).inventory == inventory == WeightProvider.of(mapped).inventory()
+    assert (
+        SizedModule.planned(case.component, torch.bfloat16).inventory
+        == inventory
+        == WeightProvider.of(mapped).inventory()
+    )
     assert inventory.bytes < sum(t.nbytes for t in weights_of(case.plain).values()) / 2 * 0.75
     assert {f"{path}.weight" for path in big_linears(mapped)} <= WeightProvider.of(mapped).mapped
     placement = place(inventory, 0)

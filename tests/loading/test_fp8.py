@@ -198,7 +198,7 @@ def test_a_mapped_model_does_not_write_into_its_file(tmp_path):
     [
         (None, {"weights": "fp8"}, r"does not hold its weights as FP8.*convert .*--fp8"),
         ("old", {"weights": "plain"}, "set weights to 'auto'"),
-        ("old", {"device": "cuda"}, "rest on the CPU, not on cuda"),
+        ("old", {"device": "cuda"}, "are on the CPU, not on cuda"),
         ("legacy", {}, "old format.*convert"),
     ],
 )

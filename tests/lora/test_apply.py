@@ -12,9 +12,9 @@ from tests.lora.fixtures import WRITERS, factors, linear_paths, streaming
 from tests.lora.test_dialects import inputs, merged_output, output, with_loras
 from tests.reference import relative_error, tiny_dit, tiny_motion_controller
 from tests.sampling.runs import sample, sample_state
-from wan_core.lora.apply import _same_device, applied
+from wan_core.lora.apply import _same_device, apply_loras
 from wan_core.lora.bind import BlockStrengths
-from wan_core.lora.target import MODEL_BLOCKS, Target, open_lora, report, use_lora
+from wan_core.lora.target import MODEL_BLOCKS, Target, lora_report, open_lora, use_lora
 from wan_core.offload.quant import big_linears, quantise
 from wan_core.runtime import Runtime
 from wan_core.sampling.checkpoint import RunState
@@ -85,7 +85,7 @@ def test_a_run_that_fails_leaves_nothing(loras, settings):
 
     handle = dit.blocks[1].ffn.register_forward_hook(fail)
     handle_o = dit.blocks[1].cross_attn.o.register_forward_hook(fail)
-    with pytest.raises(Boom), applied([dit], uses, MODEL_BLOCKS, steps=2):
+    with pytest.raises(Boom), apply_loras([dit], uses, MODEL_BLOCKS, steps=2):
         output(dit)
     handle.remove()
     handle_o.remove()
@@ -155,7 +155,7 @@ def test_a_curve_gives_each_step_its_strength(loras):
     blocks = BlockStrengths.parse("0-3")  # what is read before the first step has the mean strength
     curve = Curve((1.0, -0.5), start=0.0, end=0.7, outside=0.25)
     use = used(path, dit, strength=curve, blocks=blocks)
-    with applied([dit], [use], MODEL_BLOCKS, steps=STEPS) as run:
+    with apply_loras([dit], [use], MODEL_BLOCKS, steps=STEPS) as run:
         got = []
         for index in range(STEPS):
             run.step(index)
@@ -183,7 +183,7 @@ def test_a_curve_on_whole_tensors_and_embedders(tmp_path):
     use = used(tmp_path / "lora.safetensors", dit, strength=[1.0, 0.0])
     seen = {}
     dit.blocks[0].register_forward_hook(lambda m, *_: seen.update(inside=m.modulation.clone()))
-    with applied([dit], [use], MODEL_BLOCKS, steps=3) as run:
+    with apply_loras([dit], [use], MODEL_BLOCKS, steps=3) as run:
         for index, strength in enumerate((1.0, 0.5, 0.0)):
             run.step(index)
             output(dit)
@@ -201,7 +201,7 @@ def sampled(dit: nn.Module, *uses, cfg: float = 3.0, runtime: Runtime | None = N
     cond = Conditioning(text=text, negative_text=-text)
     settings = SamplerSettings(seed=1, steps=STEPS, guidance=GuidanceSettings(scale=cfg))
     runtime = runtime or Runtime(device=torch.device("cpu"), dtype=torch.float32)
-    with applied([dit], uses, MODEL_BLOCKS, steps=STEPS, device=runtime.device) as run:
+    with apply_loras([dit], uses, MODEL_BLOCKS, steps=STEPS, device=runtime.device) as run:
         return sample(dit, cond, LatentSize(2, 4, 6), settings, replace(runtime, before_step=run.before_step))
 
 
@@ -242,7 +242,7 @@ def test_a_run_that_begins_in_the_middle_follows_the_curve(loras):
     whole = SamplerSettings(seed=1, steps=STEPS)
 
     def part(settings: SamplerSettings, **start) -> RunState:
-        with applied([dit], [use], MODEL_BLOCKS, steps=STEPS) as run:
+        with apply_loras([dit], [use], MODEL_BLOCKS, steps=STEPS) as run:
             return sample_state(
                 dit, cond, LatentSize(2, 4, 6), settings, replace(runtime, before_step=run.before_step), **start
             )
@@ -296,7 +296,7 @@ def test_modes(loras):
     path = loras["first"][1]
 
     def hooked(dit: nn.Module, device=None, streamed=False, **settings) -> bool:
-        with applied([dit], [used(path, dit, **settings)], MODEL_BLOCKS, steps=2, device=device, streamed=streamed):
+        with apply_loras([dit], [used(path, dit, **settings)], MODEL_BLOCKS, steps=2, device=device, streamed=streamed):
             return bool(dit.blocks[0].self_attn.q._forward_hooks)
 
     cpu, elsewhere = torch.device("cpu"), torch.device("meta")
@@ -356,18 +356,18 @@ def test_trained_checkpoints_take_the_place_of_weights(tmp_path):
     modules = [dit, controller]
     target = Target.of_modules("tiny", modules)
     for streamed in (False, True):
-        with applied(modules, [use_lora(tmp_path / "dit.safetensors", target)], MODEL_BLOCKS, streamed=streamed):
+        with apply_loras(modules, [use_lora(tmp_path / "dit.safetensors", target)], MODEL_BLOCKS, streamed=streamed):
             assert torch.equal(output(dit), output(tuned))
         assert_untouched(dit, before)
     use = use_lora(tmp_path / "vace.safetensors", target)
-    with applied(modules, [use], MODEL_BLOCKS):
+    with apply_loras(modules, [use], MODEL_BLOCKS):
         state = dit.state_dict()
         assert all(torch.equal(v, full[k] if k.startswith("vace_") else before[k][1]) for k, v in state.items())
     use = use_lora(tmp_path / "controller.safetensors", target)
-    told = report(use, target)
+    told = lora_report(use, target)
     assert "6 parameters take the place of the model's" in str(told)
     bucket = torch.tensor([30.0])
-    with applied(modules, [use], MODEL_BLOCKS):
+    with apply_loras(modules, [use], MODEL_BLOCKS):
         assert torch.equal(controller(bucket), trained(bucket))
     assert not torch.equal(controller(bucket), trained(bucket)) and torch.equal(output(dit), base)
     with pytest.raises(ValueError, match="motion controller"):
@@ -378,15 +378,15 @@ def test_conflicts_are_told(loras, tmp_path):
     dit = tiny_dit("t2v")
     target = Target.of_modules("tiny", [dit])
     first, second = (used(loras[name][1], dit) for name in ("first", "second"))
-    assert not report(second, target, [first]).conflicts
+    assert not lora_report(second, target, [first]).conflicts
     against = used(loras["first"][1], dit, strength=-1.0)
-    assert "in opposite directions" in report(against, target, [first]).conflicts[0]
-    assert "in the same way" in report(first, target, [first]).conflicts[0]
+    assert "in opposite directions" in lora_report(against, target, [first]).conflicts[0]
+    assert "in the same way" in lora_report(first, target, [first]).conflicts[0]
     down, up = loras["first"][0]["blocks.0.ffn.0"]
     key = "diffusion_model.blocks.0.ffn.0"
     dora = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up, f"{key}.dora_scale": torch.ones(512, 1)}
     save_file(dora, tmp_path / "dora.safetensors")
-    told = report(used(tmp_path / "dora.safetensors", dit), target, [second])
+    told = lora_report(used(tmp_path / "dora.safetensors", dit), target, [second])
     assert "where one is a DoRA" in told.conflicts[0]
 
 

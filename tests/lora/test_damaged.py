@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from wan_core.lora.patches import LowRank
 from wan_core.lora.read import ADAPTER_METADATA, AdapterConfig
-from wan_core.lora.target import open_lora, report_alone
+from wan_core.lora.target import lora_file_report, open_lora
 
 PATH = "diffusion_model.blocks.0.self_attn.q"
 FACTORS = {f"{PATH}.lora_A.weight": torch.ones(2, 8), f"{PATH}.lora_B.weight": torch.ones(8, 2)}
@@ -140,4 +140,4 @@ def test_a_rank_above_the_matrix_costs_no_square_of_it():
 
 def test_names_of_strangers(tmp_path):
     name = "lora_unet_" + "9" * 400 + "layers." * 9
-    assert report_alone(open_lora(save(tmp_path, FACTORS | {f"{name}.lora_A.weight": torch.ones(1, 1)})))
+    assert lora_file_report(open_lora(save(tmp_path, FACTORS | {f"{name}.lora_A.weight": torch.ones(1, 1)})))

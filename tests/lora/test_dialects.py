@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.lora.fixtures import DEFAULT, RANK, WRITERS, factors, joined, linear_paths, pairs, streaming
 from tests.reference import relative_error, tiny_dit, tiny_motion_controller
-from wan_core.lora.apply import applied
-from wan_core.lora.target import MODEL_BLOCKS, Target, open_lora, report, report_alone, use_lora
+from wan_core.lora.apply import apply_loras
+from wan_core.lora.target import MODEL_BLOCKS, Target, lora_file_report, lora_report, open_lora, use_lora
 from wan_core.offload.weights import on_device
 from wan_core.types import Conditioning
 
@@ -49,7 +49,7 @@ def used(path, dit: nn.Module, **settings):
 
 @torch.no_grad()
 def with_loras(dit: nn.Module, *uses, steps: int = 1, **settings) -> torch.Tensor:
-    with applied([dit], uses, MODEL_BLOCKS, steps=steps, **settings):
+    with apply_loras([dit], uses, MODEL_BLOCKS, steps=steps, **settings):
         return output(dit)
 
 
@@ -111,7 +111,7 @@ def test_moving_the_model_moves_the_lora(tmp_path, cases, mode):
     use = used(tmp_path / "lora.safetensors", dit, mode=mode)
     resting = {name: p.data_ptr() for name, p in dit.named_parameters()}
 
-    with applied([dit], [use], MODEL_BLOCKS), torch.no_grad():
+    with apply_loras([dit], [use], MODEL_BLOCKS), torch.no_grad():
         copies = [(p, p.data) for p in dit.parameters()]
         for p, data in copies:
             p.data = data.clone()
@@ -119,7 +119,7 @@ def test_moving_the_model_moves_the_lora(tmp_path, cases, mode):
         for p, data in copies:
             p.data = data
     assert relative_error(got, expected) < TOLERANCE
-    with applied([dit], [use], MODEL_BLOCKS, device=torch.device("cpu")), on_device(dit, torch.device("cpu")):
+    with apply_loras([dit], [use], MODEL_BLOCKS, device=torch.device("cpu")), on_device(dit, torch.device("cpu")):
         assert relative_error(output(dit), expected) < TOLERANCE
     assert {name: p.data_ptr() for name, p in dit.named_parameters()} == resting
     assert torch.equal(output(dit), base)
@@ -215,7 +215,7 @@ def test_whole_tensor_differences(tmp_path, mode, streamed, prefix):
     base = clip_output(dit)
     use = used(tmp_path / "lora.safetensors", dit, mode=mode)
     assert len(use.bound.patches) == len(changes)
-    with streaming(dit) if streamed else nullcontext(), applied([dit], [use], MODEL_BLOCKS, streamed=streamed):
+    with streaming(dit) if streamed else nullcontext(), apply_loras([dit], [use], MODEL_BLOCKS, streamed=streamed):
         got = clip_output(dit)
     assert relative_error(got, clip_output(changed)) < TOLERANCE
     assert torch.equal(clip_output(dit), base)
@@ -236,13 +236,13 @@ def test_vace_and_motion_controller_modules(tmp_path):
     want = tiny_motion_controller()
     for path, (down, up) in steering.items():
         want.get_submodule(path).weight.add_(up @ down)
-    with applied(modules, [use], MODEL_BLOCKS):
+    with apply_loras(modules, [use], MODEL_BLOCKS):
         assert relative_error(controller(bucket), want(bucket)) < TOLERANCE
         for path, (down, up) in made.items():
             expected = tiny_dit("vace").get_submodule(path).weight + up @ down
             assert relative_error(dit.get_submodule(path).weight, expected) < TOLERANCE
     assert torch.equal(controller(bucket), base)
-    assert "VACE branch, motion controller" in str(report_alone(open_lora(tmp_path / "lora.safetensors")))
+    assert "VACE branch, motion controller" in str(lora_file_report(open_lora(tmp_path / "lora.safetensors")))
 
 
 def test_patch_embedding_and_convolutions(tmp_path):
@@ -261,7 +261,7 @@ def test_patch_embedding_and_convolutions(tmp_path):
         save_file(stored, tmp_path / f"{flat}.safetensors")
         use = used(tmp_path / f"{flat}.safetensors", dit)
         before = {path: weight.clone() for path, weight in weights.items()}
-        with applied([dit], [use], MODEL_BLOCKS):
+        with apply_loras([dit], [use], MODEL_BLOCKS):
             for path, weight in weights.items():
                 assert relative_error(weight.data, before[path] + deltas[path]) < TOLERANCE
 
@@ -270,7 +270,7 @@ def test_report_of_a_model(tmp_path, cases):
     dit, made, *_ = cases["t2v"]
     save_file(WRITERS["kohya"](made), tmp_path / "lora.safetensors")
     target = Target.of_modules("tiny", [dit])
-    told = report(use_lora(tmp_path / "lora.safetensors", target), target)
+    told = lora_report(use_lora(tmp_path / "lora.safetensors", target), target)
     assert told.dialects == {"kohya": 3 * len(made)} and told.ranks == (RANK,)
     assert told.alpha == "alpha tensor over rank"
     assert len(told.applied) == len(made) and not told.skipped

@@ -14,10 +14,10 @@ from tests.lora.fixtures import RANK, WRITERS, factors, linear_paths
 from tests.lora.test_dialects import merged_output, output, used, with_loras
 from tests.programs import PATIENCE
 from tests.reference import relative_error, tiny_dit
-from wan_core.atomic import numbered, partial_path
-from wan_core.loading.names import DIALECTS, diffusers_name, rename
+from wan_core.atomic import numbered_paths, partial_path
+from wan_core.loading.names import KEY_LAYOUTS, diffusers_name, rename
 from wan_core.lora.convert import LoraFormat, convert, extract_lora
-from wan_core.lora.target import Target, open_lora, report_alone, use_lora
+from wan_core.lora.target import Target, lora_file_report, open_lora, use_lora
 from wancore.headless.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,11 +54,11 @@ def test_a_small_lora_on_a_large_model(tmp_path):
 
 
 def test_an_image_lora_on_a_text_model(tmp_path):
-    from wan_core.lora.target import report
+    from wan_core.lora.target import lora_report
 
     path = lora_file(tmp_path, sized(256, 4, *(f"blocks.{i}.cross_attn.k_img" for i in range(4))))
     t2v = Target.of_modules("tiny", [tiny_dit("t2v")])
-    told = report(use_lora(path, t2v), t2v)
+    told = lora_report(use_lora(path, t2v), t2v)
     assert told.notes == (
         "An image-to-video LoRA on a text-to-video model: 4 names of its image branch are left out, the rest applies.",
     )
@@ -120,12 +120,12 @@ def test_files_that_are_no_files(tmp_path):
 
 
 def test_peft_without_its_configuration_says_so(tmp_path):
-    from wan_core.lora.target import report
+    from wan_core.lora.target import lora_report
 
     made = factors(tiny_dit("t2v"), ["blocks.0.ffn.0"])
     path = lora_file(tmp_path, WRITERS["PEFT"](made))
     tiny = Target.of_modules("tiny", [tiny_dit("t2v")])
-    assert "adapter_config.json, which is not beside the file" in str(report(use_lora(path, tiny), tiny))
+    assert "adapter_config.json, which is not beside the file" in str(lora_report(use_lora(path, tiny), tiny))
 
 
 @pytest.mark.parametrize("strengths", [(1.0, 1.0), (0.5, -2.0)])
@@ -228,9 +228,9 @@ def test_nothing_is_overwritten(tmp_path):
 def test_the_first_free_name_is_taken(tmp_path, names):
     source = lora_file(tmp_path, sized(1536, 2), "source")
     (tmp_path / "a_00001.safetensors").write_text("precious")
-    saved = convert([(source, 1.0)], numbered(tmp_path, "a", ".safetensors"), LoraFormat(names))
+    saved = convert([(source, 1.0)], numbered_paths(tmp_path, "a", ".safetensors"), LoraFormat(names))
     assert saved.path == tmp_path / "a_00002.safetensors"
-    assert str(report_alone(open_lora(saved.path)))
+    assert str(lora_file_report(open_lora(saved.path)))
 
 
 def test_what_a_kill_left_of_a_peft_folder_is_taken_over(tmp_path):
@@ -241,7 +241,7 @@ def test_what_a_kill_left_of_a_peft_folder_is_taken_over(tmp_path):
     (out / "adapter_config.json").write_text("{}")
     convert([(source, 1.0)], out, LoraFormat("peft"))
     assert sorted(p.name for p in out.iterdir()) == ["adapter_config.json", weights.name]
-    assert str(report_alone(open_lora(out)))
+    assert str(lora_file_report(open_lora(out)))
     for left in (["notes.txt"], ["adapter_config.json"], [weights.name]):
         other = tmp_path / left[0]
         other.mkdir()
@@ -299,7 +299,7 @@ def test_large_matrices_are_decomposed_by_projection():
 
 
 def test_every_original_name_has_its_diffusers_name_and_way_back():
-    dialect = next(d for d in DIALECTS if (d.kind, d.layout) == ("dit", "diffusers"))
+    dialect = next(d for d in KEY_LAYOUTS if (d.kind, d.layout) == ("dit", "diffusers"))
     for variant in ("flf2v", "vace"):
         for name in tiny_dit(variant).state_dict():
             path, _, leaf = name.rpartition(".")

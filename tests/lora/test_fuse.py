@@ -10,7 +10,7 @@ from wan_core.loading.load import build
 from wan_core.loading.save import save_quantised
 from wan_core.lora.bind import BlockStrengths
 from wan_core.lora.convert import fuse
-from wan_core.lora.target import Target, open_lora, report, report_alone, use_lora
+from wan_core.lora.target import Target, lora_file_report, lora_report, open_lora, use_lora
 from wancore.headless.cli import main
 
 LAYERS = ("blocks.0.ffn.0", "blocks.3.self_attn.q")
@@ -109,9 +109,9 @@ def test_reports_count_what_changes(folder, tmp_path):
 
     def applied(**settings):
         use = use_lora(file, target, **settings)
-        return len(report(use, target).applied)
+        return len(lora_report(use, target).applied)
 
-    assert applied() == 3 and len(report_alone(open_lora(file)).applied) == 3
+    assert applied() == 3 and len(lora_file_report(open_lora(file)).applied) == 3
     assert applied(blocks=BlockStrengths.parse("3")) == 1
     assert applied(strength=0.0) == 0
     weight = {"diffusion_model.blocks.0.ffn.0.diff": torch.ones(512, 256)}
@@ -119,4 +119,4 @@ def test_reports_count_what_changes(folder, tmp_path):
     save_file(load_file(folder / "l.safetensors") | weight | zeros("blocks.1.ffn.0"), file)
     use = use_lora(file, target)
     assert len(use.bound.patches) == 5 and applied() == 3
-    assert "applied   3 parameters" in str(report(use, target))
+    assert "applied   3 parameters" in str(lora_report(use, target))

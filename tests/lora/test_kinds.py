@@ -12,7 +12,7 @@ from torch import nn
 from tests.lora.fixtures import RANK, WRITERS, factors, linear_paths
 from tests.lora.test_dialects import inputs, output, used, with_loras
 from tests.reference import relative_error, tiny_dit
-from wan_core.lora.apply import applied
+from wan_core.lora.apply import apply_loras
 from wan_core.lora.convert import LoraFormat, convert
 from wan_core.lora.patches import Hadamard, Kronecker, LowRank
 from wan_core.lora.target import MODEL_BLOCKS, Target, use_lora
@@ -104,7 +104,7 @@ def test_tucker_cores_of_convolutions(tmp_path):
     save_file(stored, tmp_path / "lora.safetensors")
     delta = torch.einsum("op,pqtyx,qi->oityx", up.flatten(1), core, down.flatten(1))
     before = weight.clone()
-    with applied([dit], [used(tmp_path / "lora.safetensors", dit)], MODEL_BLOCKS):
+    with apply_loras([dit], [used(tmp_path / "lora.safetensors", dit)], MODEL_BLOCKS):
         assert relative_error(dit.patch_embedding.weight, before + delta) < 1e-6
 
 
@@ -158,7 +158,7 @@ def test_diffusers_loads_what_is_written(tmp_path, names, variant):
     loader.load_lora_into_transformer(state, model)
     model.fuse_lora()
     fused = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if "lora_" not in k}
-    with applied([dit], [used(out, dit, mode="fold")], MODEL_BLOCKS):
+    with apply_loras([dit], [used(out, dit, mode="fold")], MODEL_BLOCKS):
         expected = convert_wan_transformer_to_diffusers({k: v.clone() for k, v in dit.state_dict().items()})
     assert fused.keys() == expected.keys()
     assert max(relative_error(fused[k], expected[k]) for k in expected) < 1e-6

@@ -22,8 +22,8 @@ from wan_core.models.config import WAN_21, WAN_22, DiTConfig, Geometry, ImageEnc
 from wan_core.models.dit import WanDiT
 from wan_core.models.image_encoder import ImageEncoder
 from wan_core.models.vae import WanVAE, denormalise, normalise
-from wan_core.planning.job import Given, made_up
-from wan_core.planning.parts import published_dit, published_part
+from wan_core.planning.job import InputSizes, placeholder_conditioning
+from wan_core.planning.modules import published_component, published_dit
 from wan_core.planning.run import plan_run
 from wan_core.runtime import Runtime
 from wan_core.sampling.preview import latents_to_rgb, preview_frames
@@ -151,8 +151,8 @@ def test_conditioning_fits_the_model_and_samples(geometry, name, image_encoder):
 @MODELS
 def test_a_plan_counts_what_the_conditioning_takes(geometry, name, image_encoder):
     config, size = config_of(geometry, name), size_of(geometry)
-    given = Given(vace=(1,) if name == "vace" else (), camera=name == "camera")
-    planned = made_up(config, size.latent, given)
+    given = InputSizes(vace=(1,) if name == "vace" else (), camera=name == "camera")
+    planned = placeholder_conditioning(config, size.latent, given)
     real = fit(conditioned(geometry, name, image_encoder), match_variant(config), config, "model", size)
     for field in ("concat", "reference", "camera", "vace"):
         shapes = [[tuple(t.shape) for t in tensors_in(getattr(cond, field))] for cond in (planned, real)]
@@ -185,7 +185,7 @@ def test_a_vae_refuses_latents_of_another_model():
 @GEOMETRIES
 def test_a_dit_and_a_vae_of_two_families_are_refused_from_their_headers(geometry):
     dit = published_dit(catalog.find_row(catalog.TINY))
-    vae = published_part("vae", catalog.TINY)
+    vae = published_component("vae", catalog.TINY)
     dit = replace(dit, config=replace(dit.config, geometry=geometry))
     require_same_latents(dit, replace(vae, config=VAEConfig(geometry=geometry)))
     other = WAN_22 if geometry is WAN_21 else WAN_21

@@ -16,7 +16,7 @@ from wan_core.planning.encoders import (
     WORKSPACE_BYTES,
     choose_tiles,
     computed_cells,
-    counted_bytes,
+    count_vae_bytes,
     smallest_tiles,
     vae_peak_bytes,
 )
@@ -41,7 +41,7 @@ AT_720P = VideoSize(1280, 720, 81).latent
 def test_the_peak_is_that_of_the_whole_pass(what, dtype, size):
     """Published sizes are larger and longer: counting them takes minutes, and their peak grows with the area alone."""
     predicted = vae_peak_bytes(REAL, dtype, size, what=what) - WORKSPACE_BYTES
-    assert predicted == pytest.approx(counted_bytes(REAL, dtype, size, what), rel=0.05)
+    assert predicted == pytest.approx(count_vae_bytes(REAL, dtype, size, what), rel=0.05)
 
 
 def test_the_numbers_of_the_published_sizes():
@@ -62,7 +62,7 @@ def test_the_count_is_what_a_real_pass_allocates(what):
     with torch.no_grad(), LiveBytes("cpu", given=[*model.parameters(), source]) as counter:
         for _ in chunks(source):
             pass
-    assert counted_bytes(bundled.VAE, torch.float32, size, what) == pytest.approx(counter.peak, rel=0.05)
+    assert count_vae_bytes(bundled.VAE, torch.float32, size, what) == pytest.approx(counter.peak, rel=0.05)
 
 
 def test_tiles_and_batches_scale_the_peak():
@@ -150,5 +150,5 @@ def test_sizes_that_can_hardly_be_cut(size):
 
 def test_counting_is_done_once(monkeypatch):
     vae_peak_bytes(REAL, BF16, AT_480P)
-    monkeypatch.setattr(encoders, "counted_bytes", lambda *_: pytest.fail("counted again"))
+    monkeypatch.setattr(encoders, "count_vae_bytes", lambda *_: pytest.fail("counted again"))
     assert vae_peak_bytes(REAL, BF16, AT_720P) > vae_peak_bytes(REAL, BF16, AT_480P)

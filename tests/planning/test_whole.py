@@ -13,11 +13,11 @@ from wan_core.loading.load import build
 from wan_core.model import VideoModel
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.weights import WeightProvider
-from wan_core.planning.encoders import WORKSPACE_BYTES, choose_tiles, encoder_at_work, vae_peak_bytes
+from wan_core.planning.encoders import WORKSPACE_BYTES, choose_tiles, vae_peak_bytes, working_encoder
 from wan_core.planning.encoders import text_peak_bytes as text_bytes
-from wan_core.planning.fit import data_of, fit, text_of
-from wan_core.planning.job import Given, Job, made_up, plan_whole
-from wan_core.planning.parts import Part, published_dit, published_part
+from wan_core.planning.fit import data_of, fit_plan, text_of
+from wan_core.planning.job import InputSizes, Job, placeholder_conditioning, plan_whole
+from wan_core.planning.modules import SizedModule, published_component, published_dit
 from wan_core.runtime import Runtime
 from wan_core.sampling.experts import RunInputs
 from wan_core.settings import EasyCacheSettings, GuidanceSettings, MemorySettings, SamplerSettings
@@ -73,7 +73,7 @@ FILES = {
 def test_a_planned_part_weighs_what_the_loaded_one_does(files, kind, settings):
     component = detect_files(files / FILES[kind])
     loaded = build(component, dtype=torch.bfloat16, **settings)
-    part = Part.planned(component, torch.bfloat16, **settings)
+    part = SizedModule.planned(component, torch.bfloat16, **settings)
     twin = weights_of(part.module)
     assert all(weight.is_meta for weight in twin.values())
     described = {name: (tuple(w.shape), w.dtype) for name, w in weights_of(loaded).items()}
@@ -87,14 +87,16 @@ def test_a_planned_part_weighs_what_the_loaded_one_does(files, kind, settings):
 @pytest.mark.parametrize("kind", FILES)
 def test_what_is_published_of_a_bundled_part_is_its_file(files, kind):
     stored = detect_files(files / FILES[kind])
-    known = published_dit(catalog.find_row(catalog.TINY)) if kind == "dit" else published_part(kind, catalog.TINY)
+    known = published_dit(catalog.find_row(catalog.TINY)) if kind == "dit" else published_component(kind, catalog.TINY)
     assert known.config == stored.config
     assert {n: s.shape for n, s in known.sources.items()} == {n: s.shape for n, s in stored.sources.items()}
 
 
-def part(kind: str, **settings) -> Part:
-    published = published_dit(catalog.find_row(catalog.TINY)) if kind == "dit" else published_part(kind, catalog.TINY)
-    return Part.planned(published, torch.bfloat16, **settings)
+def part(kind: str, **settings) -> SizedModule:
+    published = (
+        published_dit(catalog.find_row(catalog.TINY)) if kind == "dit" else published_component(kind, catalog.TINY)
+    )
+    return SizedModule.planned(published, torch.bfloat16, **settings)
 
 
 def job(**changes) -> Job:
@@ -104,8 +106,8 @@ def job(**changes) -> Job:
 
 @pytest.mark.parametrize("variant", bundled.DITS)
 def test_every_structure_can_be_planned(variant):
-    dit = Part.planned(published_dit(catalog.find_row(catalog.tiny_id(variant))), torch.bfloat16)
-    given = Given(vace=(2, 0) if variant == "vace" else (), camera=True, pictures=1, encoded_frames=9)
+    dit = SizedModule.planned(published_dit(catalog.find_row(catalog.tiny_id(variant))), torch.bfloat16)
+    given = InputSizes(vace=(2, 0) if variant == "vace" else (), camera=True, pictures=1, encoded_frames=9)
     plan = plan_whole(job(dit=dit, given=given, image_encoder=part("image_encoder")), 2**30)
     assert [phase.name for phase in plan.phases] == [
         "text encoding", "image encoding", "VAE encoding", "sampling", "VAE decoding",
@@ -116,11 +118,18 @@ def test_every_structure_can_be_planned(variant):
 
 
 def test_references_and_inputs_of_vace_take_memory():
-    dit = Part.planned(published_dit(catalog.find_row(catalog.tiny_id("vace"))), torch.bfloat16)
-    sampling = [plan_whole(job(dit=dit, given=Given(vace=vace)), None).sampling for vace in ((), (0,), (0, 0), (3, 0))]
+    dit = SizedModule.planned(published_dit(catalog.find_row(catalog.tiny_id("vace"))), torch.bfloat16)
+    sampling = [
+        plan_whole(job(dit=dit, given=InputSizes(vace=vace)), None).sampling for vace in ((), (0,), (0, 0), (3, 0))
+    ]
     peaks = [plan.peak_bytes for plan in sampling]
     assert peaks == sorted(set(peaks))
-    assert made_up(dit.module.config, SIZE.latent, Given(vace=(3, 0))).prefix_frames(SIZE.latent.frames) == 3
+    assert (
+        placeholder_conditioning(dit.module.config, SIZE.latent, InputSizes(vace=(3, 0))).prefix_frames(
+            SIZE.latent.frames
+        )
+        == 3
+    )
 
 
 @pytest.mark.parametrize("share", [None, 0.9, 0.4])
@@ -131,10 +140,10 @@ def test_sampling_is_planned_as_the_run_will_plan_it(share):
     dit = tiny_dit("t2v").to(torch.bfloat16)
     model = VideoModel.of(dit, match_variant(dit.config), None, "tiny")
     runtime = Runtime(device=torch.device("cpu"), dtype=torch.bfloat16, memory_left=lambda _: limit or 1e12)
-    cond = made_up(dit.config, SIZE.latent, Given())
+    cond = placeholder_conditioning(dit.config, SIZE.latent, InputSizes())
     for parameter in dit.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-    twin = replace(job(), dit=Part(dit))
+    twin = replace(job(), dit=SizedModule(dit))
     own = model.plan(RunInputs(cond, SIZE.latent), SamplerSettings(), MemorySettings(), runtime)
     plan = plan_whole(twin, limit).sampling
     assert (plan.placement.streamed, plan.peak_bytes) == (own.placement.streamed, own.peak_bytes)
@@ -150,8 +159,8 @@ def test_text_encoding_is_placed_as_the_encoder_will_be():
     assert (phase.peak_bytes, phase.missing) == (limit, 0)
     assert phase.streamed_bytes == sum(block.bytes for block in encoder.inventory.blocks.values())
     runtime = Runtime(device=torch.device("cpu"), dtype=torch.bfloat16, memory_left=lambda _: limit)
-    loaded = Part(build_tiny_text_encoder())
-    with encoder_at_work(loaded.module, runtime, MemorySettings(), activations):
+    loaded = SizedModule(build_tiny_text_encoder())
+    with working_encoder(loaded.module, runtime, MemorySettings(), activations):
         hooked = sum(bool(block._forward_pre_hooks) for block in loaded.module.blocks)
     assert hooked == len(loaded.inventory.blocks)
 
@@ -204,22 +213,22 @@ def test_fit_changes_no_more_than_it_must():
     assert limits == sorted(set(limits), reverse=True)
     expected = ["cfg_mode sequential", "residual_on_cpu", "weights fp8 in Load Model"]
     for count, limit in enumerate(limits):
-        found = fit(alone, limit)
+        found = fit_plan(alone, limit)
         assert found.plan.fits
         assert len(found.changes) == count
         assert all(change.startswith(start) for change, start in zip(found.changes, expected, strict=False))
-    assert not fit(alone, limits[-1] - 1).plan.fits
+    assert not fit_plan(alone, limits[-1] - 1).plan.fits
 
 
 def test_what_never_fits_says_how_much_is_missing_and_what_helps():
-    least = fit(greedy(), 1)
-    assert (least.plan.missing, least.helps) == (least.plan.peak_bytes - 1, ())
+    least = fit_plan(greedy(), 1)
+    assert (least.plan.missing, least.suggestions) == (least.plan.peak_bytes - 1, ())
     assert "No smaller picture" in text_of(least)
-    near = fit(greedy(), least.plan.peak_bytes - 1)
+    near = fit_plan(greedy(), least.plan.peak_bytes - 1)
     assert not near.plan.fits
     assert near.plan.missing == 1
-    assert any(help.startswith("half as many frames (416x240, 17 frames)") for help in near.helps)
-    assert any(help.startswith("a smaller picture (208x112, 33 frames)") for help in near.helps)
+    assert any(help.startswith("half as many frames (416x240, 17 frames)") for help in near.suggestions)
+    assert any(help.startswith("a smaller picture (208x112, 33 frames)") for help in near.suggestions)
     assert data_of(near)["missing"] == 1
 
 

@@ -14,7 +14,7 @@ from wan_core.conditioning.slots import fit
 from wan_core.files import is_nameable
 from wan_core.loading.detect import Component, detect_files, join_vace
 from wan_core.lora.apply import LoraUse, fuse
-from wan_core.lora.target import Target, fit_to, open_lora, report, use_lora
+from wan_core.lora.target import Target, bind_to, lora_report, open_lora, use_lora
 from wan_core.model import VideoModel
 from wan_core.model_config import ModelConfig, find_models, require_same_latents, tokenizer_folder
 from wan_core.model_files import Offload
@@ -69,7 +69,7 @@ def check(components: Mapping[str, Component], config: TrainConfig) -> None:
         path = getattr(config, flag)
         if path is not None:
             with _named(flag):
-                fit_to(open_lora(Path(path).expanduser()), target)
+                bind_to(open_lora(Path(path).expanduser()), target)
 
 
 def start(model: VideoModel, config: TrainConfig) -> None:
@@ -85,7 +85,7 @@ def start(model: VideoModel, config: TrainConfig) -> None:
     if config.preset_lora_path is not None:
         with _named("preset_lora_path"):
             use = _fused(model, config.preset_lora_path)
-        log.info("Made part of the model: %s", report(use, Target.of_modules(model.name, model.modules)).summary)
+        log.info("Made part of the model: %s", lora_report(use, Target.of_modules(model.name, model.modules)).summary)
 
 
 def _trained_weights(config: TrainConfig) -> str | None:
@@ -136,7 +136,7 @@ class FoundModels:
     def has_motion_controller(self) -> bool:
         return "motion_controller" in self.components
 
-    def load_dit(self, dtype: torch.dtype, place: prepare.Place) -> prepare.VideoModel:
+    def load_dit(self, dtype: torch.dtype, place: prepare.OffloadPlace) -> prepare.VideoModel:
         """The DiT with what belongs beside it."""
         parts, offload = self.components, Offload.on(place)
         settings = prepare.DiTSettings(dtype=dtype)

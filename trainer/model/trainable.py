@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wan_core.conditioning.text import TextEncoder, clean_prompt
 from wan_core.lora.patches import LowRank
-from wan_core.lora.target import Target, fit_to, open_lora
+from wan_core.lora.target import Target, bind_to, open_lora
 from wan_core.model import VideoModel
 from wan_core.models.config import TEXT_TOKENS
 from wan_core.models.dit import WanDiT, check_shapes, vace_strengths
@@ -302,7 +302,7 @@ def _start_from(base: nn.Module, layers: Sequence[str], file: str, rank: int) ->
     """Give the injected LoRA the factors of `--lora_checkpoint`; layers that it lacks keep their start."""
     lora = open_lora(file)
     shapes = {f"{n}.weight": tuple(_lora_layer(base, n).weight.shape) for n in layers}
-    bound = fit_to(lora, Target("the layers of this LoRA", shapes))
+    bound = bind_to(lora, Target("the layers of this LoRA", shapes))
     if bound.skipped:
         raise ValueError(
             f"{lora.name} has factors that this LoRA has no place for, such as {bound.skipped[0].name} "

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from wan_core.files import blamed_on
+from wan_core.files import errors_from
 from wan_core.offload.streaming import BlockStream
 from wan_core.offload.weights import WeightProvider
 
@@ -198,7 +198,7 @@ class Engine:
             raise ValueError(f"The state {folder} has other weights than this run, such as {min(wrong)}.")
         for name, parameter in trained.items():
             parameter.data.copy_(weights[name])
-        with blamed_on(f"The optimizer of {folder}", "does not fit this run", error=StateError):
+        with errors_from(f"The optimizer of {folder}", "does not fit this run", error=StateError):
             self.optimizer.load_state_dict(optimizer)
 
 

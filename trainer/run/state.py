@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wan_core.atomic import sync_file, sync_folder
-from wan_core.files import blamed_on, read_json
+from wan_core.files import errors_from, read_json
 from wan_core.loading.detect import Component
 from wan_core.loading.paths import resolve_model
 from wan_core.loading.pickles import require_plain
@@ -174,7 +174,7 @@ def read_weights_and_optimizer(folder: Path) -> tuple[dict[str, Tensor], dict[st
     Raises:
         StateError: a file is missing or damaged, or the optimizer's holds more than numbers, texts and tensors.
     """
-    with blamed_on(f"The saved state {folder}", "cannot be read", error=StateError):
+    with errors_from(f"The saved state {folder}", "cannot be read", error=StateError):
         require_plain(folder / OPTIMIZER)
         optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         return read_whole(folder / WEIGHTS)[0], optimizer
@@ -187,7 +187,7 @@ def read_progress(folder: Path) -> Progress:
         StateError: there is no state, or it is damaged.
     """
     verify(folder)
-    with blamed_on(folder / PROGRESS, "is not what a state holds", error=StateError):
+    with errors_from(folder / PROGRESS, "is not what a state holds", error=StateError):
         progress = Progress(**read_json(folder / PROGRESS))
         if not isinstance(progress.run, dict) or not isinstance(progress.config, dict):
             raise ValueError("run and config are no objects")
@@ -198,7 +198,7 @@ def read_progress(folder: Path) -> Progress:
 
 def verify(folder: Path) -> None:
     """Raise StateError unless every file of the state in `folder` is as it was written."""
-    with blamed_on(folder, "is no saved state", error=StateError):
+    with errors_from(folder, "is no saved state", error=StateError):
         files = read_json(folder / MANIFEST)["files"].items()
         entries = {name: (entry["size"], entry["sha256"]) for name, entry in files}
         if outside := next((name for name in entries if Path(name).is_absolute() or ".." in Path(name).parts), None):

@@ -16,7 +16,7 @@ from ftfy import fix_text
 from torch import Tensor, nn
 
 from ..atomic import replacing
-from ..files import blamed_on
+from ..files import errors_from
 from ..loading.tensor_files import CheckpointError, is_safetensors, read_whole, write_safetensors
 from ..models.config import TEXT_TOKENS
 from ..models.text_encoder import UMT5Encoder
@@ -60,7 +60,7 @@ class Tokenizer:
         if fast.is_file():
             from tokenizers import Tokenizer as FastTokenizer
 
-            with blamed_on(fast, "is not a tokenizer file", "Download it again."):
+            with errors_from(fast, "is not a tokenizer file", "Download it again."):
                 tokenizer = FastTokenizer.from_file(str(fast))
             tokenizer.no_truncation()
             tokenizer.no_padding()

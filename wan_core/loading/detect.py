@@ -13,10 +13,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..files import blamed_on
+from ..files import errors_from
 from ..lora.naming import is_lora
 from ..models.config import DiTConfig
-from .names import ModelKind, Source, convert, find_dialect, stored_weights, strip_prefix
+from .names import ModelKind, Source, convert, find_layout, stored_weights, strip_prefix
 from .paths import describe_files, resolve_model
 from .structure import CONFIG_READERS, Config, Shapes, vace_layers
 from .tensor_files import CheckpointError, Header, TensorInfo, read_header
@@ -189,11 +189,11 @@ def _detect_one(header: Header) -> Component:
         return Component(
             kind="lora", layout="lora", config=None, sources=MappingProxyType({}), header=header, dtype=dtype
         )
-    dialect = find_dialect(names)
+    dialect = find_layout(names)
     if dialect is None:
         raise CheckpointError(_unknown(header, names))
     file = describe_files(header.files)
-    with blamed_on(file, "holds tensors that do not fit together", error=CheckpointError):
+    with errors_from(file, "holds tensors that do not fit together", error=CheckpointError):
         sources = convert(dialect, stored_weights(header, names))
     config = CONFIG_READERS[dialect.kind](Shapes(sources, f"{file} ({KINDS[dialect.kind][0]})"))
     return Component(

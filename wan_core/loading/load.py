@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..files import blamed_on
+from ..files import errors_from
 from ..models.dit import WanDiT
 from ..models.embedders import MotionController
 from ..models.image_encoder import ImageEncoder
@@ -18,7 +18,7 @@ from ..models.preview_decoder import PreviewDecoder
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..offload.blocks import blocks_of
-from ..offload.formats import MADE, WEIGHTS, StoredWeight, Weights
+from ..offload.formats import MADE_FORMATS, WEIGHT_CHOICES, StoredWeight, WeightChoice
 from ..offload.quant import QuantisedLinear, big_linears, replace_layer
 from ..offload.weights import WeightProvider
 from ..settings import check_choice
@@ -44,7 +44,7 @@ def build(
     *,
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
-    weights: Weights = "auto",
+    weights: WeightChoice = "auto",
     mapped: bool = False,
 ) -> nn.Module:
     """The module of `component` with its weights, in evaluation mode, no gradients; see `load_into`.
@@ -54,17 +54,17 @@ def build(
         ValueError: the settings do not fit the file.
     """
     require_kind(component, tuple(CLASSES))
-    return load_into(unfilled(component), component, dtype, device, weights=weights, mapped=mapped)
+    return load_into(empty_module(component), component, dtype, device, weights=weights, mapped=mapped)
 
 
-def unfilled(component: Component) -> nn.Module:
+def empty_module(component: Component) -> nn.Module:
     """The module of `component` on the meta device.
 
     Raises:
         CheckpointError: a model of its sizes cannot be made.
     """
     problem = f"cannot be {KINDS[component.kind][0]}, by the shapes of its tensors"
-    with blamed_on(component.name, problem, error=CheckpointError), torch.device("meta"):
+    with errors_from(component.name, problem, error=CheckpointError), torch.device("meta"):
         return CLASSES[component.kind](component.config)
 
 
@@ -88,10 +88,10 @@ def check_fits(component: Component) -> None:
         CheckpointError: they differ.
     """
     if component.kind in CLASSES:
-        check_against(component, unfilled(component))
+        check_against(component, empty_module(component))
     elif component.kind == "vace":
         # Alone in its file, but a part of a model whose other sizes it does not tell.
-        model = unfilled(replace(component, kind="dit"))
+        model = empty_module(replace(component, kind="dit"))
         parts = {name: part for name, part in model.named_children() if name.startswith("vace_")}
         check_against(component, nn.ModuleDict(parts))
 
@@ -102,7 +102,7 @@ def load_into(
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     *,
-    weights: Weights = "auto",
+    weights: WeightChoice = "auto",
     mapped: bool = False,
 ) -> nn.Module:
     """Give every parameter of `module` the weights of `component`, and `module` its `weight_provider`; it may stand on
@@ -124,7 +124,7 @@ def load_into(
         ValueError: the weights cannot stay in their file as asked.
         AssertionError: `module` holds a buffer on the meta device that no file can fill.
     """
-    check_choice("weights", weights, WEIGHTS)
+    check_choice("weights", weights, WEIGHT_CHOICES)
     check_against(component, module)
     stored = module.state_dict().keys()
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in stored]
@@ -168,10 +168,15 @@ class _Filling:
     """How the tensors of a component become the weights of a module."""
 
     def __init__(
-        self, module: nn.Module, component: Component, dtype: torch.dtype | None, device: torch.device, weights: Weights
+        self,
+        module: nn.Module,
+        component: Component,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        weights: WeightChoice,
     ) -> None:
         self.module, self.component, self.device, self.weights = module, component, device, weights
-        self.dtype, self.made = dtype, MADE.get(weights)
+        self.dtype, self.made = dtype, MADE_FORMATS.get(weights)
         self.provider = WeightProvider.of(module)
         self.in_float32 = getattr(module, "FLOAT32_PARAMETERS", ())
         self.linears = {f"{path}.weight": layer for path, layer in big_linears(module).items()}
@@ -222,7 +227,7 @@ class _Filling:
         """Raise ValueError when what was asked for needs other numbers than those in the file."""
         file = self.component.name
         if self.device.type not in ("cpu", "meta"):
-            raise ValueError(f"{file}: weights that stay in their file rest on the CPU, not on {self.device}.")
+            raise ValueError(f"{file}: weights that stay in their file are on the CPU, not on {self.device}.")
         if not all(map(files.can_map, self.component.header.files)):
             raise ValueError(
                 f"{file} is a PyTorch checkpoint of an old format, which cannot stay on disk. Convert it with "
@@ -317,7 +322,7 @@ def adopt(
     Raises:
         CheckpointError: names or shapes do not fit.
     """
-    module = unfilled(component)
+    module = empty_module(component)
     check_against(component, module)
     held = _Held(weights)
     copies = {name: combine(source, held).to(device, dtype, copy=True) for name, source in component.sources.items()}

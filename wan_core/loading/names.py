@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ..offload.formats import BESIDE, FormatError, StoredWeight, check_declared, format_of, plain_name, recognise
+from ..offload.formats import SIDE_TENSORS, FormatError, StoredWeight, check_declared, format_of, plain_name, recognise
 from .paths import describe_files
 from .tensor_files import CheckpointError, Header, TensorFiles
 
@@ -54,7 +54,7 @@ Combine = Literal["identity", "cat", "transpose", "reshape"]
 
 
 @dataclass(frozen=True)
-class Rule:
+class RenameRule:
     """One rewriting step on a name. `part` of `parts` says which piece of the target this tensor is."""
 
     pattern: str
@@ -65,7 +65,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Dialect:
+class KeyLayout:
     """One layout of one kind of model.
 
     `marks` are patterns of names, most of which are present; no name matches `absent`. Names that match `ignored` are
@@ -75,156 +75,156 @@ class Dialect:
     kind: ModelKind
     layout: str
     marks: tuple[str, ...]
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[RenameRule, ...] = ()
     absent: str | None = None
     ignored: str | None = None
     optional: tuple[str, ...] = ()
 
 
 DIT_RULES = (
-    Rule(r"^((?:vace_)?blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
-    Rule(r"^scale_shift_table$", "head.modulation"),
-    Rule(r"^proj_out\.", "head.head."),
-    Rule(r"\.attn1\.", ".self_attn."),
-    Rule(r"\.attn2\.", ".cross_attn."),
-    Rule(r"_attn\.to_([qkv])\.", r"_attn.\1."),
-    Rule(r"_attn\.to_out\.0\.", "_attn.o."),
-    Rule(r"_attn\.add_([kv])_proj\.", r"_attn.\1_img."),
-    Rule(r"_attn\.norm_added_k\.", "_attn.norm_k_img."),
-    Rule(r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
-    Rule(r"\.ffn\.net\.2\.", ".ffn.2."),
-    Rule(r"(blocks\.\d+)\.norm2\.", r"\1.norm3."),
-    Rule(r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
-    Rule(r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
-    Rule(r"^condition_embedder\.time_proj\.", "time_projection.1."),
-    Rule(r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
-    Rule(r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
-    Rule(r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
-    Rule(r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
-    Rule(r"^condition_embedder\.image_embedder\.pos_embed$", "img_emb.emb_pos"),
-    Rule(r"^(vace_blocks\.\d+)\.proj_in\.", r"\1.before_proj."),
-    Rule(r"^(vace_blocks\.\d+)\.proj_out\.", r"\1.after_proj."),
+    RenameRule(r"^((?:vace_)?blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
+    RenameRule(r"^scale_shift_table$", "head.modulation"),
+    RenameRule(r"^proj_out\.", "head.head."),
+    RenameRule(r"\.attn1\.", ".self_attn."),
+    RenameRule(r"\.attn2\.", ".cross_attn."),
+    RenameRule(r"_attn\.to_([qkv])\.", r"_attn.\1."),
+    RenameRule(r"_attn\.to_out\.0\.", "_attn.o."),
+    RenameRule(r"_attn\.add_([kv])_proj\.", r"_attn.\1_img."),
+    RenameRule(r"_attn\.norm_added_k\.", "_attn.norm_k_img."),
+    RenameRule(r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    RenameRule(r"\.ffn\.net\.2\.", ".ffn.2."),
+    RenameRule(r"(blocks\.\d+)\.norm2\.", r"\1.norm3."),
+    RenameRule(r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
+    RenameRule(r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
+    RenameRule(r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    RenameRule(r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+    RenameRule(r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+    RenameRule(r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+    RenameRule(r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+    RenameRule(r"^condition_embedder\.image_embedder\.pos_embed$", "img_emb.emb_pos"),
+    RenameRule(r"^(vace_blocks\.\d+)\.proj_in\.", r"\1.before_proj."),
+    RenameRule(r"^(vace_blocks\.\d+)\.proj_out\.", r"\1.after_proj."),
 )
 
 VAE_RULES = (
-    Rule(r"^encoder\.down_blocks\.(\d+)\.", r"encoder.downsamples.\1."),
+    RenameRule(r"^encoder\.down_blocks\.(\d+)\.", r"encoder.downsamples.\1."),
     # A decoder level is three residual blocks and, but for the last, an upsampler: four places in the flat list.
     *(
-        Rule(rf"^decoder\.up_blocks\.{level}\.{name}\.{j}\.", f"decoder.upsamples.{4 * level + place}.")
+        RenameRule(rf"^decoder\.up_blocks\.{level}\.{name}\.{j}\.", f"decoder.upsamples.{4 * level + place}.")
         for level in range(4)
         for name, j, place in (("resnets", 0, 0), ("resnets", 1, 1), ("resnets", 2, 2), ("upsamplers", 0, 3))
     ),
-    Rule(r"\.mid_block\.resnets\.0\.", ".middle.0."),
-    Rule(r"\.mid_block\.attentions\.0\.", ".middle.1."),
-    Rule(r"\.mid_block\.resnets\.1\.", ".middle.2."),
-    Rule(r"\.(downsamples|upsamples|middle)\.(\d+)\.norm1\.", r".\1.\2.residual.0."),
-    Rule(r"\.(downsamples|upsamples|middle)\.(\d+)\.conv1\.", r".\1.\2.residual.2."),
-    Rule(r"\.(downsamples|upsamples|middle)\.(\d+)\.norm2\.", r".\1.\2.residual.3."),
-    Rule(r"\.(downsamples|upsamples|middle)\.(\d+)\.conv2\.", r".\1.\2.residual.6."),
-    Rule(r"\.conv_shortcut\.", ".shortcut."),
-    Rule(r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
-    Rule(r"^(encoder|decoder)\.norm_out\.", r"\1.head.0."),
-    Rule(r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
-    Rule(r"^quant_conv\.", "conv1."),
-    Rule(r"^post_quant_conv\.", "conv2."),
+    RenameRule(r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    RenameRule(r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    RenameRule(r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    RenameRule(r"\.(downsamples|upsamples|middle)\.(\d+)\.norm1\.", r".\1.\2.residual.0."),
+    RenameRule(r"\.(downsamples|upsamples|middle)\.(\d+)\.conv1\.", r".\1.\2.residual.2."),
+    RenameRule(r"\.(downsamples|upsamples|middle)\.(\d+)\.norm2\.", r".\1.\2.residual.3."),
+    RenameRule(r"\.(downsamples|upsamples|middle)\.(\d+)\.conv2\.", r".\1.\2.residual.6."),
+    RenameRule(r"\.conv_shortcut\.", ".shortcut."),
+    RenameRule(r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
+    RenameRule(r"^(encoder|decoder)\.norm_out\.", r"\1.head.0."),
+    RenameRule(r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
+    RenameRule(r"^quant_conv\.", "conv1."),
+    RenameRule(r"^post_quant_conv\.", "conv2."),
 )
 
 UMT5_RULES = (
-    Rule(r"^(shared|encoder\.embed_tokens)\.", "token_embedding."),
-    Rule(r"^encoder\.final_layer_norm\.", "norm."),
-    Rule(r"^encoder\.block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
-    Rule(r"^encoder\.block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
-    Rule(
+    RenameRule(r"^(shared|encoder\.embed_tokens)\.", "token_embedding."),
+    RenameRule(r"^encoder\.final_layer_norm\.", "norm."),
+    RenameRule(r"^encoder\.block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
+    RenameRule(r"^encoder\.block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
+    RenameRule(
         r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.",
         r"blocks.\1.pos_embedding.embedding.",
     ),
-    Rule(r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.", r"blocks.\1.attn."),
-    Rule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.", r"blocks.\1.ffn.gate.0."),
-    Rule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.", r"blocks.\1.ffn.fc1."),
-    Rule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"blocks.\1.ffn.fc2."),
+    RenameRule(r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.", r"blocks.\1.attn."),
+    RenameRule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.", r"blocks.\1.ffn.gate.0."),
+    RenameRule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.", r"blocks.\1.ffn.fc1."),
+    RenameRule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"blocks.\1.ffn.fc2."),
 )
 
 CLIP_RULES = (
-    Rule(r"^vision_model\.", ""),
-    Rule(r"^embeddings\.class_embedding$", "visual.cls_embedding", "reshape"),
-    Rule(r"^embeddings\.position_embedding\.weight$", "visual.pos_embedding", "reshape"),
-    Rule(r"^embeddings\.patch_embedding\.", "visual.patch_embedding."),
-    Rule(r"^visual_projection\.weight$", "visual.head", "transpose"),
-    Rule(r"^pre_layrnorm\.", "visual.pre_norm."),
-    Rule(r"^post_layernorm\.", "visual.post_norm."),
-    Rule(r"^encoder\.layers\.(\d+)\.", r"visual.transformer.\1."),
-    Rule(r"\.layer_norm([12])\.", r".norm\1."),
-    *(Rule(rf"\.self_attn\.{name}_proj\.", ".attn.to_qkv.", "cat", i, 3) for i, name in enumerate("qkv")),
-    Rule(r"\.self_attn\.out_proj\.", ".attn.proj."),
-    Rule(r"\.mlp\.fc1\.", ".mlp.0."),
-    Rule(r"\.mlp\.fc2\.", ".mlp.2."),
+    RenameRule(r"^vision_model\.", ""),
+    RenameRule(r"^embeddings\.class_embedding$", "visual.cls_embedding", "reshape"),
+    RenameRule(r"^embeddings\.position_embedding\.weight$", "visual.pos_embedding", "reshape"),
+    RenameRule(r"^embeddings\.patch_embedding\.", "visual.patch_embedding."),
+    RenameRule(r"^visual_projection\.weight$", "visual.head", "transpose"),
+    RenameRule(r"^pre_layrnorm\.", "visual.pre_norm."),
+    RenameRule(r"^post_layernorm\.", "visual.post_norm."),
+    RenameRule(r"^encoder\.layers\.(\d+)\.", r"visual.transformer.\1."),
+    RenameRule(r"\.layer_norm([12])\.", r".norm\1."),
+    *(RenameRule(rf"\.self_attn\.{name}_proj\.", ".attn.to_qkv.", "cat", i, 3) for i, name in enumerate("qkv")),
+    RenameRule(r"\.self_attn\.out_proj\.", ".attn.proj."),
+    RenameRule(r"\.mlp\.fc1\.", ".mlp.0."),
+    RenameRule(r"\.mlp\.fc2\.", ".mlp.2."),
 )
 
 _BASE_BLOCKS = r"blocks\.\d+\..+"
 
-DIALECTS = (
-    Dialect(
+KEY_LAYOUTS = (
+    KeyLayout(
         "dit", "original",
         (r"head\.modulation", r"blocks\.0\.self_attn\.q\.weight", r"patch_embedding\.weight",
          r"time_projection\.1\.weight"),
     ),
-    Dialect(
+    KeyLayout(
         "dit", "diffusers",
         (r"scale_shift_table", r"blocks\.0\.attn1\.to_q\.weight", r"patch_embedding\.weight",
          r"condition_embedder\.time_proj\.weight"),
         DIT_RULES,
     ),
-    Dialect(
+    KeyLayout(
         "vace", "original",
         (r"vace_blocks\.0\.after_proj\.weight", r"vace_blocks\.0\.before_proj\.weight", r"vace_patch_embedding\.weight",
          r"vace_blocks\.0\.self_attn\.q\.weight"),
         absent=_BASE_BLOCKS,
     ),
-    Dialect(
+    KeyLayout(
         "vace", "diffusers",
         (r"vace_blocks\.0\.proj_out\.weight", r"vace_blocks\.0\.proj_in\.weight", r"vace_patch_embedding\.weight",
          r"vace_blocks\.0\.attn1\.to_q\.weight"),
         DIT_RULES, absent=_BASE_BLOCKS,
     ),
-    Dialect(
+    KeyLayout(
         "motion_controller", "original",
         (r"linear\.0\.weight", r"linear\.2\.weight", r"linear\.4\.weight", r"linear\.4\.bias"),
         absent=r"(?!linear\.).+",
     ),
-    Dialect(
+    KeyLayout(
         "text_encoder", "original",
         (r"token_embedding\.weight", r"blocks\.0\.attn\.q\.weight", r"blocks\.0\.ffn\.gate\.0\.weight",
          r"blocks\.0\.pos_embedding\.embedding\.weight"),
     ),
-    Dialect(
+    KeyLayout(
         "text_encoder", "Hugging Face",
         (r"shared\.weight|encoder\.embed_tokens\.weight", r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight",
          r"encoder\.block\.0\.layer\.1\.DenseReluDense\.wi_0\.weight", r"encoder\.final_layer_norm\.weight"),
         UMT5_RULES, ignored=r"decoder\..+|lm_head\..+",
     ),
-    Dialect(
+    KeyLayout(
         "vae", "original",
         (r"conv2\.weight", r"encoder\.conv1\.weight", r"decoder\.head\.2\.weight",
          r"decoder\.middle\.0\.residual\.0\.gamma", r"encoder\.middle\.0\.residual\.0\.gamma"),
     ),
-    Dialect(
+    KeyLayout(
         "vae", "diffusers",
         (r"post_quant_conv\.weight", r"decoder\.mid_block\.resnets\.0\.norm1\.gamma", r"decoder\.norm_out\.gamma",
          r"encoder\.mid_block\.resnets\.0\.norm1\.gamma"),
         VAE_RULES,
     ),
-    Dialect(
+    KeyLayout(
         "image_encoder", "original",
         (r"visual\.transformer\.0\.attn\.to_qkv\.weight", r"visual\.cls_embedding", r"visual\.pos_embedding",
          r"visual\.patch_embedding\.weight"),
     ),
-    Dialect(
+    KeyLayout(
         "image_encoder", "Hugging Face",
         (r"(vision_model\.)?embeddings\.class_embedding", r"(vision_model\.)?embeddings\.position_embedding\.weight",
          r"(vision_model\.)?pre_layrnorm\.weight", r"(vision_model\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight"),
         CLIP_RULES, optional=("visual.head",),
     ),
-    Dialect(
+    KeyLayout(
         "preview_decoder", "original",
         (r"decoder\.1\.weight", r"decoder\.3\.conv\.0\.weight", r"decoder\.7\.conv\.weight", r"decoder\.22\.weight"),
         ignored=r"encoder\..+",
@@ -293,25 +293,25 @@ def strip_prefix(names: Iterable[str]) -> dict[str, str]:
         stripped = {name.removeprefix(prefix): stored for name, stored in stripped.items()}
 
 
-def find_dialect(names: Iterable[str]) -> Dialect | None:
+def find_layout(names: Iterable[str]) -> KeyLayout | None:
     """The layout whose marks are best found among `names` (without prefixes), None when fewer than half are."""
-    weights = (name for name in names if not (UNUSED.fullmatch(name) or BESIDE.fullmatch(name)))
+    weights = (name for name in names if not (UNUSED.fullmatch(name) or SIDE_TENSORS.fullmatch(name)))
     text = "\n".join(map(plain_name, weights))
 
     def has(pattern: str) -> bool:
         return re.search(rf"^(?:{pattern})$", text, re.MULTILINE) is not None
 
-    def likeness(dialect: Dialect) -> float:
+    def likeness(dialect: KeyLayout) -> float:
         if dialect.absent and has(dialect.absent):
             return 0.0
         return sum(map(has, dialect.marks)) / len(dialect.marks)
 
-    best = max(DIALECTS, key=likeness)
+    best = max(KEY_LAYOUTS, key=likeness)
     return best if likeness(best) > 0.5 else None
 
 
 @cache
-def rename(dialect: Dialect, name: str) -> tuple[str, Combine, int, int]:
+def rename(dialect: KeyLayout, name: str) -> tuple[str, Combine, int, int]:
     """The original name that `name` belongs to, how it gets there, and which part of how many it is."""
     combine: Combine = "identity"
     part, parts = 0, 1
@@ -338,7 +338,7 @@ def stored_weights(header: Header, names: Mapping[str, str]) -> dict[str, Stored
         raise CheckpointError(f"{describe_files(header.files)} {error}") from error
 
 
-def convert(dialect: Dialect, weights: Mapping[str, StoredWeight]) -> Mapping[str, Source]:
+def convert(dialect: KeyLayout, weights: Mapping[str, StoredWeight]) -> Mapping[str, Source]:
     """The source of every original tensor that the file can give; one that lacks some of its parts is left out."""
     found: dict[str, dict[int, StoredWeight]] = {}
     how: dict[str, tuple[Combine, int]] = {}

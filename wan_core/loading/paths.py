@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import blamed_on, read_json
+from ..files import errors_from, read_json
 from .tensor_files import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -130,7 +130,7 @@ def _series_names(file: Path) -> list[str]:
 def _indexed_names(index: Path) -> set[str]:
     """The file names in an index; empty when it is not one. Those of files in other folders count for nothing."""
     try:
-        with blamed_on(index, "is no shard index"):
+        with errors_from(index, "is no shard index"):
             names = set(read_json(index)["weight_map"].values())
             return names if all(Path(name).name == name for name in names) else set()
     except ValueError:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..files import blamed_on
+from ..files import errors_from
 from .stored import MAX_AXES, SAFETENSORS_DTYPES, CheckpointError, TensorInfo, check_bounds, named_tensors
 
 PICKLE_BYTES = 16 * 2**20
@@ -86,7 +86,7 @@ def read_tensors(file: Path) -> dict[str, TensorInfo]:
     """
     content, places = _open(file)
     named = named_tensors(file, content, StoredTensor)
-    with blamed_on(file, "is a damaged PyTorch checkpoint", "Download it again.", CheckpointError):
+    with errors_from(file, "is a damaged PyTorch checkpoint", "Download it again.", CheckpointError):
         found = {name: _placed(name, tensor, file, places) for name, tensor in named.items()}
     _check_total(file, found.values())
     return found
@@ -97,7 +97,7 @@ def require_plain(file: Path) -> None:
     of them, within the bounds of this module.
     """
     content, places = _open(file)
-    with blamed_on(file, "is a damaged PyTorch checkpoint", error=CheckpointError):
+    with errors_from(file, "is a damaged PyTorch checkpoint", error=CheckpointError):
         _check_total(file, [_placed("a tensor", tensor, file, places) for tensor in _walk(content)])
 
 
@@ -124,7 +124,7 @@ def _walk(content: Any) -> Iterator[StoredTensor]:
 
 def _open(file: Path) -> tuple[Any, Mapping[str, tuple[int, int]]]:
     """What is pickled in `file`, and the place of each storage: where its bytes begin and end."""
-    with blamed_on(file, "is a damaged PyTorch checkpoint", "Download it again.", CheckpointError):
+    with errors_from(file, "is a damaged PyTorch checkpoint", "Download it again.", CheckpointError):
         with file.open("rb") as stream:
             is_archive = stream.read(4) == b"PK\x03\x04"
         return (_read_archive if is_archive else _read_legacy)(file)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ..atomic import creating
-from ..offload.formats import WRITTEN
+from ..offload.formats import OUTPUT_FORMAT
 from ..offload.quant import big_linears
 from ..runtime import gigabytes
 from .detect import Component, check_against
-from .load import CLASSES, check_fits, combine, spiece_model, unfilled
+from .load import CLASSES, check_fits, combine, empty_module, spiece_model
 from .names import SPIECE_MODEL
 from .tensor_files import TensorFiles, file_size, write_made
 
@@ -92,14 +92,14 @@ def save_quantised(
     """
     if component.kind not in QUANTISED_KINDS:
         raise ValueError(
-            f"{component.name} is not written in {WRITTEN.format.name}: only video models and text encoders are "
+            f"{component.name} is not written in {OUTPUT_FORMAT.format.name}: only video models and text encoders are "
             "read that way. Write it with --dtype bf16."
         )
-    module = unfilled(component)
+    module = empty_module(component)
     check_against(component, module)
     linears = {f"{name}.weight" for name in big_linears(module)}
-    mark = torch.zeros(2, dtype=WRITTEN.dtype)
-    entries = [_Entry(WRITTEN.mark, (2,), mark.dtype, lambda files: mark), *_extra(component)]
+    mark = torch.zeros(2, dtype=OUTPUT_FORMAT.dtype)
+    entries = [_Entry(OUTPUT_FORMAT.mark, (2,), mark.dtype, lambda files: mark), *_extra(component)]
     for name in component.sources:
         make = _quantised_entries if name in linears else partial(_plain_entries, dtype=torch.bfloat16)
         entries += make(component, name, changes.get(name))
@@ -151,7 +151,7 @@ def _quantised_entries(component: Component, name: str, change: Change) -> Itera
     source = component.sources[name]
     stored = _stored_name(component, name)
     kept = None if change else source.single
-    if kept and not WRITTEN.keeps(kept, component.header):
+    if kept and not OUTPUT_FORMAT.keeps(kept, component.header):
         kept = None
     pair: list[Tensor] = []
 
@@ -161,12 +161,12 @@ def _quantised_entries(component: Component, name: str, change: Change) -> Itera
             pair.extend((files.read(kept.numbers), scale))
         elif not pair:
             weight = combine(source, files)
-            pair.extend(WRITTEN.format.quantise(change(weight) if change else weight, per_row=False))
+            pair.extend(OUTPUT_FORMAT.format.quantise(change(weight) if change else weight, per_row=False))
         tensor, pair[part] = pair[part], torch.empty(0)
         return tensor
 
-    layer, spelling = stored.removesuffix(".weight"), WRITTEN.spelling
-    yield _Entry(f"{layer}{spelling.numbers}", source.shape, WRITTEN.dtype, partial(make, part=0))
+    layer, spelling = stored.removesuffix(".weight"), OUTPUT_FORMAT.spelling
+    yield _Entry(f"{layer}{spelling.numbers}", source.shape, OUTPUT_FORMAT.dtype, partial(make, part=0))
     yield _Entry(f"{layer}{spelling.scale}", (), torch.float32, partial(make, part=1))
 
 

@@ -14,7 +14,7 @@ from ..offload.quant import QuantisedLinear, weight_shapes
 from ..offload.weights import WeightProvider
 from ..runtime import usable_device
 from .load import combine
-from .names import Dialect, Source, convert, find_dialect, stored_weights, strip_prefix
+from .names import KeyLayout, Source, convert, find_layout, stored_weights, strip_prefix
 from .paths import PathLike, resolve_files
 from .tensor_files import CheckpointError, Header, TensorFiles, TensorInfo, read_header
 
@@ -68,7 +68,7 @@ def _files(given: Any) -> list[Path]:
     return [file for group in resolve_files(paths) for file in group]
 
 
-def given_header(tensors: Mapping[str, Tensor], name: str) -> Header:
+def header_of_tensors(tensors: Mapping[str, Tensor], name: str) -> Header:
     """A state dict in memory, called `name` in messages, as the header of a file.
 
     Raises:
@@ -85,7 +85,7 @@ def given_header(tensors: Mapping[str, Tensor], name: str) -> Header:
     return Header(MappingProxyType(infos), (place,), MappingProxyType({}))
 
 
-class GivenTensors:
+class TensorsInMemory:
     """The tensors of a state dict in memory, as `loading.load.combine` reads them."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -118,7 +118,7 @@ def replace_weights(
         ValueError: no tensor fits, shapes differ, or with `strict` a name is missing or fits nothing.
     """
     shapes = weight_shapes(module)
-    sources = _sources(given_header(tensors, "state_dict"), shapes)
+    sources = _sources(header_of_tensors(tensors, "state_dict"), shapes)
     owned = shapes.keys() if own is None else [name for name in own if name in shapes]
     missing = [name for name in owned if name not in sources]
     unexpected = [name for name in sources if name not in shapes]
@@ -136,7 +136,7 @@ def replace_weights(
         if is_lora(unexpected):
             advice = "It holds a LoRA, which pipe.load_lora applies, with the weights that are saved beside it"
         raise CheckpointError(f"The state_dict does not fit {type(module).__name__}; {'; '.join(problems)}. {advice}.")
-    reader, provider = GivenTensors(tensors), WeightProvider.of(module)
+    reader, provider = TensorsInMemory(tensors), WeightProvider.of(module)
     for name, source in sources.items():
         if name in shapes:
             _replace(module, name, combine(source, reader), provider)
@@ -148,8 +148,8 @@ def _sources(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[s
     names = {name.removeprefix(prefix): name for name in header}
     if not any(name in shapes for name in names):
         names = strip_prefix(header)
-        return convert(find_dialect(names) or Dialect("dit", "given", ()), stored_weights(header, names))
-    return convert(Dialect("dit", "given", ()), stored_weights(header, names))
+        return convert(find_layout(names) or KeyLayout("dit", "given", ()), stored_weights(header, names))
+    return convert(KeyLayout("dit", "given", ()), stored_weights(header, names))
 
 
 def _prefix(names: Iterable[str], known: Mapping[str, Any]) -> str:

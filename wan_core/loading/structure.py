@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import wraps
 from math import isqrt, prod
 
-from ..files import blamed_on
+from ..files import errors_from
 from ..models.config import (
     DEFAULT_GEOMETRY,
     GEOMETRIES,
@@ -256,7 +256,7 @@ def _on_damage(read: Reader) -> Reader:
 
     @wraps(read)
     def checked(shapes: Shapes) -> Config:
-        with blamed_on(shapes.owner, "holds tensors of shapes that no such model has", error=CheckpointError):
+        with errors_from(shapes.owner, "holds tensors of shapes that no such model has", error=CheckpointError):
             return read(shapes)
 
     return checked

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import blamed_on
+from ..files import errors_from
 from .pickles import read_tensors
 from .stored import SAFETENSORS_DTYPES, CheckpointError, TensorInfo, check_bounds
 
@@ -82,7 +82,7 @@ def is_safetensors(file: Path) -> bool:
     Raises:
         CheckpointError: it is neither.
     """
-    with blamed_on(file, "cannot be read", error=CheckpointError):
+    with errors_from(file, "cannot be read", error=CheckpointError):
         if not file.is_file():
             raise ValueError("there is no such file")
         with file.open("rb") as stream:
@@ -97,7 +97,7 @@ def is_safetensors(file: Path) -> bool:
         if start.lstrip().startswith(mark):
             raise CheckpointError(f"{file} {meaning}.")
     if start[:4] == b"PK\x03\x04":
-        with blamed_on(file, "is a damaged PyTorch checkpoint", "Download it again.", CheckpointError):
+        with errors_from(file, "is a damaged PyTorch checkpoint", "Download it again.", CheckpointError):
             is_whole = zipfile.is_zipfile(file)
         if not is_whole:
             raise CheckpointError(f"{file} is truncated: {size} bytes, and the end is missing; download it again.")
@@ -141,7 +141,7 @@ def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, st
                 f"{actual}. Download it again."
             )
         raw = stream.read(min(length, HEADER_BYTES + 1))
-    with blamed_on(file, "has a damaged safetensors header", "Download it again.", CheckpointError):
+    with errors_from(file, "has a damaged safetensors header", "Download it again.", CheckpointError):
         texts = (raw.count(b'"') - raw.count(b'\\"')) // 2
         if length > HEADER_BYTES or texts > HEADER_TEXTS:
             raise ValueError(f"it has {length} bytes and {texts} texts; {HEADER_BYTES} and {HEADER_TEXTS} are the most")

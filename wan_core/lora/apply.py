@@ -19,8 +19,8 @@ from ..types import Curve
 from .bind import EVERYWHERE, BlockStrengths, Bound
 from .patches import Decomposed, LowRank, Patch, Replacement
 
-Mode = Literal["auto", "fold", "side"]
-MODES: tuple[Mode, ...] = ("auto", "fold", "side")
+LoraMode = Literal["auto", "fold", "side"]
+LORA_MODES: tuple[LoraMode, ...] = ("auto", "fold", "side")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,7 +38,7 @@ class LoraUse:
     bound: Bound
     strength: Curve = Curve((1.0,))
     blocks: BlockStrengths = EVERYWHERE
-    mode: Mode = "auto"
+    mode: LoraMode = "auto"
 
     @property
     def fingerprint(self) -> str:
@@ -113,10 +113,10 @@ class _Place:
     def change(self, device: torch.device | None = None) -> Change:
         """From the weight to itself with all parts at their present strength, in its dtype on its device; computed on
         `device`, or where it is if that is None."""
-        return lambda base: folded(base, [(p.patch, p.strength) for p in self.parts], device or base.device)
+        return lambda base: fold_patches(base, [(p.patch, p.strength) for p in self.parts], device or base.device)
 
 
-def folded(base: Tensor, changes: Sequence[tuple[Patch, float]], device: torch.device) -> Tensor:
+def fold_patches(base: Tensor, changes: Sequence[tuple[Patch, float]], device: torch.device) -> Tensor:
     """`base` with each patch at its strength, in its dtype on its device, computed on `device` in float32."""
     active = [(patch, strength) for patch, strength in changes if strength]
     if len(active) == 1 and isinstance(active[0][0], Replacement) and active[0][1] == 1:
@@ -153,7 +153,7 @@ class LoraRun:
 
 
 @contextmanager
-def applied(
+def apply_loras(
     modules: Sequence[nn.Module],
     uses: Sequence[LoraUse],
     layout: ModelBlocks,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import creating_first, partial_path, replacing
-from ..files import blamed_on
+from ..files import errors_from
 from ..loading.detect import Component, detect_files, require_kind
 from ..loading.load import open_component
 from ..loading.names import ModelKind, diffusers_name
@@ -20,7 +20,7 @@ from ..loading.save import save_plain, save_quantised
 from ..loading.tensor_files import write_safetensors
 from ..runtime import DTYPES
 from ..settings import check_choice, check_whole
-from .apply import folded
+from .apply import fold_patches
 from .patches import LowRank, Patch
 from .read import ADAPTER_METADATA, Skipped
 from .report import grouped
@@ -114,7 +114,7 @@ def convert(
     skipped = tuple(s for _, left in named for s in left)
 
     def merged() -> Merged:
-        with blamed_on(" and ".join(lora.name for lora, _ in loras), "cannot be converted"):
+        with errors_from(" and ".join(lora.name for lora, _ in loras), "cannot be converted"):
             return merge(pairs, rank)
 
     return save(merged, out, form, kept, origin, skipped)
@@ -180,7 +180,7 @@ def fuse(sources: Sequence[tuple[PathLike, float]], base: PathLike, out: PathLik
 
 @torch.no_grad()
 def _fused(weight: Tensor, changes: Sequence[tuple[Patch, float]]) -> Tensor:
-    return folded(weight.float(), changes, weight.device)
+    return fold_patches(weight.float(), changes, weight.device)
 
 
 def _pairs(

@@ -80,7 +80,7 @@ _KEY = re.compile(r"(?P<path>.+?)\.(?:" + "|".join(f"(?P<{role}>{text})" for rol
 
 
 @dataclass(frozen=True)
-class KeyName:
+class ParsedKey:
     """A key of a LoRA file taken apart: `path` is the module as the file spells it, without its prefix."""
 
     dialect: Dialect
@@ -88,7 +88,7 @@ class KeyName:
     role: str
 
 
-def take_apart(key: str) -> KeyName | None:
+def parse_key(key: str) -> ParsedKey | None:
     """`key` in its parts; None when it ends in nothing that a LoRA holds."""
     match = _KEY.fullmatch(key)
     if match is None or match.lastgroup is None:
@@ -104,17 +104,25 @@ def take_apart(key: str) -> KeyName | None:
         outer = next(dialect for dialect in DIALECTS if dialect.name == "DiffSynth")
     if dialect.joined or dialect.foreign:
         outer, path = dialect, path.removeprefix(dialect.prefix)
-    return KeyName(outer, path, match.lastgroup)
+    return ParsedKey(outer, path, match.lastgroup)
 
 
-PROOFS = ("down", "up", "magnitude", "diff", "diff_b", "diff_m", *(r for r in ROLES if r.startswith(("hada", "lokr"))))
+LORA_ROLES = (
+    "down",
+    "up",
+    "magnitude",
+    "diff",
+    "diff_b",
+    "diff_m",
+    *(r for r in ROLES if r.startswith(("hada", "lokr"))),
+)
 """Roles whose keys belong to a LoRA alone; those of other roles end like keys of models (`alpha`, `weight`)."""
 
 
 def is_lora(keys: Iterable[str]) -> bool:
     """Whether a file with these keys is a LoRA: one key proves it."""
-    parts = (take_apart(key) for key in keys)
-    return any(part is not None and part.role in PROOFS for part in parts)
+    parts = (parse_key(key) for key in keys)
+    return any(part is not None and part.role in LORA_ROLES for part in parts)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import regex
 import torch
 from torch import Tensor
 
-from ..files import blamed_on
-from .naming import Dialect, take_apart
+from ..files import errors_from
+from .naming import Dialect, parse_key
 from .patches import Decomposed, Difference, Hadamard, Kronecker, LowRank, Patch, Replacement
 
 ADAPTER_METADATA = "lora_adapter_metadata"
@@ -172,7 +172,7 @@ class AdapterConfig:
         """
         if ADAPTER_METADATA not in metadata:
             return None
-        with blamed_on(f"The metadata {ADAPTER_METADATA!r} of the LoRA", "cannot be used"):
+        with errors_from(f"The metadata {ADAPTER_METADATA!r} of the LoRA", "cannot be used"):
             values = json.loads(metadata[ADAPTER_METADATA])
             return cls({name.removeprefix("transformer."): value for name, value in values.items()})
 
@@ -221,13 +221,13 @@ def read_lora(
         ValueError: none of the keys belongs to a LoRA, or the factors of a module do not fit each other.
     """
     if config is None:
-        with blamed_on(name, "cannot be read"):
+        with errors_from(name, "cannot be read"):
             config = AdapterConfig.from_metadata(metadata)
     groups: dict[tuple[Dialect, str], dict[str, str]] = defaultdict(dict)
     skipped: list[Skipped] = []
     dialects: Counter[str] = Counter()
     for key in keys:
-        parts = take_apart(key)
+        parts = parse_key(key)
         if parts is None:
             skipped.append(Skipped(key, "no key of a LoRA"))
             continue
@@ -245,7 +245,7 @@ def read_lora(
     rules: Counter[str] = Counter()
     for (dialect, path), roles in groups.items():
         stored = {role: tensor(key) for role, key in roles.items()}
-        with blamed_on(name, f"is damaged at {path}"):
+        with errors_from(name, f"is damaged at {path}"):
             patches, used, rule = _patches(path, stored, config)
             for _, patch in patches:
                 _check_shapes(patch)

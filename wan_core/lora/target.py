@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import blamed_on, read_json
+from ..files import errors_from, read_json
 from ..loading.detect import Component, detect
 from ..loading.load import combine, open_component
 from ..loading.names import ModelKind, diffusers_name
 from ..loading.paths import describe_files, resolve_model
-from ..loading.state_dict import GivenTensors, given_header
+from ..loading.state_dict import TensorsInMemory, header_of_tensors
 from ..loading.tensor_files import CheckpointError, TensorFiles, read_header
 from ..models.config import DiTConfig, MotionControllerConfig
 from ..models.dit import WanDiT
@@ -24,7 +24,7 @@ from ..models.embedders import MotionController
 from ..offload.quant import quantised_layers
 from ..settings import check_choice
 from ..types import Curve
-from .apply import MODES, LoraUse, Mode, ModelBlocks
+from .apply import LORA_MODES, LoraMode, LoraUse, ModelBlocks
 from .bind import EVERYWHERE, NO_SUCH_PART, BlockStrengths, Bound, Misfit, Shapes, bind, module_names, parameter_shapes
 from .naming import Spellings, is_lora
 from .patches import Patch, Replacement
@@ -55,16 +55,16 @@ def open_lora(path: PathLike) -> Lora:
         return read_lora(name, header, tensors.read, header.metadata, peft_config(files[0]))
 
 
-def given_lora(tensors: Mapping[str, Tensor], name: str = "state_dict") -> Lora:
+def lora_from_tensors(tensors: Mapping[str, Tensor], name: str = "state_dict") -> Lora:
     """The LoRA, or the trained weights, in a state dict; `name` stands for it in messages.
 
     Raises:
         ValueError: it is no dict of tensors, or holds neither.
     """
-    header = given_header(tensors, name)
+    header = header_of_tensors(tensors, name)
     if is_lora(header):
         return read_lora(name, header, lambda key: tensors[key].detach().cpu().clone(), {})
-    component, given = detect(header, REPLACING_KINDS), GivenTensors(tensors)
+    component, given = detect(header, REPLACING_KINDS), TensorsInMemory(tensors)
     return replacing(component, lambda key: combine(component.sources[key], given))
 
 
@@ -77,7 +77,7 @@ def peft_config(file: Path) -> AdapterConfig | None:
     config = file.with_name(PEFT_CONFIG)
     if file.stem != PEFT_FILE or not config.is_file():
         return None
-    with blamed_on(config, "is no configuration of PEFT", "Save the adapter again."):
+    with errors_from(config, "is no configuration of PEFT", "Save the adapter again."):
         return AdapterConfig(read_json(config))
 
 
@@ -266,7 +266,7 @@ def made_for(patches: Sequence[tuple[str, Patch]]) -> str:
     return ", ".join(words)
 
 
-def fit_to(lora: Lora, target: Target) -> Bound:
+def bind_to(lora: Lora, target: Target) -> Bound:
     """`lora` tied to `target`.
 
     Raises:
@@ -348,20 +348,20 @@ def use_lora(
     *,
     strength: float | Sequence[float] | Curve = 1.0,
     blocks: BlockStrengths = EVERYWHERE,
-    mode: Mode = "auto",
+    mode: LoraMode = "auto",
 ) -> LoraUse:
     """The LoRA, or the trained weights, at `source`, ready to be applied to `target`.
 
     Raises:
         ValueError: the file cannot be read, nothing in it matches, it was made for another size, or a setting is wrong.
     """
-    check_choice("LoRA mode", mode, MODES)
+    check_choice("LoRA mode", mode, LORA_MODES)
     lora = source if isinstance(source, Lora) else open_lora(Path(source))
     curve = Curve.of(strength)
-    return LoraUse(bound=fit_to(lora, target), strength=curve, blocks=blocks, mode=mode)
+    return LoraUse(bound=bind_to(lora, target), strength=curve, blocks=blocks, mode=mode)
 
 
-def report(use: LoraUse, target: Target, stacked: Sequence[LoraUse] = ()) -> LoraReport:
+def lora_report(use: LoraUse, target: Target, stacked: Sequence[LoraUse] = ()) -> LoraReport:
     """What `use` does to `target`, beside the LoRAs that are `stacked` under it."""
     named, _ = canonical(use.bound.lora)
     is_used = any((*use.strength.values, use.strength.outside))
@@ -378,7 +378,7 @@ def report(use: LoraUse, target: Target, stacked: Sequence[LoraUse] = ()) -> Lor
     )
 
 
-def report_alone(lora: Lora) -> LoraReport:
+def lora_file_report(lora: Lora) -> LoraReport:
     """What `lora` is, without a model."""
     patches, skipped = canonical(lora)
     return describe(lora, made_for(patches), patches=patches, skipped=skipped)

@@ -30,8 +30,8 @@ FP8_MAX = torch.finfo(FP8_MADE).max
 CHUNK = 1 << 18
 """Numbers of a weight that are quantised at once: enough to keep all cores busy, few enough to stay in their caches."""
 
-Weights = Literal["auto", "fp8", "plain"]
-WEIGHTS: tuple[Weights, ...] = ("auto", "fp8", "plain")
+WeightChoice = Literal["auto", "fp8", "plain"]
+WEIGHT_CHOICES: tuple[WeightChoice, ...] = ("auto", "fp8", "plain")
 """How big layers are to be held: as the file has them, as FP8, or in the compute dtype."""
 
 BLOCK_SIDES = (128, 64, 32, 16, 256)
@@ -194,13 +194,13 @@ FP8 = Float8("FP8", FP8_DTYPES)
 INT8 = EightBit("int8", (torch.int8,), is_marked=True)
 FORMATS = (PLAIN, FP8, INT8)
 
-MADE: Mapping[Weights, Float8] = {"fp8": FP8}
+MADE_FORMATS: Mapping[WeightChoice, Float8] = {"fp8": FP8}
 """The format that big layers are brought into on request, by the choice that asks for it."""
 
 
-def choice_of(dtype: torch.dtype | None) -> Weights | None:
+def choice_for_dtype(dtype: torch.dtype | None) -> WeightChoice | None:
     """The choice of `MADE` that a dtype names; None for dtypes that weights are just cast to."""
-    return next((choice for choice, row in MADE.items() if dtype in row.dtypes), None)
+    return next((choice for choice, row in MADE_FORMATS.items() if dtype in row.dtypes), None)
 
 
 def format_of(dtype: torch.dtype) -> WeightFormat | None:
@@ -231,7 +231,7 @@ SPELLINGS = (
 
 
 @dataclass(frozen=True)
-class Written:
+class OutputFormat:
     """How quantised weights are written to files.
 
     Attributes:
@@ -250,18 +250,18 @@ class Written:
         return stored.dtype == self.dtype and one_scale
 
 
-WRITTEN = Written(FP8, FP8_MADE, SPELLINGS[0], "scaled_fp8")
+OUTPUT_FORMAT = OutputFormat(FP8, FP8_MADE, SPELLINGS[0], "scaled_fp8")
 """ComfyUI's first dialect, the one form that every version reads: 0.3.64 takes one scale per tensor only (its
 `scaled_fp8_ops` declares it as a scalar), and newer ones, which write `weight_scale` and `comfy_quant`, convert it on
 loading. The two elements of the mark ask for products in the compute dtype."""
 
-BESIDE = re.compile(
+SIDE_TENSORS = re.compile(
     r"scaled_fp8|.+\.(scale_weight|weight_scale|weight_scale_inv|scale_input|input_scale|output_scale|comfy_quant|SCB"
     r"|weight_format)"
 )
 """Tensors beside the weights of a quantised file that are no weights; scales of inputs serve products in 8 bits."""
 
-UNREAD = {
+UNSUPPORTED = {
     r".+\.weight_scale_2": "NVFP4 (4 bits)",
     r".+\.pre_quant_scale": "ModelOpt with pre-scaled inputs",
     r".+\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..+)": "bitsandbytes NF4 or FP4",
@@ -297,9 +297,9 @@ class StoredWeight:
     unit: float = 1.0
     words: str = ""
 
-    def kept(self, weights: Weights) -> bool:
+    def kept(self, weights: WeightChoice) -> bool:
         """Whether a big layer that is to be held as `weights` keeps these numbers."""
-        return self.format.quantised and (weights == "auto" or MADE.get(weights) == self.format)
+        return self.format.quantised and (weights == "auto" or MADE_FORMATS.get(weights) == self.format)
 
     def held_scale(self, scale: Tensor, numbers: Shape) -> Tensor:
         """The stored `scale` as layers and `dequantise` take it, in float32."""
@@ -346,7 +346,7 @@ def recognise(names: Mapping[str, str], header: Mapping[str, Info]) -> dict[str,
     found: dict[str, StoredWeight] = {}
     sides = {name for name, _ in scales.values()}
     for name, stored in names.items():
-        if name in sides or BESIDE.fullmatch(name):
+        if name in sides or SIDE_TENSORS.fullmatch(name):
             continue
         scale, spelling = scales.get(name, (None, SPELLINGS[0]))
         found[plain_name(name)] = _stored(
@@ -385,7 +385,7 @@ def _word(dtype: torch.dtype) -> str:
 def check_readable(names: Iterable[str]) -> None:
     """Raise FormatError when one of `names` marks a format that is not read."""
     for name in names:
-        method = next((method for pattern, method in UNREAD.items() if re.fullmatch(pattern, name)), None)
+        method = next((method for pattern, method in UNSUPPORTED.items() if re.fullmatch(pattern, name)), None)
         if method:
             raise FormatError(f"is quantised with {method}, which is not read (it holds {name!r}). {ADVICE}")
 

@@ -19,7 +19,7 @@ from ..runtime import GIB, OutOfMemoryError, Runtime, gigabytes
 from ..settings import MemorySettings
 from ..tiling import TileSettings
 from ..types import LatentSize, VideoSize
-from .estimate import META, counted
+from .estimate import META, count_bytes
 
 
 @cache
@@ -31,12 +31,12 @@ def text_peak_bytes(config: TextEncoderConfig, dtype: torch.dtype, tokens: int =
     with META:
         encoder = UMT5Encoder(replace(config, num_layers=min(config.num_layers, 2))).requires_grad_(False).to(dtype)
         ids, mask = torch.empty(prompts, tokens, dtype=torch.long), torch.empty(prompts, tokens, dtype=torch.bool)
-    with counted(*encoder.parameters(), ids, mask) as counter:
+    with count_bytes(*encoder.parameters(), ids, mask) as counter:
         encoder.encode([row for row in ids])
     return counter.peak
 
 
-What = Literal["decode", "encode"]
+VaePass = Literal["decode", "encode"]
 
 WORKSPACE_BYTES = 256 * 2**20
 """Allowed beside the counted tensors, whatever the size: cuBLAS keeps up to 32 MiB for itself, cuDNN's implicit-GEMM
@@ -70,7 +70,7 @@ def vae_peak_bytes(
     dtype: torch.dtype,
     latent_size: LatentSize,
     tiles: TileSettings | None = None,
-    what: What = "decode",
+    what: VaePass = "decode",
     batch: int = 1,
 ) -> int:
     """Peak bytes on the device of one pass over `batch` videos, beside the weights.
@@ -86,12 +86,12 @@ def vae_peak_bytes(
 
 
 @cache
-def _bytes_per_cell(config: VAEConfig, dtype: torch.dtype, frames: int, what: What) -> float:
+def _bytes_per_cell(config: VAEConfig, dtype: torch.dtype, frames: int, what: VaePass) -> float:
     size = LatentSize(frames, _SAMPLE_SIDE, _SAMPLE_SIDE, config.geometry)
-    return counted_bytes(config, dtype, size, what) / _SAMPLE_SIDE**2
+    return count_vae_bytes(config, dtype, size, what) / _SAMPLE_SIDE**2
 
 
-def counted_bytes(config: VAEConfig, dtype: torch.dtype, latent_size: LatentSize, what: What) -> int:
+def count_vae_bytes(config: VAEConfig, dtype: torch.dtype, latent_size: LatentSize, what: VaePass) -> int:
     """Peak bytes of the tensors of one untiled pass, by running it on the meta device."""
     frames, height, width = latent_size.shape
     geometry = config.geometry
@@ -100,11 +100,11 @@ def counted_bytes(config: VAEConfig, dtype: torch.dtype, latent_size: LatentSize
         vae = WanVAE(config).requires_grad_(False).to(dtype).use_channels_last()
         latents = torch.empty(1, config.latent_channels, frames, height, width)
         video = torch.empty(1, 3, geometry.video_frames(frames), stride * height, stride * width)
-    passes: dict[What, Callable[[], Iterator[Tensor]]] = {
+    passes: dict[VaePass, Callable[[], Iterator[Tensor]]] = {
         "decode": lambda: vae.decode_chunks(latents),
         "encode": lambda: vae.encode_chunks(video),
     }
-    with counted(*vae.parameters(), latents, video) as counter:
+    with count_bytes(*vae.parameters(), latents, video) as counter:
         for _ in passes[what]():
             pass
     return counter.peak
@@ -115,7 +115,7 @@ def choose_tiles(
     dtype: torch.dtype,
     size: LatentSize,
     budget_bytes: float,
-    what: What = "decode",
+    what: VaePass = "decode",
     batch: int = 1,
 ) -> TileSettings | None:
     """The cheapest way to run a pass within `budget_bytes` beside the weights.
@@ -182,7 +182,7 @@ IMAGE_ENCODER_BYTES = 64 * 2**20
 """Activations of CLIP ViT-H/14 for one picture of 257 tokens: its widest tensor, 257 x 5120, is 5 MiB in float32."""
 
 
-def size_held(width: int, height: int, num_frames: int, geometry: Geometry) -> VideoSize:
+def checked_size(width: int, height: int, num_frames: int, geometry: Geometry) -> VideoSize:
     """`VideoSize.rounded`, of a video that this machine can hold at one byte per colour, the least that any work on it
     takes.
 
@@ -200,7 +200,7 @@ def size_held(width: int, height: int, num_frames: int, geometry: Geometry) -> V
     return size
 
 
-def limited(runtime: Runtime, memory: MemorySettings) -> Runtime:
+def limit_memory(runtime: Runtime, memory: MemorySettings) -> Runtime:
     """`runtime` on a device of which `memory.vram_limit` may be in use; a limit of 0 speaks of weights only."""
     if not memory.vram_limit:
         return runtime
@@ -214,7 +214,7 @@ def limited(runtime: Runtime, memory: MemorySettings) -> Runtime:
     return replace(runtime, memory_left=left)
 
 
-def available(module: nn.Module, runtime: Runtime, memory: MemorySettings, wanted: float) -> float | None:
+def memory_for(module: nn.Module, runtime: Runtime, memory: MemorySettings, wanted: float) -> float | None:
     """Bytes that work with `module` may use on the device; the host is asked first when `wanted` are more.
 
     What is there of the module's own weights counts as available. None without a bound.
@@ -222,12 +222,12 @@ def available(module: nn.Module, runtime: Runtime, memory: MemorySettings, wante
     if memory.vram_limit == 0:
         return 0
     own = WeightProvider.of(module).bytes_on(runtime.device)
-    left = runtime.room(wanted - own)
+    left = runtime.request_memory(wanted - own)
     return None if left is None else left + own
 
 
 @contextmanager
-def encoder_at_work(
+def working_encoder(
     module: nn.Module, runtime: Runtime, memory: MemorySettings, activations: int, *, keep: bool = False
 ) -> Iterator[nn.Module]:
     """An encoder on the device inside the block; blocks that do not fit there are streamed.
@@ -237,7 +237,7 @@ def encoder_at_work(
         keep: leave the weights on the device for the next use.
     """
     inventory, beside = WeightProvider.of(module).inventory(), activations + WORKSPACE_BYTES
-    bound = available(module, runtime, memory, inventory.bytes + beside)
+    bound = memory_for(module, runtime, memory, inventory.bytes + beside)
     placement = place(inventory, None if bound is None else bound - beside)
     with WeightProvider.of(module).working(runtime.device, placement, keep=keep):
         yield module

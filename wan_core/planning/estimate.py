@@ -81,7 +81,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 @contextmanager
-def counted(*given: Tensor) -> Iterator[LiveBytes]:
+def count_bytes(*given: Tensor) -> Iterator[LiveBytes]:
     """A counter of what is made on the meta device inside the block, beside the tensors that are `given`."""
     with torch.no_grad(), LiveBytes(META, given) as counter, _FusedAttention():
         yield counter
@@ -166,7 +166,7 @@ def _counted_bytes(
     cond = cond.map(lambda tensor, _: torch.empty_like(tensor, device=META))
     x = torch.empty(len(cond.encoded_text), twin.config.out_channels, *size, device=META)
     weights = [*weights_of(twin).values(), *([] if controller is None else weights_of(controller).values())]
-    with counted(*weights, *tensors_in(cond), x) as counter:
+    with count_bytes(*weights, *tensors_in(cond), x) as counter:
         blocks: BlockRunner = AllBlocks(twin, Runtime(device=META, dtype=twin.dtype))
         if residuals == "device":
             blocks = CachedBlocks(blocks, _ComputesEveryStep(), twin.dtype)

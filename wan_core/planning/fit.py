@@ -8,7 +8,7 @@ from typing import Any
 from ..runtime import GIB, gigabytes
 from ..settings import WindowSettings
 from ..tiling import Tiles
-from .encoders import What
+from .encoders import VaePass
 from .job import Job, Phase, WholePlan, plan_whole
 
 WINDOW = WindowSettings()
@@ -54,7 +54,7 @@ def _text_quantised(job: Job) -> Job | None:
 
 
 def _tiles(job: Job) -> Job | None:
-    automatic: dict[What, Tiles] = {what: "auto" for what in job.tiles}
+    automatic: dict[VaePass, Tiles] = {what: "auto" for what in job.tiles}
     return None if job.tiles == automatic else replace(job, tiles=automatic)
 
 
@@ -92,7 +92,7 @@ def _smaller(job: Job) -> Job | None:
     return None if not width * height else replace(job, size=replace(job.size, width=width, height=height), cond=None)
 
 
-HELPS = (
+SUGGESTIONS = (
     Variation(f"windows of {WINDOW.size} latent frames", _windowed),
     Variation("half as many frames", _shorter),
     Variation("a smaller picture", _smaller),
@@ -101,31 +101,31 @@ HELPS = (
 
 
 @dataclass(frozen=True)
-class Fit:
+class FittedPlan:
     """The settings that were found.
 
     Attributes:
         plan: of the run with them; when it does not fit, the one that is closest.
         changes: what was changed, in words.
-        helps: changes of the video that would make it fit, in words; empty when it fits, or when none does alone.
+        suggestions: changes of the video that would make it fit, in words; empty when it fits, or when none does alone.
     """
 
     plan: WholePlan
     changes: tuple[str, ...] = ()
-    helps: tuple[str, ...] = ()
+    suggestions: tuple[str, ...] = ()
 
 
-def fit(job: Job, limit: float | None) -> Fit:
+def fit_plan(job: Job, limit: float | None) -> FittedPlan:
     """`job` changed as little as it takes to run in `limit` bytes of the device."""
     changes: list[str] = []
     plan = plan_whole(job, limit)
     while not plan.fits:
         found = next(_better(plan), None)
         if found is None:
-            return Fit(plan, tuple(changes), helps(plan))
+            return FittedPlan(plan, tuple(changes), suggestions(plan))
         plan, what = found
         changes.append(what)
-    return Fit(plan, tuple(changes))
+    return FittedPlan(plan, tuple(changes))
 
 
 def _better(plan: WholePlan) -> Iterator[tuple[WholePlan, str]]:
@@ -137,10 +137,10 @@ def _better(plan: WholePlan) -> Iterator[tuple[WholePlan, str]]:
             yield other, variation.what
 
 
-def helps(plan: WholePlan) -> tuple[str, ...]:
+def suggestions(plan: WholePlan) -> tuple[str, ...]:
     """Changes of the video each of which makes a run fit that does not."""
     found = []
-    for variation in HELPS:
+    for variation in SUGGESTIONS:
         changed = variation.apply(plan.job)
         if changed is None:
             continue
@@ -159,7 +159,7 @@ def _short(plan: WholePlan) -> int:
 COLUMNS = ("phase", "peak", "weights stay", "streamed", "copied", "hidden", "")
 
 
-def text_of(fit: Fit) -> str:
+def text_of(fit: FittedPlan) -> str:
     """The plan as a table with a verdict."""
     plan = fit.plan
     rows = [COLUMNS, *(_row(phase) for phase in plan.phases)]
@@ -169,7 +169,7 @@ def text_of(fit: Fit) -> str:
     return "\n".join([verdict, "", *table, "", *_memory(plan), *_settings(fit)])
 
 
-def data_of(fit: Fit) -> dict[str, Any]:
+def data_of(fit: FittedPlan) -> dict[str, Any]:
     """The plan as JSON holds it; sizes in bytes."""
     plan = fit.plan
     return {
@@ -186,7 +186,7 @@ def data_of(fit: Fit) -> dict[str, Any]:
         "ram": dict(plan.ram),
         "files": dict(plan.files),
         "changes": list(fit.changes),
-        "helps": list(fit.helps),
+        "helps": list(fit.suggestions),
     }
 
 
@@ -227,10 +227,10 @@ def _listed(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{what} {gigabytes(size)}" for what, size in sizes.items() if size >= 0.05 * GIB) or "little"
 
 
-def _settings(fit: Fit) -> list[str]:
+def _settings(fit: FittedPlan) -> list[str]:
     lines = ["Changed to fit:", *(f"  - {change}" for change in fit.changes)] if fit.changes else []
     if fit.plan.fits:
         return lines
-    if fit.helps:
-        return [*lines, "What would help, each by itself:", *(f"  - {help}" for help in fit.helps)]
+    if fit.suggestions:
+        return [*lines, "What would help, each by itself:", *(f"  - {help}" for help in fit.suggestions)]
     return [*lines, "No smaller picture, shorter video or windows helps by itself; combine them, or use another card."]

@@ -21,15 +21,15 @@ from ..runtime import GIB
 from ..settings import MemorySettings, SamplerSettings
 from ..tiling import Tiles
 from ..types import Conditioning, LatentSize, VaceInput, VideoSize, tensors_in
-from .encoders import IMAGE_ENCODER_BYTES, WORKSPACE_BYTES, What, choose_tiles, smallest_tiles, vae_peak_bytes
+from .encoders import IMAGE_ENCODER_BYTES, WORKSPACE_BYTES, VaePass, choose_tiles, smallest_tiles, vae_peak_bytes
 from .encoders import text_peak_bytes as text_bytes
 from .estimate import META
-from .parts import Part
+from .modules import SizedModule
 from .run import COPIED_PER_SECOND, FLOPS_PER_SECOND, RunPlan, plan_run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class InputSizes:
     """What a run is given besides text, as far as it takes memory.
 
     Attributes:
@@ -45,7 +45,7 @@ class Given:
     encoded_frames: int = 0
 
     @classmethod
-    def of(cls, cond: Conditioning, frames: int) -> "Given":
+    def of(cls, cond: Conditioning, frames: int) -> "InputSizes":
         """What `cond` holds for a video of `frames` latent frames, encoded already."""
         inputs = cond.vace or ()
         vace = (cond.prefix_frames(frames), *(0 for _ in inputs[1:])) if inputs else ()
@@ -65,24 +65,24 @@ class Job:
     """
 
     name: str
-    dit: Part[WanDiT]
+    dit: SizedModule[WanDiT]
     size: VideoSize
     settings: SamplerSettings
     memory: MemorySettings = MemorySettings()
-    given: Given = Given()
+    given: InputSizes = InputSizes()
     cond: Conditioning | None = None
-    motion_controller: Part[MotionController] | None = None
+    motion_controller: SizedModule[MotionController] | None = None
     loras: tuple[LoraUse, ...] = ()
-    text_encoder: Part[UMT5Encoder] | None = None
-    image_encoder: Part[ImageEncoder] | None = None
-    vae: Part[WanVAE] | None = None
-    tiles: Mapping[What, Tiles] = field(default_factory=lambda: {"encode": "auto", "decode": "auto"})
+    text_encoder: SizedModule[UMT5Encoder] | None = None
+    image_encoder: SizedModule[ImageEncoder] | None = None
+    vae: SizedModule[WanVAE] | None = None
+    tiles: Mapping[VaePass, Tiles] = field(default_factory=lambda: {"encode": "auto", "decode": "auto"})
     decodes: bool = True
 
     @property
-    def parts(self) -> dict[str, Part[nn.Module]]:
+    def parts(self) -> dict[str, SizedModule[nn.Module]]:
         """The models of the run, by what they are in words."""
-        parts: dict[str, Part[nn.Module] | None] = {
+        parts: dict[str, SizedModule[nn.Module] | None] = {
             "video model": self.dit,
             "speed control": self.motion_controller,
             "text encoder": self.text_encoder,
@@ -160,8 +160,9 @@ def plan_whole(job: Job, limit: float | None) -> WholePlan:
     """
     if job.memory.vram_limit:
         limit = min(limit or math.inf, job.memory.vram_limit * GIB)
+    cond = job.cond or placeholder_conditioning(job.dit.module.config, job.size.latent, job.given)
     sampling = plan_run(
-        job.dit.module, job.cond or made_up(job.dit.module.config, job.size.latent, job.given), job.size.latent,
+        job.dit.module, cond, job.size.latent,
         job.settings, _of_sampling(job.memory), lambda _: limit,
         None if job.motion_controller is None else job.motion_controller.module, job.loras,
     )  # fmt: skip
@@ -172,7 +173,7 @@ def plan_whole(job: Job, limit: float | None) -> WholePlan:
     )
 
 
-def made_up(config: DiTConfig, size: LatentSize, given: Given) -> Conditioning:
+def placeholder_conditioning(config: DiTConfig, size: LatentSize, given: InputSizes) -> Conditioning:
     """Conditioning on the meta device, of the sizes that a run with these inputs has."""
 
     def tensor(*shape: int) -> torch.Tensor:
@@ -225,14 +226,14 @@ def _decoding(job: Job, limit: float | None) -> Iterator[Phase]:
 
 def _encoder_phase(
     name: str,
-    part: Part[nn.Module],
+    part: SizedModule[nn.Module],
     activations: int,
     tokens: int,
     bound: float | None,
     limit: float | None,
     beside: int = 0,
 ) -> Phase:
-    """A pass of an encoder, placed as `room.encoder_at_work` does, with `beside` bytes of other weights there."""
+    """A pass of an encoder, placed as `working_encoder` does, with `beside` bytes of other weights there."""
     beside_own = activations + WORKSPACE_BYTES + beside
     placement = place(part.inventory, None if bound is None else bound - beside_own)
     work = 2 * tokens * sum(block.parameters for block in part.inventory.blocks.values())
@@ -272,7 +273,7 @@ def _phase(
 
 
 def _vae_phase(
-    name: str, job: Job, part: Part[WanVAE], what: What, size: LatentSize, resident: int, limit: float | None
+    name: str, job: Job, part: SizedModule[WanVAE], what: VaePass, size: LatentSize, resident: int, limit: float | None
 ) -> Phase:
     """A pass of the VAE beside `resident` bytes of weights; "auto" tiles are chosen as `decode` chooses them."""
     vae, tiles = part.module, job.tiles[what]
@@ -307,6 +308,6 @@ def _ram(job: Job, sampling: RunPlan) -> dict[str, int]:
     if job.settings.cache is not None and job.settings.cache.residual_on_cpu:
         per_token = job.dit.module.config.dim * job.dit.module.dtype.itemsize
         ram["step cache"] = sampling.settings.guidance.branches * job.size.latent.tokens * per_token
-    cond = job.cond or made_up(job.dit.module.config, job.size.latent, job.given)
+    cond = job.cond or placeholder_conditioning(job.dit.module.config, job.size.latent, job.given)
     ram["conditioning"] = sum(tensor.nbytes for tensor in tensors_in(cond))
     return ram

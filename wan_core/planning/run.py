@@ -98,7 +98,7 @@ def plan_run(
     size: LatentSize,
     settings: SamplerSettings,
     memory: MemorySettings,
-    room: Callable[[float], float | None],
+    request_memory: Callable[[float], float | None],
     motion_controller: MotionController | None = None,
     loras: Sequence[LoraUse] = (),
 ) -> RunPlan:
@@ -108,11 +108,11 @@ def plan_run(
 
     Args:
         cond: fitted to the model; its tensors may lie anywhere, also on the meta device.
-        room: the bytes of the device that a run which wants so many may use; None without a bound.
+        request_memory: from the bytes that a run wants to those of the device that it may use; None without a limit.
     """
     inventory, given = dit_inventory(dit, cond), tuple(loras)
     plan = _counted(dit, inventory, cond, size, settings, motion_controller, given)
-    available = room(plan.peak_bytes)
+    available = request_memory(plan.peak_bytes)
     plan = plan.within(available, memory)
     if not plan.placement.streamed:
         return _keeping(plan, dit, cond, size, memory, given)

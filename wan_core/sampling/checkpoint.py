@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..atomic import clean, creating_first, numbered, replacing
-from ..files import blamed_on, parse_json
+from ..atomic import clean, creating_first, numbered_paths, replacing
+from ..files import errors_from, parse_json
 from ..loading.tensor_files import read_header, read_whole, write_safetensors
 from ..runtime import log
 from ..settings import SamplerSettings
@@ -182,7 +182,7 @@ class Checkpoint:
         if not self.path(run).is_file():
             return None
         try:
-            with blamed_on(self.path(run), "is no unfinished run"):
+            with errors_from(self.path(run), "is no unfinished run"):
                 state = _state(*read_whole(self.path(run)))
         except ValueError as error:
             log.warning("%s Starting from the beginning.", error)
@@ -221,7 +221,7 @@ def save_latents(folder: Path, name: str, raw: Tensor, manifest: Mapping[str, An
         OSError: the disk is full or fails.
     """
     tensors = {LATENT_FORMAT: raw, FORMAT_MARK: torch.zeros(0)}
-    with creating_first(numbered(folder, name, "_.latent")) as file:
+    with creating_first(numbered_paths(folder, name, "_.latent")) as file:
         write_safetensors(file.partial, tensors, {"wancore": json.dumps(manifest)})
     return file.path
 

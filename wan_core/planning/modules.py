@@ -1,4 +1,4 @@
-"""The models of a run as they will be held, on the meta device: what they weigh is known before they are loaded."""
+"""The models of a run as they will be held, on the meta device: their sizes are known before they are loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..loading.names import ModelKind
 from ..loading.tensor_files import Header, TensorInfo
 from ..models.config import ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
 from ..offload.blocks import weights_of
-from ..offload.formats import Weights
+from ..offload.formats import WeightChoice
 from ..offload.placement import SLOTS, Inventory
 from ..offload.quant import QuantisedLinear, big_linears, quantise
 from ..offload.weights import WeightProvider
@@ -42,7 +42,7 @@ Model = TypeVar("Model", bound=nn.Module, covariant=True)
 
 
 @dataclass(frozen=True, eq=False)
-class Part(Generic[Model]):
+class SizedModule(Generic[Model]):
     """One model of a run: the loaded module, or its twin on the meta device.
 
     Attributes:
@@ -58,16 +58,16 @@ class Part(Generic[Model]):
         component: Component,
         dtype: torch.dtype,
         *,
-        weights: Weights = "auto",
+        weights: WeightChoice = "auto",
         mapped: bool = False,
         absent: str = "",
-    ) -> "Part[nn.Module]":
+    ) -> "SizedModule[nn.Module]":
         """The part that loading `component` with these settings (`loading.load`) would give; nothing is read.
 
         Raises:
             ValueError: loading would refuse it.
         """
-        return Part(build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped), absent)
+        return SizedModule(build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped), absent)
 
     @property
     def provider(self) -> WeightProvider:
@@ -93,12 +93,12 @@ class Part(Generic[Model]):
     def _weights(self) -> dict[str, torch.Tensor]:
         return weights_of(self.module)
 
-    def quantised(self) -> "Part[Model] | None":
+    def quantised(self) -> "SizedModule[Model] | None":
         """The same part with the layers of its blocks as FP8; None where they are quantised, or stay as they rest."""
         done = all(isinstance(layer, QuantisedLinear) for layer in big_linears(self.module).values())
         if done or self.provider.mapped or self.provider.work_dtypes:
             return None
-        return Part(quantise(meta_twin(self.module)), self.absent)
+        return SizedModule(quantise(meta_twin(self.module)), self.absent)
 
 
 def published_dit(row: catalog.CatalogRow) -> Component:
@@ -108,7 +108,7 @@ def published_dit(row: catalog.CatalogRow) -> Component:
     return _unread("dit", catalog.published_config(row), Path(row.base or row.model_id, catalog.DIT_FILE))
 
 
-def published_part(kind: ModelKind, model_id: str) -> Component:
+def published_component(kind: ModelKind, model_id: str) -> Component:
     """A part that the video models share, from the published or the bundled model `model_id`."""
     file, config = PUBLISHED[kind]
     if model_id == catalog.TINY:
