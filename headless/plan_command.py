@@ -65,7 +65,7 @@ def answer(arguments: argparse.Namespace) -> tuple[str, bool]:
         workflow = apply_tiny(workflow, nodes)
     schemas = schemas_of(nodes)
     jobs = jobs_of(apply_sets(workflow, arguments.sets, schemas), nodes, schemas)
-    absent = list(dict.fromkeys(part.absent for job in jobs for part in job.parts.values() if part.absent))
+    absent = list(dict.fromkeys(part.absent for job in jobs for part in job.modules.values() if part.absent))
     fits = [_planned(job, limit, change=arguments.fit) for job in jobs]
     fine = all(found.plan.fits for found in fits)
     if arguments.json:

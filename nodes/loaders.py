@@ -30,7 +30,7 @@ from wan_core.model_files import (
 from wan_core.models.attention import BACKENDS
 from wan_core.models.config import DiTConfig
 from wan_core.offload.formats import WEIGHT_CHOICES, WeightChoice
-from wan_core.planning.modules import SizedModule, published_component, published_dit
+from wan_core.planning.modules import SizedExpert, SizedModule, published_component, published_dit
 from wan_core.runtime import DTYPES
 from wan_core.variants import match_variant
 
@@ -265,7 +265,8 @@ class ModelLoader(Loader):
         if vace_module != NONE:
             component = join_vace(component, inspect(cls.files(vace_module, False), "vace"))
         variant = match_variant(component.config_of(DiTConfig))
-        return (planning.PlannedModel(model, variant, planning.planned_part(component, absent, **given)),)
+        dit = planning.planned_part(component, absent, **given)
+        return (planning.PlannedModel(model, variant, (SizedExpert(dit.module, dit.absent),)),)
 
     def load(
         self,

@@ -8,7 +8,7 @@ from wan_core.model import VideoModel
 from wan_core.models.vae import WanVAE
 from wan_core.planning.fit import fit_plan, text_of
 from wan_core.planning.job import InputSizes, Job
-from wan_core.planning.modules import SizedModule
+from wan_core.planning.modules import SizedExpert, SizedModule
 from wan_core.runtime import GIB
 from wan_core.settings import CacheSettings, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, VideoSize
@@ -134,13 +134,12 @@ class MemoryPlan:
         cond, controller = model.fit(conditioning, size), model.motion_controller
         job = Job(
             name=model.name,
-            dit=SizedModule(model.dit),
+            experts=tuple(map(SizedExpert.of, model.experts)),
             size=size,
             settings=SamplerSettings(guidance=GuidanceSettings(scale=cfg), cache=cache, windows=windows),
             memory=memory or host.current.memory_settings(),
             given=InputSizes.of(cond, size.latent.frames),
             cond=cond,
-            loras=model.loras,
             motion_controller=None if controller is None else SizedModule(controller),
             text_encoder=None if text_encoder is None else SizedModule(text_encoder.model),
             vae=None if vae is None else SizedModule(vae),

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import torch
 
 from wan_core.loading.detect import Component
-from wan_core.lora.apply import LoraUse
 from wan_core.lora.target import Target, use_lora
+from wan_core.models.config import Geometry
 from wan_core.offload.formats import WeightChoice
 from wan_core.planning.job import InputSizes, Job
-from wan_core.planning.modules import SizedModule
+from wan_core.planning.modules import SizedExpert, SizedModule
 from wan_core.runtime import DTYPES
 from wan_core.tiling import Tiles
 from wan_core.types import VideoSize
@@ -80,16 +80,21 @@ class PlannedModel:
 
     name: str
     variant: Variant
-    dit: SizedModule
+    experts: tuple[SizedExpert, ...]
     motion_controller: SizedModule | None = None
-    loras: tuple[LoraUse, ...] = ()
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of its videos and latents."""
+        return self.experts[0].module.config.geometry
 
     def with_lora(self, path: Path, strength: Any) -> "PlannedModel":
         """The model with the LoRA of a file, as `VideoModel.with_lora`; a strength that is not known counts as 1."""
-        modules = [part.module for part in (self.dit, self.motion_controller) if part is not None]
+        modules = [part.module for part in (self.experts[0], self.motion_controller) if part is not None]
         factor = 1.0 if isinstance(strength, Unknown) else float(strength)
         use = use_lora(path, Target.of_modules(self.name, modules), strength=factor)
-        return replace(self, loras=(*self.loras, use))
+        experts = tuple(replace(expert, loras=(*expert.loras, use)) for expert in self.experts)
+        return replace(self, experts=experts)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Sampler:
     ) -> tuple[planning.PlannedRun]:
         handle = planning.known(planning.PlannedModel, "model", model)
         cond = planning.known(planning.PlannedConditioning, "conditioning", conditioning)
-        size = VideoSize.rounded(width, height, num_frames, handle.dit.module.config.geometry)
+        size = VideoSize.rounded(width, height, num_frames, handle.geometry)
         if cond.size and cond.size != size:
             raise planning.PlanError(f"{', '.join(cond.names)} is made for {cond.size}, but the video is {size}.")
         latent = given.get("latent")
@@ -136,7 +136,7 @@ class Sampler:
             denoise=given["denoise"], solver=given["solver"], cache=known["cache"], windows=known["windows"],
         )  # fmt: skip
         job = Job(
-            name=handle.name, dit=handle.dit, size=size, settings=settings, given=cond.given, loras=handle.loras,
+            name=handle.name, experts=handle.experts, size=size, settings=settings, given=cond.given,
             motion_controller=handle.motion_controller, text_encoder=cond.text_encoder,
             image_encoder=cond.image_encoder, vae=cond.vae, decodes=False,
             tiles={"encode": cond.tiles, "decode": AUTO}, memory=known["memory"] or MemorySettings(),

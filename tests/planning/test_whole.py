@@ -17,7 +17,8 @@ from wan_core.planning.encoders import WORKSPACE_BYTES, choose_tiles, vae_peak_b
 from wan_core.planning.encoders import text_peak_bytes as text_bytes
 from wan_core.planning.fit import data_of, fit_plan, text_of
 from wan_core.planning.job import InputSizes, Job, placeholder_conditioning, plan_whole
-from wan_core.planning.modules import SizedModule, published_component, published_dit
+from wan_core.planning.modules import SizedExpert, SizedModule, published_component, published_dit
+from wan_core.planning.run import RunPlan
 from wan_core.runtime import Runtime
 from wan_core.sampling.experts import RunInputs
 from wan_core.settings import EasyCacheSettings, GuidanceSettings, MemorySettings, SamplerSettings
@@ -93,22 +94,23 @@ def test_what_is_published_of_a_bundled_part_is_its_file(files, kind):
 
 
 def part(kind: str, **settings) -> SizedModule:
-    published = (
-        published_dit(catalog.find_row(catalog.TINY)) if kind == "dit" else published_component(kind, catalog.TINY)
-    )
-    return SizedModule.planned(published, torch.bfloat16, **settings)
+    return SizedModule.planned(published_component(kind, catalog.TINY), torch.bfloat16, **settings)
+
+
+def expert(model_id: str = catalog.TINY, **settings) -> SizedExpert:
+    return SizedExpert.planned(published_dit(catalog.find_row(model_id)), torch.bfloat16, **settings)
 
 
 def job(**changes) -> Job:
-    parts = {kind: part(kind) for kind in ("dit", "text_encoder", "vae")}
-    return Job(**{"name": "tiny", "size": SIZE, "settings": SamplerSettings(), **parts, **changes})
+    models = {"experts": (expert(),), **{kind: part(kind) for kind in ("text_encoder", "vae")}}
+    return Job(**{"name": "tiny", "size": SIZE, "settings": SamplerSettings(), **models, **changes})
 
 
 @pytest.mark.parametrize("variant", bundled.DITS)
 def test_every_structure_can_be_planned(variant):
-    dit = SizedModule.planned(published_dit(catalog.find_row(catalog.tiny_id(variant))), torch.bfloat16)
+    dit = expert(catalog.tiny_id(variant))
     given = InputSizes(vace=(2, 0) if variant == "vace" else (), camera=True, pictures=1, encoded_frames=9)
-    plan = plan_whole(job(dit=dit, given=given, image_encoder=part("image_encoder")), 2**30)
+    plan = plan_whole(job(experts=(dit,), given=given, image_encoder=part("image_encoder")), 2**30)
     assert [phase.name for phase in plan.phases] == [
         "text encoding", "image encoding", "VAE encoding", "sampling", "VAE decoding",
     ]  # fmt: skip
@@ -118,36 +120,81 @@ def test_every_structure_can_be_planned(variant):
 
 
 def test_references_and_inputs_of_vace_take_memory():
-    dit = SizedModule.planned(published_dit(catalog.find_row(catalog.tiny_id("vace"))), torch.bfloat16)
-    sampling = [
-        plan_whole(job(dit=dit, given=InputSizes(vace=vace)), None).sampling for vace in ((), (0,), (0, 0), (3, 0))
-    ]
-    peaks = [plan.peak_bytes for plan in sampling]
+    dit = expert(catalog.tiny_id("vace"))
+    references = ((), (0,), (0, 0), (3, 0))
+    plans = [plan_whole(job(experts=(dit,), given=InputSizes(vace=vace)), None) for vace in references]
+    peaks = [plan.sampling[0].peak_bytes for plan in plans]
     assert peaks == sorted(set(peaks))
-    assert (
-        placeholder_conditioning(dit.module.config, SIZE.latent, InputSizes(vace=(3, 0))).prefix_frames(
-            SIZE.latent.frames
-        )
-        == 3
-    )
+    cond = placeholder_conditioning(dit.module.config, SIZE.latent, InputSizes(vace=(3, 0)))
+    assert cond.prefix_frames(SIZE.latent.frames) == 3
 
 
 @pytest.mark.parametrize("share", [None, 0.9, 0.4])
 def test_sampling_is_planned_as_the_run_will_plan_it(share):
-    whole = plan_whole(job(), None)
-    limit = None if share is None else share * whole.sampling.placement.device_bytes + whole.sampling.activations
-    limit = limit and limit + whole.sampling.allowance
+    (whole,) = plan_whole(job(), None).sampling
+    limit = None if share is None else share * whole.placement.device_bytes + whole.activations
+    limit = limit and limit + whole.allowance
     dit = tiny_dit("t2v").to(torch.bfloat16)
     model = VideoModel.of(dit, match_variant(dit.config), None, "tiny")
     runtime = Runtime(device=torch.device("cpu"), dtype=torch.bfloat16, memory_left=lambda _: limit or 1e12)
     cond = placeholder_conditioning(dit.config, SIZE.latent, InputSizes())
     for parameter in dit.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-    twin = replace(job(), dit=SizedModule(dit))
+    twin = replace(job(), experts=(SizedExpert(dit),))
     own = model.plan(RunInputs(cond, SIZE.latent), SamplerSettings(), MemorySettings(), runtime)
-    plan = plan_whole(twin, limit).sampling
+    (plan,) = plan_whole(twin, limit).sampling
     assert (plan.placement.streamed, plan.peak_bytes) == (own.placement.streamed, own.peak_bytes)
     assert bool(plan.placement.streamed) == (share is not None)
+
+
+def two_experts(**changes) -> Job:
+    """The first takes the steps above timestep 900; the second is FP8, and so the smaller one."""
+    first, second = replace(expert(), lowest=900.0), expert().quantised()
+    return job(experts=(first, second), text_encoder=None, vae=None, **changes)
+
+
+def test_of_two_experts_one_is_on_the_device_at_a_time():
+    both = two_experts()
+    alone = [plan_whole(replace(both, experts=(replace(each, lowest=0.0),)), None) for each in both.experts]
+    whole = plan_whole(both, None)
+    assert [phase.name for phase in whole.phases] == ["sampling, expert 1", "sampling, expert 2"]
+    assert [phase.peak_bytes for phase in whole.phases] == [plan.peak_bytes for plan in alone]
+    assert whole.peak_bytes == alone[0].peak_bytes > alone[1].peak_bytes
+    assert whole.ram["video model, expert 1"] + whole.ram["video model, expert 2"] == sum(
+        plan.ram["video model"] for plan in alone
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "working"),
+    [
+        ({}, (0, 1)),
+        ({"end_step": 2}, (0,)),
+        ({"start_step": 45}, (1,)),
+        ({"denoise": 0.5, "shift": 1.0}, (1,)),
+    ],
+)
+def test_an_expert_that_no_step_needs_is_not_read(settings, working):
+    run = two_experts(settings=SamplerSettings(**settings))
+    mapped = tuple(replace(expert(mapped=True), lowest=each.lowest) for each in run.experts)
+    plan = plan_whole(replace(run, experts=mapped), None)
+    assert run.working_experts == working
+    assert list(plan.files) == [f"video model, expert {number + 1}" for number in working]
+    assert len(plan.sampling) == len(plan.phases) == len(working)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_a_solver_of_two_evaluations_copies_and_computes_twice(mode):
+    def planned(solver: str) -> RunPlan:
+        settings = SamplerSettings(solver=solver, guidance=GuidanceSettings(mode=mode))
+        return plan_whole(job(settings=settings, memory=MemorySettings(vram_limit=0)), None).sampling[0]
+
+    euler, heun = planned("euler"), planned("heun")
+    assert heun.placement.streamed == euler.placement.streamed != ()
+    assert (heun.copied_per_step, heun.flops) == (2 * euler.copied_per_step, 2 * euler.flops)
+    assert heun.hidden == pytest.approx(euler.hidden)
+    latents = 16 * SIZE.latent.frames * SIZE.latent.height * SIZE.latent.width * 4
+    assert heun.activations == euler.activations + 2 * latents
 
 
 def test_text_encoding_is_placed_as_the_encoder_will_be():
@@ -184,15 +231,15 @@ def test_the_vae_is_planned_with_the_tiles_that_it_will_choose():
 
 
 def test_weights_on_disk_are_no_host_memory():
-    held, mapped = part("dit"), part("dit", mapped=True)
+    held, mapped = expert(), expert(mapped=True)
     assert mapped.file_bytes > 1.9 * (held.ram_bytes - mapped.ram_bytes) > 0, "the bundled file is float32"
-    plan = plan_whole(job(dit=mapped), None)
+    plan = plan_whole(job(experts=(mapped,)), None)
     assert plan.files == {"video model": mapped.file_bytes}
     assert mapped.quantised() is None
 
 
 def test_fp8_takes_half_the_memory_and_once_is_enough():
-    held, quantised = part("dit"), part("dit").quantised()
+    held, quantised = expert(), expert().quantised()
     big = sum(w.nbytes for n, w in weights_of(held.module).items() if n.startswith("blocks") and w.ndim == 2)
     assert held.ram_bytes - quantised.ram_bytes == pytest.approx(big / 2, rel=0.05)
     assert quantised.quantised() is None
@@ -208,7 +255,7 @@ def test_fit_changes_no_more_than_it_must():
     one_by_one = replace(alone.settings, guidance=GuidanceSettings(mode="sequential"))
     on_host = replace(one_by_one, cache=EasyCacheSettings(residual_on_cpu=True))
     steps = [alone, replace(alone, settings=one_by_one), replace(alone, settings=on_host)]
-    steps += [replace(steps[-1], dit=alone.dit.quantised())]
+    steps += [replace(steps[-1], experts=(alone.experts[0].quantised(),))]
     limits = [plan_whole(step, 1).peak_bytes for step in steps]
     assert limits == sorted(set(limits), reverse=True)
     expected = ["cfg_mode sequential", "residual_on_cpu", "weights fp8 in Load Model"]
@@ -238,7 +285,7 @@ def test_a_limit_of_the_memory_settings_counts_too():
     assert strict.limit == 0.3 * 2**30
     assert whole.limit is None
     streamed = plan_whole(replace(job(), memory=MemorySettings(vram_limit=0)), 2**40)
-    assert len(streamed.sampling.placement.streamed) == 4
+    assert len(streamed.sampling[0].placement.streamed) == 4
     assert streamed.fits
     with pytest.raises(ValueError, match="vram_limit"):
         MemorySettings(vram_limit=float("nan"))

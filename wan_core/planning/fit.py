@@ -44,8 +44,8 @@ def _sequential(job: Job) -> Job | None:
 
 
 def _model_quantised(job: Job) -> Job | None:
-    dit = job.dit.quantised()
-    return None if dit is None else replace(job, dit=dit)
+    experts = tuple(expert.quantised() or expert for expert in job.experts)
+    return None if experts == job.experts else replace(job, experts=experts)
 
 
 def _text_quantised(job: Job) -> Job | None:
@@ -191,7 +191,7 @@ def data_of(fit: FittedPlan) -> dict[str, Any]:
 
 
 def _row(phase: Phase) -> tuple[str, ...]:
-    per = "per step" if phase.name == "sampling" else "per pass"
+    per = "per step" if phase.name.startswith("sampling") else "per pass"
     streams = bool(phase.streamed_bytes)
     short = f"{gigabytes(phase.missing)} too much" if phase.missing else ""
     return (

@@ -4,13 +4,12 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
 
-from ..lora.apply import LoraUse
 from ..models.config import TEXT_TOKENS, DiTConfig
-from ..models.dit import WanDiT
 from ..models.embedders import MotionController
 from ..models.image_encoder import ImageEncoder
 from ..models.text_encoder import UMT5Encoder
@@ -18,13 +17,15 @@ from ..models.vae import WanVAE
 from ..offload.blocks import weight_bytes
 from ..offload.placement import Placement, place
 from ..runtime import GIB
+from ..sampling.experts import RunModel
+from ..sampling.solvers import build_solver
 from ..settings import MemorySettings, SamplerSettings
 from ..tiling import Tiles
 from ..types import Conditioning, LatentSize, VaceInput, VideoSize, tensors_in
 from .encoders import IMAGE_ENCODER_BYTES, WORKSPACE_BYTES, VaePass, choose_tiles, smallest_tiles, vae_peak_bytes
 from .encoders import text_peak_bytes as text_bytes
 from .estimate import META
-from .modules import SizedModule
+from .modules import SizedExpert, SizedModule
 from .run import COPIED_PER_SECOND, FLOPS_PER_SECOND, RunPlan, plan_run
 
 
@@ -57,7 +58,7 @@ class Job:
     """A run to be planned.
 
     Attributes:
-        dit: the video model; with it come its `motion_controller` and `loras`.
+        experts: the transformers of the video model, the noisiest first; with them comes its `motion_controller`.
         cond: conditioning of the run; None makes it up from what is `given`.
         text_encoder, image_encoder, vae: None where a phase is not part of the run.
         tiles: how the VAE encodes and decodes.
@@ -65,14 +66,13 @@ class Job:
     """
 
     name: str
-    dit: SizedModule[WanDiT]
+    experts: tuple[SizedExpert, ...]
     size: VideoSize
     settings: SamplerSettings
     memory: MemorySettings = MemorySettings()
     given: InputSizes = InputSizes()
     cond: Conditioning | None = None
     motion_controller: SizedModule[MotionController] | None = None
-    loras: tuple[LoraUse, ...] = ()
     text_encoder: SizedModule[UMT5Encoder] | None = None
     image_encoder: SizedModule[ImageEncoder] | None = None
     vae: SizedModule[WanVAE] | None = None
@@ -80,16 +80,33 @@ class Job:
     decodes: bool = True
 
     @property
-    def parts(self) -> dict[str, SizedModule[nn.Module]]:
+    def config(self) -> DiTConfig:
+        """The structure that all experts share."""
+        return self.experts[0].module.config
+
+    @cached_property
+    def working_experts(self) -> tuple[int, ...]:
+        """The numbers of the experts that take a step of this run; the weights of others are not used."""
+        settings = self.settings
+        model = RunModel([sized.expert for sized in self.experts])
+        shares = model.shares(build_solver(settings).timesteps, range(settings.start_step, settings.last_step))
+        return tuple(sorted({number for number, _ in shares}))
+
+    def named(self, what: str, expert: int) -> str:
+        """`what` with the number of the expert, counted from 1, where there are several."""
+        return what if len(self.experts) == 1 else f"{what}, expert {expert + 1}"
+
+    @property
+    def modules(self) -> dict[str, SizedModule[nn.Module]]:
         """The models of the run, by what they are in words."""
-        parts: dict[str, SizedModule[nn.Module] | None] = {
-            "video model": self.dit,
+        modules: dict[str, SizedModule[nn.Module] | None] = {
+            **{self.named("video model", number): expert for number, expert in enumerate(self.experts)},
             "speed control": self.motion_controller,
             "text encoder": self.text_encoder,
             "image encoder": self.image_encoder,
             "VAE": self.vae,
         }
-        return {role: part for role, part in parts.items() if part is not None}
+        return {role: module for role, module in modules.items() if module is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +141,7 @@ class WholePlan:
         ram: bytes of host memory by what they hold; Python and its libraries take about a gigabyte more.
         files: bytes of each model that stay in its file; what is read of them is in the system's file cache, not in the
             memory of the program.
-        sampling: the plan of the sampling phase.
+        sampling: the plan of each expert that takes a step; one is on the device at a time.
     """
 
     job: Job
@@ -132,7 +149,7 @@ class WholePlan:
     phases: tuple[Phase, ...]
     ram: Mapping[str, int]
     files: Mapping[str, int]
-    sampling: RunPlan
+    sampling: tuple[RunPlan, ...]
 
     @property
     def peak_bytes(self) -> int:
@@ -160,16 +177,23 @@ def plan_whole(job: Job, limit: float | None) -> WholePlan:
     """
     if job.memory.vram_limit:
         limit = min(limit or math.inf, job.memory.vram_limit * GIB)
-    cond = job.cond or placeholder_conditioning(job.dit.module.config, job.size.latent, job.given)
-    sampling = plan_run(
-        job.dit.module, cond, job.size.latent,
-        job.settings, _of_sampling(job.memory), lambda _: limit,
-        None if job.motion_controller is None else job.motion_controller.module, job.loras,
-    )  # fmt: skip
-    phases = [*_encoding(job, limit), _sampling_phase(sampling, limit), *_decoding(job, limit)]
-    files = {role: part.file_bytes for role, part in job.parts.items() if part.file_bytes}
+    cond = job.cond or placeholder_conditioning(job.config, job.size.latent, job.given)
+    controller = None if job.motion_controller is None else job.motion_controller.module
+    sampling = {
+        number: plan_run(
+            job.experts[number].module, cond, job.size.latent, job.settings, _of_sampling(job.memory), lambda _: limit,
+            controller, job.experts[number].loras,
+        ) for number in job.working_experts
+    }  # fmt: skip
+    phases = [
+        *_encoding(job, limit),
+        *(_sampling_phase(job.named("sampling", number), plan, limit) for number, plan in sampling.items()),
+        *_decoding(job, limit),
+    ]
+    unused = {job.named("video model", number) for number in range(len(job.experts)) if number not in sampling}
+    files = {role: each.file_bytes for role, each in job.modules.items() if each.file_bytes and role not in unused}
     return WholePlan(
-        job=job, limit=limit, phases=tuple(phases), ram=_ram(job, sampling), files=files, sampling=sampling
+        job=job, limit=limit, phases=tuple(phases), ram=_ram(job, cond), files=files, sampling=tuple(sampling.values())
     )
 
 
@@ -244,13 +268,13 @@ def _encoder_phase(
     )  # fmt: skip
 
 
-def _sampling_phase(plan: RunPlan, limit: float | None) -> Phase:
+def _sampling_phase(name: str, plan: RunPlan, limit: float | None) -> Phase:
     asked = plan.settings.guidance
     note = f"{len(plan.placement.resident)} of {len(plan.placement.inventory.blocks)} blocks stay"
     if plan.placement.streamed and asked.branches == 2:
         note += f", guidance {asked.mode}"
     return _phase(
-        "sampling", plan.placement, plan.peak_bytes, limit, copied=plan.copied_per_step, hidden=plan.hidden, note=note
+        name, plan.placement, plan.peak_bytes, limit, copied=plan.copied_per_step, hidden=plan.hidden, note=note
     )
 
 
@@ -298,16 +322,15 @@ def _missing(peak: int, limit: float | None) -> int:
     return 0 if limit is None else max(0, math.ceil(peak - limit))
 
 
-def _ram(job: Job, sampling: RunPlan) -> dict[str, int]:
+def _ram(job: Job, cond: Conditioning) -> dict[str, int]:
     """Bytes of host memory by what they hold: weights at rest, frames of the video, tensors of a step cache."""
-    ram = {role: part.ram_bytes for role, part in job.parts.items()}
+    ram = {role: module.ram_bytes for role, module in job.modules.items()}
     pixels = 3 * job.size.num_frames * job.size.height * job.size.width * torch.float32.itemsize
     if job.vae is not None and job.decodes:
         # Pixels as the VAE gives them, and as the frames of an IMAGE.
         ram["frames of the video"] = 2 * pixels * job.vae.module.config.upscale**2
     if job.settings.cache is not None and job.settings.cache.residual_on_cpu:
-        per_token = job.dit.module.config.dim * job.dit.module.dtype.itemsize
-        ram["step cache"] = sampling.settings.guidance.branches * job.size.latent.tokens * per_token
-    cond = job.cond or placeholder_conditioning(job.dit.module.config, job.size.latent, job.given)
+        per_token = job.config.dim * job.experts[0].module.dtype.itemsize
+        ram["step cache"] = job.settings.guidance.branches * job.size.latent.tokens * per_token
     ram["conditioning"] = sum(tensor.nbytes for tensor in tensors_in(cond))
     return ram

@@ -1,9 +1,9 @@
 """The models of a run as they will be held, on the meta device: their sizes are known before they are loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import nn
@@ -13,12 +13,15 @@ from ..loading.detect import Component, detect
 from ..loading.load import CLASSES, build
 from ..loading.names import ModelKind
 from ..loading.tensor_files import Header, TensorInfo
+from ..lora.apply import LoraUse
 from ..models.config import ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
+from ..models.dit import WanDiT
 from ..offload.blocks import weights_of
 from ..offload.formats import WeightChoice
 from ..offload.placement import SLOTS, Inventory
 from ..offload.quant import QuantisedLinear, big_linears, quantise
 from ..offload.weights import WeightProvider
+from ..sampling.experts import Expert
 from .estimate import meta_twin
 
 PUBLISHED: dict[ModelKind, tuple[str, Any]] = {
@@ -43,7 +46,7 @@ Model = TypeVar("Model", bound=nn.Module, covariant=True)
 
 @dataclass(frozen=True, eq=False)
 class SizedModule(Generic[Model]):
-    """One model of a run: the loaded module, or its twin on the meta device.
+    """One model of a run, whose sizes are known: the loaded module, or its twin on the meta device.
 
     Attributes:
         absent: the files of a published model that are not on this machine; the twin is made from what is published.
@@ -61,13 +64,14 @@ class SizedModule(Generic[Model]):
         weights: WeightChoice = "auto",
         mapped: bool = False,
         absent: str = "",
-    ) -> "SizedModule[nn.Module]":
-        """The part that loading `component` with these settings (`loading.load`) would give; nothing is read.
+    ) -> Self:
+        """What loading `component` with these settings (`loading.load`) would give; no weight is read.
 
         Raises:
             ValueError: loading would refuse it.
         """
-        return SizedModule(build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped), absent)
+        module = build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped)
+        return cls(cast(Model, module), absent)
 
     @property
     def provider(self) -> WeightProvider:
@@ -93,12 +97,31 @@ class SizedModule(Generic[Model]):
     def _weights(self) -> dict[str, torch.Tensor]:
         return weights_of(self.module)
 
-    def quantised(self) -> "SizedModule[Model] | None":
-        """The same part with the layers of its blocks as FP8; None where they are quantised, or stay as they rest."""
+    def quantised(self) -> Self | None:
+        """The same model with the layers of its blocks as FP8; None where they are quantised already, or are used as
+        their file has them.
+        """
         done = all(isinstance(layer, QuantisedLinear) for layer in big_linears(self.module).values())
         if done or self.provider.mapped or self.provider.work_dtypes:
             return None
-        return SizedModule(quantise(meta_twin(self.module)), self.absent)
+        return replace(self, module=quantise(meta_twin(self.module)))
+
+
+@dataclass(frozen=True, eq=False)
+class SizedExpert(SizedModule[WanDiT]):
+    """A transformer of a video model with the noise levels and the LoRAs of an `Expert`."""
+
+    lowest: float = 0.0
+    loras: tuple[LoraUse, ...] = ()
+
+    @classmethod
+    def of(cls, expert: Expert) -> "SizedExpert":
+        """A loaded expert."""
+        return cls(expert.dit, lowest=expert.lowest, loras=expert.loras)
+
+    @property
+    def expert(self) -> Expert:
+        return Expert(self.module, self.lowest, self.loras)
 
 
 def published_dit(row: catalog.CatalogRow) -> Component:

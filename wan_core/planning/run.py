@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -13,6 +14,7 @@ from ..offload.blocks import weight_bytes
 from ..offload.placement import Inventory, Placement, place
 from ..offload.weights import WeightProvider
 from ..runtime import GIB, gigabytes
+from ..sampling.solvers import build_solver
 from ..sampling.windows import window_of
 from ..settings import MemorySettings, SamplerSettings
 from ..tiling import Span
@@ -43,7 +45,8 @@ class RunPlan:
         activations: bytes of everything else on the device at the peak, as counted.
         allowance: bytes for what cannot be counted: workspaces of kernels, and what the allocator loses.
         available: bytes that the run may use, None without a limit.
-        flops: of one step.
+        flops: of one step, of all its evaluations and branches.
+        evaluations: how often a step evaluates the model; the last step may do so less often.
     """
 
     settings: SamplerSettings
@@ -52,6 +55,7 @@ class RunPlan:
     allowance: int
     available: float | None
     flops: float
+    evaluations: int = 1
 
     @property
     def peak_bytes(self) -> int:
@@ -73,7 +77,7 @@ class RunPlan:
     def passes_per_step(self) -> int:
         """How often the blocks are copied for one step."""
         guidance = self.settings.guidance
-        return guidance.branches if guidance.mode == "sequential" else 1
+        return self.evaluations * (guidance.branches if guidance.mode == "sequential" else 1)
 
     @property
     def copied_per_step(self) -> int:
@@ -192,10 +196,13 @@ def _counted(
     window = (prefix + frames, size.height, size.width)
     activations = step_bytes(dit, cond, window, settings.guidance, _residuals(settings, size), motion_controller)
     beside += 0 if motion_controller is None else weight_bytes(motion_controller)
-    activations += beside
+    evaluations = max(map(len, build_solver(settings).evaluations))
+    # Between its evaluations a solver holds the first velocity and the latents that it led to, in float32.
+    held = 2 * (evaluations - 1) * prod((len(cond.encoded_text), dit.config.out_channels, prefix + size.frames))
+    activations += beside + held * size.height * size.width * torch.float32.itemsize
     allowance = WORKSPACE_BYTES + int(activations * FRAGMENTATION)
-    flops = settings.guidance.branches * pass_flops(dit.config, window, vace_inputs=len(cond.vace or ()))
-    return RunPlan(settings, Placement(inventory), activations, allowance, None, flops)
+    flops = evaluations * settings.guidance.branches * pass_flops(dit.config, window, vace_inputs=len(cond.vace or ()))
+    return RunPlan(settings, Placement(inventory), activations, allowance, None, flops, evaluations)
 
 
 def _residuals(settings: SamplerSettings, size: LatentSize) -> Residuals:
