@@ -74,7 +74,7 @@ def test_a_node_of_another_pack_is_planned_by_what_it_says():
     nodes = {**CLASSES, "Renaming": Renaming}
     (job,) = jobs_of(tiny("t2v", other={"class_type": "Renaming"}), nodes, schemas_of(nodes))
     assert job.name == "WanCore/tiny!"
-    assert job.decodes and set(job.parts) == {"video model", "text encoder", "VAE"}
+    assert job.decodes and set(job.modules) == {"video model", "text encoder", "VAE"}
 
 
 @pytest.mark.parametrize("name", ["Renaming", "Unheard"])
