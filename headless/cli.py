@@ -9,26 +9,34 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from wan_core import catalog
 from wan_core.media import FPS
 from wan_core.runtime import Cancelled, Pace
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
-from . import convert_command, info_command, lora_command, plan_command
 from .client import run_all_on_server
 from .core_nodes import core_nodes
+from .file_commands import (
+    CONVERT_ARGUMENTS,
+    FORM_ARGUMENTS,
+    INFO_ARGUMENTS,
+    LORA_ARGUMENTS,
+    Arguments,
+    convert,
+    info,
+    lora,
+)
 from .folders import Folders, workflow_file
-from .plan import apply_tiny
+from .overrides import apply_sets, apply_tiny, expand_prefixes, typed_values
+from .plan import PLAN_ARGUMENTS, plan
 from .runner import Event, RunResult, run
-from .schema import NodeSchema, schemas_of
+from .schema import NodeSchema, schemas_of, validate
 from .server import Server, ServerUnreachableError
-from .validate import validate
-from .workflow import Workflow, apply_sets, expand_prefixes, typed_values
+from .workflow import Workflow
 
 OK, FAILED, BAD_USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 SIGNALLED = 128
@@ -45,7 +53,7 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-RUN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+RUN_ARGUMENTS: Arguments = {
     "files": {
         "metavar": "FILE",
         "type": workflow_file,
@@ -83,42 +91,49 @@ RUN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class TrainingCommand:
-    """A command of the trainer: it gets its words as they are, and returns the exit code."""
-
-    help: str
-    execute: Callable[[Sequence[str]], int]
-
-
-@dataclass(frozen=True)
 class Command:
-    """A subcommand: how it is declared, and what it does with the parsed arguments; it returns the exit code."""
+    """A subcommand: its arguments, and what it does with them.
+
+    Attributes:
+        execute: returns the exit code.
+        one_of: further arguments, exactly one of which has to be given.
+    """
 
     help: str
-    declare: Callable[[argparse.ArgumentParser], None]
+    arguments: Arguments
     execute: Callable[[argparse.Namespace], int]
+    one_of: Arguments = field(default_factory=dict)
+
+    def declare(self, parser: argparse.ArgumentParser) -> None:
+        """Add the arguments to a parser."""
+        for flag, options in self.arguments.items():
+            parser.add_argument(flag, **options)
+        if self.one_of:
+            group = parser.add_mutually_exclusive_group(required=True)
+            for flag, options in self.one_of.items():
+                group.add_argument(flag, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; errors go to stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in TRAINING:
-        return TRAINING[words[0]].execute(words[1:])
+    if words and words[0] in TRAINING_COMMANDS:
+        return _run_trainer(words[0], words[1:])
     parser = argparse.ArgumentParser(prog=_program(), description="Wan 2.1 models without an editor.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.help, description=command.help)
         command.declare(subparser)
         subparser.set_defaults(execute=command.execute)
-    for name, training in TRAINING.items():
-        subparsers.add_parser(name, help=training.help)
+    for name, text in TRAINING_COMMANDS.items():
+        subparsers.add_parser(name, help=text)
     arguments = parser.parse_args(words)
     level = logging.ERROR if getattr(arguments, "quiet", False) else logging.INFO
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s")
     try:
         with _signals_as_exceptions():
             return arguments.execute(arguments)
-    except _Ended as error:
+    except _Terminated as error:
         return _fail(SIGNALLED + error.number, f"Ended by {signal.Signals(error.number).name}.")
     except (KeyboardInterrupt, Cancelled) as error:
         return _fail(INTERRUPTED, str(error) or "Interrupted.")
@@ -140,7 +155,7 @@ def _program() -> str:
     return "python -m headless" if Path(sys.argv[0]).name == "__main__.py" else "wancore"
 
 
-class _Ended(BaseException):
+class _Terminated(BaseException):
     """A signal asked for the end."""
 
     def __init__(self, number: int) -> None:
@@ -156,7 +171,7 @@ def _signals_as_exceptions() -> Iterator[None]:
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise _Ended(number)
+        raise _Terminated(number)
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     # `nohup` has SIGHUP ignored, and means that.
@@ -172,11 +187,6 @@ def _fail(code: int, message: str) -> int:
     with suppress(OSError):
         print(message, file=sys.stderr)
     return code
-
-
-def _declare_run(parser: argparse.ArgumentParser) -> None:
-    for flag, options in RUN_ARGUMENTS.items():
-        parser.add_argument(flag, **options)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -226,20 +236,14 @@ def _validated(workflows: Sequence[Workflow], schemas: Mapping[str, NodeSchema])
     return valid
 
 
-DECODE_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+DECODE_ARGUMENTS: Arguments = {
     "file": {"metavar": "FILE", "type": Path, "help": "a .latent file that a sampler kept"},
     "--vae": {"default": catalog.T2V_BASE, "help": f"as the VAE loader lists it (default: {catalog.T2V_BASE})"},
     "--fps": {"type": float, "default": float(FPS), "help": f"frames per second (default: {FPS})"},
     "--tiled": {"action": "store_true", "help": "decode in tiles from the beginning"},
     "--name": {"default": "video/wancore", "help": "name of the video below DIR (default: video/wancore)"},
+    **{flag: RUN_ARGUMENTS[flag] for flag in ("--out", "--input", "--tiny", "--device", "--quiet")},
 }
-
-
-def _declare_decode(parser: argparse.ArgumentParser) -> None:
-    for flag, options in DECODE_ARGUMENTS.items():
-        parser.add_argument(flag, **options)
-    for flag in ("--out", "--input", "--tiny", "--device", "--quiet"):
-        parser.add_argument(flag, **RUN_ARGUMENTS[flag])
 
 
 def _decode(arguments: argparse.Namespace) -> int:
@@ -319,8 +323,8 @@ class Progress:
         return event.text
 
 
-def _printed(answer: Callable[[argparse.Namespace], str]) -> Callable[[argparse.Namespace], int]:
-    """A command that prints what `answer` says."""
+def _print_text(answer: Callable[[argparse.Namespace], str]) -> Callable[[argparse.Namespace], int]:
+    """What a command executes that prints the text of `answer`."""
 
     def execute(arguments: argparse.Namespace) -> int:
         print(answer(arguments))
@@ -330,34 +334,44 @@ def _printed(answer: Callable[[argparse.Namespace], str]) -> Callable[[argparse.
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    text, fits = plan_command.answer(arguments)
+    text, fits = plan(arguments)
     print(text)
     return OK if fits else FAILED
 
 
-COMMANDS = {
-    "run": Command("Run a workflow in this process or on a ComfyUI server.", _declare_run, _run),
-    "decode": Command("Decode latents that a run kept into a video.", _declare_decode, _decode),
-    "plan": Command(plan_command.HELP, plan_command.declare, _plan),
-    "info": Command(info_command.HELP, info_command.declare, _printed(info_command.answer)),
-    "convert": Command(convert_command.HELP, convert_command.declare, _printed(convert_command.answer)),
-    "lora": Command(lora_command.HELP, lora_command.declare, _printed(lora_command.answer)),
+COMMANDS: Mapping[str, Command] = {
+    "run": Command("Run a workflow in this process or on a ComfyUI server.", RUN_ARGUMENTS, _run),
+    "decode": Command("Decode latents that a run kept into a video.", DECODE_ARGUMENTS, _decode),
+    "plan": Command(
+        "Say what a workflow will take of the card and of host memory, from headers alone.", PLAN_ARGUMENTS, _plan
+    ),
+    "info": Command(
+        "Say what model files are, what they need and which settings are recommended, from their headers.",
+        INFO_ARGUMENTS,
+        _print_text(info),
+    ),
+    "convert": Command(
+        "Write a model as one safetensors file, in FP8 or in another dtype, from any file this library reads.",
+        CONVERT_ARGUMENTS,
+        _print_text(convert),
+        one_of=FORM_ARGUMENTS,
+    ),
+    "lora": Command(
+        "Say what LoRA files are and what they do to a model; convert, merge or extract them, or fuse them into it.",
+        LORA_ARGUMENTS,
+        _print_text(lora),
+    ),
 }
 
-
-def _train(words: Sequence[str]) -> int:
-    from ..trainer import train  # takes seconds, and only this command needs it
-
-    return train.main(words)
-
-
-def _recipe(words: Sequence[str]) -> int:
-    from ..trainer import recipe
-
-    return recipe.main(words)
-
-
-TRAINING = {
-    "train": TrainingCommand("Train a model; flags as for python -m trainer.train.", _train),
-    "recipe": TrainingCommand("Train a published checkpoint as the reference does.", _recipe),
+TRAINING_COMMANDS: Mapping[str, str] = {
+    "train": "Train a model; flags as for python -m trainer.train.",
+    "recipe": "Train a published checkpoint as the reference does.",
 }
+"""Commands of the trainer, which reads their arguments itself."""
+
+
+def _run_trainer(name: str, words: Sequence[str]) -> int:
+    from ..trainer import recipe, train  # takes seconds, and only these commands need it
+
+    main = train.main if name == "train" else recipe.main
+    return main(words, prog=f"{_program()} {name}")

@@ -17,10 +17,9 @@ from wan_core.runtime import Cancelled
 from .core_nodes import IMAGES, VIDEOS
 from .folders import ANNOTATED, Folders, file_entries
 from .runner import Event, NodeError, OnEvent, RunResult
-from .schema import NodeSchema
+from .schema import Issue, NodeSchema, ValidationError, validate
 from .server import RefusedError, Server, ServerUnreachableError
-from .validate import Issue, ValidationError, needed_nodes, validate
-from .workflow import NodeSpec, Workflow
+from .workflow import NodeSpec, Workflow, needed_nodes
 
 try:
     import websocket

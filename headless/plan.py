@@ -1,160 +1,133 @@
-"""What a run executes: the nodes that its outputs need, equal ones merged, and how a node is called."""
+"""`python -m headless plan FILE`: what a workflow will take, from its links, widgets and headers of model files."""
 
-import dataclasses
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+import json
+from collections.abc import Mapping
 from typing import Any
 
-from .schema import NodeSchema
-from .validate import dependency_order, needed_nodes
-from .workflow import Link, NodeSpec, Workflow, WorkflowError
+from wan_core.planning.fit import FittedPlan, data_of, fit_plan, suggestions, text_of
+from wan_core.planning.job import Job, plan_whole
+from wan_core.runtime import GIB, free_bytes
+from wan_core.settings import check_number
+
+from ..nodes import NODE_CLASS_MAPPINGS, host
+from ..nodes.planning import PlanError, PlannedRun, Unknown
+from .core_nodes import core_nodes
+from .folders import Folders, workflow_file
+from .overrides import apply_sets, apply_tiny
+from .schema import NodeSchema, dependency_order, schemas_of
+from .workflow import Link, NodeSpec, Workflow, WorkflowError, needed_nodes
+
+PLAN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "file": {
+        "metavar": "FILE",
+        "type": workflow_file,
+        "help": "workflow in API format, or the name of one in workflows/api such as t2v",
+    },
+    "--vram": {
+        "metavar": "GB",
+        "type": float,
+        "help": "card memory that a run may use, a little less than the card has (default: what is free on this one)",
+    },
+    "--fit": {"action": "store_true", "help": "look for the settings that fit, changing as little as possible"},
+    "--set": {
+        "metavar": "NODE.INPUT=VALUE",
+        "dest": "sets",
+        "action": "append",
+        "default": [],
+        "help": "override an input, as for run",
+    },
+    "--tiny": {"action": "store_true", "help": "plan for the bundled tiny models, small sizes and few steps"},
+    "--json": {"action": "store_true", "help": "print JSON, sizes in bytes"},
+}
 
 
-def apply_tiny(workflow: Workflow, nodes: Mapping[str, type[Any]]) -> Workflow:
-    """The workflow with the inputs that each node's `tiny(inputs)` gives laid over its own.
-
-    A node class has a tiny form when it has a classmethod `tiny`; it receives the node's inputs in API form.
+def plan(arguments: argparse.Namespace) -> tuple[str, bool]:
+    """What to print, and whether every run of the workflow fits.
 
     Raises:
-        WorkflowError: no node of the workflow has a tiny form, so that it would run at full size.
+        ValueError: the workflow, one of its settings or one of its files cannot be used.
     """
-    prompt = workflow.to_api()
-    changed = [node for node in workflow.nodes.values() if hasattr(nodes.get(node.class_type), "tiny")]
-    if not changed:
-        raise WorkflowError("--tiny: no node of this workflow has a tiny form; leave --tiny out.")
-    return workflow.with_all({node.id: nodes[node.class_type].tiny(prompt[node.id]["inputs"]) for node in changed})
+    if arguments.vram is not None:
+        check_number("--vram", arguments.vram, low=0.1, high=100000)
+    limit = free_bytes(host.current.device()) if arguments.vram is None else arguments.vram * GIB
+    nodes = {**core_nodes(Folders()), **NODE_CLASS_MAPPINGS}
+    workflow = Workflow.load(arguments.file)
+    if arguments.tiny:
+        workflow = apply_tiny(workflow, nodes)
+    schemas = schemas_of(nodes)
+    jobs = jobs_of(apply_sets(workflow, arguments.sets, schemas), nodes, schemas)
+    absent = list(dict.fromkeys(part.absent for job in jobs for part in job.modules.values() if part.absent))
+    fits = [fit_plan(job, limit) if arguments.fit else _unchanged(job, limit) for job in jobs]
+    fine = all(found.plan.fits for found in fits)
+    if arguments.json:
+        return json.dumps({"plans": [data_of(found) for found in fits], "absent": absent}, indent=2), fine
+    texts = [text_of(found) for found in fits]
+    if not fine and not arguments.fit:
+        texts.append("With --fit, settings are looked for that take less.")
+    if absent:
+        files = [f"  - {file}" for file in absent]
+        texts.append("\n".join(["Not on this machine, planned by what is published of it, in bf16:", *files]))
+    return "\n\n".join(texts), fine
 
 
-Results = Mapping[str, Sequence[list[Any]]]
-"""By node id: for each output the list of its values, one per call of the node."""
+def _unchanged(job: Job, limit: float | None) -> FittedPlan:
+    """How a job fits as it is, and what would help where it does not."""
+    whole = plan_whole(job, limit)
+    return FittedPlan(whole, suggestions=() if whole.fits else suggestions(whole))
 
 
-def arguments(node: NodeSpec, schema: NodeSchema, results: Results, hidden: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Each argument as the list of values to map over; a linked input that is not computed is `[None]`.
+def jobs_of(workflow: Workflow, nodes: Mapping[str, type[Any]], schemas: Mapping[str, NodeSchema]) -> list[Job]:
+    """What each sampler runs, in the order of the file: the `planned` of every node class, along the links.
 
-    Optional inputs that the workflow leaves out are left out here: the function's own defaults hold, as on the host.
+    Raises:
+        WorkflowError: a link leads nowhere, links form a cycle, no sampler leads to an output, or what one is linked to
+            is not known.
+        ValueError: a setting is wrong, a file is broken or missing, or the model cannot use an input.
     """
-    values = {}
-    for name, value in node.inputs.items():
+    for node in workflow.nodes.values():
+        for name, link in node.links.items():
+            if link.node_id not in workflow.nodes:
+                raise WorkflowError(f"{node}: {name} is linked to node #{link.node_id}, which is not there.")
+    # A node of another pack may be what saves the video.
+    ends = [n.id for n in workflow.nodes.values() if n.class_type not in schemas or schemas[n.class_type].is_output]
+    needed = needed_nodes(workflow, ends)
+    values: dict[str, tuple[Any, ...]] = {}
+    for node_id in dependency_order(workflow, needed):
+        node = workflow.nodes[node_id]
+        planned = getattr(nodes.get(node.class_type), "planned", None)
+        if planned is None:
+            values[node_id] = ()
+            continue
+        try:
+            values[node_id] = planned(**_inputs(node, schemas[node.class_type], values, workflow))
+        except PlanError as error:
+            raise WorkflowError(f"{node}: {error}") from error
+    runs = [value for node_id in needed for value in values[node_id] if isinstance(value, PlannedRun)]
+    if not runs:
+        raise WorkflowError("There is nothing to plan: no sampler of this pack leads to an output of the workflow.")
+    decoded: dict[PlannedRun, PlannedRun] = {}
+    for run in runs:
+        if run.sampled is not None:
+            decoded.setdefault(run.sampled, run)
+    return [decoded.get(run, run).job for run in runs if run.sampled is None]
+
+
+def _inputs(
+    node: NodeSpec, schema: NodeSchema, values: Mapping[str, tuple[Any, ...]], workflow: Workflow
+) -> dict[str, Any]:
+    """The inputs of a node: constants, what links carry, defaults of those that are left out."""
+    found: dict[str, Any] = {}
+    for name, spec in schema.inputs.items():
+        value = node.inputs.get(name)
         if isinstance(value, Link):
-            values[name] = results[value.node_id][value.slot] if value.node_id in results else [None]
-        elif name in schema.inputs:
-            values[name] = [value]
-    return values | {name: [hidden.get(kind)] for name, kind in schema.hidden.items()}
-
-
-def mapped(function: Callable[..., Any], values: Mapping[str, list[Any]], takes_lists: bool) -> Iterator[Any]:
-    """Call `function` once with the lists, or once per item; a shorter list repeats its last item.
-
-    Raises:
-        ValueError: an input received an empty list.
-    """
-    if takes_lists:
-        yield function(**values)
-        return
-    for name, items in values.items():
-        if not items:
-            raise ValueError(f"input {name} received an empty list")
-    for index in range(max(map(len, values.values()), default=1)):
-        yield function(**{name: items[min(index, len(items) - 1)] for name, items in values.items()})
-
-
-@dataclass(frozen=True)
-class Returned:
-    """What one call gave: a value per output, and what the interface shows."""
-
-    values: Sequence[Any]
-    ui: Mapping[str, list[Any]]
-
-    @classmethod
-    def of(cls, returned: Any, schema: NodeSchema) -> "Returned":
-        """Read a tuple, or `{"ui": ..., "result": ...}`.
-
-        Raises:
-            ValueError: something else, or another number of values than the node declares.
-        """
-        ui: Mapping[str, list[Any]] = {}
-        if isinstance(returned, dict):
-            if "expand" in returned:
-                raise ValueError("it expands into other nodes, which only a ComfyUI server can run; use --server")
-            returned, ui = returned.get("result"), returned.get("ui") or {}
-        values = () if returned is None else returned
-        if not isinstance(values, (tuple, list)) or len(values) != len(schema.outputs):
-            given = f"{len(values)} values" if isinstance(values, (tuple, list)) else type(values).__name__
-            raise ValueError(f"it returned {given} for its {len(schema.outputs)} outputs")
-        return cls(values, ui)
-
-
-def merged_outputs(calls: Sequence[Returned], is_list: Sequence[bool]) -> list[list[Any]]:
-    """Per output the values of all calls; an output that gives lists has them joined."""
-    return [
-        [item for call in calls for item in call.values[slot]] if joined else [call.values[slot] for call in calls]
-        for slot, joined in enumerate(is_list)
-    ]
-
-
-def merged_ui(calls: Sequence[Returned]) -> dict[str, list[Any]]:
-    panes = [call.ui for call in calls if call.ui]
-    return {key: [item for pane in panes for item in pane[key]] for key in (panes[0] if panes else ())}
-
-
-log = logging.getLogger("wancore")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """`nodes` by id, their links rewritten to nodes of the plan; `same_as` maps every needed id to one of them."""
-
-    nodes: Mapping[str, NodeSpec]
-    same_as: Mapping[str, str]
-    outputs: tuple[str, ...]
-
-    @classmethod
-    def of(cls, workflow: Workflow, nodes: Mapping[str, type[Any]], schemas: Mapping[str, NodeSchema]) -> "Plan":
-        """Merge nodes of one class with the same inputs and the same IS_CHANGED, as the host's cache does.
-
-        Classes that say NOT_IDEMPOTENT or ask for their UNIQUE_ID are never merged.
-        """
-        outputs = tuple(node.id for node in workflow.nodes.values() if schemas[node.class_type].is_output)
-        first: dict[Any, str] = {}
-        kept: dict[str, NodeSpec] = {}
-        same_as: dict[str, str] = {}
-        for node_id in dependency_order(workflow, needed_nodes(workflow, outputs)):
-            node = workflow.nodes[node_id]
-            links = {name: Link(same_as[link.node_id], link.slot) for name, link in node.links.items()}
-            node = dataclasses.replace(node, inputs={**node.inputs, **links})
-            signature = _signature(node, nodes[node.class_type], schemas[node.class_type])
-            same_as[node_id] = first.setdefault(signature, node_id)
-            if same_as[node_id] == node_id:
-                kept[node_id] = node
-        return cls(kept, same_as, outputs)
-
-
-def _signature(node: NodeSpec, cls: type[Any], schema: NodeSchema) -> tuple[Any, ...]:
-    own = getattr(cls, "NOT_IDEMPOTENT", False) or "UNIQUE_ID" in schema.hidden.values()
-    inputs = frozenset((name, _frozen(value)) for name, value in node.inputs.items())
-    return node.class_type, node.id if own else None, inputs, _frozen(_is_changed(node, cls, schema))
-
-
-def _is_changed(node: NodeSpec, cls: type[Any], schema: NodeSchema) -> Any:
-    check = getattr(cls, "IS_CHANGED", None)
-    if check is None:
-        return False
-    values = arguments(node, schema, {}, {"PROMPT": {}, "UNIQUE_ID": node.id})
-    try:
-        return list(mapped(check, values, getattr(cls, "INPUT_IS_LIST", False)))
-    except Exception as error:
-        log.warning("IS_CHANGED of %s failed, so its results are not shared: %s", node, error)
-        return float("nan")
-
-
-def _frozen(value: Any) -> Any:
-    """A hashable equal for equal values of the same type; NaN and unknown objects equal nothing."""
-    if isinstance(value, Mapping):
-        return frozenset((key, _frozen(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(_frozen(item) for item in value)
-    if isinstance(value, (str, int, float, bool, bytes, type(None), Link)) and value == value:
-        return type(value).__name__, value
-    return object()
+            outputs = values[value.node_id]
+            source = Unknown(str(workflow.nodes[value.node_id]))
+            found[name] = outputs[value.slot] if value.slot < len(outputs) else source
+        elif name in node.inputs:
+            found[name] = value
+        elif "default" in spec.options:
+            found[name] = spec.options["default"]
+        elif spec.required:
+            raise WorkflowError(f"{node}: Required input is missing: {name}")
+    return found

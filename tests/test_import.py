@@ -148,13 +148,19 @@ def test_pip_installs_the_library_and_one_command(installed, tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "shown"),
-    [((), "usage: wancore "), (("train",), "--dataset_base_path"), (("recipe",), "--dry-run"), (("plan",), "--vram")],
+    [
+        ((), ["usage: wancore "]),
+        (("train",), ["usage: wancore train ", "--dataset_base_path"]),
+        (("recipe",), ["usage: wancore recipe ", "--dry-run"]),
+        (("plan",), ["usage: wancore plan ", "--vram"]),
+    ],
 )
 def test_the_command_shows_the_help_of_each_part(words, shown, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/wancore", *words, "--help"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert not ended.value.code and shown in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert not ended.value.code and all(part in text for part in shown)
 
 
 def test_the_library_stands_alone(tmp_path):

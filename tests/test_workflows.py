@@ -17,10 +17,9 @@ from tools.training_workflows import VALIDATIONS
 from wan_core.media import probe
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
-from wancore.headless.plan import apply_tiny
+from wancore.headless.overrides import apply_tiny
 from wancore.headless.runner import run
-from wancore.headless.schema import schemas_of
-from wancore.headless.validate import validate
+from wancore.headless.schema import schemas_of, validate
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS, host
 from wancore.nodes.places import OWNERS_FOLDERS

@@ -18,7 +18,7 @@ from tools.workflow_texts import TASKS, WORKFLOWS
 from wan_core.media import load_video
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
-from wancore.headless.plan import apply_tiny
+from wancore.headless.overrides import apply_tiny
 from wancore.headless.runner import run
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS, host

@@ -332,9 +332,12 @@ class TrainConfig:
         return cls(**from_json(cls, values, source))
 
 
-def parser(*, prints_help: bool = True) -> argparse.ArgumentParser:
+PROGRAM = "python -m trainer.train"
+
+
+def parser(prog: str = PROGRAM, *, prints_help: bool = True) -> argparse.ArgumentParser:
     """The command line of `trainer.train`; without `prints_help` nothing in it ends the program."""
-    made = build_parser(TrainConfig, "python -m trainer.train", "Train a Wan 2.1 model.", prints_help=prints_help)
+    made = build_parser(TrainConfig, prog, "Train a Wan 2.1 model.", prints_help=prints_help)
     made.add_argument("--config", help="JSON file with any of these settings; flags win over it")
     for name in SWITCHES:
         made.add_argument(
@@ -355,13 +358,16 @@ def _named(name: str, word: str) -> tuple[str, str]:
     return name, word
 
 
-def parse(argv: Sequence[str]) -> TrainConfig:
+def parse(argv: Sequence[str], prog: str = PROGRAM) -> TrainConfig:
     """The configuration that a command line asks for.
+
+    Args:
+        prog: the command, as its help names it.
 
     Raises:
         ConfigError: a flag is unknown, its value cannot be used, or the file of `--config` cannot be read.
     """
-    typed = parse_known(parser(), argv, REFUSED_FLAGS)
+    typed = parse_known(parser(prog), argv, REFUSED_FLAGS)
     file, switched = typed.pop("config", None), typed.pop("switched", ())
     implied, told = translate(typed.pop("reference", ()))
     for line in told:

@@ -228,10 +228,10 @@ def run(words: Sequence[str]) -> int:
             signal.signal(number, handler)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: the exit code of the training, 2 when it could not begin."""
+def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.recipe") -> int:
+    """The command, which its help calls `prog`: the exit code of the training, 2 when it could not begin."""
     parser = argparse.ArgumentParser(
-        prog="python -m trainer.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="rows: " + ", ".join(row.short_name for row in CATALOG), allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("row", help="a published checkpoint, with or without its organisation")

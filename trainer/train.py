@@ -26,7 +26,7 @@ from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.offload.quant import quantise
 from wan_core.runtime import OutOfMemoryError, Runtime
 
-from .config import TrainConfig, parse
+from .config import PROGRAM, TrainConfig, parse
 from .data import dataset, report
 from .data.cache import Encoders, LatentCache
 from .data.conditions import Examples
@@ -76,13 +76,15 @@ class Result:
         return self.steps < self.total
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 when the run finished or was stopped, 2 when it could not begin, 1 when it failed."""
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """The command, which its help calls `prog`: 0 when the run finished or was stopped, 2 when it could not begin, 1
+    when it failed.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if os.environ.get("RANK", "0") != "0":
         log.setLevel(logging.ERROR)
     try:
-        train(parse(sys.argv[1:] if argv is None else argv))
+        train(parse(sys.argv[1:] if argv is None else argv, prog))
     except (NonFiniteError, SaveError, LoadError, OutOfMemoryError, OSError) as error:
         log.error("%s", error)
         return FAILED

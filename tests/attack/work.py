@@ -17,7 +17,7 @@ from tests.trainer import material
 from wan_core import bundled
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
-from wancore.headless.plan import apply_tiny
+from wancore.headless.overrides import apply_tiny
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS
 

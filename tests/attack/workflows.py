@@ -30,7 +30,7 @@ from wan_core import catalog
 from wan_core.sampling.checkpoint import save_latents
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
-from wancore.headless.plan import apply_tiny
+from wancore.headless.overrides import apply_tiny
 from wancore.headless.runner import NodeError, run
 from wancore.headless.schema import NodeSchema, schemas_of
 from wancore.headless.workflow import Workflow

@@ -16,8 +16,8 @@ from wan_core.runtime import Cancelled
 from wancore.headless import client
 from wancore.headless.client import run_on_server
 from wancore.headless.runner import NodeError
+from wancore.headless.schema import ValidationError
 from wancore.headless.server import RefusedError, Server, ServerUnreachableError
-from wancore.headless.validate import ValidationError
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT_ID = "11111111-2222-3333-4444-555555555555"

@@ -20,11 +20,10 @@ from tests.programs import PATIENCE, wait_for
 from wan_core.runtime import Cancelled
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
-from wancore.headless.plan import apply_tiny
+from wancore.headless.overrides import apply_tiny
 from wancore.headless.runner import NodeError, run
-from wancore.headless.schema import NodeSchema
+from wancore.headless.schema import NodeSchema, ValidationError
 from wancore.headless.server import Server
-from wancore.headless.validate import ValidationError
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS
 

@@ -12,7 +12,7 @@ from tests.lora.fixtures import WRITERS, factors, linear_paths
 from tests.reference import tiny_dit
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
-from wancore.headless.plan import apply_tiny
+from wancore.headless.overrides import apply_tiny
 from wancore.headless.runner import run
 from wancore.headless.server import Server
 from wancore.headless.workflow import Workflow

@@ -15,7 +15,7 @@ from wancore.headless import core_nodes as module
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
 from wancore.headless.runner import run
-from wancore.headless.validate import ValidationError
+from wancore.headless.schema import ValidationError
 from wancore.headless.video import VideoComponents, VideoFromComponents, VideoFromFile
 
 

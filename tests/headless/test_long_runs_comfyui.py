@@ -21,7 +21,7 @@ from wan_core.sampling.checkpoint import load_latents
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
-from wancore.headless.plan import apply_tiny
+from wancore.headless.overrides import apply_tiny
 from wancore.headless.server import Server
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS

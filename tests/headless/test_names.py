@@ -10,7 +10,8 @@ import pytest
 from wan_core.settings import RunSettings
 from wancore.headless.cli import BAD_USAGE, main
 from wancore.headless.folders import Folders
-from wancore.headless.workflow import Workflow, expand_prefixes
+from wancore.headless.overrides import expand_prefixes
+from wancore.headless.workflow import Workflow
 from wancore.nodes.vae import VAEDecode
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def run(capsys, *arguments: str) -> tuple[int, str]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch):
-    monkeypatch.setattr("wancore.headless.runner.Plan.of", lambda *_: pytest.fail("the workflow was run"))
+    monkeypatch.setattr("wancore.headless.runner.ExecutionPlan.of", lambda *_: pytest.fail("the workflow was run"))
 
 
 NAMES = {

@@ -8,7 +8,7 @@ import torch
 
 from wan_core.runtime import Cancelled
 from wancore.headless.runner import NodeError, run
-from wancore.headless.validate import ValidationError
+from wancore.headless.schema import ValidationError
 
 
 def number(value, **more):

@@ -12,7 +12,7 @@ from tests.programs import wait_for
 from wan_core.media import probe
 from wancore.headless.client import run_on_server
 from wancore.headless.core_nodes import core_nodes
-from wancore.headless.plan import apply_tiny
+from wancore.headless.overrides import apply_tiny
 from wancore.headless.server import Server
 from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS

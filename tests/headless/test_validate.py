@@ -2,8 +2,7 @@
 
 import pytest
 
-from wancore.headless.schema import InputSpec, schemas_of
-from wancore.headless.validate import ValidationError, validate
+from wancore.headless.schema import InputSpec, ValidationError, schemas_of, validate
 from wancore.headless.workflow import Workflow
 
 

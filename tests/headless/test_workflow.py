@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from wancore.headless.plan import apply_tiny
+from wancore.headless.overrides import apply_sets, apply_tiny
 from wancore.headless.schema import schemas_of
-from wancore.headless.workflow import Link, Workflow, WorkflowError, apply_sets
+from wancore.headless.workflow import Link, Workflow, WorkflowError
 
 PROMPT = {
     "1": {"class_type": "HeadlessTestNumber", "inputs": {"value": 1}, "_meta": {"title": "Wan 2.1 number"}},

@@ -10,8 +10,8 @@ import pytest
 
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
-from wancore.headless.plan import apply_tiny
-from wancore.headless.reading import jobs_of
+from wancore.headless.overrides import apply_tiny
+from wancore.headless.plan import jobs_of
 from wancore.headless.schema import schemas_of
 from wancore.headless.workflow import Workflow, WorkflowError
 from wancore.nodes import NODE_CLASS_MAPPINGS, planning, sockets
