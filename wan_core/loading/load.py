@@ -18,12 +18,13 @@ from ..models.preview_decoder import PreviewDecoder
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..offload.blocks import blocks_of
-from ..offload.formats import MADE_FORMATS, WEIGHT_CHOICES, StoredWeight, WeightChoice
+from ..offload.formats import MADE_FORMATS, WEIGHT_CHOICES, WeightChoice
 from ..offload.quant import QuantisedLinear, big_linears, replace_layer
 from ..offload.weights import WeightProvider
 from ..settings import check_choice
 from .detect import KINDS, Component, check_against, detect, detect_files, require_kind
 from .names import SPIECE_MODEL, ModelKind, Source
+from .stored_weights import StoredWeight
 from .tensor_files import CheckpointError, Header, TensorFiles, TensorInfo, TensorReader, TensorShapes
 
 CLASSES: dict[ModelKind, type[nn.Module]] = {

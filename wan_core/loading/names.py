@@ -10,8 +10,9 @@ from typing import Literal
 
 import torch
 
-from ..offload.formats import SIDE_TENSORS, FormatError, StoredWeight, check_declared, format_of, plain_name, recognise
+from ..offload.formats import FormatError, format_of
 from .paths import describe_files
+from .stored_weights import SIDE_TENSORS, StoredWeight, check_declared, plain_name, recognise
 from .tensor_files import CheckpointError, Header, TensorFiles
 
 DIFFUSERS_RULES = (
@@ -323,7 +324,7 @@ def rename(dialect: KeyLayout, name: str) -> tuple[str, Combine, int, int]:
 
 
 def stored_weights(header: Header, names: Mapping[str, str]) -> dict[str, StoredWeight]:
-    """The weights of a file by the names that they would have if they were plain (`offload.formats`).
+    """The weights of a file by the names that they would have if they were plain (`stored_weights`).
 
     `names` are the names without prefixes, mapped to those in the file.
 

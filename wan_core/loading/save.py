@@ -2,7 +2,7 @@
 
 Tensors go from file to file one at a time, so that a model of any size fits into the memory of its largest tensor.
 
-Quantised files are `offload.formats.WRITTEN`, which ComfyUI reads, too. Linear layers that are not FP8 in
+Quantised files are `stored_weights.OUTPUT_FORMAT`, which ComfyUI reads, too. Linear layers that are not FP8 in
 the file ComfyUI 0.3.64 casts to FP8 by itself; newer ones and WanCore keep them."""
 
 import logging
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..atomic import creating
-from ..offload.formats import OUTPUT_FORMAT
 from ..offload.quant import big_linears
 from ..runtime import gigabytes
 from .detect import Component, check_against
 from .load import CLASSES, check_fits, combine, empty_module, spiece_model
 from .names import SPIECE_MODEL
+from .stored_weights import OUTPUT_FORMAT
 from .tensor_files import TensorFiles, file_size, write_made
 
 log = logging.getLogger("wancore")
