@@ -299,12 +299,12 @@ def test_large_matrices_are_decomposed_by_projection():
 
 
 def test_every_original_name_has_its_diffusers_name_and_way_back():
-    dialect = next(d for d in KEY_LAYOUTS if (d.kind, d.layout) == ("dit", "diffusers"))
+    layout = next(d for d in KEY_LAYOUTS if (d.kind, d.name) == ("dit", "diffusers"))
     for variant in ("flf2v", "vace"):
         for name in tiny_dit(variant).state_dict():
             path, _, leaf = name.rpartition(".")
             spelled = f"{diffusers_name(path)}.{leaf}" if leaf in ("weight", "bias") else diffusers_name(name)
-            assert rename(dialect, spelled)[0] == name
+            assert rename(layout, spelled)[0] == name
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -189,21 +189,21 @@ def _detect_one(header: Header) -> Component:
         return Component(
             kind="lora", layout="lora", config=None, sources=MappingProxyType({}), header=header, dtype=dtype
         )
-    dialect = find_layout(names)
-    if dialect is None:
+    layout = find_layout(names)
+    if layout is None:
         raise CheckpointError(_unknown(header, names))
     file = describe_files(header.files)
     with errors_from(file, "holds tensors that do not fit together", error=CheckpointError):
-        sources = convert(dialect, stored_weights(header, names))
-    config = CONFIG_READERS[dialect.kind](Shapes(sources, f"{file} ({KINDS[dialect.kind][0]})"))
+        sources = convert(layout, stored_weights(header, names))
+    config = CONFIG_READERS[layout.kind](Shapes(sources, f"{file} ({KINDS[layout.kind][0]})"))
     return Component(
-        kind=dialect.kind,
-        layout=dialect.layout,
+        kind=layout.kind,
+        layout=layout.name,
         config=config,
         sources=sources,
         header=header,
         dtype=dtype,
-        optional=frozenset(dialect.optional),
+        optional=frozenset(layout.optional),
     )
 
 

@@ -15,39 +15,6 @@ from .paths import describe_files
 from .stored_weights import SIDE_TENSORS, StoredWeight, check_declared, plain_name, recognise
 from .tensor_files import CheckpointError, Header, TensorFiles
 
-DIFFUSERS_RULES = (
-    (r"\.self_attn\b", ".attn1"),
-    (r"\.cross_attn\b", ".attn2"),
-    (r"(\.attn\d)\.([qkv])$", r"\1.to_\2"),
-    (r"(\.attn\d)\.o$", r"\1.to_out.0"),
-    (r"(\.attn\d)\.([kv])_img$", r"\1.add_\2_proj"),
-    (r"(\.attn\d)\.norm_k_img$", r"\1.norm_added_k"),
-    (r"\.ffn\.0$", ".ffn.net.0.proj"),
-    (r"\.ffn\.2$", ".ffn.net.2"),
-    (r"(blocks\.\d+)\.norm3$", r"\1.norm2"),
-    (r"^(vace_blocks\.\d+)\.before_proj$", r"\1.proj_in"),
-    (r"^(vace_blocks\.\d+)\.after_proj$", r"\1.proj_out"),
-    (r"(blocks\.\d+)\.modulation$", r"\1.scale_shift_table"),
-    (r"^head\.modulation$", "scale_shift_table"),
-    (r"^head\.head$", "proj_out"),
-    (r"^(time|text)_embedding\.0$", r"condition_embedder.\1_embedder.linear_1"),
-    (r"^(time|text)_embedding\.2$", r"condition_embedder.\1_embedder.linear_2"),
-    (r"^time_projection\.1$", "condition_embedder.time_proj"),
-    (r"^img_emb\.proj\.0$", "condition_embedder.image_embedder.norm1"),
-    (r"^img_emb\.proj\.1$", "condition_embedder.image_embedder.ff.net.0.proj"),
-    (r"^img_emb\.proj\.3$", "condition_embedder.image_embedder.ff.net.2"),
-    (r"^img_emb\.proj\.4$", "condition_embedder.image_embedder.norm2"),
-    (r"^img_emb\.emb_pos$", "condition_embedder.image_embedder.pos_embed"),
-)
-
-
-def diffusers_name(path: str) -> str:
-    """The path in diffusers' `WanTransformer3DModel` of the module or parameter that is `path` in the original DiT."""
-    for pattern, replacement in DIFFUSERS_RULES:
-        path = re.sub(pattern, replacement, path)
-    return path
-
-
 ModelKind = Literal[
     "dit", "vace", "motion_controller", "text_encoder", "vae", "image_encoder", "preview_decoder", "lora"
 ]
@@ -74,7 +41,7 @@ class KeyLayout:
     """
 
     kind: ModelKind
-    layout: str
+    name: str
     marks: tuple[str, ...]
     rules: tuple[RenameRule, ...] = ()
     absent: str | None = None
@@ -82,30 +49,65 @@ class KeyLayout:
     optional: tuple[str, ...] = ()
 
 
-DIT_RULES = (
-    RenameRule(r"^((?:vace_)?blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
-    RenameRule(r"^scale_shift_table$", "head.modulation"),
-    RenameRule(r"^proj_out\.", "head.head."),
-    RenameRule(r"\.attn1\.", ".self_attn."),
-    RenameRule(r"\.attn2\.", ".cross_attn."),
-    RenameRule(r"_attn\.to_([qkv])\.", r"_attn.\1."),
-    RenameRule(r"_attn\.to_out\.0\.", "_attn.o."),
-    RenameRule(r"_attn\.add_([kv])_proj\.", r"_attn.\1_img."),
-    RenameRule(r"_attn\.norm_added_k\.", "_attn.norm_k_img."),
-    RenameRule(r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
-    RenameRule(r"\.ffn\.net\.2\.", ".ffn.2."),
-    RenameRule(r"(blocks\.\d+)\.norm2\.", r"\1.norm3."),
-    RenameRule(r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
-    RenameRule(r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
-    RenameRule(r"^condition_embedder\.time_proj\.", "time_projection.1."),
-    RenameRule(r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
-    RenameRule(r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
-    RenameRule(r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
-    RenameRule(r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
-    RenameRule(r"^condition_embedder\.image_embedder\.pos_embed$", "img_emb.emb_pos"),
-    RenameRule(r"^(vace_blocks\.\d+)\.proj_in\.", r"\1.before_proj."),
-    RenameRule(r"^(vace_blocks\.\d+)\.proj_out\.", r"\1.after_proj."),
+PLACEHOLDERS = {
+    "block": r"(?:vace_)?blocks\.\d+",
+    "vace": r"vace_blocks\.\d+",
+    "qkv": "[qkv]",
+    "kv": "[kv]",
+    "in": "time|text",
+}
+"""What stands in braces in `DIFFUSERS_NAMES`; it is the same text in both names."""
+
+DIFFUSERS_NAMES = (
+    ("{block}.self_attn.{qkv}", "{block}.attn1.to_{qkv}"),
+    ("{block}.self_attn.o", "{block}.attn1.to_out.0"),
+    ("{block}.self_attn", "{block}.attn1"),
+    ("{block}.cross_attn.{qkv}", "{block}.attn2.to_{qkv}"),
+    ("{block}.cross_attn.o", "{block}.attn2.to_out.0"),
+    ("{block}.cross_attn.{kv}_img", "{block}.attn2.add_{kv}_proj"),
+    ("{block}.cross_attn.norm_k_img", "{block}.attn2.norm_added_k"),
+    ("{block}.cross_attn", "{block}.attn2"),
+    ("{block}.ffn.0", "{block}.ffn.net.0.proj"),
+    ("{block}.ffn.2", "{block}.ffn.net.2"),
+    ("{block}.norm3", "{block}.norm2"),
+    ("{block}.modulation", "{block}.scale_shift_table"),
+    ("{vace}.before_proj", "{vace}.proj_in"),
+    ("{vace}.after_proj", "{vace}.proj_out"),
+    ("head.modulation", "scale_shift_table"),
+    ("head.head", "proj_out"),
+    ("{in}_embedding.0", "condition_embedder.{in}_embedder.linear_1"),
+    ("{in}_embedding.2", "condition_embedder.{in}_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
 )
+"""Modules and parameters of the DiT by their original name and by that of diffusers' `WanTransformer3DModel`; what is
+below a module keeps its name. The longer of two that overlap stands first.
+"""
+
+
+def _renaming(source: str, target: str) -> RenameRule:
+    """The rule that gives what is called `source`, and what is below it, the name `target`."""
+    pattern = re.escape(source).replace(r"\{", "{").replace(r"\}", "}")
+    pattern = pattern.format(**{name: f"(?P<{name}>{text})" for name, text in PLACEHOLDERS.items()})
+    replacement = target.format(**{name: rf"\g<{name}>" for name in PLACEHOLDERS})
+    return RenameRule(rf"^{pattern}(?=\.|$)", replacement)
+
+
+DIT_RULES = tuple(_renaming(diffusers, original) for original, diffusers in DIFFUSERS_NAMES)
+
+_TO_DIFFUSERS = tuple(_renaming(original, diffusers) for original, diffusers in DIFFUSERS_NAMES)
+
+
+def diffusers_name(path: str) -> str:
+    """The path in diffusers' `WanTransformer3DModel` of the module or parameter that is `path` in the original DiT."""
+    for rule in _TO_DIFFUSERS:
+        path = re.sub(rule.pattern, rule.replacement, path)
+    return path
+
 
 VAE_RULES = (
     RenameRule(r"^encoder\.down_blocks\.(\d+)\.", r"encoder.downsamples.\1."),
@@ -302,21 +304,21 @@ def find_layout(names: Iterable[str]) -> KeyLayout | None:
     def has(pattern: str) -> bool:
         return re.search(rf"^(?:{pattern})$", text, re.MULTILINE) is not None
 
-    def likeness(dialect: KeyLayout) -> float:
-        if dialect.absent and has(dialect.absent):
+    def likeness(layout: KeyLayout) -> float:
+        if layout.absent and has(layout.absent):
             return 0.0
-        return sum(map(has, dialect.marks)) / len(dialect.marks)
+        return sum(map(has, layout.marks)) / len(layout.marks)
 
     best = max(KEY_LAYOUTS, key=likeness)
     return best if likeness(best) > 0.5 else None
 
 
 @cache
-def rename(dialect: KeyLayout, name: str) -> tuple[str, Combine, int, int]:
+def rename(layout: KeyLayout, name: str) -> tuple[str, Combine, int, int]:
     """The original name that `name` belongs to, how it gets there, and which part of how many it is."""
     combine: Combine = "identity"
     part, parts = 0, 1
-    for rule in dialect.rules:
+    for rule in layout.rules:
         name, count = re.subn(rule.pattern, rule.replacement, name)
         if count and rule.combine != "identity":
             combine, part, parts = rule.combine, rule.part, rule.parts
@@ -339,14 +341,14 @@ def stored_weights(header: Header, names: Mapping[str, str]) -> dict[str, Stored
         raise CheckpointError(f"{describe_files(header.files)} {error}") from error
 
 
-def convert(dialect: KeyLayout, weights: Mapping[str, StoredWeight]) -> Mapping[str, Source]:
+def convert(layout: KeyLayout, weights: Mapping[str, StoredWeight]) -> Mapping[str, Source]:
     """The source of every original tensor that the file can give; one that lacks some of its parts is left out."""
     found: dict[str, dict[int, StoredWeight]] = {}
     how: dict[str, tuple[Combine, int]] = {}
     for name, stored in weights.items():
-        if UNUSED.fullmatch(name) or (dialect.ignored and re.fullmatch(dialect.ignored, name)):
+        if UNUSED.fullmatch(name) or (layout.ignored and re.fullmatch(layout.ignored, name)):
             continue
-        target, combine, part, parts = rename(dialect, name)
+        target, combine, part, parts = rename(layout, name)
         found.setdefault(target, {}).setdefault(part, stored)
         how[target] = (combine, parts)
     return MappingProxyType(

@@ -46,6 +46,12 @@ The spelling of the path behind a prefix is looked up among the model's own name
 names are understood behind every prefix. Bare keys are DiffSynth's when they name their adapter (`lora_A.default`).
 """
 
+
+def dialect_of(prefix: str) -> Dialect:
+    """The dialect whose keys begin with `prefix`."""
+    return next(dialect for dialect in DIALECTS if dialect.prefix == prefix)
+
+
 _ADAPTER = r"(?:\.(?!weight|bias)\w+)?"
 
 ROLES: Mapping[str, str] = MappingProxyType(

@@ -8,6 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from .naming import Dialect, dialect_of
 from .patches import Decomposed, Difference, Hadamard, Kronecker, LowRank, Patch, Replacement
 
 Named = Sequence[tuple[str, Patch]]
@@ -19,28 +20,29 @@ OVERSAMPLING, POWER_ITERATIONS = 16, 4
 
 @dataclass(frozen=True)
 class Format:
-    """How a program names the tensors of a LoRA.
+    """How a program names the tensors of a LoRA, in its own `dialect`.
 
-    `alpha` says that it expects an alpha tensor beside every pair of factors; without one the scale is multiplied into
-    the up factor, which every reader understands. `whole` says that it reads differences and other kinds than LoRA.
-    `foreign` says that modules go by diffusers' paths.
+    Attributes:
+        alpha: it expects an alpha tensor beside every pair of factors; without one the scale is multiplied into the up
+            factor, which every reader understands.
+        whole: it also reads differences, and other kinds than LoRA.
+        diffusers: its modules have diffusers' paths.
     """
 
-    prefix: str
+    dialect: Dialect
     down: str = "lora_A.weight"
     up: str = "lora_B.weight"
-    joined: bool = False
     alpha: bool = False
     whole: bool = False
-    foreign: bool = False
+    diffusers: bool = False
 
 
 FORMATS = {
-    "comfyui": Format("diffusion_model.", whole=True),
-    "diffsynth": Format("", "lora_A.default.weight", "lora_B.default.weight"),
-    "kohya": Format("lora_unet_", "lora_down.weight", "lora_up.weight", joined=True, alpha=True, whole=True),
-    "diffusers": Format("transformer.", foreign=True),
-    "peft": Format("base_model.model."),
+    "comfyui": Format(dialect_of("diffusion_model."), whole=True),
+    "diffsynth": Format(dialect_of(""), "lora_A.default.weight", "lora_B.default.weight"),
+    "kohya": Format(dialect_of("lora_unet_"), "lora_down.weight", "lora_up.weight", alpha=True, whole=True),
+    "diffusers": Format(dialect_of("transformer."), diffusers=True),
+    "peft": Format(dialect_of("base_model.model.")),
 }
 """The names that can be written; `comfyui` is read by every program."""
 
@@ -48,13 +50,13 @@ WHOLE_KEYS = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}
 
 
 def encode(
-    patches: Named, format_name: str, dtype: torch.dtype, foreign_path: Callable[[str], str] = lambda path: path
+    patches: Named, format_name: str, dtype: torch.dtype, diffusers_path: Callable[[str], str] = lambda path: path
 ) -> dict[str, Tensor]:
     """The tensors of a file in the names of `format_name`.
 
     Args:
         dtype: of every tensor but alpha.
-        foreign_path: from a path of this model to diffusers' path.
+        diffusers_path: from a path of this model to diffusers'.
 
     Raises:
         ValueError: the format is unknown, or cannot hold one of the patches.
@@ -73,8 +75,9 @@ def encode(
         for ending, tensor in _parts(patch, leaf, form):
             if leaf not in WHOLE_KEYS:
                 path = name
-            spelled = foreign_path(path) if form.foreign else path
-            key = f"{form.prefix}{spelled.replace('.', '_') if form.joined else spelled}.{ending}"
+            spelled = diffusers_path(path) if form.diffusers else path
+            spelled = spelled.replace(".", "_") if form.dialect.joined else spelled
+            key = f"{form.dialect.prefix}{spelled}.{ending}"
             tensors[key] = tensor if ending == "alpha" else tensor.to(dtype).contiguous()
     return tensors
 
