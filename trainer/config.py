@@ -171,6 +171,12 @@ class TrainConfig:
     max_timestep_boundary: float = option(1.0, "where the drawn part of the schedule ends", low=0, high=1)
     use_gradient_checkpointing: bool = option(True, "compute activations anew in the backward pass")
     use_gradient_checkpointing_offload: bool = option(False, "keep what checkpointing saves in host memory")
+    gradient_checkpointing_keeps: str = option(
+        "auto",
+        "what a block keeps: its input, or what attention gave as well, which is then not computed twice; auto goes by "
+        "the memory there is",
+        choices=("auto", "inputs", "attention"),
+    )
     find_unused_parameters: bool = option(False, "let several processes train parameters that a step does not use")
     fp8_base: bool = option(False, "keep the frozen weights in 8 bits")
     stream_base: bool = option(False, "keep the frozen blocks in host memory and copy each when it is needed")

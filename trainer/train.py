@@ -36,6 +36,7 @@ from .model import load, trainable
 from .model.trainable import Trainables
 from .run import engine
 from .run.engine import Engine
+from .run.estimate import Estimate, Estimator
 from .run.events import Events, open_trackers
 from .run.loop import LoadError, Loop, NonFiniteError, SaveError, Saver, StopRequest
 from .run.output import (
@@ -48,7 +49,7 @@ from .run.output import (
     run_id,
     with_recorded_data,
 )
-from .run.plan import Estimate, Plan, estimate
+from .run.plan import Plan
 from .run.state import FREE_SETTINGS, LOCATION_SETTINGS, Progress, States, find_state, require_space, run_identity
 from .run.validate import EVENTS, Evaluator, sample_requests, save_first_samples
 
@@ -174,22 +175,22 @@ class Run:
             encoders.free()
 
         # The model with its optimizer, in as many processes as there are.
-        needs = self._needs(trainables, rows)
+        settings, takes = self._needs(trainables, rows)
         trained = Engine(self.accelerator, trainables, config)
         watcher.engine = trained
         if earlier is not None:
             trained.restore(earlier[0])
         self.events.emit(
             "resume" if earlier else "start", step=done, total=plan.total, epochs=config.num_epochs, rows=len(rows),
-            held_out=len(held_out), processes=trained.world, memory=needs.device, disk=needs.saved,
+            held_out=len(held_out), processes=trained.world, memory=takes.device, disk=takes.saved,
         )  # fmt: skip
         if self.is_main:
             record_settings(config, self.folder / CONFIG)
 
         # The steps; saves, exports and what is shown of the run happen between them.
         exporter = Exporter(config, trainables, run_id(identity))
-        saver = Saver(config, trained, exporter, self.states, self.events, needs.saved, identity, done)
-        loop = Loop(config, trained, examples, plan, config.objective, saver, watcher, self.events, self.stop)
+        saver = Saver(config, trained, exporter, self.states, self.events, takes.saved, identity, done)
+        loop = Loop(settings, trained, examples, plan, config.objective, saver, watcher, self.events, self.stop)
         with trained.placed():
             result = Result(loop.run(done), plan.total)
         return self._end(result, saver.saved, self._how_it_ended(result))
@@ -271,17 +272,29 @@ class Run:
         text_encoder = encoders.text if "text_encoder" in trained else None
         return trainable.prepare(model, self.config, text_encoder, encoders.vae if "vae" in trained else None)
 
-    def _needs(self, trainables: Trainables, rows: Sequence[Row]) -> Estimate:
-        """The estimate, said before anything is done with it.
+    def _needs(self, trainables: Trainables, rows: Sequence[Row]) -> tuple[TrainConfig, Estimate]:
+        """What the run takes, said before anything is done with it, and the settings with what "auto" comes to.
+
+        Activations are counted where they have to fit beside weights: on a card.
 
         Raises:
             OSError: the disk has no room for one save.
         """
-        needs = estimate(trainables, (_latent_shape(row) for row in rows), self.config)
+        config, memory = self.config, Estimator(trainables, (_latent_shape(row) for row in rows))
+        counts = self.accelerator.device.type != "cpu"
+        if config.gradient_checkpointing_keeps == "auto":
+            config = replace(config, gradient_checkpointing_keeps="inputs")
+            keeping = replace(config, gradient_checkpointing_keeps="attention")
+            if counts and config.use_gradient_checkpointing and not config.use_gradient_checkpointing_offload:
+                there = sum(p.nbytes for p in trainables.module.parameters() if p.device.type != "cpu")
+                wanted = memory.needs(keeping).device - there
+                left = self.runtime.room(wanted)
+                config = keeping if left is None or wanted <= left else config
+        found = memory.needs(config, counts=counts)
         if self.is_main:
-            log.info("%s", needs)
-        require_space(self.folder, needs.saved, self.config.min_free_gb)
-        return needs
+            log.info("%s", found)
+        require_space(self.folder, found.saved, config.min_free_gb)
+        return config, found
 
     def _encode_only(self, examples: Examples) -> Result:
         """Encode the data and end."""

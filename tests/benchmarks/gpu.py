@@ -305,7 +305,7 @@ def training(bench: Bench) -> Iterator[Row]:
         name = "training {model}, {trained}, {size}, {frames} frames, {option}".format(**found)
         seconds, peak = (math.nan if found[key] is None else found[key] for key in ("seconds", "peak_gib"))
         yield Row(f"{name}: step", seconds)
-        yield Row(f"{name}: peak", peak, found["estimated_gib"], "estimate", "GiB")
+        yield Row(f"{name}: peak", peak, found["counted_gib"], "count", "GiB")
 
 
 SECTIONS: Sequence[Callable[[Bench], Iterator[Row]]] = (

@@ -31,9 +31,10 @@ from wancore.trainer.config import TrainConfig  # noqa: E402
 from wancore.trainer.data.conditions import EncodedSample  # noqa: E402
 from wancore.trainer.model.trainable import prepare  # noqa: E402
 from wancore.trainer.run import engine  # noqa: E402
+from wancore.trainer.run.estimate import Estimator  # noqa: E402
 from wancore.trainer.run.events import Events  # noqa: E402
 from wancore.trainer.run.loop import Loop, StopRequest  # noqa: E402
-from wancore.trainer.run.plan import Plan, estimate  # noqa: E402
+from wancore.trainer.run.plan import Plan  # noqa: E402
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "checkpointing": {},
@@ -69,7 +70,7 @@ def training_rows(device: torch.device | str, quick: bool) -> list[dict[str, Any
 
     Returns:
         Rows of `model`, `trained`, `size`, `frames`, `option`, `seconds` per step (None where memory was too small),
-        `peak_gib` of the device (None on a CPU) and `estimated_gib`, what the trainer said before.
+        `peak_gib` of the device (None on a CPU) and `counted_gib`, what the trainer counted before.
     """
     return list(_rows(torch.device(device), quick))
 
@@ -115,7 +116,7 @@ def _measured(config: DiTConfig, size: VideoSize, settings: TrainConfig, acceler
         position=0,
         name="random",
     )
-    expected = estimate(trainables, [tuple(latents.shape)], settings)
+    expected = Estimator(trainables, [tuple(latents.shape)]).needs(settings)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trained = engine.Engine(accelerator, trainables, settings)
@@ -126,7 +127,7 @@ def _measured(config: DiTConfig, size: VideoSize, settings: TrainConfig, acceler
         settings, trained, examples, Plan(settings, lambda epoch: [0] * settings.max_steps), settings.objective,
         idle, idle, clock, StopRequest(Path(settings.output_path) / "stop"),
     )  # fmt: skip
-    told: dict[str, Any] = {"seconds": None, "peak_gib": None, "estimated_gib": expected.device / GIB}
+    told: dict[str, Any] = {"seconds": None, "peak_gib": None, "counted_gib": expected.device / GIB}
     try:
         with trained.placed():
             loop.run(0)

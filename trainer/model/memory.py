@@ -2,13 +2,19 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from wan_core.offload.placement import Inventory, Placement, place
 from wan_core.offload.streaming import BlockStream
@@ -18,24 +24,29 @@ from wan_core.runtime import GIB
 from ..config import TrainConfig
 from .trainable import Denoiser
 
+Saving = Callable[[Tensor], AbstractContextManager[object]]
+
 
 @contextmanager
 def activation_checkpointing(
     blocks: Sequence[nn.Module],
     *,
-    offload: bool = False,
+    keeps_attention: bool = False,
+    saving: Saving | None = None,
     preserve_rng: bool = False,
     stream: BlockStream | None = None,
 ) -> Iterator[None]:
     """Within the block of this statement, `blocks` keep only their inputs for the backward pass and run again in it.
 
     Args:
-        offload: keep those inputs in host memory, pinned where the device is a CUDA one.
+        keeps_attention: keep what self-attention gave, too: one more tensor as large as the tokens, for what is half
+            of a block's work in long videos.
+        saving: how inputs are kept elsewhere; `in_host_memory` does.
         preserve_rng: draw the same random numbers again, which only dropout needs.
         stream: brings the blocks' weights; a block that runs again needs them again.
     """
     for block in blocks:
-        block.forward = _around(block, offload, preserve_rng, stream)
+        block.forward = _around(block, keeps_attention, saving, preserve_rng, stream)
     try:
         yield
     finally:
@@ -43,8 +54,20 @@ def activation_checkpointing(
             del block.forward
 
 
-def _around(block: nn.Module, offload: bool, preserve_rng: bool, stream: BlockStream | None) -> Callable[..., Any]:
+def in_host_memory(tokens: Tensor) -> AbstractContextManager[object]:
+    """Within the block of this statement what the backward pass needs is kept in host memory, pinned for CUDA."""
+    return save_on_cpu(pin_memory=tokens.is_cuda)
+
+
+def _around(
+    block: nn.Module,
+    keeps_attention: bool,
+    saving: Saving | None,
+    preserve_rng: bool,
+    stream: BlockStream | None,
+) -> Callable[..., Any]:
     forward = block.forward
+    contexts = partial(create_selective_checkpoint_contexts, _keeps) if keeps_attention else noop_context_fn
 
     def with_weights(*args: Any) -> Any:
         with nullcontext() if stream is None else stream.around(block):
@@ -53,11 +76,32 @@ def _around(block: nn.Module, offload: bool, preserve_rng: bool, stream: BlockSt
     def run(*args: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args)
-        saving = save_on_cpu(pin_memory=args[0].is_cuda) if offload else nullcontext()
-        with saving:
-            return checkpoint(with_weights, *args, use_reentrant=False, preserve_rng_state=preserve_rng)
+        with nullcontext() if saving is None else saving(args[0]):
+            return checkpoint(
+                with_weights, *args, use_reentrant=False, preserve_rng_state=preserve_rng, context_fn=contexts
+            )
 
     return run
+
+
+ATTENTION = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+    if hasattr(torch.ops.aten, name)
+)
+"""What PyTorch's attention may be run as."""
+
+
+def _keeps(context: object, operation: object, *args: Any, **_: Any) -> CheckpointPolicy:
+    """Keep what attention among the video's tokens gave; that to the text is cheap to compute again."""
+    if operation in ATTENTION and args[0].shape[-2] == args[1].shape[-2]:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 log = logging.getLogger("wancore")

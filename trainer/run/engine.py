@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from wan_core.files import errors_from
@@ -41,6 +41,8 @@ def start(config: TrainConfig) -> Accelerator:
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters),
             InitProcessGroupKwargs(timeout=PATIENCE),
+            # A pass uses each weight once, so a cache would only hold a second copy of all that are trained.
+            AutocastKwargs(cache_enabled=False),
         ],
     )
     sharding.check(accelerator, config)

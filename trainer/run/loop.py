@@ -26,7 +26,7 @@ from wan_core.runtime import OutOfMemoryError, is_out_of_memory
 from ..config import TrainConfig
 from ..data.conditions import Batch, Examples, collate
 from ..export import STEP, Exporter
-from ..model.memory import activation_checkpointing
+from ..model.memory import activation_checkpointing, in_host_memory
 from ..objective import Objective, seed_for, weighted
 from .engine import Engine
 from .events import Events, StepTimer
@@ -305,7 +305,8 @@ class Loop:
         if config.use_gradient_checkpointing:
             around = activation_checkpointing(
                 engine.trainables.module.blocks,
-                offload=config.use_gradient_checkpointing_offload,
+                keeps_attention=config.gradient_checkpointing_keeps == "attention",
+                saving=in_host_memory if config.use_gradient_checkpointing_offload else None,
                 preserve_rng=config.lora_dropout > 0,
                 stream=engine.stream,
             )

@@ -1,21 +1,12 @@
-"""The steps of a run in their order, and an estimate of what it needs, from the settings and shapes alone."""
+"""The steps of a run in their order, from the settings and shapes alone."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
-
-from torch import Tensor
-
-from wan_core.models.config import DiTConfig
-from wan_core.offload.weights import WeightProvider
-from wan_core.runtime import gigabytes
 
 from ..config import TrainConfig
 from ..data.choices import batches
-from ..model.memory import placement_within
-from ..model.trainable import Trainables
 
 
 @dataclass(frozen=True)
@@ -95,69 +86,3 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     share = (step - warmup - 1) / max(1, total - warmup)
     falls = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
     return config.learning_rate * falls[config.lr_scheduler]
-
-
-BYTES_PER_TRAINED = 16
-"""A float32 weight, its gradient and the two moments of Adam."""
-
-BYTES_PER_SAVED = 12
-"""A float32 weight and the two moments of Adam."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes: of frozen weights, of what is trained with its optimizer, of activations; and of one save on the disk."""
-
-    frozen: int
-    trained: int
-    activations: int
-    saved: int
-    tokens: int
-
-    @property
-    def device(self) -> int:
-        return self.frozen + self.trained + self.activations
-
-    def __str__(self) -> str:
-        return (
-            f"Estimated device memory {gigabytes(self.device)}: frozen weights {gigabytes(self.frozen)}, trained "
-            f"weights with optimizer {gigabytes(self.trained)}, activations of {self.tokens} tokens "
-            f"{gigabytes(self.activations)}. One save takes {gigabytes(self.saved)}."
-        )
-
-
-def estimate(trainables: Trainables, shapes: Iterable[tuple[int, ...]], config: TrainConfig) -> Estimate:
-    """The needs of a run whose latents (z, R + F, h, w) have these `shapes`; the largest counts.
-
-    Activations are the inputs of every block, which checkpointing keeps, and the inside of one block, of which about
-    twelve tensors as wide as the model and three as wide as its feed-forward layer live at once.
-    """
-    dit = trainables.module.dit.config
-    tokens = max(_tokens(shape, dit) for shape in shapes) * config.batch_size
-    width = 2 if config.mixed_precision == "bf16" else 4
-    blocks = len(trainables.module.blocks)
-    inside = tokens * (12 * dit.dim + 3 * dit.ffn_dim) * width
-    if config.use_gradient_checkpointing:
-        kept = 0 if config.use_gradient_checkpointing_offload else tokens * dit.dim * width * blocks
-    else:
-        kept = inside * (blocks - 1)
-    trained = sum(p.numel() for p in trainables.parameters().values())
-    frozen = sum(_bytes(p) for p in trainables.module.parameters() if not p.requires_grad)
-    if config.streams:
-        inventory = WeightProvider.of(trainables.module.dit).inventory()
-        frozen += placement_within(inventory, config).device_bytes - inventory.bytes
-    return Estimate(
-        frozen=frozen,
-        trained=trained * BYTES_PER_TRAINED,
-        activations=kept + inside,
-        saved=trained * (BYTES_PER_SAVED + width),
-        tokens=tokens,
-    )
-
-
-def _tokens(shape: tuple[int, ...], dit: DiTConfig) -> int:
-    return prod(n // p for n, p in zip(shape[1:], dit.patch_size, strict=True))
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

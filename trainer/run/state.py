@@ -44,7 +44,8 @@ LOCATION_SETTINGS = {
 """Settings that say where things are and how long a run is, not how it trains and what it writes."""
 
 FREE_SETTINGS = LOCATION_SETTINGS | {
-    "find_unused_parameters", "keep_last", "learning_rate", "log_with", "lora_checkpoint", "lora_format",
+    "find_unused_parameters", "gradient_checkpointing_keeps", "keep_last", "learning_rate", "log_with",
+    "lora_checkpoint", "lora_format",
     "on_bad_sample", "preset_lora_model", "remove_prefix_in_ckpt", "sample_cfg_scale", "sample_count",
     "sample_inference_steps", "sample_negative_prompt", "sample_prompt", "sample_seed", "sample_steps", "save_steps",
     "stream_base", "use_gradient_checkpointing", "use_gradient_checkpointing_offload", "validate_steps", "vram_limit",

@@ -1,5 +1,6 @@
 """The arithmetic of a block: memory-bound elementwise steps (norms, modulation, gates), and linear layers."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -57,7 +58,8 @@ def layer_norm(
     if weight is not None and weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)
+    with _own_dtype(x):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -66,7 +68,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     A float32 weight that is trained on bfloat16 tokens is rounded as inference will read it, because fused kernels
     take one dtype.
     """
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    with _own_dtype(x):
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+def _own_dtype(x: Tensor) -> AbstractContextManager[object]:
+    """Keeps autocast from norms inside the block: it would give them, and have them keep for the way back, a float32
+    copy of tokens, although their kernels accumulate in float32 anyway.
+    """
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if autocast else nullcontext()
 
 
 def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,351 @@
+"""What training takes, counted before it starts: the step that will run, on tensors that have shapes and no data.
+
+A model of two and of three blocks is enough: what a block adds to the peak is the difference, and all blocks are alike.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from wan_core.offload.blocks import weights_of
+from wan_core.offload.weights import WeightProvider
+from wan_core.planning.encoders import WORKSPACE_BYTES
+from wan_core.planning.estimate import LiveBytes
+from wan_core.planning.job import Given, made_up
+from wan_core.planning.run import FRAGMENTATION
+from wan_core.runtime import GIB, gigabytes
+from wan_core.types import Conditioning, LatentSize, tensors_in
+
+from ..config import TrainConfig
+from ..model import trainable
+from ..model.memory import Saving, activation_checkpointing, placement_within
+from ..model.trainable import Denoiser, Trainables
+from ..objective import Draw, weighted
+
+BYTES_PER_TRAINED = 16
+"""A float32 weight, its gradient and the two moments of Adam."""
+
+BYTES_PER_UPDATED = 20
+"""The same while Adam's loop over all weights together holds one temporary as large as they are."""
+
+BYTES_PER_SAVED = 12
+"""A float32 weight and the two moments of Adam."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes.
+
+    Attributes:
+        frozen: bytes on the device of weights that are not trained.
+        trained: bytes of weights that are, with gradients and optimizer.
+        activations: bytes at the peak of a forward and backward pass beside those; None where they were not counted.
+        updating: bytes beside frozen weights while the optimizer works, after activations are gone.
+        host: bytes that the pass keeps in host memory for its way back.
+        saved: bytes of one save on the disk.
+        tokens: in a batch.
+    """
+
+    frozen: int
+    trained: int
+    activations: int | None
+    updating: int
+    host: int
+    saved: int
+    tokens: int
+
+    @property
+    def device(self) -> int:
+        """Bytes of the device at the most, with an allowance for what cannot be counted."""
+        activations = self.activations or 0
+        allowance = WORKSPACE_BYTES + int(activations * FRAGMENTATION)
+        return self.frozen + max(self.trained + activations + allowance, self.updating)
+
+    def __str__(self) -> str:
+        activations = "not counted" if self.activations is None else gigabytes(self.activations)
+        kept = f" Host memory keeps {gigabytes(self.host)} of them." if self.host else ""
+        return (
+            f"Device memory by count {gigabytes(self.device)}: frozen weights {gigabytes(self.frozen)}, trained "
+            f"weights with gradients and optimizer {gigabytes(self.trained)}, activations of {self.tokens} tokens "
+            f"{activations}.{kept} One save takes {gigabytes(self.saved)}."
+        )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes of one forward and backward pass: at its peak on the device, and kept in host memory."""
+
+    peak: int
+    host: int = 0
+
+    def plus(self, other: "Pass", times: int) -> "Pass":
+        return Pass(self.peak + times * other.peak, self.host + times * other.host)
+
+
+Changes = Mapping[str, Any]
+
+WAYS: dict[str, Changes] = {
+    "no checkpointing": {"use_gradient_checkpointing": False, "use_gradient_checkpointing_offload": False},
+    "checkpointing that keeps attention": {"gradient_checkpointing_keeps": "attention"},
+    "checkpointing": {"gradient_checkpointing_keeps": "inputs"},
+    "checkpointing into host memory": {
+        "gradient_checkpointing_keeps": "inputs", "use_gradient_checkpointing_offload": True,
+    },
+    "checkpointing into host memory, frozen blocks streamed": {
+        "gradient_checkpointing_keeps": "inputs", "use_gradient_checkpointing_offload": True, "stream_base": True,
+    },
+}  # fmt: skip
+"""Ways to spend less memory, each slower than the one before, as settings that compute the same."""
+
+
+class Estimator:
+    """The memory of a run whose latents (z, R + F, h, w) have these `shapes`, of which the largest counts.
+
+    `trainables` may be on the meta device. A kind of pass is counted once, in a few seconds.
+    """
+
+    def __init__(self, trainables: Trainables, shapes: Iterable[tuple[int, ...]]) -> None:
+        self._module = trainables.module
+        self._trained = list(trainables.parameters().values())
+        self._patch = self._module.dit.config.patch_size
+        self._shape = max(shapes, key=lambda shape: _tokens(shape, self._patch))
+        self._passes: dict[tuple[object, ...], tuple[Pass, Pass]] = {}
+
+    def needs(self, config: TrainConfig, *, counts: bool = True) -> Estimate:
+        """What the run takes with the settings `config`; without `counts`, of the activations nothing is known."""
+        numbers = sum(p.numel() for p in self._trained)
+        whole, first = self._pass(config) if counts else (None, None)
+        activations = None
+        if whole and first:
+            # Gradients appear on the way back: in the last block, where the most is kept, the others have none yet.
+            others = {id(p) for block in self._module.dit.blocks[:-1] for p in block.parameters()}
+            missing = 4 * sum(p.numel() for p in self._trained if id(p) in others)
+            activations = max(whole.peak - missing, first.peak)
+        return Estimate(
+            frozen=self._frozen(config),
+            trained=numbers * BYTES_PER_TRAINED,
+            activations=activations,
+            updating=numbers * BYTES_PER_UPDATED,
+            host=whole.host if whole else 0,
+            saved=numbers * (BYTES_PER_SAVED + (2 if config.mixed_precision == "bf16" else 4)),
+            tokens=_tokens(self._shape, self._patch) * config.batch_size,
+        )
+
+    def fastest(self, config: TrainConfig, budget: float) -> tuple[str, TrainConfig] | None:
+        """The first of `WAYS` that fits into `budget` bytes, and `config` with it; None where none does.
+
+        Where frozen blocks are streamed, as many of them stay as there is memory for.
+        """
+        for name, changes in WAYS.items():
+            changed = dataclasses.replace(config, **changes)
+            try:
+                trainable.check(changed)
+            except ValueError:
+                continue  # whole weights are trained, which cannot be streamed
+            needs = self.needs(changed)
+            if needs.device <= budget:
+                if changed.stream_base:
+                    limit = (budget - needs.device + needs.frozen) / GIB
+                    changed = dataclasses.replace(changed, vram_limit=math.floor(10 * limit) / 10)
+                return name, changed
+        return None
+
+    def _frozen(self, config: TrainConfig) -> int:
+        frozen = sum(p.nbytes for p in self._module.parameters() if not p.requires_grad)
+        if config.streams:
+            inventory = WeightProvider.of(self._module.dit).inventory()
+            frozen += placement_within(inventory, config).device_bytes - inventory.bytes
+        return frozen
+
+    def _pass(self, config: TrainConfig) -> tuple[Pass, Pass]:
+        key = (
+            config.batch_size, config.mixed_precision, config.use_gradient_checkpointing,
+            config.use_gradient_checkpointing_offload, config.gradient_checkpointing_keeps == "attention",
+        )  # fmt: skip
+        if key not in self._passes:
+            self._passes[key] = whole_pass(self._module, self._shape, config)
+        return self._passes[key]
+
+
+def whole_pass(
+    module: Denoiser, shape: tuple[int, ...], config: TrainConfig, *, cuda: bool = True
+) -> tuple[Pass, Pass]:
+    """A pass of a batch of latents (z, R + F, h, w) through all blocks, beside weights and gradients: at its peak, and
+    when its way back has come to the first block.
+
+    Args:
+        cuda: count norms as on a CUDA device, else as on a CPU.
+    """
+
+    def counted(blocks: int, hints: int) -> Pass:
+        return counted_pass(module, shape, config, blocks, hints, cuda)
+
+    layers, hints = len(module.dit.blocks), len(module.dit.config.vace_layers)
+    blocks, vace = min(2, layers), min(1, hints)
+    base = counted(blocks, vace)
+    per_block = counted(blocks + 1, vace).plus(base, -1) if layers > blocks else Pass(0)
+    per_hint = counted(blocks, vace + 1).plus(base, -1) if hints > vace else Pass(0)
+    whole = base.plus(per_block, layers - blocks).plus(per_hint, hints - vace)
+    return whole, base.plus(per_block, 1 - blocks)
+
+
+def counted_pass(
+    module: Denoiser, shape: tuple[int, ...], config: TrainConfig, blocks: int, vace_blocks: int, cuda: bool = True
+) -> Pass:
+    """A pass through the model cut to so many blocks."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    twin = _twin(module, blocks, vace_blocks, fake)
+    host = _HostMemory()
+    with fake:
+        inputs = _inputs(twin, shape, config.batch_size)
+        live = LiveBytes("cpu", (*weights_of(twin).values(), *tensors_of(inputs)))
+        with live, as_on_cuda(twin) if cuda else nullcontext(), without_gradients(twin):
+            run_pass(twin, inputs, config, host)
+    return Pass(live.peak, host.bytes)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a pass is given: latents (B, z, R + F, h, w), what is drawn for them, and their conditioning."""
+
+    latents: Tensor
+    draw: Draw
+    cond: Conditioning
+
+
+def run_pass(module: Denoiser, inputs: Inputs, config: TrainConfig, saving: Saving | None = None) -> None:
+    """The forward and backward pass of the training loop; `saving` is how activations are kept in host memory."""
+    around = nullcontext()
+    if config.use_gradient_checkpointing:
+        around = activation_checkpointing(
+            module.blocks,
+            keeps_attention=config.gradient_checkpointing_keeps == "attention",
+            saving=saving if config.use_gradient_checkpointing_offload else None,
+        )
+    bf16 = torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16", cache_enabled=False)
+    with around:
+        with bf16:
+            error = module(inputs.latents, inputs.draw, inputs.cond)
+        weighted(error, inputs.draw).sum().backward()
+
+
+def _twin(module: Denoiser, blocks: int, vace_blocks: int, fake: FakeTensorMode) -> Denoiser:
+    """A copy of `module` without data, cut to its first blocks."""
+    known: dict[int, Any] = {}
+    for tensor in weights_of(module).values():
+        with fake:
+            twin = torch.empty(tensor.shape, dtype=tensor.dtype)
+        trained = tensor.requires_grad
+        known[id(tensor)] = nn.Parameter(twin, trained) if isinstance(tensor, nn.Parameter) else twin
+    dit = module.dit
+    known[id(dit.blocks)] = nn.ModuleList(copy.deepcopy(block, known) for block in dit.blocks[:blocks])
+    if dit.config.vace_layers:
+        known[id(dit.vace_blocks)] = nn.ModuleList(copy.deepcopy(b, known) for b in dit.vace_blocks[:vace_blocks])
+    found = copy.deepcopy(module, known)
+    found.dit.config = dataclasses.replace(dit.config, vace_layers=tuple(range(vace_blocks)))
+    return found
+
+
+def _inputs(module: Denoiser, shape: tuple[int, ...], batch: int) -> Inputs:
+    """What a batch of latents (z, R + F, h, w) comes with, without data; call it within the mode of fake tensors."""
+    config = module.dit.config
+    given = Given(vace=(0,) if config.vace_layers else (), camera=True)
+    cond = made_up(config, LatentSize(*shape[1:], config.geometry), given)
+    cond = cond.map(lambda tensor, _: torch.empty(batch, *tensor.shape[1:]))
+    latents, numbers = torch.empty(batch, *shape), torch.empty(batch)
+    return Inputs(latents, Draw(torch.empty_like(latents), numbers, numbers, numbers), cond)
+
+
+class _HostMemory:
+    """In place of copies to host memory and back: what is kept there is counted, and is no more on the device."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def __call__(self, tokens: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        self.bytes += tensor.nbytes
+        return tensor.shape, tensor.dtype
+
+    def _unpack(self, kept: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(kept[0], dtype=kept[1])
+
+
+@contextmanager
+def without_gradients(module: nn.Module) -> Iterator[None]:
+    """Within the block gradients of weights are dropped when they are complete: they are counted as a whole."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(drop) for p in module.parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _CudaKernels(TorchFunctionMode):
+    """Norms as CUDA devices run them: RMS norm is one kernel, and a norm that autocast sees gets float32, which is then
+    kept for the way back (`ATen/autocast_mode.h`, the list of float32 operations).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (F.layer_norm, F.rms_norm):
+            return func(*args, **kwargs)
+        if torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return func(*args, **kwargs) if func is F.layer_norm else _FusedRmsNorm.apply(args[0], kwargs["weight"])
+
+
+class _FusedRmsNorm(torch.autograd.Function):
+    """The memory of `aten::_fused_rms_norm`: it keeps its inputs and one number per token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+@contextmanager
+def as_on_cuda(module: Denoiser) -> Iterator[None]:
+    """Within the block `module` runs its norms as CUDA devices do."""
+
+    def within(forward: Callable[..., Any], *args: Any) -> Any:
+        with _CudaKernels():
+            return forward(*args)
+
+    for block in module.blocks:
+        # The backward pass runs blocks again without the modes that it was called in.
+        block.forward = partial(within, block.forward)
+    with _CudaKernels():
+        yield
+
+
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    return [inputs.latents, inputs.draw.noise, inputs.draw.sigmas, *tensors_in(inputs.cond)]
+
+
+def _tokens(shape: tuple[int, ...], patch: tuple[int, ...]) -> int:
+    return math.prod(n // p for n, p in zip(shape[1:], patch, strict=True))
