@@ -288,7 +288,7 @@ class Run:
             if counts and config.use_gradient_checkpointing and not config.use_gradient_checkpointing_offload:
                 there = sum(p.nbytes for p in trainables.module.parameters() if p.device.type != "cpu")
                 wanted = memory.needs(keeping).device - there
-                left = self.runtime.room(wanted)
+                left = self.runtime.request_memory(wanted)
                 config = keeping if left is None or wanted <= left else config
         found = memory.needs(config, counts=counts)
         if self.is_main:

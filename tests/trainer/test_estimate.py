@@ -20,7 +20,7 @@ from wancore.trainer.config import TrainConfig
 from wancore.trainer.model import trainable
 from wancore.trainer.model.memory import ATTENTION
 from wancore.trainer.model.trainable import Denoiser, Trainables
-from wancore.trainer.objective import Draw
+from wancore.trainer.objective import Noising
 from wancore.trainer.run.estimate import WAYS, Estimator, Inputs, run_pass, tensors_of, whole_pass, without_gradients
 
 LORA = TrainConfig(lora_base_model="dit", lora_rank=4)
@@ -43,7 +43,7 @@ def inputs(module: Denoiser) -> Inputs:
     latents, noise = torch.randn(1, *SHAPE), torch.randn(1, *SHAPE)
     half = torch.full((1,), 0.5)
     cond = Conditioning(text=torch.randn(1, 512, module.dit.config.text_dim))
-    return Inputs(latents, Draw(noise, half, 1000 * half, half), cond)
+    return Inputs(latents, Noising(noise, half, 1000 * half, half), cond)
 
 
 WAYS_TO_RUN = {
@@ -53,9 +53,16 @@ WAYS_TO_RUN = {
 }
 
 
-@pytest.mark.parametrize("precision", ["bf16", "no"])
-@pytest.mark.parametrize("trained", [LORA, WHOLE], ids=["lora", "whole"])
-@pytest.mark.parametrize("way", WAYS_TO_RUN)
+@pytest.mark.parametrize(
+    ("way", "trained", "precision"),
+    [
+        ("no checkpointing", LORA, "bf16"),
+        ("no checkpointing", WHOLE, "no"),
+        ("checkpointing", LORA, "no"),
+        ("checkpointing", WHOLE, "bf16"),
+        ("attention kept", LORA, "bf16"),
+    ],
+)
 def test_the_count_of_two_and_three_blocks_is_the_peak_of_all(way: str, trained: TrainConfig, precision: str) -> None:
     config = replace(trained, mixed_precision=precision, **WAYS_TO_RUN[way])
     module = trainables(config).module

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from wan_core.offload.blocks import weights_of
 from wan_core.offload.weights import WeightProvider
 from wan_core.planning.encoders import WORKSPACE_BYTES
 from wan_core.planning.estimate import LiveBytes
-from wan_core.planning.job import Given, made_up
+from wan_core.planning.job import InputSizes, placeholder_conditioning
 from wan_core.planning.run import FRAGMENTATION
 from wan_core.runtime import GIB, gigabytes
 from wan_core.types import Conditioning, LatentSize, tensors_in
@@ -32,7 +32,7 @@ from ..config import TrainConfig
 from ..model import trainable
 from ..model.memory import Saving, activation_checkpointing, placement_within
 from ..model.trainable import Denoiser, Trainables
-from ..objective import Draw, weighted
+from ..objective import Noising, weighted
 
 BYTES_PER_TRAINED = 16
 """A float32 weight, its gradient and the two moments of Adam."""
@@ -221,13 +221,13 @@ class Inputs:
     """What a pass is given: latents (B, z, R + F, h, w), what is drawn for them, and their conditioning."""
 
     latents: Tensor
-    draw: Draw
+    draw: Noising
     cond: Conditioning
 
 
 def run_pass(module: Denoiser, inputs: Inputs, config: TrainConfig, saving: Saving | None = None) -> None:
     """The forward and backward pass of the training loop; `saving` is how activations are kept in host memory."""
-    around = nullcontext()
+    around: AbstractContextManager[None] = nullcontext()
     if config.use_gradient_checkpointing:
         around = activation_checkpointing(
             module.blocks,
@@ -261,11 +261,12 @@ def _twin(module: Denoiser, blocks: int, vace_blocks: int, fake: FakeTensorMode)
 def _inputs(module: Denoiser, shape: tuple[int, ...], batch: int) -> Inputs:
     """What a batch of latents (z, R + F, h, w) comes with, without data; call it within the mode of fake tensors."""
     config = module.dit.config
-    given = Given(vace=(0,) if config.vace_layers else (), camera=True)
-    cond = made_up(config, LatentSize(*shape[1:], config.geometry), given)
+    given = InputSizes(vace=(0,) if config.vace_layers else (), camera=True)
+    _, frames, height, width = shape
+    cond = placeholder_conditioning(config, LatentSize(frames, height, width, config.geometry), given)
     cond = cond.map(lambda tensor, _: torch.empty(batch, *tensor.shape[1:]))
     latents, numbers = torch.empty(batch, *shape), torch.empty(batch)
-    return Inputs(latents, Draw(torch.empty_like(latents), numbers, numbers, numbers), cond)
+    return Inputs(latents, Noising(torch.empty_like(latents), numbers, numbers, numbers), cond)
 
 
 class _HostMemory:
@@ -323,7 +324,7 @@ class _FusedRmsNorm(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
