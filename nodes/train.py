@@ -81,6 +81,7 @@ class LossPlot:
 
     def plot(self, run: str) -> tuple[Tensor, str]:
         file = self.events(run)
+        require_packages(("matplotlib",))
         try:
             steps, picture = latest_steps(file), chart(file.parent)
         except (AttributeError, KeyError, OverflowError, TypeError) as error:

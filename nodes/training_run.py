@@ -26,7 +26,7 @@ from .launcher import Event, Launch, attend, pack_command
 
 SETTINGS, FINISHED = "request.json", "finished.json"
 MODULE = "trainer.supervised"
-PACKAGES = ("accelerate", "peft", "av")
+PACKAGES = ("accelerate", "peft", "av", "matplotlib")
 SECONDS_BETWEEN_PICTURES = 2.0
 FAR = 86400
 
@@ -202,12 +202,12 @@ def files_mark(places: Sequence[Path]) -> str:
     return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
 
 
-def require_packages() -> None:
-    """Raise ValueError when this Python lacks what only training needs."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+def require_packages(names: Sequence[str] = ()) -> None:
+    """Raise ValueError when this Python lacks one of `names`; without any, of what only training needs."""
+    missing = [name for name in names or PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"Training needs {' and '.join(missing)}. Install them into ComfyUI's own Python:\n"
+            f"This node needs {' and '.join(missing)}. Install them into ComfyUI's own Python:\n"
             f'"{sys.executable}" -m pip install -r "{host.PACK_FOLDER / "requirements.txt"}"'
         )
 

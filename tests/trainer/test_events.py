@@ -61,6 +61,17 @@ def test_a_full_disk_costs_events_and_not_the_run(tmp_path, monkeypatch, caplog)
     assert len(caplog.records) == 1 and "No space left" in caplog.text
 
 
+def test_a_tracker_that_cannot_close_does_not_fail_the_run(tmp_path, caplog):
+    class Broken:
+        def add(self, number, numbers): ...
+
+        def close(self):
+            raise ConnectionError("no network")
+
+    Events(tmp_path / "events.jsonl", [Broken()]).close()
+    assert "Broken may lack the last numbers (no network)" in caplog.text
+
+
 def test_trackers_get_the_numbers_of_the_main_process(tmp_path):
     class Recorder:
         def __init__(self):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,15 @@ def test_a_file_that_goes_bad_is_named_and_the_run_saved_before(shared, tmp_path
         with pytest.raises(LoadError, match=r"Step 3 .*row [12] "):
             run(settings)
     assert (out / "states" / "step-0000002").is_dir()
+
+
+def test_a_chart_that_cannot_be_drawn_does_not_cost_the_weights(shared, tmp_path, monkeypatch, caplog):
+    """As after an update of the pack without its new packages."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] or ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run(config(shared, tmp_path)).steps
+    assert (tmp_path / "epoch-0.safetensors").is_file() and not (tmp_path / "loss.png").exists()
+    assert "The loss chart cannot be written" in caplog.text
 
 
 def fill_the_disk(monkeypatch, failing):

@@ -87,7 +87,10 @@ class Events:
         if self._bar is not None:
             self._bar.close()
         for tracker in self._trackers:
-            tracker.close()
+            try:
+                tracker.close()
+            except Exception as error:
+                log.warning("%s may lack the last numbers (%s).", type(tracker).__name__, error)
 
 
 def read_events(file: Path) -> Iterator[dict[str, Any]]:

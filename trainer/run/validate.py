@@ -197,5 +197,5 @@ class Evaluator:
         file = self.folder / EVENTS
         try:
             save_chart(self.folder / CHART, latest_steps(file), validation_points(file))
-        except OSError as error:
+        except Exception as error:  # whatever a library of plots raises: the weights of this step are not saved yet
             log.warning("The loss chart cannot be written (%s).", error)
