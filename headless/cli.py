@@ -47,9 +47,9 @@ STEP_INTERVAL = 0.5
 
 
 def _folder(text: str) -> Path:
-    """A folder as it is typed; nothing at all is most likely a variable of the shell that is not set."""
+    """A folder that was typed. An empty text is refused: most likely it comes from an unset shell variable."""
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} names no folder")
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder")
     return Path(text)
 
 
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Cancelled) as error:
         return _fail(INTERRUPTED, str(error) or "Interrupted.")
     except RuntimeError as error:
-        # A node's ValueError is a mistake of the user and says what to do; anything else is worth its origin.
+        # The message of a node's ValueError is enough for the user; anything else is shown with its traceback.
         if error.__cause__ and not isinstance(error.__cause__, ValueError):
             traceback.print_exception(error.__cause__)
         return _fail(FAILED, str(error))
@@ -151,12 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _program() -> str:
-    """How the user started this."""
+    """The command that the user typed."""
     return "python -m headless" if Path(sys.argv[0]).name == "__main__.py" else "wancore"
 
 
 class _Terminated(BaseException):
-    """A signal asked for the end."""
+    """A signal asked this process to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -174,7 +174,7 @@ def _signals_as_exceptions() -> Iterator[None]:
         raise _Terminated(number)
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    # `nohup` has SIGHUP ignored, and means that.
+    # An ignored signal stays ignored: that is how `nohup` keeps SIGHUP away.
     before = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         yield
@@ -212,18 +212,18 @@ def _run(arguments: argparse.Namespace) -> int:
         known = schemas_of(nodes)
         _configure_host(arguments, on_event, typed)
         workflows = [expand_prefixes(apply_sets(workflow, arguments.sets, known)) for workflow in workflows]
-        workflows = _validated(workflows, known)
+        workflows = _validate_all(workflows, known)
         results = (run(workflow, nodes, on_event=on_event, folders=folders) for workflow in workflows)
     for result in results:
         _print_files(result)
     return OK
 
 
-def _validated(workflows: Sequence[Workflow], schemas: Mapping[str, NodeSchema]) -> list[Workflow]:
-    """The workflows, checked before the first of them runs.
+def _validate_all(workflows: Sequence[Workflow], schemas: Mapping[str, NodeSchema]) -> list[Workflow]:
+    """The workflows, all checked before the first runs.
 
     Raises:
-        ValueError: what is wrong with all of them.
+        ValueError: the problems of all of them.
     """
     valid, wrong = [], []
     for workflow in workflows:
@@ -237,7 +237,7 @@ def _validated(workflows: Sequence[Workflow], schemas: Mapping[str, NodeSchema])
 
 
 DECODE_ARGUMENTS: Arguments = {
-    "file": {"metavar": "FILE", "type": Path, "help": "a .latent file that a sampler kept"},
+    "file": {"metavar": "FILE", "type": Path, "help": "a .latent file that a sampler saved"},
     "--vae": {"default": catalog.T2V_BASE, "help": f"as the VAE loader lists it (default: {catalog.T2V_BASE})"},
     "--fps": {"type": float, "default": float(FPS), "help": f"frames per second (default: {FPS})"},
     "--tiled": {"action": "store_true", "help": "decode in tiles from the beginning"},
@@ -291,7 +291,7 @@ def _configure_host(arguments: argparse.Namespace, on_event: Callable[[Event], N
 
 
 class Progress:
-    """Prints events to stderr, at most one step of a node per interval, and always the last one."""
+    """Prints events to stderr; of a node's steps at most one per `STEP_INTERVAL`, and always the last."""
 
     def __init__(self) -> None:
         self.shown = 0.0
@@ -305,7 +305,7 @@ class Progress:
             if event.done < event.total and now - self.shown < STEP_INTERVAL:
                 return
             self.shown = now
-        # Progress that nobody can be told of, as of a full disk, is no reason to stop.
+        # Progress that cannot be written, as to a full disk, must not stop the run.
         with suppress(OSError):
             print(self._line(event) + left, file=sys.stderr, flush=True)
 
@@ -341,7 +341,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 COMMANDS: Mapping[str, Command] = {
     "run": Command("Run a workflow in this process or on a ComfyUI server.", RUN_ARGUMENTS, _run),
-    "decode": Command("Decode latents that a run kept into a video.", DECODE_ARGUMENTS, _decode),
+    "decode": Command("Decode latents that a run saved into a video.", DECODE_ARGUMENTS, _decode),
     "plan": Command(
         "Say what a workflow will take of the card and of host memory, from headers alone.", PLAN_ARGUMENTS, _plan
     ),

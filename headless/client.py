@@ -27,19 +27,19 @@ except ImportError:
     websocket = None  # type: ignore[assignment]  # an optional package
 
 MEDIA = IMAGES | VIDEOS | {".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".txt"}
-"""Suffixes of what a workflow may have uploaded; the input folder may hold other files."""
+"""Suffixes of files that are uploaded for a workflow; the input folder may hold others, too."""
 
 POLL_SECONDS = 1.0
-"""Pause between two looks at the history."""
+"""Pause between two requests of the history."""
 
 CONNECT_SECONDS = 10.0
 """How long a busy server may take to open its stream of events."""
 
 LATE_SECONDS = 0.2
-"""How long to listen for what a run that has finished said of itself."""
+"""How long to wait for the last messages of a run that has finished."""
 
 PATIENCE_SECONDS = 60.0
-"""How long a server may be out of reach, in the middle of a run, before the run is given up."""
+"""How long a server may be unreachable during a run before the run is given up."""
 
 
 def run_on_server(
@@ -54,8 +54,8 @@ def run_on_server(
 
     Ranges and choices are checked by the server, which knows its nodes' own checks, before it queues anything.
     Pictures, clips, sounds and texts that load nodes name are uploaded when they are in the input folder or among the
-    shipped assets, and what was typed (`Folders.typed`) from anywhere; equal files are kept once by the server. Being
-    interrupted here stops the run there.
+    shipped assets, and typed paths (`Folders.typed`) from anywhere; the server stores equal files once. An interruption
+    here stops the run there.
 
     Raises:
         ValidationError: the workflow cannot run there; nothing has run.
@@ -63,8 +63,8 @@ def run_on_server(
         Cancelled: the run was interrupted on the server.
         ServerUnreachableError: no server, or none any more.
     """
-    given = None if schemas is None else [schemas]
-    (result,) = run_all_on_server([workflow], server, folders, schemas=given, on_event=on_event)
+    known = None if schemas is None else [schemas]
+    (result,) = run_all_on_server([workflow], server, folders, schemas=known, on_event=on_event)
     return result
 
 
@@ -76,7 +76,7 @@ def run_all_on_server(
     schemas: Sequence[Mapping[str, NodeSchema]] | None = None,
     on_event: OnEvent = lambda _: None,
 ) -> Iterator[RunResult]:
-    """Queue several workflows at once, and give what each made as soon as it has finished, in their order.
+    """Queue several workflows at once, and yield the result of each as soon as it has finished, in their order.
 
     All are checked before the first is queued. A run that fails takes those after it out of the queue.
 
@@ -87,7 +87,7 @@ def run_all_on_server(
     pairs = zip([validate(*pair) for pair in zip(workflows, schemas, strict=True)], schemas, strict=True)
     ready = [_upload_inputs(workflow, server, folders, known, on_event) for workflow, known in pairs]
     client_id = uuid.uuid4().hex
-    with closing(_Socket(server.socket_url(client_id))) as socket, _Queued(server) as queued:
+    with closing(_Socket(server.socket_url(client_id))) as socket, _QueuedRuns(server) as queued:
         socket.connect()
         for workflow in ready:
             queued.ids.append(_submit(workflow, server, client_id))
@@ -99,14 +99,14 @@ def run_all_on_server(
             yield RunResult(ui, tuple(_download(ui, server, folders)))
 
 
-class _Queued:
-    """Runs that the server has not finished, in `ids`; they are stopped when what waits for them ends early."""
+class _QueuedRuns:
+    """Runs that the server has not finished, in `ids`; those left at the end of the block are stopped."""
 
     def __init__(self, server: Server):
         self.server = server
         self.ids: list[str] = []
 
-    def __enter__(self) -> "_Queued":
+    def __enter__(self) -> "_QueuedRuns":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -129,14 +129,16 @@ def _upload_inputs(
             path = folders.find(value)
             if path and (path.suffix.lower() in MEDIA or value in folders.typed):
                 parent = PurePosixPath(value).parent
-                # A path outside of the input folder means nothing on the server: its file goes to the top there.
+                # A path outside of the input folder means nothing on the server: its file goes into the top folder.
                 inside = not parent.is_absolute() and ".." not in parent.parts and (folders.input / value) == path
                 stored = server.upload(path, str(parent) if inside and str(parent) != "." else "")
                 on_event(Event("notice", text=f"{path} uploaded as {stored}"))
                 workflow = workflow.with_inputs(node_id, {name: stored})
             elif value not in (spec.choices or ()):
                 why = (
-                    "is no picture, clip, sound or text" if path else f"is neither in {folders.input} nor on the server"
+                    "is not a picture, clip, sound or text"
+                    if path
+                    else f"is neither in {folders.input} nor on the server"
                 )
                 details = f"{name}: '{value}' {why}"
                 missing.append(Issue("value_not_in_list", "Value not in list", details, node))
@@ -151,7 +153,7 @@ def _submit(workflow: Workflow, server: Server, client_id: str) -> str:
     except RefusedError as error:
         raise ValidationError(_issues(workflow, error.body) or [Issue("refused", str(error), "")]) from error
     if issues := _issues(workflow, answer):
-        # The host would run the valid outputs and leave out the others; a run is all or nothing here.
+        # The host would run only the valid outputs; here a run needs all of them.
         server.stop(answer["prompt_id"])
         raise ValidationError(issues)
     return answer["prompt_id"]
@@ -161,7 +163,7 @@ def _issues(workflow: Workflow, body: Mapping[str, Any]) -> list[Issue]:
     issues = [
         Issue(error.get("type", ""), error.get("message", ""), error.get("details", ""), workflow.nodes.get(node_id))
         for node_id, entry in (body.get("node_errors") or {}).items()
-        for error in _told_once(entry.get("errors", []))
+        for error in _distinct(entry.get("errors", []))
     ]
     error = body.get("error")
     if issues or not error:
@@ -171,18 +173,18 @@ def _issues(workflow: Workflow, body: Mapping[str, Any]) -> list[Issue]:
     return [Issue(error.get("type", ""), error.get("message", ""), error.get("details", ""))]
 
 
-def _told_once(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Errors of one node without repetition: the host tells what the node's own check of all inputs says once for each
-    of them, as "<input> - <text>".
+def _distinct(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Errors of one node without repetition: the host repeats the message of the node's own check once for every input,
+    as "<input> - <text>".
     """
-    told: dict[str, Mapping[str, Any]] = {}
+    found: dict[str, Mapping[str, Any]] = {}
     for error in errors:
-        told.setdefault(error.get("details", "").partition(" - ")[2] or str(error), error)
-    return list(told.values())
+        found.setdefault(error.get("details", "").partition(" - ")[2] or str(error), error)
+    return list(found.values())
 
 
 class _Socket:
-    """The server's event stream, as far as there is one; opened again whenever it has dropped."""
+    """The server's event stream, if it has one; opened again after the connection is lost."""
 
     def __init__(self, url: str):
         self.url = url
@@ -242,12 +244,12 @@ def _runs_before(server: Server, prompt_id: str) -> int:
     """How many runs the server finishes before it begins this one.
 
     Raises:
-        RuntimeError: it knows nothing of it.
+        RuntimeError: the server does not know this run.
     """
     queue = server.queue()
     if prompt_id in queue["pending"]:
         return len(queue["running"]) + queue["pending"].index(prompt_id)
-    # It may have finished between the two looks.
+    # It may have finished between the two requests.
     if prompt_id in queue["running"] or server.history(prompt_id):
         return 0
     raise RuntimeError("The server no longer knows this run: it was restarted, or the run was taken out of its queue.")
@@ -302,13 +304,13 @@ def _raise_failure(workflow: Workflow, record: Mapping[str, Any]) -> None:
             message = str(data.get("exception_message", "")).strip()
             raise NodeError(workflow.nodes.get(node_id, unknown), error_type, message)
     if status.get("status_str") == "error":
-        raise RuntimeError("The server says that the run failed, and not why; see its log.")
+        raise RuntimeError("The server reports that the run failed, without a reason; see its log.")
 
 
 def _download(ui: Mapping[str, Mapping[str, Any]], server: Server, folders: Folders) -> Iterator[Any]:
     for entry in file_entries(ui):
         kind = entry.get("type", "output")
         if kind in ("output", "temp"):
-            with folders.copied(entry["filename"], entry.get("subfolder", ""), kind) as draft:
-                server.download(entry, draft.partial)
-            yield draft.path
+            with folders.named_file(entry["filename"], entry.get("subfolder", ""), kind) as file:
+                server.download(entry, file.partial)
+            yield file.path

@@ -63,7 +63,7 @@ class LoadImage(_Core):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"image": (cls.folders.listed(IMAGES), {"image_upload": True})}}
+        return {"required": {"image": (cls.folders.list_input(IMAGES), {"image_upload": True})}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, image: str) -> bool | str:
@@ -97,7 +97,7 @@ class LoadVideo(_Core):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"file": (cls.folders.listed(VIDEOS), {"video_upload": True})}}
+        return {"required": {"file": (cls.folders.list_input(VIDEOS), {"video_upload": True})}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, file: str) -> bool | str:
@@ -202,9 +202,9 @@ class SaveImage(_Saver):
             height, width = image.shape[:2]
             prefix = filename_prefix.replace("%batch_num%", str(number))
             pixels = image.detach().float().cpu().mul(255).clamp(0, 255).to(torch.uint8).numpy()
-            with self.folders.numbered(prefix, ".png", width, height, self.kind) as draft:
-                Image.fromarray(pixels).save(draft.partial, pnginfo=info, compress_level=self.compress_level)
-            saved.append(draft.reported)
+            with self.folders.numbered_file(prefix, ".png", width, height, self.kind) as file:
+                Image.fromarray(pixels).save(file.partial, pnginfo=info, compress_level=self.compress_level)
+            saved.append(file.reported)
         return {"ui": {"images": saved}}
 
 
@@ -250,9 +250,9 @@ class SaveVideo(_Saver):
         prompt: Mapping[str, Any] | None = None,
         extra_pnginfo: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        with self.folders.numbered(filename_prefix, ".mp4", *video.get_dimensions()) as draft:
-            video.save_to(draft.partial, _metadata(prompt, extra_pnginfo))
-        return {"ui": {"images": [draft.reported], "animated": (True,)}}
+        with self.folders.numbered_file(filename_prefix, ".mp4", *video.get_dimensions()) as file:
+            video.save_to(file.partial, _metadata(prompt, extra_pnginfo))
+        return {"ui": {"images": [file.reported], "animated": (True,)}}
 
 
 def _metadata(prompt: Mapping[str, Any] | None, extra: Mapping[str, Any] | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Where a run finds its input files and puts its output files, under ComfyUI's names."""
+"""The folders of a run: where it finds input files and writes output files, under ComfyUI's names."""
 
 import os
 import re
@@ -20,19 +20,19 @@ ANNOTATED = re.compile(r"(?P<name>.*?) ?\[(?P<kind>input|output|temp)\]")
 """ComfyUI's way to name a file that is not in the input folder: `name.png [output]`."""
 
 SHOWN, SPARE_DIGITS = 60, 4
-"""Letters of a long name in a message, and digits that a number may get beyond five."""
+"""Characters of a long name that a message shows, and digits that a number may have beyond five."""
 
 
 def workflow_file(text: str) -> Path:
-    """The file of a workflow as it is typed: its path, or the name of one in the pack's `workflows/api`, as `t2v`."""
+    """The file of a workflow that was typed: its path, or a name in the pack's `workflows/api` such as `t2v`."""
     file = Path(text)
     shipped = host.PACK_FOLDER / "workflows" / "api" / f"{text}.json"
     return shipped if file.name == text and not file.exists() and shipped.is_file() else file
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A file being written: write to `partial`. Its name is certain after the block that holds it."""
+class OutputFile:
+    """A new output file. Write to `partial` inside the block that creates it; `path` is final after the block."""
 
     file: NewFile
     subfolder: str
@@ -56,7 +56,7 @@ class Draft:
 class Folders:
     """The two folders of a run. Previews, ComfyUI's type "temp", go to `temp` inside the output folder.
 
-    Names in `typed` come from the person who started the run, and not from a workflow: they may be any path.
+    Names in `typed` come from the person who started the run and not from a workflow, so they may be any path.
     """
 
     input: Path = Path("input")
@@ -67,9 +67,7 @@ class Folders:
         return {"input": self.input, "output": self.output, "temp": self.output / "temp"}[kind]
 
     def find(self, name: str) -> Path | None:
-        """The file a load node names: in the input folder, among the shipped assets, or a path that was typed; None if
-        nowhere.
-        """
+        """The file that a load node names: in the input folder, among the shipped assets, or typed; else None."""
         if not isinstance(name, str):
             return None
         if match := ANNOTATED.fullmatch(name):
@@ -79,44 +77,44 @@ class Folders:
             places += [Path(name).expanduser()] if name in self.typed else []
         return next((place for place in places if name and place and place.is_file()), None)
 
-    def told(self, text: str) -> str:
-        """`text` as saved files carry it: of a path on this machine, its last part alone."""
+    def without_folders(self, text: str) -> str:
+        """`text` as it is written into saved files: of a path on this machine only the name of the file."""
         path = Path(text).expanduser() if text in self.typed else Path(text)
         roots = (self.input.absolute(), self.output.absolute())
-        is_own = text in self.typed and os.path.exists(path)  # noqa: PTH110 - a long text is no error
+        is_own = text in self.typed and os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a long text
         is_own = is_own or any(path.is_relative_to(root) for root in roots)
         return path.name if path.is_absolute() and is_own else text
 
-    def listed(self, suffixes: frozenset[str]) -> list[str]:
+    def list_input(self, suffixes: frozenset[str]) -> list[str]:
         """Names of the files with these suffixes in the input folder and among the assets, sorted."""
         found = (path for place in (self.input, ASSETS) if place.is_dir() for path in place.iterdir())
         return sorted({path.name for path in found if path.suffix.lower() in suffixes})
 
-    def reported(self, ui: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
+    def reported_files(self, ui: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
         """The files that output nodes reported, whatever key of their `ui` holds them."""
         for entry in file_entries(ui):
             if entry.get("type", "output") in ("output", "temp"):
                 yield self.of_kind(entry.get("type", "output")) / entry.get("subfolder", "") / entry["filename"]
 
     @contextmanager
-    def numbered(
+    def numbered_file(
         self, prefix: str, suffix: str, width: int = 0, height: int = 0, kind: str = "output"
-    ) -> Iterator[Draft]:
-        """A new file `<prefix>_00001_<suffix>` with the next number after the highest in its folder, as ComfyUI counts.
+    ) -> Iterator[OutputFile]:
+        """A new file `<prefix>_00001_<suffix>` whose number follows the highest in its folder, as ComfyUI counts.
 
         The prefix may name subfolders and hold %width%, %height%, %year%, %month%, %day%, %hour%, %minute%, %second%.
 
         Raises:
             ValueError: as `place`.
         """
-        subfolder, stem = self.place(_expanded(prefix, width, height), kind)
+        subfolder, stem = self.place(_expand(prefix, width, height), kind)
         folder = self.of_kind(kind) / subfolder
-        with _created(self._numbered(folder, stem, suffix), subfolder, kind) as draft:
-            yield draft
+        with _create(self._numbered(folder, stem, suffix), subfolder, kind) as file:
+            yield file
 
     @contextmanager
-    def copied(self, filename: str, subfolder: str = "", kind: str = "output") -> Iterator[Draft]:
-        """A new file of this name, or of the next number after it when the name is taken.
+    def named_file(self, filename: str, subfolder: str = "", kind: str = "output") -> Iterator[OutputFile]:
+        """A new file of this name, or with the next free number when the name is taken.
 
         Raises:
             ValueError: as `place`.
@@ -125,8 +123,8 @@ class Folders:
         path = self.of_kind(kind) / subfolder / name
         counted = re.fullmatch(r"(.*)_\d+_", path.stem)
         others = self._numbered(path.parent, counted[1] if counted else path.stem, path.suffix)
-        with _created(chain([path], others), subfolder, kind) as draft:
-            yield draft
+        with _create(chain([path], others), subfolder, kind) as file:
+            yield file
 
     @staticmethod
     def _numbered(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
@@ -137,13 +135,13 @@ class Folders:
         yield from numbered_paths(folder, stem, f"_{suffix}", max(taken, default=0) + 1)
 
     def check(self, prefix: str, suffix: str = ".mp4") -> None:
-        """Raise ValueError unless `numbered` can make files of that prefix; nothing is made."""
-        name = _expanded(prefix, 0, 0)
+        """Raise ValueError unless `numbered_file` can create files of that prefix; nothing is created."""
+        name = _expand(prefix, 0, 0)
         try:
             check_name(name, spare=len(f"_00001_{suffix}") + SPARE_DIGITS)
         except ValueError as error:
             shown = prefix if len(prefix) <= SHOWN else f"{prefix[:SHOWN]}..."
-            raise ValueError(f"{shown!r} is no file name: {error}.") from None
+            raise ValueError(f"{shown!r} is not a file name: {error}.") from None
         subfolder, _ = self.place(name)
         try:
             check_writable(self.output / subfolder)
@@ -151,7 +149,7 @@ class Folders:
             raise ValueError(f"The output folder {self.output} cannot be used: {error}. Give another --out.") from None
 
     def place(self, name: str, kind: str = "output") -> tuple[str, str]:
-        """(subfolder, file name) of a name below the output folder; nothing is made.
+        """(subfolder, file name) of a name below the output folder; nothing is created.
 
         Raises:
             ValueError: the name is empty or leads out of the folder.
@@ -174,7 +172,7 @@ def file_entries(ui: Mapping[str, Mapping[str, Any]]) -> Iterator[Mapping[str, s
                     yield entry
 
 
-def _expanded(prefix: str, width: int, height: int) -> str:
+def _expand(prefix: str, width: int, height: int) -> str:
     now = time.localtime()
     values = {"width": width, "height": height, "year": now.tm_year}
     clock = {"month": now.tm_mon, "day": now.tm_mday, "hour": now.tm_hour, "minute": now.tm_min, "second": now.tm_sec}
@@ -184,6 +182,6 @@ def _expanded(prefix: str, width: int, height: int) -> str:
 
 
 @contextmanager
-def _created(paths: Iterable[Path], subfolder: str, kind: str) -> Iterator[Draft]:
+def _create(paths: Iterable[Path], subfolder: str, kind: str) -> Iterator[OutputFile]:
     with creating_first(paths) as file:
-        yield Draft(file, subfolder.replace(os.sep, "/"), kind)
+        yield OutputFile(file, subfolder.replace(os.sep, "/"), kind)

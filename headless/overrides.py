@@ -1,12 +1,11 @@
 """What a command changes in a workflow before it runs: `--set`, `--tiny`, and the dates in names of files."""
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from .schema import InputSpec, NodeSchema
+from .schema import InputSpec, NodeSchema, finite_float
 from .workflow import Link, NodeSpec, Workflow, WorkflowError, nearest
 
 PREFIX = "filename_prefix"
@@ -18,7 +17,7 @@ NOT_IN_NAMES = re.compile(r'[/?<>\\:*|"\x00-\x1f\x7f]')
 
 
 def apply_tiny(workflow: Workflow, nodes: Mapping[str, type[Any]]) -> Workflow:
-    """The workflow with the inputs that each node's `tiny(inputs)` gives laid over its own.
+    """The workflow with the inputs that each node's `tiny(inputs)` gives in place of its own.
 
     A node class has a tiny form when it has a classmethod `tiny`; it receives the node's inputs in API form.
 
@@ -44,7 +43,7 @@ def apply_sets(workflow: Workflow, sets: Iterable[str], schemas: Mapping[str, No
         target, equals, value = text.partition("=")
         if not equals or "." not in target:
             raise WorkflowError(f"--set {text!r}: expected <node title or id>.<input>=<value>.")
-        node, name = _target(workflow, target)
+        node, name = _split_target(workflow, target)
         schema = schemas.get(node.class_type)
         spec = schema.inputs.get(name) if schema else None
         if spec is None and name not in node.inputs:
@@ -54,7 +53,10 @@ def apply_sets(workflow: Workflow, sets: Iterable[str], schemas: Mapping[str, No
             if spec and schema:
                 parsed = _parse(value, spec, any_choice=name in schema.own_checks)
             else:
-                parsed = _parse_like(value, node.inputs[name])
+                # An unknown class declares nothing: the type is that of the value in the file.
+                kinds = ((bool, "BOOLEAN"), (int, "INT"), (float, "FLOAT"))
+                kind = next((kind for type_, kind in kinds if isinstance(node.inputs[name], type_)), "STRING")
+                parsed = _parse(value, InputSpec(name, kind, {}, required=False))
         except WorkflowError as error:
             raise WorkflowError(f"--set {text!r}: {error}") from error
         workflow = workflow.with_inputs(node.id, {name: parsed})
@@ -62,11 +64,11 @@ def apply_sets(workflow: Workflow, sets: Iterable[str], schemas: Mapping[str, No
 
 
 def typed_values(sets: Iterable[str]) -> frozenset[str]:
-    """The values of `--set`: what the person has typed, and no workflow can have brought along."""
+    """The values of `--set`: typed by the person, so that they cannot come from a stranger's workflow."""
     return frozenset(text.partition("=")[2] for text in sets) - {""}
 
 
-def _target(workflow: Workflow, target: str) -> tuple[NodeSpec, str]:
+def _split_target(workflow: Workflow, target: str) -> tuple[NodeSpec, str]:
     # Titles and input names may both contain dots: the longest title that names a node wins.
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):
@@ -97,16 +99,9 @@ def _boolean(text: str) -> bool:
     raise ValueError
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
 PARSERS: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "INT": (int, "a whole number"),
-    "FLOAT": (_finite, "a finite number"),
+    "FLOAT": (finite_float, "a finite number"),
     "BOOLEAN": (_boolean, "true or false"),
     "STRING": (str, "text"),
 }
@@ -129,22 +124,17 @@ def _parse(text: str, spec: InputSpec, any_choice: bool = False) -> Any:
         raise WorkflowError(f"{spec.name} expects {expected}, not {text!r}.") from None
 
 
-def _parse_like(text: str, current: Any) -> Any:
-    kinds: Sequence[tuple[type, str]] = ((bool, "BOOLEAN"), (int, "INT"), (float, "FLOAT"))
-    kind = next((name for type_, name in kinds if isinstance(current, type_)), "STRING")
-    return _parse(text, InputSpec("it", kind, {}, required=False))
-
-
 def expand_prefixes(workflow: Workflow, now: datetime | None = None) -> Workflow:
-    """The workflow with what the editor replaces in each `filename_prefix` when it queues it: `%date:yyyy-MM-dd%` by
-    `now`, and `%Node.widget%` by the value of a node that is found by its class or else its title. Anything else
-    between percent signs is left; the node that saves knows `%width%` and its like.
+    """The workflow with the replacements that the editor makes in each `filename_prefix` when it queues a workflow.
+
+    `%date:yyyy-MM-dd%` becomes `now`, and `%Node.widget%` the value of a node that is found by its class or else its
+    title. Anything else between percent signs is left: the node that saves replaces `%width%` and the like.
     """
-    given, now = workflow, now or datetime.now()
+    original, now = workflow, now or datetime.now()
     for node in workflow.nodes.values():
         prefix = node.inputs.get(PREFIX)
         if isinstance(prefix, str) and "%" in prefix:
-            expanded = re.sub(r"%([^%]+)%", lambda found: _replacement(found, given, now), prefix)
+            expanded = re.sub(r"%([^%]+)%", lambda found: _replacement(found, original, now), prefix)
             workflow = workflow.with_inputs(node.id, {PREFIX: expanded})
     return workflow
 

@@ -23,9 +23,13 @@ log = logging.getLogger("wancore")
 
 @dataclass(frozen=True)
 class Event:
-    """`start`: `node` begins, the `done`-th of `total`. `cached`: its results are reused. `progress`: step `done` of
-    `total` inside a node, in the phase `text`. `queued`: the server finishes `done` runs first. `notice`: `text` for
-    the user."""
+    """What happens in a run.
+
+    Attributes:
+        kind: `start`: `node` begins, the `done`-th of `total`. `cached`: its results are reused. `progress`: step
+            `done` of `total` inside a node, in the phase `text`. `queued`: the server finishes `done` runs first.
+            `notice`: `text` is for the user.
+    """
 
     kind: Literal["start", "cached", "progress", "queued", "notice"]
     node: NodeSpec | None = None
@@ -39,7 +43,7 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class RunResult:
-    """What the output nodes reported, by node id, as ComfyUI's history holds it, and the files they wrote."""
+    """The `ui` of the output nodes by node id, as in ComfyUI's history, and the files that they wrote."""
 
     ui: dict[str, dict[str, list]]
     files: tuple[Path, ...]
@@ -48,7 +52,7 @@ class RunResult:
 class NodeError(RuntimeError):
     """A node failed while it ran; the message names it, and in this process the exception of the node is chained.
 
-    The `kind` of exception is left out for a ValueError, whose message speaks to the user.
+    The message of a ValueError is for the user, so that its `kind` is not shown.
     """
 
     def __init__(self, node: NodeSpec, kind: str, message: str):
@@ -58,7 +62,7 @@ class NodeError(RuntimeError):
 
 @dataclass(frozen=True)
 class DynamicPrompt:
-    """What the hidden input DYNPROMPT holds: the workflow in API format, by node."""
+    """The value of the hidden input DYNPROMPT: the workflow in API format, by node."""
 
     prompt: Mapping[str, Any]
 
@@ -91,8 +95,7 @@ def run(
     Args:
         nodes: node classes by class_type, in ComfyUI's class-attribute form.
         folders: where the files that nodes report lie; without it the result names no files.
-        extra_pnginfo: what nodes receive as the hidden input EXTRA_PNGINFO, to be written into files; a node may add to
-            it.
+        extra_pnginfo: the hidden input EXTRA_PNGINFO, which nodes write into files and may add to.
 
     Raises:
         ValidationError: the workflow cannot run; nothing has run.
@@ -103,7 +106,7 @@ def run(
     workflow = validate(workflow, schemas)
     prompt = workflow.to_api()
     hidden = {
-        "PROMPT": _carried(prompt, folders),
+        "PROMPT": _without_folders(prompt, folders),
         "DYNPROMPT": DynamicPrompt(prompt),
         "EXTRA_PNGINFO": dict(extra_pnginfo or {}),
     }
@@ -113,19 +116,19 @@ def run(
             if node_id != kept:
                 on_event(Event("cached", workflow.nodes[node_id]))
         ui = _Execution(plan, nodes, schemas, hidden, on_event).run()
-    return RunResult(ui, tuple(folders.reported(ui)) if folders else ())
+    return RunResult(ui, tuple(folders.reported_files(ui)) if folders else ())
 
 
-def _carried(prompt: Mapping[str, Any], folders: Folders | None) -> dict[str, Any]:
-    """The prompt as files carry it to other people: without the paths of this machine."""
+def _without_folders(prompt: Mapping[str, Any], folders: Folders | None) -> dict[str, Any]:
+    """The prompt as it is written into files, which may be shared: without the paths of this machine."""
     if folders is None:
         return dict(prompt)
 
-    def told(value: Any) -> Any:
-        return folders.told(value) if isinstance(value, str) else value
+    def cleaned(value: Any) -> Any:
+        return folders.without_folders(value) if isinstance(value, str) else value
 
     return {
-        node_id: {**node, "inputs": {name: told(value) for name, value in node["inputs"].items()}}
+        node_id: {**node, "inputs": {name: cleaned(value) for name, value in node["inputs"].items()}}
         for node_id, node in prompt.items()
     }
 
@@ -154,44 +157,42 @@ class ExecutionPlan:
             node = workflow.nodes[node_id]
             links = {name: Link(same_as[link.node_id], link.slot) for name, link in node.links.items()}
             node = dataclasses.replace(node, inputs={**node.inputs, **links})
-            signature = _signature(node, nodes[node.class_type], schemas[node.class_type])
+            node_class, schema = nodes[node.class_type], schemas[node.class_type]
+            unique = getattr(node_class, "NOT_IDEMPOTENT", False) or "UNIQUE_ID" in schema.hidden.values()
+            inputs = frozenset((name, _hashable(value)) for name, value in node.inputs.items())
+            changed = _hashable(_is_changed(node, node_class, schema))
+            signature = node.class_type, node_id if unique else None, inputs, changed
             same_as[node_id] = first.setdefault(signature, node_id)
             if same_as[node_id] == node_id:
                 kept[node_id] = node
         return cls(kept, same_as, outputs)
 
 
-def _signature(node: NodeSpec, cls: type[Any], schema: NodeSchema) -> tuple[Any, ...]:
-    own = getattr(cls, "NOT_IDEMPOTENT", False) or "UNIQUE_ID" in schema.hidden.values()
-    inputs = frozenset((name, _frozen(value)) for name, value in node.inputs.items())
-    return node.class_type, node.id if own else None, inputs, _frozen(_is_changed(node, cls, schema))
-
-
 def _is_changed(node: NodeSpec, cls: type[Any], schema: NodeSchema) -> Any:
     check = getattr(cls, "IS_CHANGED", None)
     if check is None:
         return False
-    values = arguments(node, schema, {}, {"PROMPT": {}, "UNIQUE_ID": node.id})
+    values = call_arguments(node, schema, {}, {"PROMPT": {}, "UNIQUE_ID": node.id})
     try:
-        return list(mapped(check, values, getattr(cls, "INPUT_IS_LIST", False)))
+        return list(map_calls(check, values, getattr(cls, "INPUT_IS_LIST", False)))
     except Exception as error:
         log.warning("IS_CHANGED of %s failed, so its results are not shared: %s", node, error)
         return float("nan")
 
 
-def _frozen(value: Any) -> Any:
-    """A hashable equal for equal values of the same type; NaN and unknown objects equal nothing."""
+def _hashable(value: Any) -> Any:
+    """A hashable form of a value, equal for equal values of the same type; NaN and unknown objects equal nothing."""
     if isinstance(value, Mapping):
-        return frozenset((key, _frozen(item)) for key, item in value.items())
+        return frozenset((key, _hashable(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return tuple(_frozen(item) for item in value)
+        return tuple(_hashable(item) for item in value)
     if isinstance(value, (str, int, float, bool, bytes, type(None), Link)) and value == value:
         return type(value).__name__, value
     return object()
 
 
 class _Execution:
-    """The state of one run: what is finished, results that are still needed, lazy inputs that were asked for."""
+    """The state of one run: finished nodes, results that are still needed, lazy inputs that were requested."""
 
     def __init__(
         self,
@@ -224,13 +225,13 @@ class _Execution:
             node = self.plan.nodes[stack[-1]]
             if node.id in self.finished:
                 stack.pop()
-            elif sources := self._unfinished(node) or self._asked_lazily(node):
+            elif sources := self._unfinished_sources(node) or self._request_lazy_inputs(node):
                 stack += reversed(sources)
             else:
                 self._execute(node)
                 self._release(node)
 
-    def _unfinished(self, node: NodeSpec) -> list[str]:
+    def _unfinished_sources(self, node: NodeSpec) -> list[str]:
         specs, asked = self.schemas[node.class_type].inputs, self.asked[node.id]
         return [
             link.node_id
@@ -239,29 +240,29 @@ class _Execution:
             and (name in asked or name not in specs or not specs[name].options.get("lazy"))
         ]
 
-    def _asked_lazily(self, node: NodeSpec) -> list[str]:
-        with _blamed_on(node):
+    def _request_lazy_inputs(self, node: NodeSpec) -> list[str]:
+        with _as_node_error(node):
             check = getattr(self._instance(node), "check_lazy_status", None)
             for names in self._call(node, check) if check else ():
                 self.asked[node.id].update(names or ())
-        return self._unfinished(node)
+        return self._unfinished_sources(node)
 
     def _execute(self, node: NodeSpec) -> None:
         schema, cls = self.schemas[node.class_type], self.nodes[node.class_type]
         self.on_event(Event("start", node, len(self.finished) + 1, len(self.plan.nodes)))
-        with _blamed_on(node):
+        with _as_node_error(node):
             function = getattr(self._instance(node), cls.FUNCTION)
             calls = [Returned.of(value, schema) for value in self._call(node, function)]
-            if ui := merged_ui(calls):
+            if ui := merge_ui(calls):
                 self.ui[node.id] = ui
             if self.waiting[node.id]:
                 is_list = getattr(cls, "OUTPUT_IS_LIST", [False] * len(schema.outputs))
-                self.results[node.id] = merged_outputs(calls, is_list)
+                self.results[node.id] = merge_outputs(calls, is_list)
 
     def _call(self, node: NodeSpec, function: Any) -> Iterator[Any]:
         cls, hidden = self.nodes[node.class_type], {**self.hidden, "UNIQUE_ID": node.id}
-        values = arguments(node, self.schemas[node.class_type], self.results, hidden)
-        return mapped(function, values, getattr(cls, "INPUT_IS_LIST", False))
+        values = call_arguments(node, self.schemas[node.class_type], self.results, hidden)
+        return map_calls(function, values, getattr(cls, "INPUT_IS_LIST", False))
 
     def _instance(self, node: NodeSpec) -> Any:
         if node.id not in self.objects:
@@ -278,13 +279,13 @@ class _Execution:
 
 
 @contextmanager
-def _blamed_on(node: NodeSpec) -> Iterator[None]:
+def _as_node_error(node: NodeSpec) -> Iterator[None]:
     try:
         yield
     except Cancelled:
         raise
     except Exception as error:
-        # A library's or the pack's own kind of ValueError speaks to the user as well.
+        # The message of any subclass of ValueError is for the user, too.
         kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
         raise NodeError(node, kind, str(error)) from error
 
@@ -293,7 +294,9 @@ Results = Mapping[str, Sequence[list[Any]]]
 """By node id: for each output the list of its values, one per call of the node."""
 
 
-def arguments(node: NodeSpec, schema: NodeSchema, results: Results, hidden: Mapping[str, Any]) -> dict[str, list[Any]]:
+def call_arguments(
+    node: NodeSpec, schema: NodeSchema, results: Results, hidden: Mapping[str, Any]
+) -> dict[str, list[Any]]:
     """Each argument as the list of values to map over; a linked input that is not computed is `[None]`.
 
     Optional inputs that the workflow leaves out are left out here: the function's own defaults hold, as on the host.
@@ -307,7 +310,7 @@ def arguments(node: NodeSpec, schema: NodeSchema, results: Results, hidden: Mapp
     return values | {name: [hidden.get(kind)] for name, kind in schema.hidden.items()}
 
 
-def mapped(function: Callable[..., Any], values: Mapping[str, list[Any]], takes_lists: bool) -> Iterator[Any]:
+def map_calls(function: Callable[..., Any], values: Mapping[str, list[Any]], takes_lists: bool) -> Iterator[Any]:
     """Call `function` once with the lists, or once per item; a shorter list repeats its last item.
 
     Raises:
@@ -325,7 +328,7 @@ def mapped(function: Callable[..., Any], values: Mapping[str, list[Any]], takes_
 
 @dataclass(frozen=True)
 class Returned:
-    """What one call gave: a value per output, and what the interface shows."""
+    """What one call of a node returned: a value per output, and what the interface shows."""
 
     values: Sequence[Any]
     ui: Mapping[str, list[Any]]
@@ -349,7 +352,7 @@ class Returned:
         return cls(values, ui)
 
 
-def merged_outputs(calls: Sequence[Returned], is_list: Sequence[bool]) -> list[list[Any]]:
+def merge_outputs(calls: Sequence[Returned], is_list: Sequence[bool]) -> list[list[Any]]:
     """Per output the values of all calls; an output that gives lists has them joined."""
     return [
         [item for call in calls for item in call.values[slot]] if joined else [call.values[slot] for call in calls]
@@ -357,6 +360,6 @@ def merged_outputs(calls: Sequence[Returned], is_list: Sequence[bool]) -> list[l
     ]
 
 
-def merged_ui(calls: Sequence[Returned]) -> dict[str, list[Any]]:
+def merge_ui(calls: Sequence[Returned]) -> dict[str, list[Any]]:
     panes = [call.ui for call in calls if call.ui]
     return {key: [item for pane in panes for item in pane[key]] for key in (panes[0] if panes else ())}

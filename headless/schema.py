@@ -21,7 +21,7 @@ from .workflow import Link, NodeSpec, Workflow, WorkflowError, nearest, needed_n
 log = logging.getLogger("wancore")
 
 UPLOADS = ("image_upload", "video_upload", "audio_upload", "file_upload")
-"""Options that say that a combo names a file of the input folder, which may be brought along with the workflow."""
+"""Options of a combo that names a file of the input folder; such a file may be uploaded with the workflow."""
 
 INPUT_TYPES = "input_types"
 """The parameter of VALIDATE_INPUTS that receives the types of the linked inputs."""
@@ -29,8 +29,8 @@ INPUT_TYPES = "input_types"
 LONGEST_LIST = 20
 """The host prints a combo's choices up to this many."""
 
-MOST_TOLD = 20
-"""Unknown names that are compared with the known ones."""
+MOST_LISTED = 20
+"""Unknown names that are reported, and compared with the known ones."""
 
 EDITOR_ONLY = frozenset({"upload"})
 """Names that the editor's export writes beside the declared inputs."""
@@ -74,9 +74,9 @@ class InputSpec:
 class NodeSchema:
     """One node class. `hidden` maps parameter names to what the host puts there (PROMPT, UNIQUE_ID, ...).
 
-    `validate_inputs` is the class's own check where the class lives in this process. The host leaves range, choices and
-    link type of the inputs in `own_checks` to that check; for a class on a server these are all of them, because only
-    the server knows its checks.
+    `validate_inputs` is the class's own check, VALIDATE_INPUTS, where the class is in this process. As on the host, it
+    replaces the checks of range, choices and link type for the inputs in `own_checks`. For a class on a server these
+    are all inputs: only the server knows its checks.
     """
 
     class_type: str
@@ -97,7 +97,7 @@ class NodeSchema:
             dict(declared.get("hidden") or {}),
             tuple(node.RETURN_TYPES),
             getattr(node, "OUTPUT_NODE", False) is True,
-            _named(check, inputs) if check else frozenset(),
+            _parameters(check, inputs) if check else frozenset(),
             check,
         )
 
@@ -120,7 +120,8 @@ def schemas_of(nodes: Mapping[str, type[Any]]) -> dict[str, NodeSchema]:
     return {class_type: NodeSchema.of_class(class_type, node) for class_type, node in nodes.items()}
 
 
-def _named(check: Callable[..., bool | str], inputs: Iterable[str]) -> frozenset[str]:
+def _parameters(check: Callable[..., bool | str], inputs: Iterable[str]) -> frozenset[str]:
+    """The names that a VALIDATE_INPUTS takes; all inputs where it takes `**kwargs`."""
     parameters = inspect.signature(check).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return frozenset({*parameters, *(inputs if takes_all else ())})
@@ -136,7 +137,7 @@ def _inputs(declared: Mapping[str, Any]) -> dict[str, InputSpec]:
 
 @dataclass(frozen=True)
 class Issue:
-    """One thing wrong with the workflow; `type`, `message` and `details` are ComfyUI's. No node: the whole workflow."""
+    """A problem of the workflow or of one `node`; `type`, `message` and `details` are ComfyUI's."""
 
     type: str
     message: str
@@ -149,7 +150,7 @@ class Issue:
 
 
 class ValidationError(WorkflowError):
-    """Everything that is wrong, in `issues`; nothing has run."""
+    """The workflow cannot run; `issues` are all the reasons. Nothing has run."""
 
     def __init__(self, issues: Sequence[Issue]):
         self.issues = tuple(issues)
@@ -171,7 +172,7 @@ def validate(workflow: Workflow, schemas: Mapping[str, NodeSchema]) -> Workflow:
             f"Node ID '#{node.id}'. Nearest: {', '.join(nearest(node.class_type, schemas).split(', ')[:3])}",
             node,
         )
-        for node in islice((n for n in workflow.nodes.values() if n.class_type not in schemas), MOST_TOLD)
+        for node in islice((n for n in workflow.nodes.values() if n.class_type not in schemas), MOST_LISTED)
     ]
     if unknown:
         raise ValidationError(unknown)
@@ -239,7 +240,7 @@ def _check_node(
             issues.append(Issue(kind, message, details, node))
         except Exception as error:
             issues.append(_exception(node, f"{name}: {error}"))
-    for name in islice(node.inputs.keys() - schema.inputs.keys() - schema.hidden.keys() - EDITOR_ONLY, MOST_TOLD):
+    for name in islice(node.inputs.keys() - schema.inputs.keys() - schema.hidden.keys() - EDITOR_ONLY, MOST_LISTED):
         log.warning("%s has no input %r; it is ignored. It has: %s.", node, name, nearest(name, schema.inputs))
     if schema.validate_inputs and not issues:
         issues += _own_validation(node, schema.validate_inputs, schema.own_checks, {**node.inputs, **inputs}, received)
@@ -274,7 +275,7 @@ def _check_link(
     return received
 
 
-def _finite_float(value: Any) -> float:
+def finite_float(value: Any) -> float:
     number = float(value)
     if not math.isfinite(number):
         raise ValueError("not a finite number")
@@ -289,7 +290,7 @@ def _boolean(value: Any) -> bool:
 
 CONVERSIONS: Mapping[str, Callable[[Any], Any]] = {
     "INT": int,
-    "FLOAT": _finite_float,
+    "FLOAT": finite_float,
     "STRING": str,
     "BOOLEAN": _boolean,
 }

@@ -13,7 +13,7 @@ from typing import Any
 LARGEST_FILE = 64 << 20
 
 DEEPEST = 64
-"""How deep lists and objects may stand in each other; those of nodes are two or three deep."""
+"""How deep lists and objects may be nested; those of nodes are two or three deep."""
 
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -108,7 +108,7 @@ class Workflow:
         }
 
     def with_inputs(self, node_id: str, inputs: Mapping[str, Any]) -> "Workflow":
-        """This workflow with `inputs` (constants, Links or `[node id, slot]`) laid over those of one node."""
+        """This workflow with `inputs` (constants, Links or `[node id, slot]`) in place of those of one node."""
         return self.with_all({node_id: inputs})
 
     def with_all(self, changes: Mapping[str, Mapping[str, Any]]) -> "Workflow":
@@ -122,7 +122,7 @@ class Workflow:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys are different: of two equal ones only the last would count, without a word."""
+    """A JSON object without repeated keys, of which `json` would silently use the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for index, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:index]))

@@ -120,16 +120,16 @@ def test_a_prefix_that_leaves_the_output_folder_is_refused_before_anything_runs(
 
 
 def test_a_failed_write_leaves_nothing(folders):
-    with pytest.raises(OSError), folders.numbered("x", ".png") as draft:
-        draft.partial.write_bytes(b"half")
+    with pytest.raises(OSError), folders.numbered_file("x", ".png") as file:
+        file.partial.write_bytes(b"half")
         raise OSError
     assert list(folders.output.iterdir()) == []
 
 
 def test_two_writers_never_get_one_name(folders):
-    with folders.numbered("x", ".png") as first, folders.numbered("x", ".png") as second:
-        for draft in (first, second):
-            draft.partial.write_text(draft.path.name)
+    with folders.numbered_file("x", ".png") as first, folders.numbered_file("x", ".png") as second:
+        for file in (first, second):
+            file.partial.write_text(file.path.name)
     assert [path.read_text() for path in sorted(folders.output.iterdir())] == ["x_00001_.png", "x_00002_.png"]
 
 
@@ -141,9 +141,9 @@ def test_a_copied_file_keeps_its_name_when_that_is_free(folders, name, expected)
     folders.output.mkdir()
     for taken in ("x_00003_.png", "x_00009_.png", "plain.png"):
         (folders.output / taken).write_bytes(b"mine")
-    with folders.copied(name) as draft:
-        draft.partial.write_bytes(b"theirs")
-    assert (draft.path.name, draft.path.read_bytes()) == (expected, b"theirs")
+    with folders.named_file(name) as file:
+        file.partial.write_bytes(b"theirs")
+    assert (file.path.name, file.path.read_bytes()) == (expected, b"theirs")
     assert (folders.output / "x_00003_.png").read_bytes() == b"mine"
 
 
@@ -244,7 +244,7 @@ def test_saved_files_carry_names_and_no_paths(nodes, graph, folders, tmp_path):
         with Image.open(made.files[0]) as saved:
             carried = json.loads(saved.text["prompt"])
         assert carried["1"]["inputs"]["image"] == Path(name).name and str(tmp_path) not in json.dumps(carried)
-    assert typed.told("/imagine a cat") == "/imagine a cat"
+    assert typed.without_folders("/imagine a cat") == "/imagine a cat"
 
 
 def test_a_constant_in_place_of_a_node_is_refused(nodes, graph, folders):

@@ -65,9 +65,9 @@ def test_names_that_fit_are_taken(tmp_path):
     folders = Folders(tmp_path / "in", tmp_path / "out")
     for prefix in ("a" * 200, "猫" * 70, "a/b/c", "%year%/x", "video/ComfyUI", "ü.b"):
         folders.check(prefix)
-        with folders.numbered(prefix, ".mp4") as draft:
-            draft.partial.write_bytes(b"x")
-        assert draft.path.read_bytes() == b"x"
+        with folders.numbered_file(prefix, ".mp4") as file:
+            file.partial.write_bytes(b"x")
+        assert file.path.read_bytes() == b"x"
 
 
 @pytest.mark.parametrize("kind", ["file", "below a file", "read-only system", "empty", "space", "too long"])
@@ -83,7 +83,7 @@ def test_an_output_folder_that_cannot_be_used_is_refused(tmp_path, capsys, kind)
     }[kind]
     code, told = run(capsys, "--out", str(out))
     assert code == BAD_USAGE
-    assert ("names no folder" if kind in ("empty", "space") else "cannot be used") in told
+    assert ("is not the name of a folder" if kind in ("empty", "space") else "cannot be used") in told
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
