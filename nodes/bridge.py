@@ -40,7 +40,7 @@ class FromConditioning:
             },
             "optional": {
                 "clip_vision_output": sockets.socket(
-                    "CLIP_VISION_OUTPUT", "What CLIP sees in a picture; in place of what the conditioning holds of it."
+                    "CLIP_VISION_OUTPUT", "Replaces the CLIP vision output in the conditioning."
                 ),
             },
         }
@@ -91,7 +91,7 @@ class FromVAE:
 
     CATEGORY = "WanCore/vae"
     FUNCTION = "convert"
-    DESCRIPTION = "Use a Wan VAE of ComfyUI's Load VAE where WanCore takes one. Its weights are copied."
+    DESCRIPTION = "Use a Wan VAE from ComfyUI's Load VAE in WanCore's nodes. Its weights are copied."
     RETURN_TYPES = (sockets.VAE,)
     RETURN_NAMES = ("vae",)
     OUTPUT_TOOLTIPS = ("The autoencoder, for encoding and decoding.",)
@@ -106,7 +106,7 @@ class FromVAE:
 
     @classmethod
     def planned(cls, dtype: str = "auto", **_: Any) -> tuple[SizedModule]:
-        """As the published one: ComfyUI's is loaded when the graph runs, and all VAEs of Wan 2.1 are alike."""
+        """Planned as the published one: ComfyUI's is not loaded yet, and all VAEs of Wan 2.1 have one structure."""
         return (planning.planned_part(published_component("vae", catalog.T2V_BASE), "", dtype),)
 
     def convert(self, vae: Any, dtype: str = "auto") -> tuple[WanVAE]:

@@ -27,7 +27,7 @@ NO_FILE = "None"
 
 
 class _Path:
-    """What the nodes that make a camera path share: their outputs, and the move that they continue."""
+    """The base of the nodes that make a camera path: their outputs, and the path that they continue."""
 
     CATEGORY = "WanCore/conditioning"
     FUNCTION = "build"
@@ -35,9 +35,9 @@ class _Path:
     RETURN_NAMES = ("camera_path", "picture")
     OUTPUT_TOOLTIPS = (
         "The pose of the camera in every frame, for Camera Encode or for the next move.",
-        "The path from above, from behind and from the side.",
+        "The path seen from above, behind and the side.",
     )
-    PREVIOUS = sockets.socket(sockets.CAMERA_PATH, "A path that comes first: this one starts where, and as, it ends.")
+    PREVIOUS = sockets.socket(sockets.CAMERA_PATH, "An earlier path; this one starts at its last pose.")
 
     @staticmethod
     def outputs(path: CameraPath, previous: CameraPath | None) -> tuple[CameraPath, Tensor]:
@@ -48,14 +48,14 @@ class _Path:
 class MovePath(_Path):
     """A named move of the camera."""
 
-    DESCRIPTION = "Move the camera in one direction. Link paths one after another for a longer journey."
+    DESCRIPTION = "Move the camera in one direction. Chain several for a longer path."
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
                 "direction": sockets.choice(
-                    list(MOVES), "Left", "Where the camera goes; CW and ACW roll it. None keeps it still."
+                    list(MOVES), "Left", "The direction of the camera; CW and ACW roll it. None keeps it still."
                 ),
                 "speed": (
                     "FLOAT",
@@ -65,11 +65,12 @@ class MovePath(_Path):
                         "max": 10.0,
                         "step": 0.001,
                         "round": False,
-                        "tooltip": "Way per frame; the models were trained on 1/54. Below 0 goes the other way.",
+                        "tooltip": "Distance per frame; the models were trained with 1/54. Negative: the opposite "
+                        "direction.",
                     },
                 ),
                 "num_frames": sockets.whole(
-                    81, 1, 10001, "Length of this move; a path of moves is stretched over the video.", step=4
+                    81, 1, 10001, "Length of this move; the whole path is stretched over the video.", step=4
                 ),
             },
             "optional": {
@@ -79,11 +80,13 @@ class MovePath(_Path):
                     {
                         "default": "",
                         "tooltip": "First pose as 19 numbers: frame, fx, fy, cx, cy, 0, 0, world-to-camera 3 x 4. "
-                        "Empty is the camera that the models were trained on.",
+                        "Empty: the camera that the models were trained with.",
                     },
                 ),
                 "mode": sockets.choice(
-                    list(MODES), "official", "official moves the camera. diffsynth is for LoRAs trained with its paths."
+                    list(MODES),
+                    "official",
+                    "official: as VideoX-Fun. diffsynth: as DiffSynth-Studio, for LoRAs that were trained with it.",
                 ),
             },
         }
@@ -92,11 +95,9 @@ class MovePath(_Path):
     def VALIDATE_INPUTS(
         cls, direction: str | None = None, mode: str | None = None, origin: str | None = None
     ) -> bool | str:
-        try:
-            _move(direction or "None", 1, DEFAULT_SPEED, origin or "", mode or MODES[0])
-        except ValueError as error:
-            return str(error)
-        return True
+        return sockets.true_or_message(
+            lambda: _move(direction or "None", 1, DEFAULT_SPEED, origin or "", mode or MODES[0])
+        )
 
     @classmethod
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -143,13 +144,7 @@ class RowsPath(_Path):
 
     @classmethod
     def VALIDATE_INPUTS(cls, poses: str | None = None, file: str | None = NO_FILE) -> bool | str:
-        if poses is None or file is None:
-            return True
-        try:
-            _rows(poses, file)
-        except ValueError as error:
-            return str(error)
-        return True
+        return True if poses is None or file is None else sockets.true_or_message(lambda: _rows(poses, file))
 
     @classmethod
     def IS_CHANGED(cls, poses: str | None = None, file: str | None = NO_FILE, **_: Any) -> str:
@@ -164,7 +159,7 @@ class RowsPath(_Path):
 
 
 class CameraEncode:
-    """A camera path to the rays that a camera checkpoint sees by."""
+    """A camera path to Plücker rays, the input of a camera checkpoint."""
 
     CATEGORY = "WanCore/conditioning"
     FUNCTION = "encode"
@@ -237,7 +232,7 @@ class SpeedControl(Loader):
     DESCRIPTION = "Control how fast things move, with the speed-control adapter for Wan 2.1 T2V 1.3B."
     RETURN_TYPES = (sockets.MODEL, sockets.CONDITIONING)
     RETURN_NAMES = ("model", "conditioning")
-    OUTPUT_TOOLTIPS = ("The model with the adapter beside it.", "Conditioning with the speed.")
+    OUTPUT_TOOLTIPS = ("The model with the adapter.", "Conditioning with the speed.")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -271,7 +266,7 @@ class SpeedControl(Loader):
     ) -> tuple[planning.PlannedModel, planning.PlannedConditioning]:
         handle = planning.known(planning.PlannedModel, "model", model)
         cond = planning.known(planning.PlannedConditioning, "conditioning", conditioning)
-        controller = planning.planned_part(*cls.described(adapter))
+        controller = planning.planned_part(*cls.describe(adapter))
         return replace(handle, motion_controller=controller), replace(cond, names=(*cond.names, SPEED))
 
     def apply(

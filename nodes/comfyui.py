@@ -33,6 +33,9 @@ SECONDS_BETWEEN_NOTICES = 30
 POLL = 0.25
 """Seconds between two looks at ComfyUI's history."""
 
+CACHED = "execution_cached"
+"""ComfyUI's message that names the nodes whose results were in its cache when a prompt began."""
+
 _residents: "weakref.WeakKeyDictionary[nn.Module, ResidentModel]" = weakref.WeakKeyDictionary()
 
 
@@ -82,7 +85,7 @@ class ComfyUI:
             action()
         else:
             arguments = (server, running.prompt_id, running.node_id, action)
-            threading.Thread(target=_after, args=arguments, daemon=True).start()
+            threading.Thread(target=_run_after, args=arguments, daemon=True).start()
 
     def free_device(self) -> None:
         model_management.unload_all_models()
@@ -159,14 +162,12 @@ class ComfyUI:
             return list(folder_paths.get_filename_list(folder))
         return []
 
-    def find_file(self, folder: str, name: str) -> Path:
-        if name not in self.list_files(folder):
-            raise ValueError(f"There is no file {name!r} in the models folder {folder!r}.")
+    def model_path(self, folder: str, name: str) -> Path:
         return Path(folder_paths.get_full_path(folder, name))
 
 
 def unreserved_memory(device: torch.device) -> int | None:
-    """Bytes that ComfyUI leaves to inference on a device, less what --reserve-vram keeps for others; None for a CPU."""
+    """Free bytes of a device, less those that ComfyUI reserves (--reserve-vram); None for a CPU."""
     if device.type == "cpu":
         return None
     return model_management.get_free_memory(device) - model_management.extra_reserved_memory()
@@ -178,18 +179,18 @@ def _prompt_server() -> Any | None:
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
-def _after(server: Any, prompt_id: str, node_id: str, action: Callable[[], None]) -> None:
-    """Do `action` when a prompt has ended well, this one or one after it.
+def _run_after(server: Any, prompt_id: str, node_id: str, action: Callable[[], None]) -> None:
+    """Do `action` once a prompt has ended well: this one, or a later one.
 
-    Once the result of `node_id`, which this prompt made, has left ComfyUI's cache, nothing is done: the node then runs
-    again and asks again.
+    When the result of `node_id` has left ComfyUI's cache by then, nothing is done: the node runs again and registers a
+    new action.
     """
-    status = _ended(server, prompt_id)
+    status = _wait_for_status(server, prompt_id)
     while status is not None and not status["completed"]:
         while server.last_prompt_id == prompt_id:
             time.sleep(POLL)
         prompt_id = server.last_prompt_id
-        status = _ended(server, prompt_id)
+        status = _wait_for_status(server, prompt_id)
         cached = () if status is None else (data["nodes"] for name, data in status["messages"] if name == CACHED)
         if not any(node_id in nodes for nodes in cached):
             return
@@ -197,12 +198,8 @@ def _after(server: Any, prompt_id: str, node_id: str, action: Callable[[], None]
         action()
 
 
-CACHED = "execution_cached"
-"""ComfyUI's message of the nodes whose results were in its cache when a prompt began."""
-
-
-def _ended(server: Any, prompt_id: str) -> dict[str, Any] | None:
-    """How a prompt has ended, from ComfyUI's history, once it has; None where the history was cleared of it."""
+def _wait_for_status(server: Any, prompt_id: str) -> dict[str, Any] | None:
+    """Wait for a prompt to end; its status in ComfyUI's history, None where it was removed from there."""
     running = True
     while running:
         time.sleep(POLL)

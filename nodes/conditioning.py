@@ -1,4 +1,4 @@
-"""Prompts, pictures, control videos and VACE inputs to conditioning."""
+"""Nodes that make conditioning of prompts, pictures, control videos and VACE inputs."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -36,7 +36,7 @@ from . import host, planning, sockets
 
 
 class Tiled:
-    """A node with the widgets of tiles, which are checked before anything runs."""
+    """A node with the tile widgets, which are checked before anything runs."""
 
     @classmethod
     def VALIDATE_INPUTS(
@@ -47,7 +47,7 @@ class Tiled:
         stride_height: int | None = 15,
         stride_width: int | None = 26,
     ) -> bool | str:
-        # What comes over a link (None) is judged when it is there.
+        # Linked values are None here, and checked when the node runs.
         sizes = {"tile_height": tile_height, "tile_width": tile_width}
         strides = {"stride_height": stride_height, "stride_width": stride_width}
         for (name, size), (other, stride) in zip(sizes.items(), strides.items(), strict=True):
@@ -60,14 +60,14 @@ class Encode(Tiled):
     """A node that adds pictures or videos to conditioning.
 
     Attributes:
-        MODEL_INPUTS: what the models call each of its inputs.
-        SEEN: those that the image encoder reads.
-        WHOLE: those that the VAE encodes in the length of the video; the others are one frame.
+        MODEL_INPUTS: the model's name of each of its inputs.
+        CLIP_INPUTS: those that the image encoder reads.
+        FULL_LENGTH: those that the VAE encodes at the length of the video; the others are one frame.
     """
 
     MODEL_INPUTS: ClassVar[Mapping[str, str]]
-    SEEN: ClassVar[tuple[str, ...]] = ()
-    WHOLE: ClassVar[tuple[str, ...]] = ()
+    CLIP_INPUTS: ClassVar[tuple[str, ...]] = ()
+    FULL_LENGTH: ClassVar[tuple[str, ...]] = ()
 
     CATEGORY = "WanCore/conditioning"
     FUNCTION = "encode"
@@ -87,12 +87,12 @@ class Encode(Tiled):
         geometry = DEFAULT_GEOMETRY if vae is None else vae.module.config.geometry
         size = VideoSize.rounded(given["width"], given["height"], given["num_frames"], geometry)
         linked = [name for name in cls.MODEL_INPUTS if name in given]
-        frames = 0 if vae is None else size.latent.frames if set(linked) & set(cls.WHOLE) else 1
+        frames = 0 if vae is None else size.latent.frames if set(linked) & set(cls.FULL_LENGTH) else 1
         tiles = tile_settings(**{name: given[name] for name in sockets.tile_inputs() if name in given})
         with_inputs = before.adding(
             [cls.MODEL_INPUTS[name] for name in linked],
             size,
-            pictures=before.given.pictures + sum(name in cls.SEEN for name in linked),
+            pictures=before.given.pictures + sum(name in cls.CLIP_INPUTS for name in linked),
             encoded_frames=max(before.given.encoded_frames, frames),
         )
         return (
@@ -106,16 +106,16 @@ class Encode(Tiled):
 
 
 @contextmanager
-def text_encoder_at_work(encoder: TextEncoder) -> Iterator[None]:
+def text_encoder_on_device(encoder: TextEncoder) -> Iterator[None]:
     """The text encoder's weights on the device inside the block, streamed where they do not fit."""
     activations = text_bytes(encoder.model.config, encoder.dtype)
-    with at_work(encoder.model, encoder.dtype, activations):
+    with on_device(encoder.model, encoder.dtype, activations):
         yield
 
 
 @contextmanager
-def at_work(module: nn.Module, dtype: torch.dtype, activations: int = 0) -> Iterator[Runtime]:
-    """A model on the device inside the block, with the host's services; its weights wait there for the next use."""
+def on_device(module: nn.Module, dtype: torch.dtype, activations: int = 0) -> Iterator[Runtime]:
+    """A model on the device inside the block. Its weights stay there afterwards if the host can evict them."""
     runtime = host.current.runtime(dtype)
     with working_encoder(
         module, runtime, host.current.memory_settings(), activations, keep=host.current.keeps_weights()
@@ -127,7 +127,7 @@ def at_work(module: nn.Module, dtype: torch.dtype, activations: int = 0) -> Iter
 def tile_settings(
     tiled: bool = False, tile_height: int = 30, tile_width: int = 52, stride_height: int = 15, stride_width: int = 26
 ) -> Tiles:
-    """The tile widgets (`sockets.tile_inputs`) as settings; off means tiles only where memory asks for them."""
+    """The tile widgets (`sockets.tile_inputs`) as settings; off means tiles only where memory is short."""
     return TileSettings(size=(tile_height, tile_width), stride=(stride_height, stride_width)) if tiled else AUTO
 
 
@@ -135,9 +135,9 @@ def tile_settings(
 def encoders(vae: WanVAE, image_encoder: ImageEncoder | None, tiles: Tiles) -> Iterator[LatentEncoder]:
     """The VAE, ready to encode, and the image encoder on the device inside the block."""
     with ExitStack() as stack:
-        runtime = stack.enter_context(at_work(vae, vae.dtype))
+        runtime = stack.enter_context(on_device(vae, vae.dtype))
         if image_encoder is not None:
-            stack.enter_context(at_work(image_encoder, vae.dtype, IMAGE_ENCODER_BYTES))
+            stack.enter_context(on_device(image_encoder, vae.dtype, IMAGE_ENCODER_BYTES))
         yield LatentEncoder(vae=vae, encode=partial(encode, vae, tiles=tiles, runtime=runtime))
 
 
@@ -176,20 +176,20 @@ class TextEncode:
         self, text_encoder: TextEncoder, prompt: str, negative_prompt: str = "", cache_on_disk: bool = False
     ) -> tuple[Conditioning]:
         encoder = text_encoder.kept_in(host.current.prompts_dir() if cache_on_disk else None)
-        cond = text_conditioning(encoder, prompt, negative_prompt, partial(text_encoder_at_work, encoder))
+        cond = text_conditioning(encoder, prompt, negative_prompt, partial(text_encoder_on_device, encoder))
         return (cond.to(host.current.offload_device()),)
 
 
 class ImageEncode(Encode):
-    """What is known of the video: its first and last frame, or all but a masked part."""
+    """Known parts of the video: its first and last frame, or everything outside of a mask."""
 
     DESCRIPTION = (
-        "Give an image-to-video, first-last-frame or Fun InP model its pictures: a start image, an end image, or a "
-        "video and a mask of what to draw anew."
+        "Encode the pictures of an image-to-video, first-last-frame or Fun InP model: a start image, an end image, or "
+        "a video and a mask of the part to generate."
     )
     MODEL_INPUTS: ClassVar = {"start_image": "input_image", "end_image": "end_image", "video": "inpaint_video"}
-    SEEN = ("start_image", "end_image")
-    WHOLE = ("start_image", "end_image", "video")
+    CLIP_INPUTS = ("start_image", "end_image")
+    FULL_LENGTH = ("start_image", "end_image", "video")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class ImageEncode(Encode):
                 "start_image": sockets.socket("IMAGE", "The first frame."),
                 "end_image": sockets.socket("IMAGE", "The last frame."),
                 "video": sockets.socket("IMAGE", "A video to change in part."),
-                "mask": sockets.socket("MASK", "White where the video is drawn anew; one mask or one per frame."),
+                "mask": sockets.socket("MASK", "White where the model generates; one mask, or one per frame."),
                 **sockets.encode_settings(),
             },
         }
@@ -234,16 +234,16 @@ class ControlEncode(Encode):
     """Inputs of the Fun control and camera models."""
 
     DESCRIPTION = (
-        "Give a Fun control model its control video (edges, depth, poses), a Fun control or camera model its start "
-        "image, and a V1.1 control model its reference image."
+        "Encode the inputs of Fun control and camera models: a control video (edges, depth, poses), a start image, for "
+        "V1.1 control models a reference image."
     )
     MODEL_INPUTS: ClassVar = {
         "control_video": "control_video",
         "start_image": "input_image",
         "reference_image": "reference_image",
     }
-    SEEN = ("start_image", "reference_image")
-    WHOLE = ("control_video",)
+    CLIP_INPUTS = ("start_image", "reference_image")
+    FULL_LENGTH = ("control_video",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -251,7 +251,7 @@ class ControlEncode(Encode):
             "required": sockets.encode_inputs(),
             "optional": {
                 "image_encoder": sockets.socket(sockets.IMAGE_ENCODER, "Needed for start and reference images."),
-                "control_video": sockets.socket("IMAGE", "What steers the video, frame by frame."),
+                "control_video": sockets.socket("IMAGE", "Guides the video frame by frame."),
                 "start_image": sockets.socket("IMAGE", "The first frame."),
                 "reference_image": sockets.socket("IMAGE", "What the subject looks like (V1.1 control models)."),
                 **sockets.encode_settings("stretch"),
@@ -293,7 +293,7 @@ class VaceReferences:
 
     CATEGORY = "WanCore/conditioning"
     FUNCTION = "collect"
-    DESCRIPTION = "Collect reference images of different sizes for VACE Encode; chain as many as needed."
+    DESCRIPTION = "Collect reference images of different sizes for VACE Encode; chain several."
     RETURN_TYPES = (sockets.REFERENCES,)
     RETURN_NAMES = ("references",)
     OUTPUT_TOOLTIPS = ("All references so far.",)
@@ -315,11 +315,11 @@ class VaceReferences:
 
 
 class VaceEncode(Encode):
-    """One VACE input; several are chained."""
+    """One VACE input; chain several nodes for several inputs."""
 
     DESCRIPTION = (
-        "Give a VACE model a source video, a mask of what to draw, and reference images. Chain several for several "
-        "inputs; reference frames are trimmed by the sampler."
+        "Encode an input of a VACE model: a source video, a mask of the part to generate, and reference images. Chain "
+        "several for several inputs. The sampler trims the reference frames."
     )
     OUTPUT_TOOLTIPS = ("The conditioning with one more VACE input.",)
     MODEL_INPUTS: ClassVar = {
@@ -331,25 +331,25 @@ class VaceEncode(Encode):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        part = "Fraction of the steps"
+        fraction = "Fraction of the steps"
         return {
             "required": {
                 **sockets.encode_inputs(),
-                "strength": sockets.number(1.0, 0.0, 10.0, "How strongly this input counts.", step=0.05),
+                "strength": sockets.number(1.0, 0.0, 10.0, "Strength of this input.", step=0.05),
             },
             "optional": {
-                "start": sockets.number(0.0, 0.0, 1.0, f"{part} from which on the input counts.", step=0.01),
-                "end": sockets.number(1.0, 0.0, 1.0, f"{part} up to which the input counts.", step=0.01),
+                "start": sockets.number(0.0, 0.0, 1.0, f"{fraction} from which this input has an effect.", step=0.01),
+                "end": sockets.number(1.0, 0.0, 1.0, f"{fraction} until which this input has an effect.", step=0.01),
                 "end_strength": sockets.number(
                     -1.0,
                     -1.0,
                     10.0,
-                    "Strength at the end; it changes evenly from strength. -1 keeps strength.",
+                    "Strength at the end, changing linearly from strength. -1 keeps strength.",
                     step=0.05,
                 ),
                 "video": sockets.socket("IMAGE", "The source: a video to change, or depth, poses, edges and the like."),
-                "mask": sockets.socket("MASK", "White where the model draws; all white when absent."),
-                "reference_images": sockets.socket("IMAGE", "Pictures of what appears; each is fitted on white."),
+                "mask": sockets.socket("MASK", "White where the model generates; all white when absent."),
+                "reference_images": sockets.socket("IMAGE", "Pictures of the subjects; each is fitted on white."),
                 "references": sockets.socket(sockets.REFERENCES, "More references, of other sizes."),
                 **sockets.encode_settings(),
             },
@@ -358,7 +358,7 @@ class VaceEncode(Encode):
     @classmethod
     def planned(cls, **given: Any) -> tuple[planning.PlannedConditioning]:
         (cond,) = super().planned(**given)
-        assert cond.size is not None, "it was made for one"
+        assert cond.size is not None, "`adding` sets it"
         references = int("reference_images" in given) + (planning.if_known(given.get("references")) or 0)
         names, frames = cond.names or ("vace_video",), cond.size.latent.frames
         inputs = replace(cond.given, vace=(*cond.given.vace, references), encoded_frames=frames)

@@ -42,7 +42,7 @@ class Host(Protocol):
         """Show a line of text on a node of the editor."""
 
     def workflow(self) -> AbstractContextManager[None]:
-        """Around a workflow that our own executor runs."""
+        """The context in which headless runs a workflow."""
 
     def when_saved(self, action: Callable[[], None]) -> None:
         """Do `action` once the files that the workflow makes of the running node's result are saved.
@@ -57,7 +57,7 @@ class Host(Protocol):
         """Bytes that work may use on the device, with those that the host can evict; None without a limit."""
 
     def memory_settings(self) -> MemorySettings:
-        """What the host's own options say of memory."""
+        """The host's own options about memory."""
 
     def keeps_weights(self) -> bool:
         """Whether weights stay on the device for the next run, because the host evicts them when others need it."""
@@ -78,13 +78,13 @@ class Host(Protocol):
         """The folder of results."""
 
     def temp_dir(self) -> Path:
-        """The folder of files that nobody keeps, made when it is absent."""
+        """The folder of temporary files, made when it is absent."""
 
     def prompts_dir(self) -> Path:
-        """The folder of encoded prompts that are kept."""
+        """The folder in which encoded prompts are cached."""
 
     def trainer_folders(self) -> list[Path]:
-        """Where trainings write that were started from a shell, besides the models folders."""
+        """Where trainings that were started from a shell write, besides the models folders."""
 
     def typed_names(self) -> frozenset[str]:
         """Names that the person who started this process typed, which may be any path."""
@@ -98,15 +98,11 @@ class Host(Protocol):
     def list_files(self, folder: str) -> list[str]:
         """Model files in a folder such as "loras", relative to it, sorted."""
 
-    def find_file(self, folder: str, name: str) -> Path:
-        """The full path of a name from `list_files`.
-
-        Raises:
-            ValueError: there is no such file.
-        """
+    def model_path(self, folder: str, name: str) -> Path:
+        """The full path of a name from `list_files`; `places.model_file` checks names from elsewhere."""
 
 
-def _started_by() -> Host:
+def _find_host() -> Host:
     if find_spec("folder_paths") is None or find_spec("comfy") is None:
         return Standalone()
     # Imports ComfyUI, so only here. A part of it that is missing is an error: running on without it would look for
@@ -116,7 +112,7 @@ def _started_by() -> Host:
     return ComfyUI()
 
 
-current: Host = _started_by()
+current: Host = _find_host()
 """The host of this process. Read it as `host.current` at each use: `configure` replaces it."""
 
 

@@ -1,7 +1,7 @@
-"""Training as a process of its own, watched through the files that it writes. Knows no ComfyUI.
+"""Training in a separate process, followed through the files that it writes. Knows no ComfyUI.
 
-The process gets a group of its own, an argument list and no shell; its output goes into a log, what it says of itself
-comes from its event file. Both survive whoever watches.
+The process gets a process group of its own, an argument list and no shell. Its output goes into a log and its progress
+into an event file, so that both outlive the program that started it.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from wan_core.files import is_special
 POLL = 0.25
 """Seconds between two looks at the process."""
 PATIENCE = 120.0
-"""Seconds that a run has for finishing its step and saving, once it is asked to stop."""
+"""Seconds that a run has to finish its step and save after it is asked to stop."""
 GRACE = 10.0
-"""Seconds between asking a process to leave and ending it."""
+"""Seconds between SIGTERM and SIGKILL."""
 TAIL = 40
 """Lines of the log that an error shows."""
 
@@ -32,15 +32,15 @@ Event = Mapping[str, Any]
 
 
 class ChildError(RuntimeError):
-    """The process failed; the message is its own, with the place of its log.
+    """The process failed; the text is its own message, with the path of its log.
 
     Attributes:
-        said: the message alone.
+        message: without the path.
     """
 
-    def __init__(self, said: str, launch: "Launch", code: int) -> None:
-        super().__init__(f"{said}\n(The process ended with code {code}; its log is {launch.log}.)")
-        self.said = said
+    def __init__(self, message: str, launch: "Launch", code: int) -> None:
+        super().__init__(f"{message}\n(The process ended with code {code}; its log is {launch.log}.)")
+        self.message = message
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Launch:
 
     Attributes:
         command: program and arguments.
-        folder: where it works: its events are `events.jsonl` there, a file `stop` ends it, its log is `log.txt`.
-        environment: variables that it gets besides those of this process.
+        folder: its working directory, with its events in `events.jsonl` and its log in `log.txt`; a file `stop` in it
+            asks the process to stop.
+        environment: variables in addition to those of this process.
     """
 
     command: Sequence[str]
@@ -71,48 +72,42 @@ class Launch:
 
 
 def pack_command(pack: Path, module: str, words: Sequence[str], processes: int = 1) -> list[str]:
-    """The command that runs a module of the pack in `pack` by this very Python; several processes by accelerate."""
+    """The command that runs a module of the pack in `pack` with this Python; accelerate starts several processes."""
     begin = [sys.executable]
     if processes > 1:
-        # Not by Python's own -m, which would import what lies in the folder of the run.
-        begin += [
-            str(pack / "pack.py"),
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            str(processes),
-        ]
+        # Not by Python's own -m, which would import files from the folder of the run.
+        begin += [str(pack / "pack.py"), "-m", "accelerate.commands.launch"]
+        begin += ["--multi_gpu", "--num_processes", str(processes)]
         begin += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*begin, str(pack / "pack.py"), module, *words]
 
 
-def attend(
+def supervise(
     launch: Launch,
     on_event: Callable[[Event], None],
     check_cancelled: Callable[[], None],
     patience: float = PATIENCE,
 ) -> list[Event]:
-    """Start the process, pass on its events while it works, and return them all when it has ended well.
+    """Start the process, call `on_event` with its events while it runs, and return all of them when it has succeeded.
 
-    Whatever `check_cancelled` or `on_event` raises ends it: first by its stop file, after `patience` seconds by a
-    signal, at last by force; only then does the exception go on. A process of the same folder that an earlier program
-    left behind is waited for.
+    An exception of `check_cancelled` or `on_event` ends the process: by its stop file, after `patience` seconds by
+    SIGTERM, then by SIGKILL. The exception propagates after that. An earlier process that still works in the folder is
+    waited for.
 
     Raises:
-        ChildError: it ended otherwise.
-        ValueError: its log or its events cannot be files, because something else has their name.
+        ChildError: the process failed.
+        ValueError: its log or event file cannot be written, because a folder, pipe or device has their name.
     """
     launch.folder.mkdir(parents=True, exist_ok=True)
     for file in (launch.log, launch.events):
         if is_special(file):
             raise ValueError(f"{file} must be a file or not exist; it is a folder, pipe or device. Remove it.")
-    with _own_log(launch, on_event, check_cancelled) as log:
+    with _locked_log(launch, on_event, check_cancelled) as log:
         launch.stop.unlink(missing_ok=True)
         tail, begin = _Tail(launch.events), launch.log.stat().st_size
         seen: list[Event] = []
 
-        def pass_on() -> None:
+        def forward_events() -> None:
             for event in tail.new():
                 seen.append(event)
                 on_event(event)
@@ -121,10 +116,10 @@ def attend(
         try:
             while child.poll() is None:
                 check_cancelled()
-                pass_on()
+                forward_events()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(POLL)
-            pass_on()
+            forward_events()
         except BaseException:
             with contextlib.suppress(Exception):
                 on_event({"event": "stopping"})
@@ -134,25 +129,25 @@ def attend(
             if child.stdin is not None:
                 child.stdin.close()
     if child.returncode:
-        raise ChildError(_said(launch, seen, begin), launch, child.returncode)
+        raise ChildError(_error_message(launch, seen, begin), launch, child.returncode)
     return seen
 
 
 class _Tail:
-    """The events that are added to a file from now on."""
+    """The events that are added to a file after this object is made."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._place = file.stat().st_size if file.exists() else 0
-        self._rest = b""
+        self._position = file.stat().st_size if file.exists() else 0
+        self._incomplete = b""
 
     def new(self) -> Iterator[Event]:
-        """Those since the last look; a line that is not whole yet waits, one that is no event is left out."""
+        """Those since the last call. An incomplete line is kept for the next; one that is not an event is skipped."""
         with contextlib.suppress(OSError), self._file.open("rb") as stream:
-            stream.seek(self._place)
+            stream.seek(self._position)
             added = stream.read()
-            self._place += len(added)
-            *lines, self._rest = (self._rest + added).split(b"\n")
+            self._position += len(added)
+            *lines, self._incomplete = (self._incomplete + added).split(b"\n")
             for line in lines:
                 with contextlib.suppress(ValueError, RecursionError):
                     event = json.loads(line.decode("utf-8", "replace"))
@@ -162,7 +157,7 @@ class _Tail:
 
 def _start(launch: Launch, log: BinaryIO) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **launch.environment}
-    # ComfyUI may have chosen an allocator for itself that makes training run out of memory sooner.
+    # An allocator that ComfyUI chose for itself can make training run out of memory sooner.
     environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     group: dict[str, Any] = {"start_new_session": True}
     if sys.platform == "win32":
@@ -173,11 +168,12 @@ def _start(launch: Launch, log: BinaryIO) -> subprocess.Popen[bytes]:
 
 
 @contextlib.contextmanager
-def _own_log(
+def _locked_log(
     launch: Launch, on_event: Callable[[Event], None], check_cancelled: Callable[[], None]
 ) -> Iterator[BinaryIO]:
-    """The log, open for appending and locked. A process keeps the lock with the log that it writes to, whatever becomes
-    of the program that started it.
+    """The log, open for appending and locked.
+
+    The child inherits the open file, and with it the lock: it stays locked if this program dies before the child.
     """
     with launch.log.open("ab") as log:
         while try_lock(log) is False:
@@ -188,12 +184,12 @@ def _own_log(
 
 
 def _end(child: subprocess.Popen[bytes], launch: Launch, patience: float) -> None:
-    """End the process, gently first; a further interruption ends it at once."""
+    """End the process: by its stop file, SIGTERM, SIGKILL. A second interruption goes straight to SIGKILL."""
     try:
         try:
             launch.stop.touch()
         except OSError:
-            # A full disk; the signal asks for the same.
+            # The disk is full; the signal asks for the same.
             _signal(child, signal.SIGTERM)
         child.wait(patience)
     except subprocess.TimeoutExpired:
@@ -201,7 +197,9 @@ def _end(child: subprocess.Popen[bytes], launch: Launch, patience: float) -> Non
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(GRACE)
     finally:
-        _kill(child)
+        # Windows has no SIGKILL; there `_signal` always ends the whole tree.
+        _signal(child, getattr(signal, "SIGKILL", signal.SIGTERM))
+        child.wait()
 
 
 def _signal(child: subprocess.Popen[bytes], number: int) -> None:
@@ -212,16 +210,10 @@ def _signal(child: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(child.pid, number)
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    """End what is left of the process and its group."""
-    _signal(child, signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
-    child.wait()
-
-
-def _said(launch: Launch, seen: Sequence[Event], begin: int) -> str:
-    """What the process said of its end: its last error event, else the end of what it wrote to the log."""
-    told = [str(event.get("message", "")) for event in seen if event["event"] == "error"]
+def _error_message(launch: Launch, seen: Sequence[Event], begin: int) -> str:
+    """The process's last error event, else the end of its output in the log."""
+    errors = [str(event.get("message", "")) for event in seen if event["event"] == "error"]
     with launch.log.open("rb") as stream:
         stream.seek(begin)
         text = stream.read().decode("utf-8", "replace").strip()
-    return told[-1] if told else "\n".join(text.splitlines()[-TAIL:]) or "It said nothing."
+    return errors[-1] if errors else "\n".join(text.splitlines()[-TAIL:]) or "It wrote no message."

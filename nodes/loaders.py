@@ -1,4 +1,4 @@
-"""Model, text encoder and VAE loaders: a catalog row or a file in ComfyUI's folders to a loaded model."""
+"""Loaders of models, encoders and VAEs, from a published checkpoint or a file in ComfyUI's folders."""
 
 import logging
 from pathlib import Path
@@ -34,7 +34,7 @@ from wan_core.planning.modules import SizedExpert, SizedModule, published_compon
 from wan_core.runtime import DTYPES
 from wan_core.variants import match_variant
 
-from . import host, planning, sockets
+from . import host, places, planning, sockets
 
 log = logging.getLogger("wancore")
 
@@ -43,19 +43,19 @@ NONE, AUTO = "none", "auto"
 WEIGHTS_INPUT = sockets.choice(
     list(WEIGHT_CHOICES),
     "auto",
-    "How the weights of the big layers are held. auto: as the file has them; fp8: in 8 bits, half the memory of bf16; "
+    "How the weights of the large layers are stored. auto: as in the file; fp8: in 8 bits, half the memory of bf16; "
     "plain: in dtype.",
 )
 REST_INPUT = sockets.choice(
     ["memory", "disk"],
     "memory",
-    "Where weights wait that are not on the device. disk: in their file, each block is read when its turn comes; for "
-    "machines with little memory.",
+    "Where weights are kept while they are not on the device. disk: in their file, from which each block is read when "
+    "it is needed; for machines with little RAM.",
 )
 
 
 def choose_dtype(name: str, component: Component) -> torch.dtype:
-    """`auto` is bfloat16 on an accelerator that has it, else float16; on the CPU it is what the file is stored in."""
+    """`auto`: bfloat16 on an accelerator that has it, else float16; on a CPU float32 if the file is, else bfloat16."""
     device = host.current.device()
     if name != "auto":
         dtype = DTYPES[name]
@@ -70,13 +70,13 @@ def choose_dtype(name: str, component: Component) -> torch.dtype:
     return torch.bfloat16
 
 
-def _rest(weights: WeightChoice, rest: str) -> Offload:
-    """How weights rest, from the widgets."""
+def _offload(weights: WeightChoice, rest: str) -> Offload:
+    """The widgets `weights` and `rest` as settings."""
     return Offload.on(DISK if rest == "disk" else host.current.offload_device(), weights=weights)
 
 
 class Loader:
-    """What the loaders share: a list of catalog rows and local files, checked before a prompt starts."""
+    """The base of the loaders: a list of catalog rows and local files, checked before a prompt starts."""
 
     CATEGORY = "WanCore/loaders"
     FUNCTION = "load"
@@ -110,14 +110,14 @@ class Loader:
             ValueError: the entry is unknown, or its files are absent and may not be downloaded.
         """
         if name not in cls.ROWS:
-            return [host.current.find_file(cls.FOLDER, name)]
+            return [places.model_file(cls.FOLDER, name)]
         return find_files(
             name, cls.PATTERN, models_dir=host.current.models_dir(), skip_download=not download, on_download=on_download
         )
 
     @classmethod
     def check(cls, name: str, download: bool) -> bool | str:
-        """True, or what is wrong with an entry by its header; what must be downloaded first is checked later."""
+        """True, or what is wrong with an entry, from its header; files that have to be downloaded are checked later."""
         if name not in cls.choices():
             return f"Value not in list: {cls.INPUT}: {name!r}. Known: {', '.join(cls.choices())}"
         if name in BUNDLED:
@@ -133,7 +133,7 @@ class Loader:
 
     @classmethod
     def fingerprint(cls, name: str, download: bool) -> str:
-        """Changes when the files behind an entry do."""
+        """A text that changes when the files behind an entry do."""
         try:
             files = cls.files(name, False)
         except ValueError:
@@ -146,12 +146,12 @@ class Loader:
         return published_component(cls.KIND, name)
 
     @classmethod
-    def described(cls, name: str) -> tuple[Component, str]:
-        """What an entry of the list is, by its header or else by what is published of it; then also the files that are
-        not on this machine.
+    def describe(cls, name: str) -> tuple[Component, str]:
+        """What an entry of the list is, by its header; if its files are not on this machine, by the published model,
+        with the names of the missing files.
 
         Raises:
-            ValueError: the file is broken, or is neither here nor a published model.
+            ValueError: the file is broken, or it is missing and not a published model.
         """
         if name in cls.ROWS and name in BUNDLED:
             return cls.published(name), ""
@@ -176,7 +176,7 @@ class PartLoader(Loader):
 
     @classmethod
     def planned(cls, **given: Any) -> tuple[SizedModule]:
-        return (planning.planned_part(*cls.described(given[cls.INPUT]), **given),)
+        return (planning.planned_part(*cls.describe(given[cls.INPUT]), **given),)
 
     @classmethod
     def IS_CHANGED(cls, download: bool = False, **given: Any) -> str:
@@ -194,7 +194,7 @@ class ModelLoader(Loader):
     INPUT, KIND, FOLDER, PATTERN = "model", "dit", "diffusion_models", catalog.DIT_PATTERN
     ROWS = tuple(row.model_id for row in (*catalog.CATALOG, *catalog.TINY_ROWS) if not row.base)
     DESCRIPTION = (
-        "Load a Wan 2.1 video model. What it can do is read from the file; the name only chooses recommended settings."
+        "Load a Wan 2.1 video model. Its inputs are read from its tensors; the name only chooses recommended settings."
     )
     RETURN_TYPES = (sockets.MODEL,)
     RETURN_NAMES = ("model",)
@@ -207,8 +207,8 @@ class ModelLoader(Loader):
             "attention": sockets.choice(
                 list(BACKENDS),
                 "auto",
-                "Attention kernel. auto: the fastest exact one here, timed in the first step; sdpa: PyTorch's "
-                "own choice. The others need their package installed.",
+                "Attention kernel. auto: the fastest exact one on this machine, measured in the first step; sdpa: "
+                "PyTorch's choice. The others need their package installed.",
             ),
             "precision": sockets.choice(
                 list(PRECISIONS), "fast", "exact keeps the residual stream in float32, as the authors do: more memory."
@@ -216,10 +216,12 @@ class ModelLoader(Loader):
             "vace_module": sockets.choice(
                 [NONE, *host.current.list_files(cls.FOLDER)],
                 NONE,
-                "A VACE branch from a file of its own, for a T2V base of its size.",
+                "A VACE branch from a separate file, for a T2V model of the same size.",
             ),
             "preset": sockets.choice(
-                [AUTO, *cls.ROWS], AUTO, "Whose recommended settings to use; auto goes by structure and name."
+                [AUTO, *cls.ROWS],
+                AUTO,
+                "The checkpoint whose recommended settings are used; auto chooses by structure and file name.",
             ),
             "weights": WEIGHTS_INPUT,
             "fp8_matmul": sockets.flag(
@@ -228,13 +230,13 @@ class ModelLoader(Loader):
             "rest": REST_INPUT,
             "torch_compile": sockets.flag(
                 False,
-                "Fuse the elementwise steps with torch.compile: a few percent faster on a card, after some seconds for "
-                "each new size.",
+                "Fuse elementwise operations with torch.compile: a few percent faster on a card, after some seconds of "
+                "compiling for each new size.",
             ),
             "deterministic": sockets.flag(
                 False,
-                "Compute with fixed kernels instead of the fastest ones, which are found by timing them: the same bits "
-                "on equal machines. Otherwise only this machine repeats a video to the last bit.",
+                "Compute with fixed kernels instead of those that were measured as fastest: the same bits on equal "
+                "machines. Otherwise only this machine repeats a video bit for bit.",
             ),
         }
         return {"required": listed, "optional": {**shared, **own}}
@@ -261,7 +263,7 @@ class ModelLoader(Loader):
 
     @classmethod
     def planned(cls, model: str, vace_module: str = NONE, **given: Any) -> tuple[planning.PlannedModel]:
-        component, absent = cls.described(model)
+        component, absent = cls.describe(model)
         if vace_module != NONE:
             component = join_vace(component, inspect(cls.files(vace_module, False), "vace"))
         variant = match_variant(component.config_of(DiTConfig))
@@ -286,7 +288,7 @@ class ModelLoader(Loader):
         component = self.component(model, download)
         vace = None
         if vace_module != NONE:
-            vace = inspect(host.current.find_file(self.FOLDER, vace_module), "vace")
+            vace = inspect(places.model_file(self.FOLDER, vace_module), "vace")
         settings = DiTSettings(
             dtype=choose_dtype(dtype, component),
             attention=attention,
@@ -297,7 +299,7 @@ class ModelLoader(Loader):
         )
         chosen = None if preset == AUTO else preset
         loaded = load_dit(
-            component, settings, _rest(weights, rest), vace=vace, preset=chosen, compute_device=host.current.device()
+            component, settings, _offload(weights, rest), vace=vace, preset=chosen, compute_device=host.current.device()
         )
         return (loaded,)
 
@@ -339,7 +341,7 @@ class TextEncoderLoader(PartLoader):
                 skip_download=not download,
             )[0].parent
         compute = choose_dtype(dtype, component)
-        return (load_text_encoder(component, tokenizer, compute, _rest(weights, rest)),)
+        return (load_text_encoder(component, tokenizer, compute, _offload(weights, rest)),)
 
 
 class VAELoader(PartLoader):
@@ -395,4 +397,4 @@ class ImageEncoderLoader(PartLoader):
     ) -> tuple[ImageEncoder]:
         component = self.component(image_encoder, download)
         compute = choose_dtype(dtype, component)
-        return (load_image_encoder(component, compute, _rest(weights, rest)),)
+        return (load_image_encoder(component, compute, _offload(weights, rest)),)

@@ -1,4 +1,4 @@
-"""LoRA loader, info and save: each gives a new handle, text or a new file, and leaves the loaded base alone."""
+"""LoRA loader, info and save: each gives a new handle, text or a new file; the loaded model is not changed."""
 
 import re
 from typing import Any
@@ -14,12 +14,12 @@ from wan_core.runtime import DTYPES, log
 from wan_core.types import Curve
 
 from . import host, planning, sockets
-from .places import plain_name
+from .places import model_file, plain_name
 
 FOLDER = "loras"
 NO_FILES = f"no files in models/{FOLDER}"
 LIMIT = 10.0
-"""Largest strength that can be typed; distilled LoRAs are used near 1, sliders up to 5."""
+"""Largest strength of the widget; distilled LoRAs are used near 1, sliders up to 5."""
 
 
 def strength_curve(strength: float, text: str) -> Curve:
@@ -44,7 +44,7 @@ def strength_curve(strength: float, text: str) -> Curve:
     return Curve(values, float(bounds[1]), float(bounds[2]))
 
 
-def _listed(tooltip: str) -> sockets.Declaration:
+def _lora_choice(tooltip: str) -> sockets.Declaration:
     files = host.current.list_files(FOLDER) or [NO_FILES]
     return sockets.choice(files, files[0], tooltip)
 
@@ -52,7 +52,7 @@ def _listed(tooltip: str) -> sockets.Declaration:
 def _fingerprint(*names: str) -> str:
     """Changes when one of the files does."""
     listed = host.current.list_files(FOLDER)
-    stats = [(name, host.current.find_file(FOLDER, name).stat()) for name in names if name in listed]
+    stats = [(name, host.current.model_path(FOLDER, name).stat()) for name in names if name in listed]
     return ";".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
 
 
@@ -63,13 +63,13 @@ def _check(name: str) -> bool | str:
 
 
 class LoraLoader:
-    """One LoRA more on a model."""
+    """A LoRA on a model."""
 
     CATEGORY = "WanCore/lora"
     FUNCTION = "load"
     DESCRIPTION = (
-        "Add a LoRA of any dialect to a model; chain several. The loaded model is shared and stays as it is: each "
-        "sampler applies its own LoRAs while it runs. Fine-tuned checkpoints and motion controllers load here, too."
+        "Add a LoRA of any format to a model; chain several. The loaded model is shared and not changed: each "
+        "sampler applies its own LoRAs while it runs. Fine-tuned checkpoints and motion controllers also load here."
     )
     RETURN_TYPES = (sockets.MODEL, "STRING")
     RETURN_NAMES = ("model", "report")
@@ -80,7 +80,7 @@ class LoraLoader:
         return {
             "required": {
                 "model": sockets.socket(sockets.MODEL, "From the model loader or another LoRA loader."),
-                "lora": _listed(f"A LoRA or a trained checkpoint in models/{FOLDER}."),
+                "lora": _lora_choice(f"A LoRA or a trained checkpoint in models/{FOLDER}."),
                 "strength": sockets.number(1.0, -LIMIT, LIMIT, "Factor on the change; 0 leaves it out.", step=0.05),
             },
             "optional": {
@@ -90,7 +90,7 @@ class LoraLoader:
                 ),
                 "blocks": sockets.line(
                     "",
-                    "Blocks it may change, such as '0-9, 20-29=0.5, other=1' (other: outside of blocks). Empty: all.",
+                    "Blocks that it changes, such as '0-9, 20-29=0.5, other=1' (other: outside of blocks). Empty: all.",
                 ),
                 "mode": sockets.choice(
                     list(LORA_MODES),
@@ -102,11 +102,8 @@ class LoraLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora: str, strength_curve: str = "", blocks: str = "") -> bool | str:
-        try:
-            _parsed(1.0, strength_curve, blocks)
-        except ValueError as error:
-            return str(error)
-        return _check(lora)
+        message = sockets.true_or_message(lambda: _parse(1.0, strength_curve, blocks))
+        return _check(lora) if message is True else message
 
     @classmethod
     def IS_CHANGED(cls, lora: str, **_: Any) -> str:
@@ -114,9 +111,9 @@ class LoraLoader:
 
     @classmethod
     def planned(cls, model: Any, lora: str, strength: Any, **_: Any) -> tuple[planning.PlannedModel, None]:
-        """As if it changed every block for the whole run, whatever its curve and its blocks say."""
+        """Planned as if it changed every block during the whole run: an upper bound for any curve and blocks."""
         handle = planning.known(planning.PlannedModel, "model", model)
-        return handle.with_lora(host.current.find_file(FOLDER, lora), strength), None
+        return handle.with_lora(model_file(FOLDER, lora), strength), None
 
     def load(
         self,
@@ -127,14 +124,14 @@ class LoraLoader:
         blocks: str = "",
         mode: LoraMode = "auto",
     ) -> tuple[VideoModel, str]:
-        curve, by_block = _parsed(strength, strength_curve, blocks)
-        path = host.current.find_file(FOLDER, lora)
-        changed, told = model.with_lora(path, strength=curve, blocks=by_block, mode=mode)
-        log.info("%s", told.summary)
-        return changed, str(told)
+        curve, by_block = _parse(strength, strength_curve, blocks)
+        path = model_file(FOLDER, lora)
+        changed, report = model.with_lora(path, strength=curve, blocks=by_block, mode=mode)
+        log.info("%s", report.summary)
+        return changed, str(report)
 
 
-def _parsed(strength: float, curve: str, blocks: str) -> tuple[Curve, BlockStrengths]:
+def _parse(strength: float, curve: str, blocks: str) -> tuple[Curve, BlockStrengths]:
     return strength_curve(strength, curve), BlockStrengths.parse(blocks)
 
 
@@ -142,9 +139,9 @@ class LoraInfo:
     """What a LoRA file is."""
 
     CATEGORY = "WanCore/lora"
-    FUNCTION = "tell"
+    FUNCTION = "describe"
     OUTPUT_NODE = True
-    DESCRIPTION = "Say what a LoRA file is and, with a model, what it would change: dialect, rank, alpha, keys, effect."
+    DESCRIPTION = "Describe a LoRA file: format, rank, alpha, keys; with a model also what it would change."
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("report",)
     OUTPUT_TOOLTIPS = ("The report as text.",)
@@ -152,7 +149,7 @@ class LoraInfo:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
-            "required": {"lora": _listed(f"A LoRA or a trained checkpoint in models/{FOLDER}.")},
+            "required": {"lora": _lora_choice(f"A LoRA or a trained checkpoint in models/{FOLDER}.")},
             "optional": {"model": sockets.socket(sockets.MODEL, "A model to match it with.")},
         }
 
@@ -164,14 +161,14 @@ class LoraInfo:
     def IS_CHANGED(cls, lora: str, **_: Any) -> str:
         return _fingerprint(lora)
 
-    def tell(self, lora: str, model: VideoModel | None = None) -> dict[str, Any]:
-        path = host.current.find_file(FOLDER, lora)
+    def describe(self, lora: str, model: VideoModel | None = None) -> dict[str, Any]:
+        path = model_file(FOLDER, lora)
         if model is None:
-            told = lora_file_report(open_lora(path))
+            text = str(lora_file_report(open_lora(path)))
         else:
             target = model.target()
-            told = lora_report(use_lora(path, target), target, model.loras)
-        return {"ui": {"text": [str(told)]}, "result": (str(told),)}
+            text = str(lora_report(use_lora(path, target), target, model.loras))
+        return {"ui": {"text": [text]}, "result": (text,)}
 
 
 class LoraSave:
@@ -189,7 +186,7 @@ class LoraSave:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "lora": _listed("The LoRA to convert."),
+                "lora": _lora_choice("The LoRA to convert."),
                 "strength": sockets.number(1.0, -LIMIT, LIMIT, "Multiplied into the new file.", step=0.05),
                 "filename": sockets.line("WanCore", "Name of the new file; a number is added to it."),
             },
@@ -211,11 +208,10 @@ class LoraSave:
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora: str, filename: str, second_lora: str = "none") -> bool | str:
-        try:
-            plain_name("filename", filename)
-        except ValueError as error:
-            return str(error)
-        return _check(lora) if second_lora == "none" or (ok := _check(second_lora)) is True else ok
+        checks = [sockets.true_or_message(lambda: plain_name("filename", filename)), _check(lora)]
+        if second_lora != "none":
+            checks.append(_check(second_lora))
+        return next((message for message in checks if message is not True), True)
 
     @classmethod
     def IS_CHANGED(cls, lora: str, second_lora: str = "none", **_: Any) -> str:
@@ -232,9 +228,9 @@ class LoraSave:
         second_lora: str = "none",
         second_strength: float = 1.0,
     ) -> dict[str, Any]:
-        sources = [(host.current.find_file(FOLDER, lora), strength)]
+        sources = [(model_file(FOLDER, lora), strength)]
         if second_lora != "none":
-            sources.append((host.current.find_file(FOLDER, second_lora), second_strength))
+            sources.append((model_file(FOLDER, second_lora), second_strength))
         out = numbered_paths(host.current.output_dir() / FOLDER, plain_name("filename", filename), ".safetensors")
-        told = str(convert(sources, out, LoraFormat(format, dtype), rank=rank or None))
-        return {"ui": {"text": [told]}, "result": (told,)}
+        text = str(convert(sources, out, LoraFormat(format, dtype), rank=rank or None))
+        return {"ui": {"text": [text]}, "result": (text,)}

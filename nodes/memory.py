@@ -1,4 +1,4 @@
-"""What a checkpoint is, how much of the card a run may use, and what it will take."""
+"""Nodes about memory and files: what a checkpoint is, a limit for a run, and the plan of a run."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from wan_core.runtime import GIB
 from wan_core.settings import CacheSettings, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, VideoSize
 
-from . import host, planning, sockets
+from . import host, places, planning, sockets
 
 FOLDERS = ("diffusion_models", "text_encoders", "vae", "clip_vision", "loras")
 
@@ -25,7 +25,8 @@ class CheckpointInfo:
     FUNCTION = "inspect"
     OUTPUT_NODE = True
     DESCRIPTION = (
-        "Say what a model file is, what it takes and which settings its authors recommend. Reads only its header."
+        "Describe a model file: its kind, its inputs, and the settings that its authors recommend. Only the header is "
+        "read."
     )
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("report",)
@@ -39,7 +40,7 @@ class CheckpointInfo:
 
     def inspect(self, file: str) -> dict[str, Any]:
         folder, _, name = file.partition("/")
-        text = str(report(host.current.find_file(folder, name)))
+        text = str(report(places.model_file(folder, name)))
         return {"ui": {"text": [text]}, "result": (text,)}
 
 
@@ -49,8 +50,8 @@ class Memory(planning.Settings):
     CATEGORY = "WanCore/speed and memory"
     FUNCTION = "build"
     DESCRIPTION = (
-        "Limit what a run uses of the card. Blocks that do not fit are copied to it while the one before computes, so "
-        "that large models run on small cards. Without this node all that is free is used."
+        "Limit the memory that a run uses on the card. Blocks that do not fit are copied to it while the one before "
+        "computes, so that large models run on small cards. Without this node all free memory is used."
     )
     RETURN_TYPES = (sockets.MEMORY,)
     RETURN_NAMES = ("memory",)
@@ -61,13 +62,13 @@ class Memory(planning.Settings):
         return {
             "required": {
                 "vram_limit": sockets.number(
-                    0.0, 0.0, 1024.0, "GiB in use on the card by all programs. 0: all that it has."
+                    0.0, 0.0, 1024.0, "GiB that all programs together may use on the card. 0: all of it."
                 ),
-                "stream_all": sockets.flag(False, "Keep no block on the card: the least memory that there is."),
+                "stream_all": sockets.flag(False, "Keep no block on the card: the smallest use of memory."),
             },
             "optional": {
                 "vram_buffer": sockets.number(
-                    0.0, 0.0, 1024.0, "GiB left to what is not weights. 0: computed from the video's size."
+                    0.0, 0.0, 1024.0, "GiB reserved for everything but weights. 0: computed from the video's size."
                 ),
             },
         }
@@ -78,14 +79,14 @@ class Memory(planning.Settings):
 
 
 class MemoryPlan:
-    """What a run will take."""
+    """The memory that a run will use."""
 
     CATEGORY = "WanCore/speed and memory"
     FUNCTION = "plan"
     OUTPUT_NODE = True
     DESCRIPTION = (
-        "Say what a run will take of the card and of host memory, and with which settings it fits, without running it. "
-        "Connect what the sampler gets."
+        "Compute the memory that a run will use on the card and in RAM, and settings with which it fits, without "
+        "running it. Link the inputs of the sampler."
     )
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("report",)
@@ -96,17 +97,17 @@ class MemoryPlan:
         return {
             "required": {
                 "model": sockets.socket(sockets.MODEL, "From the model loader."),
-                "conditioning": sockets.socket(sockets.CONDITIONING, "As the sampler gets it."),
+                "conditioning": sockets.socket(sockets.CONDITIONING, "As in the sampler."),
                 **sockets.size_inputs(),
                 "cfg": sockets.number(5.0, 0.0, 100.0, "As in the sampler; 1 runs one branch."),
-                "vram": sockets.number(0.0, 0.0, 1024.0, "GiB that the run may use. 0: what this card has free."),
+                "vram": sockets.number(0.0, 0.0, 1024.0, "GiB that the run may use. 0: what is free on this card."),
             },
             "optional": {
-                "memory": sockets.socket(sockets.MEMORY, "As the sampler gets it."),
-                "cache": sockets.socket(sockets.CACHE, "As the sampler gets it."),
-                "windows": sockets.socket(sockets.WINDOWS, "As the sampler gets it."),
-                "vae": sockets.socket(sockets.VAE, "To plan decoding, too."),
-                "text_encoder": sockets.socket(sockets.TEXT_ENCODER, "To plan the encoding of prompts, too."),
+                "memory": sockets.socket(sockets.MEMORY, "As in the sampler."),
+                "cache": sockets.socket(sockets.CACHE, "As in the sampler."),
+                "windows": sockets.socket(sockets.WINDOWS, "As in the sampler."),
+                "vae": sockets.socket(sockets.VAE, "Adds decoding to the plan."),
+                "text_encoder": sockets.socket(sockets.TEXT_ENCODER, "Adds the encoding of prompts to the plan."),
             },
         }
 
@@ -145,5 +146,5 @@ class MemoryPlan:
             vae=None if vae is None else SizedModule(vae),
         )
         limit = vram * GIB if vram else host.current.free_bytes()
-        told = text_of(fit_plan(job, limit))
-        return {"ui": {"text": [told]}, "result": (told,)}
+        text = text_of(fit_plan(job, limit))
+        return {"ui": {"text": [text]}, "result": (text,)}

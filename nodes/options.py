@@ -1,4 +1,4 @@
-"""Optional settings of the sampler, each a frozen value that plugs into one of its sockets."""
+"""Optional settings of the sampler, each a frozen value for one of its sockets."""
 
 import re
 from collections.abc import Callable
@@ -24,14 +24,14 @@ from wan_core.settings import (
 from wan_core.types import Conditioning
 
 from . import host, planning, sockets
-from .conditioning import text_encoder_at_work
+from .conditioning import text_encoder_on_device
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:
     """The numbers in a text, separated by commas or blanks.
 
     Raises:
-        ValueError: something else stands there, or nothing.
+        ValueError: the text is empty or holds anything else.
     """
     try:
         found = tuple(float(part) for part in re.split(r"[,;\s]+", text.strip()))
@@ -40,15 +40,9 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
     return found
 
 
-def _answer(build: Callable[..., Any], **values: Any) -> bool | str:
-    """What VALIDATE_INPUTS says: True, or why `build` refuses; values that are linked (None) are judged later."""
-    if None in values.values():
-        return True
-    try:
-        build(**values)
-    except ValueError as error:
-        return str(error)
-    return True
+def _validate(build: Callable[..., Any], **values: Any) -> bool | str:
+    """What VALIDATE_INPUTS returns for what `build` makes of the values; linked values (None) are not checked yet."""
+    return True if None in values.values() else sockets.true_or_message(partial(build, **values))
 
 
 def _row(index: int, tensor: Tensor, _: object) -> Tensor:
@@ -62,10 +56,10 @@ class _Options(planning.Settings):
 
 
 class TeaCache(_Options):
-    """Steps left out by a plan."""
+    """Steps skipped by a plan."""
 
     CATEGORY = "WanCore/speed and memory"
-    DESCRIPTION = "Leave out steps that change little, by a plan made before the first one (TeaCache). About 2x faster."
+    DESCRIPTION = "Skip steps that change little, by a plan made before the first step (TeaCache). About 2x faster."
     RETURN_TYPES = (sockets.CACHE,)
     RETURN_NAMES = ("cache",)
 
@@ -74,7 +68,7 @@ class TeaCache(_Options):
         return {
             "required": {
                 "threshold": sockets.number(
-                    0.1, 0.0, 10.0, "Higher leaves out more. 1.3B: 0.05 to 0.1; 14B: 0.1 to 0.3. 0 is off.", step=0.01
+                    0.1, 0.0, 10.0, "Higher skips more steps. 1.3B: 0.05 to 0.1; 14B: 0.1 to 0.3. 0 is off.", step=0.01
                 ),
             },
             "optional": {
@@ -82,15 +76,15 @@ class TeaCache(_Options):
                     0.0,
                     0.0,
                     100.0,
-                    "Above 1 the threshold that gives this speed-up is found, in place of the widget's.",
+                    "Above 1: the threshold that gives this speed-up is computed and used in place of threshold.",
                 ),
                 "template": sockets.choice(
                     ["auto", *TEACACHE_TEMPLATES],
                     "auto",
-                    "Whose coefficients; auto is what the model's row recommends.",
+                    "The model whose coefficients are used; auto: those recommended for this model.",
                 ),
-                "start_step": sockets.whole(0, 0, 1000, "Steps at the beginning that always run; 5 is safer."),
-                "residual_on_cpu": sockets.flag(False, "Keep what a step changed in host memory: saves card memory."),
+                "start_step": sockets.whole(0, 0, 1000, "First steps that are never skipped; 5 is safer."),
+                "residual_on_cpu": sockets.flag(False, "Keep the cached residual in RAM: saves memory on the card."),
             },
         }
 
@@ -107,10 +101,10 @@ class TeaCache(_Options):
 
 
 class EasyCache(_Options):
-    """Steps left out by what the run itself shows."""
+    """Steps skipped by a measure during the run."""
 
     CATEGORY = "WanCore/speed and memory"
-    DESCRIPTION = "Leave out steps that change little, judged during the run (EasyCache). Works with any model."
+    DESCRIPTION = "Skip steps that change little, as measured during the run (EasyCache). Works with any model."
     RETURN_TYPES = (sockets.CACHE,)
     RETURN_NAMES = ("cache",)
 
@@ -118,11 +112,11 @@ class EasyCache(_Options):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "threshold": sockets.number(0.05, 0.0, 10.0, "Higher leaves out more; 0 is off.", step=0.01),
-                "start_step": sockets.whole(10, 0, 1000, "Steps at the beginning that always run."),
+                "threshold": sockets.number(0.05, 0.0, 10.0, "Higher skips more steps; 0 is off.", step=0.01),
+                "start_step": sockets.whole(10, 0, 1000, "First steps that are never skipped."),
             },
             "optional": {
-                "residual_on_cpu": sockets.flag(False, "Keep what a step changed in host memory: saves card memory."),
+                "residual_on_cpu": sockets.flag(False, "Keep the cached residual in RAM: saves memory on the card."),
             },
         }
 
@@ -135,8 +129,8 @@ class Windows(_Options):
 
     CATEGORY = "WanCore/long video"
     DESCRIPTION = (
-        "Make a video longer than the model was trained on, in overlapping windows that need the memory of one, or as "
-        "a chain of clips that each go on from the last frames of the one before."
+        "Make a video longer than the model was trained on: in overlapping windows, with the memory of one window, or "
+        "as a chain of clips, each of which continues from the last frames of the one before."
     )
     RETURN_TYPES = (sockets.WINDOWS,)
     RETURN_NAMES = ("windows",)
@@ -145,7 +139,9 @@ class Windows(_Options):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "sliding_window_size": sockets.whole(21, 1, 2500, "Latent frames per window; 21 are 81 frames."),
+                "sliding_window_size": sockets.whole(
+                    21, 1, 2500, "Latent frames per window; for Wan 2.1, 21 are 81 frames."
+                ),
                 "sliding_window_stride": sockets.whole(15, 1, 2500, "Latent frames from one window to the next."),
             },
             "optional": {
@@ -153,7 +149,11 @@ class Windows(_Options):
                     list(WINDOW_MODES), "blend", "blend mixes all windows at every step; chain makes clip after clip."
                 ),
                 "colour_limit": sockets.number(
-                    0.05, 0.0, 1.0, "chain: how far colours are pulled back to the first clip's; 0 is off.", step=0.01
+                    0.05,
+                    0.0,
+                    1.0,
+                    "chain: the largest correction of colours towards those of the first clip; 0 is off.",
+                    step=0.01,
                 ),
             },
         }
@@ -166,7 +166,7 @@ class Windows(_Options):
         mode: WindowMode = "blend",
     ) -> bool | str:
         size, stride = sliding_window_size, sliding_window_stride
-        return _answer(WindowSettings, size=size, stride=stride, mode=mode)
+        return _validate(WindowSettings, size=size, stride=stride, mode=mode)
 
     def build(
         self,
@@ -186,7 +186,7 @@ class WindowPrompts(_Options):
     """A prompt for every window."""
 
     CATEGORY = "WanCore/long video"
-    DESCRIPTION = "One prompt per line, one line per window of a long video. The last line holds for all after it."
+    DESCRIPTION = "One prompt per line, one line per window of a long video. Further windows use the last line."
     RETURN_TYPES = (sockets.PROMPTS,)
     RETURN_NAMES = ("prompts",)
 
@@ -216,7 +216,7 @@ class WindowPrompts(_Options):
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:
             raise ValueError("prompts needs at least one line.")
-        cond = text_conditioning(text_encoder, lines, negative_prompt, partial(text_encoder_at_work, text_encoder))
+        cond = text_conditioning(text_encoder, lines, negative_prompt, partial(text_encoder_on_device, text_encoder))
         cond = cond.to(host.current.offload_device())
         return (tuple(cond.map(partial(_row, i)) for i in range(len(lines))),)
 
@@ -224,7 +224,7 @@ class WindowPrompts(_Options):
 class Guidance(_Options):
     """Guidance that changes during the run."""
 
-    DESCRIPTION = "Change the guidance over the steps, use it for a part of them, or use CFG-Zero*. Replaces cfg."
+    DESCRIPTION = "Change the guidance over the steps, use it for a part of the run, or use CFG-Zero*. Replaces cfg."
     RETURN_TYPES = (sockets.GUIDANCE,)
     RETURN_NAMES = ("guidance",)
 
@@ -232,19 +232,28 @@ class Guidance(_Options):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "cfg": sockets.line("6, 4", "One number, or several that are spread over the steps from start to end."),
+                "cfg": sockets.line("6, 4", "One number, or several, interpolated over the steps from start to end."),
             },
             "optional": {
-                "start": sockets.number(0.0, 0.0, 1.0, "Fraction of the run before which only the prompt counts."),
-                "end": sockets.number(1.0, 0.0, 1.0, "Fraction of the run after which only the prompt counts: faster."),
+                "start": sockets.number(
+                    0.0, 0.0, 1.0, "Fraction of the run before which there is no guidance: only the prompt is computed."
+                ),
+                "end": sockets.number(
+                    1.0,
+                    0.0,
+                    1.0,
+                    "Fraction of the run after which there is no guidance: only the prompt is computed, twice as fast.",
+                ),
                 "zero_star": sockets.flag(False, "CFG-Zero*: scale the negative branch to the positive one."),
-                "zero_steps": sockets.whole(0, 0, 100, "CFG-Zero*: steps at the beginning that are passed over; 1."),
+                "zero_steps": sockets.whole(
+                    0, 0, 100, "CFG-Zero*: first steps whose velocity is set to zero; its authors use 1."
+                ),
             },
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, cfg: str | None = None, start: float = 0.0, end: float = 1.0) -> bool | str:
-        return _answer(cls().build, cfg=cfg, start=start, end=end)
+        return _validate(cls().build, cfg=cfg, start=start, end=end)
 
     def build(
         self, cfg: str, start: float = 0.0, end: float = 1.0, zero_star: bool = False, zero_steps: int = 0
@@ -257,9 +266,11 @@ class Guidance(_Options):
 
 
 class Schedule(_Options):
-    """Which noise levels are run."""
+    """The noise levels of a run."""
 
-    DESCRIPTION = "Give the noise levels yourself, or run only some of the steps and let another sampler do the rest."
+    DESCRIPTION = (
+        "Set the noise levels yourself, or run only a part of the steps and leave the others to another sampler."
+    )
     RETURN_TYPES = (sockets.SCHEDULE,)
     RETURN_NAMES = ("schedule",)
 
@@ -268,7 +279,10 @@ class Schedule(_Options):
         return {
             "required": {
                 "start_step": sockets.whole(
-                    0, 0, 1000, "First step to run. Above 0 the latent input must come from a sampler that ends there."
+                    0,
+                    0,
+                    1000,
+                    "First step to run. Above 0 the latent input has to come from a sampler that ends at this step.",
                 ),
                 "end_step": sockets.whole(0, 0, 1000, "The step to stop before; 0 runs to the end."),
             },
@@ -280,7 +294,7 @@ class Schedule(_Options):
 
     @classmethod
     def VALIDATE_INPUTS(cls, sigma_list: str = "") -> bool | str:
-        return _answer(partial(cls().build, 0, 0, None), sigma_list=sigma_list)
+        return _validate(partial(cls().build, 0, 0, None), sigma_list=sigma_list)
 
     def build(
         self, start_step: int, end_step: int, sigmas: Tensor | None = None, sigma_list: str = ""
@@ -294,12 +308,12 @@ class Schedule(_Options):
 
 
 class LongRun(_Options):
-    """What a run leaves on disk."""
+    """What a run saves to disk."""
 
     CATEGORY = "WanCore/long video"
     DESCRIPTION = (
-        "Write a long run down as it goes on, so that the same run goes on where it was cut off, and save its latents "
-        "before they are decoded. The files are in the output folder, under wancore."
+        "Save the state of a long run as it goes on, so that the same run continues after an interruption, and save "
+        "its latents before they are decoded. The files are in output/wancore."
     )
     RETURN_TYPES = (sockets.RUN,)
     RETURN_NAMES = ("run",)
@@ -308,15 +322,15 @@ class LongRun(_Options):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "checkpoint_every": sockets.whole(5, 0, 1000, "Steps between two files; 0 writes none."),
-                "keep_latents": sockets.flag(True, "Save the final latents and how they were made."),
+                "checkpoint_every": sockets.whole(5, 0, 1000, "Steps between two saved states; 0 saves none."),
+                "keep_latents": sockets.flag(True, "Save the final latents with their settings."),
             },
-            "optional": {"name": sockets.line("wancore", "Name of the file of latents; a number is added.")},
+            "optional": {"name": sockets.line("wancore", "Name of the latents' file; a number is added.")},
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, name: str = "wancore") -> bool | str:
-        return _answer(RunSettings, name=name)
+        return _validate(RunSettings, name=name)
 
     def build(self, checkpoint_every: int, keep_latents: bool, name: str = "wancore") -> tuple[RunSettings]:
         return (RunSettings(checkpoint_every=checkpoint_every, keep_latents=keep_latents, name=name),)

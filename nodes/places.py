@@ -1,9 +1,9 @@
 """Which files and folders a workflow may name: a workflow is a stranger's file.
 
 They are those of ComfyUI (input, output, temp, models with extra_model_paths.yaml), the assets of this pack, and the
-folders that the owner of the machine names in an environment variable. Without ComfyUI there are `--input`, `--out` and
-the models folder, and whatever the person who started the command has typed there. A name is judged by its text, so
-that links inside of a folder are followed, as ComfyUI follows them. docs/security.md is the page about it.
+folders that the owner of the machine names in an environment variable. Without ComfyUI they are `--input`, `--out`, the
+models folder, and any path that was typed on the command line. Only the text of a name is checked: symbolic links
+inside of a folder are followed, as ComfyUI does. See docs/security.md.
 """
 
 import os
@@ -27,9 +27,9 @@ MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", "clip_vision", "lor
 
 
 def inside(root: Path, name: str) -> Path | None:
-    """The place `name` below `root`, which need not be there; None when the name leads out of it.
+    """The path of `name` below `root`, whether or not it exists; None when the name leads out of `root`.
 
-    Absolute names are looked at as they are; nothing on the disk is touched.
+    An absolute name must begin with `root`. The disk is not read.
     """
     root = Path(os.path.normpath(root.absolute()))
     if "\0" in name:
@@ -39,10 +39,10 @@ def inside(root: Path, name: str) -> Path | None:
 
 
 def plain_name(label: str, name: str) -> str:
-    """`name` without blanks around it, when it can be that of a file or folder on every system.
+    """`name` without surrounding blanks, checked to be a valid file or folder name on every system.
 
     Raises:
-        ValueError: it has folders in it, or cannot; the message begins with `label`.
+        ValueError: it is not, or names folders; the message begins with `label`.
     """
     name = name.strip()
     if not PLAIN.fullmatch(name):
@@ -60,7 +60,7 @@ def owners_folders() -> list[Path]:
 
 
 def _first(name: str, roots: Iterable[Path], fits: Callable[[Path], bool]) -> Path | None:
-    """The first place of that name below one of the folders; a name that was typed may be any path."""
+    """The first path of that name below one of the folders that fits; a typed name may be any path."""
     if not name.strip():
         return None
     places = [place for root in roots if (place := inside(root, name))]
@@ -84,6 +84,17 @@ def input_file(name: str) -> Path:
     if found is None:
         raise ValueError(f"There is no input file {name!r}. Put it into ComfyUI's input folder, or check the name.")
     return found
+
+
+def model_file(folder: str, name: str) -> Path:
+    """The path of the file `name` in a models folder such as "loras".
+
+    Raises:
+        ValueError: the host does not list such a file.
+    """
+    if name not in host.current.list_files(folder):
+        raise ValueError(f"There is no file {name!r} in the models folder {folder!r}.")
+    return host.current.model_path(folder, name)
 
 
 def list_input_files(suffixes: tuple[str, ...]) -> list[str]:
@@ -119,7 +130,7 @@ def data_folder(name: str) -> Path:
 
 
 def _trained_roots() -> list[Path]:
-    """Where trainings write: the output folder, models folders, and where the shell's trainer writes by itself."""
+    """Where trainings write: the output folder, models folders, and the default folders of the shell's trainer."""
     here = host.current
     models = [place for folder in MODEL_FOLDERS for place in here.model_folders(folder)]
     roots = [here.output_dir(), here.models_dir(), *models, host.PACK_FOLDER / "models", *owners_folders()]
@@ -134,7 +145,7 @@ def trained_file(name: str) -> Path:
         ValueError: there is no such file.
     """
     roots = _trained_roots()
-    # The shell's trainer tells paths as it writes them, from the pack's folder: models/train/...
+    # Paths that the shell's trainer prints are relative to the pack's folder: models/train/...
     below_models = name.replace("\\", "/").removeprefix("./")
     found = _first(name, roots, Path.is_file)
     if found is None and below_models.startswith("models/"):

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor
@@ -16,19 +16,16 @@ from wan_core.models.preview_decoder import PreviewDecoder
 from wan_core.runtime import log
 from wan_core.sampling.preview import Previewer, middle_frame
 
-if TYPE_CHECKING:
-    from .host import Host
-
 FOLDER = "vae_approx"
 FILES = ("taew2_1.safetensors", "taew2_1.pth")
-"""The published names of the tiny autoencoder for Wan 2.1, the one that is taken first."""
+"""The published names of the tiny autoencoder for Wan 2.1, in order of preference."""
 
 MILLISECONDS_PER_FRAME = round(1000 * DEFAULT_GEOMETRY.temporal_stride / DEFAULT_GEOMETRY.fps)
 """How long a latent frame lasts."""
 
 
 def write(pictures: list[Image.Image], folder: Path, step: int) -> None:
-    """Write what the latent frames of a video show after `step` steps into `folder`, as two PNG files.
+    """Write previews of a video's latent frames after `step` steps into `folder`, as two PNG files.
 
     `step_0010.png` is the frame in the middle, `step_0010_strip.png` an animation of all latent frames. A file of an
     earlier run is replaced; each appears all at once.
@@ -44,21 +41,29 @@ def _save(pictures: list[Image.Image], path: Path) -> None:
         first.save(partial, format="PNG", **animated)
 
 
-def find_decoder(host: "Host") -> PreviewDecoder | None:
-    """The tiny autoencoder among the host's model files, if it is there and can be used."""
-    names = host.list_files(FOLDER)
+class ModelFiles(Protocol):
+    """The part of `host.Host` that finds model files."""
+
+    def list_files(self, folder: str) -> list[str]: ...
+
+    def model_path(self, folder: str, name: str) -> Path: ...
+
+
+def find_decoder(files: ModelFiles) -> PreviewDecoder | None:
+    """The tiny autoencoder among the model files; None when there is none that can be used."""
+    names = files.list_files(FOLDER)
     name = next((name for wanted in FILES for name in names if Path(name).name == wanted), None)
     if name is None:
         return None
-    path = host.find_file(FOLDER, name)
+    path = files.model_path(FOLDER, name)
     return _load_decoder(path, path.stat().st_mtime_ns)
 
 
 def for_editor(previewer: Any, comfyuis_own: bool, tiny: Previewer, latents: Tensor, side: int) -> tuple | None:
     """What ComfyUI shows next, as (format, picture or pictures, largest side); None leaves the last picture.
 
-    Previewers of other packs play the whole strip. ComfyUI's own shows the first frame that it is given; the tiny
-    autoencoder takes its place where there is one.
+    Previewers of other packs play all latent frames. ComfyUI's own shows only the first frame that it gets; the tiny
+    autoencoder replaces it where there is one.
     """
     if not comfyuis_own:
         return previewer.decode_latent_to_preview_image("JPEG", latents)
@@ -72,7 +77,7 @@ def for_editor(previewer: Any, comfyuis_own: bool, tiny: Previewer, latents: Ten
 def _load_decoder(path: Path, changed: int) -> PreviewDecoder | None:
     """The tiny autoencoder of a file, or None, with a notice, if it cannot be used.
 
-    `changed` is the file's time, so that a file is read, and complained about, once.
+    `changed` is the file's modification time: each version of a file is read, and warned about, once.
     """
     try:
         return load_preview_decoder(path)
@@ -83,7 +88,7 @@ def _load_decoder(path: Path, changed: int) -> PreviewDecoder | None:
 
 @lru_cache(maxsize=16)
 def _warn(problem: str) -> None:
-    """Say once what is wrong with previews, and not after each step."""
+    """Log a problem with previews once, not after each step."""
     log.warning("No preview: %s", problem)
 
 

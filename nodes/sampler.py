@@ -1,4 +1,4 @@
-"""The sampler, and latents that it kept."""
+"""The sampler, and the latents that it saved."""
 
 from dataclasses import replace
 from functools import partial
@@ -37,10 +37,10 @@ from wan_core.variants import check
 from . import host, places, planning, sockets
 
 FOLDER = "wancore"
-"""Below the output folder: latents that were kept, and unfinished runs."""
+"""The subfolder of the output folder for saved latents and unfinished runs."""
 
 STATE = "wancore_state"
-"""The key of a LATENT under which a sampler that ran a part of the steps leaves its state to the next."""
+"""The key of a LATENT under which a sampler that ran a part of the steps passes its state to the next."""
 
 
 class Sampler:
@@ -51,21 +51,24 @@ class Sampler:
     DESCRIPTION = "Generate the latents of a video. Decode them with VAE Decode (WanCore) or ComfyUI's own."
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("latent",)
-    OUTPUT_TOOLTIPS = ("Raw VAE latents, (B, 16, frames, height / 8, width / 8).",)
+    OUTPUT_TOOLTIPS = ("Raw VAE latents; for Wan 2.1 (B, 16, frames, height / 8, width / 8).",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        rounded = f"In pixels; rounded up to a multiple of {sockets.SIDE}."
+        rounded = f"In pixels; rounded up to a size that the model can make, for Wan 2.1 a multiple of {sockets.SIDE}."
         return {
             "required": {
                 "model": sockets.socket(sockets.MODEL, "From the model loader."),
                 "conditioning": sockets.socket(sockets.CONDITIONING, "From the prompt."),
                 "seed": sockets.whole(
-                    0, 0, MAX_SEED, "The same seed gives the same video on every machine.", control_after_generate=True
+                    0, 0, MAX_SEED, "The same seed gives the same noise on every machine.", control_after_generate=True
                 ),
                 "steps": sockets.whole(50, 1, 1000, "More steps: finer and slower."),
                 "cfg": sockets.number(
-                    5.0, 0.0, 100.0, "How closely to follow the prompt. 1 ignores the negative prompt, twice as fast."
+                    5.0,
+                    0.0,
+                    100.0,
+                    "How closely to follow the prompt. 1 ignores the negative prompt and is twice as fast.",
                 ),
                 "shift": sockets.number(
                     5.0, 0.01, 100.0, "Moves the schedule towards high noise: 3 for image to video at 480p, 5 usually."
@@ -74,7 +77,11 @@ class Sampler:
                 "width": sockets.whole(832, sockets.SIDE, sockets.MAX_SIDE, rounded, step=sockets.SIDE),
                 "height": sockets.whole(480, sockets.SIDE, sockets.MAX_SIDE, rounded, step=sockets.SIDE),
                 "num_frames": sockets.whole(
-                    81, 1, 10001, "Rounded up to 4k + 1; 81 is five seconds, 1 a still.", step=sockets.FRAMES
+                    81,
+                    1,
+                    10001,
+                    "Rounded up, for Wan 2.1 to 4k + 1: 81 is five seconds. 1 is a still.",
+                    step=sockets.FRAMES,
                 ),
             },
             "optional": {
@@ -84,14 +91,19 @@ class Sampler:
                 "cfg_mode": sockets.choice(
                     list(CFG_MODES), "sequential", "How the two branches of guidance run; the result is the same."
                 ),
-                "latent": sockets.socket("LATENT", "A video to start from when denoise is below 1; its size counts."),
-                "cache": sockets.socket(sockets.CACHE, "Steps to leave out, from TeaCache or EasyCache."),
+                "latent": sockets.socket(
+                    "LATENT",
+                    "A video to start from when denoise is below 1; its size replaces width, height and num_frames.",
+                ),
+                "cache": sockets.socket(sockets.CACHE, "Steps to skip, from TeaCache or EasyCache."),
                 "windows": sockets.socket(sockets.WINDOWS, "A long video in pieces."),
                 "prompts": sockets.socket(sockets.PROMPTS, "A prompt for each window, in place of the conditioning's."),
                 "guidance": sockets.socket(sockets.GUIDANCE, "Guidance that changes over the steps, in place of cfg."),
-                "schedule": sockets.socket(sockets.SCHEDULE, "Noise levels of your own, or a part of the steps."),
-                "run": sockets.socket(sockets.RUN, "What a long run leaves on disk."),
-                "memory": sockets.socket(sockets.MEMORY, "How much of the card may be used; all that is free without."),
+                "schedule": sockets.socket(sockets.SCHEDULE, "Your own noise levels, or a part of the steps."),
+                "run": sockets.socket(sockets.RUN, "What a long run saves to disk."),
+                "memory": sockets.socket(
+                    sockets.MEMORY, "How much of the card may be used. Not linked: all that is free."
+                ),
             },
             "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"},
         }
@@ -100,18 +112,15 @@ class Sampler:
     def VALIDATE_INPUTS(
         cls, cfg: float | None = None, shift: float | None = None, denoise: float | None = None
     ) -> bool | str:
-        """Numbers that are none (NaN) pass a host's check of least and most; linked ones (None) are checked later."""
-        given: dict[str, Any] = {"shift": shift, "denoise": denoise}
-        try:
-            SamplerSettings(**{name: value for name, value in given.items() if value is not None})
-            GuidanceSettings(scale=1.0 if cfg is None else cfg)
-        except ValueError as error:
-            return str(error)
-        return True
+        """NaN passes the host's check of ranges, so it is refused here. Linked values are None, and checked later."""
+        values: dict[str, Any] = {"shift": shift, "denoise": denoise}
+        values = {name: value for name, value in values.items() if value is not None}
+        guidance = partial(GuidanceSettings, scale=1.0 if cfg is None else cfg)
+        return sockets.true_or_message(lambda: SamplerSettings(guidance=guidance(), **values))
 
     @classmethod
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Sizes and steps that take a second on any machine."""
+        """A size and a number of steps that take a second on any machine."""
         return {**host.TINY_SIZE, "steps": 4}
 
     @classmethod
@@ -182,11 +191,11 @@ class Sampler:
         inputs = RunInputs(model.fit(conditioning, size), size.latent, start, tuple(prompts))
         state = model.sample(
             inputs, settings, memory or here.memory_settings(), here.runtime(model.dtype),
-            checkpoint=checkpoint, earlier=_earlier(latent, settings, geometry), keep=here.keeps_weights(),
+            checkpoint=checkpoint, earlier=_earlier_state(latent, settings, geometry), keep=here.keeps_weights(),
         )  # fmt: skip
         for module in model.modules:
             here.register_weights(module)
-        return (_finished(state, settings, size, run, checkpoint, extra_pnginfo),)
+        return (_latent_output(state, settings, size, run, checkpoint, extra_pnginfo),)
 
 
 def _settings(
@@ -209,17 +218,19 @@ def _with_template(cache: CacheSettings | None, model: VideoModel) -> CacheSetti
     return cache
 
 
-def _earlier(latent: dict[str, Any] | None, settings: SamplerSettings, geometry: Geometry) -> RunState | None:
-    """The state that came with the latents of an earlier sampler, if they are still the ones that it left."""
+def _earlier_state(latent: dict[str, Any] | None, settings: SamplerSettings, geometry: Geometry) -> RunState | None:
+    """The state that an earlier sampler attached to its latents; None when the latents were changed since."""
     state = (latent or {}).get(STATE)
     if latent is None or not settings.start_step or state is None:
         return None
     if state.step != settings.start_step:
-        raise ValueError(f"The sampler before ended at step {state.step}; start_step is {settings.start_step}.")
+        raise ValueError(
+            f"start_step is {settings.start_step}, but the sampler before ended at step {state.step}; make them equal."
+        )
     return state if torch.equal(denormalise(state.video, geometry), latent["samples"]) else None
 
 
-def _finished(
+def _latent_output(
     state: RunState,
     settings: SamplerSettings,
     size: VideoSize,
@@ -227,11 +238,11 @@ def _finished(
     checkpoint: Checkpoint,
     extra_pnginfo: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The LATENT of a state. What made it goes into the metadata of the files that the host saves."""
+    """The LATENT of a state, with its settings added to the metadata of the files that the host saves."""
     raw = denormalise(state.video, size.geometry)
     record = manifest(settings, size, state.video, state.kernels)
     if run.keep_latents:
-        _keep(host.current.output_dir() / FOLDER, run.name, raw, record, checkpoint.resumed)
+        _save_latents(host.current.output_dir() / FOLDER, run.name, raw, record, checkpoint.resumed)
     if state.run and state.step == settings.total_steps:
         host.current.when_saved(partial(checkpoint.remove, state.run))
     if extra_pnginfo is not None:
@@ -239,14 +250,14 @@ def _finished(
     return {"samples": raw, STATE: state} if settings.is_part else {"samples": raw}
 
 
-def _keep(folder: Path, name: str, raw: Tensor, record: dict[str, Any], resumed: bool) -> None:
-    """Save latents, unless this run was cut off after it had saved them; a disk that is full costs a warning."""
+def _save_latents(folder: Path, name: str, raw: Tensor, record: dict[str, Any], resumed: bool) -> None:
+    """Save latents, unless a resumed run had saved them already. A full disk gives a warning, and the run goes on."""
     try:
         path = (find_latents(folder, name, record) if resumed else None) or save_latents(folder, name, raw, record)
     except (OSError, ValueError) as error:
         log.warning("The latents cannot be kept (%s); the run goes on.", error)
     else:
-        log.info("Latents are kept in %s.", path)
+        log.info("Latents are saved in %s.", path)
 
 
 class LoadLatents:
@@ -254,10 +265,10 @@ class LoadLatents:
 
     CATEGORY = "WanCore/long video"
     FUNCTION = "load"
-    DESCRIPTION = "Load latents that a sampler with Long Run kept, to decode them or go on from them."
+    DESCRIPTION = "Load latents that a sampler with Long Run saved, to decode them or to start from them."
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("latent",)
-    OUTPUT_TOOLTIPS = ("Raw VAE latents, (B, 16, frames, height / 8, width / 8).",)
+    OUTPUT_TOOLTIPS = ("Raw VAE latents; for Wan 2.1 (B, 16, frames, height / 8, width / 8).",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -270,10 +281,7 @@ class LoadLatents:
 
     @classmethod
     def VALIDATE_INPUTS(cls, file: str | None = None) -> bool | str:
-        try:
-            return file is None or bool(places.saved_file(file))
-        except ValueError as error:
-            return str(error)
+        return True if file is None else sockets.true_or_message(lambda: places.saved_file(file))
 
     @classmethod
     def IS_CHANGED(cls, file: str, **_: Any) -> float:

@@ -1,11 +1,12 @@
 """Socket types of the pack, and input declarations that several nodes share.
 
 Standard ComfyUI sockets are used wherever the meaning is the same: IMAGE (T, H, W, 3) in [0, 1]; LATENT with raw,
-un-normalised VAE latents (B, 16, F, h, w) under "samples", as ComfyUI's own Wan nodes expect.
+un-normalised VAE latents (B, z, F, h, w) under "samples", as ComfyUI's own Wan nodes expect.
 """
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from wan_core.media.fitting import ASPECTS, LENGTH_POLICIES
 from wan_core.models.config import DEFAULT_GEOMETRY
 
 MODEL = "WANCORE_MODEL"
-"""`prepare.VideoModel`: a DiT whose weights rest on the host's offload device."""
+"""`model.VideoModel`: a DiT whose weights are on the host's offload device."""
 
 TEXT_ENCODER = "WANCORE_TEXT_ENCODER"
 """`conditioning.text.TextEncoder`: UMT5 and its tokenizer."""
@@ -35,7 +36,7 @@ CONDITIONING = "WANCORE_CONDITIONING"
 """`types.Conditioning`, frozen, on the CPU; nodes return changed copies."""
 
 CACHE = "WANCORE_CACHE"
-"""`settings.CacheSettings`: steps to leave out."""
+"""`settings.CacheSettings`: which steps are skipped."""
 
 WINDOWS = "WANCORE_WINDOWS"
 """`settings.WindowSettings`: a long video in pieces."""
@@ -44,40 +45,42 @@ PROMPTS = "WANCORE_PROMPTS"
 """A tuple of `types.Conditioning` with nothing but text, one per window, on the CPU."""
 
 GUIDANCE = "WANCORE_GUIDANCE"
-"""`settings.GuidanceSettings`; the sampler's own cfg_mode is laid over it."""
+"""`settings.GuidanceSettings`; the sampler's own cfg_mode replaces that in it."""
 
 SCHEDULE = "WANCORE_SCHEDULE"
-"""`settings.ScheduleSettings`: noise levels, and which of the steps to run."""
+"""`settings.ScheduleSettings`: noise levels, and which steps are run."""
 
 RUN = "WANCORE_RUN"
-"""`settings.RunSettings`: what a run leaves on disk."""
+"""`settings.RunSettings`: what a run saves to disk."""
 
 MEMORY = "WANCORE_MEMORY"
 """`settings.MemorySettings`: how much of the device a run may use."""
 
 TRAINING_DATA = "WANCORE_TRAINING_DATA"
-"""`train.TrainingData`: a data set that was checked, as settings of the trainer."""
+"""`training_inputs.TrainingData`: a checked data set, as settings of the trainer."""
 
 LINKED = frozenset({
     MODEL, TEXT_ENCODER, IMAGE_ENCODER, REFERENCES, CAMERA_PATH, VAE, CONDITIONING, CACHE, WINDOWS, PROMPTS, GUIDANCE,
     SCHEDULE, RUN, MEMORY, TRAINING_DATA, "IMAGE", "MASK", "LATENT", "SIGMAS", "CONDITIONING", "VAE", "VIDEO", "AUDIO",
     "CLIP_VISION_OUTPUT",
 })  # fmt: skip
-"""Types that only another node can give; a workflow may still hold a constant in their place."""
+"""Types that only another node can give; a hand-written workflow may hold a constant in their place."""
 
 MAX_SIDE = 16384
 """ComfyUI's largest image side."""
 
 SIDE, FRAMES = DEFAULT_GEOMETRY.side_multiple, DEFAULT_GEOMETRY.temporal_stride
-"""Steps of the widgets for sides, in pixels, and for lengths; a model may round them further."""
+"""Steps of the widgets for sides, in pixels, and for lengths, before a model is known: Wan 2.1's. The model's own
+geometry rounds further.
+"""
 
-CELL = DEFAULT_GEOMETRY.spatial_stride
+CELL = f"latent cells (for Wan 2.1 {DEFAULT_GEOMETRY.spatial_stride} pixels each)"
 
 Declaration = tuple[Any, dict[str, Any]]
 
 
-def _fits(kind: str, value: Any) -> bool:
-    """Whether a value can be of a type of LINKED; what JSON can hold is none of them, but for two of ComfyUI's own."""
+def _is_possible(kind: str, value: Any) -> bool:
+    """Whether a value can be of a type of LINKED. Only two of them, ComfyUI's own, are made of JSON's types."""
     if kind == "LATENT":
         return isinstance(value, dict) and isinstance(value.get("samples"), torch.Tensor)
     if kind == "CONDITIONING":
@@ -86,10 +89,7 @@ def _fits(kind: str, value: Any) -> bool:
 
 
 def guarded(cls: type[Any]) -> type[Any]:
-    """The node class, whose function refuses constants in sockets: ComfyUI would call it with them.
-
-    The refusal is a ValueError that names the input.
-    """
+    """The node class, with a function that raises ValueError for a constant in a socket; ComfyUI would pass it on."""
     function = getattr(cls, cls.FUNCTION)
     names = list(inspect.signature(function).parameters)[1:]
 
@@ -109,12 +109,21 @@ def guarded(cls: type[Any]) -> type[Any]:
         given = {**dict(zip(names, values, strict=False)), **inputs}
         for name, (kind, needed) in sockets_of().items():
             value = given.get(name)
-            if (name in given and value is None and needed) or (value is not None and not _fits(kind, value)):
+            if (name in given and value is None and needed) or (value is not None and not _is_possible(kind, value)):
                 raise ValueError(f"{name} takes a {kind} from another node; got {value!r:.100}.")
         return function(self, *values, **inputs)
 
     setattr(cls, cls.FUNCTION, call)
     return cls
+
+
+def true_or_message(check: Callable[[], object]) -> bool | str:
+    """What VALIDATE_INPUTS returns: True, or why `check` refuses."""
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return True
 
 
 def socket(kind: str, tooltip: str) -> Declaration:
@@ -143,7 +152,7 @@ def flag(default: bool, tooltip: str) -> Declaration:
 
 
 def text(default: str, tooltip: str, *, prompt: bool = True) -> Declaration:
-    """A text box of several lines; in one for a `prompt` the editor chooses one of the words in braces."""
+    """A text box of several lines; in one for a `prompt` the editor replaces `{a|b}` by a random one of both."""
     return "STRING", {"default": default, "multiline": True, "dynamicPrompts": prompt, "tooltip": tooltip}
 
 
@@ -156,12 +165,16 @@ def tile_inputs() -> dict[str, Declaration]:
     """The switch and the four sizes of tiled encoding and decoding, in latent cells."""
     return {
         "tiled": flag(
-            False, "Work in overlapping tiles of these sizes. Off: at once if it fits, else in tiles that fit."
+            False, "Work in overlapping tiles of these sizes. Off: tiles are used only when the whole does not fit."
         ),
-        "tile_height": whole(30, 4, 2048, f"Height of a tile in latent cells ({CELL} pixels each)."),
-        "tile_width": whole(52, 4, 2048, f"Width of a tile in latent cells ({CELL} pixels each)."),
-        "stride_height": whole(15, 1, 2048, "Distance between tiles; the rest of the tile overlaps and is blended."),
-        "stride_width": whole(26, 1, 2048, "Distance between tiles; the rest of the tile overlaps and is blended."),
+        "tile_height": whole(30, 4, 2048, f"Height of a tile in {CELL}."),
+        "tile_width": whole(52, 4, 2048, f"Width of a tile in {CELL}."),
+        "stride_height": whole(
+            15, 1, 2048, "Distance from one tile to the next; tiles overlap by the difference, and are blended there."
+        ),
+        "stride_width": whole(
+            26, 1, 2048, "Distance from one tile to the next; tiles overlap by the difference, and are blended there."
+        ),
     }
 
 
@@ -175,10 +188,8 @@ def size_inputs() -> dict[str, Declaration]:
 
 
 def fit_inputs(aspect: str) -> dict[str, Declaration]:
-    """How pictures and clips are brought to the size and length of the video; `aspect` is the authors' rule for
-    them.
-    """
-    aspects = "crop fills the video and cuts the rest, stretch distorts, letterbox shows all on white."
+    """How pictures and clips are fitted to the size and length of the video; `aspect` is the authors' rule."""
+    aspects = "crop fills the video and cuts what does not fit, stretch distorts, letterbox adds white borders."
     too_short = "What to do with a clip that is shorter than the video."
     return {
         "aspect": choice(list(ASPECTS), aspect, aspects),
@@ -187,7 +198,7 @@ def fit_inputs(aspect: str) -> dict[str, Declaration]:
 
 
 def encode_inputs() -> dict[str, Declaration]:
-    """What every node needs that adds pictures or clips to conditioning."""
+    """Required inputs of every node that adds pictures or clips to conditioning."""
     return {
         "conditioning": socket(CONDITIONING, "From the prompt, or from another node that adds to it."),
         "vae": socket(VAE, "From the VAE loader."),
@@ -196,5 +207,5 @@ def encode_inputs() -> dict[str, Declaration]:
 
 
 def encode_settings(aspect: str = "crop") -> dict[str, Declaration]:
-    """How such a node fits and encodes what it is given; the last of its inputs."""
+    """The last optional inputs of such a node: how it fits and encodes pictures and clips."""
     return {**fit_inputs(aspect), **tile_inputs()}

@@ -1,4 +1,4 @@
-"""The host of a process without ComfyUI: folders and progress are what its caller says."""
+"""The host of a process without ComfyUI; its caller chooses folders and receives the progress."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ Action = Callable[[], None]
 
 
 class Standalone:
-    """Services without ComfyUI, see `host.Host`. Weights are not kept on the device: nobody would evict them."""
+    """Services without ComfyUI, see `host.Host`. Weights leave the device after use: nothing would evict them later."""
 
     def __init__(
         self,
@@ -39,11 +39,10 @@ class Standalone:
     ) -> None:
         """
         Args:
-            device: None or "auto" is the best of this machine.
+            device: None or "auto" is the fastest of this machine.
             input_dir: None is `input` where the process runs.
             output_dir: None is `output` where the process runs.
-            preview_every: a preview goes into `previews` of the output folder every so many steps of a sampler; 0 makes
-                none.
+            preview_every: steps of a sampler between two previews in `previews` of the output folder; 0 makes none.
             typed: names that the person who started the process typed. They may be any path, unlike those in a
                 workflow, which may be a stranger's.
         """
@@ -87,7 +86,7 @@ class Standalone:
 
     @contextmanager
     def workflow(self) -> Iterator[None]:
-        """Around a workflow: what waits for its files is done at its end, and after an error not at all."""
+        """Actions of `when_saved` are done at the end of the block, and not at all after an error."""
         before, self._when_saved = self._when_saved, []
         try:
             yield
@@ -123,7 +122,7 @@ class Standalone:
         return SimpleNamespace(penultimate_hidden_states=tokens)
 
     def models_dir(self) -> Path:
-        # Where pip put the pack is no place for files; then models are looked for where the command runs.
+        # Files do not belong where pip installs packages; models are then looked for in the current folder.
         own = PACK_FOLDER / "models" if (PACK_FOLDER / "wan_core").is_dir() else None
         return models_folder(self._models_dir or own).absolute()
 
@@ -158,7 +157,5 @@ class Standalone:
         files = (f for f in files_below(root) if f.suffix.lower() in MODEL_SUFFIXES) if root.is_dir() else ()
         return sorted(f.relative_to(root).as_posix() for f in files)
 
-    def find_file(self, folder: str, name: str) -> Path:
-        if name not in self.list_files(folder):
-            raise ValueError(f"There is no file {name!r} in the models folder {folder!r}.")
+    def model_path(self, folder: str, name: str) -> Path:
         return self.models_dir() / folder / name

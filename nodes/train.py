@@ -1,4 +1,4 @@
-"""Training in the graph: a process of its own by the shell's command, followed by nodes, and what it leaves."""
+"""Nodes that train, plot the loss of a run, and load trained weights."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,7 +27,6 @@ from .training_inputs import (
     image,
     run_folder,
     settings_of,
-    true_or_message,
     typed,
     widget,
 )
@@ -39,10 +38,10 @@ class LossPlot:
 
     CATEGORY = "WanCore/training"
     FUNCTION = "plot"
-    DESCRIPTION = "Draw the loss of a training run, also of one that is still going or that the shell has started."
+    DESCRIPTION = "Draw the loss of a training run, also of one that is still running or was started in a shell."
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("loss_chart", "report")
-    OUTPUT_TOOLTIPS = ("The loss over the steps and by timestep.", "How far the run is.")
+    OUTPUT_TOOLTIPS = ("The loss over the steps and by timestep.", "How many steps are done.")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -64,16 +63,14 @@ class LossPlot:
         name = run.strip()
         path = places.trained_folder(name) if Path(name).is_absolute() else run_folder(name)
         if path is None:
-            raise ValueError(
-                f"{name!r} is not where a workflow may read; write the name of a run of the output folder."
-            )
+            raise ValueError(f"A workflow may not read {name!r}; write the name of a run in the output folder.")
         if not (path / "events.jsonl").is_file():
             raise ValueError(f"{path} holds no training run (there is no events.jsonl in it).")
         return path / "events.jsonl"
 
     @classmethod
     def VALIDATE_INPUTS(cls, run: str | None = None) -> bool | str:
-        return True if run is None else true_or_message(lambda: cls.events(run))
+        return True if run is None else sockets.true_or_message(lambda: cls.events(run))
 
     @classmethod
     def IS_CHANGED(cls, run: str | None = None) -> str:
@@ -86,18 +83,17 @@ class LossPlot:
             steps, picture = latest_steps(file), chart(file.parent)
         except (AttributeError, KeyError, OverflowError, TypeError) as error:
             raise ValueError(f"{file} is damaged: its events lack numbers that every run writes.") from error
-        told = f"{len(steps)} of {steps[-1]['total']} steps" if steps else "no steps yet"
-        return image([picture]), told
+        return image([picture]), f"{len(steps)} of {steps[-1]['total']} steps" if steps else "no steps yet"
 
 
 class TrainedWeights:
-    """What a training gave, on a model."""
+    """Trained weights on a model."""
 
     CATEGORY = "WanCore/training"
     FUNCTION = "load"
     DESCRIPTION = (
-        "Put what a training wrote on a model: a LoRA, a whole model, a VACE branch or a speed-control adapter. The "
-        "loaded model stays as it is."
+        "Apply trained weights to a model: a LoRA, a whole model, a VACE branch or a speed-control adapter. The "
+        "loaded model is not changed."
     )
     RETURN_TYPES = (sockets.MODEL, "STRING")
     RETURN_NAMES = ("model", "report")
@@ -118,7 +114,7 @@ class TrainedWeights:
 
     @classmethod
     def VALIDATE_INPUTS(cls, weights: str | None = None) -> bool | str:
-        return True if weights is None else true_or_message(lambda: places.trained_file(weights))
+        return True if weights is None else sockets.true_or_message(lambda: places.trained_file(weights))
 
     @classmethod
     def IS_CHANGED(cls, weights: str | None = None, **_: Any) -> str:
@@ -134,17 +130,17 @@ class TrainedWeights:
         return handle, None
 
     def load(self, model: VideoModel, weights: str, strength: float = 1.0) -> tuple[VideoModel, str]:
-        changed, told = model.with_lora(places.trained_file(weights), strength=strength)
-        log.info("%s", told.summary)
-        return changed, str(told)
+        changed, report = model.with_lora(places.trained_file(weights), strength=strength)
+        log.info("%s", report.summary)
+        return changed, str(report)
 
 
 TINY = {"max_steps": 2, "sample_steps": 0, "validation_clips": 0, "mixed_precision": "no", "download": False}
-WHAT = ("The model to train", "The text encoder", "The VAE")
+MODEL_LABELS = ("The model to train", "The text encoder", "The VAE")
 
 
 class Train:
-    """What the two training nodes share."""
+    """The base of the two training nodes."""
 
     CATEGORY = "WanCore/training"
     FUNCTION = "train"
@@ -167,12 +163,12 @@ class Train:
 
     @classmethod
     def own_settings(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What they mean to the trainer."""
+        """Their values as settings of the trainer."""
         raise NotImplementedError
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        listed = [loader.shared_inputs(what)[0] for loader, what in zip(cls.LOADERS, WHAT, strict=True)]
+        listed = [loader.shared_inputs(what)[0] for loader, what in zip(cls.LOADERS, MODEL_LABELS, strict=True)]
         download = ModelLoader.shared_inputs("")[1]["download"]
         return {
             "required": {
@@ -183,7 +179,7 @@ class Train:
                 ),
                 **cls.own_inputs(),
                 "num_epochs": widget("num_epochs"),
-                # Without the switch the editor would draw another seed after each run, as it does for this name.
+                # False: for a widget of this name the editor would change the value after each run.
                 "seed": sockets.whole(
                     0, 0, 2**63 - 1, "Seed of order, noise, timesteps and dropout.", control_after_generate=False
                 ),
@@ -245,24 +241,24 @@ class Train:
     @classmethod
     def VALIDATE_INPUTS(cls, **values: Any) -> bool | str:
         values = {**defaults(cls), **{name: value for name, value in values.items() if value is not None}}
-        told = true_or_message(require_packages)
-        told = true_or_message(lambda: cls.settings(values)) if told is True else told
+        for check in (require_packages, lambda: cls.settings(values)):
+            if (message := sockets.true_or_message(check)) is not True:
+                return message
         checks = (loader.check(values[loader.INPUT], values["download"]) for loader in cls.LOADERS)
-        return next((found for found in checks if found is not True), True) if told is True else told
+        return next((message for message in checks if message is not True), True)
 
     @classmethod
     def IS_CHANGED(cls, name: str | None = None, **_: Any) -> str:
-        with_name = name or ""
-        return files_mark(sorted(run_folder(with_name).glob("*.safetensors"))) if with_name.strip() else ""
+        return files_mark(sorted(run_folder(name).glob("*.safetensors"))) if name and name.strip() else ""
 
     def train(self, data: TrainingData, unique_id: str | None = None, **values: Any) -> dict[str, Any]:
         values = {**defaults(type(self)), **values}
         run = self._run(data, values)
         outcome = run.finished() or run.execute(unique_id)
-        log.info("%s", outcome.told)
+        log.info("%s", outcome.summary)
         weights = str(outcome.files[0]) if outcome.files else ""
-        result = (weights, image([chart(run.folder)]), image(samples(run.folder)), outcome.steps, outcome.told)
-        return {"ui": {"text": [outcome.told]}, "result": result}
+        result = (weights, image([chart(run.folder)]), image(samples(run.folder)), outcome.steps, outcome.summary)
+        return {"ui": {"text": [outcome.summary]}, "result": result}
 
     def _run(self, data: TrainingData, values: Mapping[str, Any]) -> Run:
         config = self.settings(values)
@@ -287,7 +283,7 @@ class Train:
             components.append(ImageEncoderLoader().component(name, download))
         if values["adapter"] != NONE:
             components.append(SpeedControl().component(values["adapter"], download))
-        # All files are here by now: the process of the run has no need of the network.
+        # All files are on this machine now: the training process does not need the network.
         paths = [[str(file.resolve()) for file in part.header.files] for part in components]
         found = {"model_paths": paths, "skip_download": True}
         if not model_files.has_tokenizer(text):
@@ -344,7 +340,7 @@ class TrainModel(Train):
 
 
 def _check_gpus(wanted: int) -> None:
-    """Raise ValueError when more processes are asked for than the machine has cards for."""
+    """Raise ValueError when the machine has fewer cards than `wanted` processes."""
     cards = torch.cuda.device_count() if wanted > 1 else 1
     if wanted > max(1, cards):
         raise ValueError(f"gpus: {wanted} processes need as many cards; this machine has {cards}.")

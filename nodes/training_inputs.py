@@ -1,9 +1,9 @@
-"""What the training nodes share: the data set, widgets, and the flags of the trainer that a workflow may set."""
+"""Inputs of the training nodes: the data set, widgets, and the flags of the trainer that a workflow may set."""
 
 import dataclasses
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..trainer.config import TrainConfig, parser
 from ..trainer.data.clips import INPUTS
 from ..trainer.flags import REFUSED_FLAGS, flag_type, parse_known
 from . import host, places, sockets
-from .launcher import ChildError, Launch, attend, pack_command
+from .launcher import ChildError, Launch, pack_command, supervise
 from .places import plain_name
 from .training_run import files_mark, load_settings
 
@@ -37,14 +37,14 @@ ALLOWED = frozenset({
     "use_gradient_checkpointing_offload", "validate_steps", "validation_clips", "vram_limit", "warmup_steps",
     "weight_decay", "width",
 })  # fmt: skip
-"""Settings of a run that hold numbers, switches and words that the trainer itself lists. A new one is refused until it
-is named here.
+"""Settings of a run that a workflow may set: numbers, switches, and words that the trainer itself lists. A new setting
+is refused until it is named here.
 """
 
 WORDS: Mapping[str, tuple[str, ...]] = {"log_with": ("tensorboard",), "resume": ("auto", "never")}
-"""Of some flags only these values: the others name a server or a folder."""
+"""Flags of which only these values are allowed: the others name a server or a folder."""
 
-INSTEAD: Mapping[str, str] = {
+ALTERNATIVES: Mapping[str, str] = {
     "cache_dir": "encoded samples are kept in the run's folder",
     "config": "write its settings into the node, or into flags",
     "confined": "the files of a workflow's data set always lie in its folder",
@@ -62,7 +62,7 @@ INSTEAD: Mapping[str, str] = {
     "resume": "in the graph it takes auto or never; `python -m trainer.train` continues from any folder",
     "resume_from_checkpoint": "choose the trained weights as the model",
     "skip_download": "use the node's switch download",
-    "stop_file": "the node has one of its own",
+    "stop_file": "the node uses its own",
     "switched": "name inputs in extra_inputs of Training Data",
     "task": "a node encodes and trains",
     "tokenizer_path": "it is found beside the text encoder",
@@ -74,7 +74,7 @@ def typed(flags: str) -> dict[str, Any]:
     """The settings that the text box holds.
 
     Raises:
-        ValueError: a flag is unknown, its value cannot be read, or it is not a workflow's to set.
+        ValueError: a flag is unknown, its value cannot be read, or a workflow may not set it.
     """
     found = parse_known(parser(prints_help=False), shlex.split(flags), REFUSED_FLAGS)
     for name, value in found.items():
@@ -82,24 +82,24 @@ def typed(flags: str) -> dict[str, Any]:
         if name not in ALLOWED or (name in WORDS and not set(words) <= set(WORDS[name])):
             given = value[0][0] if name == "reference" else name
             shown = "input_contains_..." if name == "switched" else given
-            instead = INSTEAD.get(name, "use `python -m trainer.train` in a shell")
+            instead = ALTERNATIVES.get(name, "use `python -m trainer.train` in a shell")
             raise ValueError(f"flags: --{shown} is for the command line; {instead}.")
     return found
 
 
 RUNS = "training"
-"""Below the output folder: a folder for each run."""
+"""The subfolder of the output folder that holds a folder for each run."""
 
 LARGEST = 10**9
 
 WIDER = ("batch_size", "dataset_repeat", "gradient_accumulation_steps", "lora_rank", "num_epochs")
-"""Flags whose widgets keep the range that they were published with; the trainer refuses what is above its own."""
+"""Flags whose widgets keep the range that they were published with; the trainer refuses larger values itself."""
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
 def widget(name: str, default: Any = None, tooltip: str = "") -> sockets.Declaration:
-    """The flag `name` of the trainer as a widget. What may be left out on the command line is 0 or empty here."""
+    """The flag `name` of the trainer as a widget. An optional flag that is not set is 0 or empty here."""
     options = FIELDS[name].metadata
     kind, optional = flag_type(FIELDS[name])
     value: Any = FIELDS[name].default if default is None else default
@@ -121,7 +121,7 @@ def widget(name: str, default: Any = None, tooltip: str = "") -> sockets.Declara
 
 
 def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the widgets' values that are flags; 0 or empty stands for none where a flag may be left out."""
+    """Those of the widgets' values that are flags; for optional flags 0 and empty become None."""
     found = {}
     for name, value in values.items():
         if name in FIELDS and value is not None:
@@ -133,7 +133,7 @@ def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
 def check_widgets(cls: type[Any], values: Mapping[str, Any]) -> None:
     """Raise ValueError when a value is outside of its widget's range or list.
 
-    ComfyUI leaves this to a node whose VALIDATE_INPUTS takes every input, and never checks values of links.
+    ComfyUI does not check the inputs of a node whose VALIDATE_INPUTS takes all of them, nor linked values.
     """
     declared = cls.INPUT_TYPES()
     for name, (kind, options) in {**declared["required"], **declared.get("optional", {})}.items():
@@ -156,7 +156,7 @@ def run_folder(name: str) -> Path:
     """The folder of the run called `name`.
 
     Raises:
-        ValueError: the name is none.
+        ValueError: it is not a valid name.
     """
     return host.current.output_dir().absolute() / RUNS / plain_name("name", name)
 
@@ -166,17 +166,8 @@ def image(pictures: Sequence[Image.Image]) -> Tensor:
     return frames_to_tensor(pictures)
 
 
-def true_or_message(check: Callable[[], object]) -> bool | str:
-    """What VALIDATE_INPUTS returns: True, or why `check` refuses."""
-    try:
-        check()
-    except ValueError as error:
-        return str(error)
-    return True
-
-
 CHECK_PATIENCE = 1.0
-"""Seconds that a check has to end by itself; it has nothing to save."""
+"""Seconds that a cancelled check has to end by itself; it has nothing to save."""
 
 EXAMPLE = "training_example"
 """Among the shipped assets."""
@@ -186,7 +177,7 @@ TINY = {"width": 64, "height": 48, "num_frames": 5, "dataset_repeat": 1, "fps": 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A data set that was found good: settings of the trainer, and a mark that changes with its files."""
+    """A checked data set: settings of the trainer, and a mark that changes with its files."""
 
     settings: Mapping[str, Any]
     mark: str
@@ -213,17 +204,21 @@ class TrainingDataNode:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         names = ", ".join(INPUTS)
-        side = "0 with 0 for the other side: clips keep sizes of their own."
+        side = "0 for both sides: each clip keeps its own size."
         return {
             "required": {
                 "folder": sockets.line(
                     EXAMPLE,
-                    "A folder in ComfyUI's input folder, or a path in one that its owner lets workflows read.",
+                    "A folder in ComfyUI's input folder, or a path that WANCORE_FOLDERS allows workflows to read.",
                 ),
                 "width": sockets.whole(832, 0, sockets.MAX_SIDE, f"Width to train at. {side}", step=sockets.SIDE),
                 "height": sockets.whole(480, 0, sockets.MAX_SIDE, f"Height to train at. {side}", step=sockets.SIDE),
                 "num_frames": sockets.whole(
-                    81, 1, 10001, "Frames of a clip, 4k + 1; pictures are clips of one.", step=sockets.FRAMES
+                    81,
+                    1,
+                    10001,
+                    "Frames of a clip (4k + 1 for Wan 2.1); pictures are clips of one.",
+                    step=sockets.FRAMES,
                 ),
             },
             "optional": {
@@ -232,7 +227,7 @@ class TrainingDataNode:
                 "fps": widget(
                     "fps",
                     float(DEFAULT_GEOMETRY.fps),
-                    "Bring clips to this frame rate; Wan knows 16. 0 takes frames as stored.",
+                    "Resample clips to this frame rate; Wan 2.1 was trained at 16. 0 takes frames as stored.",
                 ),
                 "frame_pick": widget("frame_pick"),
                 "short_clip": widget("short_clip"),
@@ -243,7 +238,7 @@ class TrainingDataNode:
 
     @classmethod
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Small clips."""
+        """Small and few clips."""
         return dict(TINY)
 
     @classmethod
@@ -268,26 +263,30 @@ class TrainingDataNode:
 
     @classmethod
     def VALIDATE_INPUTS(cls, **values: Any) -> bool | str:
-        return true_or_message(lambda: cls.settings(**values))
+        return sockets.true_or_message(lambda: cls.settings(**values))
 
     @classmethod
     def IS_CHANGED(cls, folder: str, **_: Any) -> str:
         return files_mark([places.data_folder(folder)])
 
     def check(self, **values: Any) -> dict[str, Any]:
+        def show_progress(event: Mapping[str, Any]) -> None:
+            if event["event"] == "checked":
+                host.current.show_progress("Checking", event["done"], event["total"])
+
         settings = self.settings(**values)
         mark = files_mark([Path(settings["dataset_base_path"])])
         with tempfile.TemporaryDirectory(prefix="wancore_", dir=host.current.temp_dir()) as work:
             folder = Path(work)
             load_settings(settings, {}).save_json(folder / "settings.json")
             words = ["--out", str(folder), "--config", str(folder / "settings.json")]
+            file = folder / "report.txt"
             launch = Launch(pack_command(host.PACK_FOLDER, "trainer.check", words), folder)
             try:
-                attend(launch, _show_check, host.current.check_cancelled, CHECK_PATIENCE)
+                supervise(launch, show_progress, host.current.check_cancelled, CHECK_PATIENCE)
             except ChildError as error:
-                told = folder / "report.txt"
-                raise ValueError(told.read_text(encoding="utf-8") if told.exists() else error.said) from error
-            report = (folder / "report.txt").read_text(encoding="utf-8")
+                raise ValueError(file.read_text(encoding="utf-8") if file.exists() else error.message) from error
+            report = file.read_text(encoding="utf-8")
             sheet = image(load_video(folder / "contact_sheet.png"))
         log.info("%s", report.strip())
         return {"ui": {"text": [report]}, "result": (TrainingData(settings, mark), report, sheet)}
@@ -303,8 +302,3 @@ def _metadata(folder: Path, name: str) -> Path:
     if found is None:
         raise ValueError(f"metadata: {name!r} is not in the folder of the data set; put the file there.")
     return found
-
-
-def _show_check(event: Mapping[str, Any]) -> None:
-    if event["event"] == "checked":
-        host.current.show_progress("Checking", event["done"], event["total"])

@@ -1,4 +1,4 @@
-"""One training run as the graph sees it: a folder, a process that works in it, and what is shown of that."""
+"""One training run in the graph: its folder, the process that works in it, and the display of its progress."""
 
 import contextlib
 import hashlib
@@ -22,30 +22,31 @@ from ..trainer.config import TrainConfig
 from ..trainer.run.chart import draw_chart
 from ..trainer.run.events import latest_steps, read_events, validation_points
 from . import host
-from .launcher import Event, Launch, attend, pack_command
+from .launcher import Event, Launch, pack_command, supervise
 
 SETTINGS, FINISHED = "request.json", "finished.json"
 MODULE = "trainer.supervised"
 PACKAGES = ("accelerate", "peft", "av", "matplotlib")
 SECONDS_BETWEEN_PICTURES = 2.0
-FAR = 86400
+MAX_ETA = 86400
+"""Seconds; longer estimates are not shown."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave: its newest files, how many of its steps are done, and a line that says so."""
+    """The result of a run: its newest files, the steps that are done, and a line that says so."""
 
     files: tuple[Path, ...]
     steps: int
     total: int
-    told: str
+    summary: str
 
 
 @dataclass(frozen=True)
 class Run:
     """A run in `folder` with `config`; `mark` changes when its data or models do.
 
-    Everything that it is stands in the folder, so that it is continued whoever asks for it again.
+    Its whole state is in the folder, so that running it again continues it.
     """
 
     folder: Path
@@ -60,20 +61,20 @@ class Run:
         return hashlib.sha256(settings.encode()).hexdigest()
 
     def finished(self) -> Outcome | None:
-        """The result of this very run, when it is there already."""
+        """The result, when a run with the same settings, data and models has finished in the folder."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
             found = read_json(self.folder / FINISHED)
             files = tuple(self.folder / name for name in found["files"])
             if found["identity"] == self.identity and all(file.is_file() for file in files):
-                told = f"Finished before, after {found['steps']} steps: {files[0]}"
-                return Outcome(files, found["steps"], found["steps"], told)
+                summary = f"Finished before, after {found['steps']} steps: {files[0]}"
+                return Outcome(files, found["steps"], found["steps"], summary)
         return None
 
     def execute(self, node_id: str | None = None) -> Outcome:
         """Train to the end, from where an earlier attempt stopped.
 
         Raises:
-            ChildError: it failed; the message is the trainer's own.
+            ChildError: the training failed; the message is the trainer's own.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         request = self.folder / SETTINGS
@@ -81,7 +82,7 @@ class Run:
         host.current.free_device()
         command = pack_command(host.PACK_FOLDER, MODULE, ["--config", str(request)], self.processes)
         launch = Launch(command, self.folder, self.environment)
-        attend(launch, Display(self.folder, node_id).take, host.current.check_cancelled)
+        supervise(launch, Display(self.folder, node_id).take, host.current.check_cancelled)
         outcome = self._outcome(launch.events)
         if outcome.steps >= outcome.total:
             finished = {"identity": self.identity, "files": [f.name for f in outcome.files], "steps": outcome.steps}
@@ -89,7 +90,7 @@ class Run:
                 with replacing(self.folder / FINISHED) as partial:
                     partial.write_text(json.dumps(finished), encoding="utf-8")
             except OSError as error:
-                log.warning("%s cannot be written (%s); queued again, the run is looked at again.", FINISHED, error)
+                log.warning("%s cannot be written (%s); when it is queued, the run will start again.", FINISHED, error)
         return outcome
 
     def _outcome(self, events: Path) -> Outcome:
@@ -121,7 +122,7 @@ def samples(folder: Path) -> list[Image.Image]:
 
 
 class Display:
-    """Shows the events of a run in the graph: a bar, a line of text, and pictures, in turn the loss and a sample."""
+    """Shows the events of a run in the graph: a bar, a line of text, and pictures of the loss and a sample in turn."""
 
     def __init__(self, folder: Path, node_id: str | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._node_id, self._clock = folder, node_id, clock
@@ -132,20 +133,20 @@ class Display:
         self._next_picture = 0.0
 
     def take(self, event: Event) -> None:
-        """Show one event; kinds that are not known are passed over."""
+        """Show one event; unknown kinds are ignored."""
         show = getattr(self, f"_on_{event['event']}", None)
         if show is not None:
             show(event)
 
-    def _say(self, line: str) -> None:
+    def _show_text(self, line: str) -> None:
         host.current.show_text(line, self._node_id)
 
     def _on_check(self, event: Event) -> None:
-        self._say(f"{event['good']} good rows, {len(event['bad'])} bad")
+        self._show_text(f"{event['good']} good rows, {len(event['bad'])} bad")
 
     def _on_cache(self, event: Event) -> None:
         host.current.show_progress("Encoding", event["done"], event["total"])
-        self._say(f"encoding {event['done']}/{event['total']}")
+        self._show_text(f"encoding {event['done']}/{event['total']}")
 
     def _on_step(self, event: Event) -> None:
         self._steps[event["step"]] = event
@@ -154,7 +155,7 @@ class Display:
             self._next_picture = self._clock() + SECONDS_BETWEEN_PICTURES
             picture = self._picture()
         host.current.show_progress("Training", event["step"], event["total"], picture)
-        self._say(step_line(event, self._held_out))
+        self._show_text(step_line(event, self._held_out))
 
     def _on_validation(self, event: Event) -> None:
         self._held_out[event["step"]] = event["loss"]
@@ -164,17 +165,17 @@ class Display:
 
     def _on_warning(self, event: Event) -> None:
         log.warning("%s", event["message"])
-        self._say(str(event["message"]))
+        self._show_text(str(event["message"]))
 
     def _on_waiting(self, event: Event) -> None:
-        self._say("waiting for an earlier process of this run to save and end")
+        self._show_text("waiting for an earlier process of this run to save and end")
 
     def _on_stopping(self, event: Event) -> None:
         log.info("Stopping: the training finishes its step and saves.")
-        self._say("stopping after this step; what is done is kept")
+        self._show_text("stopping after this step; what is done is kept")
 
     def _picture(self) -> Image.Image | None:
-        """The loss and the newest sample in turn; None when something about them fails, which is no reason to stop."""
+        """The loss and the newest sample in turn; None when drawing fails, which must not stop the run."""
         self._turn += 1
         try:
             if self._has_sample and self._turn % 2 == 0:
@@ -188,22 +189,24 @@ class Display:
 
 def step_line(event: Event, held_out: Mapping[int, float]) -> str:
     """A step in words, such as "step 120/2000  loss 0.0810 (held out 0.1120)  1.9 s/step  about 59 min left"."""
-    loss = "loss is no number" if event.get("loss") is None else f"loss {event['loss']:.4f}"
-    apart = f" (held out {held_out[max(held_out)]:.4f})" if held_out else ""
+    loss = "loss is not finite" if event.get("loss") is None else f"loss {event['loss']:.4f}"
+    held_out_loss = f" (held out {held_out[max(held_out)]:.4f})" if held_out else ""
     eta = event.get("eta")
-    left = "" if not eta or eta > FAR else f"  about {eta / 60:.0f} min left" if eta >= 100 else f"  {eta:.0f} s left"
-    return f"step {event['step']}/{event['total']}  {loss}{apart}  {event.get('seconds', 0):.1f} s/step{left}"
+    left = ""
+    if eta and eta <= MAX_ETA:
+        left = f"  about {eta / 60:.0f} min left" if eta >= 100 else f"  {eta:.0f} s left"
+    return f"step {event['step']}/{event['total']}  {loss}{held_out_loss}  {event.get('seconds', 0):.1f} s/step{left}"
 
 
 def files_mark(places: Sequence[Path]) -> str:
-    """Changes when a file, or one below a folder, gets another name, size or time."""
+    """A text that changes when a file, or one below a folder, gets another name, size or time."""
     files = (f for place in places for f in ([place] if place.is_file() else files_below(place)) if f.is_file())
     marks = [[str(f), (stat := f.stat()).st_size, stat.st_mtime_ns] for f in files]
     return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
 
 
 def require_packages(names: Sequence[str] = ()) -> None:
-    """Raise ValueError when this Python lacks one of `names`; without any, of what only training needs."""
+    """Raise ValueError when this Python lacks one of the packages `names`; without names, those for training."""
     missing = [name for name in names or PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -213,7 +216,7 @@ def require_packages(names: Sequence[str] = ()) -> None:
 
 
 def load_settings(values: Mapping[str, Any], typed: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of widgets, over which flags that were typed win.
+    """The configuration of widgets; flags that were typed override them.
 
     Raises:
         ValueError: a value cannot be used.

@@ -13,11 +13,11 @@ from wan_core.planning.modules import SizedModule
 from wan_core.runtime import log
 
 from . import planning, sockets
-from .conditioning import Tiled, at_work, tile_settings
+from .conditioning import Tiled, on_device, tile_settings
 
 
-def _fitted(frames: Tensor, geometry: Geometry) -> Tensor:
-    """`frames` (T, H, W, 3) cropped at the centre and cut to a size that the geometry has, with a notice."""
+def _crop(frames: Tensor, geometry: Geometry) -> Tensor:
+    """Crop `frames` (T, H, W, 3) at the centre, and drop last frames, to a size that the geometry has; log a notice."""
     length, height, width = frames.shape[:3]
     multiple = geometry.side_multiple
     top, left = height % multiple, width % multiple
@@ -26,7 +26,7 @@ def _fitted(frames: Tensor, geometry: Geometry) -> Tensor:
         raise ValueError(f"Images must be at least {multiple}x{multiple} pixels; got {width}x{height}.")
     if top or left or spare:
         log.warning(
-            "Encoding %dx%d, %d frames of a video of %dx%d, %d frames: sides are multiples of %d, lengths %s.",
+            "Encoding %dx%d, %d frames of a video of %dx%d, %d frames: sides are multiples of %d, lengths are %s.",
             width - left, height - top, length - spare, width, height, length, multiple, geometry.length_rule,
         )  # fmt: skip
     top, left = top // 2, left // 2
@@ -71,7 +71,7 @@ class VAEDecode(Tiled):
         samples = latent["samples"]
         geometry = vae.config.geometry
         latents = normalise(samples, geometry)
-        with at_work(vae, vae.dtype) as runtime:
+        with on_device(vae, vae.dtype) as runtime:
             pieces = decode_pieces(vae, latents, settings, runtime)
             return (pixels_to_frames(pieces, geometry.video_frames(latents.shape[2])),)
 
@@ -84,7 +84,7 @@ class VAEEncode(Tiled):
     DESCRIPTION = "Encode frames into video latents, to start a sampler from with denoise below 1."
     RETURN_TYPES = ("LATENT",)
     RETURN_NAMES = ("latent",)
-    OUTPUT_TOOLTIPS = ("Raw VAE latents, (1, 16, frames, height / 8, width / 8).",)
+    OUTPUT_TOOLTIPS = ("Raw VAE latents; for Wan 2.1 (1, 16, frames, height / 8, width / 8).",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -92,7 +92,8 @@ class VAEEncode(Tiled):
             "required": {
                 "vae": sockets.socket(sockets.VAE, "From the VAE loader."),
                 "images": sockets.socket(
-                    "IMAGE", "Frames; cropped to multiples of 16 pixels and cut to 4k + 1 frames."
+                    "IMAGE",
+                    "Frames; cropped to a size that the VAE has, for Wan 2.1 multiples of 16 pixels and 4k + 1 frames.",
                 ),
             },
             "optional": sockets.tile_inputs(),
@@ -109,7 +110,7 @@ class VAEEncode(Tiled):
         **tiles: Any,
     ) -> tuple[dict[str, Tensor]]:
         settings = tile_settings(**tiles)
-        pixels = frames_to_pixels(_fitted(images, vae.config.geometry))
-        with at_work(vae, vae.dtype) as runtime:
+        pixels = frames_to_pixels(_crop(images, vae.config.geometry))
+        with on_device(vae, vae.dtype) as runtime:
             latents = encode(vae, pixels, settings, runtime)
         return ({"samples": denormalise(latents, vae.config.geometry)},)

@@ -26,7 +26,7 @@ FILE = ROOT / "docs" / "training.md"
 
 
 def filled(text: str) -> str:
-    """`text` with each table between `<!-- NAME -->` and `<!-- end -->` made anew."""
+    """`text` with each table between `<!-- NAME -->` and `<!-- end -->` written again."""
     tables = {"flags": flags, "inputs": inputs, "optimizers": optimizers, "recipes": recipes, "reference": reference}
 
     def table(match: re.Match[str]) -> str:

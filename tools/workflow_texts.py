@@ -57,7 +57,7 @@ class TaskGraph:
     """How the workflows of one task are built.
 
     Attributes:
-        title, what: for its reader.
+        title, what: shown to the user.
         prompt: an example.
         inputs: from width, height and num_frames to the nodes between the prompt and the sampler.
         uses_image_encoder: whether one of these nodes takes the CLIP image encoder.
@@ -175,7 +175,7 @@ TASKS: Mapping[Task, TaskGraph] = {
     "camera": TaskGraph("Camera control", "A camera moves through a picture.", PROMPTS["camera"], _camera, True),
     "vace": TaskGraph(
         "VACE",
-        "A masked part of a video is drawn anew, with a reference image of what appears.",
+        "The masked part of a video is generated, guided by a reference image.",
         PROMPTS["vace"],
         _vace,
     ),

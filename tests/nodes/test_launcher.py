@@ -12,7 +12,7 @@ import pytest
 from tests.programs import wait_for
 from tests.trainer.runs import ROOT
 from wancore.nodes import launcher
-from wancore.nodes.launcher import ChildError, Launch, attend, pack_command
+from wancore.nodes.launcher import ChildError, Launch, pack_command, supervise
 
 SPEAK = """
 import json, sys, time
@@ -69,7 +69,7 @@ def test_events_are_passed_on_while_it_works(folder):
         seen.append(event["event"])
         (folder / "go").touch()
 
-    told = attend(child(folder, code), see, never)
+    told = supervise(child(folder, code), see, never)
     assert [event["event"] for event in told] == seen == ["step", "end"]
     assert "说话" in (folder / "log.txt").read_text(encoding="utf-8")
 
@@ -82,7 +82,7 @@ file = open("events.jsonl", "ab", buffering=0)
 file.write('{"event": "st'.encode()); time.sleep(0.6); file.write('ep", "name": "模型"}\\nno json\\n[1]\\n'.encode())
 file.write(b'\\xff\\xfe\\n{"event": "e\\xffnd"}\\n{"event": "cut')
 """
-    told = attend(child(folder, code), lambda event: None, never)
+    told = supervise(child(folder, code), lambda event: None, never)
     assert [event["event"] for event in told] == ["step", "e\ufffdnd"]
     assert told[0]["name"] == "模型"
 
@@ -93,7 +93,7 @@ file.write(b'\\xff\\xfe\\n{"event": "e\\xffnd"}\\n{"event": "cut')
         ("tell(event='error', message='The disk is full.'); sys.exit(1)", "The disk is full."),
         ("sys.stderr.buffer.write(b'caf\\xe9 \\xff'); sys.exit(2)", "caf\ufffd \ufffd"),
         ("raise RuntimeError('what happened')", "RuntimeError: what happened"),
-        ("import os; os.kill(os.getpid(), 9)", "It said nothing."),
+        ("import os; os.kill(os.getpid(), 9)", "It wrote no message."),
         ("print('x\\n' * 100 + 'last'); sys.exit(1)", "last"),
     ],
     ids=["event", "no text", "traceback", "killed", "long"],
@@ -102,7 +102,7 @@ def test_what_goes_wrong_is_told_with_the_place_of_the_log(folder, code, message
     folder.mkdir()
     (folder / "log.txt").write_text("an earlier run\n", encoding="utf-8")
     with pytest.raises(ChildError) as error:
-        attend(child(folder, code), lambda event: None, never)
+        supervise(child(folder, code), lambda event: None, never)
     assert message in str(error.value) and str(folder / "log.txt") in str(error.value)
     assert "an earlier run" not in str(error.value)
     assert len(str(error.value).splitlines()) <= launcher.TAIL + 2
@@ -116,7 +116,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(folder, name, make):
     folder.mkdir()
     make(folder / name)
     with pytest.raises(ValueError, match=rf"{name} must be a file"):
-        attend(child(folder, "open('started', 'w')"), lambda event: None, never)
+        supervise(child(folder, "open('started', 'w')"), lambda event: None, never)
     assert not (folder / "started").exists()
 
 
@@ -129,7 +129,9 @@ pathlib.Path("saved").touch()
 """
     seen = []
     with pytest.raises(Stop):
-        attend(child(folder, code), lambda e: seen.append(e["event"]), stopping(lambda: (folder / "log.txt").exists()))
+        supervise(
+            child(folder, code), lambda e: seen.append(e["event"]), stopping(lambda: (folder / "log.txt").exists())
+        )
     assert (folder / "saved").exists() and "stopping" in seen
 
 
@@ -146,7 +148,9 @@ def test_one_that_hangs_is_ended_with_all_that_it_started(folder, monkeypatch):
     monkeypatch.setattr(launcher, "GRACE", 0.5)
     pids = []
     with pytest.raises(Stop):
-        attend(child(folder, STUBBORN), lambda e: pids.extend(e.get("pids", ())), stopping(lambda: pids), patience=0.5)
+        supervise(
+            child(folder, STUBBORN), lambda e: pids.extend(e.get("pids", ())), stopping(lambda: pids), patience=0.5
+        )
     assert len(pids) == 2
     wait_for(lambda: all(map(gone, pids)))
 
@@ -155,13 +159,13 @@ def test_a_stop_that_nobody_obeyed_does_not_stop_the_next_run(folder):
     folder.mkdir()
     (folder / "stop").touch()
     code = "import pathlib; tell(event='end', stopped=pathlib.Path('stop').exists())"
-    assert [event["stopped"] for event in attend(child(folder, code), lambda event: None, never)] == [False]
+    assert [event["stopped"] for event in supervise(child(folder, code), lambda event: None, never)] == [False]
 
 
 def test_two_never_work_in_one_folder(folder):
     """The second waits for the first, also when whoever started the first is gone."""
     code = f"tell(event='begin')\n{WAIT}tell(event='done')"
-    first = threading.Thread(target=attend, args=(child(folder, code), lambda event: None, never))
+    first = threading.Thread(target=supervise, args=(child(folder, code), lambda event: None, never))
     first.start()
     wait_for((folder / "events.jsonl").exists)
     seen = []
@@ -170,7 +174,7 @@ def test_two_never_work_in_one_folder(folder):
         seen.append(event["event"])
         (folder / "go").touch()
 
-    attend(child(folder, code), see, never)
+    supervise(child(folder, code), see, never)
     first.join()
     assert seen[0] == "waiting" and seen[-2:] == ["begin", "done"]
     told = (folder / "events.jsonl").read_text().splitlines()
@@ -180,7 +184,7 @@ def test_two_never_work_in_one_folder(folder):
 def test_the_environment_is_one_for_training(folder, monkeypatch):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
     code = "import os; tell(event='e', a=os.environ['PYTORCH_CUDA_ALLOC_CONF'], b=os.environ['X'])"
-    (told,) = attend(child(folder, code, X="模 型"), lambda event: None, never)
+    (told,) = supervise(child(folder, code, X="模 型"), lambda event: None, never)
     assert (told["a"], told["b"]) == ("expandable_segments:True", "模 型")
 
 
@@ -205,6 +209,6 @@ def test_signals_do_not_reach_the_child(folder):
     """Ctrl-C in the terminal of ComfyUI is ComfyUI's; the child is in a group of its own."""
     seen = []
     code = "import os; tell(event='group', own=os.getpgid(0)); time.sleep(0.3)"
-    attend(child(folder, code), seen.append, never)
+    supervise(child(folder, code), seen.append, never)
     assert seen[0]["own"] != os.getpgid(0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

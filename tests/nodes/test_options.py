@@ -157,7 +157,7 @@ def test_two_samplers_give_what_one_gives(loaded):
     first = sampled(loaded, schedule=ScheduleSettings(end_step=2))
     rest = ScheduleSettings(start_step=2)
     assert torch.equal(sampled(loaded, schedule=rest, latent=first)["samples"], whole)
-    with pytest.raises(ValueError, match="ended at step 2; start_step is 3"):
+    with pytest.raises(ValueError, match="start_step is 3, but the sampler before ended at step 2"):
         sampled(loaded, schedule=ScheduleSettings(start_step=3), latent=first)
     changed = {**first, "samples": first["samples"] + 0.5}
     assert not torch.equal(sampled(loaded, schedule=rest, latent=changed)["samples"], whole)

@@ -179,7 +179,7 @@ def test_a_run_is_stopped_continued_and_finished(data, tmp_path, monkeypatch):
     assert load_file(weights)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "attend", None)
+        patch.setattr(training_run, "supervise", None)
         assert lora(data, max_steps=total, learning_rate=1e-3)[0] == weights
 
     with pytest.raises(ChildError, match="lora_rank was 4 and is 8") as error:
@@ -219,9 +219,9 @@ import sys
 from pathlib import Path
 from pack import register
 register()
-from wancore.nodes.launcher import Launch, attend, pack_command
+from wancore.nodes.launcher import Launch, supervise, pack_command
 words = ["--config", sys.argv[2]]
-attend(Launch(pack_command(Path(sys.argv[1]), "trainer.supervised", words), Path(sys.argv[3])), print, lambda: None)
+supervise(Launch(pack_command(Path(sys.argv[1]), "trainer.supervised", words), Path(sys.argv[3])), print, lambda: None)
 """
 
 

@@ -170,7 +170,7 @@ def test_model_lists_follow_links_as_comfyui_does(tmp_path):
     try:
         listed = host.current.list_files("loras")
         assert listed == ["a.safetensors", "d.safetensors", "nas/b.SAFETENSORS", "nas/deep/c.pt"]
-        assert all(host.current.find_file("loras", name).exists() for name in listed)
+        assert all(host.current.model_path("loras", name).exists() for name in listed)
     finally:
         host.configure()
 
