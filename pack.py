@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent
 NAME, LIBRARY = "wancore", "wan_core"
@@ -74,6 +75,15 @@ def command(module: str, words: Sequence[str]) -> int:
         )
         return 2
     return main(words)
+
+
+def run_file(file: str) -> NoReturn:
+    """End this process as the command whose module is `file`, with the words after it on the command line.
+
+    For files that are commands when Python runs them: they call this before their imports, which need the names above.
+    """
+    module = Path(file).resolve().relative_to(ROOT).with_suffix("")
+    sys.exit(command(".".join(module.parts), sys.argv[1:]))
 
 
 if __name__ == "__main__" and sys.argv[1] == "-m":

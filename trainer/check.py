@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from runpy import run_path
 
-if __name__ == "__main__":  # the imports below need the packages' names, which a file that is run does not know
-    pack = run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))
-    sys.exit(pack["command"]("trainer.check", sys.argv[1:]))
+if __name__ == "__main__":  # before the imports below, which need the names of the pack's packages
+    run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))["run_file"](__file__)
 
 import argparse
 import logging

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from runpy import run_path
 
-if __name__ == "__main__":  # the imports below need the packages' names, which a file that is run does not know
-    pack = run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))
-    sys.exit(pack["command"]("trainer.train", sys.argv[1:]))
+if __name__ == "__main__":  # before the imports below, which need the names of the pack's packages
+    run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))["run_file"](__file__)
 
 import logging
 import os
@@ -22,7 +21,6 @@ import torch
 from accelerate import Accelerator
 
 from wan_core.model_files import Offload
-from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.offload.quant import quantise
 from wan_core.runtime import OutOfMemoryError, Runtime
 
@@ -57,16 +55,16 @@ log = logging.getLogger("wancore")
 
 STATES = "states"
 LARGEST_EPOCH = 10**6
-"""Samples of rows that are repeated; their order is drawn as a whole."""
+"""Samples of an epoch with `--dataset_repeat`: one permutation of all of them is in memory."""
 WRONG_INPUT, FAILED = 2, 1
-"""Exit codes: nothing was begun because of something the user gave; something went wrong later."""
+"""Exit codes: the run could not begin because of its settings or files; it failed later."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: after how many of its steps, and whether it was stopped before the last.
+    """How a run ended: `steps` of its `total` steps are done.
 
-    A run that only encodes has none; one that was stopped has the rows for its total.
+    A run that only encodes data has no steps; when it was stopped, `total` is its number of rows.
     """
 
     steps: int
@@ -96,10 +94,10 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
 
 
 def train(config: TrainConfig) -> Result:
-    """Run `config` to its end, or to where someone stops it.
+    """Run `config` to its end, or until it is stopped.
 
     Raises:
-        ValueError: data, models or settings cannot be used; nothing was begun then.
+        ValueError: data, models or settings cannot be used; nothing was trained.
         NonFiniteError, OutOfMemoryError, LoadError, SaveError: see `loop`.
     """
     config = with_recorded_data(config)
@@ -115,7 +113,7 @@ def train(config: TrainConfig) -> Result:
         trackers = open_trackers(config, folder) if is_main else ()
         events = Events(folder / EVENTS if is_main else None, trackers, show=True)
         try:
-            with stop.listening():
+            with stop.on_signals():
                 result = Run(config, accelerator, events, stop).execute()
         except Exception as error:
             events.emit("error", message=str(error))
@@ -124,12 +122,12 @@ def train(config: TrainConfig) -> Result:
             events.close()
             accelerator.end_training()
         if result.stopped:
-            stop.obeyed()
+            stop.clear()
         return result
 
 
 class Run:
-    """A run from its data to its last save: `execute` is the order, the methods after it are its steps."""
+    """A run from its data to its last save: `execute` is the order, the other methods are its steps."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, events: Events, stop: StopRequest) -> None:
         self.config, self.accelerator, self.events, self.stop = config, accelerator, events, stop
@@ -142,19 +140,23 @@ class Run:
     def execute(self) -> Result:
         config, world = self.config, self.accelerator.num_processes
 
-        # Data and models are checked, from files and headers, before anything is encoded or loaded.
+        # Check data, then models, before anything is encoded or loaded. Data first: models may have to be downloaded.
         data = dataset.load(config)
-        rows, held_out = self._rows(data)
-        found = load.find(config)
-        if not found.config.geometry.matches(DEFAULT_GEOMETRY):
-            rows, held_out = self._rows(data, found.config.geometry)
+        checked = report.check(data, config)
+        try:
+            self._split(checked)
+            found = load.find(config)
+            checked = report.fit_to_geometry(checked, data, config, found.config.geometry)
+        finally:
+            self._show(checked)
+        rows, held_out = self._split(checked)
         encoders = Encoders(found, self.dtype, self.accelerator.device)
         cache = LatentCache(config.cache_folder) if config.caches else None
         everything = Examples((*rows, *held_out), found, encoders, config, cache)
         if config.task == "sft:data_process":
             return self._encode_only(everything)
 
-        # A run that was stopped goes on from its newest state.
+        # Continue a run that was stopped from its newest state.
         identity = run_identity(config, data.fingerprint, found.components)
         earlier = find_state(self.states, config, identity, world)
         done = self._step_of(earlier)
@@ -166,51 +168,52 @@ class Run:
         if earlier is not None and done >= plan.total:
             return self._nothing_left(earlier[1], plan.total)
 
-        # Encoders first, and gone before the model is loaded: the two need not fit into memory together.
+        # Encode everything and free the encoders before the model is loaded: both together may not fit into memory.
         if self._fill(everything):
             return self._stopped_encoding(done, plan.total)
-        watcher = self._watcher(examples, Examples(held_out, found, encoders, replace(config, dataset_repeat=1), cache))
+        clips = Examples(held_out, found, encoders, replace(config, dataset_repeat=1), cache)
+        evaluator = self._evaluator(examples, clips)
         trainables = self._trainables(found, encoders)
         if cache is not None:
             encoders.free()
 
-        # The model with its optimizer, in as many processes as there are.
-        settings, takes = self._needs(trainables, rows)
+        # Wrap the model and build its optimizer, in every process.
+        settings, needs = self._needs(trainables, rows)
         trained = Engine(self.accelerator, trainables, config)
-        watcher.engine = trained
+        evaluator.engine = trained
         if earlier is not None:
-            trained.restore(earlier[0])
+            trained.load_state(earlier[0])
         self.events.emit(
             "resume" if earlier else "start", step=done, total=plan.total, epochs=config.num_epochs, rows=len(rows),
-            held_out=len(held_out), processes=trained.world, memory=takes.device, disk=takes.saved,
+            held_out=len(held_out), processes=trained.world, memory=needs.device, disk=needs.saved,
         )  # fmt: skip
         if self.is_main:
             record_settings(config, self.folder / CONFIG)
 
-        # The steps; saves, exports and what is shown of the run happen between them.
+        # Train. Saves, validation and samples happen between steps.
         exporter = Exporter(config, trainables, run_id(identity))
-        saver = Saver(config, trained, exporter, self.states, self.events, takes.saved, identity, done)
-        loop = Loop(settings, trained, examples, plan, config.objective, saver, watcher, self.events, self.stop)
-        with trained.placed():
+        saver = Saver(config, trained, exporter, self.states, self.events, needs.saved, identity, done)
+        loop = Loop(settings, trained, examples, plan, config.objective, saver, evaluator, self.events, self.stop)
+        with trained.weights_on_device():
             result = Result(loop.run(done), plan.total)
-        return self._end(result, saver.saved, self._how_it_ended(result))
+        return self._end(result, saver.saved)
 
-    def _rows(
-        self, data: dataset.Dataset, geometry: Geometry = DEFAULT_GEOMETRY
-    ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-        """The rows to be trained, and those held out."""
-        config = self.config
-        checked = report.check(data, config, geometry=geometry)
+    def _show(self, checked: report.DatasetReport) -> None:
         if self.is_main:
             log.info("%s", checked)
             self.events.emit(
                 "check", good=len(checked.rows), bad=[str(bad) for bad in checked.bad], notices=checked.notices
             )
+
+    def _split(self, checked: report.DatasetReport) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+        """The rows to train on, and those held out for validation."""
+        config = self.config
         rows = checked.require(config.on_bad_sample)
         count = len(rows) - config.validation_clips
         if count < 1:
             raise ValueError(
-                f"--validation_clips {config.validation_clips} leaves nothing of {len(rows)} rows to train on."
+                f"--validation_clips {config.validation_clips} leaves nothing of {len(rows)} rows to train on; hold "
+                "out fewer."
             )
         samples = count * config.dataset_repeat
         if samples > max(count, LARGEST_EPOCH):
@@ -221,40 +224,41 @@ class Run:
         return rows[:count], rows[count:]
 
     def _fill(self, examples: Examples) -> bool:
-        """Fill the cache, each process a share of it; whether any of them was asked to stop meanwhile."""
+        """Fill the cache, each process its share. Returns whether any process was asked to stop meanwhile."""
         if examples.cache is None:
             return False
         index, world = self.accelerator.process_index, self.accelerator.num_processes
-        stops = self.stop.__bool__
-        examples.fill(index, world, lambda done, total: self.events.emit("cache", done=done, total=total), stops)
-        asked = torch.tensor(float(stops()), device=self.accelerator.device)
+        examples.fill(
+            index, world, lambda done, total: self.events.emit("cache", done=done, total=total), lambda: bool(self.stop)
+        )
+        asked = torch.tensor(float(bool(self.stop)), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum").item())
 
     def _step_of(self, earlier: tuple[Path, Progress] | None) -> int:
         """The steps that are done.
 
         Raises:
-            ValueError: processes would start from different steps, as on machines that share no folder.
+            ValueError: processes find different states, as on machines that do not share a folder.
         """
         done = 0 if earlier is None else earlier[1].step
         steps = self.accelerator.gather(torch.tensor([done], device=self.accelerator.device)).tolist()
         if len(set(steps)) > 1:
             raise ValueError(
-                f"The processes of this run find different saved states, after steps {steps}: --output_path has to be "
-                "a folder that all machines share."
+                f"The processes of this run find different saved states, after steps {steps}; --output_path must be a "
+                "folder that all machines share."
             )
         if earlier is not None and self.is_main:
             log.info("Continuing from %s, after step %d.", earlier[0], done)
         return done
 
-    def _watcher(self, examples: Examples, clips: Examples) -> Evaluator:
-        """What is shown between steps, encoded while the encoders are there; the engine is still to come."""
+    def _evaluator(self, examples: Examples, clips: Examples) -> Evaluator:
+        """The evaluator with its inputs, encoded while the encoders are loaded. Its engine is set later."""
         if self.is_main:
             try:
                 files = save_first_samples(examples, self.folder / FIRST_SAMPLES, self.runtime)
                 self.events.emit("first_samples", files=files)
             except (OSError, ValueError) as error:
-                log.warning("The first samples cannot be shown in %s (%s).", self.folder / FIRST_SAMPLES, error)
+                log.warning("The first samples cannot be written to %s (%s).", self.folder / FIRST_SAMPLES, error)
         validation = [clips.encode(clips.fixed(index), index) for index in range(len(clips.rows))]
         requests = sample_requests(examples, self.config)
         return Evaluator(self.config, examples.encoders, self.events, validation, requests)
@@ -263,22 +267,23 @@ class Run:
         trained = self.config.trainable_models
         device = torch.device("cpu") if self.config.streams else self.accelerator.device
         changes = load.changes_weights(self.config)
-        rest = Offload.on(device, weights="plain" if changes else "fp8" if self.config.fp8_base else "auto")
-        model = found.load_dit(self.dtype, rest)
+        # Weights that are changed first are quantised afterwards, so that each is rounded once.
+        weights = "plain" if changes else "fp8" if self.config.fp8_base else "auto"
+        model = found.load_dit(self.dtype, Offload.on(device, weights=weights))
         if changes:
-            load.start(model, self.config)
+            load.change_weights(model, self.config)
             if self.config.fp8_base:
                 quantise(model.dit)
         text_encoder = encoders.text if "text_encoder" in trained else None
         return trainable.prepare(model, self.config, text_encoder, encoders.vae if "vae" in trained else None)
 
     def _needs(self, trainables: Trainables, rows: Sequence[Row]) -> tuple[TrainConfig, Estimate]:
-        """What the run takes, said before anything is done with it, and the settings with what "auto" comes to.
+        """Estimate and log the memory and disk that the run needs. Also returns the settings with "auto" resolved.
 
-        Activations are counted where they have to fit beside weights: on a card.
+        Activations are counted on a card only: there they have to fit beside the weights.
 
         Raises:
-            OSError: the disk has no room for one save.
+            OSError: the disk has no space for one save.
         """
         config, memory = self.config, Estimator(trainables, (_latent_shape(row) for row in rows))
         counts = self.accelerator.device.type != "cpu"
@@ -316,28 +321,26 @@ class Run:
         )  # fmt: skip
 
     def _nothing_left(self, progress: Progress, total: int) -> Result:
-        """The end of a run that has no steps left."""
+        """The end of a run whose steps are all done already."""
         now = self.config.resolved()
         changed = [
             n for n in FREE_SETTINGS - LOCATION_SETTINGS if n in progress.config and progress.config[n] != now[n]
         ]
-        others = f" ({', '.join(sorted(changed))} changed, which no step is left to use)" if changed else ""
+        others = f" (changed without effect: {', '.join(sorted(changed))})" if changed else ""
         return self._end(
             Result(progress.step, total), progress.step,
-            f"Nothing was trained: the run in {self.folder} had its {progress.step} steps before{others}. Raise "
+            f"Nothing was trained: the run in {self.folder} has all of its {progress.step} steps{others}. Raise "
             "--num_epochs or --max_steps to train longer, or choose another --output_path for another run.",
             logging.WARNING,
         )  # fmt: skip
 
-    def _how_it_ended(self, result: Result) -> str:
+    def _end(self, result: Result, saved: int, text: str = "", level: int = logging.INFO) -> Result:
+        """Log the end and return `result`. `saved` is the step of the last save."""
+        usual = f"Finished after {result.steps} steps; everything is in {self.folder}."
         if result.stopped:
-            return f"Stopped after step {result.steps} of {result.total}. Start the same command again to continue."
-        return f"Finished after {result.steps} steps; everything is in {self.folder}."
-
-    def _end(self, result: Result, saved: int, text: str, level: int = logging.INFO) -> Result:
-        """`result`, after it was logged; `saved` is the step of the last save."""
+            usual = f"Stopped after step {result.steps} of {result.total}. Start the same command again to continue."
         if self.is_main:
-            log.log(level, "%s", text)
+            log.log(level, "%s", text or usual)
         self.events.emit("end", step=result.steps, total=result.total, stopped=result.stopped, saved=saved)
         return result
 

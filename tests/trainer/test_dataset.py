@@ -136,7 +136,7 @@ DEFECTS = {
     "a control of another shape": ({"control_video": "square.mp4"}, "32x32, the clip 64x32"),
     "a reference that is none": ({"reference_image": "broken.mp4"}, "reference_image: .* cannot be read"),
     "two references": ({"reference_image": ["picture.png", "clip.mp4"]}, "holds 2 files; it takes one"),
-    "no number": ({"motion_bucket_id": "fast"}, "'fast', which is no number"),
+    "no number": ({"motion_bucket_id": "fast"}, "'fast'; it must be a number"),
     "a number out of range": ({"motion_bucket_id": 101}, "from 0 to 100"),
     "not a number at all": ({"motion_bucket_id": float("nan")}, "motion_bucket_id is empty"),
     "an unknown direction": ({"camera_control_direction": "Sideways"}, "Left"),

@@ -101,11 +101,11 @@ def test_a_tracker_that_is_not_installed_is_an_error_that_names_it(tmp_path, mon
 
 
 def test_pace_is_the_median_of_the_last_steps():
-    pace = StepTimer()
-    assert pace.left(3) != pace.left(3)
+    timer = StepTimer()
+    assert timer.remaining(3) != timer.remaining(3)
     for seconds in (100.0, 2.0, 2.0, 2.0):
-        pace.add(seconds)
-    assert pace.left(5) == 10
+        timer.add(seconds)
+    assert timer.remaining(5) == 10
 
 
 def test_tensorboard_reads_what_is_written(tmp_path):

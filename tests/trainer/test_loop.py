@@ -236,9 +236,9 @@ def test_a_device_that_is_too_small_is_told_what_helps(shared, tmp_path, monkeyp
 
 def test_a_file_that_goes_bad_is_named_and_the_run_saved_before(shared, tmp_path):
     data = tmp_path / "data"
-    shutil.copytree(shared / "data", data)
     out = tmp_path / "out"
     settings = config(shared, out, cache="off", dataset_base_path=str(data))
+    shutil.copytree(shared / "data", data)
 
     class Spoil(loop_module.Evaluator):
         def after_step(self, step, is_last):

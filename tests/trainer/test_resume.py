@@ -271,7 +271,7 @@ def test_what_is_only_shown_costs_no_training(shared, tmp_path, caplog):
     (tmp_path / "first_samples").write_text("in the way")
     (tmp_path / "loss.png").mkdir()
     assert run(config(shared, tmp_path)).steps == 4
-    assert "first samples cannot be shown" in caplog.text and "loss chart cannot be written" in caplog.text
+    assert "first samples cannot be written" in caplog.text and "loss chart cannot be written" in caplog.text
 
 
 def test_nothing_of_an_older_run_is_overwritten(shared, tmp_path):

@@ -16,7 +16,7 @@ from .clips import ALIGNED_KINDS, INPUTS, ExtraInput, frames_at_rate, native_siz
 from .dataset import MOST_NAMED, Dataset, Sample
 
 ASPECT_TOLERANCE = 0.02
-"""How far the shape of a control clip may be from that of the clip that it belongs to."""
+"""How far the aspect ratio of a control clip may be from that of its target, relative."""
 
 THREADS = 8
 SHOWN_ROWS = 3
@@ -34,8 +34,8 @@ class Row:
         sample: the row of the metadata.
         target: the clip that is trained.
         clips: the clips and pictures of each input's column.
-        size: what it is brought to.
-        count: how many frames the target has at the frame rate of the run.
+        size: the size that it is brought to.
+        count: frames of the target at the frame rate of the run.
     """
 
     sample: Sample
@@ -71,10 +71,36 @@ class BadRow:
 
 
 @dataclass(frozen=True)
+class OpenedSample:
+    """A sample whose files were opened.
+
+    Attributes:
+        sample: the row of the metadata.
+        target: the clip that is trained; None when it is missing or damaged.
+        clips: the clips and pictures of each input's column.
+        problems: what is wrong with its files and cells.
+    """
+
+    sample: Sample
+    target: Clip | None
+    clips: Mapping[str, tuple[Clip, ...]]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class DatasetReport:
-    """What the check found. As text it is what a user is shown."""
+    """What the check found. `str` of it is the text that users see.
+
+    Attributes:
+        source: the metadata file, or the folder.
+        opened: every sample, to be sized for another model without opening its files again.
+        rows, bad: the samples that can be trained, and those that cannot.
+        problems: what is wrong with the data set as a whole.
+        notices: what users should know about the good rows.
+    """
 
     source: Path
+    opened: tuple[OpenedSample, ...]
     rows: tuple[Row, ...]
     bad: tuple[BadRow, ...]
     problems: tuple[str, ...]
@@ -82,8 +108,8 @@ class DatasetReport:
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.rows)} good rows, {len(self.bad)} bad."]
-        lines += [f"  {problem}" for problem in self.problems]
-        lines += [f"  {bad}" for bad in self.bad]
+        lines += [f"  Problem: {problem}" for problem in self.problems]
+        lines += [f"  Bad {bad}" for bad in self.bad]
         lines += [f"  Note: {notice}" for notice in self.notices]
         lines += [f"  For example {row}" for row in self.rows[:SHOWN_ROWS]]
         return "\n".join(lines)
@@ -101,86 +127,135 @@ class DatasetReport:
         return self.rows
 
 
+@dataclass(frozen=True)
+class SizeRule:
+    """The size that clips are brought to.
+
+    Attributes:
+        fixed: one for all; None when each clip keeps its own.
+        longest: frames of a clip that is long enough.
+        geometry: of the model.
+    """
+
+    fixed: VideoSize | None
+    longest: int
+    geometry: Geometry
+    config: TrainConfig
+
+    @classmethod
+    def of(cls, config: TrainConfig, geometry: Geometry) -> "SizeRule":
+        if config.size is None:
+            return cls(None, usable_frames(config.clip_frames, config.clip_frames, geometry), geometry, config)
+        fixed = VideoSize.rounded(**config.size.as_dict(), geometry=geometry)
+        return cls(fixed, fixed.num_frames, geometry, config)
+
+    def size(self, clip: Clip, count: int) -> VideoSize:
+        """The size of `clip`, which has `count` frames at the frame rate of the run.
+
+        Raises:
+            MediaError: it is too short.
+        """
+        frames = 1 if clip.fps is None else self.longest
+        if count < frames:
+            if self.config.short_clip == "error":
+                rate = f" at {self.config.fps:g} fps" if self.config.fps else ""
+                raise MediaError(
+                    f"it has {count} frames{rate}, fewer than the {frames} wanted; use longer clips, a smaller "
+                    "--num_frames, or --short_clip trim"
+                )
+            frames = usable_frames(count, frames, self.geometry)
+        own = native_size(clip.width, clip.height, self.config.max_pixels, self.geometry)
+        width, height = (self.fixed.width, self.fixed.height) if self.fixed else own
+        return VideoSize(width, height, frames, self.geometry)
+
+
 def check(
-    dataset: Dataset,
-    config: TrainConfig,
-    on_progress: Callable[[int, int], None] | None = None,
-    geometry: Geometry = DEFAULT_GEOMETRY,
+    dataset: Dataset, config: TrainConfig, on_progress: Callable[[int, int], None] | None = None
 ) -> DatasetReport:
     """Open every file of `dataset` and see whether the run that `config` describes can train it.
 
+    Sizes are those of Wan 2.1's geometry, because no model is known yet; see `fit_to_geometry`.
+
     Args:
         on_progress: called as (done, total) rows.
-        geometry: of the model, once that is known; sizes are rounded to it.
     """
-    fixed = config.size and VideoSize.rounded(**config.size.as_dict(), geometry=geometry)
-    rows: list[Row] = []
-    bad: list[BadRow] = []
+    rule = SizeRule.of(config, DEFAULT_GEOMETRY)
+
+    def open_and_fit(sample: Sample) -> tuple[OpenedSample, Row | BadRow]:
+        opened = _open(sample, config)
+        return opened, _fit(opened, rule)
+
+    opened, results = [], []
     with ThreadPoolExecutor(THREADS) as pool:
-        results = pool.map(lambda sample: _checked(sample, config, fixed, geometry), dataset.samples)
-        for done, result in enumerate(results, 1):
-            if isinstance(result, Row):
-                rows.append(result)
-            else:
-                bad.append(result)
+        for one, result in pool.map(open_and_fit, dataset.samples):
+            opened.append(one)
+            results.append(result)
             if on_progress is not None:
-                on_progress(done, len(dataset.samples))
+                on_progress(len(opened), len(dataset.samples))
+    return _report(dataset, rule, opened, results)
+
+
+def fit_to_geometry(report: DatasetReport, dataset: Dataset, config: TrainConfig, geometry: Geometry) -> DatasetReport:
+    """`report` of `check` with the sizes that a model of `geometry` trains."""
+    if geometry.matches(DEFAULT_GEOMETRY):
+        return report
+    rule = SizeRule.of(config, geometry)
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = list(pool.map(lambda opened: _fit(opened, rule), report.opened))
+    return _report(dataset, rule, report.opened, results)
+
+
+def _report(
+    dataset: Dataset, rule: SizeRule, opened: Sequence[OpenedSample], results: Sequence[Row | BadRow]
+) -> DatasetReport:
+    rows = tuple(result for result in results if isinstance(result, Row))
+    bad = tuple(result for result in results if isinstance(result, BadRow))
     return DatasetReport(
-        dataset.source, tuple(rows), tuple(bad), dataset.problems, tuple(_notices(rows, dataset, config))
+        dataset.source, tuple(opened), rows, bad, dataset.problems, tuple(_notices(rows, dataset, rule))
     )
 
 
-def _checked(sample: Sample, config: TrainConfig, fixed: VideoSize | None, geometry: Geometry) -> Row | BadRow:
-    reasons = list(sample.problems)
+def _open(sample: Sample, config: TrainConfig) -> OpenedSample:
+    problems = list(sample.problems)
     target: Clip | None = None
-    size: VideoSize | None = None
-    count = 0
     clips: dict[str, tuple[Clip, ...]] = {}
     if sample.target is not None:
         try:
             target = probe(sample.target)
-            count = len(frames_at_rate(target, config.fps))
-            size = _size(target, count, config, fixed, geometry)
-            check_frame(target, _last_frame(target, count, size, config))
         except MediaError as error:
-            reasons.append(str(error))
-            target = None
+            problems.append(str(error))
     for name in config.extra_inputs:
         row = INPUTS[name]
         try:
             if row.is_file:
                 clips[name] = _input_files(row, sample.files[name])
-                if row.kind in ALIGNED_KINDS and target is not None and size is not None:
-                    _check_aligned(row, clips[name][0], target, count, size, config)
             elif row.column is not None:
                 _check_value(row, sample.values.get(name))
         except ValueError as error:
-            reasons.append(str(error))
-    if reasons or target is None or size is None:
-        return BadRow(sample, tuple(reasons))
-    return Row(sample, target, clips, size, count)
+            problems.append(str(error))
+    return OpenedSample(sample, target, clips, tuple(problems))
 
 
-def _size(clip: Clip, count: int, config: TrainConfig, fixed: VideoSize | None, geometry: Geometry) -> VideoSize:
-    """What the target is brought to.
-
-    Raises:
-        MediaError: it is too short.
-    """
-    longest = fixed.num_frames if fixed else usable_frames(config.clip_frames, config.clip_frames, geometry)
-    wanted = 1 if clip.fps is None else longest
-    if count < wanted:
-        if config.short_clip == "error":
-            rate = f" at {config.fps:g} fps" if config.fps else ""
-            raise MediaError(f"it has {count} frames{rate}, fewer than the {wanted} wanted; --short_clip trim shortens")
-        wanted = usable_frames(count, wanted, geometry)
-    own = native_size(clip.width, clip.height, config.max_pixels, geometry)
-    width, height = (fixed.width, fixed.height) if fixed else own
-    return VideoSize(width, height, wanted, geometry)
-
-
-def _last_frame(clip: Clip, count: int, size: VideoSize, config: TrainConfig) -> int:
-    return frames_at_rate(clip, config.fps)[max(pick_frames(count, size.num_frames, config.frame_pick))]
+def _fit(opened: OpenedSample, rule: SizeRule) -> Row | BadRow:
+    """The row with its size, after a look at the last frame that is trained."""
+    target, config, problems = opened.target, rule.config, list(opened.problems)
+    if target is None:
+        return BadRow(opened.sample, tuple(problems))
+    indices = frames_at_rate(target, config.fps)
+    try:
+        size = rule.size(target, len(indices))
+        check_frame(target, indices[max(pick_frames(len(indices), size.num_frames, config.frame_pick))])
+    except MediaError as error:
+        return BadRow(opened.sample, (*problems, str(error)))
+    for name, clips in opened.clips.items():
+        if INPUTS[name].kind in ALIGNED_KINDS:
+            try:
+                _check_aligned(INPUTS[name], clips[0], target, len(indices), size, config)
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        return BadRow(opened.sample, tuple(problems))
+    return Row(opened.sample, target, opened.clips, size, len(indices))
 
 
 def _input_files(row: ExtraInput, paths: Sequence[Path]) -> tuple[Clip, ...]:
@@ -215,7 +290,7 @@ def _check_aligned(row: ExtraInput, clip: Clip, target: Clip, count: int, size: 
     if abs(shapes[0] / shapes[1] - 1) > ASPECT_TOLERANCE:
         raise ValueError(
             f"{row.name} ({clip.path.name}) is {clip.width}x{clip.height}, the clip {target.width}x{target.height}: "
-            "they are cropped alike, and must have one shape"
+            "both are cropped in the same way, so their aspect ratios must be equal"
         )
 
 
@@ -232,12 +307,13 @@ def _check_value(row: ExtraInput, text: str | None) -> None:
     try:
         value = float(text)
     except ValueError:
-        raise ValueError(f"{row.name} is {text!r}, which is no number") from None
+        raise ValueError(f"{row.name} is {text!r}; it must be a number") from None
     if not row.low <= value <= row.high or value in (float("inf"), float("-inf")):
         raise ValueError(f"{row.name} is {text}; it must be from {row.low:g} to {row.high:g}")
 
 
-def _notices(rows: Sequence[Row], dataset: Dataset, config: TrainConfig) -> Iterator[str]:
+def _notices(rows: Sequence[Row], dataset: Dataset, rule: SizeRule) -> Iterator[str]:
+    config = rule.config
     if dataset.left_out:
         named, more = dataset.left_out[:MOST_NAMED], len(dataset.left_out) - MOST_NAMED
         yield f"left out: {'; '.join(named)}" + (f"; and {more} more" if more > 0 else "")
@@ -250,21 +326,20 @@ def _notices(rows: Sequence[Row], dataset: Dataset, config: TrainConfig) -> Iter
         listed = ", ".join(f"{n} at {rate:g}" for rate, n in sorted(strange.items()))
         yield (
             f"clips that are not at {FPS} frames per second ({listed}) are used frame by frame, so that their motion "
-            f"is learned slower or faster than it is; --fps {FPS} brings them to Wan's rate"
+            f"is learned too slow or too fast; --fps {FPS} brings them to Wan's rate"
         )
     pictures = sum(row.target.fps is None for row in rows)
     if 0 < pictures < len(rows):
         yield f"pictures among the rows: {pictures}, each a clip of one frame"
-    shorter = sum(row.size.num_frames < config.clip_frames for row in rows if row.target.fps)
+    shorter = sum(row.size.num_frames < rule.longest for row in rows if row.target.fps)
     if shorter:
-        rule = DEFAULT_GEOMETRY.length_rule
-        yield f"clips shorter than {config.clip_frames} frames, trimmed to the largest {rule}: {shorter}"
+        yield f"clips shorter than {rule.longest} frames, trimmed to the largest {rule.geometry.length_rule}: {shorter}"
     cropped = sum(
         abs(row.target.width * row.size.height / (row.target.height * row.size.width) - 1) > ASPECT_TOLERANCE
         for row in rows
     )
     if cropped:
-        yield f"clips of another shape than they are trained in, cropped at their sides: {cropped}"
+        yield f"clips of another aspect ratio than they are trained in, cropped at their sides: {cropped}"
     sizes = Counter(row.size for row in rows)
     if len(sizes) > 1:
         listed = ", ".join(f"{n} of {size}" for size, n in sizes.items())

@@ -1,5 +1,7 @@
-"""Weights, gradients and optimizer state that processes share among them, by FSDP or DeepSpeed: set up so that a step
-computes what it does in one process, and saved in parts, of which each process writes its own."""
+"""Sharded training by FSDP or DeepSpeed: each process holds a part of the weights, gradients or optimizer state.
+
+A step computes the same as in one process. In a state each process writes its own part.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed.checkpoint as checkpoint
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -23,13 +25,13 @@ from ..config import TrainConfig
 from .trainable import Trainables
 
 TAG = "deepspeed"
-"""The folder of DeepSpeed's parts within a state."""
+"""The folder of DeepSpeed's files within a state."""
 
 
 class ShardedModel(Protocol):
-    """A model and its optimizer of which a process holds a share. Every process must call each of these."""
+    """A model and its optimizer of which each process holds a part. Every process must call each of these."""
 
-    def whole(self) -> dict[str, Tensor]:
+    def full_weights(self) -> dict[str, Tensor]:
         """The trained tensors in float32 on the CPU, by name; complete in the main process only."""
 
     def save(self, folder: Path) -> None:
@@ -54,10 +56,10 @@ def check(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def set_up(accelerator: Accelerator, trainables: Trainables, config: TrainConfig) -> None:
-    """Tell FSDP or DeepSpeed what they must know of the run before the model is given to them."""
+    """Configure FSDP or DeepSpeed for this run, before accelerate wraps the model."""
     if accelerator.distributed_type not in SHARDED_MODELS:
         return
-    # For models that are whole in each process accelerate does so itself.
+    # accelerate adds autocast itself only where each process holds the complete model.
     bf16 = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
     trainables.module.forward = bf16(trainables.module.forward)  # type: ignore[method-assign]  # as accelerate does
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -65,7 +67,7 @@ def set_up(accelerator: Accelerator, trainables: Trainables, config: TrainConfig
 
         plugin = accelerator.state.fsdp_plugin
         plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in trainables.module.blocks})
-        # Its own mixed precision would round latents, noise and timesteps; autocast does not.
+        # FSDP's own mixed precision would round latents, noise and timesteps on their way in; autocast does not.
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
     else:
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
@@ -76,21 +78,21 @@ def set_up(accelerator: Accelerator, trainables: Trainables, config: TrainConfig
 
 
 def sharded_model(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> ShardedModel | None:
-    """How `model` and `optimizer`, as `accelerator` prepared them, are saved; None when every process holds all."""
+    """How `model` and `optimizer`, as `accelerator` prepared them, are saved. None when every process holds all."""
     kind = SHARDED_MODELS.get(accelerator.distributed_type)
     return None if kind is None else kind(model, optimizer)
 
 
 @dataclass(frozen=True, eq=False)
 class FSDPModel:
-    """FSDP: `model` and `optimizer` hold a share of each tensor."""
+    """FSDP: `model` and `optimizer` hold a part of each tensor."""
 
     model: nn.Module
     optimizer: Any
 
     TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
-    def whole(self) -> dict[str, Tensor]:
+    def full_weights(self) -> dict[str, Tensor]:
         options = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(self.model, options=options)
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -101,9 +103,9 @@ class FSDPModel:
             OSError: a process could not write its part.
         """
         try:
-            checkpoint.save(self._parts(), checkpoint_id=folder)
-        except checkpoint.CheckpointException as error:
-            raise OSError(f"a part of the state could not be written ({error})") from error
+            dcp.save(self._parts(), checkpoint_id=folder)
+        except dcp.CheckpointException as error:
+            raise OSError(f"a process could not write its part of the state ({error})") from error
 
     def load(self, folder: Path) -> None:
         """
@@ -112,8 +114,8 @@ class FSDPModel:
         """
         parts = self._parts()
         try:
-            checkpoint.load(parts, checkpoint_id=folder)
-        except checkpoint.CheckpointException as error:
+            dcp.load(parts, checkpoint_id=folder)
+        except dcp.CheckpointException as error:
             raise ValueError(f"The state {folder} does not fit this run ({error}).") from error
         set_model_state_dict(self.model, parts["weights"], options=self.TRAINED)
         set_optimizer_state_dict(self.model, self._plain, parts["optimizer"], options=self.TRAINED)
@@ -136,7 +138,7 @@ class DeepSpeedModel:
     model: Any
     optimizer: Any
 
-    def whole(self) -> dict[str, Tensor]:
+    def full_weights(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         trained = ((name, p) for name, p in self.model.module.named_parameters() if p.requires_grad)
@@ -159,4 +161,4 @@ SHARDED_MODELS: dict[DistributedType, Callable[[Any, Any], ShardedModel]] = {
     DistributedType.FSDP: FSDPModel,
     DistributedType.DEEPSPEED: DeepSpeedModel,
 }
-"""Ways to run in which a process holds only a share of the weights or the optimizer's state."""
+"""By the kind of distribution in which a process does not hold everything."""

@@ -3,14 +3,13 @@ FSDP."""
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch import Tensor, nn
+from torch import Tensor
 
 from wan_core.files import errors_from
 from wan_core.offload.streaming import BlockStream
@@ -26,11 +25,11 @@ from .state import StateError, read_weights_and_optimizer, write_weights_and_opt
 log = logging.getLogger("wancore")
 
 PATIENCE = timedelta(hours=12)
-"""How long processes wait for each other; encoding a large data set takes them different times."""
+"""How long processes wait for each other: their shares of a large data set take different times to encode."""
 
 
 def start(config: TrainConfig) -> Accelerator:
-    """The processes of this run.
+    """Join the processes of this run.
 
     Raises:
         ValueError: they cannot do what `config` asks for.
@@ -50,7 +49,7 @@ def start(config: TrainConfig) -> Accelerator:
 
 
 def build_optimizer(config: TrainConfig, trainables: Trainables) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, over everything that is trained.
+    """The optimizer that `config` names, for everything that is trained.
 
     Raises:
         ValueError: its package is not installed, or it does not take these arguments.
@@ -59,7 +58,7 @@ def build_optimizer(config: TrainConfig, trainables: Trainables) -> torch.optim.
     try:
         return cls(trainables.groups(config.weight_decay), lr=config.learning_rate, **(config.optimizer_args or {}))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{config.optimizer} refuses its settings ({error}); see --optimizer_args.") from error
+        raise ValueError(f"{config.optimizer} does not take its arguments ({error}); see --optimizer_args.") from error
 
 
 class Engine:
@@ -73,8 +72,10 @@ class Engine:
         """
         self.accelerator, self.trainables, self.config = accelerator, trainables, config
         self.stream: BlockStream | None = None
-        moved = trainables.parameters().values() if config.streams else trainables.module.parameters()
-        for tensor in (*moved, *(() if config.streams else trainables.module.buffers())):
+        # Streamed frozen weights stay in host memory, see `weights_on_device`.
+        module = trainables.module
+        moved = trainables.parameters().values() if config.streams else (*module.parameters(), *module.buffers())
+        for tensor in moved:
             tensor.data = tensor.data.to(accelerator.device)
         trainables.module.train()
         sharding.set_up(accelerator, trainables, config)
@@ -86,12 +87,10 @@ class Engine:
         self._checked = False
 
     @contextmanager
-    def placed(self) -> Iterator[None]:
-        """Frozen weights on the device inside the block.
-
-        Blocks of the DiT that `--vram_limit` has no room for are copied there when they are needed.
-        """
+    def weights_on_device(self) -> Iterator[None]:
+        """Frozen weights on the device inside the block; what `--vram_limit` excludes is streamed there by block."""
         if not self.config.streams:
+            # Marked as in use where they are, so that sampling between steps neither moves nor copies them.
             with WeightProvider.of(self.trainables.model.dit).held():
                 yield
             return
@@ -121,41 +120,46 @@ class Engine:
 
     @contextmanager
     def accumulating(self, is_last: bool) -> Iterator[None]:
-        """Around one forward and backward pass; the last one of a step brings the processes' gradients together."""
+        """Around one forward and backward pass. Processes exchange gradients in the last one of a step only."""
         self.accelerator.sync_gradients = is_last
         with nullcontext() if is_last else self.accelerator.no_sync(self.model):
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of this process's share of the step's mean loss.
-
-        Processes average their gradients and `accelerate` divides by the accumulation steps; both are undone here, as
-        the share is divided by the number of samples of the whole step already.
-        """
+        """Add the gradients of this process's share of the step's mean loss."""
+        # The loss is divided by all samples of the step already. The factors undo two further divisions: processes
+        # average their gradients, and accelerate divides by the accumulation steps.
         self.accelerator.backward(loss * self.world * self.config.gradient_accumulation_steps)
 
-    def clip(self) -> float:
-        """Limit the gradient's norm and return what it was."""
-        if not self._checked:
-            self._warn_of_unused()
+    def clip_gradients(self) -> float:
+        """Limit the gradient's norm to `--clip_norm` and return the norm before."""
+        if not self._checked and not self.is_sharded:
+            unused = [name for name, p in self.trainables.parameters().items() if p.grad is None]
+            if unused:
+                log.warning("%d parameters got no gradient in the first step, such as %s.", len(unused), unused[0])
+        self._checked = True
         limit = self.config.clip_norm or float("inf")
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         return 0.0 if norm is None else float(norm)
 
     def update(self) -> None:
-        """One step of the optimizer; the gradients are then gone."""
+        """One step of the optimizer. Frees the gradients."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _warn_of_unused(self) -> None:
-        self._checked = True
-        unused = [name for name, p in self.trainables.parameters().items() if p.grad is None]
-        if unused and not self.is_sharded:
-            log.warning("The first step reached no gradient for %d parameters, such as %s.", len(unused), unused[0])
-
-    def evaluating(self) -> AbstractContextManager[None]:
-        """Around validation and sampling: no dropout, and the weights that an optimizer wants to be judged by."""
-        return _evaluating(self.trainables.module, self.optimizer, self.accelerator.autocast())
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around validation, sampling and saving: no gradients and no dropout."""
+        module, optimizer = self.trainables.module, self.optimizer
+        module.eval()
+        # Schedule-free optimizers keep averaged weights for evaluation and others for training.
+        optimizer.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield
+        finally:
+            optimizer.train()
+            module.train()
 
     def sum(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, "sum")
@@ -165,27 +169,27 @@ class Engine:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def gather(self, values: Tensor) -> tuple[float, ...]:
-        """The values of all processes, which have equally many."""
+        """The values of all processes, which must have the same number each."""
         return tuple(self.accelerator.gather(values).tolist())
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
 
     def trained(self) -> dict[str, Tensor]:
-        """Every trained tensor, whole, by its name; every process must call this, only the main one gets all."""
+        """The trained tensors by name. Every process must call this; only the main one gets complete tensors."""
         if self._sharded is not None:
-            return self._sharded.whole()
+            return self._sharded.full_weights()
         return {name: p.detach() for name, p in self.trainables.parameters().items()}
 
-    def fill(self, folder: Path) -> None:
-        """Put weights and optimizer into a state's folder; every process must call this."""
+    def save_state(self, folder: Path) -> None:
+        """Write weights and optimizer into the folder of a state. Every process must call this."""
         if self._sharded is not None:
             self._sharded.save(folder)
         elif self.is_main:
             write_weights_and_optimizer(folder, self.trained(), self.optimizer.state_dict())
 
-    def restore(self, folder: Path) -> None:
-        """Take weights and optimizer from a state's folder.
+    def load_state(self, folder: Path) -> None:
+        """Read weights and optimizer from the folder of a state.
 
         Raises:
             ValueError: they are those of another run.
@@ -195,26 +199,11 @@ class Engine:
             return
         weights, optimizer = read_weights_and_optimizer(folder)
         trained = self.trainables.parameters()
-        wrong = [n for n in weights.keys() | trained.keys() if _shape(weights, n) != _shape(trained, n)]
+        saved_shapes, shapes = ({name: t.shape for name, t in found.items()} for found in (weights, trained))
+        wrong = [n for n in saved_shapes.keys() | shapes.keys() if saved_shapes.get(n) != shapes.get(n)]
         if wrong:
             raise ValueError(f"The state {folder} has other weights than this run, such as {min(wrong)}.")
         for name, parameter in trained.items():
             parameter.data.copy_(weights[name])
         with errors_from(f"The optimizer of {folder}", "does not fit this run", error=StateError):
             self.optimizer.load_state_dict(optimizer)
-
-
-def _shape(tensors: dict[str, Any], name: str) -> tuple[int, ...] | None:
-    return tuple(tensors[name].shape) if name in tensors else None
-
-
-@contextmanager
-def _evaluating(module: nn.Module, optimizer: Any, autocast: AbstractContextManager[Any]) -> Iterator[None]:
-    module.eval()
-    optimizer.eval()
-    try:
-        with torch.no_grad(), autocast:
-            yield
-    finally:
-        optimizer.train()
-        module.train()

@@ -131,7 +131,7 @@ def _is_number(value: Any) -> bool:
 
 
 class StepTimer:
-    """How long the rest takes, judged by the last steps."""
+    """Estimates the time that is left from the median of the last steps."""
 
     WINDOW = 20
 
@@ -139,11 +139,11 @@ class StepTimer:
         self._seconds: list[float] = []
 
     def add(self, seconds: float) -> None:
-        # The first step allocates memory and chooses kernels, so it tells little of the others.
         self._seconds = [*self._seconds, seconds][-self.WINDOW :]
 
-    def left(self, steps: int) -> float:
-        """Seconds for `steps` more."""
+    def remaining(self, steps: int) -> float:
+        """Seconds for `steps` more steps; NaN before the first."""
+        # The median: the first step is slow, because it allocates memory and chooses kernels.
         known = sorted(self._seconds)
         return known[len(known) // 2] * steps if known else math.nan
 

@@ -1,4 +1,4 @@
-"""The training loop: steps, one after the other, when the run is saved, and how it is asked to stop."""
+"""The training loop: its steps, when it saves, and how it is asked to stop."""
 
 import contextlib
 import logging
@@ -36,36 +36,32 @@ from .validate import Evaluator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 QUIT_NOW = 130
+"""The exit code of a shell's command that Ctrl-C ended."""
 
 
 class StopRequest:
-    """Whether the run shall end after the step that runs."""
+    """Whether the run is to end after the current step: a signal came, or `file` exists."""
 
     def __init__(self, file: Path) -> None:
-        """`file`: its appearance is a request too."""
         self._file = file
         self._seen: Counter[int] = Counter()
 
     def __bool__(self) -> bool:
         return bool(self._seen) or self._file.exists()
 
-    def obeyed(self) -> None:
+    def clear(self) -> None:
         """Remove the file, so that the run can be continued."""
         with contextlib.suppress(OSError):
             self._file.unlink()
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within the block signals ask for the end; the second one of a kind quits on the spot.
-
-        A launcher passes on as SIGTERM the Ctrl-C that the terminal has sent to every process, so signals of two kinds
-        are one wish.
-        """
+    def on_signals(self) -> Iterator[None]:
+        """Within the block a signal requests the stop, and a second signal of the same kind quits at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         numbers = list(SIGNALS)
-        # `nohup` has it ignored, and means that.
+        # `nohup` ignores SIGHUP, so that the run outlives its terminal.
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._note) for number in numbers}
@@ -77,6 +73,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._seen[number] += 1
+        # By kind: on Ctrl-C the terminal sends SIGINT to every process, and a launcher adds SIGTERM for it.
         if self._seen[number] > 1:
             abandon()
             os._exit(QUIT_NOW)
@@ -85,25 +82,25 @@ class StopRequest:
 log = logging.getLogger("wancore")
 
 FAILURES = (OSError, SafetensorError, RuntimeError)
-"""How libraries say that a file could not be written."""
+"""The errors that libraries raise when a file cannot be written."""
 
 KEPT_STATES = 2
-"""States that stay when `--keep_last` does not say otherwise: one to go on from, and one before it."""
+"""States that are kept without `--keep_last`: the newest, and the one before it in case the newest is damaged."""
 
 MAX_FAILURES = 2
 
 
 class SaveError(RuntimeError):
-    """A run that cannot be saved any more."""
+    """The run cannot be saved any more."""
 
 
 @dataclass(eq=False)
 class Saver:
-    """Saves weights and state where the settings say so.
+    """Saves weights and state after the steps that the settings name.
 
     Attributes:
         needed: bytes that one save takes.
-        run: what the run is, see `state.Progress`.
+        identity: of the run, see `state.Progress`.
         saved: the step of the last state.
     """
 
@@ -113,15 +110,15 @@ class Saver:
     states: States
     events: Events
     needed: int
-    run: dict[str, Any]
+    identity: dict[str, Any]
     saved: int = 0
     _failures: int = field(default=0, repr=False)
 
     def after_step(self, step: Step, is_last: bool) -> None:
-        """Save where it is due after `step`; the last step of a run always is.
+        """Save if a save is due after `step`; after the last step of a run it always is.
 
         Raises:
-            SaveError: the last save, or two in a row, failed. What was saved before is whole.
+            SaveError: the last save, or two in a row, failed. Earlier saves are complete.
         """
         due = step.number % self.config.save_steps == 0 if self.config.save_steps else step.ends_epoch
         if not due and not is_last:
@@ -138,12 +135,16 @@ class Saver:
         if is_last or self._failures >= MAX_FAILURES:
             raise SaveError(
                 f"The run cannot be saved after step {step.number}: {reason}. The last good state is that of step "
-                f"{self.saved}; make room and start the same command again to continue from it."
+                f"{self.saved}; free some disk space and start the same command again to continue from it."
             )
         log.error("SAVING FAILED after step %d (%s). The last good state stays, training goes on.", step.number, reason)
 
     def _save(self, step: Step, stem: str) -> Exception | None:
-        """Weights first, so that a state never promises files that are not there; what went wrong."""
+        """Write weights and state. Returns what went wrong.
+
+        Every process writes or none does: each phase ends with `engine.any`, because a process that left early would
+        leave the others waiting in the next collective call.
+        """
         engine, main = self.engine, self.engine.is_main
         failure: Exception | None = None
         tensors = engine.trained()
@@ -151,15 +152,15 @@ class Saver:
         try:
             if main:
                 require_space(self.exporter.folder, self.needed, self.config.min_free_gb)
-                told = {STEP: str(step.number), "ss_epoch": str(step.epoch)}
-                files = self.exporter.write(stem, tensors, told)
+                # Weights before the state: a state must never stand for files that are not there.
+                files = self.exporter.write(stem, tensors, {STEP: str(step.number), "ss_epoch": str(step.epoch)})
                 self.states.begin(step.number)
         except FAILURES as error:
             failure = error
         if engine.any(failure is not None):
             return failure
         try:
-            engine.fill(self.states.draft(step.number))
+            engine.save_state(self.states.draft(step.number))
         except FAILURES as error:
             failure = error
         if not engine.any(failure is not None) and main:
@@ -173,7 +174,7 @@ class Saver:
 
     def _commit(self, step: Step) -> Exception | None:
         try:
-            self.states.commit(Progress(step.number, self.run, self.config.resolved(), self.engine.world))
+            self.states.commit(Progress(step.number, self.identity, self.config.resolved(), self.engine.world))
             self.states.prune(self.config.keep_last or KEPT_STATES)
             if self.config.keep_last:
                 self.exporter.prune(self.config.keep_last)
@@ -187,16 +188,16 @@ LOG_SECONDS = 15.0
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient became something else than a number."""
+    """The loss or the gradient is NaN or infinite."""
 
 
 class LoadError(ValueError):
-    """A sample that could be read when the run began, and now cannot."""
+    """A sample cannot be read any more."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave, over all processes: loss, gradient norm, and timestep and error of every sample."""
+    """Loss, gradient norm, and timestep and error of every sample of a step, over all processes."""
 
     loss: float
     grad_norm: float
@@ -210,7 +211,7 @@ class StepResult:
 
 @dataclass(frozen=True, eq=False)
 class Loop:
-    """Everything that a run's steps need."""
+    """The steps of a run."""
 
     config: TrainConfig
     engine: Engine
@@ -218,20 +219,20 @@ class Loop:
     plan: Plan
     objective: Objective
     saver: Saver
-    watcher: Evaluator
+    evaluator: Evaluator
     events: Events
     stop: StopRequest
 
     def run(self, done: int) -> int:
-        """Train from step `done` to the end, or until someone asks to stop; the number of steps that are done then.
+        """Train from step `done` to the end, or until a stop is requested. Returns the number of steps that are done.
 
         Raises:
-            NonFiniteError: the loss or the gradient is no number; the weights are those of the step before.
+            NonFiniteError: the loss or the gradient is NaN or infinite; the weights are those of the step before.
             OutOfMemoryError: the device is too small.
-            LoadError: a file cannot be read any more; the run was saved before, if it has one process.
+            LoadError: a file cannot be read any more; a run of one process was saved before.
             SaveError: two saves in a row failed, or the last one.
         """
-        pace, spoken = StepTimer(), 0.0
+        timer, logged = StepTimer(), 0.0
         last: Step | None = None
         if self._stops():
             return done
@@ -240,35 +241,34 @@ class Loop:
                 started = time.monotonic()
                 outcome = self._step(step, batches)
                 last, done = step, step.number
-                pace.add(time.monotonic() - started)
-                self._tell(step, outcome, time.monotonic() - started, pace.left(self.plan.total - done))
-                if time.monotonic() - spoken > LOG_SECONDS:
-                    spoken = time.monotonic()
+                seconds = time.monotonic() - started
+                timer.add(seconds)
+                left = timer.remaining(self.plan.total - done)
+                self.events.step(
+                    done, self.plan.total, epoch=step.epoch, loss=outcome.loss,
+                    lr=learning_rate(self.config, done, self.plan.total), grad_norm=outcome.grad_norm,
+                    seconds=seconds, eta=left, timesteps=outcome.timesteps, errors=outcome.errors,
+                )  # fmt: skip
+                if time.monotonic() - logged > LOG_SECONDS:
+                    logged = time.monotonic()
                     log.info(
                         "Step %d of %d: loss %.4f, about %.0f min left.",
-                        done, self.plan.total, outcome.loss, pace.left(self.plan.total - done) / 60,
+                        done, self.plan.total, outcome.loss, left / 60,
                     )  # fmt: skip
-                self.watcher.after_step(done, is_last=done == self.plan.total)
+                self.evaluator.after_step(done, is_last=done == self.plan.total)
                 stops = self._stops()
                 self.saver.after_step(step, is_last=stops or done == self.plan.total)
                 if stops:
                     break
         except LoadError:
-            # Other processes know nothing of it and wait elsewhere, so that only a run of one can still save.
+            # The other processes do not know of it and would never join the save, so only a run of one process saves.
             if last is not None and last.number > self.saver.saved and self.engine.world == 1:
                 self.saver.after_step(last, is_last=True)
             raise
         return done
 
-    def _tell(self, step: Step, outcome: StepResult, seconds: float, left: float) -> None:
-        self.events.step(
-            step.number, self.plan.total, epoch=step.epoch, loss=outcome.loss,
-            lr=learning_rate(self.config, step.number, self.plan.total), grad_norm=outcome.grad_norm, seconds=seconds,
-            eta=left, timesteps=outcome.timesteps, errors=outcome.errors,
-        )  # fmt: skip
-
     def _stops(self) -> bool:
-        """Whether any process was asked to stop; all of them then do."""
+        """Whether any process was asked to stop; then all of them do."""
         return self.engine.any(bool(self.stop))
 
     def _step(self, step: Step, batches: list[Batch]) -> StepResult:
@@ -282,7 +282,7 @@ class Loop:
                 loss += (error * weights).sum() / step.samples
                 errors.append(error)
                 timesteps.append(times)
-            norm = engine.clip()
+            norm = engine.clip_gradients()
         except Exception as error:
             if is_out_of_memory(error):
                 raise OutOfMemoryError(self._memory_advice(step, batches)) from error
@@ -290,17 +290,24 @@ class Loop:
         outcome = StepResult(
             engine.sum(loss).item(), norm, engine.gather(torch.cat(timesteps)), engine.gather(torch.cat(errors))
         )
+        # Before the optimizer's step, which would put NaN into every weight.
         if not outcome.is_finite:
-            raise NonFiniteError(self._where(step, batches, outcome))
+            names = ", ".join(name for batch in batches for name in batch.names)
+            times = ", ".join(f"{t:.0f}" for t in outcome.timesteps)
+            raise NonFiniteError(
+                f"Step {step.number} gave a loss of {outcome.loss} and a gradient of norm {outcome.grad_norm} (files "
+                f"{names}; timesteps {times}). The weights are those of the step before, and the last saved state is "
+                "good. Look at those files, lower --learning_rate, or set --mixed_precision no."
+            )
         engine.update()
         return outcome
 
     def _forward_backward(self, step: Step, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The errors, weights and timesteps of a batch (B,), whose gradients are added to what is there."""
+        """Errors, weights and timesteps of a batch, each (B,). Adds its gradients to those of the step."""
         config, engine, device = self.config, self.engine, self.engine.device
-        # Dropout then draws the same after a resumed run as in one that was not stopped.
+        # Seeded by step, so that dropout is the same in a run that was stopped and resumed.
         torch.manual_seed(seed_for("step", config.seed, step.epoch, batch.positions[0]))
-        draw = self.objective.draw(batch.latents.shape[1:], config.seed, step.epoch, batch.positions)
+        noising = self.objective.draw(batch.latents.shape[1:], config.seed, step.epoch, batch.positions)
         around: AbstractContextManager[None] = nullcontext()
         if config.use_gradient_checkpointing:
             around = activation_checkpointing(
@@ -312,14 +319,16 @@ class Loop:
             )
         pixels = None if batch.pixels is None else batch.pixels.to(device)
         with around:
-            error = engine.model(batch.latents.to(device), draw, batch.cond.to(device), batch.captions, pixels)
-            engine.backward(weighted(error, draw).sum() / step.samples)
-        return error.detach(), draw.weights.to(device), draw.timesteps.to(device)
+            error = engine.model(batch.latents.to(device), noising, batch.cond.to(device), batch.captions, pixels)
+            # A share of the mean over all samples of the step, so that every sample counts the same in uneven batches.
+            # Inside of `around`: activation checkpointing runs the blocks again in the backward pass.
+            engine.backward(weighted(error, noising).sum() / step.samples)
+        return error.detach(), noising.weights.to(device), noising.timesteps.to(device)
 
     def _loaded(self, done: int) -> Iterator[tuple[Step, list[Batch]]]:
-        """The steps after the first `done` with their samples, loaded ahead where threads may do that."""
+        """The steps after the first `done` with their samples, which threads load ahead of time."""
         steps = self.plan.steps(done)
-        # Encoders are not made for several threads; what comes from the cache passes none.
+        # Only samples from the cache: encoders are not safe to call from several threads.
         threads = self.config.num_workers if self.config.caches else 0
         if not threads:
             yield from ((step, self._load(step)) for step in steps)
@@ -339,18 +348,9 @@ class Loop:
         except (ValueError, OSError) as error:
             raise LoadError(f"Step {step.number} cannot load its samples: {error}") from error
 
-    def _where(self, step: Step, batches: list[Batch], outcome: StepResult) -> str:
-        names = ", ".join(name for batch in batches for name in batch.names)
-        times = ", ".join(f"{t:.0f}" for t in outcome.timesteps)
-        return (
-            f"Step {step.number} gave a loss of {outcome.loss} and a gradient of norm {outcome.grad_norm} (files "
-            f"{names}; timesteps {times}). The weights are those of the step before, and the last saved state is good. "
-            "Look at those files, lower --learning_rate, or set --mixed_precision no."
-        )
-
     def _memory_advice(self, step: Step, batches: list[Batch]) -> str:
         config = self.config
-        knobs = {
+        advice = {
             "--batch_size 1 with more --gradient_accumulation_steps": config.batch_size > 1,
             "--cache disk": config.cache == "off",
             "--use_gradient_checkpointing": not config.use_gradient_checkpointing,
@@ -360,5 +360,5 @@ class Loop:
             "a LoRA in place of whole weights": bool({"dit", "vace"} & set(config.trainable_models)),
         }
         shapes = ", ".join(str(tuple(batch.latents.shape)) for batch in batches)
-        advice = "; ".join(knob for knob, helps in knobs.items() if helps)
-        return f"Out of memory in step {step.number}, with latents {shapes}. What helps, in this order: {advice}."
+        use = "; ".join(change for change, is_possible in advice.items() if is_possible)
+        return f"Out of memory in step {step.number}, with latents {shapes}. Try, in this order: {use}."
