@@ -52,8 +52,14 @@ def test_both_languages_name_the_same_things():
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     text = prose(path.read_text(encoding="utf-8"))
-    for link in re.findall(r"\]\(([^)#]+)", text):
-        assert link.startswith("http") or (path.parent / link).exists(), f"{path.name} links {link}"
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        target, _, part = link.partition("#")
+        page = path.parent / target if target else path
+        assert link.startswith("http") or page.exists(), f"{path.name} links {link}"
+        if part and not link.startswith("http"):
+            headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+            # As GitHub makes anchors of headings.
+            assert part in [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings], link
 
 
 COMMANDS = sorted({
