@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import fork_server
 from tests.lora.fixtures import trained_weights
 from tools import workflows
 from tools.graph import inputs, is_widget
@@ -175,8 +175,8 @@ def test_the_api_form_is_valid(name, weights):
 
 
 def test_the_command_runs_twice_into_numbered_videos(tmp_path):
-    command = [sys.executable, "-m", "headless", "run", "workflows/api/t2v.json", "--tiny", "--out", str(tmp_path)]
-    command += ["--device", "cpu", "--quiet", "--set", "Sampler.steps=2"]
+    command = [fork_server.python(), "-m", "headless", "run", "workflows/api/t2v.json", "--tiny", "--quiet"]
+    command += ["--out", str(tmp_path), "--device", "cpu", "--set", "Sampler.steps=2"]
     videos = []
     for seed in (1, 2):
         set_seed = ["--set", f"Sampler.seed={seed}"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.attack import Trial
-from tests.attack.processes import files, partial_files, scratch
+from tests.attack.processes import files, partial_files, run, scratch
 from tests.attack.work import Bench, bench, results
 
 ROOM = 2**11
@@ -93,7 +93,7 @@ def made(bench: Bench, case: Case, out: Path) -> Trial:
     options = {"errors": "/dev/full"} if case.how == "full log" else {}
     around = contextlib.nullcontext() if options else bad_folders(out, case.how)
     with around:
-        code, said = bench.nursery.run(job.module, (*job.words(out), *case.more), out.parent / "log", **options)
+        code, said = run(job.module, (*job.words(out), *case.more), out.parent / "log", **options)
         found = {name: content for name, content in results(job, out).items() if name.endswith(".mp4")}
     if code:
         return Trial("", "lost", f"ended with {code}: {said[-300:]}")
@@ -107,7 +107,7 @@ def made(bench: Bench, case: Case, out: Path) -> Trial:
 
 def refused(bench: Bench, case: Case, out: Path) -> Trial:
     """Nothing fits; once there is room, the same command makes everything."""
-    job, (whole, _), run = bench.jobs[case.job], bench.undisturbed(case.job), bench.nursery.run
+    job, (whole, _) = bench.jobs[case.job], bench.undisturbed(case.job)
     code, said = run(job.module, (*job.words(out), *case.more), out.parent / "log", room=ROOM)
     if code not in (1, 2) or "too large" not in said or "Traceback" in said:
         return Trial("", "raw", f"ended with {code}: {said[-400:]}")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.attack import Trial
-from tests.attack.processes import files, partial_files, scratch
+from tests.attack.processes import files, partial_files, run, scratch, start
 from tests.attack.work import Bench, bench, results
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
@@ -39,13 +39,13 @@ def attack(count: int, seed: int) -> Iterator[Trial]:
 
 def tried(bench: Bench, name: str, out: Path, kills: list[tuple[str, float]]) -> Trial:
     """One command, killed after these shares of the time that it takes."""
-    nursery, job = bench.nursery, bench.jobs[name]
+    job = bench.jobs[name]
     whole, seconds = bench.undisturbed(name)
     told = f"{name}, " + ", then ".join(f"{how} after {share:.3f}" for how, share in kills)
     log, was_ready = out.parent / "log", False
     try:
         for how, share in kills:
-            process = nursery.start(job.module, job.words(out), log)
+            process = start(job.module, job.words(out), log)
             time.sleep(share * seconds * 1.05)
             process.send(getattr(signal, how))
             process.wait()
@@ -54,7 +54,7 @@ def tried(bench: Bench, name: str, out: Path, kills: list[tuple[str, float]]) ->
             if was_ready := results(job, out).keys() >= whole.keys():
                 break  # it was faster than the kill, and once more would make the same once more
         if not was_ready or name == "train":
-            code, said = nursery.run(job.module, job.words(out), log)
+            code, said = run(job.module, job.words(out), log)
             if code:
                 return Trial(told, "raw", f"the next attempt ended with {code}: {said[-300:]}")
     except TimeoutError as error:

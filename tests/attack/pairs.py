@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.attack import Trial
-from tests.attack.processes import ROOT, Nursery, files, partial_files, scratch
+from tests.attack.processes import ROOT, files, partial_files, scratch, start
 from tests.attack.work import Bench, bench, results, training
 
 PROMPTS = ROOT / "models" / "wancore_prompts"
@@ -35,20 +35,18 @@ def attack(count: int, seed: int) -> Iterator[Trial]:
             yield Trial(f"{name}, {apart:.3f} s apart", trial.verdict, trial.detail)
 
 
-def both(
-    nursery: Nursery, module: str, words: tuple, out: Path, apart: float, other: tuple | None = None
-) -> list[tuple[int, str]]:
+def both(module: str, words: tuple, out: Path, apart: float, other: tuple | None = None) -> list[tuple[int, str]]:
     """Exit codes and outputs of two processes that start so many seconds apart."""
-    first = nursery.start(module, words, out.parent / "first.log")
+    first = start(module, words, out.parent / "first.log")
     time.sleep(apart)
-    second = nursery.start(module, words if other is None else other, out.parent / "second.log")
+    second = start(module, words if other is None else other, out.parent / "second.log")
     return [(process.wait(), process.output) for process in (first, second)]
 
 
 def same_run(bench: Bench, out: Path, apart: float) -> Trial:
     """Both give a video and its latents, under numbers of their own."""
     expected = bench.undisturbed("sample")[0]
-    ended = both(bench.nursery, bench.jobs["sample"].module, bench.jobs["sample"].words(out), out, apart)
+    ended = both(bench.jobs["sample"].module, bench.jobs["sample"].words(out), out, apart)
     if any(code for code, _ in ended):
         return Trial("", "raw", str(ended)[-400:])
     found = results(bench.jobs["sample"], out)
@@ -64,7 +62,7 @@ def same_run(bench: Bench, out: Path, apart: float) -> Trial:
 def same_name(bench: Bench, out: Path, apart: float) -> Trial:
     """Two different videos under one name: both are there."""
     words = bench.jobs["sample"].words(out)
-    ended = both(bench.nursery, "headless.cli", words, out, apart, (*words, "--set", "Sampler.seed=6"))
+    ended = both("headless.cli", words, out, apart, (*words, "--set", "Sampler.seed=6"))
     if any(code for code, _ in ended):
         return Trial("", "raw", str(ended)[-400:])
     found = results(bench.jobs["sample"], out)
@@ -79,7 +77,7 @@ def one_new_file(name: str) -> Kind:
 
     def run(bench: Bench, out: Path, apart: float) -> Trial:
         expected = bench.undisturbed(name)[0]
-        ended = both(bench.nursery, bench.jobs[name].module, bench.jobs[name].words(out), out, apart)
+        ended = both(bench.jobs[name].module, bench.jobs[name].words(out), out, apart)
         if sorted(code for code, _ in ended) != [0, 2]:
             return Trial("", "raw", str(ended)[-400:])
         (said,) = (said for code, said in ended if code)
@@ -95,7 +93,7 @@ def one_new_file(name: str) -> Kind:
 def two_trainings(bench: Bench, out: Path, apart: float) -> Trial:
     """One trains as if it were alone, the other is told of it, or finds it finished."""
     expected = bench.undisturbed("train")[0]
-    ended = both(bench.nursery, "trainer.train", bench.jobs["train"].words(out), out, apart)
+    ended = both("trainer.train", bench.jobs["train"].words(out), out, apart)
     codes = sorted(code for code, _ in ended)
     if codes not in ([0, 2], [0, 0]):
         return Trial("", "raw", str(ended)[-400:])
@@ -110,7 +108,7 @@ def one_cache(bench: Bench, out: Path, apart: float) -> Trial:
     """Two trainings in folders of their own fill one cache of encoded samples."""
     folders = [out / "a", out / "b"]
     words = [training(bench.folder, folder, cache_dir=str(out / "cache")) for folder in folders]
-    ended = both(bench.nursery, "trainer.train", words[0], out, apart, words[1])
+    ended = both("trainer.train", words[0], out, apart, words[1])
     if any(code for code, _ in ended):
         return Trial("", "raw", str(ended)[-400:])
     first, second = (results(bench.jobs["train"], folder) for folder in folders)
@@ -122,7 +120,7 @@ def text_cache(bench: Bench, out: Path, apart: float) -> Trial:
     shutil.rmtree(PROMPTS, ignore_errors=True)
     words = (*bench.jobs["sample"].words(out / "a"), "--set", "Prompt.cache_on_disk=true")
     other = (*bench.jobs["sample"].words(out / "b"), "--set", "Prompt.cache_on_disk=true")
-    ended = both(bench.nursery, "headless.cli", words, out, apart, other)
+    ended = both("headless.cli", words, out, apart, other)
     if any(code for code, _ in ended):
         return Trial("", "raw", str(ended)[-400:])
     made = [[v for k, v in files(out / side).items() if k.endswith(".latent")] for side in ("a", "b")]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.attack.processes import ROOT, Nursery, files, scratch
+from tests.attack.processes import ROOT, files, run, scratch
 from tests.trainer import material
 from wan_core import bundled
 from wancore.headless.core_nodes import core_nodes
@@ -37,10 +37,9 @@ class Job:
 
 @dataclass
 class Bench:
-    """The jobs by name, with their inputs in `folder`, and the nursery that runs them."""
+    """The jobs by name, with their inputs in `folder`."""
 
     folder: Path
-    nursery: Nursery
     jobs: dict[str, Job]
     _undisturbed: dict[str, tuple[dict[str, bytes], float]] = field(default_factory=dict)
 
@@ -53,7 +52,7 @@ class Bench:
                 out = self.folder / f"{name}_{attempt}"
                 out.mkdir()
                 started = time.monotonic()
-                code, said = self.nursery.run(job.module, job.words(out), self.folder / "log")
+                code, said = run(job.module, job.words(out), self.folder / "log")
                 seconds = time.monotonic() - started
                 assert code == 0, said
             self._undisturbed[name] = results(job, out), seconds
@@ -62,11 +61,11 @@ class Bench:
 
 @functools.cache
 def bench() -> Bench:
-    """The bench of this process: its nursery takes seconds to start, and ends with the process."""
+    """The bench of this process; its folder ends with it."""
     until_the_end = contextlib.ExitStack()
     atexit.register(until_the_end.close)
     folder = until_the_end.enter_context(scratch("bench"))
-    return Bench(folder, until_the_end.enter_context(Nursery()), prepare(folder))
+    return Bench(folder, prepare(folder))
 
 
 def results(job: Job, out: Path) -> dict[str, bytes]:
@@ -85,9 +84,9 @@ def prepare(folder: Path) -> dict[str, Job]:
     save_file(changed, tuned)
     workflow = folder / "t2v.json"
     workflow.write_text(json.dumps(text_to_video()), encoding="utf-8")
-    run = ("run", workflow, "--device", "cpu", "--out")
+    sample = ("run", workflow, "--device", "cpu", "--out")
     return {
-        "sample": Job("headless.cli", lambda out: (*run, out), lambda name: name.endswith((".mp4", ".latent"))),
+        "sample": Job("headless.cli", lambda out: (*sample, out), lambda name: name.endswith((".mp4", ".latent"))),
         "convert": Job(
             "headless.cli", lambda out: ("convert", base, out / "model.safetensors", "--dtype", "fp16"), bool
         ),

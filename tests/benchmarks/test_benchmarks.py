@@ -3,12 +3,12 @@
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import fork_server
 from tests.benchmarks import __main__ as entry
 from tests.benchmarks import counting, gpu, meta, report
 from tests.benchmarks.report import Row
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tests.benchmarks", *arguments]
+    command = [fork_server.python(), "-m", "tests.benchmarks", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 

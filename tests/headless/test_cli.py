@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from tests import fork_server
 from tests.programs import PATIENCE
 from wancore.headless import cli
 from wancore.headless.cli import main
@@ -36,7 +36,7 @@ def place(tmp_path: Path) -> Path:
 def command(place: Path, *arguments: str, files: tuple[str, ...] = ("copy.json",)) -> list[str]:
     folders = ["--input", str(place / "in"), "--out", str(place / "out")]
     paths = [str(place / file) for file in files]
-    return [sys.executable, "-m", "headless", "run", *paths, *folders, *arguments]
+    return [fork_server.python(), "-m", "headless", "run", *paths, *folders, *arguments]
 
 
 def headless(place: Path, *arguments: str, **files: tuple[str, ...]) -> subprocess.CompletedProcess:

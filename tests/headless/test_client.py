@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests import fork_server
 from tests.programs import PATIENCE, wait_for
 from wan_core.runtime import Cancelled
 from wancore.headless import client
@@ -342,7 +342,7 @@ def start(fake_comfy, folders, tmp_path, *arguments):
     Image.new("RGB", (4, 4)).save(folders.input / "a.png")
     (tmp_path / "w.json").write_text(json.dumps(prompt))
     places = ["--input", str(folders.input), "--out", str(folders.output), "--server", fake_comfy.url]
-    command = [sys.executable, "-m", "headless", "run", str(tmp_path / "w.json"), *places, *arguments]
+    command = [fork_server.python(), "-m", "headless", "run", str(tmp_path / "w.json"), *places, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

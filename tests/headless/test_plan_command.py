@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import fork_server
 from tests.programs import PATIENCE
 from wan_core import bundled, catalog
 from wancore.headless.cli import main
@@ -167,7 +167,7 @@ def test_what_the_run_would_refuse_the_plan_refuses(name, nodes, message, tmp_pa
 
 
 def test_the_command_as_a_process(tmp_path):
-    command = [sys.executable, "-m", "headless", "plan", "workflows/api/t2v.json", "--tiny", "--vram"]
+    command = [fork_server.python(), "-m", "headless", "plan", "workflows/api/t2v.json", "--tiny", "--vram"]
     done = [
         subprocess.run([*command, gib], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
         for gib in ("1", "0.2")

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests import fork_server
 from tests.lora.fixtures import RANK, WRITERS, factors, linear_paths
 from tests.lora.test_dialects import merged_output, output, used, with_loras
 from tests.programs import PATIENCE
@@ -308,7 +308,7 @@ def test_every_original_name_has_its_diffusers_name_and_way_back():
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "headless", "lora", *arguments]
+    command = [fork_server.python(), "-m", "headless", "lora", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 

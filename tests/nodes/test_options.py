@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests import fork_server
 from tests.disks import full_disk
 from tests.nodes.running import outputs
 from wan_core import bundled, catalog
@@ -310,7 +310,7 @@ def test_the_tiny_autoencoder_takes_the_place_of_comfyuis_own_previewer(red):
 def test_the_command_decodes_kept_latents(loaded, tmp_path):
     sampled(loaded, run=RunSettings())
     command = [
-        sys.executable, "-m", "headless", "decode", tmp_path / "out" / "wancore" / "wancore_00001_.latent",
+        fork_server.python(), "-m", "headless", "decode", tmp_path / "out" / "wancore" / "wancore_00001_.latent",
         "--out", tmp_path / "videos", "--tiny", "--device", "cpu", "--quiet",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

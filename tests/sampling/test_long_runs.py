@@ -3,7 +3,6 @@
 import dataclasses
 import random
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import fork_server
 from tests.reference import DITS, tiny_dit, tiny_vae
 from tests.sampling import interrupted
 from tests.sampling.runs import sample, sample_state
@@ -40,17 +40,18 @@ SIZE = LatentSize(3, 2, 4)
 )
 def test_a_killed_run_goes_on_bit_for_bit(solver, cache, windows, tmp_path):
     result = tmp_path / "result.safetensors"
-    command = [sys.executable, "-c", PROGRAM, tmp_path / "kept", solver, cache, windows, result]
+    command = ["-c", PROGRAM, tmp_path / "kept", solver, cache, windows, result]
     total = 7 * (2 if windows == "chain" else 1)
     at = random.randint(1, total - 1)
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with fork_server.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         for line in process.stdout:
             if int(line) == at:
                 process.kill()
                 break
     assert process.wait() == -9
     assert not result.exists()
-    again = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    again = fork_server.run(command)
+    assert again.returncode == 0, again.stderr
     steps = [int(line) for line in again.stdout.split()]
     assert steps[0] >= at
     assert steps[-1] == total

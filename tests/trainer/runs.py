@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
+from tests import fork_server
 from tests.trainer import material
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.run.events import read_events
 from wancore.trainer.run.state import States, read_weights_and_optimizer
 from wancore.trainer.train import Result, train
 
-ROOT = Path(__file__).parents[2]
+ROOT = fork_server.ROOT
 
 
 @pytest.fixture(scope="session")
@@ -71,17 +71,11 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def command(settings: TrainConfig, *launcher: str) -> list[str]:
-    return [sys.executable, *(launcher or ("-m", "trainer.train")), *material.flags(settings)]
-
-
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def program(settings: TrainConfig, *launcher: str, cwd: Path = ROOT, **more: Any) -> subprocess.Popen[str]:
+def program(settings: TrainConfig, *launcher: str, cwd: Path = ROOT) -> fork_server.Process:
     """The same run as a program of its own, begun from the pack's folder or another."""
-    return subprocess.Popen(
-        command(settings, *launcher), cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, **more,
-    )  # fmt: skip
+    words = [*(launcher or ("-m", "trainer.train")), *material.flags(settings)]
+    return fork_server.start(words, cwd=cwd, env=environment(), stderr=subprocess.STDOUT)

@@ -1,11 +1,11 @@
 """The check of a data set by itself: report, picture and exit code."""
 
 import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
+from tests import fork_server
 from tests.trainer import material
 from tests.trainer.runs import ROOT, environment
 from wancore.trainer.check import main
@@ -49,7 +49,7 @@ def test_captions_of_any_script_and_length_are_drawn(data, tmp_path):
 
 def test_the_command_runs_from_the_shell(data):
     words = [
-        sys.executable,
+        fork_server.python(),
         "-m",
         "trainer.check",
         "--dataset_base_path",

@@ -5,12 +5,12 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests import fork_server
 from tests.trainer.material import numbered, write_metadata, write_video
 from wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
 from wancore.trainer.config import TrainConfig
@@ -287,7 +287,7 @@ def test_the_fingerprint_follows_the_data_and_not_the_place(tmp_path):
 def test_the_synthetic_data_is_good_for_every_input_and_is_not_overwritten(tmp_path):
     root = Path(__file__).parents[2]
     command = [
-        sys.executable,
+        fork_server.python(),
         "-m",
         "trainer.data.synthetic",
         str(tmp_path / "data"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import fork_server
 from tests.programs import PATIENCE, wait_for
 from tests.sampling.runs import planned
 from tests.trainer import material
@@ -224,7 +225,7 @@ def test_a_recipe_obeys_a_signal(shared, tmp_path):
     """Through the shell, as a user does it."""
     tiny = material.config(shared, output_path=str(tmp_path), dataset_repeat=200, lora_rank=4, min_free_gb=0.0)
     overrides = [*material.flags(tiny), "--dataset_metadata_path", f"{tiny.dataset_base_path}/metadata.csv"]
-    words = [sys.executable, "-m", "trainer.recipe", "Wan2.1-T2V-1.3B", "lora", *overrides]
+    words = [fork_server.python(), "-m", "trainer.recipe", "Wan2.1-T2V-1.3B", "lora", *overrides]
     child = subprocess.Popen(
         words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -132,7 +132,7 @@ KILLS = int(os.environ.get("WANCORE_KILLS", "3"))
 
 def test_a_killed_run_ends_as_one_that_was_not(shared, tmp_path):
     """Killed at random moments, of which many lie inside a save, as every step is saved."""
-    more = dict(num_epochs=2, dataset_repeat=4 * KILLS, save_steps=1, trainable_models=("dit",), **SCHEDULE)
+    more = dict(num_epochs=2, dataset_repeat=KILLS, save_steps=1, trainable_models=("dit",), **SCHEDULE)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(config(shared, whole, **more))
     moments = random.Random(7)
@@ -145,7 +145,7 @@ def test_a_killed_run_ends_as_one_that_was_not(shared, tmp_path):
         except AssertionError:
             assert process.returncode == 0
             break
-        time.sleep(moments.random() * 0.6)
+        time.sleep(moments.random() * 0.4)
         process.kill()
         process.communicate()
         kills += 1
