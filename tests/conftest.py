@@ -1,5 +1,6 @@
 """Tests import the pack as it imports itself: `from wan_core...`, `from wancore.nodes...`."""
 
+import gc
 import os
 import signal
 
@@ -20,3 +21,10 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
         signal.signal(getattr(signal, name), handler)
 
 register()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays. Looking at a million objects of it costs each garbage collection half a second, and
+    whatever frees memory asks for one."""
+    gc.collect()
+    gc.freeze()
