@@ -67,3 +67,19 @@ def test_a_vace_input_without_strength_takes_less(counts):
     dit = tiny_dit("vace")
     assert step_bytes(dit, "vace", off) < step_bytes(dit, "vace", cond)
     assert len(counts) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_elementwise_operations_give_is_what_pytorch_says(dtype):
+    x = torch.empty(2, 5, 3, 4, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+    others = (x, x.mT.contiguous().mT, x[:, :1], x[0, 0, 0], x.sum(), 2.5, x.float(), torch.empty((), device="meta"))
+    calls = [lambda y=y, name=name: getattr(torch, name)(x, y) for y in others for name in ("add", "sub", "mul", "div")]
+    calls += [lambda name=name: getattr(torch, name)(x) for name in ("abs", "exp", "neg", "rsqrt")]
+    calls += [lambda: x**2, lambda: x.clamp(-1, 1), lambda: x.clamp(min=0), lambda: torch.nn.functional.silu(x)]
+    calls += [lambda: torch.nn.functional.gelu(x, approximate="tanh"), lambda: x[:, :1] * x, lambda: x == x]
+    calls += [lambda: x[:, :1] * x[:, :, :1], lambda: x.clone().mul_(2).add_(x).clamp_(max=1)]
+    for call in calls:
+        expected = call()
+        with counting.LiveBytes():
+            found = call()
+        assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
