@@ -36,7 +36,7 @@ from tests.fork_client import NUMBER, order, read_number
 ROOT = Path(__file__).resolve().parents[1]
 CAN_FORK = hasattr(os, "fork")
 IMPORTED = (
-    "wancore.headless.cli", "wancore.trainer.attended", "wancore.trainer.recipe", "wan_core.conditioning.text",
+    "wancore.headless.cli", "wancore.trainer.train", "wancore.trainer.recipe", "wan_core.conditioning.text",
     "torch.distributed.run", "accelerate.commands.launch", "peft",
 )  # fmt: skip
 """What the commands need; the rest is imported where it is used."""
