@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wan_core.media import CLIP_SUFFIXES, PICTURE_SUFFIXES, frames_to_tensor, pictures
 
+from ..nodes.sockets import true_or_message
 from .folders import Folders
 from .video import Audio, Video, VideoComponents, VideoFromComponents, VideoFromFile
 
@@ -46,12 +47,8 @@ class _Core:
         )
 
     @classmethod
-    def _known(cls, name: str, what: str) -> bool | str:
-        try:
-            cls._file(name, what)
-        except ValueError as error:
-            return str(error)
-        return True
+    def _validate(cls, name: str, what: str) -> bool | str:
+        return true_or_message(lambda: cls._file(name, what))
 
 
 class LoadImage(_Core):
@@ -67,7 +64,7 @@ class LoadImage(_Core):
 
     @classmethod
     def VALIDATE_INPUTS(cls, image: str) -> bool | str:
-        return cls._known(image, "image")
+        return cls._validate(image, "image")
 
     @classmethod
     def IS_CHANGED(cls, image: str) -> str:
@@ -101,7 +98,7 @@ class LoadVideo(_Core):
 
     @classmethod
     def VALIDATE_INPUTS(cls, file: str) -> bool | str:
-        return cls._known(file, "video")
+        return cls._validate(file, "video")
 
     @classmethod
     def IS_CHANGED(cls, file: str) -> float:
@@ -166,12 +163,8 @@ class _Saver(_Core):
 
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
-        try:
-            # A linked prefix is known when its node has run.
-            cls.folders.check("linked" if filename_prefix is None else filename_prefix)
-        except ValueError as error:
-            return str(error)
-        return True
+        # A linked prefix (None) is only known when its node has run.
+        return true_or_message(lambda: cls.folders.check("linked" if filename_prefix is None else filename_prefix))
 
 
 class SaveImage(_Saver):

@@ -78,7 +78,7 @@ def _unchanged(job: Job, limit: float | None) -> FittedPlan:
 
 
 def jobs_of(workflow: Workflow, nodes: Mapping[str, type[Any]], schemas: Mapping[str, NodeSchema]) -> list[Job]:
-    """What each sampler runs, in the order of the file: the `planned` of every node class, along the links.
+    """What each sampler runs, in the order of the file: the `plan_outputs` of every node class, along the links.
 
     Raises:
         WorkflowError: a link leads nowhere, links form a cycle, no sampler leads to an output, or what one is linked to
@@ -95,12 +95,12 @@ def jobs_of(workflow: Workflow, nodes: Mapping[str, type[Any]], schemas: Mapping
     values: dict[str, tuple[Any, ...]] = {}
     for node_id in dependency_order(workflow, needed):
         node = workflow.nodes[node_id]
-        planned = getattr(nodes.get(node.class_type), "planned", None)
-        if planned is None:
+        plan_outputs = getattr(nodes.get(node.class_type), "plan_outputs", None)
+        if plan_outputs is None:
             values[node_id] = ()
             continue
         try:
-            values[node_id] = planned(**_inputs(node, schemas[node.class_type], values, workflow))
+            values[node_id] = plan_outputs(**_inputs(node, schemas[node.class_type], values, workflow))
         except PlanError as error:
             raise WorkflowError(f"{node}: {error}") from error
     runs = [value for node_id in needed for value in values[node_id] if isinstance(value, PlannedRun)]

@@ -57,7 +57,7 @@ class Server:
     def submit(self, prompt: Mapping[str, Any], client_id: str) -> dict[str, Any]:
         """Queue a workflow. The answer holds `prompt_id`, and `node_errors` for outputs that will not run.
 
-        Nodes are given an empty place for what they want to have written into saved files.
+        `extra_pnginfo` is empty; nodes add to it what is written into saved files.
 
         Raises:
             RefusedError: nothing of the workflow can run; `error` and `node_errors` stand in its body.
@@ -122,7 +122,7 @@ class Server:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
                 return response.read()
         except urllib.error.HTTPError as error:
-            raise _refused(error, path) from error
+            raise _error_of(error, path) from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise ServerUnreachableError(f"No ComfyUI server answers at {self.url}: {reason}.") from error
@@ -132,7 +132,7 @@ def _with_query(path: str, query: Mapping[str, str]) -> str:
     return f"{path}?{urllib.parse.urlencode(query)}"
 
 
-def _refused(error: urllib.error.HTTPError, path: str) -> Exception:
+def _error_of(error: urllib.error.HTTPError, path: str) -> Exception:
     if error.code == 413:
         return RefusedError("The file is larger than the server accepts; start it with a larger --max-upload-size.", {})
     if error.code >= 502:

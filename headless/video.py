@@ -1,4 +1,4 @@
-"""The VIDEO socket outside of ComfyUI: the part of the host's video objects that nodes use."""
+"""The VIDEO socket outside of ComfyUI: the methods of the host's video objects that nodes use."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -25,10 +25,10 @@ from wan_core.media import (
 from wan_core.runtime import log
 
 HOST_QUALITY = 5.5
-"""Gives libx264's own default, CRF 23, which the host leaves in place."""
+"""Corresponds to CRF 23, libx264's default, which the host uses."""
 
 MP4_SOUND = ("aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac", "dca")
-"""Sound that every player expects in an mp4, in the words of FFmpeg's decoders."""
+"""Sound that every player supports in an mp4, by the names of FFmpeg's decoders."""
 
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 """Samples per second."""
@@ -97,14 +97,14 @@ class VideoFromFile:
         return clip.width, clip.height
 
     def save_to(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-        """H.264 is copied as it is, unless its container does not tell when each frame is shown."""
+        """H.264 is copied without encoding, unless the container lacks the time of a frame."""
         if probe(self.path).codec != "h264" or not remux(self.path, Path(path), metadata or {}):
             VideoFromComponents(self.get_components()).save_to(path, metadata)
 
 
 def load_audio(path: Path | BinaryIO) -> Audio | None:
-    """The first sound track of a file that can be decoded, as float samples. None when there is none, with a notice
-    when that is because of its kind or because it is damaged.
+    """The first sound track of a file that can be decoded, as float samples; None without one, with a warning when a
+    track is damaged or of an unknown kind.
     """
     try:
         container = open_container(path)
@@ -115,7 +115,7 @@ def load_audio(path: Path | BinaryIO) -> Audio | None:
     failures = []
     for index, codec in tracks:
         try:
-            if sound := _decoded_sound(path, index):
+            if sound := _decode_sound(path, index):
                 return sound
         except (av.FFmpegError, ValueError) as error:
             failures.append(f"{codec}: {getattr(error, 'strerror', None) or error}")
@@ -128,7 +128,7 @@ def _codec(track: Any) -> str:
     return track.codec_context.name if track.codec_context else "unknown kind"
 
 
-def _decoded_sound(path: Path | BinaryIO, index: int) -> Audio | None:
+def _decode_sound(path: Path | BinaryIO, index: int) -> Audio | None:
     """The sound track with that index among the streams of a file; None when it is empty.
 
     Raises:
@@ -153,9 +153,9 @@ def remux(source: Path | BinaryIO, target: Path, metadata: Mapping[str, str], au
     Sound that an mp4 cannot hold becomes AAC; what cannot be decoded or stored is left out, with one notice.
     """
     name = source.name if isinstance(source, Path) else "the video"
-    with _opened(source) as given:
-        times = _decode_times(given)
-        tracks = [] if audio else list(given.streams.audio)
+    with _open(source) as original:
+        times = _decode_times(original)
+        tracks = [] if audio else list(original.streams.audio)
         kept = [track.index for track in tracks if _codec(track) in MP4_SOUND]
         dropped = [_codec(track) for track in tracks if track.index not in kept]
     if times is None:
@@ -174,7 +174,7 @@ def remux(source: Path | BinaryIO, target: Path, metadata: Mapping[str, str], au
     return True
 
 
-def _opened(source: Path | BinaryIO) -> Any:
+def _open(source: Path | BinaryIO) -> Any:
     if not isinstance(source, Path):
         source.seek(0)
     return open_container(source)
@@ -212,26 +212,26 @@ def _write_copy(
     """
     options = {"movflags": "use_metadata_tags"}
     with (
-        _opened(source) as given,
+        _open(source) as original,
         av.open(f"file:{target}", "w", format="mp4", options=options) as written,
     ):
-        written.metadata.update({**given.metadata, **metadata})
-        picture = video_stream(given)
+        written.metadata.update({**original.metadata, **metadata})
+        picture = video_stream(original)
         copies = {
             stream: written.add_stream_from_template(stream)
-            for stream in (picture, *map(given.streams.__getitem__, kept))
+            for stream in (picture, *map(original.streams.__getitem__, kept))
         }
         layout = "mono" if audio and audio["waveform"].shape[1] == 1 else "stereo"
         rate = _aac_rate(int(audio["sample_rate"])) if audio else 0
         track = written.add_stream("aac", rate=rate, layout=layout) if audio else None
         due = iter(times)
-        for packet in given.demux(list(copies)):
+        for packet in original.demux(list(copies)):
             if packet.size:
                 packet.dts = next(due) if packet.stream is picture else packet.pts if packet.dts is None else packet.dts
                 packet.stream = copies[packet.stream]
                 written.mux(packet)
         if track and audio:
-            seconds = float(given.duration or 0) / av.time_base
+            seconds = float(original.duration or 0) / av.time_base
             samples = audio["waveform"][0, :2, : round(seconds * audio["sample_rate"])].float().cpu().numpy()
             frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)
             frame.sample_rate, frame.pts = int(audio["sample_rate"]), 0

@@ -10,7 +10,7 @@ from .lora import LoraInfo, LoraLoader, LoraSave
 from .memory import CheckpointInfo, Memory, MemoryPlan
 from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, WindowPrompts, Windows
 from .sampler import LoadLatents, Sampler
-from .sockets import guarded
+from .sockets import guard_sockets
 from .train import LossPlot, TrainedWeights, TrainLora, TrainModel
 from .training_inputs import TrainingDataNode
 from .vae import VAEDecode, VAEEncode
@@ -146,4 +146,4 @@ SEARCH_ALIASES: dict[str, tuple[str, ...]] = {
 
 for _id, _words in SEARCH_ALIASES.items():
     # ComfyUI reads the attribute from the class.
-    guarded(NODE_CLASS_MAPPINGS[_id]).SEARCH_ALIASES = list(_words)
+    guard_sockets(NODE_CLASS_MAPPINGS[_id]).SEARCH_ALIASES = list(_words)

@@ -105,9 +105,9 @@ class FromVAE:
         }
 
     @classmethod
-    def planned(cls, dtype: str = "auto", **_: Any) -> tuple[SizedModule]:
+    def plan_outputs(cls, dtype: str = "auto", **_: Any) -> tuple[SizedModule]:
         """Planned as the published one: ComfyUI's is not loaded yet, and all VAEs of Wan 2.1 have one structure."""
-        return (planning.planned_part(published_component("vae", catalog.T2V_BASE), "", dtype),)
+        return (planning.plan_module(published_component("vae", catalog.T2V_BASE), "", dtype),)
 
     def convert(self, vae: Any, dtype: str = "auto") -> tuple[WanVAE]:
         weights = vae.get_sd()

@@ -186,11 +186,11 @@ class CameraEncode:
         return dict(host.TINY_SIZE)
 
     @classmethod
-    def planned(
+    def plan_outputs(
         cls, conditioning: Any, width: int, height: int, num_frames: int, **_: Any
     ) -> tuple[planning.PlannedConditioning]:
-        before = planning.known(planning.PlannedConditioning, "conditioning", conditioning)
-        return (before.adding(["camera"], VideoSize.rounded(width, height, num_frames), camera=True),)
+        before = planning.require(planning.PlannedConditioning, "conditioning", conditioning)
+        return (before.with_inputs(["camera"], VideoSize.rounded(width, height, num_frames), camera=True),)
 
     def encode(
         self, conditioning: Conditioning, camera_path: CameraPath, width: int, height: int, num_frames: int
@@ -261,12 +261,12 @@ class SpeedControl(Loader):
         return {"adapter": catalog.TINY, "download": False}
 
     @classmethod
-    def planned(
+    def plan_outputs(
         cls, model: Any, conditioning: Any, adapter: str, **_: Any
     ) -> tuple[planning.PlannedModel, planning.PlannedConditioning]:
-        handle = planning.known(planning.PlannedModel, "model", model)
-        cond = planning.known(planning.PlannedConditioning, "conditioning", conditioning)
-        controller = planning.planned_part(*cls.describe(adapter))
+        handle = planning.require(planning.PlannedModel, "model", model)
+        cond = planning.require(planning.PlannedConditioning, "conditioning", conditioning)
+        controller = planning.plan_module(*cls.describe(adapter))
         return replace(handle, motion_controller=controller), replace(cond, names=(*cond.names, SPEED))
 
     def apply(

@@ -81,40 +81,40 @@ class Encode(Tiled):
         return dict(host.TINY_SIZE)
 
     @classmethod
-    def planned(cls, **given: Any) -> tuple[planning.PlannedConditioning]:
-        before = planning.known(planning.PlannedConditioning, "conditioning", given["conditioning"])
-        vae = planning.if_known(given["vae"])
+    def plan_outputs(cls, **inputs: Any) -> tuple[planning.PlannedConditioning]:
+        before = planning.require(planning.PlannedConditioning, "conditioning", inputs["conditioning"])
+        vae = planning.or_none(inputs["vae"])
         geometry = DEFAULT_GEOMETRY if vae is None else vae.module.config.geometry
-        size = VideoSize.rounded(given["width"], given["height"], given["num_frames"], geometry)
-        linked = [name for name in cls.MODEL_INPUTS if name in given]
+        size = VideoSize.rounded(inputs["width"], inputs["height"], inputs["num_frames"], geometry)
+        linked = [name for name in cls.MODEL_INPUTS if name in inputs]
         frames = 0 if vae is None else size.latent.frames if set(linked) & set(cls.FULL_LENGTH) else 1
-        tiles = tile_settings(**{name: given[name] for name in sockets.tile_inputs() if name in given})
-        with_inputs = before.adding(
+        tiles = tile_settings(**{name: inputs[name] for name in sockets.tile_inputs() if name in inputs})
+        with_inputs = before.with_inputs(
             [cls.MODEL_INPUTS[name] for name in linked],
             size,
-            pictures=before.given.pictures + sum(name in cls.CLIP_INPUTS for name in linked),
-            encoded_frames=max(before.given.encoded_frames, frames),
+            pictures=before.sizes.pictures + sum(name in cls.CLIP_INPUTS for name in linked),
+            encoded_frames=max(before.sizes.encoded_frames, frames),
         )
         return (
             replace(
                 with_inputs,
                 vae=vae or before.vae,
-                image_encoder=planning.if_known(given.get("image_encoder")) or before.image_encoder,
+                image_encoder=planning.or_none(inputs.get("image_encoder")) or before.image_encoder,
                 tiles=before.tiles if vae is None else tiles,
             ),
         )
 
 
 @contextmanager
-def text_encoder_on_device(encoder: TextEncoder) -> Iterator[None]:
+def working_text_encoder(encoder: TextEncoder) -> Iterator[None]:
     """The text encoder's weights on the device inside the block, streamed where they do not fit."""
     activations = text_bytes(encoder.model.config, encoder.dtype)
-    with on_device(encoder.model, encoder.dtype, activations):
+    with working_module(encoder.model, encoder.dtype, activations):
         yield
 
 
 @contextmanager
-def on_device(module: nn.Module, dtype: torch.dtype, activations: int = 0) -> Iterator[Runtime]:
+def working_module(module: nn.Module, dtype: torch.dtype, activations: int = 0) -> Iterator[Runtime]:
     """A model on the device inside the block. Its weights stay there afterwards if the host can evict them."""
     runtime = host.current.runtime(dtype)
     with working_encoder(
@@ -135,9 +135,9 @@ def tile_settings(
 def encoders(vae: WanVAE, image_encoder: ImageEncoder | None, tiles: Tiles) -> Iterator[LatentEncoder]:
     """The VAE, ready to encode, and the image encoder on the device inside the block."""
     with ExitStack() as stack:
-        runtime = stack.enter_context(on_device(vae, vae.dtype))
+        runtime = stack.enter_context(working_module(vae, vae.dtype))
         if image_encoder is not None:
-            stack.enter_context(on_device(image_encoder, vae.dtype, IMAGE_ENCODER_BYTES))
+            stack.enter_context(working_module(image_encoder, vae.dtype, IMAGE_ENCODER_BYTES))
         yield LatentEncoder(vae=vae, encode=partial(encode, vae, tiles=tiles, runtime=runtime))
 
 
@@ -169,14 +169,14 @@ class TextEncode:
         }
 
     @classmethod
-    def planned(cls, text_encoder: Any, **_: Any) -> tuple[planning.PlannedConditioning]:
-        return (planning.PlannedConditioning(planning.known(SizedModule, "text_encoder", text_encoder)),)
+    def plan_outputs(cls, text_encoder: Any, **_: Any) -> tuple[planning.PlannedConditioning]:
+        return (planning.PlannedConditioning(planning.require(SizedModule, "text_encoder", text_encoder)),)
 
     def encode(
         self, text_encoder: TextEncoder, prompt: str, negative_prompt: str = "", cache_on_disk: bool = False
     ) -> tuple[Conditioning]:
         encoder = text_encoder.kept_in(host.current.prompts_dir() if cache_on_disk else None)
-        cond = text_conditioning(encoder, prompt, negative_prompt, partial(text_encoder_on_device, encoder))
+        cond = text_conditioning(encoder, prompt, negative_prompt, partial(working_text_encoder, encoder))
         return (cond.to(host.current.offload_device()),)
 
 
@@ -306,9 +306,9 @@ class VaceReferences:
         }
 
     @classmethod
-    def planned(cls, references: Any = None, **_: Any) -> tuple[int]:
+    def plan_outputs(cls, references: Any = None, **_: Any) -> tuple[int]:
         """How many reference pictures there are; each linked batch counts as one."""
-        return ((planning.if_known(references) or 0) + 1,)
+        return ((planning.or_none(references) or 0) + 1,)
 
     def collect(self, images: Tensor, references: tuple[Tensor, ...] = ()) -> tuple[tuple[Tensor, ...]]:
         return ((*references, images),)
@@ -356,13 +356,13 @@ class VaceEncode(Encode):
         }
 
     @classmethod
-    def planned(cls, **given: Any) -> tuple[planning.PlannedConditioning]:
-        (cond,) = super().planned(**given)
+    def plan_outputs(cls, **inputs: Any) -> tuple[planning.PlannedConditioning]:
+        (cond,) = super().plan_outputs(**inputs)
         assert cond.size is not None, "`adding` sets it"
-        references = int("reference_images" in given) + (planning.if_known(given.get("references")) or 0)
+        references = int("reference_images" in inputs) + (planning.or_none(inputs.get("references")) or 0)
         names, frames = cond.names or ("vace_video",), cond.size.latent.frames
-        inputs = replace(cond.given, vace=(*cond.given.vace, references), encoded_frames=frames)
-        return (replace(cond, names=names, given=inputs),)
+        sizes = replace(cond.sizes, vace=(*cond.sizes.vace, references), encoded_frames=frames)
+        return (replace(cond, names=names, sizes=sizes),)
 
     def encode(
         self,

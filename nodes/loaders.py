@@ -171,20 +171,20 @@ class Loader:
         return inspect(files, self.KIND)
 
 
-class PartLoader(Loader):
+class EncoderLoader(Loader):
     """A loader of an encoder or a VAE."""
 
     @classmethod
-    def planned(cls, **given: Any) -> tuple[SizedModule]:
-        return (planning.planned_part(*cls.describe(given[cls.INPUT]), **given),)
+    def plan_outputs(cls, **inputs: Any) -> tuple[SizedModule]:
+        return (planning.plan_module(*cls.describe(inputs[cls.INPUT]), **inputs),)
 
     @classmethod
-    def IS_CHANGED(cls, download: bool = False, **given: Any) -> str:
-        return cls.fingerprint(given[cls.INPUT], download)
+    def IS_CHANGED(cls, download: bool = False, **inputs: Any) -> str:
+        return cls.fingerprint(inputs[cls.INPUT], download)
 
     @classmethod
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The bundled part."""
+        """The bundled model."""
         return {cls.INPUT: catalog.TINY, "download": False}
 
 
@@ -262,12 +262,12 @@ class ModelLoader(Loader):
         return published_dit(row)
 
     @classmethod
-    def planned(cls, model: str, vace_module: str = NONE, **given: Any) -> tuple[planning.PlannedModel]:
+    def plan_outputs(cls, model: str, vace_module: str = NONE, **inputs: Any) -> tuple[planning.PlannedModel]:
         component, absent = cls.describe(model)
         if vace_module != NONE:
             component = join_vace(component, inspect(cls.files(vace_module, False), "vace"))
         variant = match_variant(component.config_of(DiTConfig))
-        dit = planning.planned_part(component, absent, **given)
+        dit = planning.plan_module(component, absent, **inputs)
         return (planning.PlannedModel(model, variant, (SizedExpert(dit.module, dit.absent),)),)
 
     def load(
@@ -304,7 +304,7 @@ class ModelLoader(Loader):
         return (loaded,)
 
 
-class TextEncoderLoader(PartLoader):
+class TextEncoderLoader(EncoderLoader):
     """UMT5 with its tokenizer."""
 
     INPUT, KIND, FOLDER, PATTERN = "text_encoder", "text_encoder", "text_encoders", catalog.TEXT_ENCODER_PATTERN
@@ -344,7 +344,7 @@ class TextEncoderLoader(PartLoader):
         return (load_text_encoder(component, tokenizer, compute, _offload(weights, rest)),)
 
 
-class VAELoader(PartLoader):
+class VAELoader(EncoderLoader):
     """The Wan 2.1 video autoencoder."""
 
     INPUT, KIND, FOLDER, PATTERN = "vae", "vae", "vae", catalog.VAE_PATTERN
@@ -368,7 +368,7 @@ class VAELoader(PartLoader):
         return (load_vae(component, choose_dtype(dtype, component), host.current.offload_device()),)
 
 
-class ImageEncoderLoader(PartLoader):
+class ImageEncoderLoader(EncoderLoader):
     """CLIP's vision tower."""
 
     INPUT, KIND, FOLDER, PATTERN = "image_encoder", "image_encoder", "clip_vision", catalog.IMAGE_ENCODER_PATTERN

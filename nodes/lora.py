@@ -110,9 +110,9 @@ class LoraLoader:
         return _fingerprint(lora)
 
     @classmethod
-    def planned(cls, model: Any, lora: str, strength: Any, **_: Any) -> tuple[planning.PlannedModel, None]:
+    def plan_outputs(cls, model: Any, lora: str, strength: Any, **_: Any) -> tuple[planning.PlannedModel, None]:
         """Planned as if it changed every block during the whole run: an upper bound for any curve and blocks."""
-        handle = planning.known(planning.PlannedModel, "model", model)
+        handle = planning.require(planning.PlannedModel, "model", model)
         return handle.with_lora(model_file(FOLDER, lora), strength), None
 
     def load(

@@ -29,7 +29,7 @@ PARTIAL = {
     "control": "a ControlNet",
     "hooks": "hooks",
 }
-"""What makes conditioning hold for a part of a picture or of a run only, and how users know it."""
+"""Values that limit conditioning to a part of a picture or run, with their names for users."""
 
 READ = frozenset(
     {
@@ -40,10 +40,10 @@ READ = frozenset(
 UNUSED = frozenset(
     {"pooled_output", "concat_mask_index", "guidance", "attention_mask", "strength", "set_area_to_bounds"}
 )
-"""What Wan 2.1 models have never read."""
+"""Values that no Wan 2.1 model reads."""
 
-NOTHING = 1e-3
-"""Largest normalised latent of nothing: zeros that went through raw latents in any dtype."""
+ZERO = 1e-3
+"""Normalised latents up to this are zeros that were converted to raw latents and back in any dtype."""
 
 
 def from_native(
@@ -53,18 +53,18 @@ def from_native(
 
     Args:
         clip_vision_output: image tokens, in place of those that `positive` holds.
-        geometry: of the model that the conditioning was made for, which it does not tell.
+        geometry: of the model that the conditioning was made for; CONDITIONING does not contain it.
 
     Raises:
-        ValueError: there are several entries or none, one holds for a part of the run or picture only, the branches
-            differ in more than text, or a value has not the shape that ComfyUI's Wan nodes give it.
+        ValueError: there is not exactly one entry, it is limited to a part of the run or picture, the branches differ
+            in more than text, or a value has another shape than ComfyUI's Wan nodes give it.
     """
-    text, given = _entry(positive, "positive")
+    text, values = _entry(positive, "positive")
     negative_text, other = _entry(negative, "negative")
-    _require_same(given, other)
-    text, negative_text = _padded(text, negative_text)
+    _require_same(values, other)
+    text, negative_text = _pad_texts(text, negative_text)
     cond = Conditioning(text=text, negative_text=negative_text)
-    tokens = clip_vision_output if clip_vision_output is not None else given.get("clip_vision_output")
+    tokens = clip_vision_output if clip_vision_output is not None else values.get("clip_vision_output")
     if tokens is not None:
         cond = cond.given(clip=_tokens(tokens))
     readers: dict[str, Callable[[Conditioning, Mapping[str, Any], Geometry], Conditioning]] = {
@@ -74,13 +74,13 @@ def from_native(
         "vace_frames": _with_vace,
     }
     for name, read in readers.items():
-        if given.get(name) is not None:
-            cond = read(cond, given, geometry)
+        if values.get(name) is not None:
+            cond = read(cond, values, geometry)
     return cond
 
 
 def _entry(native: Native, which: str) -> tuple[Tensor, Mapping[str, Any]]:
-    """The one entry of CONDITIONING, without what is unset or of no use."""
+    """The one entry of CONDITIONING, without unset and unused values."""
     if len(native) != 1:
         raise ValueError(
             f"The {which} conditioning has {len(native)} entries, but Wan models take one prompt: leave out "
@@ -91,7 +91,7 @@ def _entry(native: Native, which: str) -> tuple[Tensor, Mapping[str, Any]]:
     partial = sorted({PARTIAL[name] for name in values if name in PARTIAL})
     if partial:
         raise ValueError(
-            f"The {which} conditioning has {' and '.join(partial)}, for which a WanCore sampler has no place; remove "
+            f"The {which} conditioning has {' and '.join(partial)}, which a WanCore sampler does not support; remove "
             "the node that set it."
         )
     if unknown := sorted(values.keys() - READ):
@@ -100,7 +100,7 @@ def _entry(native: Native, which: str) -> tuple[Tensor, Mapping[str, Any]]:
 
 
 def _require_same(positive: Mapping[str, Any], negative: Mapping[str, Any]) -> None:
-    """Both branches see the same pictures in a WanCore sampler."""
+    """Raise ValueError unless both branches have the same pictures: a WanCore sampler has one set for both."""
     differing = [name for name in sorted(READ) if not _same(positive.get(name), negative.get(name))]
     if differing:
         raise ValueError(
@@ -117,8 +117,8 @@ def _same(first: Any, second: Any) -> bool:
     return first is second or first == second
 
 
-def _padded(*texts: Tensor) -> tuple[Tensor, ...]:
-    """Embeddings of one length, at least that of the training; the models read zero rows after every text."""
+def _pad_texts(*texts: Tensor) -> tuple[Tensor, ...]:
+    """Embeddings padded with zeros to one length, at least that of the training, as the models expect them."""
     length = max(TEXT_TOKENS, *(text.shape[1] for text in texts))
     return tuple(F.pad(text, (0, 0, 0, length - text.shape[1])) for text in texts)
 
@@ -139,9 +139,9 @@ def _by_latents(convert: Callable[[Tensor, Geometry], Tensor], joined: Tensor, g
     return torch.cat([convert(part, geometry) for part in joined.split(geometry.channels, 1)], 1)
 
 
-def _with_concat(cond: Conditioning, given: Mapping[str, Any], geometry: Geometry) -> Conditioning:
-    """The channels beside the noise: pictures in their places, or a control video and a start image."""
-    raw = given["concat_latent_image"]
+def _with_concat(cond: Conditioning, values: Mapping[str, Any], geometry: Geometry) -> Conditioning:
+    """The channels that are concatenated to the noise: pictures at their frames, or control video and start image."""
+    raw = values["concat_latent_image"]
     channels = geometry.channels
     if raw.ndim != 5 or raw.shape[1] not in (channels, 2 * channels):
         raise ValueError(
@@ -151,15 +151,15 @@ def _with_concat(cond: Conditioning, given: Mapping[str, Any], geometry: Geometr
     latents, size = _by_latents(normalise, raw, geometry), LatentSize.of(raw, geometry).video
     if latents.shape[1] > channels:
         control, first = latents.split(channels, 1)
-        names = ["control_video"] + ["input_image"] * bool(first.abs().max() > NOTHING)
+        names = ["control_video"] + ["input_image"] * bool(first.abs().max() > ZERO)
         return cond.given(*names, size=size, slots={CONTROL.name: control, FIRST_FRAME.name: first})
-    known = _known(given.get("concat_mask"), latents, geometry.mask_channels)
+    known = _known_frames(values.get("concat_mask"), latents, geometry.mask_channels)
     slots = {MASK.name: known, IMAGE.name: latents, FIRST_FRAME.name: latents}
-    return cond.given(*_pictures(known), size=size, slots=slots)
+    return cond.given(*_input_names(known), size=size, slots=slots)
 
 
-def _known(mask: Tensor | None, latents: Tensor, channels: int) -> Tensor:
-    """What is known of each frame (B, channels, F, h, w), as `comfy.model_base.WAN21.concat_cond` reads a mask."""
+def _known_frames(mask: Tensor | None, latents: Tensor, channels: int) -> Tensor:
+    """1 where a frame is known (B, channels, F, h, w), by a mask as `comfy.model_base.WAN21.concat_cond` reads it."""
     batch, _, frames, height, width = latents.shape
     if mask is None:
         return latents.new_zeros(batch, channels, frames, height, width)
@@ -172,29 +172,29 @@ def _known(mask: Tensor | None, latents: Tensor, channels: int) -> Tensor:
     return F.pad(known, (0, 0, 0, 0, 0, frames - known.shape[2])).expand(batch, -1, -1, -1, -1)
 
 
-def _pictures(known: Tensor) -> list[str]:
-    """The inputs that a mask speaks of."""
+def _input_names(known: Tensor) -> list[str]:
+    """The names of the inputs whose frames a mask marks as known."""
     ends = {"input_image": known[:, :, 0], "end_image": known[:, -1, -1]}
     names = [name for name, part in ends.items() if bool((part > 0.5).all())]
     return names or ["inpaint_video" if bool((known > 0.5).any()) else "input_image"]
 
 
-def _with_reference(cond: Conditioning, given: Mapping[str, Any], geometry: Geometry) -> Conditioning:
-    """The last of the reference latents (B, z, 1, h, w); ComfyUI's Wan models read no other. Zeros are none."""
-    latent = normalise(given["reference_latents"][-1], geometry)
-    if latent.abs().max() < NOTHING:
+def _with_reference(cond: Conditioning, values: Mapping[str, Any], geometry: Geometry) -> Conditioning:
+    """The last of the reference latents (B, z, 1, h, w): ComfyUI's Wan models read only that. Zeros: none."""
+    latent = normalise(values["reference_latents"][-1], geometry)
+    if latent.abs().max() < ZERO:
         return cond
     return cond.given("reference_image", reference=latent[:, :, 0])
 
 
-def _with_camera(cond: Conditioning, given: Mapping[str, Any], geometry: Geometry) -> Conditioning:
-    rays = given["camera_conditions"].float()
+def _with_camera(cond: Conditioning, values: Mapping[str, Any], geometry: Geometry) -> Conditioning:
+    rays = values["camera_conditions"].float()
     frames, height, width = rays.shape[2:]
     return cond.given("camera", size=VideoSize(width, height, geometry.video_frames(frames), geometry), camera=rays)
 
 
-def _with_vace(cond: Conditioning, given: Mapping[str, Any], geometry: Geometry) -> Conditioning:
-    frames = [_by_latents(normalise, raw, geometry) for raw in given["vace_frames"]]
+def _with_vace(cond: Conditioning, values: Mapping[str, Any], geometry: Geometry) -> Conditioning:
+    frames = [_by_latents(normalise, raw, geometry) for raw in values["vace_frames"]]
     shapes = {tuple(latents.shape) for latents in frames}
     if len(shapes) > 1:
         raise ValueError(
@@ -202,8 +202,8 @@ def _with_vace(cond: Conditioning, given: Mapping[str, Any], geometry: Geometry)
             "reference image or none of them, or use VACE Encode (WanCore)."
         )
     whole = [x.new_ones(len(x), geometry.vace_mask_channels, *x.shape[2:]) for x in frames]
-    masks = given.get("vace_mask") or whole
-    strengths = given.get("vace_strength") or [1.0] * len(frames)
+    masks = values.get("vace_mask") or whole
+    strengths = values.get("vace_strength") or [1.0] * len(frames)
     contexts = [torch.cat((latents, mask.to(latents)), 1) for latents, mask in zip(frames, masks, strict=True)]
     inputs = tuple(
         VaceInput(context=context, strength=Curve.of(float(strength)))
@@ -217,34 +217,32 @@ def _with_vace(cond: Conditioning, given: Mapping[str, Any], geometry: Geometry)
 
 
 def _references(context: Tensor, geometry: Geometry) -> int:
-    """How many latent frames of a VACE context (B, 2 z + 64, R + F, h, w) are references in front of the video.
-
-    Nothing is drawn in a reference: its mask and its second latent are zero. The latter is never so in a video, where
-    it is what the VAE makes of grey.
-    """
-    empty = context[:, geometry.channels :].abs().amax((0, 1, 3, 4)) < NOTHING
+    """How many latent frames of a VACE context (B, 2 z + mask, R + F, h, w) are references in front of the video."""
+    # A reference has a zero mask and a zero second latent. In a video the second latent is that of the reactive part,
+    # which is the VAE's encoding of grey where nothing is generated, and never zero.
+    empty = context[:, geometry.channels :].abs().amax((0, 1, 3, 4)) < ZERO
     return int(empty.long().cumprod(0).sum())
 
 
 def to_native(
     cond: Conditioning, size: VideoSize, clip_vision_output: Callable[[Tensor], Any]
 ) -> tuple[list[list[Any]], list[list[Any]], Tensor, int]:
-    """`cond` as the positive and negative CONDITIONING, the empty latent and the frames to trim of ComfyUI's Wan nodes.
+    """`cond` as ComfyUI's Wan nodes return it: positive and negative CONDITIONING, empty latent, frames to trim.
 
-    Image tokens and a reference that a model of ours takes for zeros when they are absent are given as zeros.
+    Where the model expects image tokens or a reference and there are none, they are zeros, as in our models.
 
     Args:
         clip_vision_output: makes ComfyUI's object of image tokens.
 
     Raises:
-        ValueError: `cond` was made for another size, or holds what ComfyUI's conditioning has no place for.
+        ValueError: `cond` was made for another size, or has an input that ComfyUI's conditioning does not support.
     """
     if cond.size and cond.size != size:
         raise ValueError(
             f"{', '.join(cond.inputs or ())} was made for {cond.size}, but the video is {size}: make them equal."
         )
     if cond.motion_bucket is not None:
-        raise ValueError("Speed control has no place in ComfyUI's conditioning; sample with Sampler (WanCore).")
+        raise ValueError("ComfyUI's conditioning does not support speed control; sample with Sampler (WanCore).")
     text, negative_text = cond.encoded_text, cond.negative().encoded_text
     batch, latent, geometry = len(text), size.latent, size.geometry
     values: dict[str, Any] = {}
@@ -275,7 +273,7 @@ def to_native(
 
 
 def _layout(slots: Mapping[str, Tensor], *, has_camera: bool) -> tuple[Slot, ...]:
-    """The channels that the pictures in `slots` were made for."""
+    """The channel layout that the pictures in `slots` were encoded for."""
     if CONTROL.name in slots:
         return (CONTROL, FIRST_FRAME)
     return (MASK, IMAGE) if IMAGE.name in slots and not has_camera else (FIRST_FRAME,)
@@ -286,7 +284,7 @@ def _vace_values(inputs: Sequence[VaceInput], geometry: Geometry) -> dict[str, A
     for vace in inputs:
         if len(set(vace.strength.values)) > 1 or (vace.strength.start, vace.strength.end) != (0, 1):
             raise ValueError(
-                "A VACE strength that changes over the steps has no place in ComfyUI's conditioning; sample with "
+                "ComfyUI's conditioning does not support a VACE strength that changes over the steps; sample with "
                 "Sampler (WanCore), or leave start at 0, end at 1 and end_strength at -1."
             )
     return {

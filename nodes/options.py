@@ -24,7 +24,7 @@ from wan_core.settings import (
 from wan_core.types import Conditioning
 
 from . import host, planning, sockets
-from .conditioning import text_encoder_on_device
+from .conditioning import working_text_encoder
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:
@@ -207,8 +207,8 @@ class WindowPrompts(_Options):
         return True if prompts is None or prompts.strip() else "prompts needs at least one line."
 
     @classmethod
-    def planned(cls, **inputs: Any) -> tuple[planning.PlannedConditioning]:
-        return (planning.PlannedConditioning(planning.known(SizedModule, "text_encoder", inputs["text_encoder"])),)
+    def plan_outputs(cls, **inputs: Any) -> tuple[planning.PlannedConditioning]:
+        return (planning.PlannedConditioning(planning.require(SizedModule, "text_encoder", inputs["text_encoder"])),)
 
     def build(
         self, text_encoder: TextEncoder, prompts: str, negative_prompt: str = ""
@@ -216,7 +216,7 @@ class WindowPrompts(_Options):
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:
             raise ValueError("prompts needs at least one line.")
-        cond = text_conditioning(text_encoder, lines, negative_prompt, partial(text_encoder_on_device, text_encoder))
+        cond = text_conditioning(text_encoder, lines, negative_prompt, partial(working_text_encoder, text_encoder))
         cond = cond.to(host.current.offload_device())
         return (tuple(cond.map(partial(_row, i)) for i in range(len(lines))),)
 
@@ -299,12 +299,12 @@ class Schedule(_Options):
     def build(
         self, start_step: int, end_step: int, sigmas: Tensor | None = None, sigma_list: str = ""
     ) -> tuple[ScheduleSettings]:
-        given = None if sigmas is None else tuple(float(sigma) for sigma in sigmas)
+        levels = None if sigmas is None else tuple(float(sigma) for sigma in sigmas)
         if sigma_list.strip():
-            if given is not None:
+            if levels is not None:
                 raise ValueError("Give the noise levels either as sigmas or as sigma_list, not as both.")
-            given = numbers("sigma_list", sigma_list)
-        return (ScheduleSettings(sigmas=given, start_step=start_step, end_step=end_step or None),)
+            levels = numbers("sigma_list", sigma_list)
+        return (ScheduleSettings(sigmas=levels, start_step=start_step, end_step=end_step or None),)
 
 
 class LongRun(_Options):

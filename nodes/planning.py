@@ -1,13 +1,13 @@
-"""What sockets carry while a workflow is planned: sizes in place of tensors, known from headers and widgets alone.
+"""The values of sockets while a workflow is planned: sizes in place of tensors, from headers and widgets alone.
 
-A node class that has a part in what a run takes says it in a classmethod beside its FUNCTION:
+A node class whose outputs matter for the memory of a run has a classmethod beside its FUNCTION:
 
     @classmethod
-    def planned(cls, model, strength=1.0, **_) -> tuple: ...
+    def plan_outputs(cls, model, strength=1.0, **_) -> tuple: ...
 
-It is called with the same inputs and gives one value per output: a value of this module, a `Part` for an encoder or a
-VAE, or settings. It reads no weights. Outputs without meaning for memory are None. Where a node of another pack has no
-such method, its outputs are `Unknown`.
+It is called with the inputs of FUNCTION and returns one value per output: a value of this module, a `SizedModule` for
+an encoder or a VAE, settings, or None for an output that takes no memory. It reads no weights. The outputs of a node
+without this method are `Unknown`.
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 
 
 class PlanError(ValueError):
-    """A node cannot be planned; the message names the input, and whoever walks the graph adds the node."""
+    """A node cannot be planned; the message names the input, and the caller adds the node."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Unknown:
         return f"what comes from {self.source}"
 
 
-def known(kind: type[Value], name: str, value: Any) -> Value:
+def require(kind: type[Value], name: str, value: Any) -> Value:
     """`value` of the input `name`, which must be of `kind`.
 
     Raises:
@@ -58,18 +58,18 @@ def known(kind: type[Value], name: str, value: Any) -> Value:
     return value
 
 
-def if_known(value: Any) -> Any:
+def or_none(value: Any) -> Any:
     """`value`, or None where it comes from a node that cannot be planned."""
     return None if isinstance(value, Unknown) else value
 
 
 class Settings:
-    """A node that makes settings of its widgets: planning runs it."""
+    """A node that turns widgets into settings. That takes no memory, so its FUNCTION runs while planning."""
 
     FUNCTION: str
 
     @classmethod
-    def planned(cls, **inputs: Any) -> tuple[Any, ...]:
+    def plan_outputs(cls, **inputs: Any) -> tuple[Any, ...]:
         unknown = [value for value in inputs.values() if isinstance(value, Unknown)]
         return tuple(unknown[:1]) or getattr(cls(), cls.FUNCTION)(**inputs)
 
@@ -102,29 +102,30 @@ class PlannedConditioning:
     """A CONDITIONING.
 
     Attributes:
-        names: of the user's inputs, as the models call them.
-        size: of the video that they were made for.
-        vae, image_encoder, tiles: what encoded them.
+        names: the user's inputs, by the models' names.
+        size: the video that they are for.
+        sizes: what they add to a run.
+        vae, image_encoder, tiles: the models and tiles that encode them.
     """
 
     text_encoder: SizedModule | None
     names: tuple[str, ...] = ()
     size: VideoSize | None = None
-    given: InputSizes = InputSizes()
+    sizes: InputSizes = InputSizes()
     vae: SizedModule | None = None
     image_encoder: SizedModule | None = None
     tiles: Tiles = "auto"
 
-    def adding(self, names: Iterable[str], size: VideoSize, **given: Any) -> "PlannedConditioning":
-        """With further inputs, made for a video of `size`; `given` are the fields of `given` that they change.
+    def with_inputs(self, names: Iterable[str], size: VideoSize, **changes: Any) -> "PlannedConditioning":
+        """With further inputs for a video of `size`; `changes` are fields of `sizes`.
 
         Raises:
-            PlanError: the inputs so far were made for another size.
+            PlanError: the earlier inputs are for another size.
         """
         if self.size and self.size != size:
-            raise PlanError(f"It is made for {size}, but {', '.join(self.names)} for {self.size}.")
-        together = tuple(dict.fromkeys((*self.names, *names)))
-        return replace(self, names=together, size=size, given=replace(self.given, **given))
+            raise PlanError(f"It is for a video of {size}, but {', '.join(self.names)} for {self.size}.")
+        all_names = tuple(dict.fromkeys((*self.names, *names)))
+        return replace(self, names=all_names, size=size, sizes=replace(self.sizes, **changes))
 
 
 @dataclass(frozen=True)
@@ -137,17 +138,17 @@ class PlannedLatent:
 
 @dataclass(frozen=True, eq=False)
 class PlannedRun:
-    """The LATENT of a sampler, or the frames that are decoded of it, with the job that makes them.
+    """The LATENT of a sampler, or the frames decoded from it, with the job that makes them.
 
     Attributes:
-        sampled: for frames, the LATENT that they are decoded of.
+        sampled: for frames, the LATENT that they are decoded from.
     """
 
     job: Job
     sampled: "PlannedRun | None" = None
 
 
-def planned_part(
+def plan_module(
     component: Component,
     absent: str,
     dtype: str = "auto",
@@ -155,6 +156,6 @@ def planned_part(
     rest: str = "memory",
     **_: Any,
 ) -> SizedModule:
-    """The part that loading a component with these widgets would give; planned in bfloat16 where `dtype` is auto."""
+    """The module that a loader makes of a component with these widgets; bfloat16 where `dtype` is auto."""
     chosen = DTYPES.get(dtype, torch.bfloat16)
     return SizedModule.planned(component, chosen, weights=weights, mapped=rest == "disk", absent=absent)

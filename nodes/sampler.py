@@ -124,28 +124,28 @@ class Sampler:
         return {**host.TINY_SIZE, "steps": 4}
 
     @classmethod
-    def planned(
-        cls, model: Any, conditioning: Any, seed: Any, width: int, height: int, num_frames: int, **given: Any
+    def plan_outputs(
+        cls, model: Any, conditioning: Any, seed: Any, width: int, height: int, num_frames: int, **inputs: Any
     ) -> tuple[planning.PlannedRun]:
-        handle = planning.known(planning.PlannedModel, "model", model)
-        cond = planning.known(planning.PlannedConditioning, "conditioning", conditioning)
+        handle = planning.require(planning.PlannedModel, "model", model)
+        cond = planning.require(planning.PlannedConditioning, "conditioning", conditioning)
         size = VideoSize.rounded(width, height, num_frames, handle.geometry)
         if cond.size and cond.size != size:
             raise planning.PlanError(f"{', '.join(cond.names)} is made for {cond.size}, but the video is {size}.")
-        latent = given.get("latent")
-        if isinstance(latent, planning.PlannedLatent) and given["denoise"] < 1:
-            encoded = replace(cond.given, encoded_frames=size.latent.frames)
-            cond = replace(cond, given=encoded, vae=latent.vae, tiles=latent.tiles)
+        latent = inputs.get("latent")
+        if isinstance(latent, planning.PlannedLatent) and inputs["denoise"] < 1:
+            encoded = replace(cond.sizes, encoded_frames=size.latent.frames)
+            cond = replace(cond, sizes=encoded, vae=latent.vae, tiles=latent.tiles)
         check(handle.variant, cond.names, handle.name, handle.motion_controller is not None)
         options = ("guidance", "schedule", "cache", "windows", "memory")
-        known = {name: planning.if_known(given.get(name)) for name in options}
+        known = {name: planning.or_none(inputs.get(name)) for name in options}
         settings = _settings(
-            given["cfg"], given["cfg_mode"], known["guidance"], known["schedule"],
-            seed=0 if isinstance(seed, planning.Unknown) else seed, steps=given["steps"], shift=given["shift"],
-            denoise=given["denoise"], solver=given["solver"], cache=known["cache"], windows=known["windows"],
+            inputs["cfg"], inputs["cfg_mode"], known["guidance"], known["schedule"],
+            seed=0 if isinstance(seed, planning.Unknown) else seed, steps=inputs["steps"], shift=inputs["shift"],
+            denoise=inputs["denoise"], solver=inputs["solver"], cache=known["cache"], windows=known["windows"],
         )  # fmt: skip
         job = Job(
-            name=handle.name, experts=handle.experts, size=size, settings=settings, given=cond.given,
+            name=handle.name, experts=handle.experts, size=size, settings=settings, given=cond.sizes,
             motion_controller=handle.motion_controller, text_encoder=cond.text_encoder,
             image_encoder=cond.image_encoder, vae=cond.vae, decodes=False,
             tiles={"encode": cond.tiles, "decode": AUTO}, memory=known["memory"] or MemorySettings(),

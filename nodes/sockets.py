@@ -88,7 +88,7 @@ def _is_possible(kind: str, value: Any) -> bool:
     return not isinstance(value, (str, int, float, list, dict))
 
 
-def guarded(cls: type[Any]) -> type[Any]:
+def guard_sockets(cls: type[Any]) -> type[Any]:
     """The node class, with a function that raises ValueError for a constant in a socket; ComfyUI would pass it on."""
     function = getattr(cls, cls.FUNCTION)
     names = list(inspect.signature(function).parameters)[1:]
@@ -106,10 +106,10 @@ def guarded(cls: type[Any]) -> type[Any]:
 
     @functools.wraps(function)
     def call(self: Any, *values: Any, **inputs: Any) -> Any:
-        given = {**dict(zip(names, values, strict=False)), **inputs}
+        received = {**dict(zip(names, values, strict=False)), **inputs}
         for name, (kind, needed) in sockets_of().items():
-            value = given.get(name)
-            if (name in given and value is None and needed) or (value is not None and not _is_possible(kind, value)):
+            value = received.get(name)
+            if (name in received and value is None and needed) or (value is not None and not _is_possible(kind, value)):
                 raise ValueError(f"{name} takes a {kind} from another node; got {value!r:.100}.")
         return function(self, *values, **inputs)
 

@@ -25,9 +25,9 @@ from .training_inputs import (
     check_widgets,
     defaults,
     image,
+    parse_flags,
     run_folder,
     settings_of,
-    typed,
     widget,
 )
 from .training_run import Run, chart, files_mark, load_settings, require_packages, samples
@@ -121,9 +121,9 @@ class TrainedWeights:
         return files_mark([places.trained_file(weights)]) if weights else ""
 
     @classmethod
-    def planned(cls, model: Any, weights: Any, strength: Any, **_: Any) -> tuple[planning.PlannedModel, None]:
+    def plan_outputs(cls, model: Any, weights: Any, strength: Any, **_: Any) -> tuple[planning.PlannedModel, None]:
         """Weights that are still to be trained are left out: beside the model they are small."""
-        handle = planning.known(planning.PlannedModel, "model", model)
+        handle = planning.require(planning.PlannedModel, "model", model)
         with suppress(ValueError):
             if isinstance(weights, str):
                 handle = handle.with_lora(places.trained_file(weights), strength)
@@ -236,7 +236,7 @@ class Train:
         _check_gpus(values["gpus"])
         own = {**settings_of(values), **cls.own_settings(values), "output_path": str(run_folder(values["name"]))}
         own["validate_steps"] = own.get("save_steps") if own.get("validation_clips") else None
-        return load_settings(own, typed(values["flags"]))
+        return load_settings(own, parse_flags(values["flags"]))
 
     @classmethod
     def VALIDATE_INPUTS(cls, **values: Any) -> bool | str:
@@ -267,7 +267,7 @@ class Train:
         files = [Path(file) for group in found["model_paths"] for file in group]
         environment = {"ACCELERATE_USE_CPU": "true"} if host.current.device().type == "cpu" else {}
         mark = f"{data.mark} {files_mark(files)}"
-        settings = load_settings(words, typed(values["flags"]))
+        settings = load_settings(words, parse_flags(values["flags"]))
         return Run(run_folder(values["name"]), settings, mark, values["gpus"], environment)
 
     def _models(self, values: Mapping[str, Any]) -> dict[str, Any]:

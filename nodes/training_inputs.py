@@ -70,7 +70,7 @@ ALTERNATIVES: Mapping[str, str] = {
 }
 
 
-def typed(flags: str) -> dict[str, Any]:
+def parse_flags(flags: str) -> dict[str, Any]:
     """The settings that the text box holds.
 
     Raises:
@@ -80,8 +80,8 @@ def typed(flags: str) -> dict[str, Any]:
     for name, value in found.items():
         words = value if isinstance(value, tuple) else (value,)
         if name not in ALLOWED or (name in WORDS and not set(words) <= set(WORDS[name])):
-            given = value[0][0] if name == "reference" else name
-            shown = "input_contains_..." if name == "switched" else given
+            flag = value[0][0] if name == "reference" else name
+            shown = "input_contains_..." if name == "switched" else flag
             instead = ALTERNATIVES.get(name, "use `python -m trainer.train` in a shell")
             raise ValueError(f"flags: --{shown} is for the command line; {instead}.")
     return found

@@ -13,7 +13,7 @@ from wan_core.planning.modules import SizedModule
 from wan_core.runtime import log
 
 from . import planning, sockets
-from .conditioning import Tiled, on_device, tile_settings
+from .conditioning import Tiled, tile_settings, working_module
 
 
 def _crop(frames: Tensor, geometry: Geometry) -> Tensor:
@@ -55,7 +55,7 @@ class VAEDecode(Tiled):
         }
 
     @classmethod
-    def planned(cls, vae: Any, latent: Any, **tiles: Any) -> tuple[Any]:
+    def plan_outputs(cls, vae: Any, latent: Any, **tiles: Any) -> tuple[Any]:
         if not isinstance(vae, SizedModule) or not isinstance(latent, planning.PlannedRun):
             return (planning.Unknown("VAE Decode"),)
         chosen = {**latent.job.tiles, "decode": tile_settings(**tiles)}
@@ -71,7 +71,7 @@ class VAEDecode(Tiled):
         samples = latent["samples"]
         geometry = vae.config.geometry
         latents = normalise(samples, geometry)
-        with on_device(vae, vae.dtype) as runtime:
+        with working_module(vae, vae.dtype) as runtime:
             pieces = decode_pieces(vae, latents, settings, runtime)
             return (pixels_to_frames(pieces, geometry.video_frames(latents.shape[2])),)
 
@@ -100,8 +100,8 @@ class VAEEncode(Tiled):
         }
 
     @classmethod
-    def planned(cls, vae: Any, images: Any, **tiles: Any) -> tuple[planning.PlannedLatent]:
-        return (planning.PlannedLatent(planning.known(SizedModule, "vae", vae), tile_settings(**tiles)),)
+    def plan_outputs(cls, vae: Any, images: Any, **tiles: Any) -> tuple[planning.PlannedLatent]:
+        return (planning.PlannedLatent(planning.require(SizedModule, "vae", vae), tile_settings(**tiles)),)
 
     def encode(
         self,
@@ -111,6 +111,6 @@ class VAEEncode(Tiled):
     ) -> tuple[dict[str, Tensor]]:
         settings = tile_settings(**tiles)
         pixels = frames_to_pixels(_crop(images, vae.config.geometry))
-        with on_device(vae, vae.dtype) as runtime:
+        with working_module(vae, vae.dtype) as runtime:
             latents = encode(vae, pixels, settings, runtime)
         return ({"samples": denormalise(latents, vae.config.geometry)},)

@@ -26,7 +26,7 @@ KNOWN_CATEGORIES = ("loaders", "conditioning", "sampling")
 
 @dataclass(frozen=True)
 class Text:
-    """A text of a node: the section of the catalogue that translates it, its English, and where it stands."""
+    """A text of a node: the section of the catalogue that translates it, its English, and its place for messages."""
 
     section: str
     english: str
@@ -84,10 +84,10 @@ def node_defs(classes: Mapping[str, type], titles: Mapping[str, str], say: Say) 
 
 def _node_def(node_id: str, cls: type, title: str, say: Say) -> dict[str, Any]:
     def slot(name: str, tooltip: str) -> dict[str, str]:
-        label, tip = (quoted(say(text)) for text in slot_text(node_id, name, tooltip))
+        label, tip = (escape(say(text)) for text in slot_text(node_id, name, tooltip))
         return {"name": label, "tooltip": tip}
 
-    name, description = (quoted(say(text)) for text in node_text(node_id, cls, title))
+    name, description = (escape(say(text)) for text in node_text(node_id, cls, title))
     return {
         "display_name": name,
         "description": description,
@@ -111,9 +111,9 @@ def main_texts(classes: Mapping[str, type], say: Say) -> dict[str, Any]:
     return {"nodeCategories": categories, "dataTypes": types}
 
 
-def quoted(text: str) -> str:
-    """The text with the signs written out that ComfyUI's translation library gives a meaning to."""
-    return re.sub(r"[{}@|]", lambda sign: "{'" + sign[0] + "'}", text)
+def escape(text: str) -> str:
+    """The text with the characters escaped that have a meaning in ComfyUI's translation library."""
+    return re.sub(r"[{}@|]", lambda match: "{'" + match[0] + "'}", text)
 
 
 HEADINGS = {
@@ -139,12 +139,12 @@ HEADINGS = {
     },
 }
 
-MANY = 13
+LONGEST_LIST = 13
 """Lists with more choices are not printed."""
 
 
 def read_prose(language: str) -> dict[str, str]:
-    """What the page of every node explains, by node id, from `help/<language>.md`: one `## <node id>` section each."""
+    """The explanations of the pages by node id, from `help/<language>.md`: one `## <node id>` section each."""
     text = Path(__file__).with_name("texts").joinpath("help").joinpath(f"{language}.md").read_text(encoding="utf-8")
     parts = re.split(r"^## (\S+)$", text, flags=re.MULTILINE)[1:]
     return {node_id: prose.strip() for node_id, prose in zip(parts[::2], parts[1::2], strict=True)}
@@ -184,7 +184,7 @@ def _output_row(node_id: str, name: str, kind: str, tooltip: str, say: Say) -> s
 
 def _default(kind: Any, options: Mapping[str, Any]) -> str:
     default = options.get("default", kind[0] if isinstance(kind, list) and kind else "")
-    if isinstance(kind, list) and 1 < len(kind) <= MANY:
+    if isinstance(kind, list) and 1 < len(kind) <= LONGEST_LIST:
         return ", ".join(f"**{choice}**" if choice == default else str(choice) for choice in kind)
     text = str(default)
     return text if len(text) <= 40 else text[:37] + "…"
@@ -195,12 +195,12 @@ def _row(cells: Sequence[str]) -> str:
 
 
 WRITTEN = ("locales", "web/docs")
-"""The folders that hold nothing but what this script writes."""
+"""The folders in which this script writes all files."""
 
 
 @contextmanager
 def no_files() -> Iterator[None]:
-    """Nodes list what is published and nothing that lies on this machine."""
+    """Inside the block, nodes list published models and no files of this machine."""
     with tempfile.TemporaryDirectory() as folder:
         host.configure(models_dir=Path(folder), input_dir=Path(folder))
         try:
@@ -240,28 +240,22 @@ def files() -> dict[Path, str]:
             built[Path("locales", language, "nodeDefs.json")] = _json(node_defs(ours, titles, say))
             built[Path("locales", language, "main.json")] = _json(main_texts(ours, say))
             prose = read_prose(language)
-            shown_titles = {key: say(node_text(key, cls, titles[key])[0]) for key, cls in ours.items()}
+            shown_titles = {
+                key: say(node_text(key, cls, titles[key])[0]).removesuffix(" (WanCore)") for key, cls in ours.items()
+            }
             names = catalogue.sections["names"] if language == "zh" else {}
             for node_id, cls in ours.items():
                 if node_id not in prose:
                     raise ValueError(f"{node_id} has no help: add a section to tools/texts/help/{language}.md.")
-                used = [name for name, flow in workflows.items() if _uses(flow, node_id)]
+                used = [w for w, nodes in workflows.items() if any(n["class_type"] == node_id for n in nodes.values())]
                 make = partial(page, node_id, cls, titles[node_id], prose[node_id], used, language)
                 # ComfyUI asks for the page in the user's language, then for the one without a language.
                 path = Path(f"{node_id}.md") if language == "en" else Path(node_id, f"{language}.md")
                 built[Path("web/docs") / path] = make(say)
                 where = pictures.place(node_id, {**core, **ours}, workflows)
                 picture = Path("web/docs/pictures", f"{node_id}.{language}.svg")
-                built[picture] = pictures.draw(where, _short(shown_titles), names)
+                built[picture] = pictures.draw(where, shown_titles, names)
     return built
-
-
-def _uses(workflow: dict[str, Any], node_id: str) -> bool:
-    return any(node["class_type"] == node_id for node in workflow.values())
-
-
-def _short(titles: dict[str, str]) -> dict[str, str]:
-    return {node_id: title.removesuffix(" (WanCore)") for node_id, title in titles.items()}
 
 
 def _json(content: dict[str, Any]) -> str:
@@ -269,7 +263,7 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def write(folder: Path) -> None:
-    """Write every file below `folder`, and remove pages of nodes that are no more."""
+    """Write every file below `folder`, and remove pages of nodes that do not exist any more."""
     built = files()
     for place in WRITTEN:
         for old in sorted((folder / place).rglob("*.*")):

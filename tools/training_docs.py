@@ -25,7 +25,7 @@ SECTIONS = {
 FILE = ROOT / "docs" / "training.md"
 
 
-def filled(text: str) -> str:
+def fill_tables(text: str) -> str:
     """`text` with each table between `<!-- NAME -->` and `<!-- end -->` written again."""
     tables = {"flags": flags, "inputs": inputs, "optimizers": optimizers, "recipes": recipes, "reference": reference}
 
@@ -103,4 +103,4 @@ def _value(value: object) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(filled(FILE.read_text(encoding="utf-8")), encoding="utf-8")
+    FILE.write_text(fill_tables(FILE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -165,7 +165,7 @@ def vace(frames: int = F, **curve) -> VaceInput:
 @pytest.mark.parametrize(
     ("cond", "words"),
     [
-        (ours(motion_bucket=torch.tensor([50.0])), "Speed control has no place"),
+        (ours(motion_bucket=torch.tensor([50.0])), "does not support speed control"),
         (ours(vace=(vace(values=(1.0, 0.0)),)), "strength that changes"),
         (ours(vace=(vace(end=0.5),)), "strength that changes"),
         (replace(ours(), size=VideoSize(32, 32, 5), inputs=("camera",)), "camera was made for 32x32, 5 frames"),

@@ -37,10 +37,10 @@ NOT_PLANNED = {
 def test_every_node_that_counts_can_be_planned_from_its_own_inputs(name):
     cls = NODE_CLASS_MAPPINGS[name]
     if name in NOT_PLANNED or not COUNTED & set(cls.RETURN_TYPES):
-        assert not hasattr(cls, "planned") or name == "WanCoreVAEDecode"
+        assert not hasattr(cls, "plan_outputs") or name == "WanCoreVAEDecode"
         return
     declared = cls.INPUT_TYPES()
-    inspect.signature(cls.planned).bind(**declared["required"], **declared.get("optional", {}))
+    inspect.signature(cls.plan_outputs).bind(**declared["required"], **declared.get("optional", {}))
 
 
 def tiny(name: str, **nodes: dict[str, Any]) -> Workflow:
@@ -63,7 +63,7 @@ class Renaming:
         return {"required": {"model": (sockets.MODEL,)}, "optional": {"suffix": ("STRING", {"default": "!"})}}
 
     @classmethod
-    def planned(cls, model: planning.PlannedModel, suffix: str) -> tuple[planning.PlannedModel]:
+    def plan_outputs(cls, model: planning.PlannedModel, suffix: str) -> tuple[planning.PlannedModel]:
         return (replace(model, name=model.name + suffix),)
 
     def run(self, model: Any, suffix: str) -> tuple[Any]:
@@ -79,7 +79,7 @@ def test_a_node_of_another_pack_is_planned_by_what_it_says():
 
 @pytest.mark.parametrize("name", ["Renaming", "Unheard"])
 def test_a_node_that_says_nothing_is_named(name, monkeypatch):
-    monkeypatch.delattr(Renaming, "planned")
+    monkeypatch.delattr(Renaming, "plan_outputs")
     nodes = {**CLASSES, "Renaming": Renaming}
     with pytest.raises(WorkflowError, match=f"Sampler.*: model comes from .*{name}.*cannot be planned"):
         jobs_of(tiny("t2v", other={"class_type": name}), nodes, schemas_of(nodes))

@@ -299,7 +299,7 @@ def test_each_flag_of_the_trainer_is_the_graphs_or_says_what_to_do_instead():
     assert fields - training_inputs.ALLOWED <= training_inputs.INSTEAD.keys()
     for name in fields - training_inputs.ALLOWED:
         with pytest.raises(ValueError, match=f"flags: --{name} is for the command line; "):
-            training_inputs.typed(f"--{name}" if name in ("skip_download", "confined") else f"--{name} 1")
+            training_inputs.parse_flags(f"--{name}" if name in ("skip_download", "confined") else f"--{name} 1")
 
 
 def test_what_lies_in_the_folder_of_a_run_is_not_imported(tmp_path):

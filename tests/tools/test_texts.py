@@ -124,7 +124,7 @@ def test_both_languages_have_the_same_keys():
     ("text", "written"), [("a @ b", "a {'@'} b"), ("{x|y}", "{'{'}x{'|'}y{'}'}"), ("100 %", "100 %")]
 )
 def test_signs_of_the_translation_library_are_written_out(text, written):
-    assert pages.quoted(text) == written
+    assert pages.escape(text) == written
 
 
 def test_a_missing_translation_names_its_place():

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from tests.trainer.runs import ROOT
-from tools.training_docs import SECTIONS, filled
+from tools.training_docs import SECTIONS, fill_tables
 from wancore.trainer.config import TrainConfig, parse
 from wancore.trainer.flags import REFERENCE_FLAGS, REFUSED_FLAGS
 from wancore.trainer.recipe import main
@@ -17,7 +17,7 @@ COMMANDS = re.findall(r"^python -m trainer\.(\w+) (.+)$", TEXT, re.MULTILINE)
 
 
 def test_tables_are_those_of_the_settings():
-    assert filled(TEXT) == TEXT, "run python -m tools.training_docs"
+    assert fill_tables(TEXT) == TEXT, "run python -m tools.training_docs"
     for field in dataclasses.fields(TrainConfig):
         assert f"| `--{field.name}`" in TEXT
     names = [field.name for field in dataclasses.fields(TrainConfig)]
