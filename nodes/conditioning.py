@@ -20,7 +20,6 @@ from wan_core.conditioning.image import (
 )
 from wan_core.conditioning.text import TextEncoder, text_conditioning
 from wan_core.conditioning.vace import vace_conditioning
-from wan_core.decode import encode
 from wan_core.media.fitting import Aspect, LengthPolicy
 from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.models.image_encoder import ImageEncoder
@@ -28,32 +27,11 @@ from wan_core.models.vae import WanVAE
 from wan_core.planning.encoders import IMAGE_ENCODER_BYTES, checked_size, working_encoder
 from wan_core.planning.encoders import text_peak_bytes as text_bytes
 from wan_core.planning.modules import SizedModule
-from wan_core.runtime import Runtime
-from wan_core.tiling import AUTO, Tiles, TileSettings
+from wan_core.tiling import Tiles
 from wan_core.types import Conditioning, Curve, VideoSize
 
 from . import host, planning, sockets
-
-
-class Tiled:
-    """A node with the tile widgets, which are checked before anything runs."""
-
-    @classmethod
-    def VALIDATE_INPUTS(
-        cls,
-        tiled: bool | None = False,
-        tile_height: int | None = 30,
-        tile_width: int | None = 52,
-        stride_height: int | None = 15,
-        stride_width: int | None = 26,
-    ) -> bool | str:
-        # Linked values are None here, and checked when the node runs.
-        sizes = {"tile_height": tile_height, "tile_width": tile_width}
-        strides = {"stride_height": stride_height, "stride_width": stride_width}
-        for (name, size), (other, stride) in zip(sizes.items(), strides.items(), strict=True):
-            if tiled and size is not None and stride is not None and not 1 <= stride <= size:
-                return f"{other} must be from 1 to {name}, or tiles leave gaps; got {stride} and {size}."
-        return True
+from .vae import Tiled, tile_settings, working_vae
 
 
 class Encode(Tiled):
@@ -114,31 +92,22 @@ def working_text_encoder(encoder: TextEncoder) -> Iterator[None]:
 
 
 @contextmanager
-def working_module(module: nn.Module, dtype: torch.dtype, activations: int = 0) -> Iterator[Runtime]:
-    """A model on the device inside the block. Its weights stay there afterwards if the host can evict them."""
-    runtime = host.current.runtime(dtype)
-    with working_encoder(
-        module, runtime, host.current.memory_settings(), activations, keep=host.current.keeps_weights()
-    ):
-        yield runtime
-    host.current.register_weights(module)
-
-
-def tile_settings(
-    tiled: bool = False, tile_height: int = 30, tile_width: int = 52, stride_height: int = 15, stride_width: int = 26
-) -> Tiles:
-    """The tile widgets (`sockets.tile_inputs`) as settings; off means tiles only where memory is short."""
-    return TileSettings(size=(tile_height, tile_width), stride=(stride_height, stride_width)) if tiled else AUTO
+def working_module(module: nn.Module, dtype: torch.dtype, activations: int) -> Iterator[None]:
+    """An encoder on the device inside the block. Its weights stay there afterwards if the host can evict them."""
+    here = host.current
+    with working_encoder(module, here.runtime(dtype), here.memory_settings(), activations, keep=here.keeps_weights()):
+        yield
+    here.register_weights(module)
 
 
 @contextmanager
 def encoders(vae: WanVAE, image_encoder: ImageEncoder | None, tiles: Tiles) -> Iterator[LatentEncoder]:
     """The VAE, ready to encode, and the image encoder on the device inside the block."""
     with ExitStack() as stack:
-        runtime = stack.enter_context(working_module(vae, vae.dtype))
+        handle = stack.enter_context(working_vae(vae, tiles))
         if image_encoder is not None:
             stack.enter_context(working_module(image_encoder, vae.dtype, IMAGE_ENCODER_BYTES))
-        yield LatentEncoder(vae=vae, encode=partial(encode, vae, tiles=tiles, runtime=runtime))
+        yield LatentEncoder(vae=vae, encode=handle.encode)
 
 
 class TextEncode:

@@ -1,19 +1,21 @@
 """Pixels to latents and back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from wan_core.decode import decode_pieces, encode
+from wan_core.decode import VaeHandle
 from wan_core.media import frames_to_pixels, pixels_to_frames
 from wan_core.models.config import Geometry
 from wan_core.models.vae import WanVAE, denormalise, normalise
 from wan_core.planning.modules import SizedModule
 from wan_core.runtime import log
+from wan_core.tiling import AUTO, Tiles, TileSettings
 
-from . import planning, sockets
-from .conditioning import Tiled, tile_settings, working_module
+from . import host, planning, sockets
 
 
 def _crop(frames: Tensor, geometry: Geometry) -> Tensor:
@@ -32,6 +34,46 @@ def _crop(frames: Tensor, geometry: Geometry) -> Tensor:
     top, left = top // 2, left // 2
     bottom, right = top + height // multiple * multiple, left + width // multiple * multiple
     return frames[: length - spare, top:bottom, left:right]
+
+
+class Tiled:
+    """A node with the tile widgets, which are checked before anything runs."""
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        tiled: bool | None = False,
+        tile_height: int | None = 30,
+        tile_width: int | None = 52,
+        stride_height: int | None = 15,
+        stride_width: int | None = 26,
+    ) -> bool | str:
+        # Linked values are None here, and checked when the node runs.
+        sizes = {"tile_height": tile_height, "tile_width": tile_width}
+        strides = {"stride_height": stride_height, "stride_width": stride_width}
+        for (name, size), (other, stride) in zip(sizes.items(), strides.items(), strict=True):
+            if tiled and size is not None and stride is not None and not 1 <= stride <= size:
+                return f"{other} must be from 1 to {name}, or tiles leave gaps; got {stride} and {size}."
+        return True
+
+
+def tile_settings(
+    tiled: bool = False, tile_height: int = 30, tile_width: int = 52, stride_height: int = 15, stride_width: int = 26
+) -> Tiles:
+    """The tile widgets (`sockets.tile_inputs`) as settings; off means tiles only where memory is short."""
+    return TileSettings(size=(tile_height, tile_width), stride=(stride_height, stride_width)) if tiled else AUTO
+
+
+@contextmanager
+def working_vae(vae: WanVAE, tiles: Tiles) -> Iterator[VaeHandle]:
+    """A VAE on the device inside the block. Its weights stay there afterwards if the host can evict them."""
+    here = host.current
+    handle = VaeHandle(
+        vae=vae, runtime=here.runtime(vae.dtype), tiles=tiles, memory=here.memory_settings(), keep=here.keeps_weights()
+    )
+    with handle.working():
+        yield handle
+    here.register_weights(vae)
 
 
 class VAEDecode(Tiled):
@@ -71,9 +113,8 @@ class VAEDecode(Tiled):
         samples = latent["samples"]
         geometry = vae.config.geometry
         latents = normalise(samples, geometry)
-        with working_module(vae, vae.dtype) as runtime:
-            pieces = decode_pieces(vae, latents, settings, runtime)
-            return (pixels_to_frames(pieces, geometry.video_frames(latents.shape[2])),)
+        with working_vae(vae, settings) as handle:
+            return (pixels_to_frames(handle.decode_pieces(latents), geometry.video_frames(latents.shape[2])),)
 
 
 class VAEEncode(Tiled):
@@ -111,6 +152,6 @@ class VAEEncode(Tiled):
     ) -> tuple[dict[str, Tensor]]:
         settings = tile_settings(**tiles)
         pixels = frames_to_pixels(_crop(images, vae.config.geometry))
-        with working_module(vae, vae.dtype) as runtime:
-            latents = encode(vae, pixels, settings, runtime)
+        with working_vae(vae, settings) as handle:
+            latents = handle.encode(pixels)
         return ({"samples": denormalise(latents, vae.config.geometry)},)

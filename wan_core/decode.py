@@ -2,20 +2,71 @@
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from .models.vae import WanVAE, fill
-from .planning.encoders import VaePass, choose_tiles, smallest_tiles, vae_peak_bytes
+from .planning.encoders import (
+    VaePass,
+    choose_tiles,
+    limit_memory,
+    smallest_tiles,
+    vae_peak_bytes,
+    working_encoder,
+)
 from .runtime import OutOfMemoryError, Runtime, gigabytes, is_out_of_memory, log
 from .sampling.predictor import check_latents, check_pixels
+from .settings import MemorySettings
 from .tiling import AUTO, Tiles, TileSettings
 from .types import LatentSize, VideoSize
 
 SMALLER_TILES = (TileSettings(), TileSettings(size=(16, 16), stride=(12, 12)))
 """What is tried when memory runs out, one after the other."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VaeHandle:
+    """A VAE with everything that a pass of it needs; a pass brings the weights to the device and releases them.
+
+    Attributes:
+        vae: the autoencoder, its weights wherever they are.
+        runtime: device, progress, cancellation and memory of the host.
+        tiles: of the latent frame; "auto" cuts only where memory asks for it.
+        memory: what may be used of the device.
+        keep: leave the weights on the device for the next use.
+    """
+
+    vae: WanVAE
+    runtime: Runtime
+    tiles: Tiles = AUTO
+    memory: MemorySettings = MemorySettings()
+    keep: bool = False
+
+    @contextmanager
+    def working(self) -> Iterator["VaeHandle"]:
+        """Around several passes: the weights come once, and blocks that do not fit beside the others are streamed."""
+        # The activations depend on the tiles, which are chosen by what the weights leave free.
+        with working_encoder(self.vae, self.runtime, self.memory, 0, keep=self.keep):
+            yield self
+
+    def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
+        """As `decode_pieces`; errors come with the first piece."""
+        with self.working():
+            yield from decode_pieces(self.vae, latents, self.tiles, limit_memory(self.runtime, self.memory))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As `decode`."""
+        with self.working():
+            return decode(self.vae, latents, self.tiles, limit_memory(self.runtime, self.memory))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """As `encode`."""
+        with self.working():
+            return encode(self.vae, pixels, self.tiles, limit_memory(self.runtime, self.memory))
 
 
 def decode(vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from .conditioning.image import Fit, LatentEncoder
 from .conditioning.inputs import VideoInputs, condition
 from .conditioning.pose_rows import DEFAULT_ORIGIN
 from .conditioning.text import Prompt, as_prompts, text_conditioning
-from .decode import decode, decode_pieces, encode
+from .decode import VaeHandle
 from .media import pixels_to_images
 from .media.fitting import Pictures, as_frames
 from .model_config import TOKENIZER_CONFIG, ModelConfig, compute_dtype
-from .offload.weights import WeightProvider, on_device
+from .offload.weights import WeightProvider
 from .pipeline_models import LoadedModels, PipelineModels, load_models
-from .planning.encoders import IMAGE_ENCODER_BYTES, checked_size, limit_memory, working_encoder
+from .planning.encoders import IMAGE_ENCODER_BYTES, checked_size, working_encoder
 from .planning.encoders import text_peak_bytes as text_bytes
 from .runtime import Runtime, default_device, usable_device
 from .sampling.experts import RunInputs
@@ -258,7 +259,7 @@ class WanVideoPipeline(PipelineModels):
         runtime = self._runtime(progress_bar_cmd, settings.steps)
         run_inputs = RunInputs(cond, size.latent, latents, tuple(prompts))
         state = model.sample(run_inputs, settings, self.memory, runtime)
-        return self._output(state.video.to(self.device), tiles, output_type, runtime)
+        return self._output(state.video, self._vae(tiles, runtime), output_type)
 
     def _check(self, inputs: VideoInputs, prompt: Prompt, negative_prompt: Prompt) -> None:
         as_prompts(prompt), as_prompts(negative_prompt, "negative_prompt")
@@ -284,34 +285,31 @@ class WanVideoPipeline(PipelineModels):
         if not inputs.given() and start is None:
             return cond, None
         with ExitStack() as stack:
-            stack.enter_context(on_device(self.models.vae, self.device))
+            vae = stack.enter_context(self._vae(tiles, self._runtime()).working())
             if self.models.image is not None:
                 stack.enter_context(self._at_work(self.models.image, IMAGE_ENCODER_BYTES))
-            runtime = self._runtime()
-            encoder = LatentEncoder(
-                vae=self.models.vae, encode=partial(encode, self.models.vae, tiles=tiles, runtime=runtime)
-            )
+            encoder = LatentEncoder(vae=vae.vae, encode=vae.encode)
             cond = condition(cond, inputs, self.models.video.variant, size, encoder, self.models.image, fit)
             latents = None if start is None else encoder.frames((fit or Fit()).clip(start, size, "input_video"))
         if latents is not None:
             latents = latents.expand(len(cond.encoded_text), -1, -1, -1, -1)
         return cond, latents
 
-    def _output(self, latents: Tensor, tiles: Tiles, output_type: str, runtime: Runtime) -> Any:
+    def _output(self, latents: Tensor, vae: VaeHandle, output_type: str) -> Any:
+        def frames(video: Tensor) -> Iterator[Image.Image]:
+            return chain.from_iterable(map(pixels_to_images, vae.decode_pieces(video)))
+
         if output_type == "latent":
-            return latents
+            return latents.to(self.device)
         if output_type == "stream":
-            return self._frames_of(latents, tiles, runtime)
+            return frames(latents)
         if output_type == "tensor":
-            with on_device(self.models.vae, self.device):
-                return decode(self.models.vae, latents, tiles, runtime)
-        videos = [list(self._frames_of(video, tiles, runtime)) for video in latents.split(1)]
+            return vae.decode(latents)
+        videos = [list(frames(video)) for video in latents.split(1)]
         return videos[0] if len(videos) == 1 else videos
 
-    def _frames_of(self, latents: Tensor, tiles: Tiles, runtime: Runtime) -> Iterator[Image.Image]:
-        with on_device(self.models.vae, self.device):
-            for piece in decode_pieces(self.models.vae, latents, tiles, runtime):
-                yield from pixels_to_images(piece)
+    def _vae(self, tiles: Tiles, runtime: Runtime) -> VaeHandle:
+        return VaeHandle(vae=self.models.vae, runtime=runtime, tiles=tiles, memory=self.memory)
 
     def _at_work(self, module: torch.nn.Module, activations: int) -> AbstractContextManager[torch.nn.Module]:
         return working_encoder(module, self._runtime(), self.memory, activations)
@@ -325,12 +323,7 @@ class WanVideoPipeline(PipelineModels):
         def advance(phase: str, done: int, total: int, latents: Tensor | None) -> None:
             next(bar, None)
 
-        runtime = Runtime(
-            device=self.device,
-            dtype=self.torch_dtype,
-            on_progress=advance,
-        )
-        return limit_memory(runtime, self.memory)
+        return Runtime(device=self.device, dtype=self.torch_dtype, on_progress=advance)
 
 
 def _memory(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wan_core.atomic import replacing
-from wan_core.decode import decode_pieces
+from wan_core.decode import VaeHandle
 from wan_core.media import pixels_to_images, save_video
 from wan_core.model import VideoModel
 from wan_core.models.vae import WanVAE
@@ -102,8 +102,9 @@ def save_samples(
     """Decode `latents` into `folder`: a video as mp4, a picture as png."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
+    handle = VaeHandle(vae=vae, runtime=runtime, tiles=None)
     for clip, name in zip(latents, names, strict=True):
-        frames = [image for piece in decode_pieces(vae, clip, None, runtime) for image in pixels_to_images(piece)]
+        frames = [image for piece in handle.decode_pieces(clip) for image in pixels_to_images(piece)]
         if len(frames) == 1:
             file = folder / f"{name}.png"
             with replacing(file) as partial:

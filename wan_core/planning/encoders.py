@@ -237,7 +237,7 @@ def working_encoder(
         keep: leave the weights on the device for the next use.
     """
     inventory, beside = WeightProvider.of(module).inventory(), activations + WORKSPACE_BYTES
-    bound = memory_for(module, runtime, memory, inventory.bytes + beside)
+    bound = memory_for(module, limit_memory(runtime, memory), memory, inventory.bytes + beside)
     placement = place(inventory, None if bound is None else bound - beside)
     with WeightProvider.of(module).working(runtime.device, placement, keep=keep):
         yield module
