@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tests.reference import tiny_dit
 from tests.sampling.runs import planned, sample
 from wan_core.model import VideoModel
-from wan_core.model_files import DiTSettings, Offload, inspect, load_dit
+from wan_core.model_files import DiTSettings, ExpertFile, Offload, inspect, load_dit
 from wan_core.offload.blocks import blocks_of, weights_of
 from wan_core.offload.weights import WeightProvider
 from wan_core.runtime import Runtime
@@ -62,6 +62,32 @@ def test_latents_are_the_same_bits_wherever_weights_are(checkpoint, dtype, cache
     on_disk = load_dit(checkpoint, DiTSettings(dtype=dtype), "disk")
     for memory in (MemorySettings(), MemorySettings(vram_limit=0)):
         assert torch.equal(latents(on_disk, settings, memory, dtype), expected), memory
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_the_files_of_a_model_are_a_list_of_its_experts(checkpoint, place):
+    settings, one = SamplerSettings(steps=2), load_dit(checkpoint, DiTSettings(dtype=torch.float32), "cpu")
+    files = [ExpertFile(checkpoint, 900.0), ExpertFile(checkpoint)]
+    two = load_dit(files, DiTSettings(dtype=torch.float32), place)
+    assert [expert.lowest for expert in two.experts] == [900.0, 0.0] and two.experts[0].dit is not two.experts[1].dit
+    for memory in (MemorySettings(), MemorySettings(vram_limit=0)):
+        expected = latents(one, settings, memory, torch.float32)
+        assert torch.equal(latents(two, settings, memory, torch.float32), expected)
+
+
+@pytest.mark.parametrize(
+    ("lowest", "message"),
+    [((), "at least one"), ((900.0,), "end at 0"), ((0.0, 900.0), "must fall"), ((0.0, 0.0), "must fall")],
+)
+def test_experts_that_leave_noise_levels_out_are_refused(checkpoint, lowest, message):
+    with pytest.raises(ValueError, match=message):
+        load_dit([ExpertFile(checkpoint, each) for each in lowest], DiTSettings(), "cpu")
+
+
+def test_experts_of_two_structures_are_refused(checkpoint):
+    other = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, num_layers=1))
+    with pytest.raises(ValueError, match="differ in structure"):
+        load_dit([ExpertFile(checkpoint, 900.0), ExpertFile(other)], DiTSettings(), "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -273,7 +273,8 @@ class Run:
         if changes:
             load.change_weights(model, self.config)
             if self.config.fp8_base:
-                quantise(model.dit)
+                for module in model.modules:
+                    quantise(module)
         text_encoder = encoders.text if "text_encoder" in trained else None
         return trainable.prepare(model, self.config, text_encoder, encoders.vae if "vae" in trained else None)
 

@@ -134,6 +134,14 @@ class VideoModel:
         )
         return replace(self, experts=changed), told
 
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside the block the weights count as at work where they are, as a trainer has them; runs use them there."""
+        with ExitStack() as stack:
+            for expert in self.experts:
+                stack.enter_context(WeightProvider.of(expert.dit).held())
+            yield
+
     def without_loras(self) -> "VideoModel":
         """A handle on the same weights alone."""
         return replace(self, experts=tuple(replace(expert, loras=()) for expert in self.experts))

@@ -29,6 +29,7 @@ from .models.vae import WanVAE
 from .offload.formats import WEIGHT_CHOICES, WeightChoice, choice_for_dtype
 from .offload.quant import require_fp8_matmul, use_fp8_matmul
 from .offload.weights import WeightProvider
+from .sampling.experts import Expert
 from .settings import check_choice
 from .variants import Variant, match_variant
 
@@ -163,8 +164,16 @@ def _loaded(component: Component, cls: type[Module], dtype: torch.dtype, offload
     return module
 
 
+@dataclass(frozen=True)
+class ExpertFile:
+    """The file or files of one transformer of a model; `lowest` is the lowest timestep at which it works."""
+
+    component: Component
+    lowest: float = 0.0
+
+
 def load_dit(
-    component: Component,
+    files: Component | Sequence[ExpertFile],
     settings: DiTSettings,
     offload: OffloadPlace,
     *,
@@ -172,35 +181,55 @@ def load_dit(
     preset: str | None = None,
     compute_device: torch.device | str | None = None,
 ) -> VideoModel:
-    """The DiT of `component`.
+    """A video model of one transformer, or of several of one structure.
 
     Args:
+        files: of each expert, the noisiest first; a component alone is the one expert for all noise levels.
         offload: where its weights are between uses.
         compute_device: where it will compute and the attention backend is tried out; the device of `offload` if None.
-        vace: a VACE branch from a file of its own, joined to the model.
+        vace: a VACE branch from a file of its own, joined to every expert.
         preset: the catalog row whose settings are recommended, instead of the one that the file's name points to.
 
     Raises:
-        ValueError: keys are missing, unexpected or misshapen, the branch is of another size, or the attention backend,
-            FP8 products or torch.compile are not usable.
+        ValueError: keys are missing, unexpected or misshapen, the experts differ in structure or leave noise levels
+            out, the branch is of another size, or the attention backend, FP8 products or torch.compile are not usable.
     """
+    experts = [ExpertFile(files)] if isinstance(files, Component) else list(files)
     if vace is not None:
-        component = join_vace(component, vace)
+        experts = [replace(expert, component=join_vace(expert.component, vace)) for expert in experts]
+    _check_experts(experts)
+    component = experts[0].component
     variant = match_variant(component.config_of(DiTConfig))
     computes_on = torch.device(compute_device or Offload.on(offload).device)
     attend = load_backend(settings.attention, computes_on, settings.dtype)
     chains = load_chains(settings.torch_compile, computes_on, settings.dtype)
     if settings.fp8_matmul:
         require_fp8_matmul(computes_on, settings.dtype)
-    dit = _loaded(component, WanDiT, settings.dtype, offload)
-    if settings.fp8_matmul:
-        use_fp8_matmul(dit, computes_on)
-    dit.attend, dit.chains = attend, chains
-    dit.exact = settings.exact
+    loaded = []
+    for expert in experts:
+        dit = _loaded(expert.component, WanDiT, settings.dtype, offload)
+        if settings.fp8_matmul:
+            use_fp8_matmul(dit, computes_on)
+        dit.attend, dit.chains, dit.exact = attend, chains, settings.exact
+        loaded.append(Expert(dit, expert.lowest))
     row = catalog.find_row(preset) if preset else recommended_row(component, variant)
     name = row.model_id if row and _names(row, component) else component.name
     log.info("%s: %s; recommended settings of %s.", name, variant.label, row.model_id if row else "no published model")
-    return VideoModel.of(dit, variant, row, name, deterministic=settings.deterministic)
+    return VideoModel(tuple(loaded), variant, row, name, deterministic=settings.deterministic)
+
+
+def _check_experts(experts: Sequence[ExpertFile]) -> None:
+    if not experts:
+        raise ValueError("files must name the file of at least one transformer; the list is empty.")
+    first, *others = (expert.component for expert in experts)
+    for other in others:
+        if other.config != first.config:
+            raise ValueError(
+                f"{first.name} and {other.name} differ in structure, so they are not two experts of one model."
+            )
+    lowest = [expert.lowest for expert in experts]
+    if lowest != sorted(set(lowest), reverse=True) or lowest[-1] != 0:
+        raise ValueError(f"The lowest timesteps of experts must fall, and end at 0; got {lowest}.")
 
 
 def recommended_row(component: Component, variant: Variant) -> catalog.CatalogRow | None:

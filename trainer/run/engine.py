@@ -13,7 +13,6 @@ from torch import Tensor
 
 from wan_core.files import errors_from
 from wan_core.offload.streaming import BlockStream
-from wan_core.offload.weights import WeightProvider
 
 from .. import optimizers
 from ..config import TrainConfig
@@ -91,7 +90,7 @@ class Engine:
         """Frozen weights on the device inside the block; what `--vram_limit` excludes is streamed there by block."""
         if not self.config.streams:
             # Marked as in use where they are, so that sampling between steps neither moves nor copies them.
-            with WeightProvider.of(self.trainables.model.dit).held():
+            with self.trainables.model.in_place():
                 yield
             return
         with frozen_weights_on(self.trainables.module, self.config, self.device) as self.stream:
