@@ -1,4 +1,4 @@
-"""A module's blocks, one of its weights at its stages, a block's weights as one flat buffer, and the memory in use."""
+"""The blocks of a module, the stages of one weight, the flat buffer of a block's weights, and memory in use."""
 
 import logging
 import weakref
@@ -63,12 +63,12 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers as they rest."""
+    """Bytes of all parameters and buffers as they are kept between uses."""
     return sum(tensor.nbytes for tensor in weights_of(module).values())
 
 
 def tables_of(module: nn.Module) -> set[str]:
-    """Names of the embedding tables outside of blocks. A lookup needs a few rows, so a table is used where it rests."""
+    """Names of the embedding tables outside of blocks. A lookup needs a few rows, so a table stays where it is kept."""
     blocks = tuple(f"{path}." for path in blocks_of(module))
     return {
         f"{path}.weight"
@@ -132,7 +132,7 @@ class FlatLayout:
 
 
 class PinnedMemory:
-    """Page-locked host memory, from which a card copies without help, and how much of it there may be."""
+    """Page-locked host memory, which a card reads by itself while it computes, and how much of it there may be."""
 
     def __init__(self, share: float = PINNED_SHARE) -> None:
         self._share = share
@@ -140,14 +140,12 @@ class PinnedMemory:
         self.bytes = 0
 
     def pin(self, row: Tensor) -> bool:
-        """Lock the pages under `row` as long as it lives; whether that was possible.
-
-        The memory is registered in place: torch's own pinned allocator rounds each request up to a power of two.
-        """
+        """Lock the pages under `row` until `unpin`; whether that was possible."""
         if self._limit is None:
             self._limit = self._share * available_ram()
         if self.bytes + row.nbytes > self._limit:
             return False
+        # Registered in place, because torch's own pinned allocator rounds each request up to a power of two.
         runtime = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(row.data_ptr(), row.nbytes, 0)) != 0:
             log.warning("The system refuses to pin %s of memory; copies to the card are slower.", gigabytes(row.nbytes))
@@ -162,7 +160,7 @@ class PinnedMemory:
 
 
 PINNED = PinnedMemory()
-"""Of this process."""
+"""The pinned memory of this process."""
 
 
 class FlatBuffer:
@@ -173,9 +171,10 @@ class FlatBuffer:
     """
 
     def __init__(self, size: int, device: torch.device, pin: bool, layout: FlatLayout | None = None) -> None:
-        """`layout` is that of the weights it holds for good; None where they come and go."""
+        """`layout` is that of the weights that are views of it; None for a staging buffer."""
         self.layout = layout
-        # Buffers outlive the run that makes them, so they must not be tensors of a host's inference mode.
+        # Buffers outlive the run that makes them. Made in a host's inference mode, they could not be written outside of
+        # it.
         with torch.inference_mode(False):
             self.bytes = torch.empty(size, dtype=torch.uint8, device=device)
         self.pinned = pin and device.type == "cpu" and PINNED.pin(self.bytes)
@@ -205,19 +204,21 @@ class Weight:
         self.changed: Tensor | None = None
 
     def stands_for(self, tensor: Tensor) -> bool:
-        """Whether this is what is known of `tensor`, and `Module.to` or the like has not moved or cast it since."""
+        """Whether `tensor` is this weight, and `Module.to` or the like has not moved or cast it since."""
         if tensor is not self.tensor:
             return False
         at_work = self.arrived is not None or self.changed is not None
         return at_work or (tensor.device, tensor.dtype) == (self.offloaded.device, self.offloaded.dtype)
 
     @property
-    def at_hand(self) -> Tensor:
-        """The weight where it is now, without what changes it while its block runs."""
+    def current(self) -> Tensor:
+        """The weight where it is now, before a change for the run of its block."""
         return self.offloaded if self.arrived is None else self.arrived
 
     def offload(self, data: Tensor, buffer: FlatBuffer | None = None) -> None:
-        """Hold `data`, a view of `buffer` or memory of its own, between uses from now on; at work its copy, too."""
+        """Keep `data`, a view of `buffer` or memory of its own, between uses from now on. While the module works, what
+        has arrived is replaced, too.
+        """
         self.offloaded, self.buffer, self.cached = data, buffer, None
         if self.arrived is not None:
             self.arrived = data.to(self.arrived.device, self.arrived.dtype)
@@ -229,7 +230,7 @@ class Weight:
         self._show()
 
     def leave(self) -> None:
-        """Hold what is offloaded again. Nothing is copied back: weights at work do not change."""
+        """Show what is offloaded again. Nothing is copied back: weights at work do not change."""
         self.arrived = None
         self._show()
 
@@ -239,4 +240,4 @@ class Weight:
         self._show()
 
     def _show(self) -> None:
-        self.tensor.data = self.at_hand if self.changed is None else self.changed
+        self.tensor.data = self.current if self.changed is None else self.changed

@@ -27,7 +27,7 @@ class WeightSizes:
 class Inventory:
     """The weights of a module: `blocks` in the order in which a pass runs them, and those `outside` of them.
 
-    Blocks that are `idle` in every pass, and tables that are used where they rest, are in neither.
+    Blocks that are `idle` in every pass, and tables, which are used where they are kept, are in neither.
     """
 
     outside: WeightSizes
@@ -125,8 +125,7 @@ def place(inventory: Inventory, budget: float | None = None, parameters: int | N
     """The placement with the fewest streamed blocks whose weights take at most `budget` bytes on the device, and which
     keeps at most `parameters` parameters there.
 
-    When even full streaming takes more, everything is streamed: that is the least there is. Streamed blocks lie evenly
-    between resident ones, so that each copy has the most computation to hide behind.
+    When even full streaming takes more, everything is streamed: that is the least there is.
     """
     names = list(inventory.blocks)
 
@@ -135,10 +134,11 @@ def place(inventory: Inventory, budget: float | None = None, parameters: int | N
         within = parameters is None or kept <= parameters or not placement.resident
         return within and (budget is None or placement.device_bytes <= budget)
 
-    candidates = [Placement(inventory, _spread(names, count)) for count in range(len(names) + 1)]
-    return next(filter(fits, candidates), candidates[-1])
-
-
-def _spread(names: Sequence[str], count: int) -> tuple[str, ...]:
-    """`count` of `names`, evenly spaced."""
-    return tuple(names[math.floor((index + 0.5) * len(names) / count)] for index in range(count))
+    placement = Placement(inventory)
+    for count in range(len(names) + 1):
+        # Evenly spaced, so that each copy has as many resident blocks as possible to run beside.
+        spaced = (math.floor((index + 0.5) * len(names) / count) for index in range(count))
+        placement = Placement(inventory, tuple(names[index] for index in spaced))
+        if fits(placement):
+            break
+    return placement

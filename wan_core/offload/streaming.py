@@ -1,4 +1,4 @@
-"""Blocks whose weights are in host memory and pass through two slots on the device, copied one ahead of their turn."""
+"""Blocks that are kept in host memory and pass through two slots on the device, each copied one block ahead."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,15 +26,15 @@ class Copies(Protocol):
         ...
 
     def mark(self) -> None:
-        """From here on, copies need not wait for work that is given to the device later."""
+        """Copies that start from here on wait for the device's work so far, and for none that is queued later."""
         ...
 
     def start(self, slot: int, target: Tensor, source: Tensor) -> None:
-        """Begin to copy `source` over `target`, after all work that was given to the device before the mark."""
+        """Begin to copy `source` over `target`, after all work that was queued before the mark."""
         ...
 
     def finish(self, slot: int) -> None:
-        """Let the device wait, before whatever comes next, until the copy into `slot` is done."""
+        """Let the device's next work wait until the copy into `slot` is done; the host goes on."""
         ...
 
     def source_is_free(self, slot: int) -> None:
@@ -144,12 +144,11 @@ class StreamedBlock:
 
 
 class BlockStream:
-    """Keeps the weights of the block that computes on `device`, and copies those of the next one meanwhile.
+    """Has the weights of the block that computes on `device`, and copies those of the next one meanwhile.
 
-    Whoever runs the blocks says when one begins and ends. From that it learns the order: after the first pass it knows
-    what follows each pair of blocks, so that a backward pass, or a branch that is left out, is read ahead as well. When
-    the first block of the next pass was copied at the end of a pass, it waits in its slot, however many steps are
-    skipped in between.
+    Hooks call `begin` and `end` around each block. From that it learns the order: after the first pass it knows what
+    follows each pair of blocks, so that a backward pass, or a branch that is left out, is read ahead as well. The first
+    block of the next pass is copied at the end of a pass and waits in its slot, however many steps are skipped.
 
     Attributes:
         copied: bytes brought to the device so far.
@@ -161,8 +160,8 @@ class BlockStream:
         self._index = {block.path: index for index, block in enumerate(blocks)}
         size = max(block.layout.bytes for block in blocks)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        # Blocks of a mapped file or another dtype are read into host memory first, so that the copy to the device can
-        # run beside the computation; one staging buffer per slot, because the copy still reads it meanwhile.
+        # Blocks of a mapped file or another dtype are read into (pinned) host memory first, so that the copy to the
+        # device runs beside the computation. One staging buffer per slot: a copy may still read the other one.
         self._staging: list[FlatBuffer | None] = [None] * SLOTS
         if any(block.buffer is None for block in blocks):
             self._staging = [FlatBuffer(size, torch.device("cpu"), copies.reads_pinned) for _ in range(SLOTS)]
@@ -186,8 +185,9 @@ class BlockStream:
 
     @contextmanager
     def around(self, module: nn.Module) -> Iterator[None]:
-        """Around a run of the block `module` that its hooks do not see, such as one for a backward pass; other modules
-        pass."""
+        """`begin` and `end` around a run of the block `module` that calls no hooks, such as the second forward of
+        activation checkpointing; nothing for other modules.
+        """
         path = next((block.path for block in self._blocks if block.module is module), None)
         if path is None:
             yield
@@ -199,11 +199,11 @@ class BlockStream:
             self.end(path)
 
     def begin(self, path: str) -> None:
-        """Have the weights of the block at `path` on the device for what runs next; other blocks pass."""
+        """Have the weights of the block at `path` on the device for what runs next; nothing for other blocks."""
         index = self._index.get(path)
         if index is None or index == self._current:
             return
-        # All that reads the other slot has been given to the device; what this block adds reads its own.
+        # Whatever reads the other slot is in the device's queue by now, so a copy into it has to wait for no more.
         self._copies.mark()
         if self._current is not None:
             self._after[self._before, self._current] = index
@@ -215,7 +215,7 @@ class BlockStream:
         self._before, self._current = self._current, index
 
     def end(self, path: str) -> None:
-        """Fetch the block that follows. The device has work by now, while the host may have to read a file."""
+        """Fetch the block that follows: the device has work now, while the host may have to read a file."""
         index = self._index.get(path)
         if index is None:
             return
@@ -224,7 +224,7 @@ class BlockStream:
             self._fetch(following, self._free_slot())
 
     def _free_slot(self) -> int:
-        """The slot that the present block is not in."""
+        """The slot that the current block is not in."""
         return 1 - self._content.index(self._current) if self._current in self._content else 0
 
     def _fetch(self, index: int, slot: int) -> None:
@@ -233,7 +233,7 @@ class BlockStream:
             self._blocks[old].leave()
         block, staging = self._blocks[index], self._staging[slot]
         if block.buffer is None:
-            # The copy before into this slot may still read its staging buffer; only here the host waits for the device.
+            # The last copy into this slot may still read its staging buffer. Only here does the host wait for a device.
             self._copies.source_is_free(slot)
         self._copies.start(slot, self._slots[slot][: block.layout.bytes], block.source(staging))
         self._content[slot] = index

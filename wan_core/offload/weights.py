@@ -1,6 +1,6 @@
-"""Who owns the weights of a module: where each is kept between uses, how it gets to the device, what a LoRA adds.
+"""The owner of a module's weights: where each is kept between uses, how it gets to the device, what a LoRA changes.
 
-A weight passes through stages, and `blocks.Weight` shows the last one that there is:
+A weight passes through stages, and `blocks.Weight` shows the last one that it has reached:
 
 1. *offloaded*, between uses: in host memory, in the flat pinned buffer of its block, as a view of the mapped model
    file, on a device, or in another dtype than it works in;
@@ -29,9 +29,8 @@ Change = Callable[[Tensor], Tensor]
 class WeightProvider:
     """The one owner of the weights of a module while they are offloaded, copied to a device, or changed by a LoRA.
 
-    It belongs to the module, as its attribute `weight_provider`: the loader sets it, and a module that was made
-    otherwise gets one when it is first asked for (`of`). Whoever replaces a parameter by another one says so
-    (`replaced`). Weights that are trained are left where they are.
+    It is the module's attribute `weight_provider`, made by `of` at its first use. Code that puts another parameter in
+    the place of one calls `replaced`. Weights that are trained stay where they are.
 
     Attributes:
         work_dtypes: the dtype, by name, that a weight has on the device when it is offloaded in another one.
@@ -39,14 +38,14 @@ class WeightProvider:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # Weakly, so that a module that is dropped frees its weights at once and not at the next garbage collection.
+        # A strong reference would be a cycle: a dropped module would keep its weights until the garbage collector runs.
         self._reference = weakref.ref(module)
         self.work_dtypes: dict[str, torch.dtype] = {}
         self.mapped: set[str] = set()
         self._weights: dict[str, Weight] = {}
         self._stream: BlockStream | None = None
         self._changes: dict[str, dict[str, Change]] = {}
-        self._watched: set[str] = set()
+        self._hooked: set[str] = set()
         self._at_work, self._users = False, 0
 
     @classmethod
@@ -94,7 +93,7 @@ class WeightProvider:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside the block, the module counts as at work with its weights where they are, as a trainer has them."""
+        """Inside the block, the module counts as at work with its weights where they are; a trainer's are."""
         before, self._at_work = self._at_work, True
         try:
             yield
@@ -102,8 +101,9 @@ class WeightProvider:
             self._at_work = before
 
     def bytes_on(self, device: torch.device) -> int:
-        """Bytes of the weights that are on `device` between uses, offloaded or cached; 0 where used bytes are not
-        known, because they are not counted there either.
+        """Bytes of the weights that are on `device` between uses, offloaded or cached.
+
+        0 where the bytes in use are not known: callers add this to a figure that does not contain them either.
         """
         if not used_bytes(device):
             return 0
@@ -124,8 +124,10 @@ class WeightProvider:
                     weight.offload(weight.offloaded.to(device))
 
     def offload_as(self, dtype: torch.dtype, works_as: torch.dtype) -> None:
-        """Keep the weights of blocks that work in `works_as` in `dtype` between uses from now on; quantised ones stay
-        as they are, with their scales."""
+        """Keep the weights of blocks that work in `works_as` in `dtype` between uses from now on.
+
+        Quantised layers keep their numbers and scales.
+        """
         inside = tuple(f"{path}." for path in blocks_of(self._module))
         quantised = {f"{path}.{leaf}" for path in quantised_layers(self._module) for leaf in ("weight", "scale")}
         with self._in_use() as weights:
@@ -151,6 +153,7 @@ class WeightProvider:
         Weights that are at work stay.
         """
         dropped = 0
+        # The last blocks first: the next run needs the first ones soonest.
         for weight in reversed(list(self._weights.values())):
             if self._at_work or (size is not None and dropped >= size):
                 break
@@ -170,7 +173,7 @@ class WeightProvider:
     ) -> Iterator[BlockStream | None]:
         """The module able to work on `device` inside the block; afterwards every weight is as it was before.
 
-        A use inside of another one finds the weights where that one has them.
+        Inside of another use this changes nothing: the weights are where that one has them.
 
         Args:
             placement: which blocks are streamed; none is if None. Blocks that it calls idle stay where they are.
@@ -192,6 +195,7 @@ class WeightProvider:
                 with self._streaming(weights, placement, device, copies) as stream:
                     yield stream
             except BaseException:
+                # After an out-of-memory error the copies must go, or nothing smaller fits either.
                 keep = False
                 raise
             finally:
@@ -203,10 +207,10 @@ class WeightProvider:
 
     @contextmanager
     def folded(self, name: str, change: Change) -> Iterator[Callable[[], None]]:
-        """The weight `name` as `change` makes it inside the block, where it is offloaded and where it is at work; what
-        is given makes it once more, for a change that is another by then.
+        """The weight `name` as `change` makes it inside the block, between uses and at work.
 
-        The base waits in host memory meanwhile, so that a device holds the weight once.
+        The function that is yielded folds again, for a change whose strength is another by then. The base waits in host
+        memory meanwhile, so that a device holds the weight once.
         """
         with self._in_use() as weights:
             weight = weights[name]
@@ -218,6 +222,7 @@ class WeightProvider:
 
             try:
                 weight.offload(first)
+                # The generator's frame lives as long as the run, and would hold a second copy.
                 del first
                 yield fold
             finally:
@@ -225,9 +230,10 @@ class WeightProvider:
 
     @contextmanager
     def changed_while_running(self, path: str, changes: Mapping[str, Change]) -> Iterator[None]:
-        """Inside the block, the weights of `changes` are changed whenever the block at `path` runs, wherever they are
-        by then. Only one block's changed weights are in memory at a time."""
-        with self._in_use() as weights, self._watching([path]):
+        """Inside the block, the weights of `changes` are changed whenever the module at `path` runs, wherever they are
+        by then. Only one module's changed weights are in memory at a time.
+        """
+        with self._in_use() as weights, self._block_hooks([path]):
             assert path not in self._changes, "the weights of a block are changed once"
             self._changes[path] = dict(changes)
             try:
@@ -240,11 +246,10 @@ class WeightProvider:
 
     @contextmanager
     def _in_use(self) -> Iterator[dict[str, Weight]]:
-        """What is known of each weight that the module has now; a parameter that is another one since, or was moved or
-        cast by its module, starts over.
+        """The `Weight` of each parameter and buffer that the module has now.
 
-        Between uses only weights with cached copies and flat buffers are remembered: to remember others would keep
-        the memory of parameters that are replaced meanwhile.
+        One that was replaced, or moved or cast by its module (`Module.to`), starts over. After the last use only those
+        with cached copies or flat buffers are kept: others would hold the memory of parameters that are replaced later.
         """
         known = self._weights
         self._weights = {
@@ -266,7 +271,7 @@ class WeightProvider:
     def _copied(
         self, weights: Mapping[str, Weight], placement: Placement, device: torch.device, copies: Copies
     ) -> list[Weight]:
-        """The weights of which `placement` wants a copy on `device`, copied; other cached copies are dropped."""
+        """Copy to `device` what `placement` wants there, drop other cached copies; the weights that have one."""
         elsewhere = tuple(f"{path}." for path in (*placement.streamed, *placement.inventory.idle))
         tables = tables_of(self._module)
         wanted = {
@@ -275,7 +280,7 @@ class WeightProvider:
             if not (weight.tensor.requires_grad or name.startswith(elsewhere) or name in tables)
         }
         for name, weight in weights.items():
-            # Before the first copy, so that the device never holds both.
+            # Before the first copy is made, so that the device never holds both.
             if weight.cached is not None and (name not in wanted or weight.cached.device != device):
                 weight.cached = None
         for name, weight in wanted.items():
@@ -288,7 +293,7 @@ class WeightProvider:
     def _streaming(
         self, weights: Mapping[str, Weight], placement: Placement, device: torch.device, copies: Copies
     ) -> Iterator[BlockStream | None]:
-        """The blocks that `placement` streams on their way to `device`; None where there is none."""
+        """The stream of the blocks that `placement` streams; None where it streams none."""
         blocks, tensors = blocks_of(self._module), {name: weight.tensor for name, weight in weights.items()}
         streamed = []
         for path in placement.streamed:
@@ -299,7 +304,7 @@ class WeightProvider:
         if not streamed:
             yield None
             return
-        with self._watching(placement.streamed), BlockStream(streamed, device, copies) as stream:
+        with self._block_hooks(placement.streamed), BlockStream(streamed, device, copies) as stream:
             self._stream = stream
             try:
                 yield stream
@@ -309,8 +314,8 @@ class WeightProvider:
     def _flat_buffer(self, layout: FlatLayout, weights: Mapping[str, Weight], *, pin: bool) -> FlatBuffer | None:
         """The buffer that a block's weights are views of; they are moved into one the first time.
 
-        None for weights that are not kept in host memory as they work: those of a mapped file, to hold which would take
-        the memory that mapping saves, and those in another dtype.
+        None for weights that are not in host memory in the form in which they work: those in another dtype, and those
+        of a mapped file, where a buffer would take the memory that mapping saves.
         """
         if any(name in self.mapped or name in self.work_dtypes for name in weights):
             return None
@@ -324,16 +329,16 @@ class WeightProvider:
         return buffer
 
     @contextmanager
-    def _watching(self, paths: Sequence[str]) -> Iterator[None]:
-        """`_begin` and `_end` around every run of the blocks at `paths`, by one pair of hooks for each block."""
+    def _block_hooks(self, paths: Sequence[str]) -> Iterator[None]:
+        """Call `_begin` and `_end` around every run of the blocks at `paths`, by one pair of hooks for each block."""
         with ExitStack() as stack:
             for path in paths:
-                if path in self._watched:
+                if path in self._hooked:
                     continue
                 block = self._module.get_submodule(path)
-                self._watched.add(path)
-                stack.callback(self._watched.discard, path)
-                # Before all other hooks of the block: those may read the weights that come here.
+                self._hooked.add(path)
+                stack.callback(self._hooked.discard, path)
+                # Prepended: the block's other hooks may read the weights that this one brings.
                 before = block.register_forward_pre_hook(lambda *_, path=path: self._begin(path), prepend=True)
                 after = block.register_forward_hook(lambda *run, path=path: self._end(path, run[-1]), always_call=True)
                 stack.callback(before.remove)
@@ -345,7 +350,7 @@ class WeightProvider:
             self._stream.begin(path)
         for name, change in self._changes.get(path, {}).items():
             weight = self._weights[name]
-            weight.change(change(weight.at_hand))
+            weight.change(change(weight.current))
 
     def _end(self, path: str, out: object) -> None:
         for name in self._changes.get(path, ()):
@@ -356,7 +361,7 @@ class WeightProvider:
 
 
 def _after_load_state_dict(module: nn.Module, _: object) -> None:
-    """The weights of `module` have other values, or are other parameters: copies of the old ones are of no use."""
+    """Drop cached copies: the weights of `module` have other values now, or are other parameters."""
     for weight in WeightProvider.of(module)._weights.values():
         weight.cached = None
 
