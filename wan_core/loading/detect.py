@@ -240,7 +240,7 @@ def check_against(component: Component, module: nn.Module) -> None:
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):
-        parts = "; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in problems.items() if names)
+        parts = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in problems.items() if names)
         verdict = (
             "The file is incomplete; download it again, or use the published one."
             if missing and not unexpected
@@ -304,10 +304,11 @@ def _unknown(header: Header, names: Mapping[str, str]) -> str:
     )
     likeness = f"It looks like {guess}." if guess else "It is no known other model either."
     return (
-        f"{describe_files(header.files)} is no Wan 2.1 model: {len(header)} tensors ({_first(list(header))}), "
+        f"{describe_files(header.files)} is no Wan 2.1 model: {len(header)} tensors ({listed(list(header))}), "
         f"fingerprint {fingerprint(header)}. {likeness}"
     )
 
 
-def _first(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first five of `names`, for a message."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -292,14 +292,31 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
-class _Held:
-    """Tensors in memory, read as those of files are."""
+def header_of_tensors(tensors: Mapping[str, Tensor], name: str) -> Header:
+    """A state dict in memory, called `name` in messages, as the header of a file.
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self._weights = weights
+    Raises:
+        ValueError: it is no mapping from names to tensors, or is empty.
+    """
+    is_dict = isinstance(tensors, Mapping) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+    )
+    if not is_dict or not tensors:
+        what = "an empty one" if isinstance(tensors, Mapping) and not tensors else type(tensors).__name__
+        raise ValueError(f"{name} must be a dict of tensors by name, such as load_state_dict returns; got {what}.")
+    place = Path(name)
+    infos = {key: TensorInfo(tuple(value.shape), value.dtype, place) for key, value in tensors.items()}
+    return Header(MappingProxyType(infos), (place,), MappingProxyType({}))
+
+
+class TensorsInMemory:
+    """The tensors of a state dict in memory, read as those of files are."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
 
     def read(self, name: str) -> Tensor:
-        return self._weights[name]
+        return self._tensors[name].detach()
 
     borrow = read
 
@@ -310,9 +327,7 @@ def describe_weights(weights: Mapping[str, Tensor], name: str, kind: ModelKind) 
     Raises:
         CheckpointError: they are not a model of that kind.
     """
-    place = Path(name)
-    tensors = {key: TensorInfo(tuple(tensor.shape), tensor.dtype, place) for key, tensor in weights.items()}
-    return require_kind(detect(Header(MappingProxyType(tensors), (place,), MappingProxyType({}))), kind)
+    return require_kind(detect(header_of_tensors(weights, name)), kind)
 
 
 def adopt(
@@ -325,7 +340,7 @@ def adopt(
     """
     module = empty_module(component)
     check_against(component, module)
-    held = _Held(weights)
+    held = TensorsInMemory(weights)
     copies = {name: combine(source, held).to(device, dtype, copy=True) for name, source in component.sources.items()}
     module.load_state_dict(copies, assign=True)
     return module.requires_grad_(False).eval()

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,13 +12,11 @@ from ..lora.naming import is_lora
 from ..offload.quant import QuantisedLinear, weight_shapes
 from ..offload.weights import WeightProvider
 from ..runtime import usable_device
-from .load import combine
+from .detect import listed
+from .load import TensorsInMemory, combine, header_of_tensors
 from .names import KeyLayout, Source, convert, find_layout, stored_weights, strip_prefix
 from .paths import PathLike, resolve_files
-from .tensor_files import CheckpointError, Header, TensorFiles, TensorInfo, read_header
-
-SHOWN = 5
-"""Names that a message lists before it only counts them."""
+from .tensor_files import CheckpointError, Header, TensorFiles, read_header
 
 
 def load_state_dict(
@@ -68,51 +65,21 @@ def _files(given: Any) -> list[Path]:
     return [file for group in resolve_files(paths) for file in group]
 
 
-def header_of_tensors(tensors: Mapping[str, Tensor], name: str) -> Header:
-    """A state dict in memory, called `name` in messages, as the header of a file.
-
-    Raises:
-        ValueError: it is no mapping from names to tensors, or is empty.
-    """
-    is_dict = isinstance(tensors, Mapping) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
-    )
-    if not is_dict or not tensors:
-        what = "an empty one" if isinstance(tensors, Mapping) and not tensors else type(tensors).__name__
-        raise ValueError(f"{name} must be a dict of tensors by name, such as load_state_dict returns; got {what}.")
-    place = Path(name)
-    infos = {key: TensorInfo(tuple(value.shape), value.dtype, place) for key, value in tensors.items()}
-    return Header(MappingProxyType(infos), (place,), MappingProxyType({}))
-
-
-class TensorsInMemory:
-    """The tensors of a state dict in memory, as `loading.load.combine` reads them."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
-
-    borrow = read
-
-
 def replace_weights(
     module: nn.Module, tensors: Mapping[str, Tensor], *, own: Iterable[str] | None = None, strict: bool = True
 ) -> tuple[list[str], list[str]]:
-    """Give `module` the weights of a state dict for good, where and how its weights rest; what fits nothing, or was not
-    given, comes back.
+    """Replace the weights of `module` by those of a state dict for good, on the devices and in the dtypes that it has.
 
-    Layers that hold quantised weights get the given ones as FP8, with a scale per row. Weights that were views of a
-    file rest in memory from now on. Nothing is changed when an error is raised.
+    Layers that hold quantised weights get the new ones as FP8, with a scale per row. Weights that were views of a file
+    are in memory from now on. Nothing is changed when an error is raised.
 
     Args:
         tensors: under the module's own names, with or without a prefix, or in any layout that files are read in.
-        own: the names that have to be given; all names of the module if None. Names of its other weights may be given.
+        own: the names that must be there; all names of the module if None. Its other names are optional.
         strict: raise when a name is missing or fits nothing.
 
     Returns:
-        The names that were not given, and the given ones that fit nothing.
+        The names that `tensors` lacks, and those of it that fit nothing.
 
     Raises:
         ValueError: no tensor fits, shapes differ, or with `strict` a name is missing or fits nothing.
@@ -130,7 +97,7 @@ def replace_weights(
     fatal = {"of another shape": misshapen}
     if strict or len(unexpected) == len(sources):
         fatal |= {"missing": missing, "unknown": unexpected}
-    problems = [f"{len(names)} {what}: {_first(names)}" for what, names in fatal.items() if names]
+    problems = [f"{len(names)} {what}: {listed(names)}" for what, names in fatal.items() if names]
     if problems:
         advice = "Give what was saved of the same model"
         if is_lora(unexpected):
@@ -148,12 +115,12 @@ def _sources(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[s
     names = {name.removeprefix(prefix): name for name in header}
     if not any(name in shapes for name in names):
         names = strip_prefix(header)
-        return convert(find_layout(names) or KeyLayout("dit", "given", ()), stored_weights(header, names))
-    return convert(KeyLayout("dit", "given", ()), stored_weights(header, names))
+        return convert(find_layout(names) or KeyLayout("dit", "original", ()), stored_weights(header, names))
+    return convert(KeyLayout("dit", "original", ()), stored_weights(header, names))
 
 
 def _prefix(names: Iterable[str], known: Mapping[str, Any]) -> str:
-    """What stands before the known names in most of `names`."""
+    """The prefix that most of `names` have before a known name."""
     votes: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")
@@ -163,7 +130,7 @@ def _prefix(names: Iterable[str], known: Mapping[str, Any]) -> str:
     return votes.most_common(1)[0][0] if votes else ""
 
 
-def _replace(module: nn.Module, name: str, given: Tensor, provider: WeightProvider) -> None:
+def _replace(module: nn.Module, name: str, new: Tensor, provider: WeightProvider) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     old = getattr(owner, leaf)
@@ -171,14 +138,10 @@ def _replace(module: nn.Module, name: str, given: Tensor, provider: WeightProvid
     was_mapped = name in provider.mapped
     provider.replaced(name)
     if isinstance(owner, QuantisedLinear) and leaf == "weight":
-        owner.set_weight(given.to(old.device))
+        owner.set_weight(new.to(old.device))
         return
     if was_mapped:
         provider.work_dtypes.pop(name, None)
-    # A copy of the old tensor's layout in memory: the VAE's kernels are channels-last.
-    tensor = torch.empty_like(old, dtype=work if was_mapped else old.dtype, requires_grad=False).copy_(given)
+    # In the memory format of the old tensor: the VAE's kernels are channels-last.
+    tensor = torch.empty_like(old, dtype=work if was_mapped else old.dtype, requires_grad=False).copy_(new)
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad) if leaf in owner._parameters else tensor)
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -1,6 +1,6 @@
-"""LoRAs on a model for the length of one run: folded into the weights, or as branches beside the linear layers.
+"""LoRAs on a model for the length of one run: folded into weights, beside linear layers, or per block as it runs.
 
-Nothing stays behind: the base holds the same tensors after the run as before it.
+After the run the model holds the same tensors as before it.
 """
 
 from collections import defaultdict
@@ -32,7 +32,7 @@ class LoraUse:
         strength: the factor on all of them, a number or a curve over the steps of the run.
         blocks: factors by block on top of it.
         mode: `fold` changes weights for the run, `side` computes beside them, `auto` folds where that costs nothing:
-            plain weights that rest where the run computes, at constant strength.
+            plain weights that are kept on the device that computes, at constant strength.
     """
 
     bound: Bound
@@ -42,7 +42,7 @@ class LoraUse:
 
     @property
     def fingerprint(self) -> str:
-        """Everything that decides what this does to a model, as text; for digests of runs."""
+        """Everything that determines what this does to a model, as text; for digests of runs."""
         return f"{self.bound.lora.digest} {self.strength} {self.blocks}"
 
     @property
@@ -55,7 +55,7 @@ class LoraUse:
 
 @dataclass(frozen=True)
 class ModelBlocks:
-    """What must be known of a model's code.
+    """How a model's code uses its parameters, by name.
 
     Attributes:
         block: the path of the block that calls the module of a parameter, None for parameters outside of blocks.
@@ -67,8 +67,8 @@ class ModelBlocks:
 
 
 @dataclass(eq=False)
-class _Part:
-    """One patch of one parameter, with its strength at the present step."""
+class _ScaledPatch:
+    """One patch of one parameter, with its strength at the current step."""
 
     patch: Patch
     use: LoraUse
@@ -83,14 +83,14 @@ class _Part:
 
 
 @dataclass(eq=False)
-class _Place:
-    """A parameter, whose weights it is among, and all that changes it."""
+class _PatchedWeight:
+    """A parameter with the module and the provider that own it, and all patches that change it."""
 
     name: str
     provider: WeightProvider
     owner: nn.Module
     leaf: str
-    parts: list[_Part]
+    parts: list[_ScaledPatch]
 
     @property
     def tensor(self) -> Tensor:
@@ -102,7 +102,7 @@ class _Place:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a change can be folded in; into quantised weights it is not, so that no second rounding arises."""
+        """Whether a change can be folded in. Folded into a quantised weight it would be rounded a second time."""
         return not isinstance(self.owner, QuantisedLinear) and self.tensor.dtype in PLAIN.dtypes
 
     @property
@@ -111,13 +111,15 @@ class _Place:
         return self.owner.words if isinstance(self.owner, QuantisedLinear) else str(self.tensor.dtype)
 
     def change(self, device: torch.device | None = None) -> Change:
-        """From the weight to itself with all parts at their present strength, in its dtype on its device; computed on
-        `device`, or where it is if that is None."""
+        """The change of the weight by all patches at their current strength, computed on `device`; where the weight is
+        if None.
+        """
         return lambda base: fold_patches(base, [(p.patch, p.strength) for p in self.parts], device or base.device)
 
 
 def fold_patches(base: Tensor, changes: Sequence[tuple[Patch, float]], device: torch.device) -> Tensor:
     """`base` with each patch at its strength, in its dtype on its device, computed on `device` in float32."""
+    # Every difference is taken from the base itself, so that the order of stacked LoRAs does not matter.
     active = [(patch, strength) for patch, strength in changes if strength]
     if len(active) == 1 and isinstance(active[0][0], Replacement) and active[0][1] == 1:
         return active[0][0].value.to(base.device, base.dtype).reshape(base.shape)
@@ -131,12 +133,12 @@ def fold_patches(base: Tensor, changes: Sequence[tuple[Patch, float]], device: t
 
 
 class LoraRun:
-    """The LoRAs of one run. Strengths stand at step 0 until `step` moves them."""
+    """The LoRAs of one run, at the strengths of step 0 until `step` is called."""
 
     def __init__(self, steps: int, device: torch.device | None) -> None:
         self.steps = steps
         self.device = device
-        self.stepwise: list[_Part] = []
+        self.stepwise: list[_ScaledPatch] = []
         self.refolded: list[Callable[[], None]] = []
 
     def step(self, index: int) -> None:
@@ -147,7 +149,7 @@ class LoraRun:
             fold()
 
     def before_step(self, index: int, total: int) -> None:
-        """`step`, where a strength changes over the steps at all."""
+        """`step`, if any strength changes over the steps."""
         if not all(part.use.constant for part in self.stepwise):
             self.step(index)
 
@@ -156,51 +158,51 @@ class LoraRun:
 def apply_loras(
     modules: Sequence[nn.Module],
     uses: Sequence[LoraUse],
-    layout: ModelBlocks,
+    code: ModelBlocks,
     *,
     steps: int = 1,
     device: torch.device | None = None,
     streamed: bool = False,
 ) -> Iterator[LoraRun]:
-    """`modules` with `uses` on them inside the block, and bit for bit as they were after it.
+    """`modules` with `uses` applied inside the block, and bit for bit as they were after it.
 
-    Enter it before weights are moved to the device, so that folded weights move with the others. LoRA factors of side
-    branches go where the activations are and are dropped at the end. What happens to a weight itself is done by its
-    owner (`offload.weights`).
+    Enter it before weights are moved to the device, so that folded weights move with the others. LoRA factors beside
+    layers go where the activations are and are dropped at the end. Weights are changed by their owner
+    (`offload.weights`) alone.
 
     Args:
         modules: the parts of one model; their parameter names do not collide.
         steps: the length of the run, for strengths that follow a curve. A parameter that is only read before the first
             step gets the mean of the curve.
-        device: where the run computes; None is where each weight rests.
+        device: where the run computes; None is where each weight is kept.
         streamed: weights of blocks arrive when their turn comes, so that nothing can be folded into them before.
 
     Raises:
         ValueError: `mode="fold"` was asked of a LoRA that cannot be folded; nothing is changed then.
     """
     run = LoraRun(steps, device)
-    places = _places(modules, uses)
-    ways = [(place, _way(place, layout, device, streamed)) for place in places]
+    weights = _patched_weights(modules, uses)
+    ways = [(weight, _way(weight, code, device, streamed)) for weight in weights]
     with ExitStack() as stack:
-        in_turn: dict[str, list[_Place]] = defaultdict(list)
-        for place, way in ways:
-            once = layout.once(place.name)
-            for part in place.parts:
+        while_running: dict[str, list[_PatchedWeight]] = defaultdict(list)
+        for weight, way in ways:
+            once = code.once(weight.name)
+            for part in weight.parts:
                 part.set_mean(steps) if once else part.set_step(0, steps)
-            run.stepwise += [] if once else place.parts
-            if way == "branch":
-                stack.callback(place.owner.register_forward_hook(_branch_hook(place)).remove)
-            elif way == "in turn":
-                block = layout.block(place.name)
+            run.stepwise += [] if once else weight.parts
+            if way == "side":
+                stack.callback(weight.owner.register_forward_hook(_branch_hook(weight)).remove)
+            elif way == "block":
+                block = code.block(weight.name)
                 assert block is not None, "outside of blocks every change is folded"
-                in_turn[block].append(place)
+                while_running[block].append(weight)
             else:
-                fold = stack.enter_context(place.provider.folded(place.name, place.change(device)))
-                if not once and not all(part.use.constant for part in place.parts):
+                fold = stack.enter_context(weight.provider.folded(weight.name, weight.change(device)))
+                if not once and not all(part.use.constant for part in weight.parts):
                     run.refolded.append(fold)
-        for path, block_places in in_turn.items():
-            changes = {place.name: place.change() for place in block_places}
-            stack.enter_context(block_places[0].provider.changed_while_running(path, changes))
+        for path, changed in while_running.items():
+            changes = {weight.name: weight.change() for weight in changed}
+            stack.enter_context(changed[0].provider.changed_while_running(path, changes))
         yield run
 
 
@@ -210,31 +212,31 @@ def fuse(modules: Sequence[nn.Module], use: LoraUse) -> None:
     Raises:
         ValueError: it changes a weight that is quantised; nothing is changed then.
     """
-    places = _places(modules, [use])
-    for place in places:
-        if not place.is_plain:
+    weights = _patched_weights(modules, [use])
+    for weight in weights:
+        if not weight.is_plain:
             raise ValueError(
-                f"{use.bound.lora.name} changes {place.name}, which is held as {place.tensor.dtype}; load the model "
+                f"{use.bound.lora.name} changes {weight.name}, which is held as {weight.tensor.dtype}; load the model "
                 "without quantising it."
             )
-    for place in places:
-        for part in place.parts:
+    for weight in weights:
+        for part in weight.parts:
             part.set_step(0, 1)
-        place.provider.replace(place.name, place.change()(place.tensor.data))
+        weight.provider.replace(weight.name, weight.change()(weight.tensor.data))
 
 
-def _places(modules: Sequence[nn.Module], uses: Sequence[LoraUse]) -> list[_Place]:
-    places: dict[str, _Place] = {}
+def _patched_weights(modules: Sequence[nn.Module], uses: Sequence[LoraUse]) -> list[_PatchedWeight]:
+    weights: dict[str, _PatchedWeight] = {}
     for use in uses:
         for name, patch in use.bound.patches:
             factor = use.blocks.factor(name)
             if not factor or not any((*use.strength.values, use.strength.outside)):
                 continue
-            if name not in places:
+            if name not in weights:
                 path, _, leaf = name.rpartition(".")
-                places[name] = _Place(name, *_owner(modules, path), leaf, [])
-            places[name].parts.append(_Part(patch, use, factor))
-    return list(places.values())
+                weights[name] = _PatchedWeight(name, *_owner(modules, path), leaf, [])
+            weights[name].parts.append(_ScaledPatch(patch, use, factor))
+    return list(weights.values())
 
 
 def _owner(modules: Sequence[nn.Module], path: str) -> tuple[WeightProvider, nn.Module]:
@@ -248,24 +250,23 @@ def _owner(modules: Sequence[nn.Module], path: str) -> tuple[WeightProvider, nn.
 
 
 def _way(
-    place: _Place, layout: ModelBlocks, device: torch.device | None, streamed: bool
-) -> Literal["fold", "branch", "in turn"]:
-    """How a parameter is changed; see `LoraUse.mode`."""
-    replaces = any(isinstance(part.patch, Replacement) for part in place.parts)
-    in_block = layout.block(place.name) is not None
-    if not place.is_plain and (replaces or not in_block):
+    weight: _PatchedWeight, code: ModelBlocks, device: torch.device | None, streamed: bool
+) -> Literal["fold", "side", "block"]:
+    """How a parameter is changed: before the run, beside its layer, or whenever its block runs; see `LoraUse.mode`."""
+    replaces = any(isinstance(part.patch, Replacement) for part in weight.parts)
+    in_block = code.block(weight.name) is not None
+    if not weight.is_plain and (replaces or not in_block):
         advice = "Load that checkpoint itself as the model." if replaces else "Load the model without quantising it."
         raise ValueError(
-            f"{place.parts[0].use.bound.lora.name} changes {place.name}, which this model holds as {place.held}. "
+            f"{weight.parts[0].use.bound.lora.name} changes {weight.name}, which this model holds as {weight.held}. "
             f"{advice}"
         )
     if not in_block:
         return "fold"
-    elsewhere = device is not None and not _same_device(place.tensor.device, device)
-    folds = all(_folds(part, place, streamed, elsewhere) for part in place.parts)
-    if folds:
+    elsewhere = device is not None and not _same_device(weight.tensor.device, device)
+    if all(_folds(part, weight, streamed, elsewhere) for part in weight.parts):
         return "fold"
-    return "branch" if place.is_linear_weight and not replaces else "in turn"
+    return "side" if weight.is_linear_weight and not replaces else "block"
 
 
 def _same_device(first: torch.device, second: torch.device) -> bool:
@@ -273,11 +274,11 @@ def _same_device(first: torch.device, second: torch.device) -> bool:
     return first.type == second.type and (None in (first.index, second.index) or first.index == second.index)
 
 
-def _folds(part: _Part, place: _Place, streamed: bool, elsewhere: bool) -> bool:
+def _folds(part: _ScaledPatch, weight: _PatchedWeight, streamed: bool, elsewhere: bool) -> bool:
     use = part.use
     obstacle = (
         "its strength follows a curve" if not use.constant
-        else "the weights are quantised" if not place.is_plain
+        else "the weights are quantised" if not weight.is_plain
         else "the weights are streamed" if streamed
         else None
     )  # fmt: skip
@@ -288,8 +289,8 @@ def _folds(part: _Part, place: _Place, streamed: bool, elsewhere: bool) -> bool:
     return use.mode == "fold"
 
 
-def _branch_hook(place: _Place) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook of a linear layer that adds what the parts of its weight contribute."""
+def _branch_hook(weight: _PatchedWeight) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook of a linear layer that adds what the patches of its weight contribute."""
     factors: dict[tuple[int, torch.device, torch.dtype], Patch] = {}
     gains: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -300,9 +301,10 @@ def _branch_hook(place: _Place) -> Callable[[nn.Module, tuple[Tensor, ...], Tens
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         x, plain = args[0], out
-        if len(place.parts) > 1 and any(isinstance(part.patch, Decomposed) for part in place.parts):
+        # `out` is added to in weight below, and a DoRA needs the output of the base alone.
+        if len(weight.parts) > 1 and any(isinstance(part.patch, Decomposed) for part in weight.parts):
             plain = out.clone()
-        for index, part in enumerate(place.parts):
+        for index, part in enumerate(weight.parts):
             if not part.strength:
                 continue
             key = (index, x.device, x.dtype)
@@ -313,6 +315,7 @@ def _branch_hook(place: _Place) -> Callable[[nn.Module, tuple[Tensor, ...], Tens
                 change = _decomposed_branch(patch, gain(index, part.patch, module, x.device), module, x, plain)
                 out = out.add_(change, alpha=part.strength)
             elif isinstance(patch, LowRank) and out.is_contiguous():
+                # One fused multiply-add into the layer's output: no tensor of its size is made.
                 hidden = nn.functional.linear(x, patch.down.flatten(1)).flatten(0, -2)
                 alpha = part.strength * patch.scale
                 out.view(-1, out.shape[-1]).addmm_(hidden, patch.up.flatten(1).T, alpha=alpha)
@@ -324,7 +327,10 @@ def _branch_hook(place: _Place) -> Callable[[nn.Module, tuple[Tensor, ...], Tens
 
 
 def _decomposed_branch(patch: Decomposed, gain: Tensor, module: nn.Module, x: Tensor, plain: Tensor) -> Tensor:
-    """What a DoRA adds to the output `plain` of `module`, without touching the weight."""
+    """What a DoRA adds to the output `plain` of `module`, from its gain per row (out,) or column (in,).
+
+    By row: gain * (W + BA) x - W x. By column, the gain scales the inputs: (W + BA)(gain * x) - W x.
+    """
     bias = module.bias.to(x.dtype) if isinstance(module.bias, Tensor) else 0
     if patch.by_row:
         gain = gain.to(x.dtype)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from ..files import errors_from, read_json
 from ..loading.detect import Component, detect
-from ..loading.load import combine, open_component
+from ..loading.load import TensorsInMemory, combine, header_of_tensors, open_component
 from ..loading.names import ModelKind, diffusers_name
 from ..loading.paths import describe_files, resolve_model
-from ..loading.state_dict import TensorsInMemory, header_of_tensors
 from ..loading.tensor_files import CheckpointError, TensorFiles, read_header
 from ..models.config import DiTConfig, MotionControllerConfig
 from ..models.dit import WanDiT
