@@ -1,4 +1,4 @@
-"""The handle of a video model: everything else asks it, and it alone knows how many transformers it has."""
+"""The handle of a video model, which hides how many transformers it has and where their weights are."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -40,16 +40,16 @@ PathLike = str | Path
 
 @dataclass(frozen=True)
 class VideoModel:
-    """The handle of a video model: its transformers, what is known of them, and the one way to run them.
+    """A video model: its transformers, what is known of them, and the one way to run them.
 
     Attributes:
         experts: transformers of equal structure, each for a range of noise levels, the noisiest first; most models
-            have one. Their weights stay as they are between runs.
-        variant: their structure's row.
-        row: the catalog row whose settings are recommended, if its name or structure points to one.
-        name: what to call it in messages.
+            have one. A run leaves their weights as they were.
+        variant: the row of their structure.
+        row: the catalog row whose settings are recommended, if their name or structure points to one.
+        name: what to call the model in messages.
         motion_controller: the speed-control adapter that was loaded beside them.
-        deterministic: its runs use the default kernels.
+        deterministic: runs use the default kernels.
     """
 
     experts: tuple[Expert, ...]
@@ -70,12 +70,12 @@ class VideoModel:
         *,
         deterministic: bool = False,
     ) -> "VideoModel":
-        """The handle of a model with one transformer."""
+        """A model with one transformer."""
         return cls((Expert(dit),), variant, row, name, motion_controller, deterministic)
 
     @property
     def dit(self) -> WanDiT:
-        """The first transformer, for what is done to a module: training it, replacing its weights."""
+        """The first transformer, for code that trains a module or replaces its weights."""
         return self.experts[0].dit
 
     @property
@@ -85,12 +85,12 @@ class VideoModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The compute dtype."""
         return self.experts[0].dit.dtype
 
     @property
     def loras(self) -> tuple[LoraUse, ...]:
-        """What is applied to any of the experts for the length of a run."""
+        """The LoRAs of all experts, each once."""
         return tuple(dict.fromkeys(use for expert in self.experts for use in expert.loras))
 
     @property
@@ -100,7 +100,7 @@ class VideoModel:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """All modules, of which each can be given a LoRA."""
+        """All modules; a LoRA may change any of them."""
         return (*(expert.dit for expert in self.experts), *self._beside)
 
     @property
@@ -116,10 +116,10 @@ class VideoModel:
         mode: LoraMode = "auto",
         expert: int | None = None,
     ) -> tuple["VideoModel", LoraReport]:
-        """A handle on the same weights with one LoRA, or checkpoint of trained weights, more; and what it does to them.
+        """A handle on the same weights with one more LoRA, or checkpoint of trained weights; and what that does.
 
         Args:
-            expert: the number of the one that it is applied to; every one if None.
+            expert: the number of the expert that it is applied to; None is every one.
 
         Raises:
             ValueError: the file cannot be read, nothing in it matches, it was made for another size, or a setting is
@@ -127,12 +127,12 @@ class VideoModel:
         """
         target = self.target(expert or 0)
         use = use_lora(source, target, strength=strength, blocks=blocks, mode=mode)
-        told = lora_report(use, target, self.experts[expert or 0].loras)
+        report = lora_report(use, target, self.experts[expert or 0].loras)
         changed = tuple(
             replace(each, loras=(*each.loras, use)) if expert in (None, number) else each
             for number, each in enumerate(self.experts)
         )
-        return replace(self, experts=changed), told
+        return replace(self, experts=changed), report
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -143,11 +143,11 @@ class VideoModel:
             yield
 
     def without_loras(self) -> "VideoModel":
-        """A handle on the same weights alone."""
+        """A handle on the same weights without LoRAs."""
         return replace(self, experts=tuple(replace(expert, loras=()) for expert in self.experts))
 
     def target(self, expert: int = 0) -> Target:
-        """What a LoRA of that expert is matched with; all experts have the same names and shapes."""
+        """The names and shapes that a LoRA of that expert is matched with."""
         return Target.of_modules(self.name, (self.experts[expert].dit, *self._beside))
 
     def plan(
@@ -158,13 +158,17 @@ class VideoModel:
         runtime: Runtime,
         expert: int = 0,
     ) -> RunPlan:
-        """Where the weights of an expert will be while it works, see `planning.run`; `runtime` knows of a limit."""
+        """Where the weights of an expert will be while it works, see `planning.run`.
+
+        Args:
+            runtime: with `memory.vram_limit` applied (`limit_memory`).
+        """
         dit, loras, cond = self.experts[expert].dit, self.experts[expert].loras, inputs.cond
         if memory.vram_limit == 0:
             memory = replace(memory, vram_limit=None, persistent_params=0)
         if memory.persistent_params is not None or runtime.unbounded:
             return placed_run(dit, cond, inputs.size, settings, memory, loras)
-        # The plan counts the conditioning, so what of it is on the device already is not to be found again.
+        # The plan counts all conditioning, also what is on the device already and so is no longer free there.
         there = sum(tensor.nbytes for tensor in tensors_in(cond) if tensor.device == runtime.device)
         there = there if used_bytes(runtime.device) else 0
 
@@ -194,7 +198,7 @@ class VideoModel:
         """
         dit, loras = self.experts[expert].dit, self.experts[expert].loras
         streamed = placement is not None and bool(placement.streamed)
-        # LoRAs first: what is folded into weights has to move with them.
+        # LoRAs first: folded weights have to move to the device with the others.
         with ExitStack() as stack:
             run = stack.enter_context(
                 apply_loras((dit, *self._beside), loras, MODEL_BLOCKS, steps=steps, device=device, streamed=streamed)
@@ -215,10 +219,10 @@ class VideoModel:
         earlier: RunState | None = None,
         keep: bool = False,
     ) -> RunState:
-        """Run the steps that `settings` name: plan, apply the LoRAs, bring the weights, sample, release.
+        """Run the steps of `settings`: plan, apply the LoRAs, bring the weights, sample, release.
 
-        Every expert is planned and brought when its first step comes, after the one before it has left the device.
-        Weights that someone else has at work already, such as a trainer, are used where they are.
+        An expert is planned and brought when its first step comes, after the one before it has left the device. Weights
+        that are at work already, such as a trainer's, are used where they are.
 
         Args:
             checkpoint, earlier: as of `sampling.run.sample`, which says what comes back and what is raised.
@@ -232,6 +236,7 @@ class VideoModel:
             if WeightProvider.of(dit).at_work:
                 yield Active(dit, settings)
                 return
+            # Two experts rarely fit together; what the other one left on the device would force this one to stream.
             for other in self.experts:
                 if other.dit is not dit:
                     WeightProvider.of(other.dit).evict()

@@ -46,8 +46,8 @@ DEVICE = default_device().type
 class WanVideoPipeline(PipelineModels):
     """Every Wan 2.1 model in one object. Build it with `from_pretrained`, then call it.
 
-    Models whose `offload_device` differs from `device` are on `device` only while they work; blocks that do not fit
-    there are streamed.
+    Models whose `offload_device` differs from `device` are on `device` only while they work; blocks that do not fit are
+    streamed.
     """
 
     device: torch.device
@@ -115,15 +115,15 @@ class WanVideoPipeline(PipelineModels):
     ) -> None:
         """Keep what is in use on the device within a limit, in every call from now on.
 
-        Models are on the device only while they work; those that rest there now are moved to host memory. Blocks that
-        do not fit are copied to it one ahead of their turn. The limit is met where that is possible at all: a run that
-        needs more with every block streamed is run so, with a warning.
+        Models are on the device only while they work; those that are kept there now are moved to host memory. Blocks
+        that do not fit are copied to it one ahead of their turn. A run that needs more than the limit even with every
+        block streamed is run so, with a warning.
 
         Args:
             num_persistent_param_in_dit: keep that many parameters of the DiT on the device and stream the others,
                 whatever the limit; 0 streams all blocks.
             vram_limit: GiB in use on the device by all programs; all that is free if None. 0 streams everything.
-            vram_buffer: GiB of it that are left to what is not weights; computed from the size of the video if None.
+            vram_buffer: GiB of it that are left for everything but weights; computed from the video's size if None.
 
         Raises:
             ValueError: a number is out of range.
@@ -179,7 +179,7 @@ class WanVideoPipeline(PipelineModels):
     ) -> list[Image.Image] | list[list[Image.Image]] | Iterator[Image.Image] | Tensor:
         """Generate a video.
 
-        Which inputs a model takes is decided by its structure; one that it cannot use is refused before anything runs.
+        The structure of a model decides which inputs it takes; one that it cannot use is refused before anything runs.
         Pictures and clips may have any size and length (see `fit`).
 
         Args:
@@ -209,12 +209,13 @@ class WanVideoPipeline(PipelineModels):
             output_type: `quantized` or `pil` for a list of images, `stream` for one after another while the video is
                 decoded (for `save_video`), `floatpoint` or `tensor` for pixels (B, 3, T, H, W) in [-1, 1], `latent`
                 for normalised latents (B, z, F, h, w).
-            inpaint_video, inpaint_mask: a video of which the parts where the mask is white are drawn anew (Fun InP).
+            inpaint_video, inpaint_mask: a video whose parts under the white of the mask are generated again (Fun InP).
             camera_path: any path (`conditioning.camera`) in place of a camera move.
-            fit: how pictures and clips are brought to the size of the video. By default the authors' rule for each:
-                stretched for the Fun control and camera models, cropped for the others; a short clip is held.
+            fit: how pictures and clips are brought to the size of the video. By default as the authors of each model
+                do it: stretched for the Fun control and camera models, cropped for the others; the last frame of a
+                short clip is held.
             solver: see `SamplerSettings`.
-            window_prompts: what each window shows in place of `prompt`, the last one for all after it.
+            window_prompts: what each window shows in place of `prompt`; the last one also serves all windows after it.
 
         Raises:
             ValueError: an argument is out of range, or is not one that this model can use.
@@ -224,7 +225,7 @@ class WanVideoPipeline(PipelineModels):
         if output_type == "stream" and len(as_prompts(prompt)) > 1:
             raise ValueError("output_type 'stream' gives the frames of one video; give one prompt, or take 'pil'.")
         if fit is not None and not isinstance(fit, Fit):
-            raise ValueError(f"fit must be a Fit (wan_core.conditioning.encoders); got {fit!r}.")
+            raise ValueError(f"fit must be a Fit (wan_core.conditioning.image); got {fit!r}.")
         if progress_bar_cmd is not None and not callable(progress_bar_cmd):
             raise ValueError(f"progress_bar_cmd must wrap an iterable, such as tqdm; got {progress_bar_cmd!r}.")
         model = self.models.video
@@ -245,8 +246,8 @@ class WanVideoPipeline(PipelineModels):
             cfg_merge=cfg_merge, solver=solver, windows=windows_of_call(sliding_window_size, sliding_window_stride),
             cache=cache_of_call(tea_cache_l1_thresh, tea_cache_model_id, template),
         )  # fmt: skip
-        given_tiles = tiles_of_call(tile_size, tile_stride)
-        tiles: Tiles = given_tiles if tiled else AUTO
+        tile_settings = tiles_of_call(tile_size, tile_stride)
+        tiles: Tiles = tile_settings if tiled else AUTO
         start = None if input_video is None else as_frames(input_video, "input_video")
         self._check(inputs, prompt, negative_prompt)
         window_texts = _prompts_of_windows(window_prompts, prompt, settings)
@@ -329,13 +330,13 @@ class WanVideoPipeline(PipelineModels):
 def _memory(
     num_persistent_param_in_dit: int | None = None, vram_limit: float | None = None, vram_buffer: float | None = None
 ) -> MemorySettings:
-    given = checked(
+    numbers = checked(
         num_persistent_param_in_dit=num_persistent_param_in_dit, vram_limit=vram_limit, vram_buffer=vram_buffer
     )
     return MemorySettings(
-        vram_limit=given["vram_limit"],
-        vram_buffer=given["vram_buffer"],
-        persistent_params=given["num_persistent_param_in_dit"],
+        vram_limit=numbers["vram_limit"],
+        vram_buffer=numbers["vram_buffer"],
+        persistent_params=numbers["num_persistent_param_in_dit"],
     )
 
 

@@ -38,7 +38,7 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class LoadedModels:
-    """What a pipeline works with."""
+    """The models of a pipeline."""
 
     video: VideoModel
     text: TextEncoder
@@ -49,13 +49,13 @@ class LoadedModels:
         return iter(filter(None, (*self.video.modules, self.text.model, self.vae, self.image)))
 
     def with_new_text_weights(self) -> "LoadedModels":
-        """For after the text encoder's weights were replaced: prompts that were encoded before no longer count."""
+        """The same models with no prompt encoded yet, for after the text encoder's weights were replaced."""
         cache = self.text.cache and TextCache.in_memory(digest_weights(self.text.model))
         return replace(self, text=replace(self.text, cache=cache))
 
 
 def attention_of_environment() -> str:
-    """The attention kernel that the environment asks for, "auto" if it says nothing.
+    """The attention kernel that the environment asks for; "auto" without the variable.
 
     Raises:
         ValueError: there is no such kernel.
@@ -131,7 +131,10 @@ class IncompatibleKeys(NamedTuple):
 
 
 class ModuleView(nn.Module):
-    """A model, or some children of one. Its tensors are the model's own, and what is set on it is set on the model."""
+    """A model, or some children of one, under a name of the reference's.
+
+    Its tensors are the model's own; an attribute that is set on it is set on the model.
+    """
 
     def __init__(
         self,
@@ -140,8 +143,10 @@ class ModuleView(nn.Module):
         belongs: Callable[[str], bool] | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`belongs` tells which parameters and children are this part's, all if None; `on_change` is called after
-        `load_state_dict`.
+        """
+        Args:
+            belongs: whether the parameter or child of that name is part of the view; all are if None.
+            on_change: called after `load_state_dict`.
         """
         super().__init__()
         own: dict[str, Mapping[str, object]] = {
@@ -151,8 +156,8 @@ class ModuleView(nn.Module):
         }
         if belongs is not None:
             own = {kind: {k: v for k, v in members.items() if belongs(k)} for kind, members in own.items()}
-        # Not by attributes: a module that is set as one becomes a child.
-        self.__dict__.update(own, part_name=name, whole=whole, _on_change=on_change)
+        # Past `nn.Module.__setattr__`, which would register `whole` as a child.
+        self.__dict__.update(own, view_name=name, whole=whole, _on_change=on_change)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -173,7 +178,8 @@ class ModuleView(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> IncompatibleKeys:
-        """Give the model other weights for good, such as a trainer saved them; they are kept where its weights are.
+        """Replace the model's weights for good, such as by those that a trainer saved; they are kept where the old ones
+        were.
 
         Works on weights that are streamed, held as FP8 or left in their file too (`loading.state_dict`).
 
@@ -246,7 +252,7 @@ class PipelineModels:
         *,
         path: str | Path | None = None,
     ) -> LoraReport:
-        """Apply a LoRA, or a checkpoint of trained weights, in every call from now on; say what it does.
+        """Apply a LoRA, or a checkpoint of trained weights, in every call from now on; returns what it does.
 
         Args:
             module: `pipe.dit`, `pipe.vace` or `pipe.motion_controller`, as the reference's scripts name it; the file's
@@ -262,7 +268,7 @@ class PipelineModels:
         """
         target = getattr(module, "whole", module)
         if not any(target is part for part in self.models.video.modules):
-            got = getattr(module, "part_name", "None" if module is None else type(module).__name__)
+            got = getattr(module, "view_name", "None" if module is None else type(module).__name__)
             raise ValueError(f"A LoRA is applied to pipe.dit, pipe.vace or pipe.motion_controller; got {got}.")
         file = lora_config if path is None else path
         if file is not None and state_dict is None:
