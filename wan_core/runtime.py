@@ -1,4 +1,4 @@
-"""What the library asks of whoever hosts it: device, dtype, progress, cancellation, memory."""
+"""The services that the library asks of its host: device, dtype, progress, cancellation, memory."""
 
 import logging
 import time
@@ -17,7 +17,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def gigabytes(size: float, places: int = 1) -> str:
-    """`size` in bytes, in words: "9.1 GB", or "12.3 MB" of what is too little for that."""
+    """`size` in bytes as text: "9.1 GB", or "12.3 MB" where it is small."""
     if 0 < size < 50 * 2**20:
         return f"{size / 2**20:.1f} MB"
     return f"{size / GIB:,.{places}f} GB"
@@ -31,7 +31,7 @@ class OutOfMemoryError(ValueError):
     """The device is too small for the work; the message says what to change.
 
     Attributes:
-        latents: what was done until then, on the CPU, or None.
+        latents: the result so far, on the CPU, or None.
     """
 
     def __init__(self, message: str, latents: torch.Tensor | None = None) -> None:
@@ -40,7 +40,7 @@ class OutOfMemoryError(ValueError):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device said that it has no memory left."""
+    """Whether `error` is a device's report that it has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
     )
@@ -59,7 +59,7 @@ def usable_device(name: str, value: "str | torch.device") -> torch.device:
     """`value` as a device of this machine; `name` is the parameter's.
 
     Raises:
-        ValueError: it names no device, or one that is not here.
+        ValueError: it names no device, or one that this machine lacks.
     """
     try:
         device = torch.device(value)
@@ -79,7 +79,7 @@ def usable_device(name: str, value: "str | torch.device") -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that this process can still use on `device`, also what PyTorch holds for reuse.
+    """Bytes that this process can still use on `device`, with those that PyTorch holds for reuse.
 
     None where no limit is known, such as on the CPU.
     """
@@ -96,13 +96,13 @@ def _ignore_progress(phase: str, done: int, total: int, latents: torch.Tensor | 
 
 
 class Pace:
-    """How long the rest of a phase will take, judged by what is done of it."""
+    """The time that a phase still takes, estimated from its steps so far."""
 
     def __init__(self) -> None:
         self._started: dict[str, tuple[float, int]] = {}
 
     def left(self, phase: str, done: int, total: int) -> str:
-        """Such as ", about 3 min left"; empty before there is anything to judge by, and at the end."""
+        """Such as ", about 3 min left"; empty before the first step is done, and at the end."""
         now = time.monotonic()
         since, first = self._started.setdefault(phase, (now, done))
         if done <= first:
@@ -121,11 +121,11 @@ class Runtime:
     Attributes:
         device: where models compute.
         dtype: compute dtype of the models; latents and solver arithmetic are float32 whatever it is.
-        on_progress: called as (phase, done, total, latents); while sampling, latents (B, z, F, h, w) are the clean
-            ones that the run points at so far, else None.
+        on_progress: called as (phase, done, total, latents); while sampling, latents (B, z, F, h, w) are the model's
+            current estimate of the clean ones, else None.
         before_step: called as (index, total) before every step of a sampling run, wherever the run begins.
         check_cancelled: raises `Cancelled`, or an exception of the host, when the user wants to stop.
-        free_memory: asks the host to free that many bytes of `device`.
+        free_memory: asks the host to have that many bytes of `device` free.
         memory_left: bytes that work may still use on a device; None where no limit is known.
     """
 
@@ -147,7 +147,7 @@ class Runtime:
         return self.memory_left(self.device) is None
 
     def request_memory(self, wanted: float) -> float | None:
-        """Bytes that work which wants so many may use on `device`, after the host was asked for what is missing.
+        """Bytes that work may use on `device`, after the host was asked to free memory if they are fewer than `wanted`.
 
         None where no limit is known.
         """
@@ -158,7 +158,7 @@ class Runtime:
         return left
 
     def chunks(self, phase: str) -> Callable[[int, int], None]:
-        """A report for work done in pieces: progress under the name `phase`, and a chance to stop after each piece."""
+        """A callback for work in pieces: it reports (done, total) as progress of `phase`, and may be cancelled."""
 
         def report(done: int, total: int) -> None:
             self.on_progress(phase, done, total, None)

@@ -1,4 +1,4 @@
-"""Memory of encoding and decoding, the tiles that keep it within a budget, and encoders placed within theirs."""
+"""Memory of encoding and decoding, the tiles and placements that keep it within a budget, and a user's limit."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,9 +26,10 @@ from .estimate import META, count_bytes
 def text_peak_bytes(config: TextEncoderConfig, dtype: torch.dtype, tokens: int = 512, prompts: int = 2) -> int:
     """Peak bytes on the device of encoding `prompts` texts of `tokens` tokens each, beside the weights.
 
-    Attention is counted as fused kernels run it. All layers are alike, so two stand for all.
+    Attention is counted as fused kernels run it.
     """
     with META:
+        # All layers are alike, and memory does not grow after the second.
         encoder = UMT5Encoder(replace(config, num_layers=min(config.num_layers, 2))).requires_grad_(False).to(dtype)
         ids, mask = torch.empty(prompts, tokens, dtype=torch.long), torch.empty(prompts, tokens, dtype=torch.bool)
     with count_bytes(*encoder.parameters(), ids, mask) as counter:
@@ -39,9 +40,9 @@ def text_peak_bytes(config: TextEncoderConfig, dtype: torch.dtype, tokens: int =
 VaePass = Literal["decode", "encode"]
 
 WORKSPACE_BYTES = 256 * 2**20
-"""Allowed beside the counted tensors, whatever the size: cuBLAS keeps up to 32 MiB for itself, cuDNN's implicit-GEMM
+"""Allowance beside the counted tensors, of any size: cuBLAS keeps up to 32 MiB for itself, cuDNN's implicit-GEMM
 convolutions of channels-last tensors ask for some tens, and the caching allocator rounds blocks of this size up to
-2 MiB. An allowance and not a measurement; when it is too little, `decode` falls back to smaller tiles.
+2 MiB. It is not measured; where it is too little, `decode` falls back to smaller tiles.
 """
 
 STEADY_FRAMES = 3
@@ -50,16 +51,16 @@ from the third on each is like the one before.
 """
 
 OVERLAP = 8
-"""Latent cells that neighbouring tiles share at least. A tile's border is wrong where the padding of its
-edge reaches: up to 11 convolutions at latent resolution and 2 cells' worth at the finer ones, most of it from the
-nearest few, and blending gives the outermost cells the least weight. ComfyUI's tiled decoder shares as many.
+"""Latent cells that neighbouring tiles share at least. A tile is wrong as far as the padding at its edge reaches: 11
+convolutions at latent resolution and two cells' worth at the finer ones. Most of the error is in the outermost cells,
+which blending weights least. ComfyUI's tiled decoder shares as many.
 """
 
 LEAST_STRIP = 3 * OVERLAP
-"""Rows of the lowest strip: below it more than half of the rows would be computed twice, and tiles cost less."""
+"""Fewest rows of a strip: below it more than half of the rows would be computed twice, and tiles cost less."""
 
 LEAST_TILE = 2 * OVERLAP
-"""Cells of the smallest tile's sides: below it every cell lies in an overlap."""
+"""Fewest cells of a tile's side: below it every cell is in an overlap."""
 
 _SAMPLE_SIDE = 32
 """Cells of the square on which memory per cell is counted."""
@@ -76,11 +77,12 @@ def vae_peak_bytes(
     """Peak bytes on the device of one pass over `batch` videos, beside the weights.
 
     The video itself stays in host memory, where the pieces are gathered (`wan_core.decode`). Attention is counted as
-    fused kernels run it. Every tensor of a pass grows with the area, so memory per cell is counted once.
+    fused kernels run it.
     """
     height, width = latent_size.height, latent_size.width
     if tiles is not None:
         height, width = min(height, tiles.size[0]), min(width, tiles.size[1])
+    # Every tensor of a pass grows with the area, so memory per cell is counted once.
     per_cell = _bytes_per_cell(config, dtype, min(latent_size.frames, STEADY_FRAMES), what)
     return int(per_cell * height * width * batch) + WORKSPACE_BYTES
 
@@ -135,7 +137,7 @@ def choose_tiles(
     grids = [_grid(size, rows, columns) for rows in (1, *_parts(size.height)) for columns in (1, *_parts(size.width))]
     fitting = [tiles for tiles in (*strips, *grids) if fits(tiles)]
     if fitting:
-        # The first of equals, so strips before tiles: their seams run in one direction only.
+        # `min` takes the first of equals: strips, whose seams run in one direction only.
         return min(fitting, key=lambda tiles: computed_cells(tiles, size))
     needed = vae_peak_bytes(config, dtype, size, smallest_tiles(size), what, batch)
     side = config.pixel_stride(what)
@@ -147,20 +149,20 @@ def choose_tiles(
 
 
 def smallest_tiles(size: LatentSize) -> TileSettings:
-    """The tiles of a latent of that size that take the least memory."""
+    """The tiles of a latent of that size which take the least memory."""
     last = (([1, *_parts(side)])[-1] for side in (size.height, size.width))
     return _grid(size, *last)
 
 
 def computed_cells(tiles: TileSettings | None, size: LatentSize) -> int:
-    """Cells of one latent frame that are computed, those in overlaps as often as they are."""
+    """How many cells of one latent frame are computed; those in overlaps count once per tile."""
     if tiles is None:
         return size.height * size.width
     return sum(row.length * column.length for row, column in tiles.plan(size.height, size.width))
 
 
 def _parts(length: int, least: int = LEAST_TILE) -> list[int]:
-    """Into how many parts of at least `least` cells an axis can be cut; empty when it is too short to be cut."""
+    """The numbers of parts, each of at least `least` cells, that an axis can be cut into; empty if it is too short."""
     counts: list[int] = []
     while _part(length, len(counts) + 2) >= least:
         counts.append(len(counts) + 2)
@@ -183,11 +185,10 @@ IMAGE_ENCODER_BYTES = 64 * 2**20
 
 
 def checked_size(width: int, height: int, num_frames: int, geometry: Geometry) -> VideoSize:
-    """`VideoSize.rounded`, of a video that this machine can hold at one byte per colour, the least that any work on it
-    takes.
+    """`VideoSize.rounded`, for a video that fits into the memory of this machine at one byte per colour.
 
     Raises:
-        ValueError: it cannot, or `VideoSize.rounded` refuses a number.
+        ValueError: it does not fit, or `VideoSize.rounded` refuses a number.
     """
     size = VideoSize.rounded(width, height, num_frames, geometry)
     held, memory = 3 * size.width * size.height * size.num_frames, installed_ram()
@@ -201,7 +202,7 @@ def checked_size(width: int, height: int, num_frames: int, geometry: Geometry) -
 
 
 def limit_memory(runtime: Runtime, memory: MemorySettings) -> Runtime:
-    """`runtime` on a device of which `memory.vram_limit` may be in use; a limit of 0 speaks of weights only."""
+    """`runtime` on a device of which `memory.vram_limit` may be in use. 0 limits weights alone, see `memory_for`."""
     if not memory.vram_limit:
         return runtime
     limit = memory.vram_limit * GIB
@@ -215,9 +216,9 @@ def limit_memory(runtime: Runtime, memory: MemorySettings) -> Runtime:
 
 
 def memory_for(module: nn.Module, runtime: Runtime, memory: MemorySettings, wanted: float) -> float | None:
-    """Bytes that work with `module` may use on the device; the host is asked first when `wanted` are more.
+    """Bytes that work with `module` may use on the device; the host is asked to free some when `wanted` are more.
 
-    What is there of the module's own weights counts as available. None without a bound.
+    Weights of the module that are on the device count as available. None without a limit.
     """
     if memory.vram_limit == 0:
         return 0
@@ -230,7 +231,7 @@ def memory_for(module: nn.Module, runtime: Runtime, memory: MemorySettings, want
 def working_encoder(
     module: nn.Module, runtime: Runtime, memory: MemorySettings, activations: int, *, keep: bool = False
 ) -> Iterator[nn.Module]:
-    """An encoder on the device inside the block; blocks that do not fit there are streamed.
+    """An encoder or VAE on the device inside the block; blocks that do not fit there are streamed.
 
     Args:
         activations: peak bytes of a pass beside the weights.

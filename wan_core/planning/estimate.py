@@ -36,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device | str = "meta", given: Iterable[Tensor] = ()) -> None:
-        """`given` tensors are there anyway and do not count."""
+        """`given` tensors exist already and do not count."""
         super().__init__()
         self.device = torch.device(device)
         self.live = self.peak = 0
@@ -121,7 +121,7 @@ def count_bytes(*given: Tensor) -> Iterator[LiveBytes]:
 Module = TypeVar("Module", bound=nn.Module)
 
 Residuals = Literal["none", "device", "host"]
-"""Where a step cache keeps what a step changed."""
+"""Where a step cache keeps its residuals: the change that the blocks made to the tokens."""
 
 
 def meta_twin(module: Module, **parts: nn.Module) -> Module:
@@ -134,7 +134,7 @@ def meta_twin(module: Module, **parts: nn.Module) -> Module:
 
 
 def _short_twin(dit: WanDiT) -> WanDiT:
-    """A twin that ends after two blocks, and two VACE blocks that feed them: memory does not grow after them."""
+    """A twin of the first two blocks, and of the two VACE blocks that feed them: memory does not grow after these."""
     layers = tuple(range(len(dit.config.vace_layers[:2])))
     parts = {"blocks": nn.ModuleList(meta_twin(block) for block in dit.blocks[:2])}
     if layers:
@@ -156,8 +156,8 @@ def step_bytes(
 ) -> int:
     """Peak bytes on the device of a step with all its branches, beside weights and conditioning.
 
-    The step is run on the meta device, with attention counted as fused kernels run it; once for each kind of model and
-    inputs, because it takes a good part of a second.
+    The step is run on the meta device, with attention counted as fused kernels run it. Results are kept by model and
+    shapes of inputs, because a count takes most of a second.
 
     Args:
         size: latent frames with those in front, rows and columns, of the video or of one window of it.
@@ -175,7 +175,7 @@ _COUNTED: dict[str, int] = {}
 
 
 def _described(*values: object) -> str:
-    """What memory depends on, as text: modules by layers and weights, tensors by shape and dtype."""
+    """A key of what memory depends on: the layers and weights of modules, the shapes and dtypes of tensors."""
 
     def described(value: object) -> str:
         if isinstance(value, nn.Module):
@@ -205,13 +205,14 @@ def _counted_bytes(
             blocks = _Comparing(blocks)
         time = TimeTable(twin, [[0.0]] * 4)
         predict = Guided(ModelPredictor(twin, time, blocks, controller), _with_all_branches(guidance))
+        # The second step has what a cache kept of the first.
         for index in (1, 2):
             predict(x, 0.0, cond, StepInfo(index, 4))
     return counter.peak
 
 
 class _ComputesEveryStep:
-    """A rule that leaves nothing out and keeps everything: the most memory that a cache takes."""
+    """A rule that skips no step and keeps everything: the most memory that a cache takes."""
 
     def __init__(self) -> None:
         self.memory: dict[str, Tensor] = {}
@@ -226,7 +227,7 @@ class _ComputesEveryStep:
 
 
 class _Comparing:
-    """What a cache whose tensors rest in host memory holds on the device: the tokens from before the blocks."""
+    """What a cache with residuals in host memory holds on the device: the tokens from before the blocks."""
 
     def __init__(self, run: BlockRunner) -> None:
         self._run, self.count = run, run.count
@@ -254,7 +255,7 @@ def kept_bytes(config: DiTConfig, cond: Conditioning, dtype: torch.dtype, guidan
 
 
 def kept_share(config: DiTConfig, size: tuple[int, int, int], text_tokens: int) -> float:
-    """The share of a step that making them takes."""
+    """The share of a step's operations that makes the keys and values of cross-attention."""
     made = 4 * config.num_layers * _context_tokens(config, text_tokens) * config.dim**2
     return made / pass_flops(config, size, text_tokens)
 
@@ -269,6 +270,8 @@ def pass_flops(config: DiTConfig, size: tuple[int, int, int], text_tokens: int =
     tokens = size[0] * (size[1] // ph) * (size[2] // pw)
     dim = config.dim
     context = _context_tokens(config, text_tokens)
+    # Per token: q, k, v and o of self-attention, q and o of cross-attention, two matrices of the feed-forward; the
+    # context gives k and v. A multiply-add counts as two operations, and attention has two products.
     linear = 2 * tokens * (6 * dim * dim + 2 * dim * config.ffn_dim) + 4 * context * dim * dim
     attention = 4 * tokens * tokens * dim + 4 * tokens * context * dim
     return (config.num_layers + vace_inputs * len(config.vace_layers)) * (linear + attention)

@@ -1,4 +1,4 @@
-"""The settings with which a run fits a device at the least loss, and the plan in words and as plain data."""
+"""The settings with which a run fits a device at the least cost, and the plan as text and as plain data."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +18,11 @@ SMALLER = (832, 480)
 
 @dataclass(frozen=True)
 class Variation:
-    """A change of a run that takes less memory.
+    """A change to a run that takes less memory.
 
     Attributes:
         what: where the user makes it, in words.
-        apply: the changed run, or None where it changes nothing.
+        apply: gives the changed run, or None where it changes nothing.
     """
 
     what: str
@@ -97,12 +97,12 @@ SUGGESTIONS = (
     Variation("half as many frames", _shorter),
     Variation("a smaller picture", _smaller),
 )
-"""What changes the video, to be suggested where nothing else is left."""
+"""Changes of the video itself, suggested where no variation is enough."""
 
 
 @dataclass(frozen=True)
 class FittedPlan:
-    """The settings that were found.
+    """The plan with the settings that were found.
 
     Attributes:
         plan: of the run with them; when it does not fit, the one that is closest.
@@ -120,6 +120,7 @@ def fit_plan(job: Job, limit: float | None) -> FittedPlan:
     changes: list[str] = []
     plan = plan_whole(job, limit)
     while not plan.fits:
+        # The first variation that helps costs the least; others are tried only if it is not enough.
         found = next(_better(plan), None)
         if found is None:
             return FittedPlan(plan, tuple(changes), suggestions(plan))
@@ -129,7 +130,7 @@ def fit_plan(job: Job, limit: float | None) -> FittedPlan:
 
 
 def _better(plan: WholePlan) -> Iterator[tuple[WholePlan, str]]:
-    """Plans that lack less than `plan` by one variation, and what that changes."""
+    """Plans with one variation that lack less than `plan`, and what that changes."""
     for variation in VARIATIONS:
         changed = variation.apply(plan.job)
         other = changed and plan_whole(changed, plan.limit)
@@ -138,7 +139,7 @@ def _better(plan: WholePlan) -> Iterator[tuple[WholePlan, str]]:
 
 
 def suggestions(plan: WholePlan) -> tuple[str, ...]:
-    """Changes of the video each of which makes a run fit that does not."""
+    """Changes of the video, each of which alone makes a run fit that does not."""
     found = []
     for variation in SUGGESTIONS:
         changed = variation.apply(plan.job)
@@ -152,7 +153,7 @@ def suggestions(plan: WholePlan) -> tuple[str, ...]:
 
 
 def _short(plan: WholePlan) -> int:
-    """What all phases together lack."""
+    """Bytes that all phases together lack."""
     return sum(phase.missing for phase in plan.phases)
 
 

@@ -1,4 +1,4 @@
-"""What a whole run takes, every phase of it, before any weight is read."""
+"""What each phase of a run takes, from prompts to frames, before any weight is read."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ from .run import COPIED_PER_SECOND, FLOPS_PER_SECOND, RunPlan, plan_run
 
 @dataclass(frozen=True, kw_only=True)
 class InputSizes:
-    """What a run is given besides text, as far as it takes memory.
+    """The inputs of a run besides text, as far as they take memory.
 
     Attributes:
         vace: the reference pictures of each VACE input.
@@ -47,7 +47,7 @@ class InputSizes:
 
     @classmethod
     def of(cls, cond: Conditioning, frames: int) -> "InputSizes":
-        """What `cond` holds for a video of `frames` latent frames, encoded already."""
+        """Those of `cond`, which is encoded already, for a video of `frames` latent frames."""
         inputs = cond.vace or ()
         vace = (cond.prefix_frames(frames), *(0 for _ in inputs[1:])) if inputs else ()
         return cls(vace=vace, camera=cond.camera is not None)
@@ -59,7 +59,7 @@ class Job:
 
     Attributes:
         experts: the transformers of the video model, the noisiest first; with them comes its `motion_controller`.
-        cond: conditioning of the run; None makes it up from what is `given`.
+        cond: conditioning of the run; None stands for tensors of the sizes that `given` says.
         text_encoder, image_encoder, vae: None where a phase is not part of the run.
         tiles: how the VAE encodes and decodes.
         decodes: whether the VAE decodes the result.
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def modules(self) -> dict[str, SizedModule[nn.Module]]:
-        """The models of the run, by what they are in words."""
+        """The models of the run, by their role in words."""
         modules: dict[str, SizedModule[nn.Module] | None] = {
             **{self.named("video model", number): expert for number, expert in enumerate(self.experts)},
             "speed control": self.motion_controller,
@@ -114,10 +114,10 @@ class Phase:
     """One phase of a run. Sizes are bytes; `copied_bytes` are those of one step, or of one pass of an encoder.
 
     Attributes:
-        peak_bytes: on the device, with what cannot be counted allowed for.
+        peak_bytes: on the device, with an allowance for what cannot be counted.
         resident_bytes: of the weights that stay on the device during the phase.
         streamed_bytes: of the weights that pass through it.
-        hidden: share of the copies that computation hides, 0 to 1.
+        hidden: share of the copies that overlaps with computation, 0 to 1.
         missing: bytes beyond the limit.
         note: what else there is to know.
     """
@@ -173,7 +173,7 @@ def plan_whole(job: Job, limit: float | None) -> WholePlan:
     """The plan of `job` on a device of which it may use `limit` bytes, less where its own memory settings say so.
 
     Raises:
-        ValueError: the settings do not go together.
+        ValueError: two settings exclude each other.
     """
     if job.memory.vram_limit:
         limit = min(limit or math.inf, job.memory.vram_limit * GIB)
@@ -222,7 +222,7 @@ def placeholder_conditioning(config: DiTConfig, size: LatentSize, given: InputSi
 
 
 def _of_sampling(memory: MemorySettings) -> MemorySettings:
-    """A limit of 0 streams every block and bounds nothing else."""
+    """For `plan_run`, a limit of 0 becomes no resident parameter: every block is streamed, nothing else is limited."""
     return dataclasses.replace(memory, vram_limit=None, persistent_params=0) if memory.vram_limit == 0 else memory
 
 
@@ -323,11 +323,11 @@ def _missing(peak: int, limit: float | None) -> int:
 
 
 def _ram(job: Job, cond: Conditioning) -> dict[str, int]:
-    """Bytes of host memory by what they hold: weights at rest, frames of the video, tensors of a step cache."""
+    """Bytes of host memory by what they hold: weights between uses, frames of the video, tensors of a step cache."""
     ram = {role: module.ram_bytes for role, module in job.modules.items()}
     pixels = 3 * job.size.num_frames * job.size.height * job.size.width * torch.float32.itemsize
     if job.vae is not None and job.decodes:
-        # Pixels as the VAE gives them, and as the frames of an IMAGE.
+        # The VAE's output, and a copy of it as frames of an IMAGE.
         ram["frames of the video"] = 2 * pixels * job.vae.module.config.upscale**2
     if job.settings.cache is not None and job.settings.cache.residual_on_cpu:
         per_token = job.config.dim * job.experts[0].module.dtype.itemsize

@@ -1,4 +1,4 @@
-"""The models of a run as they will be held, on the meta device: their sizes are known before they are loaded."""
+"""The models of a run on the meta device, which have the sizes of the loaded ones before anything is loaded."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ PUBLISHED: dict[ModelKind, tuple[str, Any]] = {
     "image_encoder": (catalog.IMAGE_ENCODER_PATTERN, ImageEncoderConfig()),
     "motion_controller": (catalog.MOTION_CONTROLLER_PATTERN, MotionControllerConfig()),
 }
-"""File and sizes of what the video models share."""
+"""File and sizes of the models that all video models share."""
 
 BUNDLED: dict[ModelKind, Any] = {
     "text_encoder": bundled.TEXT_ENCODER,
@@ -38,7 +38,7 @@ BUNDLED: dict[ModelKind, Any] = {
     "image_encoder": bundled.IMAGE_ENCODER,
     "motion_controller": bundled.MOTION_CONTROLLER,
 }
-"""Sizes of the same parts among the bundled models."""
+"""Sizes of the same models among the bundled ones."""
 
 
 Model = TypeVar("Model", bound=nn.Module, covariant=True)
@@ -88,10 +88,12 @@ class SizedModule(Generic[Model]):
 
     @property
     def ram_bytes(self) -> int:
-        """Bytes of host memory that the weights rest in, and what blocks are read into that rest in another form."""
-        resting = sum(w.nbytes for name, w in self._weights.items() if name not in self.provider.mapped)
+        """Bytes of the weights in host memory, and of the buffers that blocks are read into which are not kept there as
+        they work.
+        """
+        kept = sum(w.nbytes for name, w in self._weights.items() if name not in self.provider.mapped)
         reread = self.provider.mapped or self.provider.work_dtypes
-        return resting + (SLOTS * max((b.bytes for b in self.inventory.blocks.values()), default=0) if reread else 0)
+        return kept + (SLOTS * max((b.bytes for b in self.inventory.blocks.values()), default=0) if reread else 0)
 
     @property
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -125,14 +127,14 @@ class SizedExpert(SizedModule[WanDiT]):
 
 
 def published_dit(row: catalog.CatalogRow) -> Component:
-    """The video model of a catalog row by what is known of it, whether or not its file is here."""
+    """The video model of a catalog row, whether or not its file is on this machine."""
     if row.size == "tiny":
         return _unread("dit", bundled.DITS[row.variant], Path(row.model_id, catalog.DIT_FILE), torch.float32)
     return _unread("dit", catalog.published_config(row), Path(row.base or row.model_id, catalog.DIT_FILE))
 
 
 def published_component(kind: ModelKind, model_id: str) -> Component:
-    """A part that the video models share, from the published or the bundled model `model_id`."""
+    """The model of that kind that video models share, published or bundled as `model_id`."""
     file, config = PUBLISHED[kind]
     if model_id == catalog.TINY:
         return _unread(kind, BUNDLED[kind], Path(model_id, file), torch.float32)
@@ -140,7 +142,7 @@ def published_component(kind: ModelKind, model_id: str) -> Component:
 
 
 def _unread(kind: ModelKind, config: Any, file: Path, dtype: torch.dtype = torch.bfloat16) -> Component:
-    """The component that a file of these sizes would be. Published repositories differ in dtype; bfloat16 is usual."""
+    """What a file of these sizes would be detected as. Published repositories differ in dtype; bfloat16 is usual."""
     with torch.device("meta"):
         shapes = CLASSES[kind](config).state_dict()
     infos = {name: TensorInfo(tuple(tensor.shape), dtype, file) for name, tensor in shapes.items()}

@@ -1,4 +1,4 @@
-"""What a sampling run will take on a device, and the settings with which it fits."""
+"""What a sampling run takes on a device, and the placement of weights with which it fits."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -23,24 +23,24 @@ from .encoders import WORKSPACE_BYTES
 from .estimate import META, Residuals, kept_bytes, kept_share, pass_flops, step_bytes
 
 FRAGMENTATION = 0.03
-"""Share of the counted activations that the caching allocator loses between blocks of memory. An allowance."""
+"""Share of the counted activations allowed for what the caching allocator loses between blocks of memory."""
 
 WORTH_KEEPING = 0.01
-"""The least share of a step that keys and values of cross-attention must take to be kept. 81 frames at 480p are below
-it, where keeping them would take more memory than everything else but the weights.
+"""Keys and values of cross-attention are kept over the steps if making them takes at least this share of a step. It is
+less for 81 frames at 480p, where they would take more memory than everything else but the weights.
 """
 
 FLOPS_PER_SECOND = 155e12
 COPIED_PER_SECOND = 25e9
-"""What an RTX 4090 computes in bfloat16 and receives over PCIe 4; only for the share of copies that are hidden."""
+"""What an RTX 4090 computes in bfloat16 and receives over PCIe 4; used only for `RunPlan.hidden`."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Where the weights of a DiT are during a run, and what it takes.
+    """Where the weights of a DiT are during a run, and what the run takes.
 
     Attributes:
-        settings: those of the run; the guidance mode, and where a cache keeps its tensors, may be chosen by the plan.
+        settings: those of the run, with the guidance mode and `keep_projections` that the plan chose.
         placement: of the DiT's weights.
         activations: bytes of everything else on the device at the peak, as counted.
         allowance: bytes for what cannot be counted: workspaces of kernels, and what the allocator loses.
@@ -85,13 +85,13 @@ class RunPlan:
 
     @property
     def hidden(self) -> float:
-        """The share of the copies that computation hides, 0 to 1, at the speeds assumed above."""
+        """The share of the copies that overlaps with computation, 0 to 1, at the speeds assumed above."""
         if not self.copied_per_step:
             return 1.0
         return min(1.0, self.flops / FLOPS_PER_SECOND / (self.copied_per_step / COPIED_PER_SECOND))
 
     def summary(self) -> str:
-        """In words, for the log."""
+        """The plan as a line for the log."""
         text = f"{self.placement.summary()}; at most {gigabytes(self.peak_bytes)} on the device"
         return text if not self.missing else f"{text}, {gigabytes(self.missing)} more than it may use"
 
@@ -106,28 +106,28 @@ def plan_run(
     motion_controller: MotionController | None = None,
     loras: Sequence[LoraUse] = (),
 ) -> RunPlan:
-    """The plan of the fewest copied bytes for a run of `settings`.
+    """The plan that copies the fewest bytes for a run of `settings`.
 
-    `sequential` guidance becomes `interleaved`, which computes the same, when weights are streamed and it saves copies.
+    When weights are streamed, `sequential` guidance becomes `interleaved` if that saves copies; results are the same.
 
     Args:
         cond: fitted to the model; its tensors may lie anywhere, also on the meta device.
         request_memory: from the bytes that a run wants to those of the device that it may use; None without a limit.
     """
-    inventory, given = dit_inventory(dit, cond), tuple(loras)
-    plan = _counted(dit, inventory, cond, size, settings, motion_controller, given)
+    inventory, uses = dit_inventory(dit, cond), tuple(loras)
+    plan = _counted(dit, inventory, cond, size, settings, motion_controller, uses)
     available = request_memory(plan.peak_bytes)
     plan = plan.within(available, memory)
     if not plan.placement.streamed:
-        return _keeping(plan, dit, cond, size, memory, given)
+        return _keeping(plan, dit, cond, size, memory, uses)
     if settings.guidance.mode != "sequential" or settings.guidance.branches == 1:
         return plan
-    other = _counted(dit, inventory, cond, size, interleaved(settings), motion_controller, given)
+    other = _counted(dit, inventory, cond, size, interleaved(settings), motion_controller, uses)
     return min(plan, other.within(available, memory), key=lambda plan: (plan.missing, plan.copied_per_step))
 
 
 def interleaved(settings: SamplerSettings) -> SamplerSettings:
-    """The same run with both branches passing each block before the next."""
+    """The same run with both branches in each block before the next one."""
     return dataclasses.replace(settings, guidance=dataclasses.replace(settings.guidance, mode="interleaved"))
 
 
@@ -155,7 +155,7 @@ def _keeping(
     memory: MemorySettings,
     loras: Sequence[LoraUse],
 ) -> RunPlan:
-    """`plan`, keeping keys and values of cross-attention over the steps where that pays and all weights still fit."""
+    """`plan`, keeping keys and values of cross-attention over the steps if that pays and all weights still fit."""
     settings, windows = plan.settings, plan.settings.windows
     windowed = windows is not None and windows.mode == "blend" and windows.size < size.frames
     if windowed or settings.total_steps == 1 or not all(use.constant for use in loras):
@@ -170,7 +170,7 @@ def _keeping(
 
 
 def dit_inventory(dit: WanDiT, cond: Conditioning) -> Inventory:
-    """The weights of `dit` as a run with `cond` uses them: without a VACE input its VACE blocks are idle."""
+    """The weights of `dit` that a run with `cond` uses: without a VACE input the VACE blocks are idle."""
     order = dit.block_order()
     return WeightProvider.of(dit).inventory(
         order, [] if cond.vace else [p for p in order if p.startswith("vace_blocks.")]
@@ -214,7 +214,7 @@ def _residuals(settings: SamplerSettings, size: LatentSize) -> Residuals:
 
 
 def _lora_bytes(loras: Sequence[LoraUse], dtype: torch.dtype) -> int:
-    """Of the factors of branches beside the layers, if all LoRAs are applied that way."""
+    """Bytes of all LoRA factors beside the layers. How each LoRA is applied is not known yet; this is the most."""
     return sum(
         tensor.numel() * dtype.itemsize
         for use in loras
