@@ -1,4 +1,4 @@
-"""What a model file is, read from tensor names and shapes alone."""
+"""What a model file holds, recognised by the names and shapes of its tensors."""
 
 import hashlib
 import re
@@ -33,7 +33,7 @@ KINDS: Mapping[ModelKind, tuple[str, str]] = {
     "preview_decoder": ("a tiny autoencoder for previews", "models folder vae_approx"),
     "lora": ("a LoRA", "LoRA loader"),
 }
-"""What each kind is called, and where it is loaded."""
+"""The name of each kind in messages, and the loader for it."""
 
 SECTIONS = (
     r"model\.diffusion_model\.",
@@ -71,16 +71,20 @@ GUESSES = {
     "use a VACE or Fun Control model",
     r"(state|optimizer|exp_avg)\..+": "the state of an optimizer",
 }
-"""What other models are told by, and what to do."""
+"""Patterns of names that other models have, with what they are and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """A model file that was understood.
+    """A model file that was recognised.
 
-    `config` is None for a LoRA; for a VACE branch alone it holds the widths and VACE fields of the model it was made
-    for. `sources` gives each original tensor name its place in the files, `optional` the names that a file of this
-    layout may lack. `dtype` is the one that most stored weights have.
+    Attributes:
+        kind: what it is; `layout` is the way its tensors are named.
+        config: its sizes; None for a LoRA. That of a VACE branch in a file of its own holds the widths and VACE fields
+            of the model that it was made for.
+        sources: where each original tensor is in the files.
+        dtype: the dtype of most stored weights.
+        optional: original names that a file of this layout may lack.
     """
 
     kind: ModelKind
@@ -96,7 +100,7 @@ class Component:
         return describe_files(self.header.files)
 
     def config_of(self, kind: type[AnyConfig]) -> AnyConfig:
-        """The sizes of a model that are told by a `kind`.
+        """The sizes of the model, which must be of the class `kind`.
 
         Raises:
             CheckpointError: it is a model of another kind.
@@ -115,7 +119,7 @@ class Component:
 
 
 def detect_files(path: str | Path | Sequence[str | Path], kinds: Sequence[ModelKind] = ()) -> Component:
-    """The component in the files that `path` names (see `files.resolve_model`); of an all-in-one file that of `kinds`.
+    """The component in the files that `path` names (`paths.resolve_model`); of an all-in-one file that of `kinds`.
 
     Raises:
         CheckpointError: the files are not there, damaged, or no model this library knows.
@@ -124,7 +128,7 @@ def detect_files(path: str | Path | Sequence[str | Path], kinds: Sequence[ModelK
 
 
 def detect(header: Header, kinds: Sequence[ModelKind] = ()) -> Component:
-    """What the tensors of `header` are; where they are several models, the first of `kinds`, or just the first.
+    """The model that the tensors of `header` are; of several the first that is of `kinds`, or the first of all.
 
     Raises:
         CheckpointError: an unknown or unsupported model, one that lacks a tensor its sizes are read from, or several of
@@ -144,7 +148,7 @@ def detect(header: Header, kinds: Sequence[ModelKind] = ()) -> Component:
 
 
 def detect_all(header: Header) -> tuple[Component, ...]:
-    """The models that the tensors of `header` are: one, or those of an all-in-one file that this library knows.
+    """The models that the tensors of `header` are: one, or the known ones of an all-in-one file.
 
     Raises:
         CheckpointError: as of `detect`, when none is known.
@@ -156,7 +160,7 @@ def detect_all(header: Header) -> tuple[Component, ...]:
 
 
 def _detect_sections(header: Header) -> tuple[list[Component], list[CheckpointError]]:
-    """The models of an all-in-one file, or the one of any other, and what is wrong with those that are not known."""
+    """The known models of a file, and the error of each section of an all-in-one file that is not known."""
     sections = _sections(header)
     if len(sections) < 2 or is_lora(header):
         return [_detect_one(header)], []
@@ -170,7 +174,7 @@ def _detect_sections(header: Header) -> tuple[list[Component], list[CheckpointEr
 
 
 def _sections(header: Header) -> list[Header]:
-    """The models of an all-in-one file as headers of their own; names outside of all sections belong to none."""
+    """The models of an all-in-one file as headers of their own; names outside of all sections are left out."""
     grouped: dict[str, dict[str, TensorInfo]] = {}
     for name, info in header.items():
         match = next(filter(None, (re.match(pattern, name) for pattern in SECTIONS)), None)
@@ -208,7 +212,7 @@ def _detect_one(header: Header) -> Component:
 
 
 def require_kind(component: Component, kinds: ModelKind | Sequence[ModelKind]) -> Component:
-    """`component`, when it is of one of `kinds`; the first of them names the loader in the message.
+    """`component`, which must be of one of `kinds`; the message names the loader of the first of them.
 
     Raises:
         CheckpointError: it is of another kind.
@@ -224,7 +228,7 @@ def require_kind(component: Component, kinds: ModelKind | Sequence[ModelKind]) -
 
 
 def check_against(component: Component, module: nn.Module) -> None:
-    """Compare the names and shapes of `component` with those of `module`, which may stand on the meta device.
+    """Compare the names and shapes of `component` with those of `module`, which may be on the meta device.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape; counts and first names are given.

@@ -1,4 +1,4 @@
-"""From a recognised file, or from weights that another program holds, to a module, at the memory cost of one copy."""
+"""From a recognised file, or from weights that another program holds, to a module; memory holds the weights once."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ CLASSES: dict[ModelKind, type[nn.Module]] = {
 }
 
 DEQUANTISED_DTYPE = torch.bfloat16
-"""The dtype of scaled weights when no dtype is asked for: alone, the stored numbers are not the weights."""
+"""The dtype of scaled weights when no dtype is asked for; that of the stored numbers is no dtype to compute in."""
 
 
 def build(
@@ -70,9 +70,9 @@ def empty_module(component: Component) -> nn.Module:
 
 
 def inspect(path: str | Path | Sequence[str | Path], *kinds: ModelKind) -> Component:
-    """What the model at `path` is, of an all-in-one file the one of `kinds`; whole as `load_into` wants it.
+    """The model at `path`, of an all-in-one file the one of `kinds`, checked to be complete.
 
-    `info`, the loaders' validation and loading all ask here.
+    `info`, the loaders' validation and loading all use this.
 
     Raises:
         CheckpointError: it is of another kind, not readable, incomplete, or a variant that is not known.
@@ -91,7 +91,7 @@ def check_fits(component: Component) -> None:
     if component.kind in CLASSES:
         check_against(component, empty_module(component))
     elif component.kind == "vace":
-        # Alone in its file, but a part of a model whose other sizes it does not tell.
+        # A branch in a file of its own: the module of the whole model is made for the names and shapes of the branch.
         model = empty_module(replace(component, kind="dit"))
         parts = {name: part for name, part in model.named_children() if name.startswith("vace_")}
         check_against(component, nn.ModuleDict(parts))
@@ -106,24 +106,23 @@ def load_into(
     weights: WeightChoice = "auto",
     mapped: bool = False,
 ) -> nn.Module:
-    """Give every parameter of `module` the weights of `component`, and `module` its `weight_provider`; it may stand on
-    the meta device. Returns it.
+    """Fill `module`, which may be on the meta device, with the weights of `component`; returns it.
 
     Weights are cast to `dtype`, those that the class lists in `FLOAT32_PARAMETERS` to float32; None keeps the stored
-    dtype. Every tensor goes from the file to its place by itself, so that memory holds the model and at most one tensor
-    more. On the meta device no file is read: every weight has its size and dtype there, and nothing else.
+    dtype. Tensors are read one at a time, so that memory holds the model and at most one tensor more. With the meta
+    device as `device` no file is read, and weights have their sizes and dtypes only.
 
     Args:
         weights: `auto` leaves linear layers of blocks that are stored quantised as they are, as `QuantisedLinear`;
             `fp8` makes those that are not FP8 so; `plain` makes all of them `dtype`. Quantised weights elsewhere become
             `dtype`.
-        mapped: do not read the weights inside of blocks: they are views of the file in their stored dtype, and
-            `WeightProvider.of(module).work_dtypes` says in which one they are to work. The rest is read.
+        mapped: leave the weights inside of blocks in the file, as views in their stored dtype;
+            `WeightProvider.of(module).work_dtypes` has the dtype in which they work. All others are read.
 
     Raises:
         CheckpointError: names or shapes differ; `module` is unchanged then.
         ValueError: the weights cannot stay in their file as asked.
-        AssertionError: `module` holds a buffer on the meta device that no file can fill.
+        AssertionError: `module` has a buffer on the meta device that is not part of its state dict.
     """
     check_choice("weights", weights, WEIGHT_CHOICES)
     check_against(component, module)
@@ -160,13 +159,13 @@ def spiece_model(header: Header) -> bytes | None:
 
 @contextmanager
 def open_component(component: Component) -> Iterator[Callable[[str], Tensor]]:
-    """A function from an original name to its tensor on the CPU, which is valid until the next one is asked for."""
+    """A function from an original name to its tensor on the CPU, which is valid until the next call."""
     with TensorFiles(component.header) as files:
         yield lambda name: combine(component.sources[name], files)
 
 
 class _Filling:
-    """How the tensors of a component become the weights of a module."""
+    """Puts the tensors of a component into a module, as `load_into` describes."""
 
     def __init__(
         self,
@@ -184,7 +183,7 @@ class _Filling:
         self.order = {file: number for number, file in enumerate(component.header.files)}
 
     def place(self, name: str) -> tuple[int, int]:
-        """Where in the files a tensor begins, so that they can be read from front to back."""
+        """The position of a tensor in the files. Read in this order, they are read from front to back."""
         info = self.component.header[self.component.sources[name].names[0]]
         return self.order[info.file], info.offset or 0
 
@@ -199,6 +198,7 @@ class _Filling:
             self._put(name, partial(QuantisedLinear, form=self.made), numbers, scale)
             return
         work = self._work_dtype(name)
+        # A tensor that needs no change is read into memory of its own; others come from a shared buffer.
         is_whole = source.combine in ("identity", "reshape") and source.is_cast
         if is_whole and work == source.dtype and self.device.type == "cpu":
             tensor = files.read(source.names[0]).reshape(source.shape)
@@ -225,7 +225,7 @@ class _Filling:
         return True
 
     def require_mappable(self, files: TensorFiles) -> None:
-        """Raise ValueError when what was asked for needs other numbers than those in the file."""
+        """Raise ValueError if the settings need other numbers than those in the file."""
         file = self.component.name
         if self.device.type not in ("cpu", "meta"):
             raise ValueError(f"{file}: weights that stay in their file are on the CPU, not on {self.device}.")
@@ -270,7 +270,7 @@ class _Filling:
 
 
 def combine(source: Source, files: TensorReader) -> Tensor:
-    """An original tensor on the CPU, made of its parts in `files`; valid until `files` is asked for the next one.
+    """An original tensor on the CPU, made of its parts in `files`; valid until the next one is read from `files`.
 
     Parts with scales come out in float32.
     """
@@ -322,7 +322,7 @@ class TensorsInMemory:
 
 
 def describe_weights(weights: Mapping[str, Tensor], name: str, kind: ModelKind) -> Component:
-    """What `weights` are, by the names and shapes of its tensors; messages call them `name`.
+    """The model that `weights` are, by their names and shapes; `name` is theirs in messages.
 
     Raises:
         CheckpointError: they are not a model of that kind.

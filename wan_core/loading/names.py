@@ -1,4 +1,4 @@
-"""The names under which Wan 2.1 weights are passed around, and the way from each of them to the original ones."""
+"""The layouts in which Wan 2.1 weights are published: their names, and the way from each to the original ones."""
 
 import json
 import re
@@ -36,8 +36,11 @@ class RenameRule:
 class KeyLayout:
     """One layout of one kind of model.
 
-    `marks` are patterns of names, most of which are present; no name matches `absent`. Names that match `ignored` are
-    left out; targets in `optional` may be missing, because nothing computes with them.
+    Attributes:
+        marks: patterns of names; a file of this layout has more than half of them.
+        absent: a pattern that no name of such a file matches.
+        ignored: names that are left out.
+        optional: original names that may be missing, because nothing computes with them.
     """
 
     kind: ModelKind
@@ -243,23 +246,23 @@ PREFIXES = (
     "text_encoders.umt5xxl.", "text_encoders.t5xxl.", "clip_vision.", "vae.", "cond_stage_model.",
     "first_stage_model.", "transformer.", "model.", "net.",
 )  # fmt: skip
-"""What programs put before every name of a model. The longer of two that overlap stands first."""
+"""Prefixes that programs put before every name of a model. The longer of two that overlap stands first."""
 
 MARK_BYTES = 4096
 """The longest text beside a weight that is read; those of ComfyUI have less than 200."""
 
 INNER_PREFIXES = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-"""What FSDP, activation checkpointing and torch.compile put into names, at any place of them."""
+"""Parts that FSDP, activation checkpointing and torch.compile insert anywhere in names."""
 
 UNUSED = re.compile(
     r"spiece_model|log_scale|logit_scale|textual\..+|text_model\..+|text_projection\..+|.+\.position_ids"
 )
-"""Names that stand beside the weights of a model and are no parameters of it."""
+"""Tensors that files hold beside the parameters of a model."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """How one original tensor is made: the stored weights to read, how they combine, the resulting shape."""
+    """How one original tensor is made: the stored weights that it is read from, how they combine, its shape."""
 
     parts: tuple[StoredWeight, ...]
     shape: tuple[int, ...]
@@ -282,7 +285,7 @@ class Source:
 
     @property
     def single(self) -> StoredWeight | None:
-        """The one stored weight that this is, as it stands; None when parts are joined or turned."""
+        """The stored weight that this tensor is, unchanged; None when parts are joined, reshaped or transposed."""
         return self.parts[0] if self.combine == "identity" else None
 
 
@@ -342,7 +345,7 @@ def stored_weights(header: Header, names: Mapping[str, str]) -> dict[str, Stored
 
 
 def convert(layout: KeyLayout, weights: Mapping[str, StoredWeight]) -> Mapping[str, Source]:
-    """The source of every original tensor that the file can give; one that lacks some of its parts is left out."""
+    """The source of every original tensor that the file holds whole; one that lacks some of its parts is left out."""
     found: dict[str, dict[int, StoredWeight]] = {}
     how: dict[str, tuple[Combine, int]] = {}
     for name, stored in weights.items():
@@ -372,7 +375,7 @@ def _source(parts: tuple[StoredWeight, ...], combine: Combine) -> Source:
 
 
 def _declared(header: Header, names: Mapping[str, str]) -> dict[str, Mapping[str, object]]:
-    """Layer -> what ComfyUI's newer packs say of its format, in the file's metadata or beside the weight."""
+    """What ComfyUI's newer files declare of each layer's format, in their metadata or beside the weight."""
     try:
         layers = dict(json.loads(header.metadata.get("_quantization_metadata", "{}")).get("layers", {}))
         layers |= {name: json.loads(text) for name, text in _marks(header, names)}
@@ -384,7 +387,7 @@ def _declared(header: Header, names: Mapping[str, str]) -> dict[str, Mapping[str
 
 
 def _marks(header: Header, names: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
-    """The text beside each weight of a format that needs it: int8 numbers may be rotated, which nothing else tells."""
+    """The text beside each weight of a format that needs it: only it says whether int8 numbers are rotated."""
     with TensorFiles(header) as files:
         for name, stored in names.items():
             layer, ending, _ = name.partition(".comfy_quant")

@@ -2,8 +2,9 @@
 
 Tensors go from file to file one at a time, so that a model of any size fits into the memory of its largest tensor.
 
-Quantised files are `stored_weights.OUTPUT_FORMAT`, which ComfyUI reads, too. Linear layers that are not FP8 in
-the file ComfyUI 0.3.64 casts to FP8 by itself; newer ones and WanCore keep them."""
+Quantised files are in `stored_weights.OUTPUT_FORMAT`, which ComfyUI reads, too. ComfyUI 0.3.64 casts linear layers that
+are not FP8 in such a file to FP8 by itself; newer versions and WanCore keep them.
+"""
 
 import logging
 import re
@@ -30,10 +31,10 @@ from .tensor_files import TensorFiles, file_size, write_made
 log = logging.getLogger("wancore")
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that are written and those there will be."""
+"""Called as (bytes written so far, bytes in all)."""
 
 QUANTISED_KINDS = ("dit", "text_encoder")
-"""What ComfyUI reads quantised; the others are small."""
+"""The kinds that ComfyUI reads quantised; others are small."""
 
 SPIECE_FILE = "spiece.model"
 """The SentencePiece model in a tokenizer's folder."""
@@ -70,7 +71,7 @@ class _Entry:
 
 
 Changes = Mapping[str, Callable[[Tensor], Tensor]]
-"""What becomes of weights on the way into a file, by original name."""
+"""A function on each weight that is changed on its way into a file, by original name."""
 
 NO_CHANGES: Changes = MappingProxyType({})
 
@@ -81,13 +82,13 @@ def save_quantised(
     on_progress: Progress = lambda done, total: None,
     changes: Changes = NO_CHANGES,
 ) -> Path:
-    """Write a DiT or text encoder with the linear layers of its blocks quantised, as `WRITTEN` says, and all else in
+    """Write a DiT or text encoder with the linear layers of its blocks quantised, in `OUTPUT_FORMAT`, and all else in
     bfloat16; returns `path`.
 
-    Weights that are stored so keep their numbers; all others, and those in `changes`, are rounded once.
+    Weights that are stored so already keep their numbers; all others, and those in `changes`, are rounded once.
 
     Raises:
-        ValueError: `path` exists, has another ending or no room, or the model is of a kind that stays as it is.
+        ValueError: `path` exists, has another ending or does not fit there, or models of that kind are not quantised.
         CheckpointError: the model is incomplete.
     """
     if component.kind not in QUANTISED_KINDS:
@@ -118,7 +119,7 @@ def save_plain(
     Parameters that work in float32 stay float32 where they are stored so.
 
     Raises:
-        ValueError: `path` exists, has another ending or no room, or `component` is a LoRA.
+        ValueError: `path` exists, has another ending, does not fit on the disk, or `component` is a LoRA.
         CheckpointError: the model is incomplete.
     """
     if not component.sources:
@@ -192,7 +193,7 @@ def _stored_name(component: Component, name: str) -> str:
 
 
 def _write(component: Component, path: Path, entries: list[_Entry], on_progress: Progress) -> Path:
-    """The file of `entries` at `path`, which gets its name when it is whole.
+    """Write `entries` to `path`; the file gets its name when it is whole.
 
     Raises:
         ValueError: the name is taken or wrong, the folder cannot be written, or the file does not fit there.

@@ -1,4 +1,4 @@
-"""What a file says of one tensor, and the bounds that hold for every format."""
+"""The description of one stored tensor, and bounds for files of every format."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file tells about one tensor.
+    """A tensor as a file describes it.
 
     Attributes:
         offset: where its bytes begin in `file`; None when there is no file.

@@ -28,9 +28,9 @@ from ..offload.formats import (
 
 @dataclass(frozen=True)
 class Spelling:
-    """How programs call the tensors of one weight: what follows the layer's name, for the numbers and for the scale.
+    """How programs name the tensors of one weight: what follows the layer's name, for the numbers and for the scale.
 
-    `unit` is what a scale is multiplied with before it is one.
+    `unit` is a factor on the stored scale.
     """
 
     numbers: str
@@ -77,7 +77,7 @@ SIDE_TENSORS = re.compile(
     r"scaled_fp8|.+\.(scale_weight|weight_scale|weight_scale_inv|scale_input|input_scale|output_scale|comfy_quant|SCB"
     r"|weight_format)"
 )
-"""Tensors beside the weights of a quantised file that are no weights; scales of inputs serve products in 8 bits."""
+"""Tensors of a quantised file that are neither weights nor their scales; those of inputs are for products in 8 bits."""
 
 UNSUPPORTED = {
     r".+\.weight_scale_2": "NVFP4 (4 bits)",
@@ -90,7 +90,7 @@ UNSUPPORTED = {
     r".+\.weight_(packed|zero_point|shape|global_scale)": "compressed-tensors with 4 bits",
     r".+\.(weight_codes|codebooks|weight_codebook)": "a codebook",
 }
-"""Names that mark formats that are not read."""
+"""Names that prove a format that is not read."""
 
 DECLARED = re.compile(r"float8_e4m3fn(_rowwise|_blockwise)?|float8_e5m2|int8(_tensorwise|_rowwise|_blockwise)?")
 """Formats of ComfyUI's quantisation metadata that are numbers of 8 bits times their scale."""
@@ -176,7 +176,7 @@ def recognise(names: Mapping[str, str], header: Mapping[str, Info]) -> dict[str,
 def _stored(name: str, info: Info, stored: str, scale: tuple[str, Info] | None, spelling: Spelling) -> StoredWeight:
     row = recognised_format(info)
     if scale is None:
-        # Tables of positions and the like are integers in any model; a weight never is.
+        # Any model may hold integers, such as tables of positions; its weights never are.
         if name.endswith(".weight") and not info.dtype.is_floating_point and (row is None or row.cast_suffices):
             raise FormatError(f"holds {name!r} as {_word(info.dtype)} with no scale that is known. {ADVICE}")
         row = row or WeightFormat(_word(info.dtype), (info.dtype,))
@@ -201,7 +201,7 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def check_readable(names: Iterable[str]) -> None:
-    """Raise FormatError when one of `names` marks a format that is not read."""
+    """Raise FormatError if one of `names` proves a format that is not read."""
     for name in names:
         method = next((method for pattern, method in UNSUPPORTED.items() if re.fullmatch(pattern, name)), None)
         if method:
@@ -209,7 +209,7 @@ def check_readable(names: Iterable[str]) -> None:
 
 
 def check_declared(layer: str, entry: Mapping[str, object]) -> None:
-    """Raise FormatError when ComfyUI's metadata of `layer` say that its weight is more than numbers and a scale."""
+    """Raise FormatError if ComfyUI's metadata say that the weight of `layer` is more than numbers and a scale."""
     name = str(entry.get("format"))
     if not DECLARED.fullmatch(name):
         raise FormatError(f"stores {layer!r} as {name}, which is not read. {ADVICE}")

@@ -31,7 +31,7 @@ FOREIGN_STARTS = {
     b"<": "is a web page, not weights; the download went to an error or login page, so download the file again",
     b"{": "is a JSON file, not weights",
 }
-"""How files that are not weights begin, and what to tell their owner."""
+"""How files that are not weights begin, and what the message says of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,16 +129,16 @@ def _read(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Read the JSON that opens the file: 8 bytes of length, then names with dtype, shape and byte range.
 
-    The safetensors library judges whether the header is sound and the file as long as it says; beyond that, the bounds
-    of `stored` hold here, and a name must not occur twice, of which the library takes the last.
+    The safetensors library checks the header and the length of the file. Checked here as well: the bounds of `stored`,
+    and that no name occurs twice, of which the library would take the last.
     """
     actual = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length + 8 > actual:
             raise CheckpointError(
-                f"{file} is truncated or damaged: its header is said to take {length} bytes, the file has "
-                f"{actual}. Download it again."
+                f"{file} is truncated or damaged: its header has {length} bytes by the first number in it, the file "
+                f"{actual} in all. Download it again."
             )
         raw = stream.read(min(length, HEADER_BYTES + 1))
     with errors_from(file, "has a damaged safetensors header", "Download it again.", CheckpointError):
@@ -146,7 +146,7 @@ def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, st
         if length > HEADER_BYTES or texts > HEADER_TEXTS:
             raise ValueError(f"it has {length} bytes and {texts} texts; {HEADER_BYTES} and {HEADER_TEXTS} are the most")
         try:
-            # As arrays of numpy, because the library's mapping for PyTorch needs memory of the file's size.
+            # Opened for numpy: the library's mapping for PyTorch would reserve memory of the file's size.
             with safe_open(file, "numpy") as checked:
                 metadata = dict(checked.metadata() or {})
         except SafetensorError as error:
@@ -164,7 +164,7 @@ def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, st
 
 
 def _explain(file: Path, raw: bytes, actual: int, error: SafetensorError) -> None:
-    """Raise CheckpointError where more can be said of a header that the library refuses than it says itself."""
+    """Raise CheckpointError with the reason that the library refuses a header, where ours is clearer than its own."""
     _require_known(file, {code.decode() for code in re.findall(rb'"dtype"\s*:\s*"(\w*)"', raw)})
     ends = re.findall(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,18})\s*\]', raw)
     expected = 8 + len(raw) + max(map(int, ends), default=0)
@@ -206,8 +206,8 @@ class TensorReader(Protocol):
 class TensorFiles:
     """The tensors of a header, by name. Use as a context manager; tensors that are read or mapped stay valid after it.
 
-    They are read with plain sequential reads straight into their place: memory then holds each number once, and network
-    drives and slow disks are read as fast as they can. One file is open at a time.
+    They are read sequentially, straight into their place: memory then holds each number once, and network drives and
+    slow disks give all their speed. One file is open at a time.
     """
 
     def __init__(self, header: Header) -> None:
@@ -238,9 +238,9 @@ class TensorFiles:
         return numbers.as_strided(info.shape, info.strides).clone(memory_format=torch.contiguous_format)
 
     def borrow(self, name: str) -> Tensor:
-        """A tensor on the CPU that is valid until the next call, for whoever converts it at once.
+        """A tensor on the CPU that is valid until the next call, for callers that convert it at once.
 
-        All of them share one piece of memory: an allocator that is given back a piece per tensor may keep them all.
+        All of them share one buffer: the C library's allocator may keep what is freed tensor by tensor.
 
         Raises:
             CheckpointError: as for `read`.
@@ -255,10 +255,9 @@ class TensorFiles:
         return self._fill(self._scratch[:size].view(info.dtype).reshape(info.shape), name)
 
     def map(self, name: str) -> Tensor | None:
-        """A view of the file, of which no byte is read now; None for a tensor that cannot be seen that way.
+        """A view of the file, read when its numbers are used; None for a tensor that cannot be a view.
 
-        The numbers are those of the file for as long as the view lives; the file must not change meanwhile. Writing
-        into the view does not reach the file.
+        The file must not change as long as the view lives. Writing into the view does not reach the file.
         """
         info = self._header[name]
         if info.offset is None or info.offset % info.dtype.itemsize or info.strides is not None:
@@ -297,7 +296,7 @@ class TensorFiles:
 
 
 def read_whole(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file, on the CPU in memory of their own, and its metadata.
+    """All tensors of a file, on the CPU, and its metadata.
 
     Raises:
         CheckpointError: it is not there, damaged, or no file of tensors.
@@ -323,7 +322,7 @@ class TensorShapes(TensorFiles):
         return None if (info.offset or 0) % info.dtype.itemsize else self.read(name)
 
     def can_map(self, file: Path) -> bool:
-        """As for files; one that is not there is taken for a published one, which can be mapped."""
+        """As for files; one that is not on this machine is taken for a published one, which can be mapped."""
         return not file.exists() or super().can_map(file)
 
 
@@ -351,12 +350,12 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 def write_made(
     file: Path, layout: TensorSpecs, made: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a file of that layout whose tensors are made one after the other, in any order.
+    """Write a file of that layout from tensors that are made one after the other, in any order.
 
     Raises:
         OSError: the disk is full or fails.
     """
-    # Widest numbers first, so that all of them are aligned.
+    # Widest numbers first, so that every tensor is aligned and can be a view of the file.
     placed = sorted(layout, key=lambda name: -layout[name][0].itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     starts, end = {}, 0

@@ -301,7 +301,7 @@ def _branch_hook(weight: _PatchedWeight) -> Callable[[nn.Module, tuple[Tensor, .
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         x, plain = args[0], out
-        # `out` is added to in weight below, and a DoRA needs the output of the base alone.
+        # `out` is added to in place below, and a DoRA needs the output of the base alone.
         if len(weight.parts) > 1 and any(isinstance(part.patch, Decomposed) for part in weight.parts):
             plain = out.clone()
         for index, part in enumerate(weight.parts):

@@ -28,7 +28,7 @@ FP8_MADE = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8_MADE).max
 
 CHUNK = 1 << 18
-"""Numbers of a weight that are quantised at once: enough to keep all cores busy, few enough to stay in their caches."""
+"""Numbers of a weight that are quantised at once: enough to keep all cores busy, few enough to stay in their cache."""
 
 WeightChoice = Literal["auto", "fp8", "plain"]
 WEIGHT_CHOICES: tuple[WeightChoice, ...] = ("auto", "fp8", "plain")
@@ -41,11 +41,11 @@ ADVICE = "Use the bf16, fp16, FP8 or int8 file of this model."
 
 
 class FormatError(ValueError):
-    """A weight that is whole, but stored in a way that is not read; the message goes on after the file's name."""
+    """A weight that is stored in a way that is not read; the message continues a sentence that begins with the file."""
 
 
 class Info(Protocol):
-    """What a header says of one tensor."""
+    """A tensor as a header describes it."""
 
     @property
     def shape(self) -> Shape: ...
@@ -63,7 +63,7 @@ class WeightFormat:
         dtypes: of the numbers.
         quantised: whether a layer keeps the stored numbers and computes its weight from them in every call.
         cast_suffices: whether numbers without a scale are the weight as soon as they are cast.
-        is_marked: whether the text beside a weight (ComfyUI's `comfy_quant`) has to be read, because nothing else tells
+        is_marked: whether the text beside a weight (ComfyUI's `comfy_quant`) has to be read, because only it says
             whether the weight is more than numbers and a scale.
     """
 
@@ -82,8 +82,9 @@ class WeightFormat:
         return tuple(numbers)
 
     def scale_shape(self, scale: Shape, numbers: Shape) -> Shape | None:
-        """`scale` as it is held, such that it has as many axes as the weight: one number, or one per row. None for
-        any other."""
+        """The shape of `scale` in memory, with as many axes as the weight: one number, or one per row. None for any
+        other scale.
+        """
         weight = self.weight_shape(numbers)
         axes = (1,) * (len(weight) - 1)
         if prod(scale) == 1:
@@ -93,10 +94,10 @@ class WeightFormat:
         return None
 
     def held_shape(self, scale: Shape, numbers: Shape) -> Shape:
-        """`scale_shape`, of a scale that has one.
+        """As `scale_shape`.
 
         Raises:
-            FormatError: it has none.
+            FormatError: no scale of this format has that shape.
         """
         held = self.scale_shape(scale, numbers)
         if held is None:
@@ -117,6 +118,7 @@ class WeightFormat:
         if weight.shape == (rows * scale.shape[0], columns * scale.shape[1]):
             weight.view(scale.shape[0], rows, scale.shape[1], columns).mul_(scale[:, None, :, None])
             return weight
+        # The last block of a row or column is cut short, so the scale is spread out and cut, too.
         whole = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
         return weight.mul_(whole[: weight.shape[0], : weight.shape[1]])
 
@@ -159,10 +161,8 @@ class Float8(EightBit):
     """FP8 numbers, which are also made here."""
 
     def quantise(self, weight: Tensor, *, per_row: bool = True) -> tuple[Tensor, Tensor]:
-        """FP8 numbers for a weight (out, in), with a float32 scale per row, (out, 1), or for all, (1, 1).
-
-        Computed in float32, a few rows at a time: no second copy of the weight arises.
-        """
+        """FP8 numbers for a weight (out, in), with a float32 scale per row, (out, 1), or for all, (1, 1)."""
+        # In float32, a few rows at a time, so that there is never a second copy of the weight.
         rows = len(weight) if weight.is_meta else max(1, CHUNK // weight.shape[1])
         stored = torch.empty(weight.shape, dtype=FP8_MADE, device=weight.device)
         quotient = torch.empty(rows, weight.shape[1], dtype=torch.float32, device=weight.device)
@@ -177,7 +177,7 @@ class Float8(EightBit):
 
 
 def fp8_scale(peak: Tensor) -> Tensor:
-    """The float32 scale with which the largest number of the format is `peak`; never zero, so that zeros stay zeros."""
+    """The float32 scale with which the largest number of the format stands for `peak`; above 0, so zeros stay zeros."""
     return (peak.float() / FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
 
 

@@ -1,7 +1,8 @@
 """Linear layers whose weights stay in the format that they are stored in, at half the bytes of bfloat16 or fewer.
 
-A scale brings the numbers into the range of the weights (`formats`). Layers compute in their compute dtype; where the
-hardware multiplies FP8 numbers they can be told to do that instead."""
+A scale brings the numbers into the range of the weights (`formats`). Layers compute in their compute dtype, or multiply
+FP8 numbers where that is switched on and the hardware can.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -19,7 +20,7 @@ from .formats import FP8_MADE, WeightFormat, format_of, fp8_scale
 Module = TypeVar("Module", bound=nn.Module)
 
 MATMUL_DTYPE = torch.bfloat16
-"""What an FP8 product with a scale per row comes out in; cuBLAS offers no other."""
+"""The dtype of the result of an FP8 product with a scale per row; cuBLAS has no other."""
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,8 +54,9 @@ class QuantisedLinear(nn.Linear):
         compute_dtype: torch.dtype | None = None,
         form: WeightFormat | None = None,
     ) -> None:
-        """Takes the tensors as they are; the compute dtype is that of `bias`, the format that of the dtype of `weight`,
-        when they are not given."""
+        """Keeps the tensors themselves. Without `compute_dtype` it is that of `bias`, without `form` the format of the
+        dtype of `weight`.
+        """
         found = form or format_of(weight.dtype)
         if found is None:
             raise ValueError(f"Weights are not held as {weight.dtype}.")
@@ -155,8 +157,8 @@ def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def big_linears(module: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers inside of the blocks of `module` by path, quantised or not.
 
-    Nearly all weights of a transformer are in them. What is outside (embedders, heads, time paths) is small, read by
-    every token and sensitive.
+    Nearly all weights of a transformer are in them. Those outside (embedders, heads, time paths) are few, and every
+    token depends on their precision.
     """
     return {
         f"{path}.{name}": layer
@@ -169,8 +171,8 @@ def big_linears(module: nn.Module) -> dict[str, nn.Linear]:
 def quantise(module: Module, should: Callable[[str, nn.Linear], bool] = lambda path, layer: True) -> Module:
     """Replace the big plain layers that `should` names by FP8 ones, one after the other. Returns `module`.
 
-    The projections at the ends of VACE blocks are among them: they are as large as those of attention, and what they
-    give is added to the token stream like that of any other layer.
+    The projections at the ends of VACE blocks are among them: they are as large as those of attention, and their output
+    is added to the tokens like that of any other layer.
     """
     for path, layer in big_linears(module).items():
         if not isinstance(layer, QuantisedLinear) and should(path, layer):
@@ -216,7 +218,7 @@ def require_fp8_matmul(device: torch.device, dtype: torch.dtype) -> None:
 
 @cache
 def supports_fp8_matmul(device: torch.device) -> bool:
-    """Whether `device` multiplies FP8 matrices with a scale per row; found out by trying once."""
+    """Whether `device` multiplies FP8 matrices with a scale per row, by one trial product."""
     try:
         left, right = (torch.eye(32, device=device).to(FP8_MADE) for _ in range(2))
         scale = torch.ones(32, 1, device=device)
