@@ -3,7 +3,6 @@
 They draw abstract patterns, not films. They exist so that every workflow can run on any machine without a download."""
 
 import zlib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,10 +85,9 @@ def write_tokenizer(path: Path) -> None:
 
 
 def write_model(root: Path, model_id: str) -> Path:
-    """Make what is missing of the bundled model `model_id` under the models folder `root`, in the original file layout.
+    """Write the missing files of the bundled model `model_id` below the models folder `root`, in the original layout.
 
-    The text-to-video model brings the encoders and the speed-control adapter that all of them share. A file appears
-    under its name only when it is complete.
+    The text-to-video model brings the encoders and the speed-control adapter that all of them share.
     """
     folder = root / model_id
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,21 +95,19 @@ def write_model(root: Path, model_id: str) -> Path:
         if not (folder / name).exists():
             with torch.device("meta"):
                 module = cls(config)
-            write = write_safetensors if name.endswith(".safetensors") else _write_pth
             with replacing(folder / name) as partial:
-                write(partial, state_dict(module))
+                if name.endswith(".safetensors"):
+                    write_safetensors(partial, state_dict(module))
+                else:
+                    torch.save(dict(state_dict(module)), partial)
     if model_id == catalog.TINY and not (folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE).exists():
         with replacing(folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE) as partial:
             write_tokenizer(partial)
     return folder
 
 
-def _write_pth(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    torch.save(dict(tensors), file)
-
-
 def _files(model_id: str) -> dict[str, tuple[type[nn.Module], Any]]:
-    """What a bundled model's files hold, by name."""
+    """The class and sizes of the model in each file of a bundled model, by name."""
     row = catalog.find_row(model_id)
     assert row is not None, f"{model_id} is not in the catalog"
     files: dict[str, tuple[type[nn.Module], Any]] = {catalog.DIT_FILE: (WanDiT, DITS[row.variant])}

@@ -1,4 +1,4 @@
-"""What a model file is and what it takes, in words, from its header alone."""
+"""A report of what a model file is and what it takes, from its header."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from .loading.paths import describe_files, resolve_model
 from .loading.tensor_files import read_header
 from .model_files import PathLike, recommended_row
 from .models.config import DiTConfig, VAEConfig
-from .variants import Variant, match_variant
+from .variants import match_variant
 
 KINDS = {
     "dit": "Wan video model",
@@ -72,13 +72,14 @@ def _model_lines(component: Component) -> list[tuple[str, str]]:
     config = component.config_of(DiTConfig)
     variant = match_variant(config)
     row = recommended_row(component, variant)
+    encoders = ["text encoder", "VAE", *(["image encoder"] if config.has_image_input else [])]
     shape = (
         f"width {config.dim}, {config.num_layers} blocks, {config.num_heads} heads, {config.in_channels} input channels"
     )
     lines = [
         ("variant", variant.label),
         ("size", f"{catalog.SIZES.get(config.dim, 'of its own')} ({shape})"),
-        ("needs", ", ".join(_needs(config, variant))),
+        ("needs", ", ".join([*encoders, *variant.requires])),
         ("takes", ", ".join(variant.accepts) or "text"),
     ]
     if row:
@@ -87,8 +88,3 @@ def _model_lines(component: Component) -> list[tuple[str, str]]:
         size = f"{preset.width}x{preset.height}, {preset.num_frames} frames"
         lines.append(("preset", f"{row.model_id}: {settings}, {size}, TeaCache {preset.teacache}"))
     return lines
-
-
-def _needs(config: DiTConfig, variant: Variant) -> list[str]:
-    encoders = ["text encoder", "VAE", *(["image encoder"] if config.has_image_input else [])]
-    return [*encoders, *variant.requires]

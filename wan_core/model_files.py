@@ -1,4 +1,4 @@
-"""The way from files to models: find, detect, build on the meta device, load."""
+"""From files to models: find, detect, build on the meta device, load."""
 
 import logging
 from collections.abc import Sequence
@@ -130,9 +130,9 @@ def find_files(
     on_download: OnProgress | None = None,
     source: str | None = None,
 ) -> list[Path]:
-    """The local files of a published model that match `pattern`, downloaded when they are absent and that is allowed.
+    """The local files of a published model that match `pattern`; absent ones are downloaded if that is allowed.
 
-    Bundled models are made on the spot; `source` is where others are downloaded from, of `download.SOURCES`.
+    Bundled models are written instead; `source` names where others are downloaded from, of `download.SOURCES`.
 
     Raises:
         ValueError: there is no such source, nothing matches, a file is broken or missing, or the download failed.
@@ -148,7 +148,7 @@ def find_files(
 
 
 def inspect(path: PathLike | Sequence[PathLike], kind: ModelKind) -> Component:
-    """What the model file or files at `path` are, read from their headers; of an all-in-one file the part of `kind`.
+    """The model in the file or files at `path`, by their headers; of an all-in-one file the one of `kind`.
 
     Raises:
         ValueError: they are not a model of that kind, or not readable, or not complete.
@@ -213,7 +213,8 @@ def load_dit(
         dit.attend, dit.chains, dit.exact = attend, chains, settings.exact
         loaded.append(Expert(dit, expert.lowest))
     row = catalog.find_row(preset) if preset else recommended_row(component, variant)
-    name = row.model_id if row and _names(row, component) else component.name
+    is_named = row is not None and row.model_id.lower() in _place(component).lower()
+    name = row.model_id if row is not None and is_named else component.name
     log.info("%s: %s; recommended settings of %s.", name, variant.label, row.model_id if row else "no published model")
     return VideoModel(tuple(loaded), variant, row, name, deterministic=settings.deterministic)
 
@@ -238,10 +239,6 @@ def recommended_row(component: Component, variant: Variant) -> catalog.CatalogRo
     return catalog.guess_row(_place(component), variant.name, size)
 
 
-def _names(row: catalog.CatalogRow, component: Component) -> bool:
-    return row.model_id.lower() in _place(component).lower()
-
-
 def _place(component: Component) -> str:
     return component.header.files[0].resolve().as_posix()
 
@@ -252,7 +249,7 @@ def load_image_encoder(component: Component, dtype: torch.dtype, offload: Offloa
 
 
 def with_speed_control(model: VideoModel, component: Component, offload: OffloadPlace) -> VideoModel:
-    """`model` with the speed-control adapter of `component` beside it; the model that was given stays as it is.
+    """`model` with the speed-control adapter of `component` beside it; `model` itself stays as it is.
 
     Raises:
         ValueError: the adapter is for models of another width.
@@ -275,7 +272,7 @@ def load_text_encoder(
     the folder google/umt5-xxl beside the file.
 
     Raises:
-        ValueError: there is no tokenizer, or it knows more tokens than the encoder.
+        ValueError: there is no tokenizer, or it has more tokens than the encoder.
     """
     known = component.config_of(TextEncoderConfig).vocab_size
     found = find_tokenizer(component, tokenizer)
@@ -318,6 +315,6 @@ def load_preview_decoder(path: PathLike) -> PreviewDecoder:
         CheckpointError: the file is broken, or is something else.
     """
     component = load.inspect(path, "preview_decoder")
-    # Half of the time on a CPU.
+    # Channels-last halves the time of its convolutions on a CPU.
     decoder = _loaded(component, PreviewDecoder, torch.float32, "cpu")
     return decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types lack it

@@ -222,7 +222,11 @@ class PipelineModels:
     @property
     def text_encoder(self) -> ModuleView:
         """The UMT5 encoder."""
-        return ModuleView("text_encoder", self.models.text.model, on_change=self._forget_prompts)
+
+        def forget_prompts() -> None:
+            self.models = self.models.with_new_text_weights()
+
+        return ModuleView("text_encoder", self.models.text.model, on_change=forget_prompts)
 
     @property
     def vae(self) -> ModuleView:
@@ -237,9 +241,6 @@ class PipelineModels:
     @property
     def tokenizer(self) -> Any:
         return self.models.text.tokenizer
-
-    def _forget_prompts(self) -> None:
-        self.models = self.models.with_new_text_weights()
 
     def load_lora(
         self,
@@ -256,7 +257,7 @@ class PipelineModels:
 
         Args:
             module: `pipe.dit`, `pipe.vace` or `pipe.motion_controller`, as the reference's scripts name it; the file's
-                own names tell which of its tensors belong where.
+                own names decide which of its tensors go where.
             lora_config: a file in any dialect, or a `ModelConfig` of one. `path` is its older name.
             alpha: its strength, a number or a curve over the steps.
             hotload: accepted; weights are never changed, and `clear_lora` leaves every LoRA out again.

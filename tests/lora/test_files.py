@@ -60,7 +60,7 @@ def test_an_image_lora_on_a_text_model(tmp_path):
     t2v = Target.of_modules("tiny", [tiny_dit("t2v")])
     told = lora_report(use_lora(path, t2v), t2v)
     assert told.notes == (
-        "An image-to-video LoRA on a text-to-video model: 4 names of its image branch are left out, the rest applies.",
+        "An image-to-video LoRA on a text-to-video model: 4 names of its image branch are left out, the others apply.",
     )
     assert "blocks.0-3.cross_attn.k_img" in str(told) and "with image input" in told.made_for
 

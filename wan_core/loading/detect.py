@@ -188,7 +188,10 @@ def _detect_one(header: Header) -> Component:
     if not header:
         raise CheckpointError(f"{describe_files(header.files)} holds no tensors; download it again.")
     names = strip_prefix(header)
-    dtype = _predominant_dtype(header)
+    counts: Counter[torch.dtype] = Counter()
+    for info in header.values():
+        counts[info.dtype] += prod(info.shape)
+    dtype = counts.most_common(1)[0][0]
     if is_lora(header):
         return Component(
             kind="lora", layout="lora", config=None, sources=MappingProxyType({}), header=header, dtype=dtype
@@ -293,13 +296,6 @@ def fingerprint(header: Mapping[str, TensorInfo]) -> str:
     """DiffSynth-Studio's MD5 over names and shapes, for messages and cross-checks; independent of dtype and order."""
     shaped = [f"{name}:{'_'.join(map(str, info.shape))}" for name, info in header.items()]
     return hashlib.md5(",".join(sorted([*shaped, *header])).encode(), usedforsecurity=False).hexdigest()
-
-
-def _predominant_dtype(header: Header) -> torch.dtype:
-    counts: Counter[torch.dtype] = Counter()
-    for info in header.values():
-        counts[info.dtype] += prod(info.shape)
-    return counts.most_common(1)[0][0]
 
 
 def _unknown(header: Header, names: Mapping[str, str]) -> str:

@@ -41,7 +41,8 @@ def resolve_model(path: PathLike | Sequence[PathLike]) -> tuple[Path, ...]:
     models = resolve_files(path)
     if len(models) > 1:
         listing = "\n".join(f"  {describe_files(model)}" for model in models)
-        raise CheckpointError(f"{_shown(path)} holds {len(models)} models; name one of them:\n{listing}")
+        named = str(path) if isinstance(path, str | Path) else "The list of files"
+        raise CheckpointError(f"{named} holds {len(models)} models; name one of them:\n{listing}")
     return tuple(models[0])
 
 
@@ -135,7 +136,3 @@ def _indexed_names(index: Path) -> set[str]:
             return names if all(Path(name).name == name for name in names) else set()
     except ValueError:
         return set()
-
-
-def _shown(path: PathLike | Sequence[PathLike]) -> str:
-    return str(path) if isinstance(path, str | Path) else "The list of files"

@@ -160,7 +160,10 @@ def _require_wan21(shapes: Shapes, config: DiTConfig) -> None:
             "'control_adapter.conv.weight', 'control_adapter.conv.bias' and the other control_adapter.* tensors; the "
             "file is incomplete"
         )
-    reads_images = _channels_beside(geometry)
+    # Channels beside the noise in Wan 2.1 models, and whether these read image tokens: none, a mask and a clean video
+    # (I2V), control and start (Fun Control), start (camera).
+    latent, masked = geometry.channels, geometry.mask_channels + geometry.channels
+    reads_images = {0: False, masked: True, 2 * latent: True, latent: True}
     if reads_images.get(beside) != config.has_image_input:
         tokens = "with" if config.has_image_input else "without"
         known = ", ".join(
@@ -170,12 +173,6 @@ def _require_wan21(shapes: Shapes, config: DiTConfig) -> None:
             f"has {config.in_channels} input and {config.out_channels} output channels {tokens} image tokens "
             f"(img_emb.*); Wan 2.1 has {geometry.channels} output channels and {known} image tokens"
         )
-
-
-def _channels_beside(geometry: Geometry) -> dict[int, bool]:
-    """How many channels Wan 2.1 models have beside the noise, and whether those models read image tokens."""
-    latent, masked = geometry.channels, geometry.mask_channels + geometry.channels
-    return {0: False, masked: True, 2 * latent: True, latent: True}
 
 
 def _read_vace(shapes: Shapes) -> DiTConfig:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..atomic import creating_first, partial_path, replacing
 from ..files import errors_from
-from ..loading.detect import Component, detect_files, require_kind
+from ..loading.detect import detect_files, require_kind
 from ..loading.load import open_component
 from ..loading.names import ModelKind, diffusers_name
 from ..loading.save import save_plain, save_quantised
@@ -138,7 +138,8 @@ def extract_lora(base: PathLike, tuned: PathLike, out: PathLike, form: LoraForma
 
     def extracted() -> Merged:
         with open_component(first) as read_base, open_component(second) as read_tuned:
-            return extract(_pairs(first, second, read_base, read_tuned), rank)
+            shared = (name for name in second.sources if name in first.sources)
+            return extract(((name, read_base(name), read_tuned(name)) for name in shared), rank)
 
     return save(extracted, out, form, {}, {"base": first.name, "tuned": second.name, "extracted_rank": rank})
 
@@ -168,7 +169,12 @@ def fuse(sources: Sequence[tuple[PathLike, float]], base: PathLike, out: PathLik
                     changes[name].append((patch, strength))
     if not changes:
         raise ValueError(f"Nothing would change in {component.name}: every change is zero, or its strength is.")
-    made = {name: partial(_fused, changes=parts) for name, parts in changes.items()}
+
+    @torch.no_grad()
+    def fused(weight: Tensor, parts: Sequence[tuple[Patch, float]]) -> Tensor:
+        return fold_patches(weight.float(), parts, weight.device)
+
+    made = {name: partial(fused, parts=parts) for name, parts in changes.items()}
     if component.quantised and dtype is None:
         save_quantised(component, target, changes=made)
     else:
@@ -176,19 +182,6 @@ def fuse(sources: Sequence[tuple[PathLike, float]], base: PathLike, out: PathLik
         save_plain(component, target, DTYPES[dtype] if dtype else stored, changes=made)
     ranks = tuple(sorted({patch.rank for parts in changes.values() for patch, _ in parts if patch.rank}))
     return Saved(Path(out), len(changes), ranks, 0.0, tuple(skipped))
-
-
-@torch.no_grad()
-def _fused(weight: Tensor, changes: Sequence[tuple[Patch, float]]) -> Tensor:
-    return fold_patches(weight.float(), changes, weight.device)
-
-
-def _pairs(
-    base: Component, tuned: Component, read_base: Callable[[str], Tensor], read_tuned: Callable[[str], Tensor]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    for name in tuned.sources:
-        if name in base.sources:
-            yield name, read_base(name), read_tuned(name)
 
 
 def save(
@@ -233,12 +226,12 @@ def write_lora(
         ValueError: the format cannot hold one of the patches.
         OSError: the disk is full or fails.
     """
-    told = {
+    described = {
         **lora_metadata(merged.patches, title),
         **metadata,
         "wancore": json.dumps({**origin, "names": form.names, "lost": round(merged.error, 6)}),
     }
-    write_safetensors(file, encode(merged.patches, form.names, DTYPES[form.dtype], diffusers_name), told)
+    write_safetensors(file, encode(merged.patches, form.names, DTYPES[form.dtype], diffusers_name), described)
 
 
 def lora_metadata(patches: Named, title: str) -> dict[str, str]:
@@ -246,7 +239,7 @@ def lora_metadata(patches: Named, title: str) -> dict[str, str]:
     size = SIZES.get(width_of((name, patch.shape) for name, patch in patches) or 0, "")
     task = "i2v" if any(IMAGE_BRANCH.match(name) for name, _ in patches) else "t2v"
     rank = str(max((patch.rank for _, patch in patches if patch.rank), default=0))
-    told = {
+    metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "wan2.1/lora",
@@ -257,8 +250,8 @@ def lora_metadata(patches: Named, title: str) -> dict[str, str]:
         "wancore.made_for": made_for(patches),
     }
     if size:
-        told["ss_base_model_version"] = f"wan2.1_{task}_{size.rpartition(' ')[2]}"
-    return told
+        metadata["ss_base_model_version"] = f"wan2.1_{task}_{size.rpartition(' ')[2]}"
+    return metadata
 
 
 def _check_rank(rank: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What a LoRA is and what became of it, in words and numbers."""
+"""A report of what a LoRA is and what it does to a model, in words and numbers."""
 
 import re
 from collections import defaultdict
@@ -41,12 +41,12 @@ class LoraReport:
 
     Attributes:
         name: of the file.
-        made_for: the model it was trained on, as far as its shapes tell.
+        made_for: the model it was trained on, as far as its shapes show.
         target: the model it was matched with, None when there was none.
-        applied: parameters that are changed, each once; those that a patch of zeros, a strength of 0 or a choice of
-            blocks leaves as they are do not count. Without a model, those that the file would change.
+        applied: the parameters that change, each once, without those left as they are by a patch of zeros, a strength
+            of 0 or a choice of blocks. Without a model, those that the file would change.
         skipped: keys and parameters that are not used, with the reason.
-        notes: what the user should know, a sentence each.
+        notes: sentences for the user.
         conflicts: sentences on LoRAs that are stacked with this one.
         effects: by block.
     """
@@ -71,9 +71,9 @@ class LoraReport:
     def summary(self) -> str:
         """The report in one line."""
         ranks = "/".join(map(str, self.ranks)) or "none"
-        told = [f"{self.name}: {', '.join(self.dialects)}, rank {ranks}, {self.alpha}"]
-        told.append(f"{len(self.applied)} parameters changed, {len(self.skipped)} names skipped")
-        return "; ".join((*told, *self.notes, *self.conflicts))
+        parts = [f"{self.name}: {', '.join(self.dialects)}, rank {ranks}, {self.alpha}"]
+        parts.append(f"{len(self.applied)} parameters changed, {len(self.skipped)} names skipped")
+        return "; ".join((*parts, *self.notes, *self.conflicts))
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
@@ -97,17 +97,12 @@ class LoraReport:
         lines += [f"  note      {note}" for note in self.notes]
         lines += [f"  conflict  {conflict}" for conflict in self.conflicts]
         if self.effects:
-            lines.append("  effect    norm of the change at strength 1" + _unit(self.effects))
-            lines += [f"    {e.block:<16}{e.change:<12.4g}{_percent(e.share)}".rstrip() for e in self.effects]
+            unit = ", and its share of the weights" if any(e.share is not None for e in self.effects) else ""
+            lines.append(f"  effect    norm of the change at strength 1{unit}")
+            for e in self.effects:
+                share = "" if e.share is None else f"{100 * e.share:.3g} %"
+                lines.append(f"    {e.block:<16}{e.change:<12.4g}{share}".rstrip())
         return lines
-
-
-def _unit(effects: Sequence[Effect]) -> str:
-    return ", and its share of the weights" if any(e.share is not None for e in effects) else ""
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.3g} %"
 
 
 def grouped(names: Iterable[str]) -> list[str]:

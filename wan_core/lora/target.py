@@ -1,4 +1,4 @@
-"""LoRA files and trained weights met with a Wan model: opened, checked whether they fit, applied, described."""
+"""LoRA files and trained weights for Wan models: opened, matched with a model, described."""
 
 import re
 from collections import Counter
@@ -24,7 +24,7 @@ from ..offload.quant import quantised_layers
 from ..settings import check_choice
 from ..types import Curve
 from .apply import LORA_MODES, LoraMode, LoraUse, ModelBlocks
-from .bind import EVERYWHERE, NO_SUCH_PART, BlockStrengths, Bound, Misfit, Shapes, bind, module_names, parameter_shapes
+from .bind import EVERYWHERE, NO_SUCH_PART, BlockStrengths, Bound, Shapes, bind, module_names, parameter_shapes
 from .naming import Spellings, is_lora
 from .patches import Patch, Replacement
 from .read import AdapterConfig, Layer, Lora, Skipped, read_lora
@@ -55,7 +55,7 @@ def open_lora(path: PathLike) -> Lora:
 
 
 def lora_from_tensors(tensors: Mapping[str, Tensor], name: str = "state_dict") -> Lora:
-    """The LoRA, or the trained weights, in a state dict; `name` stands for it in messages.
+    """The LoRA, or the trained weights, in a state dict, called `name` in messages.
 
     Raises:
         ValueError: it is no dict of tensors, or holds neither.
@@ -63,12 +63,12 @@ def lora_from_tensors(tensors: Mapping[str, Tensor], name: str = "state_dict") -
     header = header_of_tensors(tensors, name)
     if is_lora(header):
         return read_lora(name, header, lambda key: tensors[key].detach().cpu().clone(), {})
-    component, given = detect(header, REPLACING_KINDS), TensorsInMemory(tensors)
-    return replacing(component, lambda key: combine(component.sources[key], given))
+    component, reader = detect(header, REPLACING_KINDS), TensorsInMemory(tensors)
+    return replacing(component, lambda key: combine(component.sources[key], reader))
 
 
 def peft_config(file: Path) -> AdapterConfig | None:
-    """PEFT's configuration beside `file`, None when the file is not PEFT's or alone.
+    """PEFT's configuration beside `file`; None when there is none, or the file is not PEFT's.
 
     Raises:
         ValueError: the configuration is no JSON object.
@@ -120,10 +120,10 @@ WIDTHS = (
     (r".*(?:vace_)?patch_embedding\.weight", 0),
     (r"linear\.[02]\.weight", 0),
 )
-"""Where a patch shows the width of the model it was made for: parameter and axis."""
+"""Parameters whose shape shows the width of a model, each with the axis of it."""
 
 SAMPLED_ROWS = 64
-"""Rows of a quantised weight that its size is estimated from."""
+"""Rows of a quantised weight from which its norm is estimated."""
 
 IMAGE_BRANCH = re.compile(r"img_emb\.|.*\.(k_img|v_img|norm_k_img)\b")
 """Names that only models with image input have."""
@@ -152,7 +152,7 @@ MODEL_BLOCKS = ModelBlocks(
 
 @dataclass(frozen=True)
 class Target:
-    """A model that LoRAs are matched with: its name, the shapes of its parameters, the norm of each where known."""
+    """A model that LoRAs are matched with: its name, the shapes of its parameters, and the norm of each, if known."""
 
     name: str
     shapes: Shapes
@@ -176,7 +176,7 @@ class Target:
     @classmethod
     @contextmanager
     def of_file(cls, component: Component) -> Iterator["Target"]:
-        """A model file, which is open inside the block; only weights that are asked for are read."""
+        """A model file, which is open inside the block. Weights are read when their norm is asked for."""
         with open_component(component) as read:
             shapes = {name: source.shape for name, source in component.sources.items()}
             yield cls(component.name, shapes, lambda name: estimated_norm(read(name)))
@@ -198,7 +198,7 @@ class Target:
 
 
 def width_of(shapes: "Iterator[tuple[str, tuple[int, ...]]]") -> int | None:
-    """The model width that most parameters show; None when none does."""
+    """The model width that most parameters have; None when none of them shows it."""
     votes: Counter[int] = Counter()
     for name, shape in shapes:
         axis = next((axis for pattern, axis in WIDTHS if re.fullmatch(pattern, name)), None)
@@ -215,7 +215,7 @@ def _block_count(names: Shapes | Sequence[str]) -> int:
 def size_in_words(width: int | None, blocks: int) -> str:
     """The published model of that width, with the width and the number of blocks."""
     if not width:
-        return "a size that its shapes do not tell"
+        return "a size that its shapes do not show"
     counted = f", {blocks} blocks" if blocks else ""
     return f"{SIZES.get(width, 'a Wan model of its own size')}: width {width}{counted}"
 
@@ -243,7 +243,7 @@ def all_spellings() -> Spellings:
 
 
 def canonical(lora: Lora) -> tuple[tuple[tuple[str, Patch], ...], tuple[Skipped, ...]]:
-    """The patches of `lora` under the original names of Wan 2.1 without a model at hand, and what has no such name."""
+    """The patches of `lora` under the original names of Wan 2.1, and what has no such name; needs no model."""
     patches, skipped = [], list(lora.skipped)
     for layer in lora.layers:
         target = all_spellings().find(layer.path, layer.joined)
@@ -256,7 +256,7 @@ def canonical(lora: Lora) -> tuple[tuple[tuple[str, Patch], ...], tuple[Skipped,
 
 
 def made_for(patches: Sequence[tuple[str, Patch]]) -> str:
-    """In words the model that patches of these names and shapes were trained on."""
+    """The model that patches of these names and shapes were trained on, in words."""
     names = [name for name, _ in patches]
     words = [size_in_words(width_of((name, patch.shape) for name, patch in patches), _block_count(names))]
     words += ["with image input"] * any(IMAGE_BRANCH.match(name) for name in names)
@@ -279,15 +279,15 @@ def bind_to(lora: Lora, target: Target) -> Bound:
             f"{lora.name} was made for {made_for(named)}, but {target} is another size. LoRAs do not carry over "
             "between sizes; use one that was trained on this size."
         )
-    skipped = (*bound.skipped, *(Skipped(m.name, _misfit_reason(m)) for m in bound.misfits))
+    misfits = (
+        Skipped(misfit.name, f"made for shape {list(misfit.made_for)}, the model has {list(misfit.found)}")
+        for misfit in bound.misfits
+    )
+    skipped = (*bound.skipped, *misfits)
     skipped = tuple(_explained(s, target) for s in skipped)
     if not bound.patches:
         raise ValueError(_nothing_matches(lora, named, skipped, target))
     return Bound(lora, bound.patches, skipped)
-
-
-def _misfit_reason(misfit: Misfit) -> str:
-    return f"made for shape {list(misfit.made_for)}, the model has {list(misfit.found)}"
 
 
 def _explained(skipped: Skipped, target: Target) -> Skipped:
@@ -325,7 +325,7 @@ def _notes(bound: Bound, target: Target) -> list[str]:
     if images:
         notes.append(
             f"An image-to-video LoRA on a text-to-video model: {images} names of its image branch are left out, the "
-            "rest applies."
+            "others apply."
         )
     others = sum(reasons.values()) - images
     if others:
@@ -361,7 +361,7 @@ def use_lora(
 
 
 def lora_report(use: LoraUse, target: Target, stacked: Sequence[LoraUse] = ()) -> LoraReport:
-    """What `use` does to `target`, beside the LoRAs that are `stacked` under it."""
+    """What `use` does to `target`, on which the LoRAs `stacked` are applied already."""
     named, _ = canonical(use.bound.lora)
     is_used = any((*use.strength.values, use.strength.outside))
     return describe(

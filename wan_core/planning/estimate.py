@@ -204,7 +204,10 @@ def _counted_bytes(
         elif residuals == "host":
             blocks = _Comparing(blocks)
         time = TimeTable(twin, [[0.0]] * 4)
-        predict = Guided(ModelPredictor(twin, time, blocks, controller), _with_all_branches(guidance))
+        # Guidance at every step, so that all its branches are counted.
+        scale = next((scale for scale in guidance.scales if scale != 1), 1.0)
+        always = dataclasses.replace(guidance, scale=scale, start=0.0, end=1.0, zero_steps=0)
+        predict = Guided(ModelPredictor(twin, time, blocks, controller), always)
         # The second step has what a cache kept of the first.
         for index in (1, 2):
             predict(x, 0.0, cond, StepInfo(index, 4))
@@ -238,11 +241,6 @@ class _Comparing:
         before = [state.tokens.clone() for state in states]
         self._run(states, keys, info, blocks)
         del before
-
-
-def _with_all_branches(guidance: GuidanceSettings) -> GuidanceSettings:
-    scale = next((scale for scale in guidance.scales if scale != 1), 1.0)
-    return dataclasses.replace(guidance, scale=scale, start=0.0, end=1.0, zero_steps=0)
 
 
 def kept_bytes(config: DiTConfig, cond: Conditioning, dtype: torch.dtype, guidance: GuidanceSettings) -> int:

@@ -179,17 +179,23 @@ def plan_whole(job: Job, limit: float | None) -> WholePlan:
         limit = min(limit or math.inf, job.memory.vram_limit * GIB)
     cond = job.cond or placeholder_conditioning(job.config, job.size.latent, job.given)
     controller = None if job.motion_controller is None else job.motion_controller.module
+    memory = job.memory
+    if memory.vram_limit == 0:
+        # Every block is streamed, and nothing else is limited.
+        memory = dataclasses.replace(memory, vram_limit=None, persistent_params=0)
     sampling = {
         number: plan_run(
-            job.experts[number].module, cond, job.size.latent, job.settings, _of_sampling(job.memory), lambda _: limit,
+            job.experts[number].module, cond, job.size.latent, job.settings, memory, lambda _: limit,
             controller, job.experts[number].loras,
         ) for number in job.working_experts
     }  # fmt: skip
     phases = [
         *_encoding(job, limit),
         *(_sampling_phase(job.named("sampling", number), plan, limit) for number, plan in sampling.items()),
-        *_decoding(job, limit),
     ]
+    if job.vae is not None and job.decodes:
+        resident = weight_bytes(job.vae.module)
+        phases.append(_vae_phase("VAE decoding", job, job.vae, "decode", job.size.latent, resident, limit))
     unused = {job.named("video model", number) for number in range(len(job.experts)) if number not in sampling}
     files = {role: each.file_bytes for role, each in job.modules.items() if each.file_bytes and role not in unused}
     return WholePlan(
@@ -221,11 +227,6 @@ def placeholder_conditioning(config: DiTConfig, size: LatentSize, given: InputSi
     )  # fmt: skip
 
 
-def _of_sampling(memory: MemorySettings) -> MemorySettings:
-    """For `plan_run`, a limit of 0 becomes no resident parameter: every block is streamed, nothing else is limited."""
-    return dataclasses.replace(memory, vram_limit=None, persistent_params=0) if memory.vram_limit == 0 else memory
-
-
 def _encoding(job: Job, limit: float | None) -> Iterator[Phase]:
     bound = 0 if job.memory.vram_limit == 0 else limit
     if job.text_encoder is not None:
@@ -241,11 +242,6 @@ def _encoding(job: Job, limit: float | None) -> Iterator[Phase]:
     if job.vae is not None and job.given.encoded_frames:
         size = dataclasses.replace(job.size.latent, frames=job.given.encoded_frames)
         yield _vae_phase("VAE encoding", job, job.vae, "encode", size, beside, limit)
-
-
-def _decoding(job: Job, limit: float | None) -> Iterator[Phase]:
-    if job.vae is not None and job.decodes:
-        yield _vae_phase("VAE decoding", job, job.vae, "decode", job.size.latent, weight_bytes(job.vae.module), limit)
 
 
 def _encoder_phase(
