@@ -1,4 +1,4 @@
-"""A LoRA tied to a model: which parameter each patch changes, and what has no place in the model."""
+"""A LoRA matched with a model: which parameter each patch changes, and what the model does not have."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class Misfit:
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """Patches with the names of the parameters they change; `skipped` has all that is left, misfits excepted."""
+    """Patches with the names of the parameters that they change; `skipped` and `misfits` have all others."""
 
     lora: Lora
     patches: tuple[tuple[str, Patch], ...]
@@ -37,12 +37,12 @@ class Bound:
 
 
 def parameter_shapes(modules: Sequence[nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Shapes of everything that a patch could change in `modules`, whose names must not collide."""
+    """Shapes of all that a patch could change in `modules`, whose names must not collide."""
     return {name: shape for module in modules for name, shape in weight_shapes(module).items()}
 
 
 def module_names(shapes: Shapes) -> list[str]:
-    """The names that a LoRA can speak of: modules, and parameters that are no weight or bias."""
+    """The names that a LoRA can use: modules, and parameters that are neither weight nor bias."""
     names: dict[str, None] = {}
     for name in shapes:
         owner, _, leaf = name.rpartition(".")
@@ -51,7 +51,7 @@ def module_names(shapes: Shapes) -> list[str]:
 
 
 def bind(lora: Lora, shapes: Shapes, spellings: Spellings) -> Bound:
-    """The patches of `lora` that have a place among parameters of these `shapes`."""
+    """The patches of `lora` for parameters of these `shapes`."""
     patches: list[tuple[str, Patch]] = []
     skipped: list[Skipped] = []
     misfits: list[Misfit] = []
@@ -111,7 +111,7 @@ class BlockStrengths:
         return cls(tuple(ranges), rest)
 
     def factor(self, name: str) -> float:
-        """The factor of the parameter `name`; one in a block that no range names gets 0 when there are ranges."""
+        """The factor of the parameter `name`; 0 in a block outside of the ranges that its list of blocks has."""
         match = re.match(r"(\w+)\.(\d+)\.", name)
         for container, first, last, factor in self.ranges:
             if match and match[1] == container and first <= int(match[2]) <= last:

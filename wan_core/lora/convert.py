@@ -1,4 +1,4 @@
-"""New LoRA files: converted, merged, extracted. A file that exists is never touched."""
+"""New LoRA files: converted, merged, extracted. An existing file is never changed."""
 
 import json
 import os
@@ -45,7 +45,7 @@ FUSED_KINDS: tuple[ModelKind, ...] = ("dit", "vace", "motion_controller")
 """Models that LoRAs change."""
 
 OWN_METADATA = (ADAPTER_METADATA, "ss_network_dim", "ss_network_alpha", "ss_network_module", "sshs_model_hash")
-"""Metadata of a source that no longer hold for what is written from it."""
+"""Metadata that a new file gets of its own instead of a copy from a source."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class LoraFormat:
 
 @dataclass(frozen=True)
 class Saved:
-    """A file that was written: what is in it, what of the sources is not, and the share that a lower rank lost."""
+    """A file that was written: its content, what it lacks of the sources, and the share that a lower rank lost."""
 
     path: Path
     patches: int
@@ -87,8 +87,7 @@ def convert(
     *,
     rank: int | None = None,
 ) -> Saved:
-    """One LoRA file at `out`, or at the first of several paths that is free, that does what `sources`, each at its
-    strength, do together.
+    """Write one LoRA that does what `sources` do together, each at its strength, to `out` or the first free path of it.
 
     One source is converted as it is. Several are joined exactly, which adds up their ranks, unless `rank` limits it.
 
@@ -192,8 +191,8 @@ def save(
     origin: Mapping[str, object],
     skipped: tuple[Skipped, ...] = (),
 ) -> Saved:
-    """Write what `make` gives to `out`: a new file, for `peft` a new folder with its configuration. The name is claimed
-    before anything is made.
+    """Write what `make` returns to `out`: a new file, or for `peft` a new folder with its configuration. The name is
+    claimed before `make` is called.
 
     Raises:
         ValueError: `out` exists or cannot be written, or the format cannot hold one of the patches.
@@ -204,7 +203,7 @@ def save(
         path = file.path.parent if form.names == "peft" else file.path
         write_lora(file.partial, merged, path.stem, form, metadata, origin)
         if form.names == "peft":
-            # Before the weights get their name, so that these are never there without it.
+            # Before the weights get their name: without this file their alpha is lost.
             with replacing(file.path.with_name(PEFT_CONFIG)) as config:
                 config.write_text(json.dumps(_peft_config(merged.patches), indent=2), encoding="utf-8")
     path = file.path.parent if form.names == "peft" else file.path
@@ -260,7 +259,7 @@ def _check_rank(rank: int | None) -> None:
 
 
 def _check_free(out: PathLike | Iterable[Path], form: LoraFormat) -> None:
-    """Refuse a name that is taken or wrong, before anything long."""
+    """Raise ValueError for a name that is taken or wrong, before anything long."""
     if not isinstance(out, (str, os.PathLike)):
         return
     path = Path(out).expanduser()
@@ -271,7 +270,7 @@ def _check_free(out: PathLike | Iterable[Path], form: LoraFormat) -> None:
 
 
 def _targets(out: PathLike | Iterable[Path], form: LoraFormat) -> Iterator[Path]:
-    """The files that may hold the tensors, the one that is wanted most first."""
+    """The files that the tensors may be written to, in the order of preference."""
     _check_free(out, form)
     for path in [Path(out).expanduser()] if isinstance(out, (str, os.PathLike)) else out:
         if form.names != "peft":

@@ -1,4 +1,4 @@
-"""How LoRA files name things: who wrote a key, which module it means, and what part of the change it holds."""
+"""The keys of LoRA files: the program that wrote one, the module that it changes, and which tensor of the change."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -13,8 +13,11 @@ Aliases = Callable[[str], Iterable[str]]
 class Dialect:
     """One way to name the module of a key.
 
-    `joined` says that the dots of the path are written as underscores. `foreign` names the model that keys with this
-    prefix belong to when that is not the video transformer.
+    Attributes:
+        name: the program's.
+        prefix: of its keys.
+        joined: whether the dots of the path are written as underscores.
+        foreign: the model that keys with this prefix belong to, if that is not the video transformer.
     """
 
     name: str
@@ -40,10 +43,10 @@ DIALECTS = (
     Dialect("DiffSynth", "pipe.motion_controller."),
     Dialect("bare", ""),
 )
-"""Every dialect found in the wild, in the order of trial: of two prefixes that overlap, the longer stands first.
+"""Every known dialect, in the order of trial: of two prefixes that overlap, the longer stands first.
 
-The spelling of the path behind a prefix is looked up among the model's own names and their aliases, so that diffusers'
-names are understood behind every prefix. Bare keys are DiffSynth's when they name their adapter (`lora_A.default`).
+The path behind a prefix is looked up among the model's own names and their aliases, so that diffusers' names are read
+behind every prefix. Keys without a prefix are DiffSynth's if they name their adapter (`lora_A.default`).
 """
 
 
@@ -80,14 +83,14 @@ ROLES: Mapping[str, str] = MappingProxyType(
         "reshape": r"reshape_weight",
     }
 )
-"""What a key holds, and how its last part is written."""
+"""The tensors of a change, and how the last part of their keys is written."""
 
 _KEY = re.compile(r"(?P<path>.+?)\.(?:" + "|".join(f"(?P<{role}>{text})" for role, text in ROLES.items()) + ")")
 
 
 @dataclass(frozen=True)
 class ParsedKey:
-    """A key of a LoRA file taken apart: `path` is the module as the file spells it, without its prefix."""
+    """The parts of a LoRA key: `path` is the module as the file spells it, without its prefix."""
 
     dialect: Dialect
     path: str
@@ -95,11 +98,12 @@ class ParsedKey:
 
 
 def parse_key(key: str) -> ParsedKey | None:
-    """`key` in its parts; None when it ends in nothing that a LoRA holds."""
+    """The parts of `key`; None if it does not end like the key of a LoRA."""
     match = _KEY.fullmatch(key)
     if match is None or match.lastgroup is None:
         return None
     path, outer = match["path"], None
+    # Prefixes are stacked, such as PEFT's around diffusers'; the outermost names the dialect.
     while True:
         dialect = next(dialect for dialect in DIALECTS if path.startswith(dialect.prefix))
         outer = outer or dialect
@@ -126,16 +130,16 @@ LORA_ROLES = (
 
 
 def is_lora(keys: Iterable[str]) -> bool:
-    """Whether a file with these keys is a LoRA: one key proves it."""
+    """Whether a file with these keys is a LoRA; one key of `LORA_ROLES` proves it."""
     parts = (parse_key(key) for key in keys)
     return any(part is not None and part.role in LORA_ROLES for part in parts)
 
 
 @dataclass(frozen=True)
 class Spellings:
-    """Finds the module or parameter that a path of a file means, by the model's own names.
+    """From the path in a file to the module or parameter of the model that it stands for.
 
-    The table is built forward from the names: underscores cannot be split again (`self_attn`, `k_img`).
+    Built from the model's names, because a path with underscores for dots cannot be split (`self_attn`, `k_img`).
     """
 
     dotted: Mapping[str, str]
@@ -148,5 +152,5 @@ class Spellings:
         return cls(dotted, {spelling.replace(".", "_"): name for spelling, name in dotted.items()})
 
     def find(self, path: str, joined: bool) -> str | None:
-        """The name that `path` means, None when there is none."""
+        """The model's name for `path`; None when it has none."""
         return (self.joined if joined else self.dotted).get(path)

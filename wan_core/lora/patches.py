@@ -1,4 +1,4 @@
-"""The kinds of change that a LoRA file makes to a parameter, as numbers: dense, and beside a linear layer.
+"""The kinds of change that a LoRA file makes to a parameter: as a dense difference, and beside a linear layer.
 
 Every kind gives a difference that is added to the base: `W + strength * delta(W)`. All differences are taken from the
 same base, so stacked LoRAs may come in any order. Arithmetic is float32.
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NORM_ROWS = 256
-"""Rows from which a norm is estimated that would otherwise need the whole matrix."""
+"""Rows from which a norm is estimated where the exact one would need the whole matrix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,25 +21,25 @@ class Patch:
     """A change of one parameter.
 
     Attributes:
-        label: what the kind is called in reports.
+        label: the name of the kind in reports.
     """
 
     label: ClassVar[str]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the parameter that this was made for; convolutions may be given flattened."""
+        """The shape of the parameter that this was made for; that of a convolution may be flattened to two axes."""
         raise NotImplementedError
 
     @property
     def rank(self) -> int | None:
-        """The rank of the factors, None for a kind without."""
+        """The rank of the factors; None for a kind that has none."""
         return None
 
     def delta(self, base: Tensor | None = None) -> Tensor:
         """The difference at strength 1 in float32, on the device of the patch.
 
-        `base` is the weight that it is added to; a replacement and DoRA cannot do without.
+        `base` is the weight that it is added to; a replacement and a DoRA depend on it.
         """
         raise NotImplementedError
 
@@ -95,6 +95,7 @@ class LowRank(Patch):
         return F.linear(hidden, self.up.flatten(1)).mul_(self.scale)
 
     def norm(self) -> float:
+        # ||up @ down||^2 = tr(up^T up down down^T), in matrices of the rank instead of the parameter's size.
         down, up = self.factors()
         if down.shape[0] > min(up.shape[0], down.shape[1]):
             return super().norm()
@@ -139,9 +140,9 @@ class Hadamard(Patch):
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Patch):
-    """LoKr: `scale * kron(w1, w2)`; factors that the file stores as products come multiplied out, `dim` is their rank.
+    """LoKr: `scale * kron(w1, w2)`, with `w1` (a, c) and `w2` (b, d, ...) for a parameter (a * b, c * d, ...).
 
-    `w1` is (a, c), `w2` (b, d, ...) for a parameter (a * b, c * d, ...).
+    Factors that a file stores as low-rank products are multiplied out here; `dim` is their rank.
     """
 
     label = "LoKr"
@@ -167,6 +168,7 @@ class Kronecker(Patch):
         return torch.kron(w1, self.w2.float()) * self.scale
 
     def branch(self, x: Tensor) -> Tensor:
+        # With x as the matrix X (c, d), kron(w1, w2) @ x is w1 @ X @ w2.T: the large matrix is never built.
         cells = x.unflatten(-1, (self.w1.shape[1], self.w2.shape[1]))
         return F.linear(F.linear(cells, self.w2).transpose(-1, -2), self.w1).transpose(-1, -2).flatten(-2) * self.scale
 
@@ -214,7 +216,7 @@ class Decomposed(Patch):
     """DoRA: the direction of `W + inner`, with `magnitude` as the length of its rows or columns.
 
     `magnitude` has one value per output (PEFT, and files trained "on the output axis"), or is (1, in, ...) with one per
-    input, as older LyCORIS files have it. Strength goes straight from the base (0) to the trained weight (1).
+    input, as older LyCORIS files have it. Strength interpolates from the base (0) to the trained weight (1).
     """
 
     label = "DoRA"
@@ -265,7 +267,9 @@ def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
 
 
 def fits(patch: Patch, shape: tuple[int, ...]) -> bool:
-    """Whether `patch` was made for a parameter of `shape`; a kernel may be flattened into the inputs, ones left out."""
+    """Whether `patch` was made for a parameter of `shape`. Axes of length 1 do not count, and the kernel of a
+    convolution may be flattened into its inputs.
+    """
     made_for = patch.shape
     if [n for n in made_for if n != 1] == [n for n in shape if n != 1]:
         return True

@@ -1,4 +1,4 @@
-"""From the tensors of a LoRA file to patches by module, with the scale that its dialect means."""
+"""From the tensors of a LoRA file to patches by module, scaled as its dialect defines."""
 
 import hashlib
 import json
@@ -47,8 +47,8 @@ class Skipped:
 class Layer:
     """What a file holds for one module, or for a parameter that is no weight or bias.
 
-    `path` is spelled as in the file, with underscores for dots when `joined`. `patches` come with the name of the
-    parameter of the module that they change.
+    `path` is spelled as in the file, with underscores for dots if `joined`. Each patch comes with the name of the
+    parameter of the module that it changes.
     """
 
     path: str
@@ -58,10 +58,10 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A LoRA file, read but not yet tied to a model.
+    """A LoRA file, not yet matched with a model.
 
     Attributes:
-        name: what to call it in messages.
+        name: the file's, in messages.
         layers: in the order of the file.
         skipped: keys that could not be used, whatever the model.
         dialects: how many keys each dialect has.
@@ -83,7 +83,7 @@ class Lora:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over every patch, whatever the file is called."""
+        """SHA-256 over all patches, whatever the file's name."""
         total = hashlib.sha256()
         for layer in self.layers:
             for leaf, patch in layer.patches:
@@ -98,10 +98,10 @@ class Lora:
 
 
 class _Patterns:
-    """A table of PEFT's from patterns of module paths to numbers: that of the first pattern counts which matches a path
-    at its end, behind a dot or from its beginning.
+    """PEFT's table from patterns of module paths to numbers. The first pattern that matches the end of a path counts;
+    the match begins after a dot or at the start of the path.
 
-    Patterns come with files, and a short one can keep Python's `re` busy for ever; that of `regex` can be stopped.
+    Patterns come with files, and a short one can keep Python's `re` busy for ever; `regex` takes a timeout.
     """
 
     def __init__(self, name: str, table: Any) -> None:
@@ -134,7 +134,7 @@ class _Patterns:
 
     def _pattern(self, key: str) -> Any:
         if key not in self._compiled:
-            re.compile(key)  # `regex` knows more than PEFT does: recursion, fuzzy matching
+            re.compile(key)  # refuses what only `regex` has, such as recursion and fuzzy matching
             self._compiled[key] = regex.compile(rf"(.*\.)?({key})$")
         return self._compiled[key]
 
@@ -147,10 +147,10 @@ def _number(name: str, value: Any) -> float:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What PEFT's configuration says of scales: it keeps alpha beside the tensors, not among them.
+    """PEFT's configuration, which has the alpha of adapters that is not among their tensors.
 
     Raises:
-        ValueError: `values` are no such configuration; the name of the wrong one is given.
+        ValueError: `values` are no such configuration; the message names the wrong one.
     """
 
     values: Mapping[str, Any]
@@ -177,7 +177,7 @@ class AdapterConfig:
             return cls({name.removeprefix("transformer."): value for name, value in values.items()})
 
     def scale(self, path: str) -> float | None:
-        """The factor on the product of the factors of the module that the file calls `path`; None when not said."""
+        """The factor on up @ down of the module that the file calls `path`; None where there is no rank or alpha."""
         rank, alpha = self._ranks.find(path), self._alphas.find(path)
         rank = self.values.get("r") if rank is None else rank
         alpha = self._alpha if alpha is None else alpha
@@ -215,7 +215,7 @@ def read_lora(
     metadata: Mapping[str, str],
     config: AdapterConfig | None = None,
 ) -> Lora:
-    """The LoRA that a file's `keys` spell, each read with `tensor`.
+    """The LoRA in a file of these `keys`; `tensor` reads the tensor of one.
 
     Raises:
         ValueError: none of the keys belongs to a LoRA, or the factors of a module do not fit each other.
@@ -280,7 +280,7 @@ UNUSED = {
     "base": "a weight of the base model, which adapters leave as it is",
     "reshape": "changes the number of input channels, which is not supported",
 }
-"""Roles that change nothing here, and why."""
+"""Roles that are not used, and why."""
 
 WHOLE: Mapping[str, tuple[str, Callable[[Tensor], Patch]]] = {
     "diff": ("weight", Difference),
@@ -333,7 +333,7 @@ def _kronecker_factor(t: StoredTensors, name: str) -> Tensor | None:
 Builder = Callable[[StoredTensors], tuple[LowRank | Hadamard | Kronecker, set[str]] | None]
 
 BUILDERS: tuple[Builder, ...] = (_low_rank, _hadamard, _kronecker)
-"""From a module's tensors to its weight's patch and the roles that went into it; None when it is of another kind."""
+"""From a module's tensors to the patch of its weight and the roles it uses; None where they are of another kind."""
 
 
 def _check_elements(*shape: int) -> None:
@@ -342,7 +342,7 @@ def _check_elements(*shape: int) -> None:
 
 
 def _check_shapes(patch: Patch) -> None:
-    """Raise unless the tensors of `patch` fit together; on the meta device, where nothing is computed."""
+    """Raise ValueError unless the shapes of `patch` fit together; on the meta device, so that nothing is computed."""
     _check_elements(*patch.shape)
     meta = torch.device("meta")
     change = patch.to(meta, torch.float32).delta(torch.empty(patch.shape, device=meta))
@@ -372,7 +372,7 @@ def _patches(
 
 
 def _scale(weight: Patch, path: str, stored: StoredTensors, config: AdapterConfig | None) -> tuple[float, str]:
-    """The factor on the product of the factors, and the rule behind it.
+    """The factor on up @ down, and the rule that it follows.
 
     LyCORIS ignores the alpha of a LoKr whose factors are both stored whole. `ss_network_alpha` of the metadata is not
     read: writers that fold alpha into the factors keep it there too.

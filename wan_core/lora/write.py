@@ -1,4 +1,4 @@
-"""Patches to the tensors of a LoRA file in the names of a chosen program, and several LoRAs to one."""
+"""From patches to the tensors of a LoRA file in the names of a program, and from several LoRAs to one."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ Named = Sequence[tuple[str, Patch]]
 """Patches with the names of the parameters they change."""
 
 OVERSAMPLING, POWER_ITERATIONS = 16, 4
-"""Of the random projection that finds a low rank in a large matrix; more of either comes closer to the exact result."""
+"""Parameters of the randomised SVD of large matrices (Halko et al. 2011); more of either is closer to the exact one."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _parts(patch: Patch, leaf: str, form: Format) -> Iterable[tuple[str, Tensor]
 
 @dataclass(frozen=True)
 class Merged:
-    """Patches that stand for several LoRAs, and the share of the change that a lower rank leaves out (0 is exact)."""
+    """The patches of several LoRAs as one, and the share of the change that a lower rank leaves out (0 is exact)."""
 
     patches: Named
     error: float = 0.0
@@ -116,7 +116,7 @@ class Merged:
 
 @torch.no_grad()
 def merge(loras: Sequence[tuple[Named, float]], rank: int | None = None) -> Merged:
-    """One set of patches that does what `loras` do together, each at its strength.
+    """The patches that do what `loras` do together, each at its strength.
 
     Without `rank` factors are joined, which is exact and adds up the ranks; with it the sum is cut to that rank.
 
