@@ -1,8 +1,8 @@
-"""Files that appear under their name all at once, when they are whole, or not at all.
+"""Atomic writes: a file appears under its name when it is whole, or not at all.
 
 A file is written under a partial name beside its own, and its writer keeps the partial file locked. The operating
-system ends the lock with the process, whatever ends it. So the next writer in a folder can tell what a killed process
-left from what another is writing: it removes the one and leaves the other alone. Files have the umask's mode.
+system ends the lock with the process, whatever ends that. So the next writer in a folder removes what killed processes
+left, whose files are not locked, and leaves those that are being written. Files have the umask's mode.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ PARTIAL = re.compile(rf"\..*{re.escape(MARK)}\d*(\.[^.]*)?")
 """Names of files that are being written: `.video_00001_.wancore-part.mp4`."""
 
 LOOKS, PAUSE = 10, 0.01
-"""How often and after how many seconds a partial file is tried again: who cleans a folder locks it for a moment."""
+"""How often a partial file is tried, and the seconds between: whoever cleans the folder locks it for a moment."""
 
 SETTLED = 60.0 if WINDOWS else float("-inf")
-"""Seconds after its last change from which on an unlocked partial file is taken for a dead one. Windows renames only
-what is closed, so that there a file that is just becoming whole is unlocked for a moment.
+"""Seconds after its last change after which an unlocked partial file is one of a dead process. Windows renames closed
+files only, so that a file is unlocked there for a moment before it gets its name.
 """
 
 LOCK_PLACE = 2**40
@@ -52,7 +52,7 @@ _being_written: set[Path] = set()
 
 @dataclass
 class NewFile:
-    """A new file: write to `partial`. `path` is its name, and after the block for certain."""
+    """A new file, to be written at `partial`. Its name is `path`, which may still change until the block ends."""
 
     partial: Path
     path: Path
@@ -60,10 +60,10 @@ class NewFile:
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
-    """A file to write to, of the same suffix as `path`. It becomes `path`, in place of what is there, when the block
-    ends well; after an error nothing is left of it. Several may write one path at once: the last one stays.
+    """A file to write to, of the same suffix as `path`, which replaces `path` when the block ends without an error;
+    after an error nothing is left of it. Several may write one path at once: the last one stays.
 
-    With `sync` its content is on the disk before it takes the name.
+    With `sync` its content is on the disk before it gets the name.
 
     Raises:
         OSError: the folder cannot be made or written to.
@@ -72,7 +72,7 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     clean(path.parent)
     slots = (partial_path(path, slot) for slot in count(1))
     partial, lock = next((slot, lock) for slot in slots if (lock := _take(slot, looks=2)) is not None)
-    with _held(partial, lock, path):
+    with _writing(partial, lock, path):
         yield partial
         if sync:
             sync_file(partial)
@@ -83,7 +83,7 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def creating(path: Path) -> Iterator[Path]:
-    """A file to write to, of the same suffix as `path`, a name that must be free and is this writer's from the start.
+    """A file to write to, of the same suffix as `path`. The name must be free, and is claimed for the whole block.
 
     Raises:
         ValueError: the name is taken, another process writes it, or the folder cannot be written to.
@@ -94,8 +94,8 @@ def creating(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def creating_first(paths: Iterable[Path]) -> Iterator[NewFile]:
-    """The first of `paths` that nobody has or writes. It appears when the block ends well; after an error nothing is
-    left of it. When a program that knows nothing of this takes the name meanwhile, the file gets the next of `paths`.
+    """The first of `paths` that does not exist and is not being written. It appears when the block ends without an
+    error; after an error nothing is left of it. If another program creates the path meanwhile, the next one is taken.
 
     Raises:
         ValueError: none of `paths` is free, or the folder cannot be written to.
@@ -114,26 +114,26 @@ def creating_first(paths: Iterable[Path]) -> Iterator[NewFile]:
         if lock is not None:
             break
     else:
-        raise _taken(path)
+        raise _name_taken(path)
     file = NewFile(partial_path(path), path)
-    with _held(file.partial, lock, path):
-        # Another writer may have become ready between the two looks above.
+    with _writing(file.partial, lock, path):
+        # Another writer may have finished after the test above and before the lock.
         while os.path.lexists(file.path):
             file.path = _next(names, file.path)
         yield file
         if WINDOWS:
             lock.close()
-        while not _published(file.partial, file.path):
+        while not _publish(file.partial, file.path):
             file.path = _next(names, file.path)
 
 
 def numbered_paths(folder: Path, stem: str, suffix: str, first: int = 1) -> Iterator[Path]:
-    """`<stem>_00001<suffix>` in `folder` and what follows it."""
+    """`<stem>_00001<suffix>` in `folder` and the numbers after it."""
     return (folder / f"{stem}_{number:05}{suffix}" for number in count(first))
 
 
 def partial_path(path: Path, slot: int = 1) -> Path:
-    """What `path` is called while it is written; a writer that finds one slot held takes the next."""
+    """The name of `path` while it is written; a writer that finds one slot locked takes the next."""
     mark = f"{MARK}{slot if slot > 1 else ''}{path.suffix}"
     stem = path.stem
     if len(os.fsencode(f".{stem}{mark}")) > MAX_NAME_BYTES:
@@ -142,15 +142,15 @@ def partial_path(path: Path, slot: int = 1) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """Remove what killed processes left of the files that they were writing in `folder`."""
+    """Remove the unfinished files of killed processes in `folder`."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if PARTIAL.fullmatch(entry.name):
-                _removed(Path(entry.path))
+                _remove_if_dead(Path(entry.path))
 
 
 def abandon() -> None:
-    """Remove what this process is writing, before it ends without leaving its blocks."""
+    """Remove the unfinished files of this process, before it ends without leaving its `with` blocks."""
     for partial in tuple(_being_written):
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -158,11 +158,11 @@ def abandon() -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Hold the file at `path`, which is made if it is not there, for this block or until the process ends. Whether it
-    is held: not where another process or thread holds it. Reading and writing it need no lock.
+    """Lock the file at `path`, which is created if it is missing, until the block or the process ends. Yields whether
+    it is locked: False where another process or thread has it. Reading and writing it need no lock.
 
     Raises:
-        OSError: it cannot be opened for writing, or is no file: a pipe would be waited for without end.
+        OSError: it cannot be opened for writing, or is not a regular file: opening a pipe waits without end.
     """
     if is_special(path):
         raise OSError(errno.EINVAL, "is there and is no file", str(path))
@@ -208,19 +208,19 @@ def _take(partial: Path, looks: int = LOOKS) -> IO[bytes] | None:
         try:
             lock = partial.open("xb", buffering=0)
         except FileExistsError:
-            # Never written into: its writer may have died between giving it its name and taking the partial one away.
-            if not _removed(partial):
+            # Never truncated: after `hardlink_to` and before `unlink` it is the finished file under a second name.
+            if not _remove_if_dead(partial):
                 time.sleep(PAUSE)
             continue
-        # Until it is locked it looks dead, and may have been removed.
+        # Before it was locked it looked dead, and another process may have removed it.
         if try_lock(lock) is not False and _is_at(lock, partial):
             return lock
         lock.close()
     return None
 
 
-def _removed(partial: Path) -> bool:
-    """Whether `partial` is gone: it was, or its writer is dead and it was removed."""
+def _remove_if_dead(partial: Path) -> bool:
+    """Remove `partial` if its writer is dead; whether it is gone."""
     try:
         state = partial.lstat()
         if not stat.S_ISREG(state.st_mode) or time.time() - state.st_mtime < SETTLED:
@@ -246,8 +246,8 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 @contextmanager
-def _held(partial: Path, lock: IO[bytes], path: Path) -> Iterator[None]:
-    """Around the writing of `partial`; after an error nothing of it is left, and a full disk's names `path`."""
+def _writing(partial: Path, lock: IO[bytes], path: Path) -> Iterator[None]:
+    """Around the writing of `partial`: after an error the file is removed, and that of a full disk names `path`."""
     _being_written.add(partial)
     with lock:
         try:
@@ -255,7 +255,7 @@ def _held(partial: Path, lock: IO[bytes], path: Path) -> Iterator[None]:
         except BaseException as error:
             if isinstance(error, OSError) and error.errno and error.filename is None:
                 error.filename = str(path)
-            # Once it has its name, the partial one may be somebody else's already.
+            # Once the file has its name, the partial name may be another writer's already.
             ours = lock.closed or _is_at(lock, partial)
             if WINDOWS:
                 lock.close()
@@ -266,12 +266,13 @@ def _held(partial: Path, lock: IO[bytes], path: Path) -> Iterator[None]:
             _being_written.discard(partial)
 
 
-def _published(partial: Path, path: Path) -> bool:
-    """Give `partial` the name `path` unless there is something of that name; whether it has it."""
+def _publish(partial: Path, path: Path) -> bool:
+    """Rename `partial` to `path` unless that exists; whether it was done."""
     try:
         if WINDOWS:
             partial.rename(path)
         else:
+            # `rename` would replace an existing file; a link fails instead.
             path.hardlink_to(partial)
             partial.unlink()
     except FileExistsError:
@@ -280,6 +281,7 @@ def _published(partial: Path, path: Path) -> bool:
         if error.errno not in NO_LINKS:
             raise
         try:
+            # No links on this file system: an empty file claims the name, and is replaced.
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
@@ -288,17 +290,17 @@ def _published(partial: Path, path: Path) -> bool:
 
 
 def _next(names: Iterator[Path], path: Path) -> Path:
-    """The name after `path`, which is taken.
+    """The name after `path`, which exists.
 
     Raises:
         ValueError: there is none.
     """
     for path in names:
         return path
-    raise _taken(path)
+    raise _name_taken(path)
 
 
-def _taken(path: Path) -> ValueError:
+def _name_taken(path: Path) -> ValueError:
     if os.path.lexists(path):
         return ValueError(f"{path} exists already; nothing is overwritten. Choose another name or move it away.")
     return ValueError(f"{path} is being written by another process; nothing is overwritten. Choose another name.")

@@ -1,4 +1,4 @@
-"""Folders and files that others made: what they hold, which names are allowed, and one clear error for each fault."""
+"""Reading files and folders that others made: bounds, allowed names, and one clear error for each fault."""
 
 import json
 import os
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 MAX_NAME_BYTES = 255
-"""Of one file name in UTF-8, on nearly every file system; letters beyond ASCII take two to four."""
+"""The longest file name in UTF-8, on nearly every file system; a letter beyond ASCII takes two to four bytes."""
 
 MAX_PATH_BYTES = 4000
-"""Of a whole path; Linux takes 4096, with what is added while a file is written."""
+"""The longest path. Linux takes 4096 bytes, and a file has a longer name while it is written."""
 
 WINDOWS_RESERVED = '<>:"|?*'
 
 
 def files_below(folder: Path, is_one: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
-    """Every file below `folder`, by name, through linked folders too, as ComfyUI's own lists do. A link back to a
-    folder that it lies in is not followed.
+    """Every file below `folder`, by name, through linked folders too, as in ComfyUI's own lists. A link to a folder
+    around it is not followed.
 
-    A folder for which `is_one` holds is given itself, in place of what is in it; so is one that cannot be read.
+    A folder for which `is_one` holds counts as one file; so does one that cannot be read.
     """
 
     def below(place: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
@@ -42,12 +42,12 @@ def files_below(folder: Path, is_one: Callable[[Path], bool] = lambda _: False) 
 
 
 def is_special(path: Path) -> bool:
-    """Whether something other than a regular file stands at `path`: opening a named pipe waits without end."""
+    """Whether `path` exists and is not a regular file: opening a named pipe waits without end."""
     return path.exists() and not path.is_file()
 
 
 def is_nameable(path: str) -> bool:
-    """Whether a file could be called that."""
+    """Whether a file could have this path."""
     try:
         encoded = path.encode()
     except UnicodeEncodeError:
@@ -57,8 +57,9 @@ def is_nameable(path: str) -> bool:
 
 
 def check_name(name: str, spare: int = 0) -> None:
-    """Raise ValueError unless each part of the relative path `name` can be the name of a file, to which `spare` bytes
-    are added. The message does not repeat the name.
+    """Raise ValueError unless each part of the relative path `name` can be a file name with `spare` bytes added.
+
+    The message does not repeat the name.
     """
     if "\0" in name:
         raise ValueError("it holds the character NUL")
@@ -79,7 +80,7 @@ def check_name(name: str, spare: int = 0) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ValueError unless files can be written to `folder`, or it can be made; nothing is left of the attempt."""
+    """Raise ValueError unless files can be written to `folder`, or it can be made; the test leaves nothing behind."""
     place = folder.absolute()
     if len(os.fsencode(place)) > MAX_PATH_BYTES:
         raise ValueError(f"the path of {folder} is longer than {MAX_PATH_BYTES} bytes")
@@ -95,23 +96,23 @@ def check_writable(folder: Path) -> None:
 
 
 TEXT_BYTES = 16 * 2**20
-"""How long a text file may be: a pose for each of 10,000 frames has 2 MB."""
+"""The longest text file that is read: one with a pose for each of 10,000 frames has 2 MB."""
 
 JSON_BYTES = 4 * 2**20
-"""How long a JSON file may be that a stranger may have made. Parsed, the worst kind takes thirty times its length."""
+"""The longest JSON file that is read. Parsed, the worst kind takes thirty times its length in memory."""
 
 
 @contextmanager
 def errors_from(
     source: Path | str, problem: str, advice: str = "", error: type[ValueError] = ValueError
 ) -> Iterator[None]:
-    """Read the content of `source` inside the block. What goes wrong there is the fault of that content.
+    """Around code that reads `source`: whatever it raises becomes one clear error about that source.
 
     Libraries raise errors of many kinds over damaged input (SafetensorError, KeyError, RecursionError, the
-    PanicException of Rust, which is a BaseException); all of them become `error`, with what was raised as its cause.
+    PanicException of Rust, which is a BaseException). What was raised is the cause of the new error.
 
     Raises:
-        error: "<source> <problem>: <reason>. <advice>". One that the block raises itself passes unchanged.
+        error: "<source> <problem>: <reason>. <advice>". One of that class passes unchanged, unless it is ValueError.
     """
     try:
         yield
@@ -122,40 +123,40 @@ def errors_from(
         raise error(f"{source} {problem}: {_reason(raised)}. {advice}".rstrip()) from raised
 
 
-def parse_json(text: str | bytes, source: Path | str, problem: str = "holds no JSON", **blame: Any) -> Any:
-    """What the JSON `text` of `source` says.
+def parse_json(text: str | bytes, source: Path | str, problem: str = "holds no JSON", **options: Any) -> Any:
+    """The value of the JSON `text` of `source`.
 
     Args:
-        blame: `advice` and `error` of `errors_from`.
+        options: `advice` and `error` of `errors_from`.
 
     Raises:
         ValueError: it is no JSON, or nested too deeply.
     """
-    with errors_from(source, problem, **blame):
+    with errors_from(source, problem, **options):
         return json.loads(text)
 
 
-def read_json(path: Path, problem: str = "holds no JSON", *, limit: int = JSON_BYTES, **blame: Any) -> Any:
-    """What the JSON file at `path` says.
+def read_json(path: Path, problem: str = "holds no JSON", *, limit: int = JSON_BYTES, **options: Any) -> Any:
+    """The value of the JSON file at `path`.
 
     Args:
-        limit: its longest length, in bytes.
-        blame: `advice` and `error` of `errors_from`.
+        limit: the most bytes that it may have.
+        options: `advice` and `error` of `errors_from`.
 
     Raises:
         ValueError: there is no regular file, it is longer than `limit`, no UTF-8, no JSON, or nested too deeply.
     """
-    with errors_from(path, problem, **blame):
+    with errors_from(path, problem, **options):
         return json.loads(_text(path, limit))
 
 
-def read_text(path: Path, problem: str = "cannot be read as text", *, limit: int = TEXT_BYTES, **blame: Any) -> str:
+def read_text(path: Path, problem: str = "cannot be read as text", *, limit: int = TEXT_BYTES, **options: Any) -> str:
     """The UTF-8 text of the file at `path`, without a byte order mark; arguments are those of `read_json`.
 
     Raises:
         ValueError: there is no regular file, it is longer than `limit`, or no UTF-8.
     """
-    with errors_from(path, problem, **blame):
+    with errors_from(path, problem, **options):
         return _text(path, limit)
 
 
@@ -168,7 +169,7 @@ def _text(path: Path, limit: int) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what `error` says."""
+    """The first line of the message of `error`, without its full stop."""
     line = (str(error).strip().splitlines() or [""])[0][:400].rstrip(".")
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
