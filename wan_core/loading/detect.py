@@ -16,8 +16,9 @@ from torch import nn
 from ..files import errors_from
 from ..lora.naming import is_lora
 from ..models.config import DiTConfig
-from .names import ModelKind, Source, convert, find_layout, stored_weights, strip_prefix
+from .names import ModelKind, Source, convert, find_layout, strip_prefix
 from .paths import describe_files, resolve_model
+from .stored_weights import stored_weights
 from .structure import CONFIG_READERS, Config, Shapes, vace_layers
 from .tensor_files import CheckpointError, Header, TensorInfo, read_header
 

@@ -1,8 +1,7 @@
 """The layouts in which Wan 2.1 weights are published: their names, and the way from each to the original ones."""
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -10,10 +9,7 @@ from typing import Literal
 
 import torch
 
-from ..offload.formats import FormatError, format_of
-from .paths import describe_files
-from .stored_weights import SIDE_TENSORS, StoredWeight, check_declared, plain_name, recognise
-from .tensor_files import CheckpointError, Header, TensorFiles
+from .stored_weights import SIDE_TENSORS, StoredWeight, plain_name
 
 ModelKind = Literal[
     "dit", "vace", "motion_controller", "text_encoder", "vae", "image_encoder", "preview_decoder", "lora"
@@ -248,9 +244,6 @@ PREFIXES = (
 )  # fmt: skip
 """Prefixes that programs put before every name of a model. The longer of two that overlap stands first."""
 
-MARK_BYTES = 4096
-"""The longest text beside a weight that is read; those of ComfyUI have less than 200."""
-
 INNER_PREFIXES = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 """Parts that FSDP, activation checkpointing and torch.compile insert anywhere in names."""
 
@@ -328,22 +321,6 @@ def rename(layout: KeyLayout, name: str) -> tuple[str, Combine, int, int]:
     return name, combine, part, parts
 
 
-def stored_weights(header: Header, names: Mapping[str, str]) -> dict[str, StoredWeight]:
-    """The weights of a file by the names that they would have if they were plain (`stored_weights`).
-
-    `names` are the names without prefixes, mapped to those in the file.
-
-    Raises:
-        CheckpointError: a weight is stored in a way that is not read.
-    """
-    try:
-        for layer, entry in _declared(header, names).items():
-            check_declared(layer, entry)
-        return recognise(names, header)
-    except FormatError as error:
-        raise CheckpointError(f"{describe_files(header.files)} {error}") from error
-
-
 def convert(layout: KeyLayout, weights: Mapping[str, StoredWeight]) -> Mapping[str, Source]:
     """The source of every original tensor that the file holds whole; one that lacks some of its parts is left out."""
     found: dict[str, dict[int, StoredWeight]] = {}
@@ -372,30 +349,3 @@ def _source(parts: tuple[StoredWeight, ...], combine: Combine) -> Source:
     elif combine == "reshape":
         shape = (1,) * (3 - len(shape)) + shape
     return Source(parts, shape, combine)
-
-
-def _declared(header: Header, names: Mapping[str, str]) -> dict[str, Mapping[str, object]]:
-    """What ComfyUI's newer files declare of each layer's format, in their metadata or beside the weight."""
-    try:
-        layers = dict(json.loads(header.metadata.get("_quantization_metadata", "{}")).get("layers", {}))
-        layers |= {name: json.loads(text) for name, text in _marks(header, names)}
-        return {layer: dict(entry) for layer, entry in layers.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{describe_files(header.files)} has unreadable quantisation metadata: {error}."
-        ) from error
-
-
-def _marks(header: Header, names: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
-    """The text beside each weight of a format that needs it: only it says whether int8 numbers are rotated."""
-    with TensorFiles(header) as files:
-        for name, stored in names.items():
-            layer, ending, _ = name.partition(".comfy_quant")
-            weight, info = names.get(f"{layer}.weight"), header[stored]
-            if not (ending and weight and info.file.is_file()):
-                continue
-            form = format_of(header[weight].dtype)
-            if form is not None and form.is_marked:
-                if info.nbytes > MARK_BYTES:
-                    raise ValueError(f"{stored!r} has {info.nbytes} bytes")
-                yield layer, bytes(files.read(stored).tolist())

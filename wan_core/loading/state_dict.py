@@ -14,8 +14,9 @@ from ..offload.weights import WeightProvider
 from ..runtime import usable_device
 from .detect import listed
 from .load import TensorsInMemory, combine, header_of_tensors
-from .names import KeyLayout, Source, convert, find_layout, stored_weights, strip_prefix
+from .names import KeyLayout, Source, convert, find_layout, strip_prefix
 from .paths import PathLike, resolve_files
+from .stored_weights import stored_weights
 from .tensor_files import CheckpointError, Header, TensorFiles, read_header
 
 

@@ -3,8 +3,9 @@
 A format whose tensors have other names than those known here is a row of `SPELLINGS`.
 """
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -22,8 +23,11 @@ from ..offload.formats import (
     Shape,
     WeightChoice,
     WeightFormat,
+    format_of,
     recognised_format,
 )
+from .paths import describe_files
+from .tensor_files import CheckpointError, Header, TensorFiles
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ DECLARED = re.compile(r"float8_e4m3fn(_rowwise|_blockwise)?|float8_e5m2|int8(_te
 """Formats of ComfyUI's quantisation metadata that are numbers of 8 bits times their scale."""
 
 
+MARK_BYTES = 4096
+"""The longest text beside a weight that is read; those of ComfyUI have less than 200."""
+
+
 @dataclass(frozen=True)
 class StoredWeight:
     """One weight as a file holds it.
@@ -136,6 +144,22 @@ class StoredWeight:
             return numbers
         scale = None if self.scale is None else self.held_scale(tensors[self.scale], tuple(numbers.shape))
         return self.format.dequantise(numbers, scale)
+
+
+def stored_weights(header: Header, names: Mapping[str, str]) -> dict[str, StoredWeight]:
+    """The weights of a file by the names that they would have if they were plain.
+
+    `names` are the names without prefixes, mapped to those in the file.
+
+    Raises:
+        CheckpointError: a weight is stored in a way that is not read.
+    """
+    try:
+        for layer, entry in _declared(header, names).items():
+            check_declared(layer, entry)
+        return recognise(names, header)
+    except FormatError as error:
+        raise CheckpointError(f"{describe_files(header.files)} {error}") from error
 
 
 def plain_name(name: str) -> str:
@@ -215,3 +239,30 @@ def check_declared(layer: str, entry: Mapping[str, object]) -> None:
         raise FormatError(f"stores {layer!r} as {name}, which is not read. {ADVICE}")
     if entry.get("convrot"):
         raise FormatError(f"stores {layer!r} rotated (ConvRot), which is not read. {ADVICE}")
+
+
+def _declared(header: Header, names: Mapping[str, str]) -> dict[str, Mapping[str, object]]:
+    """What ComfyUI's newer files declare of each layer's format, in their metadata or beside the weight."""
+    try:
+        layers = dict(json.loads(header.metadata.get("_quantization_metadata", "{}")).get("layers", {}))
+        layers |= {name: json.loads(text) for name, text in _marks(header, names)}
+        return {layer: dict(entry) for layer, entry in layers.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{describe_files(header.files)} has unreadable quantisation metadata: {error}."
+        ) from error
+
+
+def _marks(header: Header, names: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
+    """The text beside each weight of a format that needs it: only it says whether int8 numbers are rotated."""
+    with TensorFiles(header) as files:
+        for name, stored in names.items():
+            layer, ending, _ = name.partition(".comfy_quant")
+            weight, info = names.get(f"{layer}.weight"), header[stored]
+            if not (ending and weight and info.file.is_file()):
+                continue
+            form = format_of(header[weight].dtype)
+            if form is not None and form.is_marked:
+                if info.nbytes > MARK_BYTES:
+                    raise ValueError(f"{stored!r} has {info.nbytes} bytes")
+                yield layer, bytes(files.read(stored).tolist())
