@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from wan_core.model_files import Offload
+from wan_core.offload.formats import WeightChoice
 from wan_core.offload.quant import quantise
 from wan_core.runtime import OutOfMemoryError, Runtime
 
@@ -268,7 +269,7 @@ class Run:
         device = torch.device("cpu") if self.config.streams else self.accelerator.device
         changes = load.changes_weights(self.config)
         # Weights that are changed first are quantised afterwards, so that each is rounded once.
-        weights = "plain" if changes else "fp8" if self.config.fp8_base else "auto"
+        weights: WeightChoice = "plain" if changes else "fp8" if self.config.fp8_base else "auto"
         model = found.load_dit(self.dtype, Offload.on(device, weights=weights))
         if changes:
             load.change_weights(model, self.config)

@@ -74,7 +74,7 @@ def test_a_run_starts_from_trained_weights(shared, tmp_path, earlier, kind, vari
     settings = config(shared, tmp_path, variant, resume_from_checkpoint=earlier[kind])
     model = load.find(settings).load_dit(torch.float32, "cpu")
     before = {n: t.clone() for m in model.modules for n, t in m.state_dict().items()}
-    load.start(model, settings)
+    load.change_weights(model, settings)
     after = {n: t for m in model.modules for n, t in m.state_dict().items()}
     trained = load_file(earlier[kind])
     assert trained and all(torch.equal(after[name], tensor) for name, tensor in trained.items())

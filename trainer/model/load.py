@@ -72,7 +72,7 @@ def check(components: Mapping[str, Component], config: TrainConfig) -> None:
                 bind_to(open_lora(Path(path).expanduser()), target)
 
 
-def start(model: VideoModel, config: TrainConfig) -> None:
+def change_weights(model: VideoModel, config: TrainConfig) -> None:
     """Change the weights of `model`, which are not quantised, as the settings say.
 
     Raises:

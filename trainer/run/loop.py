@@ -293,10 +293,10 @@ class Loop:
         # Before the optimizer's step, which would put NaN into every weight.
         if not outcome.is_finite:
             names = ", ".join(name for batch in batches for name in batch.names)
-            times = ", ".join(f"{t:.0f}" for t in outcome.timesteps)
+            moments = ", ".join(f"{t:.0f}" for t in outcome.timesteps)
             raise NonFiniteError(
                 f"Step {step.number} gave a loss of {outcome.loss} and a gradient of norm {outcome.grad_norm} (files "
-                f"{names}; timesteps {times}). The weights are those of the step before, and the last saved state is "
+                f"{names}; timesteps {moments}). The weights are those of the step before, and the last saved state is "
                 "good. Look at those files, lower --learning_rate, or set --mixed_precision no."
             )
         engine.update()
