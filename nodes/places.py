@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from wan_core.files import check_name
+from wan_core.files import check_name, is_there
 
 from . import host
 
@@ -66,7 +66,7 @@ def _first(name: str, roots: Iterable[Path], fits: Callable[[Path], bool]) -> Pa
     places = [place for root in roots if (place := inside(root, name))]
     if name in host.current.typed_names():
         places.append(Path(name).expanduser().absolute())
-    return next((place for place in places if fits(place)), None)
+    return next((place for place in places if is_there(place, fits)), None)
 
 
 def input_file(name: str) -> Path:

@@ -46,6 +46,16 @@ def is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
+def is_there(path: Path, is_kind: Callable[[Path], bool] = Path.exists) -> bool:
+    """What `is_kind` (`Path.is_file`, `Path.is_dir`) says of `path`; False where pathlib raises OSError, as it does for
+    names that are too long and in folders that may not be looked into.
+    """
+    try:
+        return is_kind(path)
+    except OSError:
+        return False
+
+
 def is_nameable(path: str) -> bool:
     """Whether a file could have this path."""
     try:

@@ -44,7 +44,8 @@ MEMORY = 1 << 30
 """Bytes that a trial may take; the tiny models with PyTorch's own buffers take a few hundred MB."""
 
 RAW = ("object has no attribute", "not subscriptable", "unhashable type", "NoneType", "codec can't", "must be str",
-       "recursion depth", "unexpected keyword", "not iterable", "cannot be interpreted", "embedded null")  # fmt: skip
+       "recursion depth", "unexpected keyword", "not iterable", "cannot be interpreted", "embedded null",
+       "[Errno")  # fmt: skip
 """What Python says when nobody has looked at a value."""
 
 CONVERTED = re.compile("Failed to convert an input value to a .*")

@@ -1,6 +1,7 @@
 """Which files a path stands for."""
 
 import json
+import os
 
 import pytest
 
@@ -102,10 +103,17 @@ def test_two_models_in_a_folder(make):
     ("*.gguf", r"\*.gguf does not exist.*wan2.1_t2v"),
     ("none/at/all.pth", "does not exist.*holds: "),
     ("empty", "holds no model file"),
+    ("n" * 300, "n does not exist.*holds: "),
+    ("n" * 300 + "/a.pth", "does not exist.*holds: "),
+    ("pipe.pth", "pipe.pth is no regular file"),
 ])  # fmt: skip
 def test_nothing_there(make, given, message):
     folder = make("wan2.1_t2v.safetensors", "clip.pth")
     (folder / "empty").mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "pipe.pth")
+    elif given == "pipe.pth":
+        pytest.skip("this system has no named pipes")
     with pytest.raises(CheckpointError, match=message):
         resolve_files(folder / given)
 

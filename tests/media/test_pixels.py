@@ -167,3 +167,12 @@ def test_any_object_with_a_length_and_pictures_is_a_clip(tmp_path):
 def test_what_is_no_clip(value):
     with pytest.raises(ValueError, match="clip must be a picture"):
         as_frames(value, "clip")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [[np.zeros((0, 4))], np.zeros((0, 4)), np.zeros((2, 0, 4)), np.zeros((4, 4), complex), Image.new("L", (0, 0))],
+)
+def test_a_mask_of_nothing_is_refused_with_its_name(mask):
+    with pytest.raises(ValueError, match="vace_video_mask"):
+        as_masks(mask, "vace_video_mask")

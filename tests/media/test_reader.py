@@ -36,7 +36,7 @@ def corners(frame) -> list[tuple[int, ...]]:
 
 def everyones(path: Path) -> list[np.ndarray]:
     """The frames as Python, training and `headless` see them, each (T, H, W, 3) in 0 to 255."""
-    clip = trainer.probe(path)
+    clip = probe(path)
     trained = trainer.read(clip, range(clip.num_frames)).mul(255).numpy()
     video = VideoFromFile(path)
     shown = video.get_components().images.mul(255).numpy()
@@ -289,7 +289,7 @@ def test_an_error_of_a_library_names_the_file(tmp_path, kind):
     with pytest.raises(MediaError, match=re.escape(str(path))):
         load_video(path)
     with pytest.raises(MediaError, match=re.escape(str(path))):
-        trainer.read(trainer.probe(path), [0, 8])
+        trainer.read(probe(path), [0, 8])
 
 
 def test_frames_of_several_sizes_and_odd_names(tmp_path):

@@ -103,6 +103,9 @@ NAN[2, 0, 0, 0] = float("nan")
         (iter(NAN), {}, "Frame 2 of the video: .*NaN"),
         (list(NAN.numpy()), {}, "NaN"),
         (iter(torch.rand(2, 16, 16, 3) * 255), {}, r"must lie in \[0, 1\]"),
+        ([Image.new("RGB", (0, 0))], {}, "Frame 0 of the video has no pixels: 0x0"),
+        ([np.zeros((0, 4))], {}, "Frame 0 of the video: it must be a picture"),
+        (torch.rand(2, 0, 16, 3), {}, "no pixels: 16x0"),
         (["a.png"], {}, "Frame 0 of the video: it must be a picture"),
         ([frame()], {"ffmpeg_params": ["-vf", "scale=8:8"]}, "has no option vf"),
         ([frame()], {"ffmpeg_params": ["-crf"]}, "ffmpeg_params must be options"),
@@ -130,7 +133,7 @@ def test_names_that_are_no_videos_are_refused_with_the_list(tmp_path, name):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file" / "a.mp4", "/proc/nowhere/a.mp4"):
+    for path in (tmp_path / "file" / "a.mp4", "/proc/nowhere/a.mp4", tmp_path / f"{'n' * 300}a.mp4"):
         with pytest.raises(ValueError, match=r"a\.mp4 cannot be written"):
             save_video(numbered(2), path)
 

@@ -118,6 +118,7 @@ def test_option_nodes_give_frozen_settings(node, inputs, expected):
         ("LongRun", {"name": "../mine"}, "plain file name"),
         ("WindowPrompts", {"prompts": " \n "}, "at least one line"),
         ("LoadLatents", {"file": "gone.latent"}, "no input file"),
+        ("LoadLatents", {"file": "n" * 300}, "no input file"),
     ],
 )
 def test_bad_options_are_refused_before_the_prompt_starts(node, inputs, words):

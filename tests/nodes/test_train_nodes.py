@@ -126,10 +126,12 @@ def test_bad_data_is_one_report(tmp_path, monkeypatch):
         ("WanCoreTrainLora", {"model": "other"}, "Value not in list"),
         ("WanCoreTrainLora", {"model": "Wan-AI/Wan2.1-T2V-14B"}, "Downloads are switched off"),
         ("WanCoreTrainModel", {"validation_clips": -1}, "validation_clips"),
+        ("WanCoreTrainingData", {"folder": "n" * 300}, "There is no folder"),
         ("WanCoreLossPlot", {"run": "none"}, "no training run"),
         ("WanCoreLossPlot", {"run": str(ROOT)}, "not where a workflow may read"),
         ("WanCoreTrainedWeights", {"weights": __file__}, "where a workflow may read"),
         ("WanCoreTrainedWeights", {"weights": "none.safetensors"}, "no file of trained weights"),
+        ("WanCoreTrainedWeights", {"weights": "n" * 300}, "no file of trained weights"),
     ],
     ids=str,
 )

@@ -172,6 +172,14 @@ def test_a_finished_run_has_nothing_left_to_do_until_it_gets_more(shared, tmp_pa
     assert [e["lr"] for e in events(tmp_path)][-4:] == [1e-5] * 4
 
 
+@pytest.mark.parametrize("content", [b"", b"\0\xff" * 99, "{}".encode("utf-16")], ids=["empty", "binary", "UTF-16"])
+def test_a_run_whose_events_are_damaged_is_continued(shared, tmp_path, content):
+    run(config(shared, tmp_path, max_steps=1))
+    assert (tmp_path / "loss.png").is_file()
+    (tmp_path / "events.jsonl").write_bytes(content)
+    assert run(config(shared, tmp_path, max_steps=2)).steps == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [(dict(seed=3), "seed was 0 and is 3"), (dict(lora_rank=8), "lora_rank was 4"), (dict(batch_size=2), "batch_size")],
@@ -204,7 +212,7 @@ def names(folder):
 
 def test_an_unrelated_file_of_settings_is_left_alone(shared, tmp_path):
     file = tmp_path / "config.json"
-    for content in ('{"_class_name": "WanTransformer3DModel", "num_layers": 30}', "not JSON", "[1]"):
+    for content in ('{"_class_name": "WanTransformer3DModel", "num_layers": 30}', "not JSON", "[1]", "[" * 100_000):
         file.write_text(content)
         with pytest.raises(ValueError, match=r"config\.json exists already and is not the record of a training"):
             run(config(shared, tmp_path))

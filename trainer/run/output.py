@@ -115,7 +115,9 @@ def require_own_outputs(folder: Path, identity: Mapping[str, Any]) -> None:
             "another --output_path or move it away."
         )
     chart = folder / CHART
-    if chart.is_file() and not any(event["event"] == "step" for event in read_events(folder / EVENTS)):
+    # A record alone is enough, because events may be damaged.
+    is_ours = (folder / CONFIG).exists() or any(event["event"] == "step" for event in read_events(folder / EVENTS))
+    if chart.is_file() and not is_ours:
         raise ValueError(
             f"{chart} exists already and no training was in {folder}; nothing is overwritten. Choose another "
             "--output_path or move it away."
@@ -127,10 +129,8 @@ def require_own_outputs(folder: Path, identity: Mapping[str, Any]) -> None:
 
 def _is_record(file: Path) -> bool:
     """Whether a training of ours wrote its settings into `file`."""
-    if not file.is_file():
-        return False
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(file)
+    except ValueError:
         return False
     return isinstance(found, dict) and found.keys() >= RUN_SETTINGS

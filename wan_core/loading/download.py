@@ -84,7 +84,10 @@ def local_files(root: Path, model_id: str, pattern: str) -> list[Path]:
         raise ValueError(
             f"{pattern!r} is not a pattern inside a repository; it looks like '*.safetensors' or 'google/*'."
         )
-    found = sorted(Path(root, model_id).glob(pattern.rstrip("/")))
+    try:
+        found = sorted(Path(root, model_id).glob(pattern.rstrip("/")))
+    except OSError as error:
+        raise ValueError(f"{pattern!r} cannot be looked for in {root}/{model_id}: {error.strerror}.") from error
     folders = [path for path in found if path.is_dir()]
     return folders if folders or pattern.endswith("/") else found
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import errors_from, read_json
+from ..files import errors_from, is_there, read_json
 from .tensor_files import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -63,26 +63,27 @@ def missing_shards(file: Path) -> list[str]:
 
 def _expand(item: PathLike) -> list[Path]:
     path = Path(item).expanduser()
-    if path.is_dir():
+    if is_there(path, Path.is_dir):
         found = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in WEIGHT_SUFFIXES)
         if not found:
             raise CheckpointError(
                 f"The folder {path} holds no model file ({', '.join(WEIGHT_SUFFIXES)}).{_nearby(path)}"
             )
         return found
-    if path.is_file():
+    if is_there(path, Path.is_file):
         return [path]
     if any(mark in str(path) for mark in "*?["):
         found = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())  # noqa: PTH207 - absolute patterns
         if found:
             return found
-    raise CheckpointError(f"{path} does not exist.{_nearby(path)}")
+    problem = "is no regular file" if is_there(path) else "does not exist"
+    raise CheckpointError(f"{path} {problem}.{_nearby(path)}")
 
 
 def _nearby(path: Path) -> str:
     """What the nearest existing folder holds, likest names first."""
-    folder = path if path.is_dir() else path.parent
-    while not folder.is_dir():
+    folder = path
+    while not is_there(folder, Path.is_dir):
         folder = folder.parent
     names = sorted(entry.name for entry in folder.iterdir())
     near = difflib.get_close_matches(path.name, names, n=5, cutoff=0.3) or names[:5]

@@ -111,15 +111,26 @@ def as_masks(value: Pictures, name: str) -> Tensor:
     Raises:
         ValueError: as `as_frames`.
     """
+    try:
+        levels = _mask_levels(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}.") from error
+    return as_frames(levels, name)[..., 0]
+
+
+def _mask_levels(value: Pictures) -> Pictures:
+    """An array, or arrays of one shape, as (T, H, W, C); pictures as they are."""
     if is_clip(value) and len(value) and (stacked := _stacked([value[i] for i in range(len(value))])) is not None:
         value = stacked
-    if isinstance(value, (Tensor, np.ndarray)):
-        value = value.reshape(-1, *value.shape[-2:], 1) if value.ndim in (2, 3) else value
-        # A comparison gives such masks; as levels of 255 they would be black.
-        value = as_tensor(value)
-        if not value.is_floating_point() and value.numel() and value.float().max() <= 1:
-            value = value.float()
-    return as_frames(value, name)[..., 0]
+    if not isinstance(value, (Tensor, np.ndarray)):
+        return value
+    levels = as_tensor(value)
+    if levels.ndim in (2, 3) and levels.numel():
+        levels = levels.reshape(-1, *levels.shape[-2:], 1)
+    # A comparison gives such masks; as levels of 255 they would be black.
+    if not levels.is_floating_point() and levels.numel() and levels.float().max() <= 1:
+        levels = levels.float()
+    return levels
 
 
 def fit_size(frames: Tensor, width: int, height: int, aspect: Aspect) -> Tensor:

@@ -173,7 +173,7 @@ def eight_bit(frames: Frames) -> Iterator[np.ndarray]:
     elif isinstance(frames, (list, tuple)):
         arrays = [as_tensor(frame) for frame in frames if isinstance(frame, (Tensor, np.ndarray))]
         white = max(map(white_level, arrays), default=None)
-        sizes = {_size(frame) for frame in frames if hasattr(frame, "size")}
+        sizes = {_size(frame) for frame in frames if isinstance(frame, Image.Image) or getattr(frame, "ndim", 0) == 3}
         if len(sizes) > 1:
             raise ValueError(f"All frames of a video need one size; got {sorted(sizes)}.")
     size = None
@@ -183,6 +183,8 @@ def eight_bit(frames: Frames) -> Iterator[np.ndarray]:
         except ValueError as error:
             raise ValueError(f"Frame {index} of the video: {error}.") from error
         height, width = levels.shape[:2]
+        if not height or not width:
+            raise ValueError(f"Frame {index} of the video has no pixels: {width}x{height}.")
         if size not in (None, (width, height)):
             raise ValueError(f"All frames of a video need one size; got {[size, (width, height)]}.")
         size = width, height

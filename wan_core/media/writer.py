@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..atomic import replacing
+from ..files import is_there
 from .pixels import FPS, Frames, eight_bit
 
 
@@ -71,7 +72,7 @@ def save_video(
     # As every program that saves over a link, write to what it points to.
     target = Path(os.path.realpath(save_path))
     kind = KINDS.get(target.suffix.lower())
-    if kind is None or target.is_dir():
+    if kind is None or is_there(target, Path.is_dir):
         raise ValueError(f"save_path must be a file name that ends in {', '.join(KINDS)}; got {str(save_path)!r}.")
     encode = _encoder(kind, frames, fps, quality, ffmpeg_params, metadata)
     with _writing(save_path), replacing(target) as partial:
