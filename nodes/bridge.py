@@ -110,6 +110,7 @@ class FromVAE:
         return (planning.plan_module(published_component("vae", catalog.T2V_BASE), "", dtype),)
 
     def convert(self, vae: Any, dtype: str = "auto") -> tuple[WanVAE]:
+        # ComfyUI may move or patch its own tensors later, so `adopt` copies them.
         weights = vae.get_sd()
         component = describe_weights(weights, "ComfyUI's VAE", "vae")
         module = adopt(component, weights, choose_dtype(dtype, component), host.current.offload_device())

@@ -111,11 +111,12 @@ class ComfyUI:
         listed = any(loaded.model is not None and loaded.model.model is module for loaded in known)
         if listed or not WeightProvider.of(module).cached_bytes:
             return
+        # What `LoadedModel.model_load` sets, without its loading: the weights are on the device already.
         resident = _residents.setdefault(module, ResidentModel(module, self.device(), self.offload_device()))
         loaded = model_management.LoadedModel(resident)
         loaded.real_model = weakref.ref(module)
         loaded.model_finalizer = weakref.finalize(module, model_management.cleanup_models)
-        known.insert(0, loaded)
+        known.insert(0, loaded)  # the most recently used is the first
 
     def clip_vision_output(self, tokens: torch.Tensor) -> Any:
         output = comfy.clip_vision.Output()

@@ -159,9 +159,11 @@ def _start(launch: Launch, log: BinaryIO) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **launch.environment}
     # An allocator that ComfyUI chose for itself can make training run out of memory sooner.
     environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    # Its own group: Ctrl-C in ComfyUI's terminal must not kill it before it has saved.
     group: dict[str, Any] = {"start_new_session": True}
     if sys.platform == "win32":
         group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    # Nothing is written to the pipe: when this process dies, it closes, and the trainer saves and ends.
     return subprocess.Popen(
         launch.command, cwd=launch.folder, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, **group
     )

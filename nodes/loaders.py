@@ -1,8 +1,8 @@
 """Loaders of models, encoders and VAEs, from a published checkpoint or a file in ComfyUI's folders."""
 
-import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,27 +31,26 @@ from wan_core.models.attention import BACKENDS
 from wan_core.models.config import DiTConfig
 from wan_core.offload.formats import WEIGHT_CHOICES, WeightChoice
 from wan_core.planning.modules import SizedExpert, SizedModule, published_component, published_dit
-from wan_core.runtime import DTYPES
+from wan_core.runtime import DTYPES, log
 from wan_core.variants import match_variant
 
 from . import host, places, planning, sockets
 
-log = logging.getLogger("wancore")
-
-PRECISIONS = ("fast", "exact")
 NONE, AUTO = "none", "auto"
-WEIGHTS_INPUT = sockets.choice(
-    list(WEIGHT_CHOICES),
-    "auto",
-    "How the weights of the large layers are stored. auto: as in the file; fp8: in 8 bits, half the memory of bf16; "
-    "plain: in dtype.",
-)
-REST_INPUT = sockets.choice(
-    ["memory", "disk"],
-    "memory",
-    "Where weights are kept while they are not on the device. disk: in their file, from which each block is read when "
-    "it is needed; for machines with little RAM.",
-)
+STORAGE_INPUTS = {
+    "weights": sockets.choice(
+        list(WEIGHT_CHOICES),
+        "auto",
+        "How the weights of the large layers are stored. auto: as in the file; fp8: in 8 bits, half the memory of "
+        "bf16; plain: in dtype.",
+    ),
+    "rest": sockets.choice(
+        ["memory", "disk"],
+        "memory",
+        "Where weights are kept while they are not on the device. disk: in their file, from which each block is read "
+        "when it is needed; for machines with little RAM.",
+    ),
+}
 
 
 def choose_dtype(name: str, component: Component) -> torch.dtype:
@@ -172,7 +171,15 @@ class Loader:
 
 
 class EncoderLoader(Loader):
-    """A loader of an encoder or a VAE."""
+    """A loader of an encoder or a VAE, called `LABEL` in its tooltip, with the widgets `OWN_INPUTS`."""
+
+    LABEL: str
+    OWN_INPUTS: ClassVar[Mapping[str, sockets.Declaration]] = {}
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        listed, shared = cls.shared_inputs(cls.LABEL)
+        return {"required": listed, "optional": {**shared, **cls.OWN_INPUTS}}
 
     @classmethod
     def plan_outputs(cls, **inputs: Any) -> tuple[SizedModule]:
@@ -211,7 +218,7 @@ class ModelLoader(Loader):
                 "PyTorch's choice. The others need their package installed.",
             ),
             "precision": sockets.choice(
-                list(PRECISIONS), "fast", "exact keeps the residual stream in float32, as the authors do: more memory."
+                ["fast", "exact"], "fast", "exact keeps the residual stream in float32, as the authors do: more memory."
             ),
             "vace_module": sockets.choice(
                 [NONE, *host.current.list_files(cls.FOLDER)],
@@ -223,11 +230,11 @@ class ModelLoader(Loader):
                 AUTO,
                 "The checkpoint whose recommended settings are used; auto chooses by structure and file name.",
             ),
-            "weights": WEIGHTS_INPUT,
+            "weights": STORAGE_INPUTS["weights"],
             "fp8_matmul": sockets.flag(
                 False, "Multiply FP8 weights as FP8 numbers: faster on Ada, Hopper and newer cards, and less exact."
             ),
-            "rest": REST_INPUT,
+            "rest": STORAGE_INPUTS["rest"],
             "torch_compile": sockets.flag(
                 False,
                 "Fuse elementwise operations with torch.compile: a few percent faster on a card, after some seconds of "
@@ -297,27 +304,34 @@ class ModelLoader(Loader):
             torch_compile=torch_compile,
             deterministic=deterministic,
         )
-        chosen = None if preset == AUTO else preset
-        loaded = load_dit(
-            component, settings, _offload(weights, rest), vace=vace, preset=chosen, compute_device=host.current.device()
-        )
-        return (loaded,)
+        chosen, device = None if preset == AUTO else preset, host.current.device()
+        offload = _offload(weights, rest)
+        return (load_dit(component, settings, offload, vace=vace, preset=chosen, compute_device=device),)
+
+
+def tokenizer_folder(text_encoder: Component, download: bool) -> Path | None:
+    """The folder of the tokenizer; None where the file contains one, as ComfyUI's repacks do and the authors' .pth not.
+
+    Raises:
+        ValueError: it is absent, and may not be downloaded.
+    """
+    if has_tokenizer(text_encoder):
+        return None
+    folder, skip = host.current.models_dir(), not download
+    files = find_files(catalog.T2V_BASE, catalog.TOKENIZER_PATTERN, models_dir=folder, skip_download=skip)
+    return files[0].parent
 
 
 class TextEncoderLoader(EncoderLoader):
     """UMT5 with its tokenizer."""
 
     INPUT, KIND, FOLDER, PATTERN = "text_encoder", "text_encoder", "text_encoders", catalog.TEXT_ENCODER_PATTERN
+    LABEL, OWN_INPUTS = "The text encoder", STORAGE_INPUTS
     ROWS = (catalog.T2V_BASE, catalog.TINY)
     DESCRIPTION = "Load the UMT5-XXL text encoder that all Wan 2.1 models share."
     RETURN_TYPES = (sockets.TEXT_ENCODER,)
     RETURN_NAMES = ("text_encoder",)
     OUTPUT_TOOLTIPS = ("The text encoder, for the prompt.",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        listed, shared = cls.shared_inputs("The text encoder")
-        return {"required": listed, "optional": {**shared, "weights": WEIGHTS_INPUT, "rest": REST_INPUT}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, text_encoder: str, download: bool = False) -> bool | str:
@@ -332,15 +346,7 @@ class TextEncoderLoader(EncoderLoader):
         rest: str = "memory",
     ) -> tuple[TextEncoder]:
         component = self.component(text_encoder, download)
-        tokenizer = None
-        if not has_tokenizer(component):
-            tokenizer = find_files(
-                catalog.T2V_BASE,
-                catalog.TOKENIZER_PATTERN,
-                models_dir=host.current.models_dir(),
-                skip_download=not download,
-            )[0].parent
-        compute = choose_dtype(dtype, component)
+        compute, tokenizer = choose_dtype(dtype, component), tokenizer_folder(component, download)
         return (load_text_encoder(component, tokenizer, compute, _offload(weights, rest)),)
 
 
@@ -348,16 +354,12 @@ class VAELoader(EncoderLoader):
     """The Wan 2.1 video autoencoder."""
 
     INPUT, KIND, FOLDER, PATTERN = "vae", "vae", "vae", catalog.VAE_PATTERN
+    LABEL = "The VAE"
     ROWS = (catalog.T2V_BASE, catalog.TINY)
     DESCRIPTION = "Load the video autoencoder that all Wan 2.1 models share."
     RETURN_TYPES = (sockets.VAE,)
     RETURN_NAMES = ("vae",)
     OUTPUT_TOOLTIPS = ("The autoencoder, for encoding and decoding.",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        listed, shared = cls.shared_inputs("The VAE")
-        return {"required": listed, "optional": shared}
 
     @classmethod
     def VALIDATE_INPUTS(cls, vae: str, download: bool = False) -> bool | str:
@@ -372,16 +374,12 @@ class ImageEncoderLoader(EncoderLoader):
     """CLIP's vision tower."""
 
     INPUT, KIND, FOLDER, PATTERN = "image_encoder", "image_encoder", "clip_vision", catalog.IMAGE_ENCODER_PATTERN
+    LABEL, OWN_INPUTS = "The image encoder", STORAGE_INPUTS
     ROWS = (catalog.IMAGE_ENCODER_SOURCE, catalog.TINY)
     DESCRIPTION = "Load the CLIP image encoder (ViT-H/14) that image, control and camera models read pictures with."
     RETURN_TYPES = (sockets.IMAGE_ENCODER,)
     RETURN_NAMES = ("image_encoder",)
     OUTPUT_TOOLTIPS = ("The image encoder, for start, end and reference images.",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        listed, shared = cls.shared_inputs("The image encoder")
-        return {"required": listed, "optional": {**shared, "weights": WEIGHTS_INPUT, "rest": REST_INPUT}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, image_encoder: str, download: bool = False) -> bool | str:

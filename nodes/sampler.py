@@ -182,6 +182,7 @@ class Sampler:
         )  # fmt: skip
         geometry = model.geometry
         start, size = None, checked_size(width, height, num_frames, geometry)
+        # At full noise a latent has no effect, so it is ignored. Otherwise its size is that of the video.
         if latent is not None and (settings.starts_clean or settings.start_step):
             start = normalise(latent["samples"], geometry)
             size = LatentSize.of(start, geometry).video
@@ -193,6 +194,7 @@ class Sampler:
             inputs, settings, memory or here.memory_settings(), here.runtime(model.dtype),
             checkpoint=checkpoint, earlier=_earlier_state(latent, settings, geometry), keep=here.keeps_weights(),
         )  # fmt: skip
+        # Weights that stayed on the device: ComfyUI counts them from now on, and evicts them when others need memory.
         for module in model.modules:
             here.register_weights(module)
         return (_latent_output(state, settings, size, run, checkpoint, extra_pnginfo),)
@@ -205,6 +207,7 @@ def _settings(
     schedule: ScheduleSettings | None,
     **others: Any,
 ) -> SamplerSettings:
+    """The settings of the widgets and of the sockets `guidance` and `schedule`, which replace some of them."""
     schedule = schedule or ScheduleSettings()
     return SamplerSettings(
         guidance=replace(guidance or GuidanceSettings(scale=cfg), mode=cfg_mode),
@@ -213,6 +216,7 @@ def _settings(
 
 
 def _with_template(cache: CacheSettings | None, model: VideoModel) -> CacheSettings | None:
+    """TeaCache's template "auto" as the one that the catalog recommends for the model."""
     if isinstance(cache, TeaCacheSettings):
         return cache.with_template(model.row.preset.teacache if model.row else None)
     return cache
@@ -227,6 +231,7 @@ def _earlier_state(latent: dict[str, Any] | None, settings: SamplerSettings, geo
         raise ValueError(
             f"start_step is {settings.start_step}, but the sampler before ended at step {state.step}; make them equal."
         )
+    # A node between both samplers may have changed the latents: then a multistep solver's history is wrong for them.
     return state if torch.equal(denormalise(state.video, geometry), latent["samples"]) else None
 
 
@@ -243,10 +248,12 @@ def _latent_output(
     record = manifest(settings, size, state.video, state.kernels)
     if run.keep_latents:
         _save_latents(host.current.output_dir() / FOLDER, run.name, raw, record, checkpoint.resumed)
+    # Only after the video is saved: when decoding fails, the next attempt resumes at the last step.
     if state.run and state.step == settings.total_steps:
         host.current.when_saved(partial(checkpoint.remove, state.run))
     if extra_pnginfo is not None:
         extra_pnginfo.setdefault("wancore", []).append(record)
+    # The state of a complete run is left out: nothing continues it, and ComfyUI would cache a second copy of the video.
     return {"samples": raw, STATE: state} if settings.is_part else {"samples": raw}
 
 

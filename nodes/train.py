@@ -17,7 +17,7 @@ from ..trainer.config import TrainConfig
 from ..trainer.run.events import latest_steps
 from . import host, places, planning, sockets
 from .camera import SpeedControl
-from .loaders import AUTO, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEncoderLoader, VAELoader
+from .loaders import AUTO, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEncoderLoader, VAELoader, tokenizer_folder
 from .lora import LIMIT
 from .training_inputs import (
     RUNS,
@@ -233,7 +233,10 @@ class Train:
             ValueError: a value cannot be used.
         """
         check_widgets(cls, values)
-        _check_gpus(values["gpus"])
+        gpus = values["gpus"]
+        cards = max(1, torch.cuda.device_count()) if gpus > 1 else 1
+        if gpus > cards:
+            raise ValueError(f"gpus: {gpus} processes need as many cards; this machine has {cards}.")
         own = {**settings_of(values), **cls.own_settings(values), "output_path": str(run_folder(values["name"]))}
         own["validate_steps"] = own.get("save_steps") if own.get("validation_clips") else None
         return load_settings(own, parse_flags(values["flags"]))
@@ -286,14 +289,8 @@ class Train:
         # All files are on this machine now: the training process does not need the network.
         paths = [[str(file.resolve()) for file in part.header.files] for part in components]
         found = {"model_paths": paths, "skip_download": True}
-        if not model_files.has_tokenizer(text):
-            tokenizer = model_files.find_files(
-                catalog.T2V_BASE,
-                catalog.TOKENIZER_PATTERN,
-                models_dir=host.current.models_dir(),
-                skip_download=not download,
-            )
-            found["tokenizer_path"] = str(tokenizer[0].parent)
+        if tokenizer := tokenizer_folder(text, download):
+            found["tokenizer_path"] = str(tokenizer)
         return found
 
 
@@ -337,10 +334,3 @@ class TrainModel(Train):
     @classmethod
     def own_settings(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         return {"trainable_models": [values["part"]], "remove_prefix_in_ckpt": f"pipe.{values['part']}."}
-
-
-def _check_gpus(wanted: int) -> None:
-    """Raise ValueError when the machine has fewer cards than `wanted` processes."""
-    cards = torch.cuda.device_count() if wanted > 1 else 1
-    if wanted > max(1, cards):
-        raise ValueError(f"gpus: {wanted} processes need as many cards; this machine has {cards}.")

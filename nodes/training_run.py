@@ -79,6 +79,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         request = self.folder / SETTINGS
         self.config.save_json(request)
+        # The trainer is another process, for which this one's models only take memory of the card.
         host.current.free_device()
         command = pack_command(host.PACK_FOLDER, MODULE, ["--config", str(request)], self.processes)
         launch = Launch(command, self.folder, self.environment)
