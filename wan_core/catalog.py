@@ -212,7 +212,7 @@ def published(model_id: str) -> CatalogRow:
 
 
 HINTS = ("fun", "inp", "480", "720", "v1.1", "preview")
-"""Words in names that tell apart checkpoints of one structure and size."""
+"""Words in file names that distinguish checkpoints of one structure and size."""
 
 
 def guess_row(name: str, variant: str, size: str) -> CatalogRow | None:

@@ -13,13 +13,13 @@ from .tensor_files import CheckpointError, verify_file
 
 BASE_PATH_VARIABLE = "DIFFSYNTH_MODEL_BASE_PATH"
 SKIP_VARIABLE = "DIFFSYNTH_SKIP_DOWNLOAD"
-"""Environment variables that users of DiffSynth-Studio have set; they win over arguments."""
+"""Environment variables of DiffSynth-Studio; they override arguments."""
 
 SOURCE_VARIABLE = "DIFFSYNTH_DOWNLOAD_SOURCE"
-"""Where to download from when no argument says it."""
+"""The environment variable for the source of downloads; an argument overrides it."""
 
 SOURCES = {"modelscope": "https://modelscope.cn/models", "huggingface": "https://huggingface.co"}
-"""Where published files come from, by name in any case, and the address of a repository there."""
+"""The sources of published files, by name in any case, with the base address of repositories."""
 
 NAMES = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}
 
@@ -31,23 +31,23 @@ COMMON_FILES = {
     "google/*": "Wan-AI/Wan2.1-T2V-1.3B",
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "Wan-AI/Wan2.1-I2V-14B-480P",
 }
-"""Files of which every Wan 2.1 repository has its own copy, and the repository to take them from."""
+"""Files that every Wan 2.1 repository has a copy of, and the repository that they are taken from."""
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
-"""Where DiffSynth-Studio 2 takes the .pth files among them from, as .safetensors of the same names."""
+"""The repository from which DiffSynth-Studio 2 takes the .pth files among them, as .safetensors."""
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with a file's name, the bytes that are here, and its size; from several threads, but never at once."""
+"""Called as (file name, bytes so far, size); from several threads, but never at the same time."""
 
 
 class DownloadError(CheckpointError):
-    """Published files that are not on this machine and could not be had."""
+    """Published files that are not on this machine and could not be downloaded."""
 
 
 def models_folder(path: str | Path | None = None) -> Path:
-    """Where published models are kept: the environment's folder, else `path`, else `models` where the program runs."""
+    """The folder of published models: that of the environment, else `path`, else `models` in the working directory."""
     return Path(os.environ.get(BASE_PATH_VARIABLE) or path or DEFAULT_FOLDER).expanduser()
 
 
@@ -93,8 +93,9 @@ def local_files(root: Path, model_id: str, pattern: str) -> list[Path]:
 
 
 def redirect(model_id: str, pattern: str, root: Path) -> tuple[str, str]:
-    """Where to take a file that all repositories share: its one source, unless the repository's own copy is here, or
-    only the converted one is."""
+    """The repository and pattern to take a shared file from: its one source, unless only the repository's own copy, or
+    the converted one, is on this machine.
+    """
     source = next((source for name, source in COMMON_FILES.items() if fnmatchcase(pattern, name)), None)
     if source is None or local_files(root, model_id, pattern):
         return model_id, pattern
@@ -115,12 +116,12 @@ def fetch(
 ) -> list[Path]:
     """The files of `model_id` that match `pattern`, as one model in `<root>/<model_id>`; downloaded when not complete.
 
-    A complete copy is used as it is, without asking the network. What `on_progress` raises stops the download and is
-    raised; the next call resumes it. Hugging Face reports no progress. `source` is that of `download_source`.
+    A complete copy is used without the network. An exception of `on_progress` stops the download and is raised; the
+    next call resumes it. Hugging Face reports no progress. `source` is that of `download_source`.
 
     Raises:
         ValueError: the id, the pattern or the source is not one.
-        DownloadError: the files are not here and may not be downloaded, or the download failed.
+        DownloadError: the files are absent and may not be downloaded, or the download failed.
     """
     source = download_source(source)
     found = local_files(root, model_id, pattern)
@@ -141,7 +142,7 @@ def fetch(
 
 
 def _defect(found: list[Path]) -> str | None:
-    """Why local files are not a complete model, None when they are."""
+    """What is missing or wrong in local files; None if they are a complete model."""
     for path in found:
         if path.is_dir():
             if not any((path / name).is_file() for name in TOKENIZER_FILES):
@@ -226,7 +227,7 @@ def _file_is_whole(path: Path) -> bool:
 
 
 class _StoppedByCallerError(BaseException):
-    """Carries what `on_progress` raised past the client, which retries after every ordinary exception."""
+    """Carries an exception of `on_progress` through the client, which would retry after an `Exception`."""
 
     def __init__(self, reason: BaseException) -> None:
         super().__init__(reason)

@@ -1,9 +1,8 @@
 """PyTorch checkpoints, read without unpickling them: names, shapes, dtypes and places of their tensors.
 
-A pickle is a program for a small machine that can call anything. The machine here knows the instructions and the names
-that `torch.save` writes, and calls only the functions in `CALLS`, which describe tensors and make none. So nothing of a
-file runs, no memory is taken but for what its bytes spell, and no weight is read: like a safetensors file, a checkpoint
-tells where in it each tensor lies."""
+A pickle is a program for a stack machine that can call any function. The machine here knows the instructions and names
+that `torch.save` writes, and calls only the functions in `CALLS`, which describe tensors and make none. So no code of a
+file runs, memory grows only with the bytes of its pickle, and no weight is read: what comes out is a header."""
 
 import io
 import os
@@ -24,7 +23,7 @@ from ..files import errors_from
 from .stored import MAX_AXES, SAFETENSORS_DTYPES, CheckpointError, TensorInfo, check_bounds, named_tensors
 
 PICKLE_BYTES = 16 * 2**20
-"""The longest pickle that is read. That of UMT5-XXL has 30 kB, that of a training's optimizer less than a megabyte."""
+"""The longest pickle that is read. UMT5-XXL's has 30 kB, that of an optimizer's state less than a megabyte."""
 
 MAX_OPERATIONS = 2**18
 """The most instructions; the pickle of a model takes twenty-five per tensor."""
@@ -33,8 +32,8 @@ DIRECTORY_BYTES = 4 * 2**20
 """The longest directory of an archive, which has about a hundred bytes per storage."""
 
 MAX_SHARING = 2
-"""How many times its own size a file's tensors may take: storages can be shared, as an embedding that is stored twice
-in name is, but a file must not name a thousand tensors in one storage."""
+"""How many times the size of the file its tensors may have together. Two names may share a storage, as tied embeddings
+do, but a small file must not stand for a thousand large tensors."""
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """The number that opens a checkpoint of the format before PyTorch 1.6: five pickles, then the storages."""
@@ -52,7 +51,7 @@ DTYPES = {str(dtype): dtype for dtype in (*SAFETENSORS_DTYPES.values(), torch.co
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A module's attribute that a pickle names. It is never looked up."""
+    """The name of a function or class in a pickle. It is never imported."""
 
     path: str
 
@@ -111,7 +110,7 @@ def _check_total(file: Path, tensors: Collection[TensorInfo]) -> None:
 
 
 def _walk(content: Any) -> Iterator[StoredTensor]:
-    """Every tensor in `content`, in which a container may stand in several places, or in itself."""
+    """Every tensor in `content`, whose containers may occur several times, or contain themselves."""
     waiting, seen = [content], set()
     while waiting:
         value = waiting.pop()
@@ -123,7 +122,7 @@ def _walk(content: Any) -> Iterator[StoredTensor]:
 
 
 def _open(file: Path) -> tuple[Any, Mapping[str, tuple[int, int]]]:
-    """What is pickled in `file`, and the place of each storage: where its bytes begin and end."""
+    """The pickled content of `file`, and where the bytes of each storage begin and end."""
     with errors_from(file, "is a damaged PyTorch checkpoint", "Download it again.", CheckpointError):
         with file.open("rb") as stream:
             is_archive = stream.read(4) == b"PK\x03\x04"
@@ -131,7 +130,7 @@ def _open(file: Path) -> tuple[Any, Mapping[str, tuple[int, int]]]:
 
 
 class _Bounded(io.BufferedReader):
-    """A file of which no more is read at once than an archive's directory may be long."""
+    """A file that refuses to read more at once than an archive's directory may have."""
 
     def read(self, size: int | None = -1) -> bytes:
         content = super().read(DIRECTORY_BYTES + 1 if size is None or size < 0 else min(size, DIRECTORY_BYTES + 1))
@@ -159,7 +158,7 @@ def _read_archive(file: Path) -> tuple[Any, Mapping[str, tuple[int, int]]]:
 
 
 def _record(info: zipfile.ZipInfo, stream: io.BufferedReader, limit: int) -> bytes:
-    """A small record whole, compared with its checksum, where it has one."""
+    """The content of a small record, whose checksum is verified if there is one."""
     begin, end = _span(info, stream)
     if end - begin > limit:
         raise ValueError(f"{info.filename} has {end - begin} bytes, and at most {limit} are read")
@@ -211,7 +210,7 @@ def _read_legacy(file: Path) -> tuple[Any, Mapping[str, tuple[int, int]]]:
 
 
 def _placed(name: str, tensor: StoredTensor, file: Path, places: Mapping[str, tuple[int, int]]) -> TensorInfo:
-    """Where `tensor` lies in `file`, once it is known to lie inside of its storage."""
+    """The place of `tensor` in `file`; it must be inside of its storage."""
     check_bounds(name, tensor.shape)
     begin, end = places[tensor.storage.key]
     if end - begin != tensor.storage.count * tensor.storage.dtype.itemsize:
@@ -272,7 +271,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _with_attributes(make: Any, kind: Any, arguments: Any, *_: Any) -> Any:
-    """A tensor to which attributes were given; they are left out."""
+    """A tensor without the attributes that were set on it."""
     return _call(make, arguments)
 
 
@@ -287,7 +286,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
     "torch._tensor._rebuild_from_type_v2": _with_attributes,
 }
-"""What a checkpoint may call, and what is done in its place."""
+"""The functions that a checkpoint may call, with what is called instead."""
 
 NAMED = {"torch.Tensor", "torch.nn.parameter.Parameter", *CALLS}
 """Names that a checkpoint may hold, beside storages and dtypes."""
@@ -305,6 +304,7 @@ class _Machine:
     def __init__(self, file: Path, storages: dict[str, _Storage]) -> None:
         self.file, self.storages = file, storages
         self.stack: list[Any] = []
+        # The stacks below each open mark; items after a mark become one tuple, list or dictionary.
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
 
@@ -388,7 +388,7 @@ INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], Any]] = {
 
 
 def _run(stream: io.BytesIO, file: Path, storages: dict[str, _Storage] | None = None) -> Any:
-    """What the pickle at the position of `stream` makes; `storages` is filled with those that it refers to."""
+    """The content of the pickle at the position of `stream`; storages that it refers to are added to `storages`."""
     machine = _Machine(file, {} if storages is None else storages)
     for number, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
         if instruction.name == "STOP":
