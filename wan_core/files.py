@@ -30,6 +30,7 @@ def files_below(folder: Path, is_one: Callable[[Path], bool] = lambda _: False) 
         except OSError:
             yield place
             return
+        # The same folder has the same device and inode through every link.
         if (identity := (found.st_dev, found.st_ino)) in above:
             return
         for path in inside:
@@ -99,6 +100,7 @@ def check_writable(folder: Path) -> None:
             place = place.parent
         if not place.is_dir():
             raise ValueError(f"{place} is a file, and no folder")
+        # Permissions do not show read-only mounts; only writing does.
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
@@ -175,6 +177,7 @@ def _text(path: Path, limit: int) -> str:
         raise ValueError("it does not exist or is no file")
     if path.stat().st_size > limit:
         raise ValueError(f"it has {path.stat().st_size} bytes, and at most {limit} are read")
+    # Editors on Windows may put a byte order mark in front.
     return path.read_text(encoding="utf-8-sig")
 
 

@@ -201,6 +201,7 @@ def load_dit(
     component = experts[0].component
     variant = match_variant(component.config_of(DiTConfig))
     computes_on = torch.device(compute_device or Offload.on(offload).device)
+    # Before any weight is read: a missing kernel should not cost minutes of loading.
     attend = load_backend(settings.attention, computes_on, settings.dtype)
     chains = load_chains(settings.torch_compile, computes_on, settings.dtype)
     if settings.fp8_matmul:

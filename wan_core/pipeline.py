@@ -249,6 +249,7 @@ class WanVideoPipeline(PipelineModels):
         tile_settings = tiles_of_call(tile_size, tile_stride)
         tiles: Tiles = tile_settings if tiled else AUTO
         start = None if input_video is None else as_frames(input_video, "input_video")
+        # All that can be refused is refused before the first model works.
         self._check(inputs, prompt, negative_prompt)
         window_texts = _prompts_of_windows(window_prompts, prompt, settings)
         encoder = self.models.text.kept_in(self.text_cache_dir)
@@ -293,6 +294,7 @@ class WanVideoPipeline(PipelineModels):
             cond = condition(cond, inputs, self.models.video.variant, size, encoder, self.models.image, fit)
             latents = None if start is None else encoder.frames((fit or Fit()).clip(start, size, "input_video"))
         if latents is not None:
+            # One video to start from, for every prompt.
             latents = latents.expand(len(cond.encoded_text), -1, -1, -1, -1)
         return cond, latents
 
@@ -318,6 +320,7 @@ class WanVideoPipeline(PipelineModels):
     def _runtime(
         self, progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = None, steps: int = 0
     ) -> Runtime:
+        # A bar counts an item when the next one is asked for, so the first is taken before the first step.
         bar = iter(progress_bar_cmd(range(steps))) if progress_bar_cmd else iter(())
         next(bar, None)
 

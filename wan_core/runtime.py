@@ -41,6 +41,7 @@ class OutOfMemoryError(ValueError):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether `error` is a device's report that it has no memory left."""
+    # MPS and some libraries of CUDA raise a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
     )
@@ -69,6 +70,7 @@ def usable_device(name: str, value: "str | torch.device") -> torch.device:
     try:
         if device.type == "meta":
             raise RuntimeError("it holds no numbers")
+        # Only using it proves a device: a card that is not there has a valid name, too.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
@@ -84,6 +86,7 @@ def free_bytes(device: torch.device) -> int | None:
     None where no limit is known, such as on the CPU.
     """
     if device.type == "cuda":
+        # What PyTorch's allocator keeps for reuse counts as used in `mem_get_info`.
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
     if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):

@@ -127,6 +127,7 @@ def load_into(
     check_choice("weights", weights, WEIGHT_CHOICES)
     check_against(component, module)
     stored = module.state_dict().keys()
+    # A buffer that no file fills would stay on the meta device, and fail in the first forward.
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in stored]
     assert not lost, f"{type(module).__name__} makes buffers that are not stored on the meta device: {', '.join(lost)}"
     filling = _Filling(module, component, dtype, torch.device(device), weights)
@@ -134,9 +135,11 @@ def load_into(
     with (TensorShapes if filling.device.type == "meta" else TensorFiles)(component.header) as files:
         if mapped:
             filling.require_mappable(files)
+        # In the order of the file, so that disks and network drives read sequentially.
         for name in sorted(component.sources, key=filling.place):
             if not (mapped and name.startswith(inside) and filling.map(name, files)):
                 filling.read(name, files)
+    # What a layout may lack is not computed with, but the module has to be complete.
     for name in stored - component.sources.keys():
         _assign(module, name, torch.zeros(module.get_parameter(name).shape, dtype=dtype, device=device))
     return module.requires_grad_(False).eval()
@@ -203,6 +206,7 @@ class _Filling:
         if is_whole and work == source.dtype and self.device.type == "cpu":
             tensor = files.read(source.names[0]).reshape(source.shape)
         else:
+            # A copy, because the result may be the buffer that the next tensor is read into.
             tensor = combine(source, files).to(self.device, work, copy=True)
         _assign(self.module, name, tensor)
 

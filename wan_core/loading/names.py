@@ -329,6 +329,7 @@ def convert(layout: KeyLayout, weights: Mapping[str, StoredWeight]) -> Mapping[s
         if UNUSED.fullmatch(name) or (layout.ignored and re.fullmatch(layout.ignored, name)):
             continue
         target, combine, part, parts = rename(layout, name)
+        # Two names may stand for one tensor, such as UMT5's tied embeddings; either will do.
         found.setdefault(target, {}).setdefault(part, stored)
         how[target] = (combine, parts)
     return MappingProxyType(

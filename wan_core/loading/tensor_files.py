@@ -233,6 +233,7 @@ class TensorFiles:
         info = self._header[name]
         if info.strides is None:
             return self._fill(torch.empty(info.shape, dtype=info.dtype), name)
+        # A transposed or sliced tensor: the span that it covers is read, then put in order.
         reach = 1 + sum((n - 1) * stride for n, stride in zip(info.shape, info.strides, strict=True))
         numbers = self._fill(torch.empty(reach, dtype=info.dtype), name)
         return numbers.as_strided(info.shape, info.strides).clone(memory_format=torch.contiguous_format)
@@ -251,6 +252,7 @@ class TensorFiles:
         size = info.nbytes
         if self._scratch.numel() < size:
             self._scratch = torch.empty(0, dtype=torch.uint8)
+            # The old buffer is freed first, so that memory never holds both.
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._fill(self._scratch[:size].view(info.dtype).reshape(info.shape), name)
 
@@ -264,6 +266,7 @@ class TensorFiles:
             return None
         if info.file not in self._storages:
             size = info.file.stat().st_size
+            # Mapped privately: what is written into it stays in this process.
             storage = torch.UntypedStorage.from_file(str(info.file), False, size)
             assert isinstance(storage, torch.UntypedStorage)
             self._storages[info.file] = storage
@@ -365,6 +368,7 @@ def write_made(
         end += dtype.itemsize * prod(shape)
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The format aligns the first tensor to 8 bytes by spaces after the header.
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)

@@ -61,6 +61,7 @@ def bind(lora: Lora, shapes: Shapes, spellings: Spellings) -> Bound:
             skipped.append(Skipped(layer.path, NO_SUCH_PART))
             continue
         for leaf, patch in layer.patches:
+            # `modulation` and the like are parameters themselves, not modules with a weight.
             name = target if target in shapes else f"{target}.{leaf}"
             if name not in shapes:
                 skipped.append(Skipped(name, "the model has no such parameter"))

@@ -292,6 +292,7 @@ def _peft_config(patches: Named) -> dict[str, object]:
     """PEFT's configuration for factors with their scale folded in: alpha is the rank of every module."""
     ranks = {name.rpartition(".")[0]: patch.rank for name, patch in patches if isinstance(patch, LowRank)}
     usual = max(ranks.values(), key=list(ranks.values()).count)
+    # Alpha equals the rank everywhere, so that PEFT scales by 1: the scale is in the factors already.
     others = {module: rank for module, rank in ranks.items() if rank != usual}
     return {
         "peft_type": "LORA",

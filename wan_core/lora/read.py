@@ -232,6 +232,7 @@ def read_lora(
             skipped.append(Skipped(key, "no key of a LoRA"))
             continue
         reason = UNUSED.get(parts.role)
+        # Only PEFT's configuration says whether such a bias was trained.
         if parts.role == "base_bias" and not (config and config.trains_biases):
             reason = UNUSED["base"]
         if parts.dialect.foreign:
@@ -268,6 +269,7 @@ def _digest_patch(patch: Patch, update: Callable[[bytes], None]) -> None:
             _digest_patch(value, update)
         elif isinstance(value, Tensor):
             update(f"{f.name} {value.dtype} {tuple(value.shape)}".encode())
+            # As bytes, because numpy has no bfloat16.
             update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
             update(f"{f.name} {value}".encode())
@@ -324,6 +326,7 @@ def _kronecker_factor(t: StoredTensors, name: str) -> Tensor | None:
     if f"{name}_a" not in t or f"{name}_b" not in t:
         return None
     a, b, core = t[f"{name}_a"].float(), t[f"{name}_b"].float(), t.get("lokr_t2")
+    # Before the product is made: small factors can stand for a matrix of any size.
     _check_elements(a.shape[0], *b.shape[1:])
     if core is not None and name == "lokr_w2":
         return torch.einsum("st...,so,ti->oi...", core.float(), a, b)
@@ -361,6 +364,7 @@ def _patches(
         return patches, whole, None
     weight, roles = built
     scale, rule = _scale(weight, path, stored, config)
+    # LyCORIS's `use_scalar`: a trained factor on the whole change.
     scale *= stored["scalar"].item() if "scalar" in stored else 1.0
     if not math.isfinite(scale):
         raise ValueError(f"its factors are scaled by {scale}")

@@ -135,6 +135,7 @@ def effects(patches: Iterable[tuple[str, Patch]], blocks: BlockStrengths, base_n
     for name, patch in patches:
         match = re.match(r"\w+\.\d+(?=\.\w+\.)|\w+", name)
         block, size = match[0] if match else name, patch.norm() * abs(blocks.factor(name))
+        # NaN: a replacement has no size of its own.
         if size != size:
             continue
         base = base_norm(name)
@@ -199,6 +200,7 @@ def _sign(use: LoraUse) -> float:
 def cosine(first: LowRank, second: LowRank) -> float:
     """The cosine between two low-rank changes of one weight, from their factors."""
     (down, up), (other_down, other_up) = first.factors(), second.factors()
+    # tr((up down)^T (up' down')), from matrices of the ranks alone.
     inner = ((up.T @ other_up) * (down @ other_down.T)).sum().item()
     size = first.norm() * second.norm()
     return inner / size if size else 0.0

@@ -250,6 +250,7 @@ def canonical(lora: Lora) -> tuple[tuple[tuple[str, Patch], ...], tuple[Skipped,
         if target is None:
             skipped.append(Skipped(layer.path, "names no part of Wan 2.1"))
             continue
+        # These are parameters, to which no `weight` is added.
         bare = target.rpartition(".")[2] in ("modulation", "emb_pos")
         patches += [(target if bare else f"{target}.{leaf}", patch) for leaf, patch in layer.patches]
     return tuple(patches), tuple(skipped)

@@ -87,6 +87,7 @@ def _parts(patch: Patch, leaf: str, form: Format) -> Iterable[tuple[str, Tensor]
     match patch:
         case Decomposed():
             yield from _parts(patch.inner, leaf, form)
+            # With two axes (out, 1), as ComfyUI and LyCORIS store it.
             yield "dora_scale", patch.magnitude if patch.magnitude.ndim > 1 else patch.magnitude[:, None]
         case LowRank():
             up = patch.up if form.alpha else patch.up.float() * patch.scale
@@ -99,6 +100,7 @@ def _parts(patch: Patch, leaf: str, form: Format) -> Iterable[tuple[str, Tensor]
             yield from ((f"hada_{name}", tensor) for name, tensor in patch.tensors().items())
             yield "alpha", torch.tensor(patch.scale * patch.rank)
         case Kronecker():
+            # Scaled here: LyCORIS ignores the alpha of a LoKr whose factors are both stored whole.
             yield from (("lokr_w1", patch.w1.float() * patch.scale), ("lokr_w2", patch.w2))
         case Difference():
             yield WHOLE_KEYS.get(leaf, "diff"), patch.delta()
@@ -164,6 +166,7 @@ def _joined(name: str, parts: Sequence[tuple[Patch, float]], rank: int | None) -
         shape = parts[0][0].shape
         dense = reduce(torch.add, (patch.delta().reshape(shape) * strength for patch, strength in parts))
         return decompose(dense, rank)
+    # up_1 @ down_1 + up_2 @ down_2 is the product of the factors side by side, so the ranks add up.
     down = torch.cat([patch.down.float() for patch, _ in plain])
     up = torch.cat([patch.up.float() * (patch.scale * strength) for patch, strength in plain], 1)
     joined = LowRank(down, up)
@@ -173,8 +176,10 @@ def _joined(name: str, parts: Sequence[tuple[Patch, float]], rank: int | None) -
 def _cut(patch: LowRank, rank: int) -> tuple[LowRank, float]:
     """The best patch of `rank`, from the factors alone; the norm of what it leaves out."""
     down, up = patch.factors()
+    # After a QR of both factors the SVD is of a matrix of the rank instead of the weight's size.
     (left, outer), (right, inner) = torch.linalg.qr(up), torch.linalg.qr(down.T)
     u, sizes, v = torch.linalg.svd(outer @ inner.T)
+    # Half of each singular value in either factor, so that both are of one size when they are rounded to 16 bits.
     root = sizes[:rank].sqrt()
     cut_up, cut_down = left @ u[:, :rank] * root, (root[:, None] * v[:rank]) @ right.T
     kernel = patch.down.shape[2:]
@@ -187,6 +192,7 @@ def decompose(change: Tensor, rank: int) -> tuple[LowRank, float]:
     matrix = change.float().flatten(1)
     rank = min(rank, *matrix.shape)
     width = rank + OVERSAMPLING
+    # A random projection is cheaper only where the rank is far below the size of the matrix.
     if 4 * width > min(matrix.shape):
         u, sizes, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:

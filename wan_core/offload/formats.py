@@ -89,6 +89,7 @@ class WeightFormat:
         axes = (1,) * (len(weight) - 1)
         if prod(scale) == 1:
             return (1, *axes)
+        # Also by its first axis: (1, n) would be a scale per column.
         if prod(scale) == weight[0] and scale[0] == weight[0]:
             return (weight[0], *axes)
         return None

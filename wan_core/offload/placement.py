@@ -53,6 +53,7 @@ class Inventory:
         layouts = {path: FlatLayout.of(path, weights, dtypes) for path in paths if path not in idle}
         apart = tuple(f"{path}." for path in (*layouts, *idle))
         tables = tables_of(module)
+        # What is trained counts as outside wherever it is: it is never streamed.
         outside = {
             name: weight
             for name, weight in weights.items()

@@ -62,6 +62,7 @@ class QuantisedLinear(nn.Linear):
             raise ValueError(f"Weights are not held as {weight.dtype}.")
         self.format = found
         out_features, in_features = self.format.weight_shape(tuple(weight.shape))
+        # On the meta device, so that the weight which nn.Linear draws takes neither time nor memory.
         super().__init__(in_features, out_features, bias is not None, device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
@@ -97,6 +98,7 @@ class QuantisedLinear(nn.Linear):
         return self.format == formats.FP8 and (self.scale is None or self.scale.shape[1] == 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        # FP8 products have no backward pass.
         if self.fp8_matmul and not (torch.is_grad_enabled() and x.requires_grad):
             return self._multiply_fp8(x)
         return F.linear(x, self.format.dequantise(self.weight, self.scale, self.compute_dtype), self.bias)
@@ -117,6 +119,7 @@ class QuantisedLinear(nn.Linear):
     def _multiply_fp8(self, x: Tensor) -> Tensor:
         rows, row_scale = to_fp8(x.reshape(-1, self.in_features))
         scale = x.new_ones(1, 1, dtype=torch.float32) if self.scale is None else self.scale
+        # `_scaled_mm` takes scales per row only together with scales per column, so one for all is repeated.
         column_scale = scale.expand(self.out_features, 1).contiguous().T
         out = torch._scaled_mm(
             rows, self.weight.T, scale_a=row_scale, scale_b=column_scale, bias=self.bias, out_dtype=MATMUL_DTYPE

@@ -54,6 +54,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
+        # By storage, so that views and results written in place are not counted again.
         if storage in self._known:
             return
         size = storage.nbytes()
@@ -141,7 +142,9 @@ def _short_twin(dit: WanDiT) -> WanDiT:
         parts["vace_blocks"] = nn.ModuleList(meta_twin(block) for block in dit.vace_blocks[: len(layers)])
     twin = meta_twin(dit, **parts)
     twin.config = dataclasses.replace(dit.config, vace_layers=layers)
+    # A kernel of any kind allocates its result, and scratch space that the allowance covers.
     twin.attend = lambda q, k, v: torch.empty_like(q)
+    # The plain steps: nothing is compiled for the meta device.
     twin.chains = STEPS
     return twin
 

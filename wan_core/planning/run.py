@@ -158,6 +158,7 @@ def _keeping(
     """`plan`, keeping keys and values of cross-attention over the steps if that pays and all weights still fit."""
     settings, windows = plan.settings, plan.settings.windows
     windowed = windows is not None and windows.mode == "blend" and windows.size < size.frames
+    # With a LoRA of changing strength, keys and values are others in each step.
     if windowed or settings.total_steps == 1 or not all(use.constant for use in loras):
         return plan
     if kept_share(dit.config, size.shape, cond.encoded_text.shape[1]) < WORTH_KEEPING:
