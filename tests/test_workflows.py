@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -199,8 +200,9 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def run_tiny(models, weights, tmp_path):
+def run_tiny(models, weights, tmp_path, monkeypatch):
     """Runs a shipped workflow on tiny models with changes {title: {input: value}}; returns the video's path."""
+    monkeypatch.setattr(sys, "executable", fork_server.python())  # which trains
 
     def execute(name: str, changes: dict[str, dict] | None = None) -> Path:
         host.configure(device="cpu", models_dir=models, output_dir=tmp_path / "out")

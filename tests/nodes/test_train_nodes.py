@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests import fork_server
 from tests.nodes.running import outputs as run
 from tests.programs import wait_for
 from tests.trainer.runs import ROOT, environment
@@ -40,6 +41,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def configured(place, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "executable", fork_server.python())
     host.configure(device="cpu", models_dir=place / "models", input_dir=place, output_dir=tmp_path / "out 输出")
     yield
     host.configure()
