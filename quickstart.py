@@ -74,7 +74,7 @@ def pip_install(python: Path, what: str, *arguments: str, index: str | None = No
     # An extra index in the user's settings would offer other builds beside the one that is wanted.
     env = {"PIP_INDEX_URL": index, "PIP_EXTRA_INDEX_URL": index} if index else {}
     if call(*pip(python), "install", *arguments, stdin=subprocess.DEVNULL, env=env):
-        raise QuickstartError(f"pip could not install {what}; it says why above. Run this again when that is mended.")
+        raise QuickstartError(f"pip could not install {what}; its output above says why. Fix that and run this again.")
 
 
 def accelerator() -> str:
@@ -120,7 +120,7 @@ def make_venv(venv: Path) -> None:
     fresh = not venv.exists()
     try:
         if call(sys.executable, "-m", "venv", *(["--system-site-packages"] if share else []), venv):
-            raise QuickstartError(f"Python could not make {venv}; it says why above.")
+            raise QuickstartError(f"Python could not make {venv}; its output above says why.")
     except BaseException:
         if fresh:
             shutil.rmtree(venv, ignore_errors=True)

@@ -52,7 +52,7 @@ def reference() -> Iterator[str]:
     """Every flag of the reference that is no setting: what it stands for, or why it is refused."""
     yield from _head("Flag", "Here")
     for name, flag in REFERENCE_FLAGS.items():
-        yield _row(f"`--{name}`", flag.says)
+        yield _row(f"`--{name}`", flag.note)
     for name, instead in REFUSED_FLAGS.items():
         yield _row(f"`--{name}`", f"refused: {instead}")
 

@@ -84,10 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, help=f"folder for {REPORT} and {CONTACT_SHEET}")
-    given, words = parser.parse_known_args(argv)
+    arguments, words = parser.parse_known_args(argv)
     try:
         config = with_recorded_data(parse(words))
-        found = _checked(config, given.out)
+        found = _check(config, arguments.out)
         found.require(config.on_bad_sample)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _checked(config: TrainConfig, folder: Path | None) -> report.DatasetReport:
-    """The report; `folder` gets it with the picture, and tells how far the check is."""
+def _check(config: TrainConfig, folder: Path | None) -> report.DatasetReport:
+    """The report. With `folder`, writes it there with the contact sheet, and the progress as events."""
     if folder is None:
         return report.check(dataset.load(config), config)
     folder.mkdir(parents=True, exist_ok=True)

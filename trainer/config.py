@@ -49,9 +49,9 @@ PATHS = (
 """Settings that name a file or folder."""
 
 TASKS = ("sft", "sft:data_process", "sft:train")
-"""What `--task` asks for: all of it, its first half (`task.record`), its second half."""
+"""The values of `--task`: encode and train; encode only (`output.record_data`); train on what was encoded."""
 DISTILLATION = "direct_distill"
-"""The reference's task, whole or split into `:data_process` and `:train`, in which a teacher makes the samples."""
+"""The reference's distillation task, also with `:data_process` or `:train`. A teacher model makes its samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class TrainConfig:
         False, "refuse rows that name files outside of the folder, as workflows always do; links in it are followed"
     )
     data_file_keys: tuple[str, ...] = option(
-        ("image", "video"), "columns that hold media files; the clip that is trained stands in video or image"
+        ("image", "video"), "columns that hold media files; the clip that is trained is in video or image"
     )
     dataset_repeat: int = option(1, "how often each row is used in an epoch", low=1, high=10**6)
     height: int | None = option(
@@ -104,7 +104,7 @@ class TrainConfig:
     )
     num_workers: int = option(0, "threads that load samples ahead", low=0, high=256, aliases=("dataset_num_workers",))
     cache: str = option(
-        "disk", "keep encoded samples on disk, or encode them anew at every step", choices=("disk", "off")
+        "disk", "keep encoded samples on disk, or encode them again at every step", choices=("disk", "off")
     )
     cache_dir: str | None = option(None, "where encoded samples are kept; none is <output_path>/cache")
     task: str = option(
@@ -169,7 +169,7 @@ class TrainConfig:
         0.0, "where the drawn part of the schedule begins, 0 is most noise", low=0, high=1
     )
     max_timestep_boundary: float = option(1.0, "where the drawn part of the schedule ends", low=0, high=1)
-    use_gradient_checkpointing: bool = option(True, "compute activations anew in the backward pass")
+    use_gradient_checkpointing: bool = option(True, "recompute activations in the backward pass")
     use_gradient_checkpointing_offload: bool = option(False, "keep what checkpointing saves in host memory")
     gradient_checkpointing_keeps: str = option(
         "auto",
@@ -191,7 +191,8 @@ class TrainConfig:
         None, "how many saves stay, weights and states; none keeps all weights and two states", low=1, high=10**6
     )
     resume: str = option(
-        "auto", "continue a stopped run: auto looks in output_path, never starts anew, else the folder of a state"
+        "auto",
+        "continue a stopped run: auto looks in output_path, never does not continue, else the folder of a state",
     )
     resume_force: bool = option(False, "continue although data or settings changed")
     stop_file: str | None = option(
@@ -213,7 +214,7 @@ class TrainConfig:
     sample_cfg_scale: float = option(5.0, "guidance of the samples", low=0)
 
     def __post_init__(self) -> None:
-        # Before its other flags, which mean nothing here: they are inputs of the teacher's sampler.
+        # First, because its other flags are inputs of the teacher's sampler and would fail with unrelated messages.
         if str(self.task).startswith(DISTILLATION):
             raise ConfigError(
                 f"--task {self.task}: distillation is not offered; this trainer learns from data alone "
@@ -223,11 +224,13 @@ class TrainConfig:
         for name in PATHS:
             path = getattr(self, name)
             if path is not None and not is_nameable(path):
-                raise ConfigError(f"--{name}: {path[:60]!r}... is no name that a file can have.")
+                raise ConfigError(f"--{name}: {path[:60]!r}... is not a valid file name; give another path.")
         for group in self.model_paths:
             strange = [path for path in group if not isinstance(path, str) or not is_nameable(path)]
             if strange or not group:
-                raise ConfigError(f"--model_paths: {strange or group!s:.60} is no name that a file can have.")
+                raise ConfigError(
+                    f"--model_paths: {strange or group!s:.60} is not a valid file name; give a path or a list of paths."
+                )
         try:
             optimizers.check(self.optimizer, self.optimizer_args)
         except ValueError as error:
@@ -254,7 +257,7 @@ class TrainConfig:
         for name in self.extra_inputs:
             needed = INPUTS[name].needs
             if needed and needed not in self.extra_inputs:
-                raise ConfigError(f"The input {name} means nothing without {needed}; add it to --extra_inputs.")
+                raise ConfigError(f"The input {name} needs {needed}; add it to --extra_inputs.")
 
     @cached_property
     def size(self) -> VideoSize | None:
@@ -271,7 +274,7 @@ class TrainConfig:
 
     @property
     def _why_uncached(self) -> str | None:
-        """Why what encoders give cannot be kept; None when it can."""
+        """Why encoded samples cannot be kept; None when they can."""
         if {"vae", "text_encoder"} & set(self.trainable_models):
             return "encoders that are trained give something else at every step"
         if self.frame_pick == "random" or self.random_mask:
@@ -290,14 +293,14 @@ class TrainConfig:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """Lines on what these settings come to, where that is not what they say."""
+        """Notes on settings that have no effect in this combination."""
         prefix = self.remove_prefix_in_ckpt
-        told = {
+        notices = {
             f"Encoded samples are not kept on disk: {self._why_uncached}.": self.cache == "disk" and not self.caches,
             f"--remove_prefix_in_ckpt {prefix!r} is no prefix of the names of what is trained; they are saved without "
             "any.": prefix not in {*self._own_prefixes, TrainConfig.remove_prefix_in_ckpt},
         }
-        return tuple(line for line, is_so in told.items() if is_so)
+        return tuple(line for line, applies in notices.items() if applies)
 
     @property
     def objective(self) -> Objective:
@@ -356,7 +359,7 @@ def parser(prog: str = PROGRAM, *, prints_help: bool = True) -> argparse.Argumen
     for name, flag in REFERENCE_FLAGS.items():
         kept = {"action": "append", "type": partial(_named, name)} if flag.has_value else {
             "action": "append_const", "const": (name, "")}  # fmt: skip
-        made.add_argument(f"--{name}", dest="reference", help=f"a flag of DiffSynth-Studio: {flag.says}", **kept)
+        made.add_argument(f"--{name}", dest="reference", help=f"a flag of DiffSynth-Studio: {flag.note}", **kept)
     return made
 
 
@@ -375,8 +378,8 @@ def parse(argv: Sequence[str], prog: str = PROGRAM) -> TrainConfig:
     """
     typed = parse_known(parser(prog), argv, REFUSED_FLAGS)
     file, switched = typed.pop("config", None), typed.pop("switched", ())
-    implied, told = translate(typed.pop("reference", ()))
-    for line in told:
+    implied, notes = translate(typed.pop("reference", ()))
+    for line in notes:
         log.info("%s", line)
     values = from_json(TrainConfig, read_json(file), file) if file else {}
     values |= {**implied, **typed}

@@ -27,7 +27,7 @@ from .model.trainable import Trainable, Trainables, lora_patches
 log = logging.getLogger("wancore")
 
 WEIGHTS = re.compile(r"(epoch|step)-\d+(\.\w+)?\.safetensors")
-"""How files of weights are called."""
+"""The names of files of weights."""
 
 STEP = "ss_steps"
 """Metadata key of the step after which a file was written."""
@@ -37,7 +37,7 @@ RUN = "wancore.run"
 
 
 class ExportError(RuntimeError):
-    """A file that was written is not what was to be written."""
+    """A file differs from what was written when it is read again."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,10 @@ class Exporter:
         return Path(self.config.output_path)
 
     def paths(self, stem: str) -> dict[Path, tuple[Trainable, ...]]:
-        """The files, and what each holds: one for each part, as programs other than the reference load one thing from
-        a file; one for all where a LoRA is written in the reference's names. The only file of a run has the plain name.
+        """The files of a save, and the parts in each.
+
+        One file for each part, because other programs load one thing from a file. One file for all parts with
+        `--lora_format diffsynth`, as the reference does. A single file has the plain name `stem`.
         """
         parts = self.trainables.parts
         together = self.config.lora_format == "diffsynth" and any(part.is_lora for part in parts)
@@ -68,12 +70,12 @@ class Exporter:
             return {self.folder / f"{stem}.safetensors": parts}
         return {self.folder / f"{stem}.{'lora' if p.is_lora else p.name}.safetensors": (p,) for p in parts}
 
-    def write(self, stem: str, tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> list[Path]:
+    def write(self, stem: str, tensors: Mapping[str, Tensor], more: Mapping[str, str]) -> list[Path]:
         """Write every part under `stem` and return the files.
 
         Args:
             tensors: the trained parameters by their names in `Trainables.module`.
-            told: further metadata, such as the step.
+            more: further metadata, such as the step.
 
         Raises:
             OSError: the disk is full or fails; a file of that name that was there before still is.
@@ -84,7 +86,7 @@ class Exporter:
         for path in paths:
             self.require_own(path, self.run)
         self.folder.mkdir(parents=True, exist_ok=True)
-        metadata = {**self._metadata(), **told}
+        metadata = {**self._metadata(), **more}
         for path, parts in paths.items():
             with replacing(path, sync=True) as partial:
                 self._write(parts, partial, path.stem, tensors, metadata)
@@ -95,9 +97,9 @@ class Exporter:
         """Remove the weights of all but the newest `keep` saves of this run."""
         steps: dict[Path, int] = {}
         for path in self.folder.glob("*.safetensors"):
-            told = _metadata_of(path) if WEIGHTS.fullmatch(path.name) else {}
-            if told.get(RUN) == self.run and told.get(STEP, "").isdigit():
-                steps[path] = int(told[STEP])
+            metadata = _metadata_of(path) if WEIGHTS.fullmatch(path.name) else {}
+            if metadata.get(RUN) == self.run and metadata.get(STEP, "").isdigit():
+                steps[path] = int(metadata[STEP])
         kept = sorted(set(steps.values()))[-keep:]
         for path, step in steps.items():
             if step not in kept:
@@ -114,7 +116,7 @@ class Exporter:
 
     def _metadata(self) -> dict[str, str]:
         config = self.config
-        told = {
+        metadata = {
             RUN: self.run,
             "ss_learning_rate": str(config.learning_rate),
             "ss_seed": str(config.seed),
@@ -123,10 +125,10 @@ class Exporter:
         }  # fmt: skip
         if config.lora_base_model:
             alpha = config.lora_alpha or config.lora_rank
-            told["ss_network_args"] = json.dumps(
+            metadata["ss_network_args"] = json.dumps(
                 {"rank": config.lora_rank, "alpha": alpha, "targets": config.lora_target_modules}
             )
-        return told
+        return metadata
 
     def _write(
         self,
@@ -155,9 +157,9 @@ class Exporter:
     ) -> None:
         config = self.config
         patches = tuple(lora_patches(part, tensors, config.lora_alpha or config.lora_rank))
-        told = {**lora_metadata(patches, title), **metadata}
+        everything = {**lora_metadata(patches, title), **metadata}
         form = LoraFormat(config.lora_format, _lora_dtype(config))
-        write_lora(partial, Merged(patches), title, form, told, {"trained": True})
+        write_lora(partial, Merged(patches), title, form, everything, {"trained": True})
         self._check_lora(part, partial, dict(patches))
 
     def _check_lora(self, part: Trainable, partial: Path, patches: Mapping[str, Any]) -> None:
@@ -184,8 +186,8 @@ class Exporter:
         metadata: Mapping[str, str],
     ) -> None:
         prefix = "" if self.config.remove_prefix_in_ckpt else f"pipe.{part.name}."
-        told = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title, **metadata}
-        _save_checked(self._whole(part, tensors, prefix), partial, told)
+        everything = {"format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title, **metadata}
+        _save_checked(self._whole(part, tensors, prefix), partial, everything)
         found = detect_files(partial)
         if found.kind != part.name:
             raise ExportError(f"{partial.name} is read as a {found.kind}, not as a {part.name}.")

@@ -25,12 +25,12 @@ class ReferenceFlag:
     """A flag that is taken.
 
     Attributes:
-        says: what takes its place, for the log.
-        sets: the settings that it stands for, given the word that follows it.
-        has_value: whether a word follows it.
+        note: what happens instead, for the log.
+        sets: the settings that it means, from the value that follows it.
+        has_value: whether a value follows it.
     """
 
-    says: str
+    note: str
     sets: Callable[[str], Settings] = lambda word: {}
     has_value: bool = True
 
@@ -80,7 +80,7 @@ REFERENCE_FLAGS: Mapping[str, ReferenceFlag] = {
     "swanlab_project": ReferenceFlag("events.jsonl and loss.png show the loss; --log_with plots it"),
     "enable_csv_log": ReferenceFlag("events.jsonl is always written", has_value=False),
 }
-"""Flags, without dashes, that a run takes."""
+"""Flags of DiffSynth-Studio, without dashes, that are accepted although they are no settings here."""
 
 REFUSED_FLAGS: Mapping[str, str] = {
     "audio_processor_path": "it is for Wan 2.2 S2V; this trainer is for Wan 2.1",
@@ -90,16 +90,16 @@ REFUSED_FLAGS: Mapping[str, str] = {
     "align_to_opensource_format": "use --lora_format",
     "dataset_metadata_paths": "use --dataset_metadata_path",
 }
-"""Flags that are refused, and what to do."""
+"""Flags of DiffSynth-Studio that are refused, and what to do instead."""
 
 
-def translate(given: Sequence[tuple[str, str]]) -> tuple[Settings, tuple[str, ...]]:
-    """The settings that the flags of ACCEPTED in `given`, each with its word, stand for; and a line on each flag."""
+def translate(flags: Sequence[tuple[str, str]]) -> tuple[Settings, tuple[str, ...]]:
+    """The settings that `flags` of REFERENCE_FLAGS, each with its value, mean; and a line for the log on each."""
     settings: dict[str, Any] = {}
-    for name, word in given:
+    for name, word in flags:
         for key, value in REFERENCE_FLAGS[name].sets(word).items():
             settings[key] = (*settings.get(key, ()), *value) if isinstance(value, tuple) else value
-    return settings, tuple(f"--{name}: {REFERENCE_FLAGS[name].says}." for name in dict(given))
+    return settings, tuple(f"--{name}: {REFERENCE_FLAGS[name].note}." for name in dict(flags))
 
 
 class ConfigError(ValueError):
@@ -118,7 +118,7 @@ def option(
     """A dataclass field that is a flag.
 
     Args:
-        default: its value when the flag is not given.
+        default: its value without the flag.
         text: the help text.
         choices: the words that it may be.
         low, high: the range of a number.
@@ -147,7 +147,7 @@ def groups(text: str) -> tuple[tuple[str, ...], ...]:
 
 
 def pairs(text: str) -> dict[str, Any]:
-    """`a=1,b=true` or a JSON object; values are JSON, or text where they are none."""
+    """`a=1,b=true` or a JSON object; a value that is not JSON is text."""
     if text.lstrip().startswith("{"):
         return json.loads(text)
     found = {}
@@ -170,7 +170,7 @@ PARSERS: dict[Any, Any] = {
     tuple[tuple[str, ...], ...]: groups,
     Mapping[str, Any]: pairs,
 }
-"""From a field's type to what reads a word of the command line."""
+"""By a field's type: the function that parses a value of the command line."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -215,10 +215,10 @@ def _reader(name: str, kind: Any, optional: bool) -> Any:
 
 
 def parse_known(parser: argparse.ArgumentParser, argv: Sequence[str], elsewhere: Mapping[str, str]) -> dict[str, Any]:
-    """What `argv` says, by field name.
+    """The values of the flags in `argv`, by field name.
 
     Args:
-        elsewhere: flags of other trainers, without dashes, and what to do here in place of them.
+        elsewhere: flags of other trainers, without dashes, and what to do here instead.
 
     Raises:
         ConfigError: a flag is unknown or its value cannot be read; the nearest flag is named.
@@ -280,29 +280,29 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def check_fields(value: Any) -> None:
-    """Raise ConfigError when a field of the dataclass `value` is not of its type, or outside of its range."""
+    """Raise ConfigError when a field of the dataclass `value` has the wrong type or is out of range."""
     for field in dataclasses.fields(value):
-        given = getattr(value, field.name)
+        held = getattr(value, field.name)
         kind, optional = flag_type(field)
-        if given is None and optional:
+        if held is None and optional:
             continue
         try:
-            _check(field, kind, given)
+            _check(field, kind, held)
         except ValueError as error:
             raise ConfigError(f"--{error}") from error
 
 
-def _check(field: dataclasses.Field, kind: Any, given: Any) -> None:
+def _check(field: dataclasses.Field, kind: Any, value: Any) -> None:
     low: Any = float("-inf") if field.metadata["low"] is None else field.metadata["low"]
     if kind is int:
-        check_whole(field.name, given, low=low, high=field.metadata["high"])
+        check_whole(field.name, value, low=low, high=field.metadata["high"])
     elif kind is float:
-        check_number(field.name, given, low=low, high=field.metadata["high"])
+        check_number(field.name, value, low=low, high=field.metadata["high"])
     elif field.metadata["choices"]:
-        for word in given if isinstance(given, tuple) else (given,):
+        for word in value if isinstance(value, tuple) else (value,):
             check_choice(field.name, word, field.metadata["choices"])
-    elif not isinstance(given, typing.get_origin(kind) or kind):
-        raise ValueError(f"{field.name} must be {getattr(kind, '__name__', kind)}; got {given!r}.")
+    elif not isinstance(value, typing.get_origin(kind) or kind):
+        raise ValueError(f"{field.name} must be {getattr(kind, '__name__', kind)}; got {value!r}.")
 
 
 def _frozen(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""What a model learns from: noise and timesteps drawn per sample, the velocity it should give, and the loss.
+"""The training objective: noise and timestep of each sample, the target velocity, and the loss.
 
-Pure functions without knowledge of models. What is drawn for a sample depends on (seed, epoch, position) alone, not on
-the process, the batch or the order that it comes in.
+Pure functions that do not know models. The noise of a sample depends on (seed, epoch, position) only: not on the
+process, the batch or the order of samples.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from wan_core.sampling.solvers import NUM_TRAIN_TIMESTEPS, shifted_sigmas, train
 
 @dataclass(frozen=True)
 class Noising:
-    """What was drawn for a batch, on the CPU in float32.
+    """The noise of a batch and its level, on the CPU in float32.
 
     `noise` has the shape of the latents; `sigmas`, `timesteps` (0 to 1000) and `weights` are (B,).
     """
@@ -36,7 +36,7 @@ class Objective:
         sampling: `uniform` draws the index evenly, which with the reference's shift of 5 means mostly high noise;
             `logit_normal` draws its place as the logistic function of a normal number (Esser et al. 2024).
         shift: moves the points towards high noise.
-        weighting: `bell` is the reference's weight around timestep 500, `none` weighs all timesteps alike.
+        weighting: `bell` is the reference's weight around timestep 500, `none` weighs all timesteps equally.
         low, high: the part of the index range that is drawn, in fractions.
     """
 
@@ -68,7 +68,7 @@ class Objective:
         return self.at(torch.stack(noise), torch.tensor(indices))
 
     def at(self, noise: Tensor, indices: Tensor) -> Noising:
-        """The draw with this noise and these schedule indices (B,)."""
+        """The noising with this noise and these schedule indices (B,)."""
         sigmas = self.sigmas[indices]
         return Noising(noise, sigmas, sigmas * NUM_TRAIN_TIMESTEPS, self.weights[indices])
 
@@ -76,7 +76,7 @@ class Objective:
         first, last = int(self.low * NUM_TRAIN_TIMESTEPS), max(1, int(self.high * NUM_TRAIN_TIMESTEPS))
         if self.sampling == "uniform":
             return int(torch.randint(min(first, last - 1), last, (), generator=generator))
-        # The normal distribution is cut to the drawn part through its quantiles, so that one draw is always enough.
+        # Sampled through quantiles of the truncated normal distribution, so that no sample has to be rejected.
         bounds = torch.special.ndtr(torch.logit(1 - torch.tensor([self.high, self.low], dtype=torch.float64)))
         quantile = bounds[0] + (bounds[1] - bounds[0]) * torch.rand((), generator=generator, dtype=torch.float64)
         place = torch.sigmoid(torch.special.ndtri(quantile))
@@ -94,21 +94,21 @@ def seed_for(purpose: str, *numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def noisy(latents: Tensor, draw: Noising) -> Tensor:
+def noisy(latents: Tensor, noising: Noising) -> Tensor:
     """`latents` (B, ...) at the drawn noise levels, in float32."""
-    sigmas = _per_sample(draw.sigmas, latents)
-    return (1 - sigmas) * latents.float() + sigmas * draw.noise.to(latents.device)
+    sigmas = _per_sample(noising.sigmas, latents)
+    return (1 - sigmas) * latents.float() + sigmas * noising.noise.to(latents.device)
 
 
-def errors(velocity: Tensor, latents: Tensor, draw: Noising) -> Tensor:
+def errors(velocity: Tensor, latents: Tensor, noising: Noising) -> Tensor:
     """Mean squared error of each sample's velocity (B,), in float32, without the weight."""
-    target = draw.noise.to(latents.device) - latents.float()
+    target = noising.noise.to(latents.device) - latents.float()
     return (velocity.float() - target).square().flatten(1).mean(1)
 
 
-def weighted(error: Tensor, draw: Noising) -> Tensor:
+def weighted(error: Tensor, noising: Noising) -> Tensor:
     """The loss of each sample (B,): its error times the weight of its timestep."""
-    return error * draw.weights.to(error.device)
+    return error * noising.weights.to(error.device)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ TASKS: Mapping[Task, TaskFlags] = {
         full={"trainable_models": ("motion_controller",), "remove_prefix_in_ckpt": "pipe.motion_controller."},
     ),
 }
-"""By the task of a checkpoint. What one checkpoint is trained with instead stands in its catalog row."""
+"""By the task of a checkpoint. Exceptions of one checkpoint are in its catalog row."""
 
 
 @dataclass(frozen=True)
@@ -241,12 +241,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.recip
         choices=(NONE, *sorted(file.stem for file in LAUNCHERS.glob("*.yaml"))),
         help="configuration of trainer/accelerate to launch with; without it 14B full takes zero2_offload, others none",
     )
-    given, overrides = parser.parse_known_args(argv)
+    arguments, overrides = parser.parse_known_args(argv)
     try:
-        words = command(recipe(given.row, given.mode), overrides, given.launcher)
+        words = command(recipe(arguments.row, arguments.mode), overrides, arguments.launcher)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     sys.stdout.write(f"{shlex.join(words)}\n")
     sys.stdout.flush()
-    return 0 if given.dry_run else run(words)
+    return 0 if arguments.dry_run else run(words)

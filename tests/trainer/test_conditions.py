@@ -399,7 +399,7 @@ def test_random_masks_are_drawn_and_trained(root, kind, monkeypatch):
     sample = made.get(0, 0)
     known = sample.cond.concat[0, :4]
     assert (sample.cond.clip is not None) == (kind in (START, BOTH))
-    assert made.choose(0, 0).given == {START: ("input_image",), BOTH: ("input_image", "end_image")}.get(
+    assert made.choose(0, 0).inputs == {START: ("input_image",), BOTH: ("input_image", "end_image")}.get(
         kind, ("inpaint_video",)
     )
     if kind == WHOLE:

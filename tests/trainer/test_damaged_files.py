@@ -50,7 +50,7 @@ def test_damaged_manifests(state, text):
     with pytest.raises(StateError, match="step-0000003"):
         verify(state)
         read_progress(state)
-    with pytest.raises(StateError, match="No saved state holds"):
+    with pytest.raises(StateError, match="All saved states are damaged"):
         States(state.parent).latest()
 
 

@@ -31,7 +31,7 @@ HASHES_BYTES = 2**28
 """A million files with long names."""
 READ_BYTES = 2**22
 DIGEST = "sha256"
-"""Name of the tensor that says what the others of a file are."""
+"""Name of the tensor with the checksum of the others in a file."""
 
 
 class LatentCache:
@@ -85,7 +85,7 @@ class LatentCache:
         return self._path(key).is_file()
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors under `key`; None when there are none or their file is damaged, which is said in the log."""
+        """The tensors under `key`; None when there are none, or when their file is damaged, which is logged."""
         path = self._path(key)
         if not path.is_file():
             return None
@@ -96,7 +96,7 @@ class LatentCache:
                 raise ValueError("its tensors are not those that were written")
             return tensors
         except ValueError as error:
-            log.warning("The cached file %s is damaged (%s); it is made anew.", path, error)
+            log.warning("The cached file %s is damaged (%s); it is made again.", path, error)
             return None
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:

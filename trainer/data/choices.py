@@ -1,4 +1,4 @@
-"""The order in which samples are trained, and what is drawn for each of them in an epoch."""
+"""Which samples form a batch, and which caption, inputs and frames of a sample are used in an epoch."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -74,12 +74,12 @@ def _parts(bucket: list[int], size: int, world: int) -> list[list[int]]:
 
 
 STREAM = 0xDA7A
-"""Keeps what is drawn here apart from what the objective draws for the same sample."""
+"""Makes these seeds differ from those of the objective for the same sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What is drawn for one sample in one epoch.
+    """The random choices for one sample in one epoch.
 
     Attributes:
         row: the sample.
@@ -98,16 +98,16 @@ class Choice:
     seed: int = 0
 
     @property
-    def given(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[str, ...]:
         """The inputs by the names that `wan_core.variants` uses."""
         masked = {None: (), START: ("input_image",), BOTH: ("input_image", "end_image")}
         return input_names(self.names) + masked.get(self.mask, ("inpaint_video",))
 
 
 def choose(row: Row, config: TrainConfig, kept: tuple[str, ...], epoch: int, position: int) -> Choice:
-    """What is drawn for `row` at a position in an epoch; condition dropout leaves the inputs `kept`.
+    """The choices for `row` at a position in an epoch. Condition dropout leaves the inputs `kept`.
 
-    It follows from (seed, epoch, position) alone.
+    They depend on (seed, epoch, position) only.
     """
     seed = mix_seeds(STREAM, config.seed, epoch, position)
     generator = torch.Generator().manual_seed(seed)
@@ -124,7 +124,7 @@ def choose(row: Row, config: TrainConfig, kept: tuple[str, ...], epoch: int, pos
 
 
 def fixed(row: Row, config: TrainConfig) -> Choice:
-    """`row` without anything drawn: its first caption, all inputs, the first frames; a random mask leaves the first
+    """`row` without random choices: its first caption, all inputs, the first frames. A random mask leaves the first
     frame."""
     return Choice(
         row=row,
@@ -185,7 +185,7 @@ class Media:
         return {"inpaint_video": self.frames, "inpaint_mask": mask}
 
     def _camera(self) -> CameraPath:
-        """The path of a pose file, of which the trained frames count, or of a named direction."""
+        """The camera path of a pose file, cut to the trained frames, or of a named direction."""
         sample, places = self.choice.row.sample, self.choice.places
         if "camera_path" in self.choice.names:
             path = CameraPath.from_file(sample.files["camera_path"][0])
@@ -199,7 +199,7 @@ class Media:
         return CameraPath.from_direction(sample.values["camera_control_direction"], len(places), speed)
 
     def _aligned(self, clip: Clip) -> Tensor:
-        """The frames of `clip` that stand at the places of this choice; a picture stands still."""
+        """The frames of `clip` at the places of this choice; a picture is repeated."""
         size = self.choice.row.size
         stored = frames_at_rate(clip, self.config.fps)
         places = self.choice.places if clip.fps is not None else [0] * size.num_frames

@@ -167,8 +167,7 @@ def native_size(width: int, height: int, max_pixels: int, geometry: Geometry = D
 
 
 def read(clip: Clip, indices: Sequence[int], width: int | None = None, height: int | None = None) -> Tensor:
-    """Frames (T, height, width, 3) in [0, 1] of `clip`, float32; cropped to that size around the centre, if one is
-    given.
+    """Frames (T, height, width, 3) in [0, 1] of `clip`, float32, cropped around the centre to `width` x `height`.
 
     Raises:
         MediaError: a frame cannot be decoded; the message names file and frame.

@@ -28,7 +28,7 @@ CACHE_VERSION = 2
 """Raise it when the same files and options are encoded to other tensors than before."""
 
 ENCODED = ("input_image", "end_image", "inpaint_video", "control_video", "reference_image", "vace")
-"""How the names begin of inputs that pass through an encoder; the others are quickly made anew."""
+"""Prefixes of inputs that pass through an encoder. The others are cheap to compute again."""
 
 Shape = tuple[VideoSize, tuple[str, ...], int]
 """What must be equal within a batch: size, the names of the inputs, and the number of VACE reference frames."""
@@ -39,7 +39,7 @@ class EncodedSample:
     """One sample as a model is trained on it, on the CPU.
 
     Attributes:
-        latents: (z, R + F, h, w) in float32, normalised; R VACE references stand in front and are trained too.
+        latents: (z, R + F, h, w) in float32, normalised; the R VACE references come first and are trained too.
         cond: for one video, fitted to the model.
         caption: what `cond.text` was made of.
         position: its place in the epoch's data, for random numbers.
@@ -99,7 +99,7 @@ class Examples:
     """The rows of a data set as `Encoded` samples: `config.dataset_repeat` times each row makes the positions of an
     epoch.
 
-    What is drawn for a sample follows from (seed, epoch, position) alone.
+    The random choices for a sample depend on (seed, epoch, position) only.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Examples:
         return len(self.rows) * self.config.dataset_repeat
 
     def row(self, position: int) -> Row:
-        """The row that a position stands for."""
+        """The row of a position."""
         return self.rows[position % len(self.rows)]
 
     def shapes(self, epoch: int) -> list[Shape]:
@@ -134,15 +134,15 @@ class Examples:
 
     def _shape(self, choice: Choice) -> Shape:
         references = choice.row.clips.get("vace_reference_image", ())
-        return choice.row.size, choice.given, len(references) if "vace_reference_image" in choice.names else 0
+        return choice.row.size, choice.inputs, len(references) if "vace_reference_image" in choice.names else 0
 
     def choose(self, position: int, epoch: int) -> Choice:
-        """What is drawn for a position in an epoch."""
+        """The random choices for a position in an epoch."""
         config = self.config
         return choose(self.row(position), config, self._kept(config.extra_inputs), epoch, position)
 
     def fixed(self, position: int) -> Choice:
-        """A position without anything drawn, for validation."""
+        """The choices for a position without randomness, for validation."""
         return fixed(self.row(position), self.config)
 
     def _kept(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -168,12 +168,12 @@ class Examples:
         row = choice.row
         with self._reading(row):
             media = Media(choice, self.config)
-            text = self._kept_or_made(self._text_parts(choice.caption), lambda: self._text(choice.caption))
-            latents = self._kept_or_made(self._latent_parts(choice), lambda: self._latents(media))["latents"]
-            encoded = self._kept_or_made(self._condition_parts(choice), lambda: self._encoded_inputs(media))
+            text = self._cached(self._text_parts(choice.caption), lambda: self._text(choice.caption))
+            latents = self._cached(self._latent_parts(choice), lambda: self._latents(media))["latents"]
+            encoded = self._cached(self._condition_parts(choice), lambda: self._encoded_inputs(media))
             inputs = media.inputs(lambda name: not name.startswith(ENCODED))
             cond = numeric_conditioning(Conditioning(text=_padded(text["text"])), inputs, row.size)
-            cond = self.models.fit(_unpacked(encoded, cond, choice.given, row.size), row.size)
+            cond = self.models.fit(_unpacked(encoded, cond, choice.inputs, row.size), row.size)
         if "leading" in encoded:
             latents = torch.cat((encoded["leading"], latents), 2)
         return EncodedSample(
@@ -192,10 +192,10 @@ class Examples:
         on_progress: Callable[[int, int], None] | None = None,
         stops: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Encode what the cache lacks, this process's share of it, with the text encoder gone before the others load.
+        """Encode this process's share of what the cache lacks.
 
-        Call `encoders.free()` afterwards; nothing is encoded again. `on_progress` is called as (done, total), and
-        `stops` before each: whether to leave the others for another time.
+        Captions come first, so that the text encoder is freed before the other encoders load. Call `encoders.free()`
+        afterwards. `on_progress` is called as (done, total). `stops` is asked before each sample whether to end early.
 
         Raises:
             ValueError: a file cannot be read; the message names the row.
@@ -233,10 +233,8 @@ class Examples:
         if cache is not None and parts is not None and (key := cache.key(parts)) not in cache:
             cache.put(key, _finite(make()))
 
-    def _kept_or_made(
-        self, parts: Mapping[str, Any] | None, make: Callable[[], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """What the cache has under `parts`, else what `make` gives, which the cache then has. None is nothing."""
+    def _cached(self, parts: Mapping[str, Any] | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors for `parts` from the cache, or from `make`, which are then cached. None has no tensors."""
         if parts is None:
             return {}
         if self.cache is None:
@@ -250,9 +248,7 @@ class Examples:
 
     @contextmanager
     def _reading(self, row: Row) -> Iterator[None]:
-        """Around work on a row: its name goes into errors. What is logged on the fitting of pictures is logged once,
-        because it would come again for every sample in every step.
-        """
+        """Around work on a row: adds the row's name to errors, and logs each note on the fitting of pictures once."""
         fitting.log.addFilter(self._once)
         try:
             yield
@@ -314,7 +310,7 @@ class Examples:
 
     def _condition_parts(self, choice: Choice) -> dict[str, Any] | None:
         """None when no input passes through an encoder."""
-        if not any(name.startswith(ENCODED) for name in choice.given):
+        if not any(name.startswith(ENCODED) for name in choice.inputs):
             return None
         if self.cache is None:
             return {}
@@ -347,7 +343,7 @@ class _Once(logging.Filter):
 
 
 def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors`; an encoder that overflows must not reach the cache.
+    """`tensors`, checked: the output of an encoder that overflowed must not reach the cache.
 
     Raises:
         ValueError: one of them holds NaN or infinity.
@@ -370,9 +366,9 @@ def _unpacked(tensors: Mapping[str, Tensor], cond: Conditioning, names: Sequence
     """`cond` with the tensors of `_packed`."""
     slots = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("slots.")}
     vace = tuple(VaceInput(context=tensor) for name, tensor in tensors.items() if name.startswith("vace."))
-    given: dict[str, Any] = {"slots": slots or None, "vace": vace or None}
-    given |= {name: tensors[name] for name in ("clip", "reference") if name in tensors}
-    return cond.given(*names, size=size, **given)
+    found: dict[str, Any] = {"slots": slots or None, "vace": vace or None}
+    found |= {name: tensors[name] for name in ("clip", "reference") if name in tensors}
+    return cond.given(*names, size=size, **found)
 
 
 def _padded(text: Tensor) -> Tensor:

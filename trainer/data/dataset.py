@@ -23,7 +23,7 @@ JSON_BYTES = 2**28
 
 CAPTION = "prompt"
 TARGETS = ("video", "image")
-"""Columns in which the clip that is trained may stand; the first that a row fills counts."""
+"""Columns of the clip that is trained; the first that is not empty is used."""
 
 METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl")
 EXTRA_CELLS = "\0cells beyond the header"
@@ -225,7 +225,7 @@ def _sample(row: Mapping[str, Any], index: int, base: Path, config: TrainConfig)
             files[name] = files_of(cell)
         elif INPUTS[name].column and (texts := _texts(cell)):
             values[name] = texts[0]
-    problems += [f"{text:.60}... is no name that a file can have" for text in no_names]
+    problems += [f"{text:.60}... is not a valid file name" for text in no_names]
     problems += [f"{path} is outside of the data set's folder {base}" for path in outside]
     return Sample(
         position=index,
@@ -266,7 +266,7 @@ def _texts(cell: Any) -> tuple[str, ...]:
 
 
 def _path_texts(cell: Any) -> tuple[str, ...]:
-    """The paths of a cell: one, or several as a list, which may stand in it as JSON text."""
+    """The paths of a cell: one, or several as a list or as the JSON text of a list."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             cell = json.loads(cell)

@@ -52,7 +52,7 @@ def write_dataset(
     for index in range(count):
         scene = Scene(index, width, height, num_frames)
         name = f"media/{index:03d}"
-        clips = {"video": scene.frame, "control_video": scene.edges, "vace_video": scene.hidden}
+        clips = {"video": scene.frame, "control_video": scene.edges, "vace_video": scene.masked}
         clips["vace_video_mask"] = scene.mask
         row = {"prompt": scene.caption, **scene.numbers}
         for column, draw in clips.items():
@@ -109,7 +109,7 @@ class Scene:
         self._draw(picture, self.box(index), "white")
         return picture
 
-    def hidden(self, index: int) -> Image.Image:
+    def masked(self, index: int) -> Image.Image:
         """The frame with grey where the shape is."""
         grey = Image.new("RGB", (self.width, self.height), (127, 127, 127))
         return Image.composite(grey, self.frame(index), self.mask(index).convert("L"))
@@ -138,9 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--height", type=int, default=48)
     parser.add_argument("--num_frames", type=int, default=17)
-    given = parser.parse_args(argv)
+    words = parser.parse_args(argv)
     try:
-        written = write_dataset(given.folder, given.count, given.width, given.height, given.num_frames)
+        written = write_dataset(words.folder, words.count, words.width, words.height, words.num_frames)
     except ValueError as error:
         parser.error(str(error))
     sys.stdout.write(f"{written}\n")

@@ -203,19 +203,19 @@ def check_inputs(models: FoundModels, config: TrainConfig) -> None:
     """Raise ConfigError when the models cannot use the inputs that `config` names, or need others; the message names
     the flags.
     """
-    given = input_names(config.extra_inputs) + ((INPAINT,) if config.random_mask else ())
+    inputs = input_names(config.extra_inputs) + ((INPAINT,) if config.random_mask else ())
     try:
-        variants.check(models.variant, given, models.name, models.has_motion_controller)
+        variants.check(models.variant, inputs, models.name, models.has_motion_controller)
     except ValueError as error:
         raise ConfigError(f"{error} Inputs are named by --extra_inputs{_flags(models.variant)}.") from error
-    if IMAGE in models.variant.slots and not given:
+    if IMAGE in models.variant.slots and not inputs:
         raise ConfigError(
             f"{models.name} ({models.variant.label}) is trained with the first frame of each clip: add "
             "--input_contains_input_image (or --extra_inputs input_image), or --random_mask."
         )
     for trained, begin in USELESS_WITHOUT.items():
         if trained in (*config.trainable_models, config.lora_base_model) and not any(
-            n.startswith(begin) for n in given
+            n.startswith(begin) for n in inputs
         ):
             names = [name for name in INPUTS if name.startswith(begin)]
             raise ConfigError(f"{trained} learns nothing without its inputs: add --extra_inputs {' or '.join(names)}.")

@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        draw: Noising,
+        noising: Noising,
         cond: Conditioning,
         captions: Sequence[str] = (),
         pixels: Tensor | None = None,
@@ -75,7 +75,7 @@ class Denoiser(nn.Module):
 
         Args:
             captions: of each sample; read where the text encoder is trained.
-            pixels: (B, 3, T, H, W), of which the last F latent frames are made anew where the VAE is trained.
+            pixels: (B, 3, T, H, W), encoded again to the last F latent frames where the VAE is trained.
 
         Raises:
             ValueError: a tensor does not fit the model.
@@ -83,8 +83,8 @@ class Denoiser(nn.Module):
         if self.vae is not None and pixels is not None:
             video = self.vae.encode(pixels)
             latents = torch.cat((latents[:, :, : latents.shape[2] - video.shape[2]], video), 2)
-        velocity = self.velocity(noisy(latents, draw), draw.timesteps.to(latents.device), cond, captions)
-        return errors(velocity, latents, draw)
+        velocity = self.velocity(noisy(latents, noising), noising.timesteps.to(latents.device), cond, captions)
+        return errors(velocity, latents, noising)
 
     def velocity(self, x: Tensor, timesteps: Tensor, cond: Conditioning, captions: Sequence[str] = ()) -> Tensor:
         """Velocity (B, z, R + F, h, w) in float32 for noisy latents `x` at `timesteps` (B,) in 0..1000."""

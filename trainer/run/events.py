@@ -1,6 +1,6 @@
-"""What happens in a run, as it happens: a file of JSON lines, a progress bar, and the trackers that are asked for.
+"""The events of a run: a file of JSON lines that other programs follow, a progress bar, and trackers.
 
-The file is what other programs follow; it survives whoever reads it. Each line is one object with `event`, the name of
+Each line is one object with `event`, the name of
 what happened, and `time`, seconds since 1970."""
 
 import contextlib
@@ -119,7 +119,7 @@ def validation_points(file: Path) -> list[tuple[int, float]]:
 
 
 def _is_measured(event: Mapping[str, Any]) -> bool:
-    """Whether an event holds the numbers that one of a step has; a file in a run's folder may hold anything."""
+    """Whether an event has the numbers of a step. Checked, because a file in a run's folder may contain anything."""
     step, loss = event.get("step"), event.get("loss")
     rows = [event.get(name, []) for name in ("timesteps", "errors")]
     whole = isinstance(step, int) and 0 < step < LARGEST and (loss is None or _is_number(loss))
@@ -165,7 +165,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, whose files stand in `folder`."""
+    """A run of Weights & Biases, whose files are in `folder`."""
 
     def __init__(self, folder: Path, config: TrainConfig) -> None:
         import wandb

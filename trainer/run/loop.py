@@ -160,7 +160,7 @@ class Saver:
         if engine.any(failure is not None):
             return failure
         try:
-            engine.save_state(self.states.draft(step.number))
+            engine.save_state(self.states.partial(step.number))
         except FAILURES as error:
             failure = error
         if not engine.any(failure is not None) and main:

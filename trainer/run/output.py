@@ -1,4 +1,4 @@
-"""What a run does and where: training in two commands (`--task`), and an output folder that no other run uses."""
+"""The output folder of a run: what `--task sft:data_process` records there, and how other runs are kept out."""
 
 import hashlib
 import json
@@ -26,18 +26,18 @@ CACHE_SETTINGS = (
     "dataset_base_path", "dataset_metadata_path", "data_file_keys", "height", "width", "max_pixels", "num_frames",
     "fps", "frame_pick", "short_clip", "on_bad_sample", "cache_dir",
 )  # fmt: skip
-"""Settings of the second command that are those of the first: they decide what is in the cache."""
+"""Settings that the second command takes from the first, because they decide what is in the cache."""
 
 
 def record_data(config: TrainConfig) -> Path:
     """Write down, in the output folder of `config`, which data was encoded there. Returns the file."""
-    told = {name: value for name, value in config.resolved().items() if name in CACHE_SETTINGS}
-    told |= {"dataset_base_path": _absolute(config.dataset_base_path), "cache_dir": _absolute(config.cache_folder)}
+    recorded = {name: value for name, value in config.resolved().items() if name in CACHE_SETTINGS}
+    recorded |= {"dataset_base_path": _absolute(config.dataset_base_path), "cache_dir": _absolute(config.cache_folder)}
     if config.dataset_metadata_path is not None:
-        told["dataset_metadata_path"] = _absolute(config.dataset_metadata_path)
+        recorded["dataset_metadata_path"] = _absolute(config.dataset_metadata_path)
     file = Path(config.output_path) / RECORD
     with replacing(file) as partial:
-        partial.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(recorded, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return file
 
 
@@ -56,9 +56,9 @@ def with_recorded_data(config: TrainConfig) -> TrainConfig:
             "--output_path of a run with --task sft:data_process, or leave out --task to do both at once."
         )
     kept = {name: value for name, value in read_json(file).items() if name in CACHE_SETTINGS}
-    told = from_json(TrainConfig, kept, str(file))
-    log.info("Training on %s, as it was encoded in %s.", told.get("dataset_base_path"), file.parent)
-    return replace(config, **told, task="sft")
+    recorded = from_json(TrainConfig, kept, str(file))
+    log.info("Training on %s, as it was encoded in %s.", recorded.get("dataset_base_path"), file.parent)
+    return replace(config, **recorded, task="sft")
 
 
 def _absolute(path: str | Path) -> str:
@@ -68,15 +68,15 @@ def _absolute(path: str | Path) -> str:
 FIRST_SAMPLES, CONFIG = "first_samples", "config.json"
 
 RUN_SETTINGS = frozenset({"output_path", "dataset_base_path", "learning_rate", "lora_base_model", "trainable_models"})
-"""Settings by which a file of all settings is known."""
+"""Settings by which a file of settings is recognised as ours."""
 
 
 @contextmanager
 def locked_output(folder: Path) -> Iterator[None]:
-    """Make `folder`, keep other trainings out of it, and remove what killed ones were writing there.
+    """Make `folder`, keep other trainings out of it, and remove the unfinished files of killed ones.
 
     Raises:
-        ValueError: one is at work there, or the folder cannot be written to.
+        ValueError: another training is running there, or the folder cannot be written to.
     """
     with ExitStack() as stack:
         try:
@@ -95,7 +95,7 @@ def locked_output(folder: Path) -> Iterator[None]:
 
 
 def record_settings(config: TrainConfig, file: Path) -> None:
-    """Write all settings down. They are there for people: a disk that is full costs a warning."""
+    """Write all settings for the user to read. On a full disk this only logs a warning."""
     try:
         config.save_json(file)
     except OSError as error:

@@ -1,7 +1,8 @@
-"""The state of a run on disk, and which run may continue from it: a folder per saved step, whole or not there at all.
+"""The saved states of a run, one folder for each saved step, and the check of which run may continue from them.
 
-A folder is filled under a draft's name, its files reach the disk, a manifest with their sizes and hashes is written
-last, and only then does the folder get its own name. A folder without a manifest that holds is no state."""
+A state is complete or absent: a folder is filled under a temporary name, its files are flushed to the disk, a manifest
+with their sizes and hashes is written last, and then the folder is renamed. Without a matching manifest it is no state.
+"""
 
 import hashlib
 import json
@@ -41,7 +42,7 @@ LOCATION_SETTINGS = {
     "preset_lora_path", "resume", "resume_force", "resume_from_checkpoint", "skip_download", "stop_file", "task",
     "tokenizer_path",
 }  # fmt: skip
-"""Settings that say where things are and how long a run is, not how it trains and what it writes."""
+"""Settings about the places of files and the length of a run. They do not change how it trains or what it writes."""
 
 FREE_SETTINGS = LOCATION_SETTINGS | {
     "find_unused_parameters", "gradient_checkpointing_keeps", "keep_last", "learning_rate", "log_with",
@@ -51,8 +52,8 @@ FREE_SETTINGS = LOCATION_SETTINGS | {
     "stream_base", "use_gradient_checkpointing", "use_gradient_checkpointing_offload", "validate_steps", "vram_limit",
     "wandb_project",
 }  # fmt: skip
-"""Settings that may differ between a run and its continuation: they do not change what a step computes, or, as the
-learning rate, are there to be changed. Data and models are known by their content, not by their paths."""
+"""Settings that may differ when a run is continued: they do not change what a step computes, except for the learning
+rate, which users want to change. Data and models are compared by content, not by path."""
 
 
 class StateError(ValueError):
@@ -61,11 +62,11 @@ class StateError(ValueError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands and what it is.
+    """How far a run is, and what identifies it.
 
     Attributes:
         step: optimizer steps that are done; data order, noise and dropout follow from it.
-        run: what must be the same for a run to be continued exactly, by name.
+        run: what must be equal for the run to be continued exactly, see `run_identity`.
         config: all settings.
         world: processes.
     """
@@ -91,7 +92,7 @@ class States:
         return sorted(int(match[1]) for match in found if match)
 
     def latest(self) -> Path | None:
-        """The newest state that holds; damaged ones are passed over with a notice. None where there is no state.
+        """The newest undamaged state; damaged ones are skipped with a warning. None where there is no state.
 
         Raises:
             StateError: there are states, but all of them are damaged.
@@ -104,62 +105,64 @@ class States:
                 damaged.append(str(error))
             else:
                 for problem in damaged:
-                    log.warning("%s It is passed over.", problem)
+                    log.warning("%s It is skipped.", problem)
                 return self.path(step)
         damaged += [f"{folder} has no {MANIFEST}." for folder in self._without_manifest()]
         if damaged:
             raise StateError(
-                f"{' '.join(damaged)} No saved state holds, and the training does not start over beside its weights. "
+                f"{' '.join(damaged)} All saved states are damaged, and the training does not "
+                "start over beside its weights. "
                 f"Bring the files back, choose another --output_path, or remove {self.folder} to start over."
             )
         return None
 
     def _without_manifest(self) -> list[Path]:
-        """Folders that are named as states and are none."""
+        """Folders with the name of a state but without a manifest."""
         found = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
         return [path for path in found if re.fullmatch(r"step-\d{7,}", path.name) and not (path / MANIFEST).is_file()]
 
-    def draft(self, step: int) -> Path:
-        """The folder that a state is written into before it is one."""
+    def partial(self, step: int) -> Path:
+        """The folder into which a state is written before it is renamed."""
         return self.folder / f".{self.path(step).name}.draft"
 
     def begin(self, step: int) -> Path:
-        """An empty draft, to be filled and then given to `commit`."""
+        """Make the empty partial folder of a state. Fill it, then call `commit`."""
         self.discard(step)
-        self.draft(step).mkdir(parents=True)
-        return self.draft(step)
+        self.partial(step).mkdir(parents=True)
+        return self.partial(step)
 
     def discard(self, step: int) -> None:
-        shutil.rmtree(self.draft(step), ignore_errors=True)
+        shutil.rmtree(self.partial(step), ignore_errors=True)
 
     def commit(self, progress: Progress) -> Path:
-        """Make the filled draft of that step a state.
+        """Make the filled partial folder of that step a state.
 
         Raises:
-            OSError: its files could not be brought to the disk.
+            OSError: its files could not be flushed to the disk.
         """
-        draft, target = self.draft(progress.step), self.path(progress.step)
-        (draft / PROGRESS).write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
-        _seal(draft)
+        partial, target = self.partial(progress.step), self.path(progress.step)
+        (partial / PROGRESS).write_text(json.dumps(asdict(progress), indent=1), encoding="utf-8")
+        # Everything is on the disk before the name: after a power failure a state is never half there.
+        _write_manifest(partial)
         if target.exists():
             shutil.rmtree(target)
-        draft.rename(target)
+        partial.rename(target)
         sync_folder(self.folder)
         return target
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` states, and what kills left behind."""
+        """Remove all but the newest `keep` states, and the leftovers of killed runs."""
         for step in self.steps()[:-keep]:
-            # Without its manifest a folder is no state, however far its removal comes.
+            # The manifest first: a folder that is only partly removed is then no state.
             (self.path(step) / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(self.path(step), ignore_errors=True)
         self.tidy()
 
     def tidy(self) -> None:
-        """Remove what kills left behind: drafts, and states whose removal had begun."""
-        drafts = self.folder.glob(".step-*.draft")
-        # Without any whole state, folders without a manifest are damaged ones, which `latest` refuses.
-        for left in (*drafts, *(self._without_manifest() if self.steps() else ())):
+        """Remove the leftovers of killed runs: partial folders, and states whose removal had begun."""
+        partial = self.folder.glob(".step-*.draft")
+        # Without any complete state, folders without a manifest are damaged states, which `latest` reports.
+        for left in (*partial, *(self._without_manifest() if self.steps() else ())):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -182,7 +185,7 @@ def read_weights_and_optimizer(folder: Path) -> tuple[dict[str, Tensor], dict[st
 
 
 def read_progress(folder: Path) -> Progress:
-    """What the state in `folder` says of its run.
+    """The progress that is recorded in the state in `folder`.
 
     Raises:
         StateError: there is no state, or it is damaged.
@@ -191,7 +194,7 @@ def read_progress(folder: Path) -> Progress:
     with errors_from(folder / PROGRESS, "is not what a state holds", error=StateError):
         progress = Progress(**read_json(folder / PROGRESS))
         if not isinstance(progress.run, dict) or not isinstance(progress.config, dict):
-            raise ValueError("run and config are no objects")
+            raise ValueError("run and config must be objects")
         check_whole("step", progress.step, low=0, high=LARGEST_STEP)
         check_whole("world", progress.world, low=1, high=LARGEST_STEP)
     return progress
@@ -211,7 +214,7 @@ def verify(folder: Path) -> None:
 
 
 def run_identity(config: TrainConfig, fingerprint: str, components: Mapping[str, Component]) -> dict[str, Any]:
-    """What must be the same for a run to be continued exactly: settings, data by its `fingerprint`, model files."""
+    """What must be equal for a run to be continued exactly: settings, data by its `fingerprint`, model files."""
     kept = {name: value for name, value in config.resolved().items() if name not in FREE_SETTINGS}
     files = {kind: _sizes(component.header.files) for kind, component in components.items()}
     for name in ("resume_from_checkpoint", "preset_lora_path"):
@@ -231,8 +234,8 @@ def find_state(
     """The state to continue from, with its folder; None for a new run.
 
     Raises:
-        ValueError: a state was named that does not hold, the states that are there are those of another run, or there
-            are some and `--resume never` was given.
+        ValueError: the named state is damaged, the states are those of another run, or there are states and
+            `--resume never` is set.
     """
     if config.resume == "never":
         if states.steps():
@@ -268,11 +271,11 @@ def require_same(progress: Progress, run: Mapping[str, Any], world: int, force: 
             f"The run at step {progress.step} cannot be continued: {changes}. Set it back, choose another "
             "--output_path, or continue all the same with --resume_force."
         )
-    log.warning("Continuing a run that was another: %s.", changes)
+    log.warning("Continuing a run with other settings: %s.", changes)
 
 
 def require_space(folder: Path, needed: int, keep_free: float) -> None:
-    """Raise OSError when the disk of `folder` lacks room for `needed` bytes and `keep_free` GB besides."""
+    """Raise OSError when the disk of `folder` has not `needed` bytes and `keep_free` GB more."""
     free = shutil.disk_usage(folder).free
     if free < needed + keep_free * GIB:
         raise OSError(
@@ -290,8 +293,8 @@ def digest(file: Path) -> str:
     return total.hexdigest()
 
 
-def _seal(folder: Path) -> None:
-    """Bring all files of `folder` to the disk and describe them in a manifest."""
+def _write_manifest(folder: Path) -> None:
+    """Flush all files of `folder` to the disk and describe them in a manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {}
     for file in files:

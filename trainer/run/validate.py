@@ -36,7 +36,7 @@ FIRST_SAMPLES = 3
 """Training samples that are decoded at the start, to be looked at."""
 
 Step = Callable[..., Tensor]
-"""`trainable.Denoiser`, perhaps wrapped: latents, draw, conditioning and captions to errors (B,)."""
+"""`trainable.Denoiser`, perhaps wrapped: latents, noising, conditioning and captions to errors (B,)."""
 
 
 @torch.no_grad()
@@ -51,8 +51,8 @@ def held_out_errors(model: Step, clips: Iterable[EncodedSample], device: torch.d
                 batch.latents.shape, generator=generator_for("validation", clip.position, int(timestep))
             )
             at = torch.tensor([timestep])
-            draw = Noising(noise, at / 1000, at, torch.ones(1))
-            found[timestep].append(model(latents, draw, cond, batch.captions, batch.pixels).item())
+            noising = Noising(noise, at / 1000, at, torch.ones(1))
+            found[timestep].append(model(latents, noising, cond, batch.captions, batch.pixels).item())
     return {timestep: sum(errors) / len(errors) for timestep, errors in found.items()}
 
 
