@@ -21,7 +21,7 @@ from .models.attention import load_backend
 from .models.config import DiTConfig, MotionControllerConfig, TextEncoderConfig
 from .models.dit import WanDiT
 from .models.embedders import MotionController
-from .models.fused import load_chains
+from .models.fused import load_fused
 from .models.image_encoder import ImageEncoder
 from .models.preview_decoder import PreviewDecoder
 from .models.text_encoder import UMT5Encoder
@@ -203,7 +203,7 @@ def load_dit(
     computes_on = torch.device(compute_device or Offload.on(offload).device)
     # Before any weight is read: a missing kernel should not cost minutes of loading.
     attend = load_backend(settings.attention, computes_on, settings.dtype)
-    chains = load_chains(settings.torch_compile, computes_on, settings.dtype)
+    fused = load_fused(settings.torch_compile, computes_on, settings.dtype)
     if settings.fp8_matmul:
         require_fp8_matmul(computes_on, settings.dtype)
     loaded = []
@@ -211,7 +211,7 @@ def load_dit(
         dit = _loaded(expert.component, WanDiT, settings.dtype, offload)
         if settings.fp8_matmul:
             use_fp8_matmul(dit, computes_on)
-        dit.attend, dit.chains, dit.exact = attend, chains, settings.exact
+        dit.attend, dit.fused, dit.exact = attend, fused, settings.exact
         loaded.append(Expert(dit, expert.lowest))
     row = catalog.find_row(preset) if preset else recommended_row(component, variant)
     is_named = row is not None and row.model_id.lower() in _place(component).lower()

@@ -92,7 +92,7 @@ def test_backend_is_used_only_when_it_agrees_with_sdpa(monkeypatch, kernel, usab
 def test_the_rotation_is_the_same_in_real_and_in_complex_numbers(dtype):
     table = rope.rotary_table((3, 5, 7), 128, CPU)
     x = torch.randn(2, 105, 2, 128).to(dtype)
-    expected = rope.rotated(x.double(), table)
-    for way in (rope.rotated, rope._multiplied):
+    expected = rope.rotate(x.double(), table)
+    for way in (rope.rotate, rope._multiplied):
         torch.testing.assert_close(way(x, table).double(), expected, rtol=0, atol=3e-6 if dtype.itemsize == 4 else 0.02)
     torch.testing.assert_close(rope.rotate_(x.clone(), table), rope._multiplied(x, table), rtol=0, atol=0)

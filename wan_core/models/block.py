@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionFn
 from .config import HEAD_DIM
-from .fused import STEPS, Chains
+from .fused import EAGER, FusedSteps
 from .ops import Linear, add_, gelu_tanh_, layer_norm, may_overwrite, rms_norm_
 from .rope import RotaryTable
 
@@ -28,7 +28,7 @@ class Context:
     image: Tensor | None
     rope: RotaryTable
     attend: AttentionFn
-    chains: Chains = STEPS
+    fused: FusedSteps = EAGER
     kept: dict[nn.Module, tuple[Tensor, ...]] | None = None
 
 
@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(dim, EPS), nn.RMSNorm(dim, EPS)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        norm_rotate = context.chains.norm_rotate
+        norm_rotate = context.fused.norm_rotate
         q = norm_rotate(self.q(x), self.norm_q.weight, EPS, context.rope, HEAD_DIM)
         k = norm_rotate(self.k(x), self.norm_k.weight, EPS, context.rope, HEAD_DIM)
         return self.o(context.attend(q, k, _heads(self.v(x))).flatten(2))
@@ -92,14 +92,14 @@ class WanBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, context: Context) -> Tensor:
         """`modulation` (B, 6, D), float32: shift, scale and gate of the attention, then of the feed-forward."""
-        dtype, chains = context.text.dtype, context.chains
+        dtype, fused = context.text.dtype, context.fused
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + modulation).chunk(6, 1)
-        attended = self.self_attn(chains.norm_modulate(x, shift, 1 + scale, EPS, dtype), context)
-        x = chains.gated_add(x, attended, gate)
+        attended = self.self_attn(fused.norm_modulate(x, shift, 1 + scale, EPS, dtype), context)
+        x = fused.gated_add(x, attended, gate)
         del attended
         x = add_(x, self.cross_attn(layer_norm(x, EPS, dtype, self.norm3.weight, self.norm3.bias), context))
-        update = self._feed_forward(chains.norm_modulate(x, ffn_shift, 1 + ffn_scale, EPS, dtype))
-        return chains.gated_add(x, update, ffn_gate)
+        update = self._feed_forward(fused.norm_modulate(x, ffn_shift, 1 + ffn_scale, EPS, dtype))
+        return fused.gated_add(x, update, ffn_gate)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         expand, _, contract = self.ffn

@@ -19,8 +19,8 @@ from .attention import AttentionFn, sdpa
 from .block import EPS, Context, VaceBlock, WanBlock
 from .config import HEAD_DIM, DiTConfig
 from .embedders import CameraAdapter, ImageTokens, sinusoid
-from .fused import STEPS
-from .ops import Linear, add_, layer_norm, linear, modulate_
+from .fused import EAGER, norm_modulate_
+from .ops import Linear, add_, linear
 from .rope import RotaryTable, rotary_table
 
 
@@ -71,7 +71,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
         shift, scale = (self.modulation.float() + time[:, None]).chunk(2, 1)
-        return self.head(modulate_(layer_norm(x, EPS, dtype), shift, 1 + scale))
+        return self.head(norm_modulate_(x, shift, 1 + scale, EPS, dtype))
 
 
 class WanDiT(nn.Module):
@@ -79,7 +79,7 @@ class WanDiT(nn.Module):
 
     Attributes:
         attend: the attention kernel, see `attention.load_backend`.
-        chains: how elementwise steps are run, see `chains.load_chains`.
+        fused: how the elementwise steps of a block are run, see `fused.load_fused`.
         exact: keep the residual stream in float32, as the authors do, instead of in the compute dtype.
     """
 
@@ -109,7 +109,7 @@ class WanDiT(nn.Module):
                 VaceBlock(dim, config.ffn_dim, is_first=n == 0) for n in range(len(config.vace_layers))
             )
         self.attend: AttentionFn = sdpa
-        self.chains = STEPS
+        self.fused = EAGER
         self.exact = False
 
     @property
@@ -165,7 +165,7 @@ class WanDiT(nn.Module):
         frames, height, width = (n // p for n, p in zip(size, config.patch_size, strict=True))
         if rope is None:
             rope = rotary_table((frames + (reference is not None), height, width), HEAD_DIM, device)
-        context = Context(text, image, rope, self.attend, self.chains, {} if keep else None)
+        context = Context(text, image, rope, self.attend, self.fused, {} if keep else None)
         return Prepared(context, size, concat, camera, reference, motion, vace)
 
     def embed(

@@ -1,7 +1,11 @@
-"""The chains of memory-bound steps in a block: one step after the other, or each chain as one compiled kernel.
+"""The elementwise steps between a block's matrix products, which only move memory: each in PyTorch's own kernels, or
+compiled into one.
 
-Only they are compiled, not whole blocks: matrix products and attention gain nothing by it, and what hangs on a block's
-layers (streamed weights, LoRA branches, FP8) stays out of the compiler's sight. All blocks share the same kernels."""
+Each step stands here twice. The plain form is its definition, and what `torch.compile` fuses; the form with an
+underscore is what runs otherwise: it writes into the tensor that it is given and needs no float32 copy of the sequence.
+
+Only these steps are compiled, not whole blocks: matrix products and attention gain nothing by it, and what hangs on a
+block's layers (streamed weights, LoRA hooks, FP8) stays out of the compiler's sight. All blocks share the kernels."""
 
 import logging
 import os
@@ -15,76 +19,100 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import gated_add_, layer_norm, may_overwrite, modulate_, rms_norm_
-from .rope import RotaryTable, rotate_, rotated
+from .ops import layer_norm, may_overwrite, rms_norm_
+from .rope import RotaryTable, rotate, rotate_
 
 log = logging.getLogger("wancore")
 
 COMPILER = "inductor"
 MAX_ERROR = 0.01
-"""Largest relative error of a compiled chain in bfloat16: it rounds once where the steps round twice."""
+"""Largest relative error of a compiled step in bfloat16: it rounds once, PyTorch's own kernels round twice."""
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm of x (B, S, D) without weights, times `scale`, plus `shift`, both (B, 1, D) in float32; in `dtype`."""
-    return modulate_(layer_norm(x, eps, dtype), shift, scale)
+    """LayerNorm of x (B, S, D) without weights, times `scale`, plus `shift`, both (B, 1, D) in float32; in `dtype`.
+
+    The caller folds the "1 +" of adaptive LayerNorm into `scale`, once per step instead of once per token.
+    """
+    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], None, None, eps), scale).to(dtype)
+
+
+def norm_modulate_(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`norm_modulate` in the memory of the norm. It leaves `x`, the residual stream, as it is."""
+    normed = layer_norm(x, eps, dtype)
+    if may_overwrite(normed, shift, scale):
+        return torch.addcmul(shift, normed, scale, out=normed)
+    return torch.addcmul(shift, normed, scale).to(dtype)
+
+
+def norm_rotate(x: Tensor, weight: Tensor, eps: float, table: RotaryTable, head_dim: int) -> Tensor:
+    """RMS norm of x (B, S, D), then its heads turned by `table`: (B, S, heads, head_dim)."""
+    normed = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).unflatten(2, (-1, head_dim))
+    return rotate(normed, table).to(x.dtype)
 
 
 def norm_rotate_(x: Tensor, weight: Tensor, eps: float, table: RotaryTable, head_dim: int) -> Tensor:
-    """RMS norm of x (B, S, D), then its heads turned by `table`: (B, S, heads, head_dim)."""
+    """`norm_rotate` in the memory of `x`."""
     return rotate_(rms_norm_(x, weight, eps).unflatten(2, (-1, head_dim)), table)
 
 
-@dataclass(frozen=True)
-class Chains:
-    """How a block runs each of its chains; the arguments are those of the functions that are the defaults."""
+def gated_add(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """`x + update * gate` for x, update (B, S, D) and a float32 gate (B, 1, D), in x's dtype."""
+    return torch.addcmul(x.float(), update.float(), gate).to(x.dtype)
 
-    norm_modulate: Callable[..., Tensor] = norm_modulate
+
+def gated_add_(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """`gated_add` in the memory of `x`."""
+    if may_overwrite(x, update, gate):
+        return torch.addcmul(x, update, gate, out=x)
+    return torch.addcmul(x, update, gate).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class FusedSteps:
+    """How a block runs each of these steps; a field takes the arguments of its default."""
+
+    norm_modulate: Callable[..., Tensor] = norm_modulate_
     norm_rotate: Callable[..., Tensor] = norm_rotate_
     gated_add: Callable[..., Tensor] = gated_add_
 
 
-STEPS = Chains()
-
-
-def _norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], None, None, eps), scale).to(dtype)
-
-
-def _norm_rotate(x: Tensor, weight: Tensor, eps: float, table: RotaryTable, head_dim: int) -> Tensor:
-    normed = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).unflatten(2, (-1, head_dim))
-    return rotated(normed, table).to(x.dtype)
-
-
-def _gated_add(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    return x.copy_(torch.addcmul(x.float(), update.float(), gate))
+EAGER = FusedSteps()
+"""PyTorch's own kernels, one after the other."""
 
 
 @cache
-def compiled(compiler: str = COMPILER) -> Chains:
-    """Chains that `torch.compile` makes one kernel of, for each shape anew. What requires gradients is run in steps."""
-    pure = Chains(_norm_modulate, _norm_rotate, _gated_add)
+def compiled(compiler: str = COMPILER) -> FusedSteps:
+    """Steps that `torch.compile` makes one kernel each, compiled for each new shape. What requires gradients runs as
+    `EAGER`.
+    """
+
+    def gated_add_into(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+        # Into the residual stream, as `gated_add_`: a second stream would be the largest tensor of the block.
+        return x.copy_(gated_add(x, update, gate))
+
+    plain = FusedSteps(norm_modulate, norm_rotate, gated_add_into)
 
     def fused(name: str) -> Callable[..., Tensor]:
-        kernel, steps = torch.compile(getattr(pure, name), backend=compiler, dynamic=False), getattr(STEPS, name)
+        kernel, eager = torch.compile(getattr(plain, name), backend=compiler, dynamic=False), getattr(EAGER, name)
 
         def run(x: Tensor, *others: object) -> Tensor:
             tensors = [x, *(other for other in others if isinstance(other, Tensor))]
-            return (kernel if may_overwrite(*tensors) else steps)(x, *others)
+            return (kernel if may_overwrite(*tensors) else eager)(x, *others)
 
         return run
 
-    return Chains(*(fused(entry.name) for entry in fields(Chains)))
+    return FusedSteps(*(fused(entry.name) for entry in fields(FusedSteps)))
 
 
-def load_chains(compile_them: bool, device: torch.device, dtype: torch.dtype) -> Chains:
-    """The chains of a model that computes on `device`; compiled ones are tried out once.
+def load_fused(compile_them: bool, device: torch.device, dtype: torch.dtype) -> FusedSteps:
+    """The steps of a model that computes on `device`; compiled ones are tried once.
 
     Raises:
         ValueError: this machine cannot compile for `device`, or what it compiles computes something else.
     """
     if not compile_them:
-        return STEPS
+        return EAGER
     try:
         error = _error(compiled(), device, dtype)
     except Exception as problem:
@@ -119,8 +147,8 @@ def _failure(problem: Exception) -> str:
 
 
 @torch.no_grad()
-def _error(chains: Chains, device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative error of a chain against its steps, on random numbers."""
+def _error(steps: FusedSteps, device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative error of a step against its eager form, on random numbers."""
     generator = torch.Generator().manual_seed(0)
     x, update = (torch.randn(1, 24, 256, generator=generator).to(device, dtype) for _ in range(2))
     shift, scale = (torch.randn(1, 1, 256, generator=generator).to(device) for _ in range(2))
@@ -132,6 +160,6 @@ def _error(chains: Chains, device: torch.device, dtype: torch.dtype) -> float:
     }
     errors = []
     for name, others in arguments.items():
-        got, expected = (getattr(way, name)(x.clone(), *others).float() for way in (chains, STEPS))
+        got, expected = (getattr(way, name)(x.clone(), *others).float() for way in (steps, EAGER))
         errors.append((got - expected).norm() / expected.norm())
     return torch.stack(errors).max().item()

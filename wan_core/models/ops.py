@@ -1,4 +1,4 @@
-"""The arithmetic of a block: memory-bound elementwise steps (norms, modulation, gates), and linear layers."""
+"""The arithmetic that all models share: norms, elementwise steps that may write into their input, linear layers."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -25,23 +25,6 @@ def has_fused_rms_norm(x: Tensor) -> bool:
 def may_overwrite(*tensors: Tensor) -> bool:
     """Whether no gradient can need the old values."""
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-
-
-def modulate_(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`x * scale + shift` for x (B, S, D) and float32 shift and scale (B, 1, D), computed in float32, in x's dtype.
-
-    The caller folds the "1 +" of adaptive LayerNorm into `scale`, once per step instead of once per token.
-    """
-    if may_overwrite(x, shift, scale):
-        return torch.addcmul(shift, x, scale, out=x)
-    return torch.addcmul(shift, x, scale).to(x.dtype)
-
-
-def gated_add_(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """`x + update * gate` for x, update (B, S, D) and a float32 gate (B, 1, D), in float32, stored as x's dtype."""
-    if may_overwrite(x, update, gate):
-        return torch.addcmul(x, update, gate, out=x)
-    return torch.addcmul(x, update, gate).to(x.dtype)
 
 
 def add_(x: Tensor, update: Tensor, factor: float = 1.0) -> Tensor:

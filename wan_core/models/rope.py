@@ -54,7 +54,7 @@ def rotate_(x: Tensor, table: RotaryTable) -> Tensor:
     """`x` (B, S, heads, head_dim) turned by `table` in float32, stored as x's dtype; in place without gradients."""
     on_cpu = x.device.type == "cpu"
     if not may_overwrite(x):
-        return (_multiplied if on_cpu else rotated)(x, table)
+        return (_multiplied if on_cpu else rotate)(x, table)
     # Elsewhere the real form alone: memory there is planned for it.
     return _ROTATE(x, table, sizes=tuple(x.shape)) if on_cpu else _rotate_real_(x, table)
 
@@ -86,7 +86,7 @@ def _pieces(x: Tensor, table: RotaryTable, tokens: int) -> Iterator[tuple[Tensor
     return zip(x.split(tokens, 1), table.cos.split(tokens), table.sin.split(tokens), strict=True)
 
 
-def rotated(x: Tensor, table: RotaryTable) -> Tensor:
+def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     """`x` (B, S, heads, head_dim) turned by `table`, as a new tensor in x's dtype."""
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = torch.stack((even * table.cos - odd * table.sin, even * table.sin + odd * table.cos), -1)

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..models.config import DiTConfig
 from ..models.dit import TokenState, WanDiT
 from ..models.embedders import MotionController
-from ..models.fused import STEPS
+from ..models.fused import EAGER
 from ..offload.blocks import weights_of
 from ..runtime import Runtime
 from ..sampling.guidance import Guided
@@ -145,7 +145,7 @@ def _short_twin(dit: WanDiT) -> WanDiT:
     # A kernel of any kind allocates its result, and scratch space that the allowance covers.
     twin.attend = lambda q, k, v: torch.empty_like(q)
     # The plain steps: nothing is compiled for the meta device.
-    twin.chains = STEPS
+    twin.fused = EAGER
     return twin
 
 

@@ -1,8 +1,9 @@
-"""Compiled chains compute what the steps do, for every model, wherever weights are and whatever hangs on the layers."""
+"""Compiled steps compute what the eager ones do: for every model, wherever weights are, whatever hangs on the layers."""
 
 import re
 import shutil
 import tempfile
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from tests.sampling.runs import planned
 from tests.sampling.variants import conditioning
 from wan_core.model import VideoModel
 from wan_core.model_files import DiTSettings, inspect, load_dit
-from wan_core.models import fused as chains
+from wan_core.models import fused
 from wan_core.models.dit import WanDiT
-from wan_core.models.fused import STEPS, compiled, load_chains
+from wan_core.models.fused import EAGER, compiled, load_fused
+from wan_core.models.rope import rotary_table
 from wan_core.offload.quant import quantise
 from wan_core.runtime import Runtime
 from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings
@@ -42,11 +44,30 @@ def latents(dit: WanDiT, variant: str = "t2v", memory: MemorySettings | None = N
 
 
 def both(make, **options):
-    """Latents with compiled chains and without."""
+    """Latents with compiled steps and without."""
     dit = make()
     plain = latents(dit, **options)
-    dit.chains = compiled(GRAPHS)
+    dit.fused = compiled(GRAPHS)
     return latents(dit, **options), plain
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)], ids=str)
+@pytest.mark.parametrize("name", [field.name for field in fields(fused.FusedSteps)])
+def test_every_form_of_a_step_computes_its_definition(name, dtype, error, gradients):
+    generator = torch.Generator().manual_seed(0)
+    x, update = (torch.randn(2, 300, 256, generator=generator).to(dtype) for _ in range(2))
+    shift, scale = (torch.randn(2, 1, 256, generator=generator) for _ in range(2))
+    others = {
+        "norm_modulate": (shift, scale, 1e-6, dtype),
+        "norm_rotate": (scale[0, 0].to(dtype), 1e-6, rotary_table((3, 10, 10), 128, CPU), 128),
+        "gated_add": (update, scale),
+    }[name]
+    expected = getattr(fused, name)(x.float(), *others)
+    for steps in (EAGER, compiled(GRAPHS)):
+        got = getattr(steps, name)(x.clone().requires_grad_(gradients), *others)
+        assert got.dtype == dtype and got.requires_grad == gradients
+        assert relative_error(got, expected) < error
 
 
 @pytest.mark.parametrize("variant", ["i2v", "vace"])
@@ -97,7 +118,7 @@ def test_blocks_and_steps_share_what_is_compiled():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     dit = tiny_dit()
-    dit.chains = compiled(counter)
+    dit.fused = compiled(counter)
     latents(dit)
     first = counter.frame_count
     latents(dit, steps=5, seed=9)
@@ -105,15 +126,15 @@ def test_blocks_and_steps_share_what_is_compiled():
 
 
 def test_what_requires_gradients_runs_in_steps():
-    fused = compiled(GRAPHS)
+    steps = compiled(GRAPHS)
     x, update = torch.randn(1, 6, 256, requires_grad=True), torch.randn(1, 6, 256)
     before, gate = x.detach().clone(), torch.randn(1, 1, 256)
-    fused.gated_add(x, update, gate).sum().backward()
+    steps.gated_add(x, update, gate).sum().backward()
     assert torch.equal(x, before) and torch.equal(x.grad, torch.ones_like(x))
 
 
 def test_off_is_the_steps_themselves():
-    assert load_chains(False, CPU, torch.float32) is STEPS
+    assert load_fused(False, CPU, torch.float32) is EAGER
 
 
 @pytest.fixture
@@ -126,16 +147,16 @@ def test_a_machine_that_cannot_compile_says_so_before_weights_are_read(checkpoin
     def broken(*_):
         raise RuntimeError("no working C++ compiler\nand more")
 
-    monkeypatch.setattr(chains, "compiled", broken)
+    monkeypatch.setattr(fused, "compiled", broken)
     monkeypatch.setattr("wan_core.model_files.Offload.load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=r"no working C\+\+ compiler\. It needs .* turn torch_compile off"):
         load_dit(checkpoint, DiTSettings(dtype=torch.float32, torch_compile=True), "cpu")
 
 
 def test_a_compiler_that_errs_is_refused(monkeypatch):
-    monkeypatch.setattr(chains, "compiled", lambda: chains.Chains(gated_add=lambda x, update, gate: x))
+    monkeypatch.setattr(fused, "compiled", lambda: fused.FusedSteps(gated_add=lambda x, update, gate: x))
     with pytest.raises(ValueError, match="wrong results"):
-        load_chains(True, CPU, torch.float32)
+        load_fused(True, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("remedy", ["Move the Python environment", "Set TMPDIR", "Set TORCHINDUCTOR_CACHE_DIR"])
@@ -147,14 +168,14 @@ def test_a_folder_that_torch_cannot_pass_to_a_compiler_is_named(remedy, tmp_path
 
     places = {"Move the Python environment": "/torch", "Set TMPDIR": "/tmp", "Set TORCHINDUCTOR_CACHE_DIR": "/cache"}
     places[remedy] = place
-    monkeypatch.setattr(chains, "compiled", broken)
+    monkeypatch.setattr(fused, "compiled", broken)
     monkeypatch.setattr(torch, "__file__", f"{places['Move the Python environment']}/__init__.py")
     monkeypatch.setattr(tempfile, "tempdir", places["Set TMPDIR"])
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", places["Set TORCHINDUCTOR_CACHE_DIR"])
     with pytest.raises(
         ValueError, match=f"path '{re.escape(place)}' has a space, .* without quotes. {remedy} to a folder"
     ):
-        load_chains(True, CPU, torch.float32)
+        load_fused(True, CPU, torch.float32)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
