@@ -20,6 +20,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import nn
 
+from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.offload.blocks import weight_bytes
 from wan_core.offload.weights import WeightProvider
 from wan_core.runtime import Pace, Runtime, log
@@ -48,7 +49,7 @@ class ComfyUI:
     def offload_device(self) -> torch.device:
         return model_management.unet_offload_device()
 
-    def runtime(self, dtype: torch.dtype) -> Runtime:
+    def runtime(self, dtype: torch.dtype, geometry: Geometry = DEFAULT_GEOMETRY) -> Runtime:
         device, reserved = self.device(), model_management.extra_reserved_memory
         return Runtime(
             device=device,

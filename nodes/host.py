@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.runtime import Runtime
 from wan_core.settings import MemorySettings
 
@@ -29,8 +30,11 @@ class Host(Protocol):
     def offload_device(self) -> torch.device:
         """Where weights are kept while another model works."""
 
-    def runtime(self, dtype: torch.dtype) -> Runtime:
-        """Device, progress, previews, cancellation and memory, as the library asks for them."""
+    def runtime(self, dtype: torch.dtype, geometry: Geometry = DEFAULT_GEOMETRY) -> Runtime:
+        """Device, progress, previews, cancellation and memory, as the library asks for them.
+
+        `geometry` is that of the latents that previews show.
+        """
 
     def check_cancelled(self) -> None:
         """Raise the host's own exception when the user wants to stop."""

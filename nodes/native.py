@@ -66,7 +66,7 @@ def from_native(
     cond = Conditioning(text=text, negative_text=negative_text)
     tokens = clip_vision_output if clip_vision_output is not None else values.get("clip_vision_output")
     if tokens is not None:
-        cond = cond.given(clip=_tokens(tokens))
+        cond = cond.with_inputs(image_tokens=_tokens(tokens))
     readers: dict[str, Callable[[Conditioning, Mapping[str, Any], Geometry], Conditioning]] = {
         "concat_latent_image": _with_concat,
         "reference_latents": _with_reference,
@@ -152,10 +152,10 @@ def _with_concat(cond: Conditioning, values: Mapping[str, Any], geometry: Geomet
     if latents.shape[1] > channels:
         control, first = latents.split(channels, 1)
         names = ["control_video"] + ["input_image"] * bool(first.abs().max() > ZERO)
-        return cond.given(*names, size=size, slots={CONTROL.name: control, FIRST_FRAME.name: first})
+        return cond.with_inputs(*names, size=size, slots={CONTROL.name: control, FIRST_FRAME.name: first})
     known = _known_frames(values.get("concat_mask"), latents, geometry.mask_channels)
     slots = {MASK.name: known, IMAGE.name: latents, FIRST_FRAME.name: latents}
-    return cond.given(*_input_names(known), size=size, slots=slots)
+    return cond.with_inputs(*_input_names(known), size=size, slots=slots)
 
 
 def _known_frames(mask: Tensor | None, latents: Tensor, channels: int) -> Tensor:
@@ -184,13 +184,15 @@ def _with_reference(cond: Conditioning, values: Mapping[str, Any], geometry: Geo
     latent = normalise(values["reference_latents"][-1], geometry)
     if latent.abs().max() < ZERO:
         return cond
-    return cond.given("reference_image", reference=latent[:, :, 0])
+    return cond.with_inputs("reference_image", reference=latent[:, :, 0])
 
 
 def _with_camera(cond: Conditioning, values: Mapping[str, Any], geometry: Geometry) -> Conditioning:
     rays = values["camera_conditions"].float()
     frames, height, width = rays.shape[2:]
-    return cond.given("camera", size=VideoSize(width, height, geometry.video_frames(frames), geometry), camera=rays)
+    return cond.with_inputs(
+        "camera", size=VideoSize(width, height, geometry.video_frames(frames), geometry), camera=rays
+    )
 
 
 def _with_vace(cond: Conditioning, values: Mapping[str, Any], geometry: Geometry) -> Conditioning:
@@ -213,7 +215,7 @@ def _with_vace(cond: Conditioning, values: Mapping[str, Any], geometry: Geometry
     latent = LatentSize.of(contexts[0], geometry)
     size = replace(latent, frames=latent.frames - references).video
     names = ["vace_video"] + ["vace_reference_image"] * bool(references)
-    return cond.given(*names, size=size, vace=inputs)
+    return cond.with_inputs(*names, size=size, vace=inputs)
 
 
 def _references(context: Tensor, geometry: Geometry) -> int:
@@ -246,7 +248,7 @@ def to_native(
     text, negative_text = cond.encoded_text, cond.negative().encoded_text
     batch, latent, geometry = len(text), size.latent, size.geometry
     values: dict[str, Any] = {}
-    clip, reference = cond.clip, cond.reference
+    clip, reference = cond.image_tokens, cond.reference
     if cond.slots:
         layout = _layout(cond.slots, has_camera=cond.camera is not None)
         concat = assemble_concat(cond.slots, layout, geometry)

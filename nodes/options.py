@@ -10,7 +10,7 @@ from torch import Tensor
 from wan_core.conditioning.text import TextEncoder, text_conditioning
 from wan_core.planning.modules import SizedModule
 from wan_core.settings import (
-    TEACACHE_TEMPLATES,
+    TEACACHE_COEFFICIENTS,
     WINDOW_MODES,
     CacheSettings,
     EasyCacheSettings,
@@ -79,7 +79,7 @@ class TeaCache(_Options):
                     "Above 1: the threshold that gives this speed-up is computed and used in place of threshold.",
                 ),
                 "template": sockets.choice(
-                    ["auto", *TEACACHE_TEMPLATES],
+                    ["auto", *TEACACHE_COEFFICIENTS],
                     "auto",
                     "The model whose coefficients are used; auto: those recommended for this model.",
                 ),

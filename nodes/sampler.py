@@ -16,10 +16,10 @@ from wan_core.planning.job import Job
 from wan_core.runtime import log
 from wan_core.sampling.checkpoint import Checkpoint, RunState, find_latents, load_latents, manifest, save_latents
 from wan_core.sampling.experts import RunInputs
+from wan_core.sampling.solvers import SOLVERS
 from wan_core.settings import (
     CFG_MODES,
     MAX_SEED,
-    SOLVER_NAMES,
     CacheSettings,
     GuidanceMode,
     GuidanceSettings,
@@ -73,7 +73,7 @@ class Sampler:
                 "shift": sockets.number(
                     5.0, 0.01, 100.0, "Moves the schedule towards high noise: 3 for image to video at 480p, 5 usually."
                 ),
-                "solver": sockets.choice(list(SOLVER_NAMES), "euler", "How a step is taken."),
+                "solver": sockets.choice(list(SOLVERS), "euler", "How a step is taken."),
                 "width": sockets.whole(832, sockets.SIDE, sockets.MAX_SIDE, rounded, step=sockets.SIDE),
                 "height": sockets.whole(480, sockets.SIDE, sockets.MAX_SIDE, rounded, step=sockets.SIDE),
                 "num_frames": sockets.whole(
@@ -191,7 +191,7 @@ class Sampler:
         checkpoint = Checkpoint(here.output_dir() / FOLDER, run.checkpoint_every)
         inputs = RunInputs(model.fit(conditioning, size), size.latent, start, tuple(prompts))
         state = model.sample(
-            inputs, settings, memory or here.memory_settings(), here.runtime(model.dtype),
+            inputs, settings, memory or here.memory_settings(), here.runtime(model.dtype, geometry),
             checkpoint=checkpoint, earlier=_earlier_state(latent, settings, geometry), keep=here.keeps_weights(),
         )  # fmt: skip
         # Weights that stayed on the device: ComfyUI counts them from now on, and evicts them when others need memory.
@@ -208,11 +208,8 @@ def _settings(
     **others: Any,
 ) -> SamplerSettings:
     """The settings of the widgets and of the sockets `guidance` and `schedule`, which replace some of them."""
-    schedule = schedule or ScheduleSettings()
-    return SamplerSettings(
-        guidance=replace(guidance or GuidanceSettings(scale=cfg), mode=cfg_mode),
-        sigmas=schedule.sigmas, start_step=schedule.start_step, end_step=schedule.end_step, **others,
-    )  # fmt: skip
+    guidance = replace(guidance or GuidanceSettings(scale=cfg), mode=cfg_mode)
+    return SamplerSettings(guidance=guidance, **vars(schedule or ScheduleSettings()), **others)
 
 
 def _with_template(cache: CacheSettings | None, model: VideoModel) -> CacheSettings | None:

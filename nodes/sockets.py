@@ -13,6 +13,7 @@ import torch
 
 from wan_core.media.fitting import ASPECTS, LENGTH_POLICIES
 from wan_core.models.config import DEFAULT_GEOMETRY
+from wan_core.tiling import TileSettings
 
 MODEL = "WANCORE_MODEL"
 """`model.VideoModel`: a DiT whose weights are on the host's offload device."""
@@ -161,20 +162,19 @@ def line(default: str, tooltip: str) -> Declaration:
     return "STRING", {"default": default, "multiline": False, "tooltip": tooltip}
 
 
+TILE_STRIDE = "Distance from one tile to the next; tiles overlap by the difference, and are blended there."
+
+
 def tile_inputs() -> dict[str, Declaration]:
     """The switch and the four sizes of tiled encoding and decoding, in latent cells."""
     return {
         "tiled": flag(
             False, "Work in overlapping tiles of these sizes. Off: tiles are used only when the whole does not fit."
         ),
-        "tile_height": whole(30, 4, 2048, f"Height of a tile in {CELL}."),
-        "tile_width": whole(52, 4, 2048, f"Width of a tile in {CELL}."),
-        "stride_height": whole(
-            15, 1, 2048, "Distance from one tile to the next; tiles overlap by the difference, and are blended there."
-        ),
-        "stride_width": whole(
-            26, 1, 2048, "Distance from one tile to the next; tiles overlap by the difference, and are blended there."
-        ),
+        "tile_height": whole(TileSettings.size[0], 4, 2048, f"Height of a tile in {CELL}."),
+        "tile_width": whole(TileSettings.size[1], 4, 2048, f"Width of a tile in {CELL}."),
+        "stride_height": whole(TileSettings.stride[0], 1, 2048, TILE_STRIDE),
+        "stride_width": whole(TileSettings.stride[1], 1, 2048, TILE_STRIDE),
     }
 
 

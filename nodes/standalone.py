@@ -11,6 +11,7 @@ from PIL import Image
 
 from wan_core.files import files_below
 from wan_core.loading.download import DEFAULT_FOLDER, models_folder
+from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.runtime import Runtime, default_device, free_bytes
 from wan_core.sampling.preview import Previewer, preview_frames
 from wan_core.settings import MemorySettings
@@ -59,7 +60,7 @@ class Standalone:
     def offload_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def runtime(self, dtype: torch.dtype) -> Runtime:
+    def runtime(self, dtype: torch.dtype, geometry: Geometry = DEFAULT_GEOMETRY) -> Runtime:
         tiny: Previewer | None = None
 
         def report(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
@@ -69,7 +70,7 @@ class Standalone:
             if latents is not None and every and (done % every == 0 or done == total):
                 with previews.never_fail():
                     tiny = tiny or Previewer(previews.find_decoder(self), self.device())
-                    pictures = tiny.strip(latents) or preview_frames(latents)
+                    pictures = tiny.strip(latents) or preview_frames(latents, geometry)
                     previews.write(pictures, self._output_dir / "previews", done)
 
         return Runtime(device=self.device(), dtype=dtype, on_progress=report)

@@ -43,10 +43,10 @@ class Tiled:
     def VALIDATE_INPUTS(
         cls,
         tiled: bool | None = False,
-        tile_height: int | None = 30,
-        tile_width: int | None = 52,
-        stride_height: int | None = 15,
-        stride_width: int | None = 26,
+        tile_height: int | None = TileSettings.size[0],
+        tile_width: int | None = TileSettings.size[1],
+        stride_height: int | None = TileSettings.stride[0],
+        stride_width: int | None = TileSettings.stride[1],
     ) -> bool | str:
         # Linked values are None here, and checked when the node runs.
         sizes = {"tile_height": tile_height, "tile_width": tile_width}
@@ -58,7 +58,11 @@ class Tiled:
 
 
 def tile_settings(
-    tiled: bool = False, tile_height: int = 30, tile_width: int = 52, stride_height: int = 15, stride_width: int = 26
+    tiled: bool = False,
+    tile_height: int = TileSettings.size[0],
+    tile_width: int = TileSettings.size[1],
+    stride_height: int = TileSettings.stride[0],
+    stride_width: int = TileSettings.stride[1],
 ) -> Tiles:
     """The tile widgets (`sockets.tile_inputs`) as settings; off means tiles only where memory is short."""
     return TileSettings(size=(tile_height, tile_width), stride=(stride_height, stride_width)) if tiled else AUTO

@@ -27,10 +27,12 @@ def test_all_514_image_tokens_meet_the_image_keys():
     dit, x = tiny_dit("flf2v"), torch.randn(1, 16, 2, 4, 4)
     clip = torch.randn(1, 514, 1280)
     with torch.no_grad():
-        context = dit.prepare(Conditioning(text=TEXT.text, clip=clip), (2, 4, 4)).context
+        context = dit.prepare(Conditioning(text=TEXT.text, image_tokens=clip), (2, 4, 4)).context
         assert (context.image.shape[1], context.text.shape[1]) == (514, 8)
         other = torch.cat((clip[:, :257], torch.randn(1, 257, 1280)), 1)
-        out, changed = (dit(x, torch.tensor([500.0]), Conditioning(text=TEXT.text, clip=c)) for c in (clip, other))
+        out, changed = (
+            dit(x, torch.tensor([500.0]), Conditioning(text=TEXT.text, image_tokens=c)) for c in (clip, other)
+        )
     assert not torch.equal(out, changed)
 
 

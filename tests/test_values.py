@@ -76,7 +76,7 @@ def test_curves_that_cannot_be_read(values, changes):
 
 
 def test_the_inputs_that_conditioning_was_made_from_are_named_once():
-    cond = Conditioning().given("input_image", reference=torch.zeros(1)).given("input_image", "end_image")
+    cond = Conditioning().with_inputs("input_image", reference=torch.zeros(1)).with_inputs("input_image", "end_image")
     assert cond.inputs == ("input_image", "end_image")
     assert cond.reference is not None
 

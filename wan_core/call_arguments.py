@@ -1,4 +1,4 @@
-"""The reference pipeline's call parameters, checked under their own names, as parts of the sampler's settings."""
+"""The reference pipeline's call parameters as settings. Messages use the parameters' own names."""
 
 import math
 import random
@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from .runtime import usable_device
+from .sampling.solvers import SOLVERS
 from .settings import (
     MAX_SEED,
-    SOLVER_NAMES,
-    TEACACHE_TEMPLATES,
+    TEACACHE_COEFFICIENTS,
     CacheSettings,
     GuidanceSettings,
     SamplerSettings,
@@ -32,7 +32,7 @@ NUMBERS: Mapping[str, tuple[float, float]] = {
     "vram_limit": (0, 100000),
     "vram_buffer": (0, 100000),
 }
-"""The least and the largest value of each parameter that is a number."""
+"""The range of each parameter that is a number."""
 
 WHOLE: Mapping[str, tuple[int, int]] = {
     "seed": (0, MAX_SEED),
@@ -44,17 +44,17 @@ WHOLE: Mapping[str, tuple[int, int]] = {
     "sliding_window_stride": (1, 100000),
     "num_persistent_param_in_dit": (0, 10**15),
 }
-"""The same of each that is a whole number."""
+"""The range of each parameter that is a whole number."""
 
 CFG_SCALE = (0, 100)
 STRENGTH = (-1000, 1000)
 
 
-def checked(**values: Any) -> dict[str, Any]:
-    """Parameters of `NUMBERS` and `WHOLE` as Python's own numbers; None stays None where a parameter may be left out.
+def check_parameters(**values: Any) -> dict[str, Any]:
+    """Parameters of `NUMBERS` and `WHOLE` as Python's own numbers; None stays None.
 
     Raises:
-        ValueError: one is no number, or out of range.
+        ValueError: one is not a number, or out of range.
     """
     plain = {name: plain_number(value) for name, value in values.items()}
     for name, value in plain.items():
@@ -69,15 +69,15 @@ def checked(**values: Any) -> dict[str, Any]:
 
 
 def plain_number(value: Any) -> Any:
-    """NumPy's numbers, which are of types of their own, as Python's; anything else as it is."""
+    """A NumPy scalar as a Python number; anything else as it is."""
     return value.item() if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0 else value
 
 
 def curve(name: str, value: Any, limits: tuple[float, float]) -> float | tuple[float, ...]:
-    """A number, or several that are spread over the steps.
+    """`value`, a number or several that are spread over the steps, as a number or a tuple.
 
     Raises:
-        ValueError: it is none of that, or one is out of range.
+        ValueError: it is neither, or a number is out of range.
     """
     value = plain_number(value)
     listed = _members(value)
@@ -90,7 +90,7 @@ def curve(name: str, value: Any, limits: tuple[float, float]) -> float | tuple[f
 
 
 def _members(value: Any) -> list[Any] | None:
-    """What a list, a tuple or an array of one axis holds; None of anything else."""
+    """The elements of a list, a tuple or an array of one axis; None for anything else."""
     if isinstance(value, np.ndarray):
         return list(value) if value.ndim == 1 else None
     return list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else None
@@ -119,23 +119,23 @@ def settings_of_call(
     cache: CacheSettings | None,
     windows: WindowSettings | None,
 ) -> SamplerSettings:
-    """What the reference's arguments ask of the sampler. A strength counts only with a video to start from.
+    """The sampler's settings. `denoising_strength` is used only with a video to start from.
 
     Raises:
-        ValueError: an argument is out of range; the message has its own name.
+        ValueError: an argument is out of range.
     """
-    check_choice("solver", solver, SOLVER_NAMES)
-    given = checked(
+    check_choice("solver", solver, SOLVERS)
+    values = check_parameters(
         seed=random.getrandbits(32) if seed is None else seed,
         num_inference_steps=_needed("num_inference_steps", num_inference_steps),
         sigma_shift=_needed("sigma_shift", sigma_shift),
         denoising_strength=_needed("denoising_strength", denoising_strength),
     )
     return SamplerSettings(
-        seed=given["seed"],
-        steps=given["num_inference_steps"],
-        shift=given["sigma_shift"],
-        denoise=given["denoising_strength"] if starts_from_video else 1.0,
+        seed=values["seed"],
+        steps=values["num_inference_steps"],
+        shift=values["sigma_shift"],
+        denoise=values["denoising_strength"] if starts_from_video else 1.0,
         solver=solver,
         rand_device=str(usable_device("rand_device", rand_device)),
         guidance=GuidanceSettings(
@@ -155,30 +155,29 @@ def _needed(name: str, value: Any) -> Any:
 def cache_of_call(
     tea_cache_l1_thresh: float | None, tea_cache_model_id: str, recommended: str | None
 ) -> CacheSettings | None:
-    """TeaCache as the reference's arguments ask for it, or None without a threshold.
-
-    An empty `tea_cache_model_id` takes the `recommended` template, that of the model's catalog row.
+    """TeaCache, or None without a threshold. An empty `tea_cache_model_id` takes the `recommended` template, that of
+    the model's catalog row.
 
     Raises:
-        ValueError: the threshold is out of range, or there is no such template, or none is recommended.
+        ValueError: the threshold is out of range, there is no such template, or none is recommended.
     """
-    threshold = checked(tea_cache_l1_thresh=tea_cache_l1_thresh)["tea_cache_l1_thresh"]
-    is_open = tea_cache_model_id is None or (isinstance(tea_cache_model_id, str) and not tea_cache_model_id)
-    if not is_open:
-        check_choice("tea_cache_model_id", tea_cache_model_id, TEACACHE_TEMPLATES)
+    threshold = check_parameters(tea_cache_l1_thresh=tea_cache_l1_thresh)["tea_cache_l1_thresh"]
+    if tea_cache_model_id not in (None, ""):
+        check_choice("tea_cache_model_id", tea_cache_model_id, TEACACHE_COEFFICIENTS)
     if threshold is None:
         return None
     return TeaCacheSettings(threshold=threshold, template=tea_cache_model_id or "auto").with_template(recommended)
 
 
 def windows_of_call(sliding_window_size: int | None, sliding_window_stride: int | None) -> WindowSettings | None:
-    """Blended windows of that many latent frames, or None when neither argument is given.
+    """Blended windows of `sliding_window_size` latent frames; None when both arguments are None.
 
     Raises:
-        ValueError: only one is given, or they are out of range.
+        ValueError: only one of them is None, or one is out of range.
     """
-    given = checked(sliding_window_size=sliding_window_size, sliding_window_stride=sliding_window_stride)
-    size, stride = given.values()
+    size, stride = check_parameters(
+        sliding_window_size=sliding_window_size, sliding_window_stride=sliding_window_stride
+    ).values()
     if size is None and stride is None:
         return None
     if size is None or stride is None:
@@ -187,10 +186,10 @@ def windows_of_call(sliding_window_size: int | None, sliding_window_stride: int 
 
 
 def tiles_of_call(tile_size: Sequence[int], tile_stride: Sequence[int]) -> TileSettings:
-    """Tiles of that many latent cells, as (height, width).
+    """Tiles in latent cells, each argument as (height, width).
 
     Raises:
-        ValueError: one is not two whole numbers of at least 1, or a stride is above its size.
+        ValueError: an argument is not two whole numbers of at least 1, or a stride is larger than its size.
     """
     pairs = {name: _pair(name, value) for name, value in (("tile_size", tile_size), ("tile_stride", tile_stride))}
     if any(stride > size for size, stride in zip(pairs["tile_size"], pairs["tile_stride"], strict=True)):

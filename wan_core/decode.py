@@ -24,9 +24,6 @@ from .settings import MemorySettings
 from .tiling import AUTO, Tiles, TileSettings
 from .types import LatentSize, VideoSize
 
-SMALLER_TILES = (TileSettings(), TileSettings(size=(16, 16), stride=(12, 12)))
-"""What is tried when memory runs out, one after the other."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VaeHandle:
@@ -70,8 +67,8 @@ class VaeHandle:
 
 
 def decode(vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None) -> Tensor:
-    """Normalised latents (B, z, F, h, w) to pixels (B, 3, T, H, W) in [-1, 1], float32, on the CPU: what
-    `decode_pieces` gives, in one tensor. A VAE that upscales gives sides twice as long as it encodes.
+    """Normalised latents (B, z, F, h, w) to pixels (B, 3, T, H, W) in [-1, 1], float32, on the CPU: `decode_pieces` as
+    one tensor. Sides are `config.upscale` times as long as those that the VAE encodes.
     """
     pieces = decode_pieces(vae, latents, tiles, runtime, budget)
     num_frames = vae.config.geometry.video_frames(latents.shape[2])
@@ -86,17 +83,16 @@ def decode(vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget:
 def decode_pieces(
     vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None
 ) -> Iterator[Tensor]:
-    """Pixels (B, 3, t, H, W) in [-1, 1], float32, on the CPU, a few frames at a time: they can be converted or written
-    away before the next are computed, so that a long video is never in memory as a whole.
+    """Pixels (B, 3, t, H, W) in [-1, 1], float32, on the CPU, a few frames at a time: each piece can be written to a
+    file before the next is computed, so that a long video is never in memory as a whole.
 
-    With tiles "auto" the whole is decoded at once where that fits into `budget` bytes beside the weights, else in
-    strips or tiles, with a notice. Without a budget it is what the device has left; the CPU then never needs tiles.
-    When the device runs out of memory nevertheless, what is left is done in smaller tiles, with a notice. Tiles pass
-    over the whole time and give one piece.
+    With tiles "auto" the picture is decoded at once if that fits in `budget` bytes beside the weights, else in strips
+    or tiles, with a warning. Without a budget it is the free memory of the device; a CPU then never needs tiles. When
+    the device runs out of memory nevertheless, the remaining frames are decoded in smaller tiles, with a warning. Each
+    tile is decoded over the whole time, so with tiles there is one piece.
 
     Raises:
-        NonFiniteError: the latents hold NaN or infinity, which is found before the first piece is asked for, or a
-            piece does.
+        NonFiniteError: the latents, which are checked by this call, or a piece hold NaN or infinity.
         OutOfMemoryError: the smallest tiles do not fit either.
     """
     check_latents(latents, "before decoding")
@@ -104,21 +100,22 @@ def decode_pieces(
     size = LatentSize.of(latents, vae.config.geometry)
     try:
         if tiles == AUTO:
-            tiles = _fitting(vae, size, len(latents), "decode", runtime, budget)
+            tiles = _auto_tiles(vae, size, len(latents), "decode", runtime, budget)
     except OutOfMemoryError as error:
         raise OutOfMemoryError(str(error), latents) from error
-    return _decoded(vae, latents, tiles, size, runtime)
+    # A generator of its own: what is above runs now and not when the first piece is asked for.
+    return _decode_pieces(vae, latents, tiles, size, runtime)
 
 
 @torch.no_grad()
-def _decoded(
+def _decode_pieces(
     vae: WanVAE, latents: Tensor, tiles: TileSettings | None, size: LatentSize, runtime: Runtime
 ) -> Iterator[Tensor]:
     def work(tiles: TileSettings | None) -> Iterator[Tensor]:
         return vae.decode_pieces(latents, tiles, runtime.chunks("Decoding"))
 
     try:
-        for piece in _in_tiles(work, tiles, size, "decode"):
+        for piece in _retry_smaller(work, tiles, size, "decode"):
             check_pixels(piece)
             yield piece
     except OutOfMemoryError as error:
@@ -137,21 +134,21 @@ def encode(vae: WanVAE, pixels: Tensor, tiles: Tiles, runtime: Runtime, budget: 
     frames, height, width = pixels.shape[-3:]
     size = VideoSize(width, height, frames, vae.config.geometry).latent
     if tiles == AUTO:
-        tiles = _fitting(vae, size, len(pixels), "encode", runtime, budget)
+        tiles = _auto_tiles(vae, size, len(pixels), "encode", runtime, budget)
 
     def work(tiles: TileSettings | None) -> Iterator[Tensor]:
         yield vae.encode(pixels, tiles, runtime.chunks("Encoding"))
 
-    return next(_in_tiles(work, tiles, size, "encode"))
+    return next(_retry_smaller(work, tiles, size, "encode"))
 
 
-def _fitting(
+def _auto_tiles(
     vae: WanVAE, size: LatentSize, batch: int, what: VaePass, runtime: Runtime, budget: int | None
 ) -> TileSettings | None:
-    """Tiles that a pass fits into memory with, after the host was asked to free memory; None where the whole fits.
+    """The tiles with which a pass fits in memory, after the host was asked to free some; None where the whole fits.
 
-    What the device says to have left is no promise either way: when even the smallest tiles seem not to fit into that,
-    they are tried. A budget that was given is kept.
+    Raises:
+        OutOfMemoryError: the smallest tiles need more than `budget`.
     """
     if budget is None and runtime.unbounded:
         return None
@@ -165,6 +162,7 @@ def _fitting(
     except OutOfMemoryError:
         if budget is not None:
             raise
+        # The free memory of a device is an estimate, so the smallest tiles are tried even where they seem too large.
         tiles = smallest_tiles(size)
     if tiles is None:
         return None
@@ -177,28 +175,29 @@ def _fitting(
     return tiles
 
 
-def _in_tiles(
+def _retry_smaller(
     work: Callable[[TileSettings | None], Iterator[Tensor]], tiles: TileSettings | None, size: LatentSize, what: VaePass
 ) -> Iterator[Tensor]:
-    """The pieces (B, C, t, ...) of `work` with these tiles, and with ever smaller ones while the device runs out of
-    memory; frames that were given already are not given again.
+    """The pieces (B, C, t, ...) of `work` with `tiles`; each time the device runs out of memory it begins again with
+    smaller ones, and the frames that were yielded before are not yielded again.
     """
-    smaller = [choice for choice in SMALLER_TILES if _area(choice, size) < _area(tiles, size)]
+    smaller = [choice for choice in (TileSettings(), smallest_tiles(size)) if _area(choice, size) < _area(tiles, size)]
     tried = [tiles, *smaller]
-    doing, given = {"decode": "decoding", "encode": "encoding"}[what], 0
+    doing, done = {"decode": "decoding", "encode": "encoding"}[what], 0
     for attempt, choice in enumerate(tried):
         try:
             start = 0
             for piece in work(choice):
-                fresh = piece[:, :, max(0, given - start) :]
+                new = piece[:, :, max(0, done - start) :]
                 start += piece.shape[2]
-                if fresh.shape[2]:
-                    given = start
-                    yield fresh
+                if new.shape[2]:
+                    done = start
+                    yield new
             return
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+        # Outside of `except`, where the traceback holds the tensors of the failed pass.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .call_arguments import cache_of_call, checked, settings_of_call, strength, tiles_of_call, windows_of_call
+from .call_arguments import cache_of_call, check_parameters, settings_of_call, strength, tiles_of_call, windows_of_call
 from .conditioning.camera import CameraPath
 from .conditioning.image import Fit, LatentEncoder
 from .conditioning.inputs import VideoInputs, condition
@@ -30,7 +30,7 @@ from .planning.encoders import text_peak_bytes as text_bytes
 from .runtime import Runtime, default_device, usable_device
 from .sampling.experts import RunInputs
 from .settings import MemorySettings, SamplerSettings, check_choice
-from .tiling import AUTO, Tiles
+from .tiling import AUTO, Tiles, TileSettings
 from .types import Conditioning, Curve, VideoSize
 from .variants import check
 
@@ -161,8 +161,8 @@ class WanVideoPipeline(PipelineModels):
         sigma_shift: float = 5.0,
         motion_bucket_id: float | None = None,
         tiled: bool = False,
-        tile_size: tuple[int, int] = (30, 52),
-        tile_stride: tuple[int, int] = (15, 26),
+        tile_size: tuple[int, int] = TileSettings.size,
+        tile_stride: tuple[int, int] = TileSettings.stride,
         sliding_window_size: int | None = None,
         sliding_window_stride: int | None = None,
         tea_cache_l1_thresh: float | None = None,
@@ -229,7 +229,8 @@ class WanVideoPipeline(PipelineModels):
         if progress_bar_cmd is not None and not callable(progress_bar_cmd):
             raise ValueError(f"progress_bar_cmd must wrap an iterable, such as tqdm; got {progress_bar_cmd!r}.")
         model = self.models.video
-        size = checked_size(**checked(width=width, height=height, num_frames=num_frames), geometry=model.geometry)
+        sides = check_parameters(width=width, height=height, num_frames=num_frames)
+        size = checked_size(**sides, geometry=model.geometry)
         inputs = VideoInputs.of_call(
             num_frames=size.num_frames, camera_control_direction=camera_control_direction,
             camera_control_speed=camera_control_speed, camera_control_origin=camera_control_origin,
@@ -237,7 +238,7 @@ class WanVideoPipeline(PipelineModels):
             vace_reference_image=vace_reference_image, input_image=input_image, end_image=end_image,
             inpaint_video=inpaint_video, inpaint_mask=inpaint_mask, control_video=control_video,
             reference_image=reference_image, vace_video=vace_video, vace_video_mask=vace_video_mask,
-            **checked(motion_bucket_id=motion_bucket_id),
+            **check_parameters(motion_bucket_id=motion_bucket_id),
         )  # fmt: skip
         template = model.row.preset.teacache if model.row else None
         settings = settings_of_call(
@@ -266,7 +267,7 @@ class WanVideoPipeline(PipelineModels):
     def _check(self, inputs: VideoInputs, prompt: Prompt, negative_prompt: Prompt) -> None:
         as_prompts(prompt), as_prompts(negative_prompt, "negative_prompt")
         model = self.models.video
-        check(model.variant, inputs.given(), model.name, model.motion_controller is not None)
+        check(model.variant, inputs.names(), model.name, model.motion_controller is not None)
         pictures = [n for n in ("input_image", "end_image", "reference_image") if getattr(inputs, n) is not None]
         if pictures and self.models.image is None:
             raise ValueError(
@@ -284,7 +285,7 @@ class WanVideoPipeline(PipelineModels):
         fit: Fit | None,
     ) -> tuple[Conditioning, Tensor | None]:
         """Conditioning with all inputs, and the latents of the video to start from."""
-        if not inputs.given() and start is None:
+        if not inputs.names() and start is None:
             return cond, None
         with ExitStack() as stack:
             vae = stack.enter_context(self._vae(tiles, self._runtime()).working())
@@ -333,7 +334,7 @@ class WanVideoPipeline(PipelineModels):
 def _memory(
     num_persistent_param_in_dit: int | None = None, vram_limit: float | None = None, vram_buffer: float | None = None
 ) -> MemorySettings:
-    numbers = checked(
+    numbers = check_parameters(
         num_persistent_param_in_dit=num_persistent_param_in_dit, vram_limit=vram_limit, vram_buffer=vram_buffer
     )
     return MemorySettings(

@@ -1,18 +1,29 @@
-"""Settings of a run as frozen values. Each checks itself, so a wrong value is refused where it is typed."""
+"""Settings of a run as frozen dataclasses, which check their values when they are made."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 from .files import check_name
+from .sampling.solvers import SOLVERS
 
-SOLVER_NAMES = ("euler", "unipc", "dpm++", "lcm", "heun")
 CFG_MODES = ("sequential", "interleaved", "batched")
 GuidanceMode = Literal["sequential", "interleaved", "batched"]
 WindowMode = Literal["blend", "chain"]
 WINDOW_MODES = ("blend", "chain")
-TEACACHE_TEMPLATES = ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P")
+
+TEACACHE_COEFFICIENTS: dict[str, tuple[float, ...]] = {
+    "Wan2.1-T2V-1.3B": (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02),
+    "Wan2.1-T2V-14B": (-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01),
+    "Wan2.1-I2V-14B-480P": (2.57151496e05, -3.54229917e04, 1.40286849e03, -1.35890334e01, 1.32517977e-01),
+    "Wan2.1-I2V-14B-720P": (8.10705460e03, 2.13393892e03, -3.72934672e02, 1.66203073e01, -4.17769401e-02),
+}
+"""Polynomials by template, highest power first, from the change of the time embedding to that of the model's output;
+fitted by the authors of TeaCache (ali-vilab/TeaCache TeaCache4Wan2.1).
+"""
+
 MAX_SEED = 2**64 - 1
 
 
@@ -21,15 +32,13 @@ class GuidanceSettings:
     """Classifier-free guidance.
 
     Attributes:
-        scale: 1 runs the conditional branch alone; larger follows the prompt more closely. Several numbers are a curve,
-            spread evenly from `start` to `end`.
-        mode: `sequential` runs the branches one after the other, `interleaved` takes both through each block before the
-            next (one copy of a streamed block serves both), `batched` joins them into one batch (fewer, larger kernels,
-            twice the activations). All give the same result.
-        start, end: the part of the run, in fractions of its steps, outside of which the conditional branch runs alone.
-        zero_star: scale the unconditional velocity to the conditional one before they are combined (CFG-Zero*, Fan et
-            al. 2025).
-        zero_steps: steps at the beginning that leave the latents as they are, the other half of CFG-Zero*.
+        scale: with 1 only the conditional branch runs; larger values follow the prompt more closely. Several numbers
+        are a curve, spread evenly from `start` to `end`. mode: `sequential` runs the branches one after the other;
+        `interleaved` runs both through each block before the next, so that a streamed block is copied once; `batched`
+        makes them one batch (fewer, larger kernels, twice the activations). All give the same result. start, end:
+        guidance from here to there, in fractions of the run; elsewhere only the conditional branch runs. zero_star:
+        project the unconditional velocity onto the conditional one before they are combined (CFG-Zero*, Fan et al.
+        2025). zero_steps: so many first steps have velocity zero, the other half of CFG-Zero*.
     """
 
     scale: float | tuple[float, ...] = 5.0
@@ -50,25 +59,25 @@ class GuidanceSettings:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """The values of the curve; one number is a curve of one."""
+        """`scale` as a tuple."""
         return self.scale if isinstance(self.scale, tuple) else (self.scale,)
 
     @property
     def branches(self) -> int:
-        """The most branches that a step of the run needs: 1 where the scale is 1 throughout, else 2."""
+        """The most branches that a step of the run needs: 1 when the scale is always 1, else 2."""
         return 1 if all(scale == 1 for scale in self.scales) else 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeaCacheSettings:
-    """Steps left out by a plan that is made before the first one (TeaCache, Liu et al. 2024).
+    """Steps are skipped by a plan that is made before the first one (TeaCache, Liu et al. 2024).
 
     Attributes:
-        threshold: how much change may add up before the blocks run again, of any size; 0 leaves out nothing.
-        speedup: look for the threshold that makes the run this many times faster, in place of giving one.
-        template: whose coefficients, of `TEACACHE_TEMPLATES`; `auto` is replaced by what the catalog recommends.
-        start_step: steps at the beginning that always run; the authors advise 5.
-        residual_on_cpu: keep what a step changed in host memory, and bring it back when it is needed.
+        threshold: the blocks run again when the estimated changes add up to it; no upper bound; 0 skips nothing.
+        speedup: in place of a threshold, find the one that makes the run so many times faster.
+        template: a key of `TEACACHE_COEFFICIENTS`, or `auto` for what the catalog recommends.
+        start_step: so many first steps always run; the authors advise 5.
+        residual_on_cpu: keep the residuals of steps in host memory.
     """
 
     threshold: float | None = 0.1
@@ -79,38 +88,38 @@ class TeaCacheSettings:
 
     def __post_init__(self) -> None:
         if (self.threshold is None) == (self.speedup is None):
-            raise ValueError("TeaCache needs either a threshold or a speed-up to look for, and not both.")
+            raise ValueError("TeaCache needs a threshold or a speed-up, and not both.")
         if self.threshold is not None:
             check_number("TeaCache threshold", self.threshold, low=0, high=math.inf)
         if self.speedup is not None:
             check_number("TeaCache speed-up", self.speedup, low=1, high=1000)
-        check_choice("TeaCache template", self.template, ("auto", *TEACACHE_TEMPLATES))
+        check_choice("TeaCache template", self.template, ("auto", *TEACACHE_COEFFICIENTS))
         check_whole("TeaCache start_step", self.start_step, low=0, high=10000)
 
     def with_template(self, recommended: str | None) -> "TeaCacheSettings":
         """A copy in which `auto` is the template that the model's catalog row recommends.
 
         Raises:
-            ValueError: the template is `auto` and nothing is recommended; none is guessed.
+            ValueError: the template is `auto` and none is recommended.
         """
         if self.template != "auto":
             return self
         if recommended is None:
             raise ValueError(
-                "This model is not a published one that TeaCache has coefficients for; choose the template of the "
-                f"nearest one: {', '.join(TEACACHE_TEMPLATES)}."
+                "TeaCache has no coefficients for this model; choose the template of the most similar published one: "
+                f"{', '.join(TEACACHE_COEFFICIENTS)}."
             )
         return replace(self, template=recommended)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EasyCacheSettings:
-    """Steps left out while the model changes its input at a steady rate, judged during the run (EasyCache, Zhou et al.
-    2025). Needs no coefficients.
+    """Steps are skipped during the run, while the model's output changes at a steady rate (EasyCache, Zhou et al.
+    2025). It needs no coefficients.
 
     Attributes:
-        threshold: how much change may add up, relative to the output, before the blocks run again.
-        start_step: steps at the beginning that always run.
+        threshold: the blocks run again when the estimated changes, relative to the output, add up to it.
+        start_step: so many first steps always run.
         residual_on_cpu: as for `TeaCacheSettings`.
     """
 
@@ -131,10 +140,10 @@ class WindowSettings:
     """A long video in windows of `size` latent frames, `stride` apart.
 
     Attributes:
-        mode: `blend` runs every window at every step and mixes where they overlap; `chain` finishes one clip after the
-            other, each held to the last frames of the one before.
-        colour_limit: `chain` only: how far each clip's channels may be pulled back to the mean and contrast of the
-            first, in latent units and as a factor; 0 leaves colours alone.
+        mode: `blend` runs all windows in every step and blends them where they overlap; `chain` finishes one clip after
+            the other, each of which begins with the last frames of the one before.
+        colour_limit: `chain` only: the most by which each clip's channels are moved towards the mean (in latent units)
+            and contrast (as a fraction) of the first clip; 0 changes nothing.
     """
 
     size: int = 21
@@ -156,14 +165,14 @@ class WindowSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings:
-    """How much of a device a model may use. The least that any limit leads to is every block streamed.
+    """How much of a device a model may use. Under the strictest limit every block is streamed.
 
     Attributes:
-        vram_limit: GiB that may be in use on the device, by all programs; None is all that it has, 0 streams every
-            block and bounds nothing else.
-        vram_buffer: GiB of it that are left to what is not weights; None computes what the run will need.
-        persistent_params: keep as many blocks on the device as have at most that many parameters in all, whatever the
-            limit; 0 streams every block.
+        vram_limit: GiB that may be in use on the device, by all programs; None is all of its memory; 0 streams every
+            block and limits nothing else.
+        vram_buffer: GiB of it that weights leave free; None computes what the run needs.
+        persistent_params: whatever the limit, keep so many blocks on the device that they have at most so many
+            parameters; 0 streams every block.
     """
 
     vram_limit: float | None = None
@@ -180,12 +189,12 @@ class MemorySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What a long run leaves on disk.
+    """What a long run saves to disk.
 
     Attributes:
-        checkpoint_every: write the run down each so many steps; 0 only when it runs out of memory.
+        checkpoint_every: save the run every so many steps; 0 only when it runs out of memory.
         keep_latents: save the final latents with a manifest, before they are decoded.
-        name: of the file that they are saved in.
+        name: the file name of those latents.
     """
 
     checkpoint_every: int = 5
@@ -204,36 +213,45 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
-    """The part of `SamplerSettings` that says which noise levels are run; see there."""
+    """Which noise levels a run goes through.
+
+    Attributes:
+        sigmas: noise levels in place of the solver's own schedule, falling from at most 1; replaces steps, shift and
+            denoise of `SamplerSettings`.
+        start_step, end_step: run only these steps of the schedule, the last one excluded, so that a run can be split.
+    """
 
     sigmas: tuple[float, ...] | None = None
     start_step: int = 0
     end_step: int | None = None
 
     def __post_init__(self) -> None:
-        if self.sigmas is not None:
-            _check_sigmas(self.sigmas)
+        if self.sigmas is None:
+            return
+        for sigma in self.sigmas:
+            check_number("sigmas", sigma, low=0, high=1)
+        if len(self.sigmas) < 2 or any(low >= high for high, low in pairwise(self.sigmas)):
+            raise ValueError(
+                f"sigmas must be at least two falling numbers from at most 1 to at least 0; got {self.sigmas}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerSettings:
-    """How latents are drawn and denoised.
+class SamplerSettings(ScheduleSettings):
+    """How noise is drawn and denoised.
 
     Attributes:
         seed: of the initial noise, 0 to 2**64 - 1.
-        steps: each evaluates the model once per branch; with `heun` twice, but for the last one.
+        steps: each evaluates the model once per branch, or as often as the solver needs.
         shift: moves the schedule towards high noise; 5 in the reference, 3 for image-to-video at 480p.
         denoise: 1 starts from noise; below 1 starts from a video with that much noise. All steps are run either way.
-        solver: how a velocity becomes the next latents.
+        solver: how a velocity becomes the next latents, a key of `SOLVERS`.
         rand_device: where the noise is drawn. `cpu` gives the same numbers on every machine.
         guidance: how the two branches are run and combined.
-        sigmas: noise levels in place of the solver's own schedule, falling from at most 1; replaces steps, shift and
-            denoise.
-        start_step, end_step: run only these steps of the schedule, the last one excluded, so that a run can be split.
-        cache: steps to leave out.
+        cache: how steps are skipped.
         windows: for videos longer than the model was trained on.
-        keep_projections: let the first step leave the keys and values of text and image to the others, for memory on
-            the device. The plan of a run sets it where that pays; weights must not change during the run.
+        keep_projections: keep the keys and values of text and image from the first step for the others, which takes
+            memory of the device. The plan of a run sets it; weights must not change during the run.
     """
 
     seed: int = 0
@@ -243,25 +261,21 @@ class SamplerSettings:
     solver: str = "euler"
     rand_device: str = "cpu"
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
-    sigmas: tuple[float, ...] | None = None
-    start_step: int = 0
-    end_step: int | None = None
     cache: CacheSettings | None = None
     windows: WindowSettings | None = None
     keep_projections: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole("seed", self.seed, low=0, high=MAX_SEED)
         check_whole("steps", self.steps, low=1, high=10000)
         check_number("shift", self.shift, low=0.01, high=1000)
         check_number("denoise", self.denoise, low=0, high=1)
-        check_choice("solver", self.solver, SOLVER_NAMES)
-        if self.sigmas is not None:
-            _check_sigmas(self.sigmas)
+        check_choice("solver", self.solver, SOLVERS)
         check_whole("end_step", self.last_step, low=1, high=self.total_steps)
         check_whole("start_step", self.start_step, low=0, high=self.last_step - 1)
         if self.is_part and self.windows is not None and self.windows.mode == "chain":
-            raise ValueError("A chain of clips finishes each before the next, so it cannot be split by start_step.")
+            raise ValueError("A chain of clips cannot be split by start_step: it finishes one clip after the other.")
 
     @property
     def total_steps(self) -> int:
@@ -279,15 +293,22 @@ class SamplerSettings:
 
     @property
     def starts_clean(self) -> bool:
-        """Whether the run starts from a video that is given noise, and not from noise alone."""
+        """Whether the run starts from a video with noise added, and not from noise alone."""
         return self.start_step == 0 and (self.denoise if self.sigmas is None else self.sigmas[0]) < 1
 
+    def windows_over(self, frames: int, mode: WindowMode | None = None) -> WindowSettings | None:
+        """The windows that a video of `frames` latent frames is made in; None where one window holds all of it, or
+        where they are of another `mode` than the one that is asked for.
+        """
+        windows = self.windows
+        if windows is None or windows.size >= frames or mode not in (None, windows.mode):
+            return None
+        return windows
 
-def _check_sigmas(sigmas: tuple[float, ...]) -> None:
-    for sigma in sigmas:
-        check_number("sigmas", sigma, low=0, high=1)
-    if len(sigmas) < 2 or any(low >= high for high, low in pairwise(sigmas)):
-        raise ValueError(f"sigmas must be at least two falling numbers from at most 1 to at least 0; got {sigmas}.")
+    def frames_at_once(self, frames: int) -> int:
+        """How many of a video's `frames` latent frames pass through the model at once."""
+        windows = self.windows_over(frames)
+        return frames if windows is None else windows.size
 
 
 def _check_interval(name: str, start: float, end: float) -> None:
@@ -319,7 +340,8 @@ def check_whole(name: str, value: Any, *, low: int, high: int) -> None:
         raise ValueError(f"{name} must be a whole number from {low} to {high}; got {value!r}.")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
+    choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")

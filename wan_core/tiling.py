@@ -1,4 +1,4 @@
-"""Where tiles and windows lie along an axis, and how their overlaps are blended. Pure functions of sizes."""
+"""The positions of tiles and windows along an axis, and the weights that blend their overlaps."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Span:
-    """Positions `start` to `end` (exclusive) of an axis; `first` and `last` say whether it touches the axis' ends."""
+    """Positions `start` to `end` (exclusive) of an axis; `first` and `last`: whether it touches that end."""
 
     start: int
     end: int
@@ -28,7 +28,7 @@ class Span:
 def plan_spans(length: int, size: int, stride: int) -> list[Span]:
     """Spans of at most `size`, `stride` apart, that cover an axis of `length`.
 
-    A span is left out when the one before it already reached the end (the rule of DiffSynth-Studio's VAE and windows).
+    A span is omitted when the one before it reaches the end, as in DiffSynth-Studio's VAE and windows.
 
     Raises:
         ValueError: `size` or `stride` is below 1, or `stride` is above `size`, which would leave gaps.
@@ -49,8 +49,9 @@ def _check_spans(size: int, stride: int) -> None:
 
 
 def blend_weights(span: Span, border: int, device: torch.device | None = None, offset: float = 1.0) -> Tensor:
-    """Weights (length,): one, rising as (i + offset) / border over the first and last `border` positions inside the
-    axis."""
+    """Weights (length,) of a span: 1, but over the first and last `border` positions they rise as (i + offset) /
+    border, unless the span touches that end of the axis.
+    """
     weights = torch.ones(span.length, device=device)
     border = min(border, span.length)
     if border:
@@ -95,7 +96,7 @@ class TileSettings:
 
 AUTO: Final = "auto"
 Tiles = TileSettings | Literal["auto"] | None
-"""Tiles of that size, whatever the memory is; tiles only where memory is short; or none until memory runs out."""
+"""Settings are always used; "auto" makes tiles only where memory is short; None only after memory ran out."""
 
 
 class TiledSum:
@@ -114,10 +115,10 @@ class TiledSum:
         return self._values.div_(self._weights)
 
 
-def chunk_lengths(total: int, first: int, rest: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of a first chunk and the equal ones after it, up to `total`."""
+def chunk_bounds(total: int, first: int, others: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of a first chunk and of equal ones after it, up to `total`."""
     start = 0
     while start < total:
-        end = min(start + (rest if start else first), total)
+        end = min(start + (others if start else first), total)
         yield start, end
         start = end

@@ -1,4 +1,4 @@
-"""Sizes and the conditioning value that travel through every part of the library.
+"""Sizes and the conditioning, which every part of the library uses.
 
 Shape letters used everywhere: B batch, T pixel frames, F latent frames, H and W pixels, h and w latent cells, R
 reference latent frames in front of the video, S tokens, D model width, z channels of a latent. How T, H and W relate to
@@ -21,8 +21,8 @@ log = logging.getLogger("wancore")
 
 
 def _geometry() -> Any:
-    """Of a size. It does not count when sizes are compared: an input made before a model is known, such as a camera
-    path, fits any model whose video has as many pixels.
+    """A field for the geometry of a size. It is not compared: inputs that are made before a model is known, such as a
+    camera path, suit any model whose videos have that size in pixels.
     """
     return field(default=DEFAULT_GEOMETRY, repr=False, compare=False)
 
@@ -38,7 +38,7 @@ class LatentSize:
 
     @classmethod
     def of(cls, latents: Tensor, geometry: Geometry) -> "LatentSize":
-        """That of latents (..., F, h, w)."""
+        """The size of latents (..., F, h, w)."""
         frames, height, width = latents.shape[-3:]
         return cls(frames, height, width, geometry)
 
@@ -48,7 +48,7 @@ class LatentSize:
 
     @property
     def tokens(self) -> int:
-        """How many tokens a DiT makes of it."""
+        """The number of tokens of a DiT, without reference tokens."""
         return math.prod(side // patch for side, patch in zip(self.shape, self.geometry.patch, strict=True))
 
     @property
@@ -61,9 +61,8 @@ class LatentSize:
 
 @dataclass(frozen=True)
 class VideoSize:
-    """A pixel video whose sides and length are such as its geometry has; with Wan 2.1's, multiples of 16 and 4k + 1.
-
-    Build one with `VideoSize.rounded` from what a user typed.
+    """The size of a pixel video. Its geometry decides which sides and lengths there are: with Wan 2.1's, multiples of
+    16 and 4k + 1 frames. `VideoSize.rounded` makes one from any numbers.
     """
 
     width: int
@@ -73,7 +72,7 @@ class VideoSize:
 
     @classmethod
     def rounded(cls, width: int, height: int, num_frames: int, geometry: Geometry = DEFAULT_GEOMETRY) -> "VideoSize":
-        """The smallest valid size that is not smaller than asked for, with a notice when it is larger.
+        """The smallest valid size that is at least as large as asked for, with a warning when it is larger.
 
         Raises:
             ValueError: a side or the frame count is not a positive whole number.
@@ -108,15 +107,12 @@ class VideoSize:
 
 
 def frames(axis: int, *, prefixed: bool = False) -> Any:
-    """A field whose tensors follow the video along `axis`, in latent frames.
-
-    `prefixed` says that R reference frames stand in front of the video on that axis.
-    """
+    """A field whose tensors have the video's latent frames on `axis`; if `prefixed`, R reference frames before them."""
     return field(default=None, metadata={"time": axis, "prefixed": prefixed})
 
 
 def whole() -> Any:
-    """A field that describes the whole clip and has no time axis."""
+    """A field without a time axis, which describes the whole video."""
     return field(default=None, metadata={"time": None, "prefixed": False})
 
 
@@ -163,26 +159,26 @@ class Curve:
 
 @dataclass(frozen=True)
 class Slot:
-    """Named latents that are joined to the noise on channels.
+    """Named latents that are concatenated to the noise on channels.
 
-    The name says how they are made: `mask` marks known frames, `image` is a video padded with grey and encoded,
-    `control` an encoded video, `first_frame` the latent of one frame with zeros after it.
-
-    `states` says what they hold of frames that are known: `mask` ones, `frames` their latents, `first` the latent of
-    the first one of a clip; None when they speak of something else.
+    Attributes:
+        name: how they are made. `mask` marks known frames, `image` is a video padded with grey and encoded, `control`
+        an encoded video, `first_frame` the latent of one frame with zeros after it. known: what they hold of known
+        frames: `mask` ones, `frames` their latents, `first` the latent of the first frame of a clip; None when they do
+        not describe known frames.
     """
 
     name: str
-    states: Literal["mask", "frames", "first"] | None = None
+    known: Literal["mask", "frames", "first"] | None = None
 
     def channels(self, geometry: Geometry) -> int:
-        """How many it has: those of a latent, or of a mask of known frames."""
-        return geometry.mask_channels if self.states == "mask" else geometry.channels
+        """The number of channels, that of a latent or of a mask of known frames."""
+        return geometry.mask_channels if self.known == "mask" else geometry.channels
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaceInput:
-    """One VACE input: context (B, 2 z + 64, R + F, h, w) and the factor on the hints that it produces."""
+    """One VACE input: context (B, 2 z + 64, R + F, h, w), and the factor on its hints."""
 
     context: Tensor
     strength: Curve = Curve((1.0,))
@@ -190,26 +186,28 @@ class VaceInput:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """Everything that steers one sampling run besides noise. Frozen: functions return a changed copy.
+    """All inputs of one sampling run besides noise. Frozen: functions return a changed copy.
 
     Every field declares its time axis, so that cutting windows, joining batches and moving devices are loops over
     fields.
     """
 
     text: Tensor | None = whole()
-    """(B, 512, text_dim); rows after the last token are zero."""
+    """(B, 512, text_dim); rows after the last token are zeros."""
     negative_text: Tensor | None = whole()
     """Like `text`, for the unconditional branch."""
-    clip: Tensor | None = whole()
-    """(B, 257 or 514, image_dim) image tokens."""
+    image_tokens: Tensor | None = whole()
+    """(B, 257 or 514, image_dim), of CLIP."""
     slots: Mapping[str, Tensor] | None = frames(2)
-    """Named latents (B, z, F, h, w) and masks (B, 4, F, h, w), joined in a variant's order by `conditioning.slots`."""
+    """Named latents (B, z, F, h, w) and masks (B, 4, F, h, w); `conditioning.slots.fit` concatenates them in a
+    variant's order.
+    """
     concat: Tensor | None = frames(2)
-    """(B, in_channels - z, F, h, w), joined to the latents on channels."""
+    """(B, in_channels - z, F, h, w), concatenated to the latents on channels."""
     layout: tuple[Slot, ...] | None = whole()
-    """What the channels of `concat` are, in their order; None when they were not made from slots."""
+    """The slots of which `concat` consists, in order; None when it was not made from slots."""
     reference: Tensor | None = whole()
-    """(B, z, h, w), becomes tokens in front of the sequence through `ref_conv`."""
+    """(B, z, h, w), made into tokens in front of the sequence by `ref_conv`."""
     camera: Tensor | None = frames(2)
     """(B, 24, F, H, W), folded Plücker rays at pixel resolution."""
     vace: tuple[VaceInput, ...] | None = frames(2, prefixed=True)
@@ -217,15 +215,15 @@ class Conditioning:
     motion_bucket: Tensor | None = whole()
     """(B,), speed from 0 to 100."""
     size: VideoSize | None = whole()
-    """The video that the inputs were made for; None when only text was given."""
+    """The size of the video that the inputs were made for; None for text alone."""
     inputs: tuple[str, ...] | None = whole()
-    """Names of the user's inputs that this was made from, besides text; `variants.check` speaks of them."""
+    """Names of the user's inputs that this was made from, besides text, for `variants.check`."""
 
-    def given(self, *names: str, size: VideoSize | None = None, **changes: Any) -> "Conditioning":
-        """A copy with the changed fields, and `names` among the inputs that it was made from.
+    def with_inputs(self, *names: str, size: VideoSize | None = None, **changes: Any) -> "Conditioning":
+        """A copy with the fields `changes`, and `names` among the inputs that it was made from.
 
         Raises:
-            ValueError: `size` is not that of the inputs before.
+            ValueError: `size` differs from that of earlier inputs.
         """
         if size and self.size and size != self.size:
             raise ValueError(
@@ -236,7 +234,7 @@ class Conditioning:
 
     @property
     def encoded_text(self) -> Tensor:
-        """`text`, of a conditioning that a model is to be run with.
+        """`text`, without which no model runs.
 
         Raises:
             ValueError: there is none.
@@ -250,7 +248,7 @@ class Conditioning:
         return dataclasses.replace(self, text=self.negative_text, negative_text=None)
 
     def joined(self, other: "Conditioning") -> "Conditioning":
-        """Both conditionings as one batch, `self` first. Every field that one of them has the other must have too."""
+        """Both conditionings as one batch, `self` first. Both must have the same fields."""
         changed = {}
         for f in dataclasses.fields(self):
             first, second = getattr(self, f.name), getattr(other, f.name)
@@ -259,7 +257,7 @@ class Conditioning:
         return dataclasses.replace(self, **changed)
 
     def prefix_frames(self, frames: int) -> int:
-        """R, the reference latent frames that stand in front of a video of `frames` latent frames."""
+        """R, the number of reference latent frames in front of a video of `frames` latent frames."""
         for f in dataclasses.fields(self):
             if f.metadata["prefixed"]:
                 for tensor in tensors_in(getattr(self, f.name)):
@@ -267,7 +265,7 @@ class Conditioning:
         return 0
 
     def expanded(self, batch: int) -> "Conditioning":
-        """A copy in which what describes one video describes each of `batch`."""
+        """A copy in which tensors of one video are repeated for a batch of `batch`."""
         return self.map(lambda t, _: t.expand(batch, *t.shape[1:]) if len(t) == 1 else t)
 
     def map(self, fn: Callable[[Tensor, Mapping[str, Any]], Tensor]) -> "Conditioning":
@@ -303,8 +301,8 @@ def map_tensors(value: Any, fn: Callable[[Tensor], object]) -> Any:
 
 
 def _join_tensors(first: Any, second: Any) -> Any:
-    rest = iter(tensors_in(second))
-    return map_tensors(first, lambda t: torch.cat((t, next(rest))))
+    others = iter(tensors_in(second))
+    return map_tensors(first, lambda tensor: torch.cat((tensor, next(others))))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -321,8 +319,9 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Where a prediction stands in its run: step `index` of `total`, in window number `window`; `evaluation` counts the
-    calls of one step, of which most solvers make one."""
+    """The position of a prediction in its run: step `index` of `total` and window number `window`. `evaluation` counts
+    the evaluations of one step; most solvers make one.
+    """
 
     index: int
     total: int

@@ -108,14 +108,14 @@ def test_the_model_sees_the_path():
     generator = torch.Generator().manual_seed(0)
     cond = Conditioning(
         text=torch.randn(1, 512, 64, generator=generator),
-        clip=torch.randn(1, 257, 1280, generator=generator),
+        image_tokens=torch.randn(1, 257, 1280, generator=generator),
         concat=torch.randn(1, 16, *size.latent.shape, generator=generator),
     )
     x = torch.randn(1, 16, *size.latent.shape, generator=generator)
 
     def velocity(*names: str, **changes) -> torch.Tensor:
         with torch.no_grad():
-            return dit(x, torch.tensor([500.0]), cond.given(*names, **changes))
+            return dit(x, torch.tensor([500.0]), cond.with_inputs(*names, **changes))
 
     moved = {d: camera_conditioning(cond, move(d, 5, 0.5), size) for d in ("None", "Left", "Right")}
     assert moved["Left"].inputs == ("camera",)

@@ -13,10 +13,10 @@ from wan_core.conditioning.image import (
     Fit,
     LatentEncoder,
     control_conditioning,
+    encode_pictures,
     first_frame_conditioning,
     fold_frames,
     image_conditioning,
-    image_tokens,
     reference_conditioning,
 )
 from wan_core.conditioning.inputs import speed_conditioning
@@ -62,7 +62,7 @@ def test_start_image_is_the_first_frame_of_a_grey_video(encoder, clip):
     expected = torch.zeros(1, 4, 3, 4, 6)
     expected[:, :, 0] = 1
     assert torch.equal(cond.slots["mask"], expected)
-    assert cond.clip.shape == (1, 257, 160)
+    assert cond.image_tokens.shape == (1, 257, 160)
     assert cond.inputs == ("input_image",)
     assert cond.size == SIZE
 
@@ -73,8 +73,8 @@ def test_end_image_marks_the_last_pixel_frame_and_brings_its_tokens(encoder, cli
     assert mask[0, :, 0].eq(1).all()
     assert mask[0, :, 1].eq(0).all()
     assert mask[0, :, 2, 0, 0].tolist() == [0, 0, 0, 1]
-    assert torch.equal(cond.clip, image_tokens(clip, clip_of(1), clip_of(1, seed=1)))
-    assert cond.clip.shape[1] == 514
+    assert torch.equal(cond.image_tokens, encode_pictures(clip, clip_of(1), clip_of(1, seed=1)))
+    assert cond.image_tokens.shape[1] == 514
 
 
 def test_the_first_latent_of_a_start_image_is_the_latent_of_the_picture(encoder, clip):
@@ -113,7 +113,7 @@ def test_control_video_and_reference(encoder, clip):
     assert torch.equal(cond.slots["control"], encoded(encoder, video_pixels(video)))
     cond = reference_conditioning(cond, SIZE, encoder, clip, picture)
     assert torch.equal(cond.reference, encoded(encoder, video_pixels(picture))[:, :, 0])
-    assert torch.equal(cond.clip, image_tokens(clip, picture))
+    assert torch.equal(cond.image_tokens, encode_pictures(clip, picture))
     assert cond.inputs == ("control_video", "reference_image")
 
 
@@ -192,10 +192,10 @@ def test_fit_counts_image_tokens_and_spreads_over_the_batch(encoder, clip):
     cond = dataclasses.replace(cond, text=torch.zeros(2, 4, 64), negative_text=torch.zeros(2, 4, 64))
     config = dataclasses.replace(DITS["i2v"], image_dim=160)
     fitted = fit(cond, match_variant(config), config, "model", SIZE)
-    assert fitted.clip.shape == (2, 257, 160)
+    assert fitted.image_tokens.shape == (2, 257, 160)
     assert fitted.concat.shape == (2, 20, 3, 4, 6)
     config = dataclasses.replace(DITS["flf2v"], image_dim=160)
-    assert fit(cond, match_variant(config), config, "model", SIZE).clip.shape == (2, 514, 160)
+    assert fit(cond, match_variant(config), config, "model", SIZE).image_tokens.shape == (2, 514, 160)
 
 
 def test_inputs_made_for_another_size_are_refused(encoder):

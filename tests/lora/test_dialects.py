@@ -23,9 +23,9 @@ def inputs(dit: nn.Module, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, C
     x = torch.randn(1, 16, 2, 4, 6, generator=generator)
     cond = Conditioning(text=torch.randn(1, 8, dit.config.text_dim, generator=generator))
     if dit.config.concat_channels:
-        cond = cond.given(concat=torch.randn(1, dit.config.concat_channels, 2, 4, 6, generator=generator))
+        cond = cond.with_inputs(concat=torch.randn(1, dit.config.concat_channels, 2, 4, 6, generator=generator))
     if dit.config.has_image_input:
-        cond = cond.given(clip=torch.randn(1, 257, dit.config.image_dim, generator=generator))
+        cond = cond.with_inputs(image_tokens=torch.randn(1, 257, dit.config.image_dim, generator=generator))
     return x, torch.tensor([500.0]), cond
 
 
@@ -210,7 +210,7 @@ def test_whole_tensor_differences(tmp_path, mode, streamed, prefix):
 
     def clip_output(model):
         x, t, cond = inputs(model)
-        return model(x, t, cond.given(clip=torch.ones(1, 514, model.config.image_dim)))
+        return model(x, t, cond.with_inputs(image_tokens=torch.ones(1, 514, model.config.image_dim)))
 
     base = clip_output(dit)
     use = used(tmp_path / "lora.safetensors", dit, mode=mode)

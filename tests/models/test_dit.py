@@ -17,7 +17,7 @@ CASES = {
 def case_inputs(name: str):
     """A case as (model, latents, timestep, conditioning, expected output)."""
     case, dit = load_case(f"dit_{name}"), tiny_dit(CASES[name])
-    inputs = {"clip": case.get("clip_feature"), "concat": case.get("y"), "camera": case.get("camera_embedding")}
+    inputs = {"image_tokens": case.get("clip_feature"), "concat": case.get("y"), "camera": case.get("camera_embedding")}
     if "reference_latents" in case.tensors:
         inputs["reference"] = case["reference_latents"][:, :, 0]
     if "vace_context" in case.tensors:
@@ -97,7 +97,7 @@ def test_identities_of_the_injection_points():
         dit, latents, timestep, cond, _ = case_inputs("fun_camera")
         for parameter in dit.control_adapter.parameters():
             parameter.zero_()
-        without = Conditioning(text=cond.text, clip=cond.clip, concat=cond.concat)
+        without = Conditioning(text=cond.text, image_tokens=cond.image_tokens, concat=cond.concat)
         assert torch.equal(dit(latents, timestep, cond), dit(latents, timestep, without))
 
 
@@ -114,7 +114,7 @@ def test_what_a_model_expects_and_is_not_given_is_zeros():
     dit, latents, timestep, cond, _ = case_inputs("fun_v1_1_control")
     zeros = Conditioning(
         text=cond.text,
-        clip=torch.zeros_like(cond.clip),
+        image_tokens=torch.zeros_like(cond.image_tokens),
         concat=torch.zeros_like(cond.concat),
         reference=torch.zeros_like(cond.reference),
     )
@@ -143,13 +143,13 @@ def test_bfloat16_stays_close_and_exact_is_closer():
         ({"text": torch.zeros(1, 512, 32)}, "text embeddings"),
         ({"text": None}, "text embeddings"),
         ({"concat": torch.zeros(1, 20, 3, 8, 10)}, "concat should be"),
-        ({"clip": torch.zeros(1, 200, 1280)}, "clip should be"),
+        ({"image_tokens": torch.zeros(1, 200, 1280)}, "image_tokens should be"),
         ({"camera": torch.zeros(1, 24, 3, 64, 96)}, "camera should be"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(change, words):
     dit, latents, timestep, cond, _ = case_inputs("i2v")
-    values = {"text": cond.text, "clip": cond.clip, "concat": cond.concat, **change}
+    values = {"text": cond.text, "image_tokens": cond.image_tokens, "concat": cond.concat, **change}
     with pytest.raises(ValueError, match=words):
         dit(latents, timestep, Conditioning(**values))
 

@@ -1,4 +1,4 @@
-"""Compiled steps compute what the eager ones do: for every model, wherever weights are, whatever hangs on the layers."""
+"""Compiled steps compute what the eager ones do: in every model, wherever weights are, whatever hangs on layers."""
 
 import re
 import shutil

@@ -97,7 +97,7 @@ def conditioned(geometry: Geometry, name: str, image_encoder: ImageEncoder) -> C
         case "camera":
             path = CameraPath.from_direction("Left", size.num_frames)
             cond = camera_conditioning(cond, path, VideoSize(size.width, size.height, size.num_frames, geometry))
-            return cond.given("input_image")
+            return cond.with_inputs("input_image")
         case "vace":
             return vace_conditioning(cond, size, encoder, video=clip, mask=clip[..., 0], references=(clip[:1],))
     return cond
@@ -195,7 +195,7 @@ def test_a_dit_and_a_vae_of_two_families_are_refused_from_their_headers(geometry
 
 @pytest.mark.parametrize("geometry", [WAN_21, WAN_22], ids=lambda geometry: geometry.name)
 def test_previews_know_published_latents_by_their_channels(geometry):
-    (picture,) = preview_frames(torch.zeros(1, geometry.channels, 1, 2, 3))
+    (picture,) = preview_frames(torch.zeros(1, geometry.channels, 1, 2, 3), geometry)
     assert picture.size == (3, 2)
 
 

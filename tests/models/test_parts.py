@@ -93,6 +93,6 @@ def test_the_rotation_is_the_same_in_real_and_in_complex_numbers(dtype):
     table = rope.rotary_table((3, 5, 7), 128, CPU)
     x = torch.randn(2, 105, 2, 128).to(dtype)
     expected = rope.rotate(x.double(), table)
-    for way in (rope.rotate, rope._multiplied):
+    for way in (rope.rotate, rope._rotate_complex):
         torch.testing.assert_close(way(x, table).double(), expected, rtol=0, atol=3e-6 if dtype.itemsize == 4 else 0.02)
-    torch.testing.assert_close(rope.rotate_(x.clone(), table), rope._multiplied(x, table), rtol=0, atol=0)
+    torch.testing.assert_close(rope.rotate_(x.clone(), table), rope._rotate_complex(x, table), rtol=0, atol=0)

@@ -109,29 +109,31 @@ def conditioning_of(kind: str) -> Conditioning:
     first[:, :, 1:] = 0
     pictures = {"mask": known, "image": latents()}
     if kind == "i2v":
-        return cond.given("input_image", size=SIZE, slots=pictures, clip=tokens)
+        return cond.with_inputs("input_image", size=SIZE, slots=pictures, image_tokens=tokens)
     if kind == "flf2v":
         known[:, -1, -1] = 1
         tokens = normal(1, 514, 1280)
-        return cond.given("input_image", "end_image", size=SIZE, slots=pictures, clip=tokens)
+        return cond.with_inputs("input_image", "end_image", size=SIZE, slots=pictures, image_tokens=tokens)
     if kind == "control":
-        return cond.given("control_video", size=SIZE, slots={"control": latents()})
+        return cond.with_inputs("control_video", size=SIZE, slots={"control": latents()})
     if kind == "control_ref":
         slots = {"control": latents(), "first_frame": first}
         names = ("control_video", "input_image", "reference_image")
-        return cond.given(*names, size=SIZE, slots=slots, clip=tokens, reference=normal(1, 16, H, W))
+        return cond.with_inputs(*names, size=SIZE, slots=slots, image_tokens=tokens, reference=normal(1, 16, H, W))
     if kind == "control_ref_without":
-        return cond.given("control_video", size=SIZE, slots={"control": latents()})
+        return cond.with_inputs("control_video", size=SIZE, slots={"control": latents()})
     if kind == "camera":
         rays = normal(1, 24, F, SIZE.height, SIZE.width)
-        return cond.given("input_image", "camera", size=SIZE, slots={"first_frame": first}, clip=tokens, camera=rays)
+        return cond.with_inputs(
+            "input_image", "camera", size=SIZE, slots={"first_frame": first}, image_tokens=tokens, camera=rays
+        )
     if kind == "vace":
         drawn = (normal(1, 64, F, H, W) > 0).float()
         video = VaceInput(context=torch.cat((normal(1, 32, F, H, W), drawn), 1), strength=Curve.of(0.7))
         shown = torch.cat((normal(1, 16, 1, H, W), torch.zeros(1, 80, 1, H, W)), 1)
         rest = torch.cat((normal(1, 32, F, H, W), drawn), 1)
         both = chained((video,), VaceInput(context=torch.cat((shown, rest), 2), strength=Curve.of(1.2)), F)
-        return cond.given("vace_video", "vace_reference_image", size=SIZE, vace=both)
+        return cond.with_inputs("vace_video", "vace_reference_image", size=SIZE, vace=both)
     return cond
 
 

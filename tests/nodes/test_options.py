@@ -149,7 +149,7 @@ def test_every_option_reaches_the_run(loaded, option):
 
 def test_auto_needs_a_published_model(loaded):
     unknown = dataclasses.replace(loaded["model"], row=None)
-    with pytest.raises(ValueError, match="not a published one that TeaCache has coefficients for"):
+    with pytest.raises(ValueError, match="TeaCache has no coefficients for this model"):
         sampled({**loaded, "model": unknown}, cache=TeaCacheSettings())
 
 

@@ -92,7 +92,7 @@ def run(dit, variant):
     cond = Conditioning(
         text=normal(1, 7, 64, seed=2),
         concat=normal(1, 20, *size, seed=3) if variant == "i2v" else None,
-        clip=normal(1, 257, 1280, seed=5) if variant == "i2v" else None,
+        image_tokens=normal(1, 257, 1280, seed=5) if variant == "i2v" else None,
         vace=vace,
     )
     with torch.no_grad():

@@ -22,7 +22,7 @@ def test_arguments_become_settings():
     [
         (windows_of_call, (9, None), "belong together; got 9 and None"),
         (windows_of_call, (4, 9), "from 1 to 4"),
-        (cache_of_call, (0.1, "", None), "not a published one"),
+        (cache_of_call, (0.1, "", None), "TeaCache has no coefficients"),
         (cache_of_call, (0.1, "Wan2.2", None), "tea_cache_model_id must be one of"),
         (cache_of_call, (-0.1, LARGE, None), "tea_cache_l1_thresh must be from 0 up"),
     ],

@@ -15,8 +15,8 @@ from wan_core.offload.blocks import weights_of
 from wan_core.offload.streaming import PlainCopies
 from wan_core.runtime import Cancelled, Runtime
 from wan_core.sampling.checkpoint import Checkpoint, RunState
+from wan_core.sampling.compose import build_solver
 from wan_core.sampling.experts import Expert, RunInputs, expert_at
-from wan_core.sampling.solvers import build_solver
 from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, TeaCacheSettings, WindowSettings
 from wan_core.types import LatentSize
 from wan_core.variants import match_variant

@@ -17,6 +17,7 @@ from wan_core.models.dit import WanDiT
 from wan_core.runtime import Cancelled, OutOfMemoryError, Runtime
 from wan_core.sampling.checkpoint import Checkpoint
 from wan_core.sampling.predictor import NonFiniteError
+from wan_core.sampling.solvers import SOLVERS
 from wan_core.settings import (
     CFG_MODES,
     EasyCacheSettings,
@@ -90,7 +91,7 @@ def test_caches_windows_and_guidance_go_together(variant, cache, windows):
         assert not torch.equal(plain, without)
 
 
-@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "lcm", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("split", [1, 3, 4])
 def test_a_run_in_two_parts_is_the_run_in_one(solver, cache, split):
@@ -218,7 +219,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "lcm", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     ("mode", "windows", "cache", "first"),
     [

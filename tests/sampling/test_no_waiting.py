@@ -21,7 +21,7 @@ from wan_core.runtime import Runtime
 from wan_core.sampling import compose
 from wan_core.sampling import run as loop
 from wan_core.sampling.step_cache import SkipPlan
-from wan_core.settings import GuidanceSettings, SamplerSettings, TeaCacheSettings, WindowSettings
+from wan_core.settings import TEACACHE_COEFFICIENTS, GuidanceSettings, SamplerSettings, TeaCacheSettings, WindowSettings
 from wan_core.types import Conditioning, LatentSize, VaceInput
 
 META = torch.device("meta")
@@ -149,6 +149,6 @@ def test_a_copy_from_the_host_is_seen(monkeypatch):
 
 def test_the_plan_of_teacache_leaves_steps_out():
     changes = [0.01] * (STEPS - 1)
-    rule = compose.step_cache.OnlineRule(compose.step_cache.COEFFICIENTS[TEACACHE.template], 0.2, STEPS)
+    rule = compose.step_cache.OnlineRule(TEACACHE_COEFFICIENTS[TEACACHE.template], 0.2, STEPS)
     plan = SkipPlan(tuple(rule.skips(i, c) for i, c in enumerate([0.0, *changes])), 0.2)
     assert plan.computed_steps < STEPS

@@ -78,7 +78,7 @@ def run(dit, cond, **changes):
     [
         ("t2v", {}),
         ("vace", {"vace": (VaceInput(context=torch.randn(2, 96, 3, 4, 6)),)}),
-        ("i2v", {"clip": torch.randn(2, 257, 1280), "concat": torch.randn(2, 20, 3, 4, 6)}),
+        ("i2v", {"image_tokens": torch.randn(2, 257, 1280), "concat": torch.randn(2, 20, 3, 4, 6)}),
     ],
 )
 def test_cfg_modes_agree(variant, fields):

@@ -11,9 +11,10 @@ from tests.reference import relative_error
 from tests.sampling.runs import sample
 from tests.sampling.variants import SMALL, conditioning, small_dit
 from wan_core.runtime import Runtime
+from wan_core.sampling.compose import build_solver
 from wan_core.sampling.run import denoise
-from wan_core.sampling.solvers import SOLVERS, Euler, Heun, build_solver
-from wan_core.settings import SOLVER_NAMES, GuidanceSettings, SamplerSettings, TeaCacheSettings
+from wan_core.sampling.solvers import SOLVERS, Euler, Heun
+from wan_core.settings import GuidanceSettings, SamplerSettings, TeaCacheSettings
 from wan_core.types import Conditioning, LatentSize
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
@@ -57,7 +58,7 @@ def test_unipc_has_the_schedule_of_its_authors():
 
 
 @pytest.mark.parametrize("sigmas", [None, (1.0, 0.6, 0.35, 0.0), (0.8, 0.2, 0.1), (1.0, 0.0)])
-@pytest.mark.parametrize("name", SOLVER_NAMES)
+@pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_recovers_a_straight_flow(name, sigmas):
     clean, noise = torch.randn(2, *SHAPE)
     solver = build_solver(SamplerSettings(solver=name, steps=7, sigmas=sigmas, seed=3))

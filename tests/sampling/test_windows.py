@@ -15,6 +15,7 @@ from wan_core.models.config import WAN_21
 from wan_core.models.dit import WanDiT
 from wan_core.models.vae import WanVAE
 from wan_core.runtime import Runtime
+from wan_core.sampling.solvers import SOLVERS
 from wan_core.sampling.windows import Windowed, colour_corrected, window_of, window_reports
 from wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
 from wan_core.tiling import Span, plan_spans
@@ -97,7 +98,7 @@ def chained(dit, cond, solver="euler", steps=3, **changes):
     return sample(dit, cond, SIZE, settings, RUNTIME, prompts=prompts)
 
 
-@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++", "lcm", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_chain_goes_on_from_the_last_frames(solver):
     dit, cond = tiny_dit(), conditioning("t2v", SIZE)
     long = chained(dit, cond, solver)
@@ -147,9 +148,9 @@ def test_a_chain_states_the_frames_it_goes_on_from(variant, monkeypatch):
     for slot in cond.layout:
         channels = slice(start, start + slot.channels(WAN_21))
         before, now = cond.concat[:, channels, 2:6], seen[1].concat[:, channels]
-        stated = {"mask": torch.ones(1, 4, 2, 4, 6), "frames": known, "first": known[:, :, :1]}.get(slot.states)
-        count = 0 if stated is None else stated.shape[2]
-        assert count == 0 or torch.equal(now[:, :, :count], stated)
+        expected = {"mask": torch.ones(1, 4, 2, 4, 6), "frames": known, "first": known[:, :, :1]}.get(slot.known)
+        count = 0 if expected is None else expected.shape[2]
+        assert count == 0 or torch.equal(now[:, :, :count], expected)
         assert torch.equal(now[:, :, count:], before[:, :, count:])
         start = channels.stop
     assert start == cond.concat.shape[1]

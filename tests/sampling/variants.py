@@ -46,7 +46,7 @@ def conditioning(
 
     fields: dict = {"text": draw(TEXT, 64), "negative_text": draw(TEXT, 64)}
     if config.has_image_input:
-        fields["clip"] = draw(config.image_positions or 257, config.image_dim)
+        fields["image_tokens"] = draw(config.image_positions or 257, config.image_dim)
     if config.concat_channels:
         fields["concat"] = draw(config.concat_channels, *size.shape)
     if config.has_reference:

@@ -42,7 +42,7 @@ def inputs(variant: str = "t2v", batch: int = 2):
     config = tiny_dit(variant).config
     cond = Conditioning(text=random(512, 64))
     if config.has_image_input:
-        cond = replace(cond, clip=random(config.image_positions or 257, config.image_dim))
+        cond = replace(cond, image_tokens=random(config.image_positions or 257, config.image_dim))
     if config.concat_channels:
         cond = replace(cond, concat=random(config.concat_channels, *SIZE))
     if config.has_reference:

@@ -27,7 +27,7 @@ from wancore.trainer.data.report import check
 from wancore.trainer.flags import ConfigError
 from wancore.trainer.model.load import find
 
-FIELDS = ("text", "clip", "concat", "reference", "camera", "vace", "motion_bucket")
+FIELDS = ("text", "image_tokens", "concat", "reference", "camera", "vace", "motion_bucket")
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_a_dropped_condition_and_caption_are_what_inference_gives_without_them(r
     config = material.config(root, "i2v", caption_dropout=1.0, condition_dropout=1.0)
     sample = examples(config).get(0, 0)
     empty = examples(material.config(root)).encoders.text.encode([""])
-    assert sample.cond.clip is None and sample.cond.concat is None
+    assert sample.cond.image_tokens is None and sample.cond.concat is None
     assert torch.equal(sample.cond.text, empty) and sample.caption == ""
 
 
@@ -398,7 +398,7 @@ def test_random_masks_are_drawn_and_trained(root, kind, monkeypatch):
     made = examples(config)
     sample = made.get(0, 0)
     known = sample.cond.concat[0, :4]
-    assert (sample.cond.clip is not None) == (kind in (START, BOTH))
+    assert (sample.cond.image_tokens is not None) == (kind in (START, BOTH))
     assert made.choose(0, 0).inputs == {START: ("input_image",), BOTH: ("input_image", "end_image")}.get(
         kind, ("inpaint_video",)
     )

@@ -168,8 +168,8 @@ def trained(shared, tmp_path_factory):
 def latents(model, variant):
     """What inference draws with `model`, given everything that it takes."""
     cond = inputs("t2v" if variant == "speed" else variant, batch=1)[2]
-    if cond.clip is not None:
-        cond = dataclasses.replace(cond, clip=cond.clip[..., : model.dit.config.image_dim])
+    if cond.image_tokens is not None:
+        cond = dataclasses.replace(cond, image_tokens=cond.image_tokens[..., : model.dit.config.image_dim])
     if variant == "t2v":
         cond = dataclasses.replace(cond, motion_bucket=None)
     settings = SamplerSettings(seed=1, steps=2, guidance=GuidanceSettings(scale=1.0))

@@ -358,7 +358,7 @@ def _packed(cond: Conditioning) -> dict[str, Tensor]:
     """The tensors that encoders made, by name."""
     tensors: dict[str, Tensor | None] = {f"slots.{name}": tensor for name, tensor in (cond.slots or {}).items()}
     tensors |= {f"vace.{index}": vace.context for index, vace in enumerate(cond.vace or ())}
-    tensors |= {"clip": cond.clip, "reference": cond.reference}
+    tensors |= {"clip": cond.image_tokens, "reference": cond.reference}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
@@ -367,8 +367,8 @@ def _unpacked(tensors: Mapping[str, Tensor], cond: Conditioning, names: Sequence
     slots = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("slots.")}
     vace = tuple(VaceInput(context=tensor) for name, tensor in tensors.items() if name.startswith("vace."))
     found: dict[str, Any] = {"slots": slots or None, "vace": vace or None}
-    found |= {name: tensors[name] for name in ("clip", "reference") if name in tensors}
-    return cond.given(*names, size=size, **found)
+    found |= {"image_tokens": tensors.get("clip"), "reference": tensors.get("reference")}
+    return cond.with_inputs(*names, size=size, **found)
 
 
 def _padded(text: Tensor) -> Tensor:

@@ -280,7 +280,7 @@ def camera_conditioning(cond: Conditioning, path: CameraPath, size: VideoSize) -
     Raises:
         ValueError: `cond` was made for a video of another size.
     """
-    return cond.given("camera", size=size, camera=camera_embedding(path, size))
+    return cond.with_inputs("camera", size=size, camera=camera_embedding(path, size))
 
 
 def _frames(path: CameraPath, width: int, height: int) -> Iterator[Tensor]:

@@ -66,7 +66,7 @@ class LatentEncoder:
 
 
 @torch.no_grad()
-def image_tokens(encoder: ImageEncoder, *pictures: Tensor) -> Tensor:
+def encode_pictures(encoder: ImageEncoder, *pictures: Tensor) -> Tensor:
     """CLIP tokens (1, 257 * pictures, 1280) of pictures (1, H, W, 3) in [0, 1], each at its own size."""
     tokens = [encoder(picture[:1, ..., :3].permute(0, 3, 1, 2).float() * 2 - 1) for picture in pictures]
     return torch.cat(tokens, 1)
@@ -108,12 +108,12 @@ def image_conditioning(
     slots = {**(cond.slots or {}), MASK.name: fold_frames(known, size), IMAGE.name: encoder.pixels(pixels)}
     device = slots[IMAGE.name].device
     slots[MASK.name] = slots[MASK.name].to(device)
-    clip = cond.clip
+    tokens = cond.image_tokens
     if start is not None and image_encoder is not None:
-        clip = image_tokens(image_encoder, *pictures)
+        tokens = encode_pictures(image_encoder, *pictures)
     given = {"input_image": start, "end_image": end, "inpaint_video": video}
     names = [name for name, value in given.items() if value is not None]
-    return cond.given(*names, size=size, slots=slots, clip=clip)
+    return cond.with_inputs(*names, size=size, slots=slots, image_tokens=tokens)
 
 
 def _known_pixels(
@@ -168,7 +168,7 @@ def first_frame_conditioning(
         raise ValueError("A start image needs the CLIP image encoder; load it (open-clip XLM-RoBERTa ViT-H/14).")
     latents = encoder.frames((fit or FUN_FIT).picture(start, size))
     slots = {**(cond.slots or {}), FIRST_FRAME.name: first_frame(latents, size.latent.frames)}
-    return cond.given("input_image", size=size, slots=slots, clip=image_tokens(image_encoder, start))
+    return cond.with_inputs("input_image", size=size, slots=slots, image_tokens=encode_pictures(image_encoder, start))
 
 
 def control_conditioning(
@@ -176,7 +176,7 @@ def control_conditioning(
 ) -> Conditioning:
     """`cond` with a control video (T, H, W, 3) in [0, 1]: edges, depth, poses and the like, encoded like any video."""
     latents = encoder.frames((fit or FUN_FIT).clip(video, size, "control_video"))
-    return cond.given("control_video", size=size, slots={**(cond.slots or {}), CONTROL.name: latents})
+    return cond.with_inputs("control_video", size=size, slots={**(cond.slots or {}), CONTROL.name: latents})
 
 
 def reference_conditioning(
@@ -196,6 +196,6 @@ def reference_conditioning(
     if image_encoder is None:
         raise ValueError("A reference image needs the CLIP image encoder; load it (open-clip XLM-RoBERTa ViT-H/14).")
     latents = encoder.frames((fit or FUN_FIT).picture(reference, size))
-    return cond.given(
-        "reference_image", size=size, reference=latents[:, :, 0], clip=image_tokens(image_encoder, reference)
+    return cond.with_inputs(
+        "reference_image", size=size, reference=latents[:, :, 0], image_tokens=encode_pictures(image_encoder, reference)
     )

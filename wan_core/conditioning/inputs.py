@@ -36,7 +36,7 @@ def speed_conditioning(cond: Conditioning, motion_bucket_id: float) -> Condition
         ValueError: the number is out of range.
     """
     check_number("motion_bucket_id", motion_bucket_id, low=SLOWEST, high=FASTEST)
-    return cond.given("motion_bucket_id", motion_bucket=torch.tensor([float(motion_bucket_id)]))
+    return cond.with_inputs("motion_bucket_id", motion_bucket=torch.tensor([float(motion_bucket_id)]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +96,11 @@ class VideoInputs:
             **{name: (as_masks if "mask" in name else as_frames)(value, name) for name, value in given.items()},
         )
 
-    def given(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """The names of the inputs that are there; a mask counts with its video."""
         settings = ("vace_scale", "inpaint_mask")
-        names = (f.name for f in dataclasses.fields(self) if f.name not in settings)
-        return tuple(name for name in names if getattr(self, name) is not None)
+        fields = (f.name for f in dataclasses.fields(self) if f.name not in settings)
+        return tuple(name for name in fields if getattr(self, name) is not None)
 
     @property
     def uses_vace(self) -> bool:

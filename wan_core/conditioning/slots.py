@@ -32,12 +32,12 @@ def fit(
         )
     check(variant, cond.inputs or (), label, has_motion_controller)
     _check_channels(cond, config.geometry, label)
-    clip = cond.clip
-    if clip is not None and config.has_image_input:
-        if clip.shape[1] < config.image_tokens:
+    tokens = cond.image_tokens
+    if tokens is not None and config.has_image_input:
+        if tokens.shape[1] < config.num_image_tokens:
             raise ValueError(f"{label} reads the image tokens of a start and an end image; give both images.")
-        clip = clip[:, : config.image_tokens]
-    fitted = dataclasses.replace(cond, clip=clip, slots=None, size=None)
+        tokens = tokens[:, : config.num_image_tokens]
+    fitted = dataclasses.replace(cond, image_tokens=tokens, slots=None, size=None)
     if cond.slots:
         concat = assemble_concat(cond.slots, variant.slots, config.geometry)
         fitted = dataclasses.replace(fitted, concat=concat, layout=variant.slots or None)

@@ -39,14 +39,14 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
         """Ids and mask (B, L), padded to the longest text; longer ones are cut to `max_length` including `</s>`."""
-        rows = [[*self._encode(text)[: max_length - 1], EOS_ID] for text in texts]
-        length = max(len(row) for row in rows)
-        ids = torch.full((len(rows), length), PAD_ID)
-        mask = torch.zeros((len(rows), length), dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = True
+        rows = [self.ids(text, max_length) for text in texts]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         return ids, mask
+
+    def ids(self, text: str, max_length: int) -> Tensor:
+        """The ids (L,) of one text, cut to `max_length` including `</s>`."""
+        return torch.tensor([*self._encode(text)[: max_length - 1], EOS_ID])
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -301,26 +301,20 @@ class TextEncoder:
         missing = [prompt for prompt in tokens if prompt not in rows]
         if missing:
             with ready():
-                rows |= {p: row.cpu() for p, row in zip(missing, self._run([tokens[p] for p in missing]), strict=True)}
+                encoded = self.model.encode([tokens[prompt] for prompt in missing])
+                rows |= {prompt: row.cpu() for prompt, row in zip(missing, encoded, strict=True)}
             if cache := self.cache:
                 for prompt in missing:
                     cache.put(cache.key(tokens[prompt], self.dtype), rows[prompt])
         return torch.stack([F.pad(rows[p], (0, 0, 0, TEXT_TOKENS - len(rows[p]))) for p in prompts])
 
     def _ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        unique = list(dict.fromkeys(prompts))
-        ids, mask = self.tokenizer([clean_prompt(p) for p in unique], TEXT_TOKENS)
-        return {prompt: row[real] for prompt, row, real in zip(unique, ids, mask, strict=True)}
+        return {prompt: self.tokenizer.ids(clean_prompt(prompt), TEXT_TOKENS) for prompt in dict.fromkeys(prompts)}
 
     def _cached(self, ids: Tensor) -> Tensor | None:
         if self.cache is None:
             return None
         return self.cache.get(self.cache.key(ids, self.dtype), (len(ids), self.model.config.dim), self.dtype)
-
-    def _run(self, texts: list[Tensor]) -> list[Tensor]:
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
-        return [out[: len(text)] for out, text in zip(self.model(ids, mask), texts, strict=True)]
 
 
 def as_prompts(prompt: Prompt, name: str = "prompt") -> list[str]:

@@ -47,7 +47,7 @@ def vace_conditioning(
     given = {"vace_video": video, "vace_video_mask": mask, "vace_reference_image": pictures or None}
     names = [name for name, value in given.items() if value is not None] or ["vace_video"]
     added = VaceInput(context=context, strength=Curve.of(strength))
-    return cond.given(*names, size=size, vace=chained(cond.vace or (), added, size.latent.frames))
+    return cond.with_inputs(*names, size=size, vace=chained(cond.vace or (), added, size.latent.frames))
 
 
 def reference_context(pictures: Sequence[Tensor], size: VideoSize, encoder: LatentEncoder) -> Tensor:

@@ -1,8 +1,7 @@
 """Scaled dot-product attention behind one function, with a choice of kernels.
 
-`sdpa` is PyTorch's own and always there, and `auto` the fastest exact kernel of the device. The others are used only
-when their package is installed and agrees with sdpa on random data: some builds of them produce noise on some cards,
-and a video full of noise is a slow way to find out.
+`sdpa` is PyTorch's own and always available; `auto` is the fastest exact kernel of the device. The others are used only
+when their package is installed and agrees with sdpa on random data, because some builds give noise on some cards.
 """
 
 import importlib
@@ -23,17 +22,19 @@ log = logging.getLogger("wancore")
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MOST_LOGITS = 2**20
-"""Logits that `by_heads` holds at a time: a few megabytes, which stay in a CPU's cache."""
+"""Logits that `by_heads` computes at a time: 4 MiB, which stay in a CPU's cache."""
 
 LEAST_ROWS = 256
-"""Queries that it takes at a time nevertheless: fewer would spend their time on rearranging keys and values."""
+"""The fewest queries at a time: with fewer, rearranging keys and values would take most of the time."""
 
 MOST_TIMED_LOGITS, LEAST_TIMED_ROWS = 2**25, 512
-"""How much of a long sequence a CPU is timed with."""
+"""The part of a long sequence that kernels are timed on, on a CPU."""
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """PyTorch's attention on (B, S, heads, width); `mask`, added to the logits, spreads to (B, heads, Sq, Sk)."""
+    """PyTorch's attention on (B, S, heads, width); `mask` is added to the logits, (B, heads, Sq, Sk) or broadcast to
+    it.
+    """
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
     )
@@ -41,10 +42,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: 
 
 
 def by_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`sdpa` as matrix products of one head after another, with float32 logits. It knows no gradients.
+    """`sdpa` as matrix products of one head after another, with float32 logits; without gradients.
 
-    Logits in bfloat16 would be faster still, but their error grows with the sharpness of the logits, which differs from
-    block to block (0.005 to 0.045 instead of 0.002): no test on the first tensors could vouch for the later ones.
+    Logits in bfloat16 would be faster, but their error grows with the sharpness of the softmax, which differs from
+    block to block (0.005 to 0.045 instead of 0.002), so a test on the first tensors would say nothing about later ones.
     """
     out, scale = torch.empty_like(q), q.shape[-1] ** -0.5
     rows = max(LEAST_ROWS, MOST_LOGITS // k.shape[1])
@@ -65,6 +66,7 @@ def _flash() -> AttentionFn:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash(q, k, v)
+        # Some versions of FlashAttention 3 also return the logsumexp.
         return out[0] if isinstance(out, tuple) else out
 
     return attend
@@ -90,7 +92,7 @@ _SDPA_KERNELS = {
 }
 
 MAX_SELF_TEST_ERROR = 0.05
-"""Largest relative error against sdpa. 8-bit SageAttention stays near 0.02; a broken kernel is off by 1 and more."""
+"""Largest relative error against sdpa. 8-bit SageAttention has about 0.02, a broken kernel 1 and more."""
 
 
 def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionFn:
@@ -136,8 +138,7 @@ def _self_test(candidate: AttentionFn, device: torch.device, dtype: torch.dtype)
 
 
 class FastestAttention:
-    """`sdpa`, or for shapes at which it is clearly faster another kernel, see `kernels`. What requires gradients takes
-    sdpa.
+    """`sdpa`, or another kernel for shapes at which it is clearly faster, see `kernels`. With gradients it is sdpa.
 
     Attributes:
         operation: the kernels to choose from.
@@ -145,7 +146,7 @@ class FastestAttention:
 
     def __init__(self, kernels: Mapping[str, AttentionFn], device: torch.device) -> None:
         """`kernels` for `device` beside sdpa."""
-        # The kernels of a card are exact by their makers' word, and a float32 twin would take memory there.
+        # Kernels of a card are documented as exact, and a reference in float32 would take memory there.
         reference = _in_float32 if device.type == "cpu" else None
         self.operation = Operation("attention", {"sdpa": sdpa, **kernels}, _some_rows, reference)
 
@@ -168,8 +169,8 @@ def _in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _exact_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, AttentionFn]:
-    """Kernels that compute the same as sdpa up to rounding: those of a card are PyTorch's own and FlashAttention where
-    it is installed, those of a CPU are chains of matrix products.
+    """Kernels that compute the same as sdpa up to rounding: on a card PyTorch's own, and FlashAttention if installed;
+    on a CPU `by_heads`.
     """
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         return {"by heads": by_heads}

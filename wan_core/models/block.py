@@ -1,4 +1,7 @@
-"""The transformer block of the Wan DiT, and the VACE block, whose output is added to the base model as a hint."""
+"""The transformer block of the Wan DiT, and the VACE block, whose output is a hint for the base model.
+
+B batch, S video tokens, D = heads x 128 model width, L text tokens, N image tokens.
+"""
 
 from dataclasses import dataclass
 
@@ -13,15 +16,17 @@ from .rope import RotaryTable
 
 EPS = 1e-6
 FEED_FORWARD_TOKENS = 8192
-"""Tokens per pass through the feed-forward layers, whose hidden tensor would else be the largest of all."""
+"""Tokens per pass through the feed-forward layers. Their hidden tensor, 13824 wide where the 14B models are 5120, would
+be the largest of the run.
+"""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every block of one branch attends to, constant over the steps of a run.
+    """The inputs of every block of one branch that stay the same over the steps of a run.
 
-    `text` (B, L, D) and `image` (B, N, D) are already projected to the model width; `rope` turns the video tokens.
-    `kept` takes the keys and values that each layer makes of them, for the steps that follow; None keeps nothing.
+    `text` (B, L, D) and `image` (B, N, D) are projected to the model width; `rope` rotates the video tokens. `kept`
+    holds the keys and values of each cross-attention, filled by the first step for the others; None keeps nothing.
     """
 
     text: Tensor
@@ -42,6 +47,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         norm_rotate = context.fused.norm_rotate
+        # The RMS norm is over all heads together, before they are split: (B, S, D) to (B, S, heads, 128).
         q = norm_rotate(self.q(x), self.norm_q.weight, EPS, context.rope, HEAD_DIM)
         k = norm_rotate(self.k(x), self.norm_k.weight, EPS, context.rope, HEAD_DIM)
         return self.o(context.attend(q, k, _heads(self.v(x))).flatten(2))
@@ -63,6 +69,7 @@ class CrossAttention(nn.Module):
         k, v, *image = self._projected(context)
         out = context.attend(q, k, v)
         if image:
+            # Two softmaxes that are added, not one over the text and image tokens together.
             out = add_(out, context.attend(q, *image))
         return self.o(out.flatten(2))
 
@@ -93,16 +100,19 @@ class WanBlock(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor, context: Context) -> Tensor:
         """`modulation` (B, 6, D), float32: shift, scale and gate of the attention, then of the feed-forward."""
         dtype, fused = context.text.dtype, context.fused
+        # (B, 1, D) each, in float32: bfloat16 would round 1 + scale to eight bits.
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + modulation).chunk(6, 1)
-        attended = self.self_attn(fused.norm_modulate(x, shift, 1 + scale, EPS, dtype), context)
-        x = fused.gated_add(x, attended, gate)
-        del attended
+        update = self.self_attn(fused.norm_modulate(x, shift, 1 + scale, EPS, dtype), context)
+        x = fused.gated_add(x, update, gate)
+        del update  # its memory is for cross-attention
+        # Cross-attention has no modulation and no gate; its norm, `norm3`, is the one with weights.
         x = add_(x, self.cross_attn(layer_norm(x, EPS, dtype, self.norm3.weight, self.norm3.bias), context))
         update = self._feed_forward(fused.norm_modulate(x, ffn_shift, 1 + ffn_scale, EPS, dtype))
         return fused.gated_add(x, update, ffn_gate)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         expand, _, contract = self.ffn
+        # `self.ffn` itself would hold the hidden tensor of all tokens, and a second one for GELU.
         if not may_overwrite(x, *expand.parameters()) or x.shape[1] <= FEED_FORWARD_TOKENS:
             return contract(gelu_tanh_(expand(x)))
         for piece in x.split(FEED_FORWARD_TOKENS, 1):
@@ -115,14 +125,14 @@ def _heads(x: Tensor) -> Tensor:
 
 
 class VaceBlock(WanBlock):
-    """A base block between two projections. Only the first block of the branch sees the base model's tokens."""
+    """A base block between two projections. Only the first block of the branch reads the base model's tokens."""
 
     def __init__(self, dim: int, ffn_dim: int, is_first: bool) -> None:
         super().__init__(dim, ffn_dim)
         self.before_proj = Linear(dim, dim) if is_first else None
         self.after_proj = Linear(dim, dim)
 
-    def forward(  # type: ignore[override]  # the published keys make it a block with two layers more, not a call alike
+    def forward(  # type: ignore[override]  # a WanBlock by its published keys; it is called in another way
         self, hidden: Tensor, tokens: Tensor, modulation: Tensor, context: Context
     ) -> tuple[Tensor, Tensor]:
         """`hidden` and `tokens` (B, S, D) to the next hidden state and the hint, both (B, S, D).

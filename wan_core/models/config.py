@@ -198,7 +198,7 @@ class DiTConfig:
         return self.geometry.patch
 
     @property
-    def image_tokens(self) -> int:
+    def num_image_tokens(self) -> int:
         """CLIP tokens that the model reads: of one image, or of as many as it has positions for."""
         return (self.image_positions or CLIP_TOKENS) if self.has_image_input else 0
 

@@ -1,8 +1,10 @@
 """The Wan 2.1 video transformer, in every published shape.
 
-A forward has four stages, so that a sampler can run each as often as it must and no oftener: `embed_time` once for all
-steps, `prepare` once per branch and window, then `embed`, `run_blocks` and `unembed` per step. Nothing of a run is kept
-on the module.
+A forward is split by how often each part must run: `embed_time` once for all steps, `prepare` once per branch and
+window, then `embed`, `run_blocks` and `unembed` per step. Nothing of a run is stored on the module.
+
+Shapes: B batch, S tokens, D model width, z latent channels, F latent frames with R reference frames in front, h and w
+latent cells. Attribute names are the published keys (Wan-Video/Wan2.1 wan/modules/model.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +28,7 @@ from .rope import RotaryTable, rotary_table
 
 @dataclass(frozen=True)
 class TimeEmbedding:
-    """The time path's outputs in float32: `head` (B, D) for the output head, `blocks` (B, 6, D) for the blocks."""
+    """The outputs of the time path in float32: `head` (B, D) for the output head, `blocks` (B, 6, D) for the blocks."""
 
     head: Tensor
     blocks: Tensor
@@ -37,7 +39,11 @@ class TimeEmbedding:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything of one branch that does not change from step to step."""
+    """The inputs of one branch, projected; they do not change from step to step.
+
+    `size` is (R + F, h, w); `concat` (B, c, R + F, h, w); `camera` (B, S, D); `reference` (B, S_ref, D); `motion`
+    (B, 6, D); each of `vace` (B, S, D).
+    """
 
     context: Context
     size: tuple[int, int, int]
@@ -50,9 +56,10 @@ class Prepared:
 
 @dataclass
 class TokenState:
-    """One branch on its way through the blocks; `tokens` (B, S, D) and `vace` advance in place.
+    """The tokens (B, S, D) of one branch in one step, which `run_blocks` advances in place.
 
-    `vace` holds the hidden state of each VACE input that counts in this step, with its strength.
+    `vace` holds the hidden state (B, S, D) of each VACE input with a strength other than 0 in this step, and the
+    strength.
     """
 
     tokens: Tensor
@@ -70,7 +77,7 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
 
     def forward(self, x: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
-        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, 1)
+        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, 1)  # (B, 1, D) each
         return self.head(norm_modulate_(x, shift, 1 + scale, EPS, dtype))
 
 
@@ -144,11 +151,13 @@ class WanDiT(nn.Module):
         """
         config, dtype, device = self.config, self.dtype, self.patch_embedding.weight.device
         batch = len(cond.encoded_text)
-        text = self.text_embedding(cond.encoded_text.to(device, dtype))
+        text = self.text_embedding(cond.encoded_text.to(device, dtype))  # (B, 512, D)
         image = reference = camera = concat = None
         if config.has_image_input:
-            clip = cond.clip if cond.clip is not None else text.new_zeros(batch, config.image_tokens, config.image_dim)
-            image = self.img_emb(clip.to(device))
+            tokens = cond.image_tokens
+            if tokens is None:
+                tokens = text.new_zeros(batch, config.num_image_tokens, config.image_dim)
+            image = self.img_emb(tokens.to(device))  # (B, 257 or 514, D)
         if config.concat_channels:
             shape = (batch, config.concat_channels, *size)
             concat = text.new_zeros(shape) if cond.concat is None else cond.concat.to(device, dtype)
@@ -164,6 +173,7 @@ class WanDiT(nn.Module):
             vace = tuple(_patchify(self.vace_patch_embedding, v.context.to(device, dtype)) for v in cond.vace)
         frames, height, width = (n // p for n, p in zip(size, config.patch_size, strict=True))
         if rope is None:
+            # The reference's tokens take the first frame position, and the video's follow (Fun control models).
             rope = rotary_table((frames + (reference is not None), height, width), HEAD_DIM, device)
         context = Context(text, image, rope, self.attend, self.fused, {} if keep else None)
         return Prepared(context, size, concat, camera, reference, motion, vace)
@@ -171,14 +181,14 @@ class WanDiT(nn.Module):
     def embed(
         self, x: Tensor, time: TimeEmbedding, prepared: Prepared, vace_strengths: Sequence[float] = ()
     ) -> TokenState:
-        """Latents (B, z, R + F, h, w) to tokens, with everything joined that enters before the blocks.
+        """Latents (B, z, R + F, h, w) to tokens, with every input that enters before the blocks.
 
-        VACE inputs of strength 0 cost nothing in this step.
+        VACE inputs of strength 0 are left out, and cost nothing in this step.
         """
         x = x.to(prepared.context.text.dtype)
         if prepared.concat is not None:
             x = torch.cat((x, prepared.concat), 1)
-        tokens = _patchify(self.patch_embedding, x)
+        tokens = _patchify(self.patch_embedding, x)  # (B, S, D), one token per patch of 1 x 2 x 2 cells
         if prepared.camera is not None:
             tokens = add_(tokens, prepared.camera)
         if prepared.reference is not None:
@@ -196,20 +206,22 @@ class WanDiT(nn.Module):
         on_block: Callable[[int], None] | None = None,
         blocks: range | None = None,
     ) -> None:
-        """Advance every state through `blocks` (all if None), each block serving all states before the next one starts.
+        """Advance every state through `blocks` (all if None), each block for all states before the next one.
 
-        A block whose weights are streamed from the host is thereby copied once per step, not once per branch.
-        `on_block` is called with the block's index before it runs; what it raises ends the run.
+        So a block whose weights are streamed is copied once per step and not once per branch. `on_block` is called with
+        the block's index before it runs; what it raises ends the run.
         """
         hints = {layer: n for n, layer in enumerate(self.config.vace_layers)}
         for index in range(len(self.blocks)) if blocks is None else blocks:
             block = self.blocks[index]
             if on_block is not None:
                 on_block(index)
-            given = [self._hint(hints[index], state) if index in hints else [] for state in states]
-            for state, updates in zip(states, given, strict=True):
+            # The first VACE block reads the tokens before block 0, the others only their own hidden state. A hint is
+            # added after the block of its layer.
+            found = [self._hints(hints[index], state) if index in hints else [] for state in states]
+            for state, updates in zip(states, found, strict=True):
                 state.tokens = block(state.tokens, state.time.blocks, state.prepared.context)
-                while updates:
+                while updates:  # popped, so that each hint's memory is free before the next is added
                     state.tokens = add_(state.tokens, *updates.pop(0))
 
     def block_order(self) -> list[str]:
@@ -221,7 +233,8 @@ class WanDiT(nn.Module):
             order.append(f"blocks.{index}")
         return order
 
-    def _hint(self, n: int, state: TokenState) -> list[tuple[Tensor, float]]:
+    def _hints(self, n: int, state: TokenState) -> list[tuple[Tensor, float]]:
+        """The hint (B, S, D) of VACE block `n` for each VACE input of `state`, and its strength."""
         hints = []
         for i, (hidden, strength) in enumerate(state.vace):
             hidden, hint = self.vace_blocks[n](hidden, state.tokens, state.time.blocks, state.prepared.context)
@@ -234,12 +247,10 @@ class WanDiT(nn.Module):
         tokens, prepared = state.tokens, state.prepared
         if prepared.reference is not None:
             tokens = tokens[:, prepared.reference.shape[1] :]
-        return self._unpatchify(self.head(tokens, state.time.head, prepared.context.text.dtype), prepared.size)
-
-    def _unpatchify(self, tokens: Tensor, size: tuple[int, int, int]) -> Tensor:
-        pt, ph, pw = self.config.patch_size
-        folds = {"f": size[0] // pt, "h": size[1] // ph, "pt": pt, "ph": ph, "pw": pw}
-        return rearrange(tokens.float(), "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", **folds)
+        patches = self.head(tokens, state.time.head, prepared.context.text.dtype).float()  # (B, S, patch * z)
+        (pt, ph, pw), (frames, height, _) = self.config.patch_size, prepared.size
+        folds = {"f": frames // pt, "h": height // ph, "pt": pt, "ph": ph, "pw": pw}
+        return rearrange(patches, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", **folds)
 
     def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning, motion: Tensor | None = None) -> Tensor:
         """Velocity (B, z, R + F, h, w) for latents `x` of that shape at `timestep` (B,) in 0..1000.
@@ -256,12 +267,12 @@ class WanDiT(nn.Module):
 
 
 def vace_strengths(cond: Conditioning, index: int = 0, total: int = 1) -> list[float]:
-    """The factor of each VACE input at step `index` of `total`."""
+    """The strength of each VACE input at step `index` of `total`."""
     return [vace.strength.at(index, total) for vace in cond.vace or ()]
 
 
 def check_shapes(config: DiTConfig, x: Tensor, cond: Conditioning) -> None:
-    """Raise ValueError when a tensor cannot enter the model; everything after this trusts its inputs."""
+    """Raise ValueError for a tensor whose shape the model does not take. Nothing after this checks shapes."""
     batch, _, frames, height, width = x.shape
     if height % config.patch_size[1] or width % config.patch_size[2]:
         raise ValueError(
@@ -278,7 +289,10 @@ def check_shapes(config: DiTConfig, x: Tensor, cond: Conditioning) -> None:
         "concat": (cond.concat, (config.concat_channels, frames, height, width)),
         "reference": (cond.reference, (config.out_channels, height, width)),
         "camera": (cond.camera, rays),
-        "clip": (cond.clip if config.has_image_input else None, (config.image_tokens, config.image_dim)),
+        "image_tokens": (
+            cond.image_tokens if config.has_image_input else None,
+            (config.num_image_tokens, config.image_dim),
+        ),
     }
     for i, vace in enumerate(cond.vace or ()):
         expected[f"vace[{i}]"] = (vace.context, (config.vace_channels, frames, height, width))
@@ -291,6 +305,7 @@ def check_shapes(config: DiTConfig, x: Tensor, cond: Conditioning) -> None:
 
 def _linear_float32(layer: nn.Module, x: Tensor) -> Tensor:
     kind = x.device.type
+    # Autocast, which a trainer may have switched on, would round the timestep's embedding.
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         return F.linear(x, layer.get_parameter("weight").float(), layer.get_parameter("bias").float())
 

@@ -1,4 +1,4 @@
-"""What turns numbers, image tokens, camera rays and motion buckets into the DiT's own width."""
+"""Timesteps, image tokens, camera rays and motion buckets as vectors of the DiT's width."""
 
 import math
 
@@ -14,8 +14,8 @@ from .ops import Linear
 def sinusoid(position: Tensor, width: int) -> Tensor:
     """Cosines then sines of `position` (B,), (B, width) in float32.
 
-    Angles are computed in float64 where the device has it, as Wan-Video/Wan2.1 `sinusoidal_embedding_1d` does; bfloat16
-    would already round timestep 937.5 to 936.
+    Angles are computed in float64 where the device has it, as in Wan-Video/Wan2.1 `sinusoidal_embedding_1d`; bfloat16
+    would round timestep 937.5 to 936.
     """
     precise = torch.float32 if position.device.type == "mps" else torch.float64
     half = torch.arange(width // 2, dtype=precise, device=position.device)
@@ -69,13 +69,14 @@ class CameraAdapter(nn.Module):
 
     def forward(self, rays: Tensor) -> Tensor:
         batch = rays.shape[0]
+        # Every frame by itself: 24 channels, and with each cell's 8 x 8 pixels as channels 1536 of them.
         rays = rearrange(rays, "b c f h w -> (b f) c h w").to(self.conv.weight.dtype)
         features = self.residual_blocks(self.conv(F.pixel_unshuffle(rays, self.stride)))
         return rearrange(features, "(b f) d h w -> b (f h w) d", b=batch)
 
 
 BUCKET_SCALE = 10.0
-"""The bucket 0..100 is stretched to the range of a timestep before its sinusoid (DiffSynth-Studio
+"""The bucket 0..100 is scaled to the range of a timestep, 0..1000, for the sinusoid (DiffSynth-Studio
 `wan_video_motion_controller`).
 """
 

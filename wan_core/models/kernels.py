@@ -2,9 +2,9 @@
 
 Several kernels often compute the same numbers up to rounding, and which is fastest depends on the processor, the
 library, the number of threads and the shape. So none is assumed: the candidates are timed on the first real tensors of
-each shape. The choice is kept in a file, because another choice gives other last bits: a run that is repeated or
-resumed computes what it computed before. A run also writes its own choices into its checkpoints, and `deterministic`
-takes the default everywhere.
+each shape. The choice is stored in a file, because another choice gives other last bits: a run that is repeated or
+resumed must compute the same. A run also writes its choices into its checkpoints, and `deterministic` uses the
+defaults.
 """
 
 import functools
@@ -31,23 +31,23 @@ Kernel = Callable[..., Tensor]
 Arguments = tuple[Any, ...]
 
 DETERMINISTIC = "WANCORE_DETERMINISTIC"
-"""Environment variable; 1 takes the default kernels in the whole process."""
+"""Environment variable; with 1 the whole process uses the default kernels."""
 
 CACHE_FOLDER = "WANCORE_CACHE"
-"""Environment variable with the folder for what is worth keeping between processes."""
+"""Environment variable; the folder for files that processes share, such as kernel choices."""
 
 CLEARLY_FASTER = 0.9
-"""Share of the default's time that a kernel must stay below to take its place: less could be chance."""
+"""A kernel replaces the default when it takes less than this share of its time: a smaller gain could be chance."""
 
 EXTRA_ERROR = 2.0
-"""How many times the default's own rounding error a kernel may have."""
+"""How many times the default's rounding error a kernel may have."""
 
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 9
 BUDGET = 0.1
 """Seconds after which no further round of timing begins."""
 
 SHORTEST = 2e-4
-"""Seconds; what is shorter is timed several times in a row."""
+"""Seconds; a shorter call is repeated, and timed as a whole."""
 
 
 Key = tuple[str, tuple[int, ...], torch.dtype, str]
@@ -56,15 +56,15 @@ Key = tuple[str, tuple[int, ...], torch.dtype, str]
 
 @dataclass(frozen=True)
 class Operation:
-    """Something that several kernels compute.
+    """An operation that several kernels compute.
 
     Attributes:
-        name: as it stands in the file of choices.
+        name: in the file of choices.
         kernels: by name; the first is the default, and defines the result.
-        sample: from the arguments of a call to those that are timed: less of them where a call takes long, copies where
-            a kernel writes into them.
-        reference: the same operation in a precision that is beyond doubt; kernels whose error against it is more than
-            `EXTRA_ERROR` times the default's are left out. Without it all are taken to be equally exact.
+        sample: from the arguments of a call to those that are timed: a part of them where a call takes long, copies
+            where a kernel writes into them.
+        reference: the same operation in higher precision; kernels whose error against it is more than `EXTRA_ERROR`
+            times the default's are not used. Without it all count as equally exact.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Choices:
 
     Attributes:
         deterministic: use the defaults.
-        used: the kernel of each operation and size, by `described` keys: what the run has met so far, or is to use.
+        used: the kernel of each operation and size that the run has used so far or is to use, by `described` keys.
     """
 
     deterministic: bool = False
@@ -106,7 +106,7 @@ class Choices:
             return operation.default
         name = self.used.get(key)
         if name is None or name not in operation.kernels:
-            with run(self.used):  # what a candidate calls while it is timed is no choice of this run
+            with run(self.used):  # so that operations inside of a timed candidate are not recorded for this run
                 name = known(arguments[0].device).choose(key, operation, arguments)
         self.used[key] = name
         return name
@@ -126,15 +126,14 @@ _current: ContextVar[Choices] = ContextVar("kernels", default=_process)
 
 
 def current() -> Choices:
-    """The choices of the run that is going on, or of the process between runs."""
+    """The choices of the current run, or of the process between runs."""
     return _current.get()
 
 
 @contextmanager
 def run(used: Mapping[str, str] | None = None, *, deterministic: bool = False) -> Iterator[Choices]:
-    """Choices of a run's own inside the block, beginning with those that were `used` before.
-
-    What is deterministic around it stays so.
+    """Separate choices for a run inside the block, which begin with those `used` before. Inside of a deterministic run
+    they are deterministic too.
     """
     choices = Choices(deterministic or current().deterministic, dict(used or {}))
     token = _current.set(choices)
@@ -145,7 +144,7 @@ def run(used: Mapping[str, str] | None = None, *, deterministic: bool = False) -
 
 
 def up_to_power_of_two(count: int) -> int:
-    """The next power of two: sizes that vary freely share one choice up to it."""
+    """The next power of two: all sizes up to it share one choice."""
     return 1 << max(0, count - 1).bit_length()
 
 
@@ -161,9 +160,9 @@ class Known:
         self._names: dict[str, str] | None = None
 
     def choose(self, key: str, operation: Operation, arguments: Arguments) -> str:
-        """The kernel that is known for `key`, else the one that measuring finds.
+        """The kernel in the file for `key`, else the one that timing finds, which is added to it.
 
-        The default where the file cannot be written: the next process would not know of another choice.
+        If the file cannot be written it is the default, because the next process could not make the same choice.
         """
         if self._names is None:
             self._names = self._read()
@@ -237,7 +236,9 @@ def cache_folder() -> Path:
 
 
 def _machine(device: torch.device, threads: int) -> str:
-    """What decides which kernel is fast: processor or card, libraries, threads, and limits set by hand."""
+    """Everything that decides which kernel is fastest: processor or card, libraries, threads, and limits set by the
+    user.
+    """
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         runtime = torch.version.cuda or torch.version.hip
@@ -251,12 +252,12 @@ def _machine(device: torch.device, threads: int) -> str:
 
 
 PROCESSOR_FIELDS = ("vendor_id", "cpu family", "model", "model name", "CPU implementer", "CPU part")
-"""What /proc/cpuinfo says of a processor's model: the first four on x86, the last two on ARM."""
+"""The fields of /proc/cpuinfo that name a processor's model: the first four on x86, the last two on ARM."""
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name, as the system gives it, and its vector units, which tell virtual machines apart that hide
-    the name.
+    """The processor's name, as the system reports it, and its vector units, which distinguish processors whose name a
+    virtual machine hides.
     """
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
@@ -272,8 +273,8 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def fastest(operation: Operation, arguments: Arguments) -> tuple[str, dict[str, float]]:
     """The kernel to use, and the seconds that each one took on a sample of `arguments`.
 
-    Another than the default must be faster in most rounds and at its best: in each round every kernel runs once, so
-    that a round that another program disturbs counts little. A kernel that cannot run here is left out.
+    In each round every kernel runs once. To replace the default, a kernel must be faster in most rounds and in its best
+    one, so that a round which another program disturbs counts little. A kernel that cannot run here is left out.
     """
     with torch.no_grad():
         sample = operation.sample(*arguments)
@@ -297,7 +298,7 @@ def fastest(operation: Operation, arguments: Arguments) -> tuple[str, dict[str, 
 
 
 def exact_enough(operation: Operation, sample: Arguments) -> list[str]:
-    """The kernels that run here and round no worse than allowed; each has run once after this, which prepares it."""
+    """The kernels that run here and whose rounding error is allowed. Each has run once by then, which warms it up."""
     errors: dict[str, float] = {}
     expected = None if operation.reference is None else operation.reference(*sample).float()
     for name, kernel in operation.kernels.items():
@@ -318,7 +319,7 @@ def _error(result: Tensor, expected: Tensor) -> float:
 
 
 def _repeats(kernel: Kernel, sample: Arguments) -> int:
-    """How often a kernel has to run in a row to be timed."""
+    """How many times a kernel must run to take `SHORTEST`."""
     return max(1, min(1000, int(SHORTEST / max(1e-6, seconds(kernel, sample, 1)))))
 
 

@@ -11,24 +11,25 @@ from .kernels import Operation, up_to_power_of_two
 
 NORM_TOKENS = {"cpu": 256}
 """Tokens per piece of a norm that has no fused kernel. On a CPU the float32 copies of a piece stay in its cache, which
-is 2 to 12 times as fast as the whole at once; elsewhere pieces of `MOST_NORM_TOKENS` only bound them.
+is 2 to 12 times as fast as the whole at once; elsewhere pieces of `MOST_NORM_TOKENS` only bound the memory of the
+copies.
 """
 
 MOST_NORM_TOKENS = 4096
 
 
 def has_fused_rms_norm(x: Tensor) -> bool:
-    """Whether there is one kernel for RMS norms where `x` is: newer PyTorch has it for CUDA devices."""
+    """Whether PyTorch has one kernel for RMS norms on the device of `x`: newer versions have it for CUDA."""
     return x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
 def may_overwrite(*tensors: Tensor) -> bool:
-    """Whether no gradient can need the old values."""
+    """Whether `tensors` may be written into: no gradient can need their old values."""
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def add_(x: Tensor, update: Tensor, factor: float = 1.0) -> Tensor:
-    """`x + factor * update`, in x's dtype."""
+    """`x + factor * update` in x's dtype, in the memory of `x` where that is allowed."""
     if may_overwrite(x, update):
         return x.add_(update, alpha=factor)
     return torch.add(x, update, alpha=factor).to(x.dtype)
@@ -48,8 +49,8 @@ def layer_norm(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over the last axis of x, computed in float32, in x's dtype.
 
-    A float32 weight that is trained on bfloat16 tokens is rounded as inference will read it, because fused kernels
-    take one dtype.
+    Fused kernels take one dtype, so a float32 weight that is trained on bfloat16 tokens is rounded, as inference will
+    do with the saved weight.
     """
     with _own_dtype(x):
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
@@ -65,9 +66,9 @@ def _own_dtype(x: Tensor) -> AbstractContextManager[object]:
 
 
 def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last axis of x (B, S, D), computed in float32, in x's dtype.
+    """`rms_norm` of x (B, S, D) in the memory of `x`.
 
-    Without a fused kernel PyTorch computes it in several whole tensors of float32; it is done in pieces then.
+    Without a fused kernel PyTorch makes several float32 tensors of the size of `x`, so it is done in pieces.
     """
     if not may_overwrite(x, weight) or has_fused_rms_norm(x):
         return rms_norm(x, weight, eps)
@@ -77,14 +78,14 @@ def rms_norm_(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gelu_tanh_(x: Tensor) -> Tensor:
-    """GELU in its tanh form, as the DiT's and the text encoder's feed-forward layers use it."""
+    """GELU in its tanh form, that of the DiT's and the text encoder's feed-forward layers."""
     if may_overwrite(x):
         return torch.ops.aten.gelu_(x, approximate="tanh")
     return F.gelu(x, approximate="tanh")
 
 
 MOST_TIMED_PRODUCTS, LEAST_TIMED_ROWS = 2**31, 64
-"""How many multiplications a product is timed with at most, if that leaves enough rows."""
+"""The most multiplications of a product that kernels are timed on, and the fewest rows nevertheless."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -112,22 +113,23 @@ _LINEAR = Operation("linear", {"oneDNN": _onednn, "PyTorch": _pytorch}, _some_ro
 
 
 def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN's layer computes the same, and fast: it knows neither gradients, mixed dtypes nor autocast, and is
-    slow with weights that are not contiguous."""
-    given = (x, weight) if bias is None else (x, weight, bias)
+    """Whether oneDNN's layer computes the same and is fast: it supports neither gradients, mixed dtypes nor autocast,
+    and is slow with weights that are not contiguous.
+    """
+    tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
         x.device.type == "cpu"
         and weight.is_contiguous()
-        and all(tensor.dtype == x.dtype for tensor in given)
+        and all(tensor.dtype == x.dtype for tensor in tensors)
         and onednn_has(x.dtype)
-        and may_overwrite(*given)
+        and may_overwrite(*tensors)
         and not torch.is_autocast_enabled("cpu")
     )
 
 
 @cache
 def onednn_has(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch and this processor have oneDNN's linear layer in `dtype`; found out by trying once."""
+    """Whether this PyTorch and this processor have oneDNN's linear layer in `dtype`; tried once."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     try:

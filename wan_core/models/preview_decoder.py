@@ -21,7 +21,7 @@ def _conv(inputs: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
 
 
 class SoftClamp(nn.Module):
-    """Latents drawn softly into [-3, 3]."""
+    """Latents limited to (-3, 3), smoothly."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x / 3) * 3
@@ -37,14 +37,14 @@ class MemBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        """Consecutive frames (n, C, H, W); before the first one of a video lies a frame of zeros."""
+        """Consecutive frames (n, C, H, W); a frame of zeros stands before the first one of a video."""
         past = torch.cat((memory.get(self, torch.zeros_like(x[:1])), x[:-1]))
         memory[self] = x[-1:]
         return F.relu(self.conv(torch.cat((x, past), 1)) + x)
 
 
 class TimeGrowth(nn.Module):
-    """Each frame as `stride` frames; with `only_last`, only the last frame of all that are given is made."""
+    """Each frame as `stride` frames; with `only_last` only the last of all frames is computed."""
 
     def __init__(self, width: int, stride: int, *, only_last: bool) -> None:
         super().__init__()
@@ -61,8 +61,8 @@ class TimeGrowth(nn.Module):
 class PreviewDecoder(nn.Module):
     """One picture per latent frame: the last of the four frames that it stands for.
 
-    That is every fourth frame of the published decoder, which begins with the last of the first four. Nothing after the
-    last growth in time remembers a frame, so the others are left out there and change nothing.
+    That is every fourth frame of the published decoder. Nothing after the last growth in time remembers a frame, so the
+    other three are not computed there, and change nothing.
     """
 
     def __init__(self, config: PreviewDecoderConfig) -> None:
@@ -80,8 +80,8 @@ class PreviewDecoder(nn.Module):
     def forward(self, latents: Tensor, context: int = 0) -> Tensor:
         """Pictures (F - context, 3, 8h, 8w) in [0, 1] of normalised latents (z, F, h, w).
 
-        The first `context` frames are only remembered. With seven of them a picture is as in the whole video; with
-        fewer it is an approximation.
+        The first `context` frames only fill the memory. With seven of them a picture is the same as in the whole video,
+        with fewer it is an approximation.
         """
         memory: Memory = {}
         pictures = [self._frame(frame, memory) for frame in latents.transpose(0, 1).split(1)]

@@ -11,9 +11,9 @@ from .ops import may_overwrite
 
 THETA = 10000.0
 ROTATION_TOKENS = 8192
-"""Tokens rotated at a time, so that the float32 products stay small beside the sequence itself."""
+"""Tokens rotated at a time, so that the float32 products are small beside the sequence."""
 CPU_TOKENS = 256
-"""The same on a CPU, where a piece then stays in its cache."""
+"""The same on a CPU, where a piece of this size stays in its cache."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RotaryTable:
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
-    """How much of the head the time, height and width axes rotate: 44, 42 and 42 of 128."""
+    """How many channels of a head the time, height and width axes rotate: 44, 42 and 42 of 128 (Wan-Video/Wan2.1)."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
 
@@ -36,7 +36,7 @@ def rotary_table(
     """The rotation of every token of a (frames, rows, columns) grid, tokens ordered with columns fastest.
 
     Pair j of an axis of width D turns by `position * theta ** (-2j / D)`. Angles, cosines and sines are computed in
-    float64 on the CPU, for one axis at a time (Wan-Video/Wan2.1 `rope_params`), and spread over the grid on `device`.
+    float64 on the CPU, one axis at a time (Wan-Video/Wan2.1 `rope_params`), and expanded to the grid on `device`.
     """
     cosines: list[Tensor] = []
     sines: list[Tensor] = []
@@ -50,12 +50,21 @@ def rotary_table(
     return RotaryTable(*(torch.cat(parts, -1).reshape(-1, 1, head_dim // 2) for parts in (cosines, sines)))
 
 
+def rotate(x: Tensor, table: RotaryTable) -> Tensor:
+    """`x` (B, S, heads, head_dim) rotated by `table` in float32, as a new tensor in x's dtype: the definition, and what
+    compilers and devices other than a CPU use with gradients.
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack((even * table.cos - odd * table.sin, even * table.sin + odd * table.cos), -1)
+    return turned.flatten(-2).to(x.dtype)
+
+
 def rotate_(x: Tensor, table: RotaryTable) -> Tensor:
-    """`x` (B, S, heads, head_dim) turned by `table` in float32, stored as x's dtype; in place without gradients."""
+    """`rotate` in the memory of `x`; with gradients a new tensor."""
     on_cpu = x.device.type == "cpu"
     if not may_overwrite(x):
-        return (_multiplied if on_cpu else rotate)(x, table)
-    # Elsewhere the real form alone: memory there is planned for it.
+        return (_rotate_complex if on_cpu else rotate)(x, table)
+    # Only a CPU has a choice: elsewhere the planned memory is that of the real form.
     return _ROTATE(x, table, sizes=tuple(x.shape)) if on_cpu else _rotate_real_(x, table)
 
 
@@ -70,12 +79,12 @@ def _rotate_real_(x: Tensor, table: RotaryTable) -> Tensor:
 
 def _rotate_complex_(x: Tensor, table: RotaryTable) -> Tensor:
     for chunk, cos, sin in _pieces(x, table, CPU_TOKENS):
-        chunk.copy_(_multiplied(chunk, RotaryTable(cos, sin)))
+        chunk.copy_(_rotate_complex(chunk, RotaryTable(cos, sin)))
     return x
 
 
 def _some_tokens(x: Tensor, table: RotaryTable) -> tuple[Tensor, RotaryTable]:
-    """A copy of the first ones: a rotation overwrites them."""
+    """The first tokens, as a copy: the kernels overwrite what they are timed on."""
     return x[:, :ROTATION_TOKENS].clone(), RotaryTable(table.cos[:ROTATION_TOKENS], table.sin[:ROTATION_TOKENS])
 
 
@@ -86,16 +95,9 @@ def _pieces(x: Tensor, table: RotaryTable, tokens: int) -> Iterator[tuple[Tensor
     return zip(x.split(tokens, 1), table.cos.split(tokens), table.sin.split(tokens), strict=True)
 
 
-def rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """`x` (B, S, heads, head_dim) turned by `table`, as a new tensor in x's dtype."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    turned = torch.stack((even * table.cos - odd * table.sin, even * table.sin + odd * table.cos), -1)
-    return turned.flatten(-2).to(x.dtype)
-
-
-def _multiplied(x: Tensor, table: RotaryTable) -> Tensor:
-    """The same rotation as a product of complex numbers: a CPU reads pairs as they lie. Devices without complex
-    numbers, and compilers, take the real one.
+def _rotate_complex(x: Tensor, table: RotaryTable) -> Tensor:
+    """`rotate` as a product of complex numbers. On a CPU it is faster, because it reads each pair at once, where
+    `rotate` reads even and odd channels with a stride. Compilers and some devices lack complex numbers.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(table.cos, table.sin)).flatten(-2).to(x.dtype)

@@ -16,7 +16,7 @@ MAX_DISTANCE = 128
 """Relative positions beyond this share one bucket."""
 
 FLOAT16_LIMIT = 65504.0
-"""UMT5 overflows float16 after attention and feed-forward; the official code clamps there."""
+"""UMT5 overflows float16 after attention and feed-forward, where the official code clamps."""
 
 
 def relative_buckets(length: int, num_buckets: int, device: torch.device) -> Tensor:
@@ -55,8 +55,8 @@ class RelativePosition(nn.Module):
     def forward(self, buckets: Tensor) -> Tensor:
         """Buckets of all distances (2L - 1,) to a bias (1, heads, L, L) for queries from the last to the first.
 
-        In that order each query's row begins one place further on the same line of distances: the bias is a view of
-        that line, not a tensor of its own.
+        In this order the row of each query begins one place further in the list of distances, so the bias is a view of
+        (heads, 2L - 1) numbers instead of a tensor of heads x L x L.
         """
         line = self.embedding(buckets).T.contiguous()
         return line.unfold(1, (len(buckets) + 1) // 2, 1)[None]
@@ -72,7 +72,7 @@ class T5Attention(nn.Module):
         self.o = Linear(attention_dim, dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """`bias` is that of `RelativePosition`."""
+        """`bias` is that of `RelativePosition`; its queries run from the last to the first, hence both flips."""
         q, k, v = (rearrange(layer(x), "b l (n d) -> b l n d", n=self.num_heads) for layer in (self.q, self.k, self.v))
         return self.o(sdpa(q.flip(1), k, v, mask=bias, scale=1.0).flip(1).flatten(2))
 
@@ -109,9 +109,9 @@ class T5Block(nn.Module):
 class UMT5Encoder(nn.Module):
     """Token ids (B, L) and a mask of real tokens (B, L) to embeddings (B, L, D), zero where the mask is.
 
-    Every text passes by itself, at its own length: its rows are the same bits whatever else is in the batch. Layer i
-    sees all texts before layer i + 1 sees one, so that weights which are streamed are copied once. The table of token
-    embeddings may lie on another device than the layers: only the rows that are looked up travel.
+    Each text is encoded by itself, at its own length, so its rows are the same bits whatever else is in the batch.
+    Every layer runs for all texts before the next one, so that streamed weights are copied once. The table of token
+    embeddings may be on another device than the layers: only the rows that are looked up are moved.
     """
 
     def __init__(self, config: TextEncoderConfig) -> None:
@@ -122,12 +122,12 @@ class UMT5Encoder(nn.Module):
         self.norm = T5Norm(config.dim)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Real tokens stand before padding."""
+        """Padding follows the real tokens."""
         lengths = mask.sum(1).int().tolist()
         rows = self.encode([text[:length] for text, length in zip(ids, lengths, strict=True)])
         out = rows[0].new_zeros(*ids.shape, self.config.dim)
-        for i, row in enumerate(rows):
-            out[i, : len(row)] = row
+        for row, target in zip(rows, out, strict=True):
+            target[: len(row)] = row
         return out
 
     def encode(self, texts: Sequence[Tensor]) -> list[Tensor]:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tiling import TiledSum, TileSettings, chunk_lengths
+from ..tiling import TiledSum, TileSettings, chunk_bounds
 from .config import Geometry, VAEConfig
 from .vae_blocks import CausalConv3d, ChannelNorm, Downsample, FeatureCache, ResidualBlock, SpatialAttention, Upsample
 
@@ -15,13 +16,13 @@ WIDTHS = (1, 2, 4, 4)
 """Channel multiples of the four resolutions, finest first."""
 
 FINEST_FRAMES = {torch.float32: 1}
-"""Frames that are decoded at a time at the finest resolution, by dtype, instead of a pair: that needs a sixteenth less
-memory, and copies the frames that are remembered twice as often.
+"""Frames that are decoded at a time at the finest resolution, by dtype, where it is not two: one takes a sixteenth less
+memory, and copies the cached frames twice as often.
 """
 
 
 def normalise(raw: Tensor, geometry: Geometry) -> Tensor:
-    """Raw VAE latents (B, z, ...) to the unit-variance space that the DiT works in, in float32.
+    """Raw VAE latents (B, z, ...) in the DiT's unit-variance space, float32.
 
     Raises:
         ValueError: they have another number of channels.
@@ -48,7 +49,7 @@ def _statistics(x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
 
 
 FRAMES_IN_RANGE = 4
-"""Frames that are bounded at a time."""
+"""Frames that `_in_range` clamps at a time."""
 
 
 class Encoder(nn.Module):
@@ -57,32 +58,31 @@ class Encoder(nn.Module):
     def __init__(self, base: int, latent_channels: int) -> None:
         super().__init__()
         self.conv1 = CausalConv3d(3, base, (3, 3, 3))
-        layers: list[nn.Module] = []
+        resolutions: list[list[nn.Module]] = []
         channels = base
         for level, multiple in enumerate(WIDTHS):
-            for _ in range(2):
-                layers.append(ResidualBlock(channels, base * multiple))
-                channels = base * multiple
-            if level < len(WIDTHS) - 1:
-                layers.append(Downsample(channels, temporal=level > 0))
-        self.downsamples = nn.Sequential(*layers)
+            blocks = [ResidualBlock(channels, base * multiple), ResidualBlock(base * multiple, base * multiple)]
+            channels = base * multiple
+            halved = [Downsample(channels, temporal=level > 0)] if level < len(WIDTHS) - 1 else []
+            resolutions.append([*blocks, *halved])
+        # The published keys number the layers of all resolutions in one row.
+        self.downsamples = nn.Sequential(*chain(*resolutions))
+        self._fine_layers = len(resolutions[0]) + len(resolutions[1])
         self.middle = nn.Sequential(*_middle(channels))
         self.head = nn.Sequential(
             ChannelNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 2 * latent_channels, (3, 3, 3))
         )
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        x = torch.cat([self._fine(pair, cache) for pair in x.split(2, 2)], 2)
-        for layer in (*[*self.downsamples][6:], *self.middle):
-            x = layer(x, cache)
-        return _run_head(self.head, x, cache)
+        fine, coarse = self.stages()
+        # The tensors of the two finest resolutions are the largest: two frames at a time pass them, and become one.
+        pairs = [_run(fine, self.conv1(pair, cache), cache) for pair in x.split(2, 2)]
+        return _run_head(self.head, _run([*coarse, *self.middle], torch.cat(pairs, 2), cache), cache)
 
-    def _fine(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """A pair of frames through the two finest resolutions, whose tensors are the largest, to one frame."""
-        x = self.conv1(x, cache)
-        for layer in [*self.downsamples][:6]:
-            x = layer(x, cache)
-        return x
+    def stages(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The layers of the two finest resolutions, and those of the coarser ones."""
+        layers = [*self.downsamples]
+        return layers[: self._fine_layers], layers[self._fine_layers :]
 
 
 class Decoder(nn.Module):
@@ -94,45 +94,55 @@ class Decoder(nn.Module):
         channels = base * WIDTHS[-1]
         self.conv1 = CausalConv3d(latent_channels, channels, (3, 3, 3))
         self.middle = nn.Sequential(*_middle(channels))
-        layers: list[nn.Module] = []
+        resolutions: list[list[nn.Module]] = []
         for level, multiple in enumerate(reversed(WIDTHS)):
+            layers: list[nn.Module] = []
+            if level:
+                layers.append(Upsample(channels, temporal=level < 3))
+                channels //= 2
             for _ in range(3):
                 layers.append(ResidualBlock(channels, base * multiple))
                 channels = base * multiple
-            if level < len(WIDTHS) - 1:
-                layers.append(Upsample(channels, temporal=level < 2))
-                channels //= 2
-        self.upsamples = nn.Sequential(*layers)
+            resolutions.append(layers)
+        # The published keys number the layers of all resolutions in one row.
+        self.upsamples = nn.Sequential(*chain(*resolutions))
+        self._layers_per_resolution = [len(layers) for layers in resolutions]
         self.head = nn.Sequential(
             ChannelNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 3 * upscale**2, (3, 3, 3))
         )
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        x = self.conv1(x, cache)
-        for layer in (*self.middle, *[*self.upsamples][:-8]):
-            x = layer(x, cache)
-        return torch.cat([self._fine(frame, cache) for frame in x.split(1, 2)], 2)
+        coarse, fine, finest = self.stages()
+        x = _run([*self.middle, *coarse], self.conv1(x, cache), cache)
+        # The tensors of the two finest resolutions are the largest: one frame at a time passes them, and becomes two.
+        return torch.cat([self._fine(frame, fine, finest, cache) for frame in x.split(1, 2)], 2)
 
-    def _fine(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """One frame through the two finest resolutions, whose tensors are the largest, to a pair of frames."""
-        for layer in [*self.upsamples][-8:-4]:
-            x = layer(x, cache)
-        parts = list(x.split(FINEST_FRAMES.get(x.dtype, 2), 2))
-        # What is enlarged is not kept beside its enlargement.
-        del x
-        return torch.cat([self._finest(parts.pop(0), cache) for _ in range(len(parts))], 2)
+    def stages(self) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+        """The layers of the two coarsest resolutions, of the third, and of the finest."""
+        layers = iter(self.upsamples)
+        first, second, third, last = ([*islice(layers, count)] for count in self._layers_per_resolution)
+        return [*first, *second], third, last
 
-    def _finest(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        for layer in [*self.upsamples][-4:]:
+    def _fine(self, x: Tensor, fine: list[nn.Module], finest: list[nn.Module], cache: FeatureCache) -> Tensor:
+        parts = list(_run(fine, x, cache).split(FINEST_FRAMES.get(x.dtype, 2), 2))
+        # Each part is let go while it passes, so that it is not held beside its enlargement.
+        return torch.cat([self._to_pixels(parts.pop(0), finest, cache) for _ in range(len(parts))], 2)
+
+    def _to_pixels(self, x: Tensor, finest: list[nn.Module], cache: FeatureCache) -> Tensor:
+        for layer in finest:
             x = layer(x, cache)
         x = _run_head(self.head, x, cache)
-        if self.upscale == 1:
-            return x
-        return F.pixel_shuffle(x.transpose(1, 2), self.upscale).transpose(1, 2)
+        return x if self.upscale == 1 else F.pixel_shuffle(x.transpose(1, 2), self.upscale).transpose(1, 2)
 
 
 def _middle(channels: int) -> tuple[nn.Module, ...]:
     return ResidualBlock(channels, channels), SpatialAttention(channels), ResidualBlock(channels, channels)
+
+
+def _run(layers: Iterable[nn.Module], x: Tensor, cache: FeatureCache) -> Tensor:
+    for layer in layers:
+        x = layer(x, cache)
+    return x
 
 
 def _run_head(head: nn.Sequential, x: Tensor, cache: FeatureCache) -> Tensor:
@@ -147,8 +157,8 @@ class WanVAE(nn.Module):
     """Pixels in [-1, 1] to normalised latents and back.
 
     `encode` takes T = 4k + 1 frames and returns k + 1 latent frames; `decode` is its counterpart. Both stream over time
-    with the memory of one chunk, and over space in tiles when `TileSettings` are given. `on_chunk(done, total)` is
-    called after each chunk of each tile; what it raises ends the pass.
+    with the memory of one chunk, and over space in tiles with `TileSettings`. `on_chunk(done, total)` is called after
+    each chunk of each tile; what it raises ends the pass.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -165,7 +175,7 @@ class WanVAE(nn.Module):
         return self.conv2.weight.dtype
 
     def use_channels_last(self) -> "WanVAE":
-        """Lay the convolution weights out as the activations are, which spares a layout change in every call."""
+        """Lay the convolution weights out as the activations are: otherwise every call would convert one of them."""
         for parameter in self.parameters():
             if parameter.ndim in (4, 5):
                 layout = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
@@ -175,7 +185,7 @@ class WanVAE(nn.Module):
     def encode(self, video: Tensor, tiles: TileSettings | None = None, on_chunk: OnChunk | None = None) -> Tensor:
         """(B, 3, T, H, W) in [-1, 1] to normalised latents (B, z, F, h, w), float32.
 
-        The mean of the posterior is used, as every reference does at inference.
+        They are the mean of the posterior, as in every reference at inference.
 
         Raises:
             ValueError: T is not 4k + 1, a side is not a multiple of the stride, or the tensor is not (B, 3, T, H, W).
@@ -208,8 +218,8 @@ class WanVAE(nn.Module):
     def decode_pieces(
         self, latents: Tensor, tiles: TileSettings | None = None, on_chunk: OnChunk | None = None
     ) -> Iterator[Tensor]:
-        """The same pixels as they come: of one latent frame after another, 1 frame and then 4 each, on the device of
-        the latents. Tiles are done one after the other, each over the whole time: theirs come in one piece.
+        """The pixels of `decode` piece by piece, on the device of the latents: of each latent frame, 1 frame for the
+        first and 4 for every other. Each tile is decoded over the whole time, so with tiles they come in one piece.
 
         Raises:
             ValueError: the tensor is not (B, z, F, h, w).
@@ -234,8 +244,10 @@ class WanVAE(nn.Module):
 
     def encode_chunks(self, video: Tensor) -> Iterator[Tensor]:
         """Normalised latents of one latent frame after another, on the VAE's device."""
+        # The first latent frame is made of one frame alone, every other of `temporal_stride`.
         cache: FeatureCache = {}
-        for start, end in chunk_lengths(video.shape[2], 1, self.config.geometry.temporal_stride):
+        for start, end in chunk_bounds(video.shape[2], 1, self.config.geometry.temporal_stride):
+            # (B, 2 z, 1, h, w): the mean of the posterior, which is used, and its logarithmic variance.
             moments = self.conv1(self.encoder(self._enter(video[:, :, start:end]), cache), cache)
             yield normalise(moments[:, : self.config.latent_channels], self.config.geometry)
 
@@ -260,7 +272,9 @@ class WanVAE(nn.Module):
         tiles: TileSettings | None,
         on_chunk: OnChunk | None,
     ) -> Tensor:
-        """Stream `run` over `source`, whole or in tiles; the factors are positions per latent cell, out and in."""
+        """The output (`size`) of `run` on `source`, whole or in tiles; `out_factor` and `in_factor` are the positions
+        of output and source per latent cell.
+        """
         height, width = size[3] // out_factor, size[4] // out_factor
         plan = tiles.plan(height, width) if tiles else []
         chunks = max(1, len(plan)) * (size[2] if in_factor > 1 else source.shape[2])
@@ -292,17 +306,19 @@ class _Counter:
 
 
 def _in_range(pixels: Tensor) -> Tensor:
-    """The pixels (B, C, T, H, W), in place, from -1 to 1. Infinity becomes NaN: an overflow is no bright pixel."""
-    # A few frames at a time, because the mask of what is infinite is as large as they are.
+    """Clamp pixels (B, C, T, H, W) to [-1, 1], in place. Infinity becomes NaN, so that an overflow is reported and not
+    shown as a bright pixel.
+    """
+    # A few frames at a time, because the mask of infinities is as large as they are.
     for start in range(0, pixels.shape[2], FRAMES_IN_RANGE):
-        # A slice and not `split`, whose views autograd lets nobody write into.
+        # A slice, because autograd forbids writing into the views of `split`.
         frames = pixels[:, :, start : start + FRAMES_IN_RANGE]
         frames.masked_fill_(frames.isinf(), math.nan).clamp_(-1, 1)
     return pixels
 
 
 def fill(out: Tensor, chunks: Iterable[Tensor], report: Callable[[], None] = lambda: None) -> None:
-    """Put chunks (B, C, t, H, W) one behind the other into `out`, and call `report` after each."""
+    """Write chunks (B, C, t, H, W) one behind the other into `out`, and call `report` after each."""
     start = 0
     for chunk in chunks:
         out[:, :, start : start + chunk.shape[2]] = chunk

@@ -1,8 +1,8 @@
 """Building blocks of the causal video autoencoder.
 
 Tensors are (B, C, T, H, W) in channels-last memory: channel norms then read contiguous rows, convolutions run without
-layout changes, and frames (B * T, C, H, W) are a view. Time is streamed: a convolution keeps the last frames it saw in
-a `FeatureCache`.
+layout changes, and frames (B * T, C, H, W) are a view. Time is streamed: each convolution keeps its last input frames
+in a `FeatureCache`. Attribute names are the published keys (Wan-Video/Wan2.1 wan/modules/vae.py).
 """
 
 import torch
@@ -14,12 +14,14 @@ from .kernels import Operation
 from .ops import has_fused_rms_norm, may_overwrite, onednn_has, rms_norm
 
 FeatureCache = dict[nn.Module, Tensor]
-"""What lasts for one pass over one video: the last input frames of each causal convolution, and summed kernels."""
+"""The state of one pass over one video: the last input frames of each causal convolution, and the summed kernels of
+`_enlarge_transposed`.
+"""
 
 PIECE = {"cpu": 2**18, "meta": 2**18}
-"""Elements that are normed at a time. On a CPU their float32 copies stay in its cache, which is several times as fast
-as large tensors at once; elsewhere `LARGEST_PIECE` only bounds them, below what is allowed beside the memory counted on
-"meta".
+"""Elements that are normalised at a time. On a CPU their float32 copies stay in its cache, which is several times as
+fast as large tensors at once; elsewhere `LARGEST_PIECE` only bounds the copies' memory, below the allowance beside what
+is counted on "meta".
 """
 
 LARGEST_PIECE = 2**23
@@ -39,7 +41,9 @@ class ChannelNorm(nn.Module):
     """RMS norm over channels, `x / |x| * sqrt(C) * gamma`; `dims` is the number of axes behind the channels."""
 
     EPS = 1e-24
-    """The official code bounds the root by 1e-12, hence its square. It only keeps all-zero pixels from becoming NaN."""
+    """The square of the official code's lower bound of the norm, 1e-12. It only keeps all-zero pixels from becoming
+    NaN.
+    """
 
     def __init__(self, channels: int, dims: int) -> None:
         super().__init__()
@@ -61,13 +65,13 @@ class ChannelNorm(nn.Module):
                 target.copy_(F.silu(self._normed(piece), inplace=True))
 
     def _normed(self, x: Tensor) -> Tensor:
-        """The norm over the last axis in float32, in fewer passes than PyTorch's without a fused kernel."""
+        """`forward` over the last axis, in float32: in fewer passes than PyTorch's RMS norm without a fused kernel."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         return (x / length.clamp_(min=self.EPS**0.5)).mul_(self.gamma.flatten().float() * x.shape[-1] ** 0.5)
 
 
 def conv3d(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    """The plain convolution of x (B, C, T, H, W)."""
+    """The convolution of x (B, C, T, H, W) by the weights of `conv`."""
     if x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32 and onednn_has(torch.float32):
         if may_overwrite(x, conv.weight):
             return _CONV3D(x, conv, sizes=(*x.shape, *conv.weight.shape))
@@ -84,12 +88,14 @@ def _conv3d_pytorch(x: Tensor, conv: nn.Conv3d) -> Tensor:
     return F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-# PyTorch's own choice for small float32 tensors takes 2 to 10 times as long and leaves channels-last memory.
+# For small float32 tensors PyTorch's own kernel takes 2 to 10 times as long, and its result is not channels-last.
 _CONV3D = Operation("conv3d", {"oneDNN": _conv3d_onednn, "PyTorch": _conv3d_pytorch})
 
 
 class CausalConv3d(nn.Conv3d):
-    """A convolution that sees the frames before its input and none after it; before the first frame lie zeros."""
+    """A convolution that reads the frames before its input and none after it; before the first frame of a video are
+    zeros.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int = 1) -> None:
         padding = (0, kernel[1] // 2, kernel[2] // 2)
@@ -103,9 +109,10 @@ class CausalConv3d(nn.Conv3d):
         return self.convolve(self.joined(x, cache, norm))
 
     def joined(self, x: Tensor, cache: FeatureCache, norm: ChannelNorm | None = None) -> Tensor:
-        """`x`, or `silu(norm(x))`, behind the frames before it; the last ones are left in `cache`.
+        """`x`, or `silu(norm(x))`, behind the frames before it. The last frames of the result are left in `cache`.
 
-        The first frame of a video alone gets no zeros in front: it meets only the last time slice of the kernel.
+        A first frame that comes alone gets no zeros in front: `convolve` applies only the kernel's last time slice to
+        it.
         """
         past = cache.get(self)
         if not self.reach:
@@ -113,13 +120,14 @@ class CausalConv3d(nn.Conv3d):
         if past is None and x.shape[2] == 1:
             cache[self] = x if norm is None else silu_(norm(x))
             return cache[self]
-        missing = self.reach - (0 if past is None else past.shape[2])
+        missing = self.reach - (0 if past is None else past.shape[2])  # frames of zeros
         if not may_overwrite(x, *self.parameters()):
             zeros = x.new_zeros(()).expand(*x.shape[:2], missing, *x.shape[3:])
             new = x if norm is None else silu_(norm(x))
             joined = torch.cat((zeros, new) if past is None else (zeros, past, new), 2)
             cache[self] = joined[:, :, -self.reach :]
             return joined.contiguous(memory_format=torch.channels_last_3d)
+        # Zeros, past and new frames are written into one tensor: `torch.cat` would need the new ones twice.
         shape = (*x.shape[:2], self.reach + x.shape[2], *x.shape[3:])
         joined = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
         joined[:, :, :missing].zero_()
@@ -128,13 +136,13 @@ class CausalConv3d(nn.Conv3d):
         new = joined[:, :, self.reach :]
         new.copy_(x) if norm is None else norm.activate(x, new)
         if missing:
-            cache[self] = joined[:, :, -self.reach :].clone()
+            cache[self] = joined[:, :, -self.reach :].clone()  # a view would keep all of `joined`
         elif past is not None:
             past.copy_(joined[:, :, -self.reach :])
         return joined
 
     def convolve(self, joined: Tensor) -> Tensor:
-        """The convolution of what `joined` returned."""
+        """The convolution of a tensor that `joined` returned."""
         if joined.shape[2] >= self.kernel_size[0]:
             return conv3d(joined, self)
         return F.conv2d(joined[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
@@ -160,7 +168,7 @@ class ResidualBlock(nn.Module):
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
         hidden = conv1(x, cache, norm1)
         assert isinstance(norm2, ChannelNorm) and isinstance(conv2, CausalConv3d)
-        # In a name of its own, so that `hidden` is gone when the result is made.
+        # Two calls instead of one, so that `hidden` is freed before the result is allocated.
         joined = conv2.joined(hidden, cache, norm2)
         del hidden
         out = conv2.convolve(joined)
@@ -183,7 +191,7 @@ class SpatialAttention(nn.Module):
         pixels = rearrange(self.norm(frames), "n c h w -> n (h w) c")
         qkv = F.linear(pixels, self.to_qkv.weight.flatten(1), self.to_qkv.bias)
         q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, -1))
-        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B * T, H * W, C), one head
         out = F.linear(out, self.proj.weight.flatten(1), self.proj.bias)
         return x + rearrange(out, "(b t) (h w) c -> b c t h w", b=x.shape[0], h=x.shape[3])
 
@@ -202,6 +210,7 @@ class Downsample(nn.Module):
         x = from_frames(self.resample(to_frames(x)), x.shape[0])
         if not self.temporal:
             return x
+        # The time convolution has a stride of 2 and reaches 3 frames: of the past it needs one. A first frame passes.
         past = cache.get(self)
         cache[self] = x[:, :, -1:].clone()
         if past is None:
@@ -227,16 +236,16 @@ class Upsample(nn.Module):
         return from_frames(self._enlarged(to_frames(x), cache), x.shape[0])
 
     def _enlarged(self, frames: Tensor, cache: FeatureCache) -> Tensor:
-        """Every pixel four times, then a 3 x 3 convolution."""
+        """Nearest-neighbour enlargement by 2, then a 3 x 3 convolution."""
         if frames.device.type != "cpu" or not may_overwrite(frames, *self.resample.parameters()):
-            # The steps hold the enlarged frames, for which memory of a card is not planned.
+            # The two steps would hold the enlarged frames, which the memory plan of a card does not count.
             return _enlarge_transposed(frames, self.resample, cache)
         return _ENLARGE(
             frames, self.resample, cache, sizes=(*frames.shape, len(self.resample.get_parameter("1.weight")))
         )
 
     def _double_frames(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """The first frame of a video passes unchanged and unseen: before the second one lie zeros."""
+        """The first frame of a video passes unchanged and is not cached: zeros stand before the second one."""
         if self not in cache:
             cache[self] = x.new_empty(0)
             return x
@@ -245,8 +254,10 @@ class Upsample(nn.Module):
 
 
 def _enlarge_transposed(frames: Tensor, resample: nn.Sequential, cache: FeatureCache) -> Tensor:
-    """Both steps as one transposed convolution that meets each pixel once: its 4 x 4 kernel holds sums of the taps that
-    meet the same pixel.
+    """Both steps as one transposed convolution, which reads each pixel once instead of four times.
+
+    Its 4 x 4 kernel holds, for each output pixel, the sum of the taps of the 3 x 3 kernel that read the same source
+    pixel.
     """
     conv = resample[1]
     assert isinstance(conv, nn.Conv2d)

@@ -69,7 +69,7 @@ _SAMPLE_SIDE = 32
 def vae_peak_bytes(
     config: VAEConfig,
     dtype: torch.dtype,
-    latent_size: LatentSize,
+    size: LatentSize,
     tiles: TileSettings | None = None,
     what: VaePass = "decode",
     batch: int = 1,
@@ -79,11 +79,11 @@ def vae_peak_bytes(
     The video itself stays in host memory, where the pieces are gathered (`wan_core.decode`). Attention is counted as
     fused kernels run it.
     """
-    height, width = latent_size.height, latent_size.width
+    height, width = size.height, size.width
     if tiles is not None:
         height, width = min(height, tiles.size[0]), min(width, tiles.size[1])
     # Every tensor of a pass grows with the area, so memory per cell is counted once.
-    per_cell = _bytes_per_cell(config, dtype, min(latent_size.frames, STEADY_FRAMES), what)
+    per_cell = _bytes_per_cell(config, dtype, min(size.frames, STEADY_FRAMES), what)
     return int(per_cell * height * width * batch) + WORKSPACE_BYTES
 
 
@@ -93,9 +93,9 @@ def _bytes_per_cell(config: VAEConfig, dtype: torch.dtype, frames: int, what: Va
     return count_vae_bytes(config, dtype, size, what) / _SAMPLE_SIDE**2
 
 
-def count_vae_bytes(config: VAEConfig, dtype: torch.dtype, latent_size: LatentSize, what: VaePass) -> int:
+def count_vae_bytes(config: VAEConfig, dtype: torch.dtype, size: LatentSize, what: VaePass) -> int:
     """Peak bytes of the tensors of one untiled pass, by running it on the meta device."""
-    frames, height, width = latent_size.shape
+    frames, height, width = size.shape
     geometry = config.geometry
     stride = geometry.spatial_stride
     with META:

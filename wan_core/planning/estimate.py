@@ -262,7 +262,7 @@ def kept_share(config: DiTConfig, size: tuple[int, int, int], text_tokens: int) 
 
 
 def _context_tokens(config: DiTConfig, text_tokens: int) -> int:
-    return text_tokens + config.image_tokens
+    return text_tokens + config.num_image_tokens
 
 
 def pass_flops(config: DiTConfig, size: tuple[int, int, int], text_tokens: int = 512, vace_inputs: int = 0) -> float:

@@ -17,8 +17,8 @@ from ..models.vae import WanVAE
 from ..offload.blocks import weight_bytes
 from ..offload.placement import Placement, place
 from ..runtime import GIB
+from ..sampling.compose import build_solver
 from ..sampling.experts import RunModel
-from ..sampling.solvers import build_solver
 from ..settings import MemorySettings, SamplerSettings
 from ..tiling import Tiles
 from ..types import Conditioning, LatentSize, VaceInput, VideoSize, tensors_in
@@ -216,7 +216,7 @@ def placeholder_conditioning(config: DiTConfig, size: LatentSize, given: InputSi
     return Conditioning(
         text=tensor(TEXT_TOKENS, config.text_dim),
         negative_text=tensor(TEXT_TOKENS, config.text_dim),
-        clip=tensor(config.image_tokens, config.image_dim) if config.has_image_input else None,
+        image_tokens=tensor(config.num_image_tokens, config.image_dim) if config.has_image_input else None,
         concat=tensor(config.concat_channels, *whole) if config.concat_channels else None,
         reference=tensor(config.out_channels, *grid) if config.has_reference else None,
         camera=tensor(*rays) if config.camera_channels and given.camera else None,

@@ -14,7 +14,7 @@ from ..offload.blocks import weight_bytes
 from ..offload.placement import Inventory, Placement, place
 from ..offload.weights import WeightProvider
 from ..runtime import GIB, gigabytes
-from ..sampling.solvers import build_solver
+from ..sampling.compose import build_solver
 from ..sampling.windows import window_of
 from ..settings import MemorySettings, SamplerSettings
 from ..tiling import Span
@@ -156,10 +156,10 @@ def _keeping(
     loras: Sequence[LoraUse],
 ) -> RunPlan:
     """`plan`, keeping keys and values of cross-attention over the steps if that pays and all weights still fit."""
-    settings, windows = plan.settings, plan.settings.windows
-    windowed = windows is not None and windows.mode == "blend" and windows.size < size.frames
+    settings = plan.settings
     # With a LoRA of changing strength, keys and values are others in each step.
-    if windowed or settings.total_steps == 1 or not all(use.constant for use in loras):
+    varies = settings.windows_over(size.frames, "blend") is not None or not all(use.constant for use in loras)
+    if varies or settings.total_steps == 1:
         return plan
     if kept_share(dit.config, size.shape, cond.encoded_text.shape[1]) < WORTH_KEEPING:
         return plan
@@ -190,9 +190,8 @@ def _counted(
     """The plan with all weights on the device."""
     cond = cond.map(lambda tensor, _: torch.empty_like(tensor, device=META))
     beside = sum(tensor.nbytes for tensor in tensors_in(cond)) + _lora_bytes(loras, dit.dtype)
-    prefix, frames, windows = cond.prefix_frames(size.frames), size.frames, settings.windows
-    if windows is not None and windows.size < frames:
-        frames = windows.size
+    prefix, frames = cond.prefix_frames(size.frames), settings.frames_at_once(size.frames)
+    if frames < size.frames:
         cond = window_of(cond, Span(0, frames, True, False), prefix)
     window = (prefix + frames, size.height, size.width)
     activations = step_bytes(dit, cond, window, settings.guidance, _residuals(settings, size), motion_controller)
@@ -209,8 +208,7 @@ def _counted(
 def _residuals(settings: SamplerSettings, size: LatentSize) -> Residuals:
     if settings.cache is None:
         return "none"
-    windows = settings.windows
-    blended = windows is not None and windows.mode == "blend" and windows.size < size.frames
+    blended = settings.windows_over(size.frames, "blend") is not None
     return "host" if settings.cache.residual_on_cpu or blended else "device"
 
 

@@ -21,8 +21,7 @@ from ..settings import SamplerSettings
 from ..types import Conditioning, LatentSize, VideoSize, map_tensors
 
 WEIGHT_SAMPLE = 64
-"""At least so many values of each weight, evenly spread, tell one model from another; reading all would take as long
-as loading it."""
+"""At least so many values of each weight, evenly spread, enter a digest; reading all would take as long as loading."""
 
 
 class HasMemory(Protocol):
@@ -38,12 +37,12 @@ class RunState:
     Attributes:
         latents: normalised, (B, z, R + F, h, w) in float32 on the CPU, reference frames in front.
         prefix: R.
-        memory: what solver and cache remember, by "solver.<name>" and "cache.<name>".
-        run: digest of everything that decides the result; a run with another digest cannot go on from here exactly.
-        schedule: digest of solver and noise levels; with these alone the same, the solver can still go on.
+        memory: the tensors of solver and cache, as "solver.<name>" and "cache.<name>".
+        run: digest of everything that decides the result; only a run with this digest continues exactly.
+        schedule: digest of solver and noise levels; a run that shares only these can use the solver's memory.
         done: latents of finished clips, where the video is made in several.
         clip: number of the clip that `step` counts in.
-        kernels: those that the run computed with, see `models.kernels.Choices`; with others it would not go on exactly.
+        kernels: those that the run computed with, see `models.kernels.Choices`; others give other last bits.
     """
 
     latents: Tensor
@@ -63,12 +62,12 @@ class RunState:
 
 
 def memory_of(parts: Mapping[str, HasMemory]) -> dict[str, Tensor]:
-    """A copy on the CPU of what the parts of a run remember."""
+    """A copy of the parts' memory on the CPU, keys prefixed by the parts' names."""
     return {f"{name}.{key}": value.cpu() for name, part in parts.items() for key, value in part.memory.items()}
 
 
 def restore(parts: Mapping[str, HasMemory], memory: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give each part back what `memory_of` took from it; numbers stay on the CPU, as the caches keep them."""
+    """The inverse of `memory_of`. Numbers (of no axis) stay on the CPU, where the caches read them without waiting."""
     for name, part in parts.items():
         own = {key.split(".", 1)[1]: value for key, value in memory.items() if key.startswith(f"{name}.")}
         part.memory = {key: value.to(device) if value.ndim else value for key, value in own.items()}
@@ -77,8 +76,9 @@ def restore(parts: Mapping[str, HasMemory], memory: Mapping[str, Tensor], device
 def digest_run(dit: nn.Module, cond: Conditioning, size: LatentSize, settings: SamplerSettings, *others: Any) -> str:
     """A digest of everything that decides a run's result: weights, conditioning, size, settings and `others`.
 
-    Which steps are run now does not count, nor where a cache rests or what is kept. Of each weight and buffer a sample
-    is read: training and conversion change nearly every value and are seen, a change to a few by hand may not be.
+    It is independent of which steps are run now, and of where a cache keeps its tensors. Of each weight and buffer a
+    sample is read: training and conversion change nearly every value and are noticed, a change of a few values by hand
+    may not be.
     """
     cache = settings.cache and dataclasses.replace(settings.cache, residual_on_cpu=False)
     settings = dataclasses.replace(settings, start_step=0, end_step=None, cache=cache, keep_projections=False)
@@ -86,7 +86,7 @@ def digest_run(dit: nn.Module, cond: Conditioning, size: LatentSize, settings: S
 
 
 def digest_weights(module: nn.Module) -> str:
-    """A digest of the weights of `module`, of each of which a sample is read."""
+    """A digest of a sample of each weight of `module`."""
     return digest(*_samples(module))
 
 
@@ -104,7 +104,7 @@ def _sample(weight: Tensor) -> Tensor:
 def manifest(
     settings: SamplerSettings, size: VideoSize, latents: Tensor, kernels: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """What made these normalised latents, and their digest, as values that JSON can hold."""
+    """The settings that made these normalised latents, and their digest, as values that JSON can hold."""
     return {
         "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
         "size": size.as_dict(),
@@ -114,7 +114,7 @@ def manifest(
 
 
 def digest(*values: Any) -> str:
-    """SHA-256 of values, as hexadecimal digits: tensors by dtype, shape and bytes, wherever in them they stand."""
+    """SHA-256 of values, as hexadecimal digits; tensors inside them count by dtype, shape and bytes."""
     total = hashlib.sha256()
 
     def marked(tensor: Tensor) -> str:
@@ -128,33 +128,33 @@ def digest(*values: Any) -> str:
 
 
 LATENT_FORMAT = "latent_tensor"
-"""The key of raw latents in a file, as ComfyUI's own SaveLatent and LoadLatent use it."""
+"""The key of raw latents in a file, that of ComfyUI's SaveLatent and LoadLatent."""
 
 FORMAT_MARK = "latent_format_version_0"
-"""An empty tensor that tells ComfyUI's LoadLatent not to rescale."""
+"""The key of an empty tensor; without it ComfyUI's LoadLatent rescales the latents."""
 
 
 class Checkpoint:
-    """The place where unfinished runs are kept, one file per run, named after its digest.
+    """A folder of unfinished runs, one file each, named by its digest.
 
-    A disk that does not take them costs a warning, never the run.
+    When they cannot be written, a warning is logged and the run goes on.
     """
 
     def __init__(self, folder: Path, every: int = 0) -> None:
-        """`every` this many steps a run is written down, and after its last one; 0 only when it runs out of memory."""
+        """A run is saved `every` so many steps and after its last one; with 0 only when it runs out of memory."""
         self._folder, self.every = folder, every
         self.resumed, self._warned = False, False
 
     @property
     def in_use(self) -> bool:
-        """Whether runs are written down regularly, or one is kept from before."""
+        """Whether runs are saved regularly, or one is left from before."""
         return bool(self.every) or any(self._folder.glob("unfinished_*.safetensors"))
 
     def path(self, run: str) -> Path:
         return self._folder / f"unfinished_{run[:16]}.safetensors"
 
     def save(self, state: RunState) -> Path | None:
-        """Write `state` down in place of what is there of the same run; None where the disk does not take it."""
+        """Save `state` in place of an earlier one of the same run; None when it cannot be written."""
         tensors = {f"memory.{key}": value for key, value in state.memory.items()} | {"latents": state.latents}
         if state.done is not None:
             tensors["done"] = state.done
@@ -168,7 +168,7 @@ class Checkpoint:
         except OSError as error:
             if not self._warned:
                 log.warning(
-                    "The unfinished run cannot be kept in %s (%s). It goes on, but after a kill it starts over.",
+                    "The run cannot be saved in %s (%s). It goes on, but if it is killed it will start over.",
                     path, error,
                 )  # fmt: skip
             self._warned = True
@@ -176,8 +176,8 @@ class Checkpoint:
         return path
 
     def load(self, run: str) -> RunState | None:
-        """The kept state of the run with this digest, or None; a file that cannot be read counts as none. `resumed`
-        tells from then on whether there was one.
+        """The saved state of the run with this digest; None when there is none or its file cannot be read. `resumed`
+        becomes true when there is one.
         """
         if not self.path(run).is_file():
             return None
@@ -193,7 +193,7 @@ class Checkpoint:
         return state
 
     def remove(self, run: str) -> None:
-        """Forget the run, once what it made is saved, with what killed processes left unwritten."""
+        """Delete the saved run, once its video is written, and what killed processes left half-written."""
         try:
             self.path(run).unlink(missing_ok=True)
         except OSError as error:

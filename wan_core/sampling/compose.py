@@ -1,4 +1,4 @@
-"""From settings to a predictor: the only place that knows which feature wraps which."""
+"""From settings to a predictor: the only place where the nesting of features is decided."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,27 @@ from . import step_cache
 from .checkpoint import HasMemory
 from .guidance import Guided, first_steps
 from .predictor import AllBlocks, BlockRunner, ModelPredictor, Predictor, TimeTable, motion_offset
-from .solvers import Solver
+from .solvers import SOLVERS, Solver, shifted_sigmas
 from .step_cache import CachedBlocks, EasyCache, SkipRule
 from .windows import Windowed
 
 FEWEST_CACHED_STEPS = 4
-"""Shorter runs change so much from step to step that none can be left out."""
+"""Fewer steps change so much from one to the next that none can be skipped."""
+
+
+def build_solver(settings: SamplerSettings) -> Solver:
+    """The solver of `settings` on its own schedule, or on the noise levels of `settings.sigmas`."""
+    solver = SOLVERS[settings.solver]
+    sigmas: Sequence[float] | None = settings.sigmas
+    if sigmas is None:
+        highest = min(settings.denoise, solver.HIGHEST)
+        sigmas = shifted_sigmas(settings.steps, settings.shift, highest).tolist()
+    return solver(sigmas, seed=settings.seed, rand_device=settings.rand_device)
 
 
 @dataclass(frozen=True)
 class Composed:
-    """A predictor, and the parts of it that remember something from step to step, besides the solver."""
+    """A predictor, and those of its parts that remember tensors from step to step."""
 
     predict: Predictor
     memories: Mapping[str, HasMemory]
@@ -47,15 +57,15 @@ def compose(
     time = TimeTable(dit, solver.evaluations)
     blocks: BlockRunner = AllBlocks(dit, runtime)
     memories: dict[str, HasMemory] = {}
-    windows = settings.windows if settings.windows and settings.windows.mode == "blend" else None
-    windows = windows if windows and windows.size < frames else None
+    windows = settings.windows_over(frames, "blend")
     rule = _skip_rule(settings, time, motion_controller, cond)
     if rule is not None and settings.cache is not None:
-        # One residual per window would grow with the video's length, so they rest in host memory.
+        # There is a residual per window, so with windows they grow with the video and are kept in host memory.
         on_cpu = settings.cache.residual_on_cpu or windows is not None
         blocks = memories["cache"] = CachedBlocks(blocks, rule, dit.dtype, on_cpu=on_cpu)
-    # Windows take turns, so that nothing of one would be left when its turn comes again.
+    # A projection is kept for one window only, so with several windows none would ever be used again.
     model = ModelPredictor(dit, time, blocks, motion_controller, keep=settings.keep_projections and windows is None)
+    # Guidance is the innermost wrapper because it needs the branches apart; it commutes with the mean over windows.
     predict: Predictor = Guided(model, settings.guidance)
     if windows is not None:
         predict = Windowed(predict, windows, frames, prompts)
@@ -77,7 +87,7 @@ def _skip_rule(
             return EasyCache(cache, steps, forced)
         case TeaCacheSettings():
             motion = motion_offset(controller, cond)
-            modulations = time.modulations[:, None]
+            modulations = time.modulations[:, None]  # (N, 1, 6, D), what the blocks get in each step
             modulations = modulations if motion is None else modulations + motion.to(modulations)
             plan = step_cache.plan(modulations, cache, forced)
             log.info("TeaCache (%s, threshold %.4g) %s.", cache.template, plan.threshold, plan.summary())

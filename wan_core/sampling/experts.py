@@ -1,5 +1,6 @@
-"""What a run is made from, and the transformers that take its steps: each for a range of noise levels, one at a time
-with its weights on the device."""
+"""The inputs of a run, and the transformers that take its steps: each for a range of noise levels, one at a time with
+its weights on the device.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,14 +19,14 @@ from ..types import Conditioning, LatentSize
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run is made from, besides its settings.
+    """The inputs of a run, besides its settings.
 
     Attributes:
-        cond: fitted to the model (`VideoModel.fit`); its tensors may lie on any device.
+        cond: fitted to the model (`VideoModel.fit`); its tensors may be on any device.
         size: of the video, without the reference frames that conditioning puts in front of it.
-        start: normalised latents of that size: a clean video when the first noise level is below 1, latents on their
-            way when `start_step` is above 0; ignored otherwise.
-        prompts: conditioning whose text each window gets in place of that of `cond`, the last one for all after.
+        start: normalised latents of that size: a clean video when the first noise level is below 1, partly denoised
+            latents when `start_step` is above 0; ignored otherwise.
+        prompts: conditioning with the text of each window, in place of that of `cond`; the last one for all after it.
     """
 
     cond: Conditioning
@@ -44,9 +45,9 @@ class Expert:
 
     Attributes:
         dit: the transformer.
-        lowest: the lowest timestep (0 to 1000) at which it works. The experts of a model stand in falling order of it;
-            the last one has 0.
-        loras: what is applied to it for the length of a run; its weights stay as they are.
+        lowest: the lowest timestep (0 to 1000) of its range. The experts of a model are in falling order of it; the
+            last one has 0.
+        loras: applied to it during a run.
     """
 
     dit: WanDiT
@@ -61,10 +62,10 @@ def expert_at(experts: Sequence[Expert], timestep: float) -> int:
 
 @dataclass(frozen=True)
 class Active:
-    """An expert that is able to work.
+    """An expert whose weights are ready to compute.
 
     Attributes:
-        dit: its transformer, with the weights where it computes.
+        dit: its transformer.
         settings: those of the run, as the plan for this expert has them.
         before_step: called as (index, total) before every step that it takes.
     """
@@ -75,11 +76,11 @@ class Active:
 
 
 Activate = Callable[[int, SamplerSettings], AbstractContextManager[Active]]
-"""Makes the expert of that number able to work, for the length of the context."""
+"""Brings the weights of the expert of that number to the device, for the length of the context."""
 
 
 class RunModel:
-    """A model during one run. Experts change between two steps; the one before is released first."""
+    """A model during one run. Between two steps the expert may change; the one before is released first."""
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class RunModel:
         motion_controller: MotionController | None = None,
         activate: Activate | None = None,
     ) -> None:
-        """Without `activate`, the weights are taken to be where the run computes."""
+        """Without `activate`, the weights must be on the run's device already."""
         self.experts, self.motion_controller = tuple(experts), motion_controller
         self._activate = activate or self._in_place
         self._stack, self._current = ExitStack(), -1
@@ -105,7 +106,7 @@ class RunModel:
         return [(number, range(group[0], group[-1] + 1)) for number, group in found]
 
     def active(self, number: int, settings: SamplerSettings) -> Active:
-        """The expert of that number, able to work until another one is asked for or the run ends."""
+        """The expert of that number, ready until another one is asked for or the run ends."""
         if self._active is None or self._current != number:
             self.release()
             self._active = self._stack.enter_context(self._activate(number, settings))
@@ -113,7 +114,7 @@ class RunModel:
         return self._active
 
     def release(self, error: BaseException | None = None) -> None:
-        """Let the weights go back to where they are between runs; after an error nothing is kept on the device."""
+        """Move the weights back to where they are between runs; after an error none stay on the device."""
         self._active = None
         if error is None:
             self._stack.close()

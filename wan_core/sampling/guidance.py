@@ -20,7 +20,7 @@ class Guided:
 
     def __call__(self, x: Tensor, t: float, cond: Conditioning, info: StepInfo) -> Tensor:
         if info.index < self._settings.zero_steps:
-            return torch.zeros_like(x)
+            return torch.zeros_like(x)  # CFG-Zero*: the first steps leave the latents as they are
         scale = scale_at(self._settings, info.index, info.total)
         if not guides(scale):
             return self._model(x, t, {"positive": cond}, info)[0]
@@ -53,7 +53,9 @@ def guides(scale: float) -> bool:
 
 
 def first_steps(settings: GuidanceSettings, total: int) -> set[int]:
-    """The steps at which a branch runs for the first time, or again after a step without it."""
+    """The steps at which a branch runs for the first time, or again after a step without it: no cached result of the
+    step before exists for it.
+    """
     runs = [index >= settings.zero_steps for index in range(total)]
     both = [run and guides(scale_at(settings, index, total)) for index, run in enumerate(runs)]
     return {
@@ -64,6 +66,6 @@ def first_steps(settings: GuidanceSettings, total: int) -> set[int]:
 
 
 def projection(positive: Tensor, negative: Tensor) -> Tensor:
-    """The factor (B, 1, ...) that brings each unconditional velocity nearest to the conditional one (CFG-Zero*)."""
+    """The factor (B, 1, ...) that brings each unconditional velocity closest to the conditional one (CFG-Zero*)."""
     dims = tuple(range(1, positive.ndim))
     return (positive * negative).sum(dims, keepdim=True) / negative.square().sum(dims, keepdim=True).clamp_min(1e-8)

@@ -1,4 +1,4 @@
-"""The seam between a model and everything that samples from it, and the check that its velocities are finite."""
+"""The interface between a model and everything that samples from it, and the check that its velocities are finite."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -15,16 +15,16 @@ from ..types import Conditioning, StepInfo, tensors_in
 
 
 class NonFiniteError(ValueError):
-    """NaN or infinity where numbers should be. The message names the place and the likely cause."""
+    """NaN or infinity where finite numbers are expected. The message names the place and the likely cause."""
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether every value of `x` is a number; waits for the device. On the meta device there are no values."""
+    """Whether no value of `x` is NaN or infinite; waits for the device. Meta tensors have no values and pass."""
     return x.is_meta or bool(torch.isfinite(x).all())
 
 
 def check_latents(latents: Tensor, when: str) -> None:
-    """Raise NonFiniteError when latents (B, z, F, h, w) hold anything but numbers; `when` says where, in words."""
+    """Raise NonFiniteError when latents (B, z, F, h, w) hold NaN or infinity; `when` is part of the message."""
     if not is_finite(latents):
         bad = 100 * (~torch.isfinite(latents)).double().mean().item()
         raise NonFiniteError(
@@ -34,7 +34,7 @@ def check_latents(latents: Tensor, when: str) -> None:
 
 
 def check_pixels(pixels: Tensor) -> None:
-    """Raise NonFiniteError when decoded pixels (B, 3, T, H, W) hold anything but numbers."""
+    """Raise NonFiniteError when decoded pixels (B, 3, T, H, W) hold NaN or infinity."""
     if not is_finite(pixels):
         bad = 100 * (~torch.isfinite(pixels)).double().mean().item()
         raise NonFiniteError(
@@ -44,9 +44,9 @@ def check_pixels(pixels: Tensor) -> None:
 
 
 def locate(dit: WanDiT, x: Tensor, cond: Conditioning, states: Sequence[TokenState], info: StepInfo) -> NonFiniteError:
-    """What to raise for a step whose velocity is not finite: `states` are its tokens, embedded anew.
+    """The error for a step whose velocity is not finite.
 
-    The step is run once more, looking at the tokens before every block.
+    The step runs once more from `states`, its newly embedded tokens, which are checked before every block.
     """
     step = f"step {info.index + 1} of {info.total}"
     if not is_finite(x):
@@ -64,23 +64,19 @@ def locate(dit: WanDiT, x: Tensor, cond: Conditioning, states: Sequence[TokenSta
         )
     place = "the embedding of the latents"
     if all(is_finite(state.tokens) for state in states):
-        place = _first_bad_block(dit, states)
+        found: list[int] = []
+
+        def look(index: int) -> None:
+            if not found and not all(is_finite(state.tokens) for state in states):
+                found.append(index - 1)
+
+        dit.run_blocks(states, look)
+        look(len(dit.blocks))
+        place = f"block {found[0]} of 0 to {len(dit.blocks) - 1}" if found else "the output head"
     likely = "a value beyond 65504 in fp16; load the model in bf16, or with precision exact"
     if dit.dtype != torch.float16:
         likely = "too strong a cfg, VACE strength or LoRA, or an attention kernel that fails here; try sdpa"
     return NonFiniteError(f"The model gave NaN or infinity in {step}, first after {place}. Likely cause: {likely}.")
-
-
-def _first_bad_block(dit: WanDiT, states: Sequence[TokenState]) -> str:
-    found: list[int] = []
-
-    def look(index: int) -> None:
-        if not found and not all(is_finite(state.tokens) for state in states):
-            found.append(index - 1)
-
-    dit.run_blocks(states, look)
-    look(len(dit.blocks))
-    return f"block {found[0]} of 0 to {len(dit.blocks) - 1}" if found else "the output head"
 
 
 class Predictor(Protocol):
@@ -90,21 +86,22 @@ class Predictor(Protocol):
 
 
 class BranchPredictor(Protocol):
-    """Velocities of several branches (conditional, unconditional) at once; only guidance speaks to a model this way."""
+    """Velocities of several branches (conditional, unconditional) at once; only guidance calls a model this way."""
 
     def __call__(self, x: Tensor, t: float, branches: Mapping[str, Conditioning], info: StepInfo) -> list[Tensor]: ...
 
 
 Key = tuple[str, int]
-"""The branch and the window that a token state belongs to; a batch of several branches has all their names, see
-`branches_of`."""
+"""The branch and the window of a token state; the branch of a joined batch is the names of all its branches, see
+`branches_of`.
+"""
 
 
 class BlockRunner(Protocol):
     """Takes token states through the blocks of a model; step caches are built on this seam.
 
-    `keys` names each state; a runner that remembers anything keeps it apart by them. Of the `count` blocks those in
-    `blocks` run, all if None; blocks that were left out are not run later.
+    `keys` are those of the states, one each; whatever a runner remembers is stored by key. Of its `count` blocks those
+    in `blocks` run, or all if None. Blocks that are skipped do not run later.
     """
 
     @property
@@ -126,7 +123,7 @@ def branches_of(name: str) -> list[str]:
 
 
 class AllBlocks:
-    """The plain block runner; asks for cancellation before every block."""
+    """The plain block runner; checks for cancellation before every block."""
 
     def __init__(self, dit: WanDiT, runtime: Runtime) -> None:
         self._dit, self._runtime = dit, runtime
@@ -139,7 +136,7 @@ class AllBlocks:
 
 
 class TimeTable:
-    """The time path of all evaluations of a run, computed at once."""
+    """The time embeddings of all evaluations of a run, computed at once: they depend on nothing else."""
 
     def __init__(self, dit: WanDiT, evaluations: Sequence[Sequence[float]]) -> None:
         """`evaluations` are the timesteps of each step, as `Solver.evaluations` has them."""
@@ -152,19 +149,18 @@ class TimeTable:
 
     @property
     def modulations(self) -> Tensor:
-        """What the blocks get at the first evaluation of each step, (N, 6, D)."""
+        """The input of the blocks at the first evaluation of each step, (N, 6, D)."""
         return self._embedded.blocks[self._first[:-1]]
 
 
 class ModelPredictor:
-    """Runs a DiT for one sampling run and owns what of it does not change between steps.
+    """Runs a DiT for one sampling run, and keeps what does not change between its steps.
 
-    Text, image tokens, camera, reference and VACE inputs are projected once per
-    (branch, window) and kept until another window comes, so that memory does not grow with the number of windows. A run
-    has one conditioning, so these stay valid for its length.
+    Text, image tokens, camera, reference and VACE inputs are projected once per (branch, window) and kept until the
+    window changes, so that memory does not grow with the number of windows. They stay valid because a run has one
+    conditioning.
 
-    Only in the first step that it computes, whatever came before, are velocities checked: to look at a number is to
-    wait for the device.
+    Velocities are checked in the first step that is computed only, because reading a value waits for the device.
     """
 
     def __init__(
@@ -176,7 +172,7 @@ class ModelPredictor:
         *,
         keep: bool = False,
     ) -> None:
-        """`keep` the keys and values of cross-attention over the steps too."""
+        """With `keep`, the keys and values of cross-attention are kept between steps too."""
         self._dit, self._keep = dit, keep
         self._time = time
         self._run_blocks = run_blocks
@@ -188,8 +184,8 @@ class ModelPredictor:
 
     def __call__(self, x: Tensor, t: float, branches: Mapping[str, Conditioning], info: StepInfo) -> list[Tensor]:
         """Raises:
-        ValueError: a tensor does not fit the model, or a velocity of the first step is not finite; then the block is
-            named.
+        ValueError: a tensor does not match the model, or a velocity of the first step is not finite; the message then
+            names the block.
         """
         if self._checked is None:
             self._checked = info.index
@@ -199,6 +195,7 @@ class ModelPredictor:
         if info.index == self._checked and not info.evaluation:
             for (name, cond), velocity in zip(branches.items(), velocities, strict=True):
                 if not is_finite(velocity):
+                    # The blocks overwrote the tokens, so they are embedded again.
                     raise locate(self._dit, x, cond, self._embedded(x, {name: cond}, info), info)
         return velocities
 
@@ -217,7 +214,7 @@ class ModelPredictor:
         if branch not in self._prepared:
             check_shapes(self._dit.config, x, cond)
             frames, height, width = x.shape[2:]
-            size = (frames, height, width)
+            size = (frames, height, width)  # of the window, R reference frames included
             motion = motion_offset(self._motion_controller, cond)
             motion = None if motion is None else motion.to(x.device)
             prepared = self._dit.prepare(cond, size, motion, self._rotations.get(size), keep=self._keep)
@@ -227,7 +224,7 @@ class ModelPredictor:
 
 
 def motion_offset(controller: MotionController | None, cond: Conditioning) -> Tensor | None:
-    """What speed control adds to the time modulation, (B, 6, D), or None without it."""
+    """The offset of speed control on the time modulation, (B, 6, D), or None without it."""
     if controller is None or cond.motion_bucket is None:
         return None
     return controller(cond.motion_bucket)

@@ -1,4 +1,4 @@
-"""Latents as small pictures: by a linear map, or by a tiny autoencoder within a small share of a run's time."""
+"""Latents as small pictures: by a linear map, or by a tiny autoencoder in a small share of a run's time."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..models.config import GEOMETRIES, Geometry
+from ..models.config import Geometry
 from ..models.preview_decoder import PreviewDecoder
 from ..offload.weights import on_device
 from ..runtime import log
@@ -20,9 +20,9 @@ def latents_to_rgb(latents: Tensor, geometry: Geometry) -> Tensor:
     return colours.add_(1).div_(2).clamp_(0, 1)
 
 
-def preview_frames(latents: Tensor) -> list[Image.Image]:
+def preview_frames(latents: Tensor, geometry: Geometry) -> list[Image.Image]:
     """The latent frames of the first video of normalised latents (B, z, F, h, w), as pictures of h x w."""
-    return to_images(latents_to_rgb(latents[:1], GEOMETRIES[latents.shape[1]])[0])
+    return to_images(latents_to_rgb(latents[:1], geometry)[0])
 
 
 def to_images(frames: Tensor) -> list[Image.Image]:
@@ -39,18 +39,18 @@ SHARE = 0.05
 """The part of a run's time that previews may take."""
 
 CONTEXT = 2
-"""Latent frames that the decoder sees before the one that is shown; each costs as much as a picture."""
+"""Latent frames that are decoded before the one that is shown, for its memory; each takes as long as a picture."""
 
 
 class Previewer:
-    """Pictures of the clean latents that a run points at so far.
+    """Pictures of the clean latents that a run estimates so far.
 
-    After each one it rests until that one was no more than `SHARE` of the time. When the decoder fails, it says so once
-    and gives up; the run goes on.
+    After each one it pauses until that one took no more than `SHARE` of the time. When the decoder fails, previews end
+    with a warning and the run goes on.
     """
 
     def __init__(self, decoder: PreviewDecoder | None, device: torch.device) -> None:
-        """`decoder` rests wherever its weights are, and works on `device`."""
+        """`decoder` is moved to `device` for each picture only."""
         self._decoder, self._device = decoder, device
         self._due = 0.0
 
@@ -60,20 +60,20 @@ class Previewer:
         return self._decoder is not None
 
     def middle(self, latents: Tensor) -> Image.Image | None:
-        """The frame in the middle of normalised latents (B, z, F, h, w), decoded; None while at rest."""
+        """The frame in the middle of normalised latents (B, z, F, h, w), decoded; None during a pause."""
         place = latents.shape[2] // 2
         first = max(0, place - CONTEXT)
         pictures = self._pictures(latents[:1, :, first : place + 1], place - first)
         return None if pictures is None else pictures[0]
 
     def strip(self, latents: Tensor) -> list[Image.Image] | None:
-        """All latent frames of normalised latents (B, z, F, h, w), decoded; None while at rest."""
+        """All latent frames of normalised latents (B, z, F, h, w), decoded; None during a pause."""
         return self._pictures(latents[:1], 0)
 
     def _pictures(self, latents: Tensor, context: int) -> list[Image.Image] | None:
         if self._decoder is None or time.monotonic() < self._due:
             return None
-        # This waits for the device to finish the step, so that the clock counts the preview alone.
+        # This waits for the device to finish the step, so that the time of the preview alone is measured.
         frames = latents[0].float().cpu()
         started = time.monotonic()
         try:

@@ -13,14 +13,14 @@ from ..settings import SamplerSettings
 from ..tiling import Span, plan_spans
 from ..types import Conditioning, StepInfo
 from .checkpoint import Checkpoint, HasMemory, RunState, digest, digest_run, digest_weights, memory_of, restore
-from .compose import Composed, compose
+from .compose import Composed, build_solver, compose
 from .experts import Active, RunInputs, RunModel, expert_at
 from .predictor import Predictor, check_latents
-from .solvers import Solver, add_noise, build_solver, initial_noise
+from .solvers import Solver, add_noise, initial_noise
 from .windows import Anchored, colour_corrected, cut, window_of, window_reports, with_known_frames, with_text
 
 OnStep = Callable[[int, Tensor, Tensor], None]
-"""Called after each step with the number of steps done, the latents, and the clean latents they point at."""
+"""Called after each step with the number of steps done, the latents, and the model's estimate of the clean latents."""
 
 
 def denoise(
@@ -33,7 +33,9 @@ def denoise(
     steps: range | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Latents after `steps` (all by default) of `solver`'s schedule, from latents `x` (B, z, R + F, h, w) before."""
+    """Latents after `steps` (all by default) of `solver`'s schedule, from the latents `x` (B, z, R + F, h, w) before
+    them.
+    """
     total = len(solver.sigmas) - 1
     for index in range(total) if steps is None else steps:
         runtime.check_cancelled()
@@ -44,6 +46,7 @@ def denoise(
             return predict(x, solver.evaluations[index][number], cond, info)
 
         velocity = evaluate(x, 0)
+        # Before `advance`: a solver may replace the velocity by one of a later evaluation.
         clean = solver.clean(velocity, index, x) if on_step else x
         x = solver.advance(velocity, index, x, evaluate)
         if on_step:
@@ -61,19 +64,19 @@ def sample(
     checkpoint: Checkpoint | None = None,
     earlier: RunState | None = None,
 ) -> RunState:
-    """Run the steps that `settings` name and return the state after them, on the CPU.
+    """Run the steps that `settings` select and return the state after them, on the CPU.
 
     Reference frames that conditioning puts in front of the video are denoised with it.
 
     Args:
-        checkpoint: where the run is written down as it goes on. A run that was cut off goes on from there, also one
-            whose steps are all done: give the `run` of the state to `checkpoint.remove` once its video is saved.
-        earlier: the state that an earlier part of this schedule ended with, in place of `inputs.start`.
+        checkpoint: where the state is saved during the run. An interrupted run continues from there, even when all its
+            steps are done; pass the `run` of the state to `checkpoint.remove` once the video is saved.
+        earlier: the state at the end of an earlier part of this schedule, in place of `inputs.start`.
 
     Raises:
-        ValueError: an input does not fit the model or the size, latents to start from are missing, or the model gave
-            something else than numbers.
-        OutOfMemoryError: the device is too small; what is done is kept in `checkpoint`.
+        ValueError: an input does not match the model or the size, latents to start from are missing, or the model
+            returned NaN or infinity.
+        OutOfMemoryError: the device is too small; the steps that are done are kept in `checkpoint`.
     """
     run = _Run(model, inputs, settings, runtime, checkpoint)
     run.check(earlier)
@@ -85,7 +88,7 @@ def sample(
 
 
 class _Run:
-    """What does not change during one run."""
+    """One run: its inputs, which stay as they are, and the steps from noise to latents."""
 
     def __init__(
         self,
@@ -99,32 +102,33 @@ class _Run:
         self.cond, self.size, self.prompts, self.checkpoint = inputs.cond, inputs.size, inputs.prompts, checkpoint
         self.shape = (len(self.cond.encoded_text), model.first.config.out_channels, *self.size.shape)
         self.prefix = self.cond.prefix_frames(self.size.frames)
-        windows = settings.windows
-        self.chained = windows is not None and windows.mode == "chain" and windows.size < self.size.frames
-        self.spans = [Span(0, self.size.frames, True, True)]
+        frames, windows = self.size.frames, settings.windows_over(self.size.frames)
+        self.chained = windows is not None and windows.mode == "chain"
+        self.spans = [Span(0, frames, True, True)]
         if windows is not None:
-            self.spans = plan_spans(self.size.frames, windows.size, windows.stride)
+            self.spans = plan_spans(frames, windows.size, windows.stride)
         self.start: Tensor | None = None
 
     def check(self, earlier: RunState | None) -> None:
-        """Refuse what cannot run, before anything long."""
+        """Raise ValueError for what cannot run, before weights are moved."""
         settings, start = self.settings, self.inputs.start
         if start is not None and tuple(start.shape) != self.shape:
-            raise ValueError(f"The latents to start from are {tuple(start.shape)}, but this run needs {self.shape}.")
+            raise ValueError(f"The latents to start from are {tuple(start.shape)}; this run needs {self.shape}.")
         if earlier is not None and tuple(earlier.video.shape) != self.shape:
-            raise ValueError(f"The run to go on with is {tuple(earlier.video.shape)}, but this one is {self.shape}.")
+            raise ValueError(f"The earlier run has latents {tuple(earlier.video.shape)}; this one needs {self.shape}.")
         if start is None and earlier is None and settings.start_step:
-            raise ValueError(
-                f"start_step {settings.start_step} goes on with latents of an earlier sampler; connect them."
-            )
+            raise ValueError(f"start_step {settings.start_step} continues an earlier sampler; connect its latents.")
         if start is None and settings.starts_clean:
             strength = settings.denoise if settings.sigmas is None else settings.sigmas[0]
             raise ValueError(f"denoise {strength:g} starts from a video; give one, or set denoise to 1.")
 
     @cached_property
     def digest(self) -> str:
-        """Of everything that decides the result. Reads all of the conditioning, so only for runs that are kept; and
-        weights as they are between runs, so never while an expert is at work."""
+        """Identifies everything that decides the result.
+
+        It reads all of the conditioning, so it is computed only for runs that are saved.
+        """
+        # Of the weights between runs: read it before an expert is active, whose weights are moved and hold LoRAs.
         controller = None if self.model.motion_controller is None else self.model.motion_controller.state_dict()
         first, *others = self.model.experts
         applied = tuple(lora.fingerprint for lora in first.loras)
@@ -138,22 +142,25 @@ class _Run:
         return digest(self.settings.solver, build_solver(self.settings).sigmas)
 
     def execute(self, earlier: RunState | None) -> RunState:
+        """The state after the last step, on the CPU."""
         start = self.inputs.start
+        # An earlier state takes the place of a start, and then must not count in the digest.
         self.start = start if earlier is None and self.settings.starts_clean else None
-        run = self.digest if self._is_kept else ""
-        kept = self.checkpoint.load(run) if self.checkpoint is not None and self.checkpoint.in_use else None
-        if kept is not None and kept.kernels and kernels.current().deterministic:
-            log.warning("An unfinished run is there, but with kernels chosen by their time; this one starts over.")
-            kept = None
-        if (before := kept or earlier) is not None:
+        run = self.digest if self._is_saved else ""
+        saved = self.checkpoint.load(run) if self.checkpoint is not None and self.checkpoint.in_use else None
+        if saved is not None and saved.kernels and kernels.current().deterministic:
+            log.warning("The unfinished run used kernels chosen by timing; deterministic, this run starts over.")
+            saved = None
+        if (before := saved or earlier) is not None:
+            # The same kernels as before: another choice gives other last bits.
             kernels.current().used.update(before.kernels)
-        if kept is not None:
-            log.info("Going on with an unfinished run after %d of its steps.", self._count(kept))
+        if saved is not None:
+            log.info("Resuming an unfinished run after %d of its steps.", self._steps_done(saved))
         noise = initial_noise(
             self.shape, self.settings.seed, self.settings.rand_device, self.runtime.device, self.prefix
         )
         clean = self._with_references(start.to(noise), noise) if start is not None and self.uses_start else None
-        state = self._chain(clean, noise, kept) if self.chained else self._whole(clean, noise, kept or earlier)
+        state = self._chain(clean, noise, saved) if self.chained else self._whole(clean, noise, before)
         if state.step == self.settings.total_steps:
             check_latents(state.video, "at the end of the run")
         if self.settings.windows is not None:
@@ -162,8 +169,8 @@ class _Run:
         return state
 
     @property
-    def _is_kept(self) -> bool:
-        """Whether another run may go on from a state of this one."""
+    def _is_saved(self) -> bool:
+        """Whether another run may continue from a state of this one."""
         return self.settings.is_part or (self.checkpoint is not None and self.checkpoint.in_use)
 
     @property
@@ -171,7 +178,7 @@ class _Run:
         return self.settings.starts_clean or self.settings.start_step > 0
 
     def _with_references(self, start: Tensor, noise: Tensor) -> Tensor:
-        """`start` (B, z, F, h, w) with what the reference frames are at the same noise level in front."""
+        """`start` (B, z, F, h, w) behind the reference frames, which are brought to its noise level."""
         if not self.prefix:
             return start
         references = reference_latents(self.cond, self.prefix, self.shape[1]).to(start)
@@ -187,9 +194,9 @@ class _Run:
         if earlier is not None:
             x, memory = earlier.latents.to(self.runtime.device), self._usable_memory(earlier)
         elif settings.start_step:
-            log.warning("Going on at step %d without the earlier sampler's state; the solver starts at first order.",
+            log.warning("Starting at step %d without the earlier sampler's state; the solver begins at first order.",
                         settings.start_step)  # fmt: skip
-            assert clean is not None, "`check` refuses to go on without latents"
+            assert clean is not None, "`check` refuses a start_step without latents"
             x = clean
         else:
             x = noise if clean is None else add_noise(clean, noise, solver.sigmas[0])
@@ -198,22 +205,24 @@ class _Run:
         return self._steps(solver, x, cond, self.size.frames, range(first, settings.last_step), before)
 
     def _usable_memory(self, earlier: RunState) -> Mapping[str, Tensor]:
-        """What of the memory of the run before holds for this one: all of the same run, of the same schedule the
-        solver's."""
+        """The part of an earlier run's memory that this one can use: all of it for the same run, the solver's for the
+        same schedule, else nothing.
+        """
         if earlier.run == self.digest:
             return earlier.memory
         if earlier.schedule == self.schedule:
             return {name: value for name, value in earlier.memory.items() if name.startswith("solver.")}
-        log.warning("The earlier sampler had another solver or schedule, so this one starts over from its latents.")
+        log.warning("The earlier sampler had another solver or schedule; this one starts over from its latents.")
         return {}
 
-    def _chain(self, clean: Tensor | None, noise: Tensor, kept: RunState | None) -> RunState:
-        windows, done = self.settings.windows, None if kept is None else kept.done
+    def _chain(self, clean: Tensor | None, noise: Tensor, saved: RunState | None) -> RunState:
+        """Clip after clip, each held to the last `overlap` frames of the one before."""
+        windows, done = self.settings.windows, None if saved is None else saved.done
         assert windows is not None, "a chain is made of windows"
         overlap, device = windows.size - windows.stride, self.runtime.device
         done = None if done is None else done.to(device)
-        state = kept
-        for number in range(0 if kept is None else kept.clip, len(self.spans)):
+        state = saved
+        for number in range(0 if saved is None else saved.clip, len(self.spans)):
             span = self.spans[number]
             solver = build_solver(self.settings)
             cond = with_text(window_of(self.cond, span, self.prefix), self.prompts, number)
@@ -224,13 +233,14 @@ class _Run:
             if clean is not None:
                 x = add_noise(cut(clean, span, self.prefix, 2), x, solver.sigmas[0])
             if known is not None:
+                # The known frames are noised to the level that the other frames begin at.
                 place = slice(self.prefix, self.prefix + overlap)
                 x = x.clone()
                 x[:, :, place] = add_noise(known, cut(noise, span, self.prefix, 2)[:, :, place], solver.sigmas[0])
             before = RunState(latents=x, prefix=self.prefix, step=0, done=done, clip=number)
-            if kept is not None and kept.clip == number:
-                x = kept.latents.to(device)
-                before = dataclasses.replace(before, latents=x, step=kept.step, memory=kept.memory)
+            if saved is not None and saved.clip == number:
+                x = saved.latents.to(device)
+                before = dataclasses.replace(before, latents=x, step=saved.step, memory=saved.memory)
             steps = range(before.step, self.settings.total_steps)
             state = self._steps(solver, x, cond, span.length, steps, before, known)
             clip = state.video.to(device)
@@ -264,8 +274,8 @@ class _Run:
         before: RunState,
         known: Tensor | None = None,
     ) -> RunState:
-        """The state after `steps`, from `before`, whose memory they go on with; reports, writes down and explains on
-        the way.
+        """The state after `steps`, whose solver and cache continue with the memory of `before`; reports progress and
+        saves checkpoints on the way.
         """
         device, latest = self.runtime.device, (steps.start, x)
         memories: dict[str, HasMemory] = {"solver": solver}
@@ -276,16 +286,18 @@ class _Run:
             return dataclasses.replace(
                 before, latents=latents.float().cpu(), step=step, memory=memory if steps else before.memory,
                 done=None if before.done is None else before.done.cpu(), kernels=dict(kernels.current().used),
-                run=self.digest if self._is_kept else "", schedule=self.schedule,
+                run=self.digest if self._is_saved else "", schedule=self.schedule,
             )  # fmt: skip
 
         def on_step(done: int, latents: Tensor, clean: Tensor) -> None:
             nonlocal latest
             latest = (done, latents)
-            self._report(done, before.clip, clean)
-            kept = self.checkpoint
-            if kept and kept.every and (done % kept.every == 0 or done == self.settings.last_step):
-                kept.save(state_at(done, latents))
+            per_clip, clips = self.settings.total_steps, len(self.spans) if self.chained else 1
+            video = clean[:, :, self.prefix :]
+            self.runtime.on_progress("Sampling", before.clip * per_clip + done, clips * per_clip, video)
+            checkpoint = self.checkpoint
+            if checkpoint and checkpoint.every and (done % checkpoint.every == 0 or done == self.settings.last_step):
+                checkpoint.save(state_at(done, latents))
 
         problem = ""
         try:
@@ -293,22 +305,23 @@ class _Run:
                 active = self.model.active(number, self.settings)
                 parts = self._composed(active, solver, cond, frames, known)
                 memories = {"solver": solver, **parts.memories}
+                # A cache continues only with the residuals of its own expert.
                 if share.start and expert_at(self.model.experts, solver.timesteps[share.start - 1]) == number:
                     restore(parts.memories, before.memory, device)
-                runtime = self._followed(active)
+                runtime = self._with_expert(active)
                 x = denoise(parts.predict, solver, x, cond, runtime, steps=share, on_step=on_step)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             problem = str(error).splitlines()[0]
         if problem:
-            # Raised out here, where no frame of the failed step holds device memory any more.
+            # Outside of `except`: there the traceback would still hold the failed step's tensors on the device.
             self.model.release(RuntimeError(problem))
             raise self._out_of_memory(problem, state_at(*latest, "solver"))
         return state_at(*latest)
 
-    def _followed(self, active: Active) -> Runtime:
-        """The runtime, which also tells the expert of each step."""
+    def _with_expert(self, active: Active) -> Runtime:
+        """The runtime, which also calls the expert's `before_step`: LoRA strengths change with the step."""
 
         def before_step(index: int, total: int) -> None:
             self.runtime.before_step(index, total)
@@ -316,13 +329,7 @@ class _Run:
 
         return dataclasses.replace(self.runtime, before_step=before_step)
 
-    def _report(self, done: int, clip: int, clean: Tensor) -> None:
-        clips = len(self.spans) if self.chained else 1
-        total = clips * self.settings.total_steps
-        video = clean[:, :, self.prefix :]
-        self.runtime.on_progress("Sampling", clip * self.settings.total_steps + done, total, video)
-
-    def _count(self, state: RunState) -> int:
+    def _steps_done(self, state: RunState) -> int:
         return state.clip * self.settings.total_steps + state.step
 
     def _out_of_memory(self, problem: str, state: RunState) -> OutOfMemoryError:
@@ -330,7 +337,7 @@ class _Run:
         if self.checkpoint is not None:
             path = self.checkpoint.save(dataclasses.replace(state, run=self.digest))
             if path is not None:
-                kept = f" The {self._count(state)} steps done are kept in {path}; the same settings go on from there."
+                kept = f" The {self._steps_done(state)} steps done are saved in {path}; the same settings resume there."
         mode = self.settings.guidance.mode
         advice = ["lower width, height or num_frames", "connect a Windows node"]
         if mode != "sequential":
@@ -345,5 +352,8 @@ class _Run:
 
 
 def reference_latents(cond: Conditioning, prefix: int, channels: int) -> Tensor:
-    """The clean latents (B, z, R, h, w) of the reference frames; each lies in the inactive part of one VACE input."""
+    """The clean latents (B, z, R, h, w) of the reference frames.
+
+    Each VACE input holds its own references in its first channels and zeros at the others', so they add up.
+    """
     return reduce(torch.add, (vace.context[:, :channels, :prefix] for vace in cond.vace or ()))

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..settings import SamplerSettings
-
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -25,10 +23,10 @@ def shifted_sigmas(steps: int, shift: float, denoise: float = 1.0) -> Tensor:
 
 
 def training_weights(shift: float = 5.0) -> Tensor:
-    """Loss weight of each of the 1000 training timesteps, (1000,), of mean 1: a bell around timestep 500, zero at its
-    lowest.
+    """Loss weight of each of the 1000 training timesteps, (1000,), with mean 1: a bell around timestep 500, shifted so
+    that its lowest value is zero (DiffSynth-Studio `FlowMatchScheduler.set_training_weight`).
 
-    Index 0 is the noisiest. It makes up for the points that the shift crowds at high noise (DiffSynth-Studio).
+    Index 0 is the noisiest timestep. The shift puts many timesteps at high noise, which the weights balance.
     """
     timesteps = shifted_sigmas(NUM_TRAIN_TIMESTEPS, shift)[:-1].float() * NUM_TRAIN_TIMESTEPS
     bell = torch.exp(-2 * ((timesteps - NUM_TRAIN_TIMESTEPS / 2) / NUM_TRAIN_TIMESTEPS) ** 2)
@@ -37,7 +35,7 @@ def training_weights(shift: float = 5.0) -> Tensor:
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """`clean` with `sigma` of it replaced by noise."""
+    """`clean` with the fraction `sigma` replaced by noise, the forward process of rectified flow."""
     return (1 - sigma) * clean + sigma * noise
 
 
@@ -47,8 +45,8 @@ def initial_noise(
     """Standard normal noise (B, C, prefix + F, h, w) in float32 for `shape` = (B, C, F, h, w), drawn on `rand_device`.
 
     Drawn on the CPU it is the same on every machine, and without a prefix equal to ComfyUI's for the same shape and
-    seed. Prefix frames are drawn as the reference does it, so that a seed gives its film: all frames in one draw, of
-    which the last `prefix` ones are moved to the front (DiffSynth-Studio, `WanVideoUnit_NoiseInitializer`).
+    seed. All frames are drawn at once and the last `prefix` of them moved to the front, so that a seed gives the video
+    that it gives in DiffSynth-Studio (`WanVideoUnit_NoiseInitializer`).
     """
     generator = torch.Generator(rand_device).manual_seed(seed)
     size = (*shape[:2], prefix + shape[2], *shape[3:])
@@ -65,12 +63,12 @@ class Solver:
 
     Attributes:
         sigmas: noise levels, one more than there are steps. Python floats, so that the loop never waits for a device.
-        timesteps: what the model is given at the first evaluation of each step.
-        evaluations: what it is given at all evaluations of each step.
-        memory: the tensors that the next step needs from earlier ones. A run that is continued elsewhere with them goes
-            on exactly as it would have; without them a solver begins again at first order.
+        timesteps: the model's timestep at the first evaluation of each step.
+        evaluations: its timesteps at all evaluations of each step.
+        memory: the tensors that the next step needs from earlier ones. With them a run that is continued elsewhere
+            gives exactly the same result; without them a solver begins again at first order.
         HIGHEST: where the unshifted schedule begins.
-        WHOLE_TIMESTEPS: whether timesteps are cut off to whole numbers, as the Wan authors' solvers do.
+        WHOLE_TIMESTEPS: whether timesteps are truncated to whole numbers, as the Wan authors' solvers do.
     """
 
     HIGHEST = 1.0
@@ -99,13 +97,11 @@ class Solver:
         raise NotImplementedError
 
     def advance(self, velocity: Tensor, index: int, x: Tensor, evaluate: Evaluate) -> Tensor:
-        """`step`, of solvers that evaluate the model more than once: the first velocity is given, others are asked of
-        `evaluate`.
-        """
+        """As `step`; a solver that needs further velocities within the step calls `evaluate` for them."""
         return self.step(velocity, index, x)
 
     def clean(self, velocity: Tensor, index: int, x: Tensor) -> Tensor:
-        """The clean latents that a velocity points at."""
+        """The estimate of the clean latents: `x - sigma * velocity`."""
         return x.sub(velocity, alpha=self.sigmas[index])
 
 
@@ -117,8 +113,8 @@ class Euler(Solver):
 
 
 class Heun(Euler):
-    """Second order from two evaluations of a step: along the mean of the velocities at its two ends. A step to 0, where
-    no noise is left to evaluate, is Euler's.
+    """Second order: along the mean of the velocities at both ends of the step. The step to 0 is Euler's, because there
+    is no noise left to predict at its end.
     """
 
     def levels(self, index: int) -> Sequence[float]:
@@ -147,7 +143,9 @@ class LCM(Solver):
 
 
 def log_snr(sigma: float) -> float:
-    """Half the logarithm of the signal-to-noise ratio, `ln(1 - sigma) - ln(sigma)`; infinite at the ends."""
+    """Half the logarithm of the signal-to-noise ratio, `ln(1 - sigma) - ln(sigma)` (lambda in the papers); infinite at
+    the ends.
+    """
     if sigma in (0, 1):
         return -math.inf if sigma else math.inf
     return math.log1p(-sigma) - math.log(sigma)
@@ -157,8 +155,8 @@ class UniPC(Solver):
     """Order 2 with B(h) = e^-h - 1, predicting the clean latents, first order in the first and the last step
     (Wan-Video/Wan2.1 wan/utils/fm_solvers_unipc.py; Zhao et al. 2023).
 
-    Each step first corrects the latents that the step before predicted, now that the model has seen them.
-    `memory`: x, the latents of the last step; now and before, the clean latents that the last two steps pointed at.
+    Each step first corrects the latents that the step before predicted, by the velocity that the model gives for them.
+    `memory`: x, the latents of the last step; now and before, the clean latents estimated by the last two steps.
     """
 
     HIGHEST = 0.999
@@ -171,6 +169,7 @@ class UniPC(Solver):
         before = self.memory.get("now")
         self.memory = {"x": x, "now": clean} | ({} if before is None else {"before": before})
         start, end = self.sigmas[index], self.sigmas[index + 1]
+        # x is scaled by sigma_t / sigma_s, the clean estimate by alpha_t * (e^-h - 1); alpha = 1 - sigma.
         phi = math.expm1(-self._rise(index + 1))
         out = x.mul(end / start).sub_(clean, alpha=(1 - end) * phi)
         if before is not None and index < len(self.sigmas) - 2:
@@ -179,13 +178,14 @@ class UniPC(Solver):
         return out
 
     def _corrected(self, clean: Tensor, index: int) -> Tensor:
-        """The latents at `index` by the corrector, which knows what they point at."""
+        """The latents at `index`, corrected by the clean latents that the model estimates there."""
         x, now, before = self.memory["x"], self.memory["now"], self.memory.get("before")
         start, end, h = self.sigmas[index - 1], self.sigmas[index], self._rise(index)
         phi = math.expm1(-h)
         out = x.mul(end / start).sub_(now, alpha=(1 - end) * phi)
         weight_now = 0.5
         if before is not None:
+            # The weights solve the paper's 2 x 2 system R rho = b, with b = (first, 2 * second) / phi.
             first = phi / -h - 1
             second = first / -h - 0.5
             ratio = self._ratio(index)
@@ -195,6 +195,7 @@ class UniPC(Solver):
         return out.sub_(clean.sub(now), alpha=(1 - end) * phi * weight_now)
 
     def _rise(self, index: int) -> float:
+        """h, by how much `log_snr` rises in the step to `index`."""
         return log_snr(self.sigmas[index]) - log_snr(self.sigmas[index - 1])
 
     def _ratio(self, index: int) -> float:
@@ -204,7 +205,7 @@ class UniPC(Solver):
 class DPMpp2M(Solver):
     """Second order from two model evaluations, predicting the clean latents, first order in the first and the last step
     (Wan-Video/Wan2.1 wan/utils/fm_solvers.py; Lu et al. 2022). `memory`: before, the clean latents that the last step
-    pointed at.
+    estimated.
     """
 
     WHOLE_TIMESTEPS = True
@@ -223,13 +224,4 @@ class DPMpp2M(Solver):
 
 
 SOLVERS: dict[str, type[Solver]] = {"euler": Euler, "unipc": UniPC, "dpm++": DPMpp2M, "lcm": LCM, "heun": Heun}
-
-
-def build_solver(settings: SamplerSettings) -> Solver:
-    """The chosen solver on its own schedule, or on the noise levels that the user gave."""
-    solver = SOLVERS[settings.solver]
-    sigmas: Sequence[float] | None = settings.sigmas
-    if sigmas is None:
-        highest = min(settings.denoise, solver.HIGHEST)
-        sigmas = shifted_sigmas(settings.steps, settings.shift, highest).tolist()
-    return solver(sigmas, seed=settings.seed, rand_device=settings.rand_device)
+"""By name. A solver is a class and its row here."""

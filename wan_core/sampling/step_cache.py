@@ -1,5 +1,6 @@
-"""Step caches, which skip the blocks of a step whose effect is already known: TeaCache (Liu et al. 2024) and EasyCache
-(Zhou et al. 2025)."""
+"""Step caches, which skip the blocks of a step and add again what they changed in an earlier one: TeaCache (Liu et al.
+2024) and EasyCache (Zhou et al. 2025).
+"""
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
@@ -10,16 +11,16 @@ from torch import Tensor
 
 from ..models.dit import TokenState
 from ..models.ops import add_
-from ..settings import EasyCacheSettings, TeaCacheSettings
+from ..settings import TEACACHE_COEFFICIENTS, EasyCacheSettings, TeaCacheSettings, check_choice
 from ..types import StepInfo
 from .predictor import BlockRunner, Key, branches_of
 
 
 class Lead:
-    """The leading branch before the blocks of a step, and the way through as many of them as a rule wants to see.
+    """The first branch of a step, about which a rule decides; a rule may run the first blocks to look at the result.
 
     Attributes:
-        done: how many blocks have run, for all branches that came with it.
+        done: how many blocks have run, for all branches of the call.
     """
 
     def __init__(
@@ -31,19 +32,19 @@ class Lead:
 
     @property
     def tokens(self) -> Tensor:
-        """(B, S, D), as they are now; blocks write into them, so clone what is to be compared."""
+        """(B, S, D), as they are now. Blocks write into them, so clone them to compare them later."""
         return self._states[0].tokens.chunk(self._branches)[0]
 
     def run(self, count: int) -> None:
-        """Let the first `count` blocks run, of which some may have run before."""
+        """Run the first `count` blocks, but those that have run already."""
         if count > self.done:
             self._run(self._states, self._keys, self._info, range(self.done, count))
             self.done = count
 
 
 class SkipRule(Protocol):
-    """Decides which steps run. It is asked once per step and window, about the leading branch; the other branches, and
-    further evaluations of the step, follow, so that the result does not depend on how branches are run.
+    """Decides which steps are skipped: once per step and window, by the first branch. The other branches and further
+    evaluations of the step follow, so the result does not depend on the guidance mode.
 
     Attributes:
         memory: tensors that later decisions need, for a run that is continued elsewhere.
@@ -53,21 +54,23 @@ class SkipRule(Protocol):
     def memory(self) -> dict[str, Tensor]: ...
 
     def may_skip(self, index: int) -> bool:
-        """Whether step `index` could be left out at all; what the step before changed is kept only then."""
+        """Whether step `index` can be skipped at all; the residual of the step before is kept only then."""
         ...
 
     def skips(self, lead: Lead, info: StepInfo) -> bool:
-        """Whether to leave out the blocks of this step; the first ones may be run to see, in each step as many."""
+        """Whether to skip the blocks of this step. To decide, the rule may run the first blocks of `lead`, in each step
+        as many.
+        """
         ...
 
     def computed(self, tokens: Tensor, info: StepInfo) -> None:
-        """Learn what the blocks made of them in a step that ran."""
+        """Called with the lead's tokens after the blocks of a step that is not skipped."""
         ...
 
 
 @dataclass(frozen=True)
 class _Decision:
-    """Whether the blocks after the first `looked_at` are left out in `step`."""
+    """Whether the blocks after the first `looked_at` are skipped in `step`."""
 
     step: int
     skips: bool
@@ -75,11 +78,11 @@ class _Decision:
 
 
 class CachedBlocks:
-    """A block runner that adds again what the last computed step changed, wherever `rule` leaves a step out.
+    """A block runner that, where `rule` skips a step, adds the residual of the last computed one.
 
-    VACE blocks run inside of the others and are left out with them. What a step changed, after the blocks that the rule
-    ran, is kept per (branch, window) and evaluation in `dtype`, on the CPU if asked; it belongs to this object, that is
-    to one run.
+    The residual of a step is what the blocks, after those that the rule ran, added to the tokens. It is kept per
+    (branch, window) and evaluation in `dtype`, with `on_cpu` in host memory, and belongs to this object, that is to one
+    run. VACE blocks run within the others and are skipped with them.
     """
 
     def __init__(self, run: BlockRunner, rule: SkipRule, dtype: torch.dtype, *, on_cpu: bool = False) -> None:
@@ -91,7 +94,7 @@ class CachedBlocks:
 
     @property
     def memory(self) -> dict[str, Tensor]:
-        """Everything that a continued run needs to go on as this one would."""
+        """Everything that a continued run needs to give the same result."""
         residuals = {f"residual.{key}": value for key, value in self._residuals.items()}
         return residuals | {f"rule.{key}": value for key, value in self._rule.memory.items()}
 
@@ -113,6 +116,7 @@ class CachedBlocks:
         names = [[f"{branch}.{window}{further}" for branch in branches_of(name)] for name, window in keys]
         lead = Lead(self._run, states, keys, info, len(names[0]))
         decision = self._decisions.get(info.window)
+        # The first call of a step and window decides; calls for further branches and evaluations find the decision.
         is_lead = decision is None or decision.step != info.index
         if decision is None or is_lead:
             known = all(name in self._residuals for name in names[0])
@@ -121,10 +125,11 @@ class CachedBlocks:
         lead.run(decision.looked_at)
         if decision.skips and all(name in self._residuals for group in names for name in group):
             for state, group in zip(states, names, strict=True):
-                state.tokens = add_(state.tokens, self._recalled(group, state.tokens))
+                found = [self._residuals[name].to(state.tokens.device) for name in group]
+                state.tokens = add_(state.tokens, found[0] if len(found) == 1 else torch.cat(found))
             return
         for name in (name for group in names for name in group):
-            # Out of date from here on; dropped before the blocks need room.
+            # Stale from here on, and dropped now so that the blocks have its memory.
             self._residuals.pop(name, None)
         keep = info.index + 1 < info.total and self._rule.may_skip(info.index + 1)
         before = [state.tokens.clone() if keep else None for state in states]
@@ -132,33 +137,18 @@ class CachedBlocks:
         if is_lead:
             self._rule.computed(lead.tokens, info)
         for state, group, old in zip(states, names, before, strict=True):
-            self._keep(group, None if old is None else torch.sub(state.tokens, old, out=old))
+            if old is not None:
+                residual = torch.sub(state.tokens, old, out=old)
+                residual = residual.to("cpu" if self._on_cpu else residual.device, self._dtype)
+                self._residuals.update(zip(group, residual.chunk(len(group)), strict=True))
 
-    def _keep(self, names: Sequence[str], residual: Tensor | None) -> None:
-        if residual is not None:
-            residual = residual.to("cpu" if self._on_cpu else residual.device, self._dtype)
-            self._residuals.update(zip(names, residual.chunk(len(names)), strict=True))
-
-    def _recalled(self, names: Sequence[str], tokens: Tensor) -> Tensor:
-        found = [self._residuals[name].to(tokens.device) for name in names]
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-
-COEFFICIENTS: dict[str, tuple[float, ...]] = {
-    "Wan2.1-T2V-1.3B": (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02),
-    "Wan2.1-T2V-14B": (-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01),
-    "Wan2.1-I2V-14B-480P": (2.57151496e05, -3.54229917e04, 1.40286849e03, -1.35890334e01, 1.32517977e-01),
-    "Wan2.1-I2V-14B-720P": (8.10705460e03, 2.13393892e03, -3.72934672e02, 1.66203073e01, -4.17769401e-02),
-}
-"""Polynomials, highest power first, from the change of the time embedding to that of the model's output, fitted by the
-authors of TeaCache (ali-vilab/TeaCache TeaCache4Wan2.1)."""
 
 SKIPPED_STEP_COST = 0.01
-"""What a step without blocks costs, as a part of one with them: embedding and head only."""
+"""What a step without blocks costs, as a fraction of one with them: embedding and head only."""
 
 
 def changes(modulations: Tensor) -> list[float]:
-    """How much each of N time modulations (N, ...) differs from the one before it, relative to that one: N - 1 numbers.
+    """The relative L1 distance of each of N time modulations (N, ...) from the one before it: N - 1 numbers.
 
     Waits for the device, once.
     """
@@ -168,8 +158,8 @@ def changes(modulations: Tensor) -> list[float]:
 
 @dataclass
 class OnlineRule:
-    """The published rule, one step after the other: a step is left out while the estimated change since the last
-    computed one adds up to less than the threshold.
+    """TeaCache's published rule: a step is skipped while the estimated changes since the last computed one add up to
+    less than the threshold.
 
     Attributes:
         total: number of steps; the first and the last are always computed, and so are those in `forced`.
@@ -182,7 +172,7 @@ class OnlineRule:
     accumulated: float = 0.0
 
     def skips(self, index: int, change: float) -> bool:
-        """Whether to leave out step `index`, whose modulation differs by `change` from the one before."""
+        """Whether to skip step `index`, whose modulation differs by `change` from the one before."""
         if index in (0, self.total - 1) or index in self.forced or self.threshold == 0:
             self.accumulated = 0.0
             return False
@@ -202,7 +192,7 @@ def _polynomial(coefficients: Sequence[float], x: float) -> float:
 
 @dataclass(frozen=True)
 class SkipPlan:
-    """Which steps are left out, decided before the first; a `SkipRule` that learns nothing."""
+    """The steps to skip, decided before the first one: a `SkipRule` that looks at no tokens."""
 
     skipped: tuple[bool, ...]
     threshold: float
@@ -214,12 +204,12 @@ class SkipPlan:
 
     @property
     def speedup(self) -> float:
-        """How many times fewer block passes a run takes, the cheap steps counted too."""
+        """The time of a run without the cache over that with it, from `SKIPPED_STEP_COST`."""
         skipped = len(self.skipped) - self.computed_steps
         return len(self.skipped) / (self.computed_steps + SKIPPED_STEP_COST * skipped)
 
     def summary(self) -> str:
-        """As a user reads it: "computes 21 of 50 steps, about 2.3x faster"."""
+        """For the log: "computes 21 of 50 steps, about 2.3x faster"."""
         return f"computes {self.computed_steps} of {len(self.skipped)} steps, about {self.speedup:.1f}x faster"
 
     def may_skip(self, index: int) -> bool:
@@ -233,17 +223,16 @@ class SkipPlan:
 
 
 def plan(modulations: Tensor, settings: TeaCacheSettings, forced: Container[int] = ()) -> SkipPlan:
-    """The steps to leave out of a run whose blocks are given the time modulations (N, ...).
+    """The steps to skip in a run of N steps, whose time modulations are (N, ...).
 
     Args:
-        forced: steps to compute whatever the rule says, besides the first, the last and the `start_step` first ones.
+        forced: steps that are always computed, besides the first, the last and the first `start_step` ones.
 
     Raises:
-        ValueError: the template is still `auto`, or no threshold reaches the speed-up that was asked for.
+        ValueError: the template is still `auto`, or no threshold reaches the speed-up of the settings.
     """
-    if settings.template not in COEFFICIENTS:
-        raise ValueError(f"TeaCache template must be one of {', '.join(COEFFICIENTS)}; got {settings.template!r}.")
-    coefficients, steps = COEFFICIENTS[settings.template], len(modulations)
+    check_choice("TeaCache template", settings.template, TEACACHE_COEFFICIENTS)
+    coefficients, steps = TEACACHE_COEFFICIENTS[settings.template], len(modulations)
     differences = [0.0, *changes(modulations)]
     always = {index for index in range(steps) if index < settings.start_step or index in forced}
 
@@ -258,10 +247,8 @@ def plan(modulations: Tensor, settings: TeaCacheSettings, forced: Container[int]
 
 
 def _fastest_enough(planned: Callable[[float], SkipPlan], estimates: Sequence[float], speedup: float) -> SkipPlan:
-    """The plan of the lowest threshold that is `speedup` times as fast.
-
-    A plan changes only where the threshold passes a sum of neighbouring estimates; the search halves the sorted sums.
-    """
+    """The plan of the lowest threshold that is `speedup` times as fast, by bisection."""
+    # A plan changes only where the threshold passes a sum of consecutive estimates, so these sums are all candidates.
     sums = {0.0}
     for start in range(1, len(estimates)):
         total = 0.0
@@ -273,7 +260,7 @@ def _fastest_enough(planned: Callable[[float], SkipPlan], estimates: Sequence[fl
     fastest = planned(thresholds[-1])
     if fastest.speedup < speedup:
         raise ValueError(
-            f"TeaCache cannot make this run {speedup:g}x faster; leaving out every step that it may, it "
+            f"TeaCache cannot make this run {speedup:g}x faster; skipping every step that it may, it "
             f"{fastest.summary()}. Ask for less, or lower start_step."
         )
     low, high = 0, len(thresholds) - 1
@@ -287,16 +274,18 @@ def _fastest_enough(planned: Callable[[float], SkipPlan], estimates: Sequence[fl
 
 
 SAMPLE = 4096
-"""About this many tokens are looked at, evenly spread; they tell the change of a sequence well enough."""
+"""About so many tokens, evenly spread, stand for a sequence when its change is measured."""
 
 
 class EasyCache:
-    """Leaves a step out while the estimated change of the blocks' output adds up to less than the threshold.
+    """Skips a step while the estimated relative changes of the blocks' output add up to less than the threshold.
 
-    The change is estimated as that of the input times the rate at which the blocks turned one into the other when they
-    last ran. The first and last step are computed, and so are `start_step` first ones and those in `forced`. What it
-    sees decides, so unlike a plan it waits for the device in every step. `memory` holds, per window: seen, the last
-    input; given and made, input and output of the last computed step; rate and change, as numbers.
+    The change of the output is estimated as that of the input times the rate output / input of the last computed steps.
+    The first and the last step, the first `start_step` ones and those in `forced` are always computed. It reads tokens
+    in every step, and therefore waits for the device in every step.
+
+    `memory`, per window: `last_input`, of the last step; `input` and `output`, of the last computed step; `rate` and
+    `change`, as numbers.
     """
 
     def __init__(self, settings: EasyCacheSettings, total: int, forced: Container[int] = ()) -> None:
@@ -308,26 +297,26 @@ class EasyCache:
 
     def skips(self, lead: Lead, info: StepInfo) -> bool:
         sample, change, rate = _sample(lead.tokens), self._get("change", info), self._get("rate", info)
-        seen, made = self._get("seen", info), self._get("made", info)
-        self._set("seen", info, sample)
-        if rate is None or seen is None or made is None or not self.may_skip(info.index):
+        last_input, output = self._get("last_input", info), self._get("output", info)
+        self._set("last_input", info, sample)
+        if rate is None or last_input is None or output is None or not self.may_skip(info.index):
             self._set("change", info, torch.zeros((), dtype=torch.float64))
             return False
-        estimate = rate * _size(sample, seen) / _size(made)
+        estimate = rate * _size(sample, last_input) / _size(output)
         change = estimate if change is None else change + estimate
         skips = change.item() < self._settings.threshold
         self._set("change", info, change if skips else torch.zeros((), dtype=torch.float64))
         return skips
 
     def computed(self, tokens: Tensor, info: StepInfo) -> None:
-        sample, given = _sample(tokens), self._get("seen", info)
-        last_given, last_made = self._get("given", info), self._get("made", info)
-        if given is None:
+        last_input, output = self._get("last_input", info), _sample(tokens)
+        old_input, old_output = self._get("input", info), self._get("output", info)
+        if last_input is None:
             raise RuntimeError("`computed` was called before `skips`, which keeps the tokens of the step.")
-        if last_given is not None and last_made is not None:
-            self._set("rate", info, _size(sample, last_made) / _size(given, last_given))
-        self._set("given", info, given)
-        self._set("made", info, sample)
+        if old_input is not None and old_output is not None:
+            self._set("rate", info, _size(output, old_output) / _size(last_input, old_input))
+        self._set("input", info, last_input)
+        self._set("output", info, output)
 
     def _get(self, name: str, info: StepInfo) -> Tensor | None:
         return self.memory.get(f"{name}.{info.window}")

@@ -21,16 +21,16 @@ RAMP_OFFSET = 0.5
 
 
 class Windowed:
-    """A predictor that runs another in windows and blends what they say where they overlap.
+    """A predictor that runs another one in windows and blends their velocities where they overlap.
 
-    Positions restart at 0 in every window. Reference frames in front of the video are attached to each, and their
-    velocity is the mean of the windows'.
+    Positions restart at 0 in every window. Each window has the reference frames in front, whose velocity is the mean
+    over all windows.
     """
 
     def __init__(
         self, predict: Predictor, settings: WindowSettings, frames: int, prompts: Sequence[Conditioning] = ()
     ) -> None:
-        """`frames` latent frames are the video; `prompts` give the text of each window, the last one for all after."""
+        """`frames`: latent frames of the video; `prompts`: the text of each window, the last one for all after it."""
         self._predict, self._frames, self._prompts = predict, frames, prompts
         self._spans = plan_spans(frames, settings.size, settings.stride)
         self._border = settings.size - settings.stride
@@ -43,26 +43,23 @@ class Windowed:
             velocity = self._predict(cut(x, span, prefix, 2), t, inside, dataclasses.replace(info, window=number))
             share = torch.cat((x.new_ones(prefix), blend_weights(span, self._border, x.device, RAMP_OFFSET)))
             velocity *= share.view(-1, 1, 1)
-            for part, place in ((slice(prefix), slice(prefix)), (slice(prefix, None), _place(span, prefix))):
+            # The references and the window's frames lie apart in the whole.
+            within = slice(prefix + span.start, prefix + span.end)
+            for part, place in ((slice(prefix), slice(prefix)), (slice(prefix, None), within)):
                 total[:, :, place] += velocity[:, :, part]
                 weights[place] += share[part]
         return total.div_(weights.view(-1, 1, 1))
 
 
-def _place(span: Span, prefix: int) -> slice:
-    return slice(prefix + span.start, prefix + span.end)
-
-
 def cut(x: Tensor, span: Span, prefix: int, axis: int) -> Tensor:
-    """The first `prefix` positions of an axis, followed by those of `span` counted after them."""
+    """The first `prefix` positions of an axis and then those of `span`, which are counted from `prefix`."""
     video = x.narrow(axis, prefix + span.start, span.length)
     return torch.cat((x.narrow(axis, 0, prefix), video), axis) if prefix else video
 
 
 def window_of(cond: Conditioning, span: Span, prefix: int) -> Conditioning:
-    """What of `cond` describes the latent frames of `span`, with the `prefix` reference frames where a field has them.
-
-    Each field is cut along the time axis that it declares.
+    """`cond` for the latent frames of `span`: each field is cut along the time axis that it declares, and keeps its
+    `prefix` reference frames if it has them.
     """
 
     def piece(tensor: Tensor, metadata: Mapping[str, Any]) -> Tensor:
@@ -75,7 +72,7 @@ def window_of(cond: Conditioning, span: Span, prefix: int) -> Conditioning:
 
 
 def with_text(cond: Conditioning, prompts: Sequence[Conditioning], number: int) -> Conditioning:
-    """`cond` with the text of window `number`, if there are prompts; the last one holds for all further windows."""
+    """`cond` with the text of window `number`, if there are prompts; the last prompt serves all further windows."""
     if not prompts:
         return cond
     prompt = prompts[min(number, len(prompts) - 1)]
@@ -83,9 +80,9 @@ def with_text(cond: Conditioning, prompts: Sequence[Conditioning], number: int) 
 
 
 class Anchored:
-    """A predictor whose first frames after the reference frames are known: their velocity points at `known`.
+    """A predictor whose first frames after the reference frames are known: their velocity leads to `known`.
 
-    A solver then arrives there exactly, and the frames after them see what came before at every noise level.
+    A solver then arrives there exactly, and at every noise level the other frames attend to those before them.
     """
 
     def __init__(self, predict: Predictor, known: Tensor, prefix: int, solver: Solver) -> None:
@@ -95,18 +92,18 @@ class Anchored:
 
     def __call__(self, x: Tensor, t: float, cond: Conditioning, info: StepInfo) -> Tensor:
         velocity = self._predict(x, t, cond, info)
+        # x = clean + sigma * velocity, solved for the velocity.
         sigma = self._solver.levels(info.index)[info.evaluation]
         velocity[:, :, self._place] = (x[:, :, self._place] - self._known) / sigma
         return velocity
 
 
 def with_known_frames(cond: Conditioning, known: Tensor, geometry: Geometry) -> Conditioning:
-    """The conditioning of a clip whose first frames are `known` (B, z, n, h, w), where the model reads it.
+    """`cond` for a clip whose first frames are `known` (B, z, n, h, w), in the channels beside the noise.
 
-    Image-to-video models are told of known frames by a mask and their latents beside the noise, control and camera
-    models by the latent of the first frame: without it, every clip but the first would be told that nothing is known.
-    The image tokens stay those of the user's pictures, and VACE inputs stay as they are: both are made of pixels, which
-    a chain never has.
+    Image-to-video models read known frames from a mask and their latents, control and camera models from the latent of
+    the first frame. Image tokens and VACE inputs stay as they are: both are made from pixels, and a chain of clips has
+    only latents.
     """
     if cond.concat is None or cond.layout is None:
         return cond
@@ -114,7 +111,7 @@ def with_known_frames(cond: Conditioning, known: Tensor, geometry: Geometry) -> 
     for slot in cond.layout:
         channels = slot.channels(geometry)
         place = concat[:, start : start + channels]
-        match slot.states:
+        match slot.known:
             case "mask":
                 place[:, :, :frames] = 1
             case "frames":
@@ -126,27 +123,23 @@ def with_known_frames(cond: Conditioning, known: Tensor, geometry: Geometry) -> 
 
 
 def colour_corrected(clip: Tensor, like: Tensor, overlap: int, limit: float) -> Tensor:
-    """`clip` (B, z, F, h, w) with each channel pulled towards mean and contrast of the video `like`.
+    """`clip` (B, z, F, h, w) with the mean and contrast of each channel moved towards those of the video `like`.
 
-    A channel's mean moves by at most `limit` and its contrast by at most that fraction, so that slow drift is undone
-    while a change of scene stays. The pull grows over the first `overlap` frames, so that the clip still joins the one
-    before.
+    A channel's mean moves by at most `limit` and its contrast by at most that fraction: enough against slow drift, too
+    little to undo a change of scene. The correction grows over the first `overlap` frames, so that the clip still
+    matches the end of the one before.
     """
     if not limit:
         return clip
-    mean, deviation = _channels(clip)
-    wanted_mean, wanted_deviation = _channels(like)
-    gain = (wanted_deviation / deviation.clamp_min(1e-6)).clamp(1 / (1 + limit), 1 + limit)
-    shift = (wanted_mean - mean).clamp(-limit, limit)
+    axes = (2, 3, 4)
+    mean, deviation = clip.mean(axes, keepdim=True), clip.std(axes, keepdim=True)
+    gain = (like.std(axes, keepdim=True) / deviation.clamp_min(1e-6)).clamp(1 / (1 + limit), 1 + limit)
+    shift = (like.mean(axes, keepdim=True) - mean).clamp(-limit, limit)
     strength = torch.ones(clip.shape[2], device=clip.device)
     ramp = min(overlap, clip.shape[2])
     strength[:ramp] = torch.arange(1, ramp + 1, device=clip.device) / (ramp + 1)
     corrected = (clip - mean) * gain + mean + shift
     return torch.lerp(clip, corrected, strength.view(-1, 1, 1))
-
-
-def _channels(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.mean((2, 3, 4), keepdim=True), x.std((2, 3, 4), keepdim=True)
 
 
 @dataclass(frozen=True)
