@@ -191,14 +191,12 @@ def tiles_of_call(tile_size: Sequence[int], tile_stride: Sequence[int]) -> TileS
     Raises:
         ValueError: an argument is not two whole numbers of at least 1, or a stride is larger than its size.
     """
-    pairs = {name: _pair(name, value) for name, value in (("tile_size", tile_size), ("tile_stride", tile_stride))}
+    pairs: dict[str, tuple[int, int]] = {}
+    for name, value in (("tile_size", tile_size), ("tile_stride", tile_stride)):
+        pair = tuple(map(plain_number, _members(value) or ()))
+        if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair):
+            raise ValueError(f"{name} must be two whole numbers of latent cells, (height, width); got {value!r}.")
+        pairs[name] = pair
     if any(stride > size for size, stride in zip(pairs["tile_size"], pairs["tile_stride"], strict=True)):
         raise ValueError(f"tile_stride must not be above tile_size; got {tile_stride!r} and {tile_size!r}.")
     return TileSettings(size=pairs["tile_size"], stride=pairs["tile_stride"])
-
-
-def _pair(name: str, value: Any) -> tuple[int, int]:
-    pair = tuple(map(plain_number, _members(value) or ()))
-    if len(pair) == 2 and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair):
-        return pair
-    raise ValueError(f"{name} must be two whole numbers of latent cells, (height, width); got {value!r}.")

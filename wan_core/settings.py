@@ -54,7 +54,10 @@ class GuidanceSettings:
         for scale in self.scales:
             check_number("cfg_scale", scale, low=0, high=100)
         check_choice("cfg mode", self.mode, CFG_MODES)
-        _check_interval("guidance", self.start, self.end)
+        check_number("guidance start", self.start, low=0, high=1)
+        check_number("guidance end", self.end, low=0, high=1)
+        if self.start > self.end:
+            raise ValueError(f"guidance must not start after its end; got {self.start:g} to {self.end:g}.")
         check_whole("zero_steps", self.zero_steps, low=0, high=10000)
 
     @property
@@ -309,13 +312,6 @@ class SamplerSettings(ScheduleSettings):
         """How many of a video's `frames` latent frames pass through the model at once."""
         windows = self.windows_over(frames)
         return frames if windows is None else windows.size
-
-
-def _check_interval(name: str, start: float, end: float) -> None:
-    check_number(f"{name} start", start, low=0, high=1)
-    check_number(f"{name} end", end, low=0, high=1)
-    if start > end:
-        raise ValueError(f"{name} must not start after its end; got {start:g} to {end:g}.")
 
 
 def check_number(name: str, value: Any, *, low: float, high: float) -> None:

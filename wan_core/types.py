@@ -253,7 +253,7 @@ class Conditioning:
         for f in dataclasses.fields(self):
             first, second = getattr(self, f.name), getattr(other, f.name)
             if first is not None and second is not None:
-                changed[f.name] = _join_tensors(first, second)
+                changed[f.name] = _join(first, tensors_in(second))
         return dataclasses.replace(self, **changed)
 
     def prefix_frames(self, frames: int) -> int:
@@ -300,9 +300,9 @@ def map_tensors(value: Any, fn: Callable[[Tensor], object]) -> Any:
     return value
 
 
-def _join_tensors(first: Any, second: Any) -> Any:
-    others = iter(tensors_in(second))
-    return map_tensors(first, lambda tensor: torch.cat((tensor, next(others))))
+def _join(value: Any, others: Sequence[Tensor]) -> Any:
+    following = iter(others)
+    return map_tensors(value, lambda tensor: torch.cat((tensor, next(following))))
 
 
 def tensors_in(value: Any) -> list[Tensor]:

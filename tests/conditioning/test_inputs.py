@@ -261,11 +261,11 @@ def test_speed_may_be_a_fraction():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda e: image_conditioning(TEXT, SIZE, e, None), "Give a start image"),
+        (lambda e: image_conditioning(TEXT, SIZE, e, None), "needs a start image"),
         (lambda e: image_conditioning(TEXT, SIZE, e, None, start=clip_of(1)), "need the CLIP image encoder"),
         (
             lambda e: image_conditioning(TEXT, SIZE, e, None, start=clip_of(1), mask=torch.ones(1, 8, 8)),
-            "give the video too",
+            "give inpaint_video too",
         ),
         (lambda e: first_frame_conditioning(TEXT, SIZE, e, None, clip_of(1)), "needs the CLIP image encoder"),
         (lambda e: reference_conditioning(TEXT, SIZE, e, None, clip_of(1)), "needs the CLIP image encoder"),
@@ -313,7 +313,7 @@ def test_aspects():
 
 def test_a_picture_of_another_shape_is_fitted_with_a_notice(caplog):
     fitting.fit_size(quadrants(), 20, 20, "crop")
-    assert "A picture of 40x20 is brought to 20x20 (crop)" in caplog.text
+    assert "A picture of 40x20 is resized to 20x20 (crop)" in caplog.text
 
 
 def test_control_models_stretch_and_image_models_crop(encoder, clip):

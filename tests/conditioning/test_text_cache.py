@@ -84,7 +84,7 @@ def test_a_hit_neither_moves_nor_touches_the_weights(kept):
 def test_without_a_cache_the_model_is_always_used(plain):
     plain.encode(PROMPTS)
     assert plain.missing(PROMPTS) == PROMPTS
-    with pytest.raises(ValueError, match="not loaded from files"):
+    with pytest.raises(ValueError, match="was loaded from files"):
         plain.kept_in("anywhere")
 
 

@@ -102,7 +102,7 @@ NAN[2, 0, 0, 0] = float("nan")
         (NAN, {}, "NaN"),
         (iter(NAN), {}, "Frame 2 of the video: .*NaN"),
         (list(NAN.numpy()), {}, "NaN"),
-        (iter(torch.rand(2, 16, 16, 3) * 255), {}, r"must lie in \[0, 1\]"),
+        (iter(torch.rand(2, 16, 16, 3) * 255), {}, r"must be in \[0, 1\]"),
         ([Image.new("RGB", (0, 0))], {}, "Frame 0 of the video has no pixels: 0x0"),
         ([np.zeros((0, 4))], {}, "Frame 0 of the video: it must be a picture"),
         (torch.rand(2, 0, 16, 3), {}, "no pixels: 16x0"),

@@ -32,7 +32,7 @@ pack.register()
 from wan_core import bundled  # noqa: E402
 from wan_core.conditioning.slots import fit  # noqa: E402
 from wan_core.conditioning.text import TextEncoder  # noqa: E402
-from wan_core.conditioning.vace import chained  # noqa: E402
+from wan_core.conditioning.vace import append_input  # noqa: E402
 from wan_core.models.config import WAN_21, DiTConfig, TextEncoderConfig  # noqa: E402
 from wan_core.models.dit import WanDiT  # noqa: E402
 from wan_core.models.text_encoder import UMT5Encoder  # noqa: E402
@@ -132,7 +132,7 @@ def conditioning_of(kind: str) -> Conditioning:
         video = VaceInput(context=torch.cat((normal(1, 32, F, H, W), drawn), 1), strength=Curve.of(0.7))
         shown = torch.cat((normal(1, 16, 1, H, W), torch.zeros(1, 80, 1, H, W)), 1)
         rest = torch.cat((normal(1, 32, F, H, W), drawn), 1)
-        both = chained((video,), VaceInput(context=torch.cat((shown, rest), 2), strength=Curve.of(1.2)), F)
+        both = append_input((video,), VaceInput(context=torch.cat((shown, rest), 2), strength=Curve.of(1.2)), F)
         return cond.with_inputs("vace_video", "vace_reference_image", size=SIZE, vace=both)
     return cond
 

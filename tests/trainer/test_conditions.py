@@ -305,7 +305,7 @@ def test_a_notice_on_fitting_is_given_once(root, caplog):
     made = examples(material.config(root, "vace", width=48))
     for epoch in range(3):
         made.get(0, epoch)
-    assert caplog.text.count("is brought to") == 1
+    assert caplog.text.count("is resized to") == 1
 
 
 def test_captions_are_drawn_from_all(root, tmp_path):

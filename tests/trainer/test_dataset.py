@@ -129,7 +129,7 @@ DEFECTS = {
     "too short": ({"video": "short.mp4"}, "4 frames, fewer than the 5 wanted"),
     "no caption": ({"prompt": ""}, "caption .* is empty"),
     "no clip": ({"video": ""}, "names no clip"),
-    "an unknown kind": ({"video": "poses.txt"}, "kind of file is not read"),
+    "an unknown kind": ({"video": "poses.txt"}, "type of file is not read"),
     "no control": ({"control_video": ""}, "control_video is empty; it should hold a control video"),
     "a missing control": ({"control_video": "gone.mp4"}, "control_video: there is no file"),
     "a short control": ({"control_video": "short.mp4"}, "control_video .* has 4 frames; the clip needs 5"),

@@ -1,4 +1,4 @@
-"""Where the camera stands in every frame (named moves, pose rows, pose files), and the Plücker rays of its pixels."""
+"""Camera paths from named moves, pose rows and pose files, and the Plücker rays of their pixels."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,10 +51,10 @@ instead of the fourth, which tilts the rays, and In and Out go half as far.
 class CameraPath:
     """A camera's pose in every pixel frame, as `rows` of 19 numbers. Frozen; functions return another path.
 
-    `sheared` says that the matrices need not be rotations, as those of the mode "diffsynth".
+    With `sheared` the matrices need not be rotations, as in the mode "diffsynth".
 
     Raises:
-        ValueError: no row, or one that `pose_rows.check_row` refuses; the message names the row.
+        ValueError: there is no row, or `pose_rows.check_row` refuses one; the message names the row.
     """
 
     rows: tuple[PoseRow, ...]
@@ -68,7 +68,7 @@ class CameraPath:
 
     @classmethod
     def from_rows(cls, rows: Iterable[Sequence[float]]) -> "CameraPath":
-        """The path of these rows of 19 numbers, one per pixel frame; the frame numbers in them do not count.
+        """The path of these rows of 19 numbers, one per pixel frame; the frame numbers in them are ignored.
 
         Raises:
             ValueError: as the class; or a row holds something that is not a number.
@@ -115,7 +115,7 @@ class CameraPath:
             mode: one of `MODES`.
 
         Raises:
-            ValueError: an argument is none of that; the message says which.
+            ValueError: an argument is invalid; the message names it.
         """
         _check_move(direction, num_frames, speed, mode)
         start = pose_row(DEFAULT_ORIGIN if origin is None else origin, "The camera's origin")
@@ -128,6 +128,7 @@ class CameraPath:
             change = torch.zeros(num_frames, 3, 4, dtype=torch.float64)
             change[:, 0, 2], change[:, 1, 2], change[:, 2, 3] = x * steps, y * steps, z / 2 * steps
             return cls._of(lens, matrix + change, sheared=True)
+        # World-to-camera of a camera that moves from the origin; the start pose is applied first.
         motion = torch.zeros(num_frames, 3, 4, dtype=torch.float64)
         cosine, sine = (roll * steps).cos(), (roll * steps).sin()
         motion[:, 0, 0], motion[:, 0, 1], motion[:, 1, 0], motion[:, 1, 1] = cosine, sine, -sine, cosine
@@ -158,10 +159,10 @@ class CameraPath:
         return poses
 
     def then(self, other: "CameraPath") -> "CameraPath":
-        """This path, and then the motion of `other` from where, and the way, this one ends.
+        """This path followed by the motion of `other`, which begins at this path's last pose.
 
-        The last pose of this path and the first of `other` are one frame: paths of n and m frames make one of
-        n + m - 1. The lens is that of each part.
+        The last frame of this path is the first of `other`: paths of n and m frames make one of n + m - 1. Each part
+        keeps its lens.
         """
         first, second = self.world_to_camera, other.world_to_camera
         motion = second[1:] @ torch.linalg.inv(second[:1]) @ first[-1:]
@@ -169,10 +170,10 @@ class CameraPath:
         return self._of(lens, torch.cat((first, motion))[:, :3], self.sheared or other.sheared)
 
     def resampled(self, num_frames: int) -> "CameraPath":
-        """The motion from first to last pose in `num_frames` frames, all of it slower or faster.
+        """The same motion in `num_frames` frames, slower or faster.
 
-        Between two poses the camera's position and lens change linearly and its rotation along the shorter arc; of
-        sheared paths all entries of the matrix change linearly. A path of one pose stands still.
+        Between two poses, position and lens are interpolated linearly and the rotation along the shorter arc; of
+        sheared paths all entries of the matrix are interpolated linearly. A path of one pose stands still.
 
         Raises:
             ValueError: `num_frames` is not a whole number of at least 1.
@@ -236,14 +237,14 @@ def _slerp(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
 
 
 POSE_ASPECT = 1280 / 720
-"""Shape of the picture that a path's focal lengths belong to; VideoX-Fun fixes it for all pose files."""
+"""Aspect ratio of the picture that a path's focal lengths belong to, the same for all pose files of VideoX-Fun."""
 
 
 def plucker_rays(path: CameraPath, width: int, height: int) -> Tensor:
     """Rays (T, H, W, 6) in float32 through the pixels' centres: moment, then direction.
 
-    The world is the first camera. A picture of another shape than 1280 x 720 sees a part of the field of view, cut at
-    the longer side, as in VideoX-Fun.
+    World coordinates are those of the first camera. A picture of another aspect ratio than 1280 x 720 shows a crop of
+    the field of view, as in VideoX-Fun.
 
     Raises:
         ValueError: a side is below 1.
@@ -257,8 +258,9 @@ def plucker_rays(path: CameraPath, width: int, height: int) -> Tensor:
 def camera_embedding(path: CameraPath, size: VideoSize, dtype: torch.dtype = torch.float32) -> Tensor:
     """The rays as the DiT's camera adapter takes them: (1, 24, F, H, W) on the CPU.
 
-    A path of another length is resampled to the video's, with a notice. As for the VAE, frame 0 fills the first latent
-    frame alone, repeated, and every further one holds four frames; channel 4 c + k is ray channel c of the k-th.
+    A path of another length is resampled to the video's, with a warning. As for the VAE, the first latent frame holds
+    frame 0 alone, repeated four times, and every other one holds four frames; channel 4 c + k is ray channel c of the
+    k-th frame.
     """
     if path.num_frames != size.num_frames:
         log.warning("Stretching a camera path of %d frames over the video's %d.", path.num_frames, size.num_frames)
@@ -286,8 +288,8 @@ def camera_conditioning(cond: Conditioning, path: CameraPath, size: VideoSize) -
 def _frames(path: CameraPath, width: int, height: int) -> Iterator[Tensor]:
     """Rays (6, H, W) of one frame after another, in float32.
 
-    With the pixel's direction d in the camera, a ray is (o x R d, R d): one 6 x 3 matrix per frame, applied to the
-    directions, which stay the same as long as the lens does.
+    With camera position o, rotation R and a pixel's direction d in camera coordinates, its ray is (o x R d, R d): one
+    6 x 3 matrix per frame, applied to directions that are computed once per lens.
     """
     if min(width, height) < 1:
         raise ValueError(f"Rays need a picture of at least 1x1 pixels; got {width}x{height}.")

@@ -1,4 +1,4 @@
-"""A drawing of a camera path, so that one can see a move before paying for a video."""
+"""A drawing of a camera path, to see a move before a video is made."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,7 +16,7 @@ VIEWS = {"from above": (0, 2, 1), "from behind": (0, 1, -1), "from the side": (2
 """Per view: the axis that points right, the axis that points up, and its sign (y points down)."""
 
 SMALLEST = 96
-"""Shortest side in pixels on which four panels can be told apart."""
+"""The shortest side, in pixels, that shows four panels clearly."""
 
 BACKGROUND, GRID, TEXT = "#1d1f23", "#3a3d44", "#c9ccd3"
 START, END = "#43c46b", "#f0743e"
@@ -31,7 +31,7 @@ def trajectory_picture(path: CameraPath, width: int = 512, height: int = 512) ->
     """The path from above, from behind and from the side, at one scale, with cameras along it.
 
     Every camera is a pyramid from the eye to what it sees, from green at the start to orange at the end. The fourth
-    panel tells the length in frames, the way and the turn.
+    panel says the number of frames, the distance and the rotation.
 
     Raises:
         ValueError: a side is below 96 pixels.
@@ -52,22 +52,22 @@ def trajectory_picture(path: CameraPath, width: int = 512, height: int = 512) ->
         centre = (left + half_width / 2, top + half_height / 2 + 6 * unit)
         draw.rectangle((left, top, left + half_width, top + half_height), outline=GRID, width=SAMPLES)
         draw.text((left + 6 * unit, top + 4 * unit), title, TEXT, font)
-        _draw_view(draw, _placing(view, scale, (low + high) / 2, centre), eyes, shown, pyramids, unit)
+        _draw_view(draw, _projection(view, scale, (low + high) / 2, centre), eyes, shown, pyramids, unit)
     draw.multiline_text((half_width + 12 * unit, half_height + 14 * unit), _caption(path), TEXT, font, spacing=5 * unit)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _placing(
+def _projection(
     view: tuple[int, int, int], scale: float, middle: Tensor, centre: Point
 ) -> Callable[[Tensor], list[Point]]:
-    """A function from points (N, 3) to where they are drawn; `middle` is drawn at `centre`."""
+    """A function from points (N, 3) to picture coordinates; `middle` is drawn at `centre`."""
     right, up, sign = view
 
-    def place(points: Tensor) -> list[Point]:
+    def project(points: Tensor) -> list[Point]:
         offsets = scale * (points - middle)
         return [(centre[0] + o[right], centre[1] - sign * o[up]) for o in offsets.tolist()]
 
-    return place
+    return project
 
 
 def _shapes(path: CameraPath) -> tuple[Tensor, list[int], Tensor]:
@@ -86,23 +86,23 @@ def _shapes(path: CameraPath) -> tuple[Tensor, list[int], Tensor]:
 
 def _draw_view(
     draw: ImageDraw.ImageDraw,
-    place: Callable[[Tensor], list[Point]],
+    project: Callable[[Tensor], list[Point]],
     eyes: Tensor,
     shown: list[int],
     pyramids: Tensor,
     unit: float,
 ) -> None:
     last = max(len(eyes) - 1, 1)
-    track = place(eyes)
+    track = project(eyes)
     for index, line in enumerate(pairwise(track)):
         draw.line(line, _colour(index / last), round(2 * unit))
     for frame, pyramid in zip(shown, pyramids, strict=True):
-        eye, *corners = place(pyramid)
+        eye, *corners = project(pyramid)
         colour = _colour(frame / last)
         for corner in corners:
             draw.line((eye, corner), colour, round(unit / 2))
         draw.line((*corners, corners[0]), colour, round(unit / 2))
-        # The upper edge of the picture, thicker: it shows a roll.
+        # The upper edge of the camera's picture is thicker, which shows a roll.
         draw.line(corners[:2], colour, round(2 * unit))
     for (x, y), fill, radius in ((track[0], START, 4 * unit), (track[-1], END, 2.5 * unit)):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill, BACKGROUND, round(unit / 2))

@@ -20,7 +20,7 @@ from .slots import first_frame
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How pictures and clips are brought to the size of a video."""
+    """How pictures and clips are resized to the size of a video."""
 
     aspect: Aspect = "crop"
     length: LengthPolicy = "repeat last"
@@ -44,7 +44,7 @@ FUN_FIT = Fit(aspect="stretch")
 
 @dataclass(frozen=True, kw_only=True)
 class LatentEncoder:
-    """A VAE on its device with the way to run it: frames in [0, 1] in, normalised latents out.
+    """A VAE on its device, and how it is run: frames in [0, 1] to normalised latents.
 
     Attributes:
         encode: pixels (B, 3, T, H, W) in [-1, 1] to latents, such as `decode.encode`; None is the VAE's own, untiled.
@@ -84,23 +84,22 @@ def image_conditioning(
     mask: Tensor | None = None,
     fit: Fit | None = None,
 ) -> Conditioning:
-    """`cond` with the mask and image slots of I2V, FLF2V and Fun-InP models, and the image tokens of start and end
+    """`cond` with the slots `mask` and `image` of I2V, FLF2V and Fun-InP models, and the image tokens of start and end
     image.
 
     Args:
-        start, end: pictures (T, H, W, 3) in [0, 1], of which the first frame counts; they become the first and last
-            frame.
-        video, mask: a clip (T, H, W, 3) of which the parts where the mask (T, H, W) is 1 are drawn anew.
-        fit: how they are brought to `size`; the tokens are made of the pictures as they are.
+        start, end: pictures (T, H, W, 3) in [0, 1], whose first frames become the first and the last frame.
+        video, mask: a clip (T, H, W, 3), and where (T, H, W) it is generated again: 1, or kept: 0.
+        fit: how they are resized to `size`; the image tokens are made from the pictures before that.
 
     Raises:
         ValueError: nothing is given, or a mask without a video, or pictures without the image encoder.
     """
     fit = fit or Fit()
     if start is None and end is None and video is None:
-        raise ValueError("Give a start image, an end image, or a video with a mask.")
+        raise ValueError("Image conditioning needs a start image, an end image, or a video with a mask.")
     if mask is not None and video is None:
-        raise ValueError("A mask tells which part of a video is drawn anew; give the video too.")
+        raise ValueError("inpaint_mask marks the part of a video that is generated again; give inpaint_video too.")
     pictures = [picture for picture in (start, end) if picture is not None]
     if pictures and image_encoder is None:
         raise ValueError("Start and end images need the CLIP image encoder; load it (open-clip XLM-RoBERTa ViT-H/14).")
@@ -111,8 +110,8 @@ def image_conditioning(
     tokens = cond.image_tokens
     if start is not None and image_encoder is not None:
         tokens = encode_pictures(image_encoder, *pictures)
-    given = {"input_image": start, "end_image": end, "inpaint_video": video}
-    names = [name for name, value in given.items() if value is not None]
+    inputs = {"input_image": start, "end_image": end, "inpaint_video": video}
+    names = [name for name, value in inputs.items() if value is not None]
     return cond.with_inputs(*names, size=size, slots=slots, image_tokens=tokens)
 
 
@@ -136,10 +135,10 @@ def _known_pixels(
 
 
 def fold_frames(known: Tensor, size: VideoSize) -> Tensor:
-    """What is known of each pixel frame (T, H, W) as channels of each latent frame, (1, 4, F, h, w).
+    """A mask of known pixels (T, H, W) as channels of each latent frame, (1, 4, F, h, w).
 
-    The first frame is repeated, so that the frames make whole groups; a channel is the place in its group. The
-    first latent frame is resized by itself, the others together (VideoX-Fun `resize_mask`).
+    The first frame is repeated four times, so that every latent frame has a group of four; channel k is frame k of the
+    group. The first latent frame is resized by itself, the others together (VideoX-Fun `resize_mask`).
     """
     group, latent = size.geometry.temporal_stride, size.latent
     repeated = torch.cat((known[:1].expand(group - 1, -1, -1), known))
@@ -147,8 +146,8 @@ def fold_frames(known: Tensor, size: VideoSize) -> Tensor:
     first = F.interpolate(folded[:, :, :1], (1, latent.height, latent.width), mode="trilinear", align_corners=False)
     if latent.frames == 1:
         return first
-    rest = F.interpolate(folded[:, :, 1:], (latent.frames - 1, latent.height, latent.width), mode="trilinear")
-    return torch.cat((first, rest), 2)
+    others = F.interpolate(folded[:, :, 1:], (latent.frames - 1, latent.height, latent.width), mode="trilinear")
+    return torch.cat((first, others), 2)
 
 
 def first_frame_conditioning(
@@ -159,7 +158,7 @@ def first_frame_conditioning(
     start: Tensor,
     fit: Fit | None = None,
 ) -> Conditioning:
-    """`cond` with the start image of control and camera models: the latent of one frame, zeros after it.
+    """`cond` with the start image of control and camera models: the latent of one frame, and zeros after it.
 
     Raises:
         ValueError: the image encoder is missing.
@@ -174,7 +173,7 @@ def first_frame_conditioning(
 def control_conditioning(
     cond: Conditioning, size: VideoSize, encoder: LatentEncoder, video: Tensor, fit: Fit | None = None
 ) -> Conditioning:
-    """`cond` with a control video (T, H, W, 3) in [0, 1]: edges, depth, poses and the like, encoded like any video."""
+    """`cond` with a control video (T, H, W, 3) in [0, 1] of edges, depth or poses, encoded by the VAE."""
     latents = encoder.frames((fit or FUN_FIT).clip(video, size, "control_video"))
     return cond.with_inputs("control_video", size=size, slots={**(cond.slots or {}), CONTROL.name: latents})
 

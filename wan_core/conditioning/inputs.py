@@ -1,4 +1,4 @@
-"""Everything a user can give a model besides text, as one value, and the way from it to conditioning."""
+"""All inputs of a user besides text as one value, and its conversion to conditioning."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ SLOWEST, FASTEST = 0.0, 100.0
 
 
 def speed_conditioning(cond: Conditioning, motion_bucket_id: float) -> Conditioning:
-    """`cond` with a speed of motion from 0 to 100; it takes a model that the speed-control adapter was loaded beside.
+    """`cond` with a speed of motion from 0 to 100, for a model that was loaded with the speed-control adapter.
 
     Raises:
         ValueError: the number is out of range.
@@ -43,7 +43,7 @@ def speed_conditioning(cond: Conditioning, motion_bucket_id: float) -> Condition
 class VideoInputs:
     """A user's inputs: pictures and clips as frames (T, H, W, 3) in [0, 1] and masks (T, H, W), at their own sizes.
 
-    The field names are those that messages and `variants` use.
+    The field names are those of messages and of `variants`.
     """
 
     input_image: Tensor | None = None
@@ -73,31 +73,34 @@ class VideoInputs:
         vace_reference_image: Pictures | None,
         **pictures: Pictures | None,
     ) -> "VideoInputs":
-        """The inputs as a pipeline is given them; `pictures` are the fields that hold pictures, clips and masks.
+        """The inputs from the arguments of a pipeline call; `pictures` are the fields of pictures, clips and masks.
 
         Raises:
-            ValueError: one is not what its name asks for.
+            ValueError: an argument has the wrong type, or is out of range.
         """
         if camera_path is None and camera_control_direction is not None:
             check_choice("camera_control_direction", camera_control_direction, tuple(MOVES))
             if not isinstance(camera_control_speed, numbers.Real) or not math.isfinite(camera_control_speed):
                 raise ValueError(f"camera_control_speed must be a finite number; got {camera_control_speed!r}.")
+            origin = camera_control_origin
+            if origin is not None and (isinstance(origin, str) or not isinstance(origin, (Sequence, np.ndarray))):
+                raise ValueError(f"camera_control_origin must be a pose row of 19 numbers; got {origin!r}.")
             camera_path = CameraPath.from_direction(
-                camera_control_direction, num_frames, float(camera_control_speed), _origin(camera_control_origin)
+                camera_control_direction, num_frames, float(camera_control_speed), origin
             )
         if camera_path is not None and not isinstance(camera_path, CameraPath):
             raise ValueError(f"camera_path must be a CameraPath; got {type(camera_path).__name__}.")
-        given = {name: value for name, value in pictures.items() if value is not None}
+        present = {name: value for name, value in pictures.items() if value is not None}
         return cls(
             camera=camera_path,
             motion_bucket_id=motion_bucket_id,
             vace_scale=vace_scale,
             vace_reference_image=as_references(vace_reference_image, "vace_reference_image"),
-            **{name: (as_masks if "mask" in name else as_frames)(value, name) for name, value in given.items()},
+            **{name: (as_masks if "mask" in name else as_frames)(value, name) for name, value in present.items()},
         )
 
     def names(self) -> tuple[str, ...]:
-        """The names of the inputs that are there; a mask counts with its video."""
+        """The names of the inputs that are not None; a mask counts with its video."""
         settings = ("vace_scale", "inpaint_mask")
         fields = (f.name for f in dataclasses.fields(self) if f.name not in settings)
         return tuple(name for name in fields if getattr(self, name) is not None)
@@ -105,12 +108,6 @@ class VideoInputs:
     @property
     def uses_vace(self) -> bool:
         return any(v is not None for v in (self.vace_video, self.vace_video_mask, self.vace_reference_image))
-
-
-def _origin(origin: Sequence[float] | None) -> Sequence[float] | None:
-    if origin is not None and (isinstance(origin, str) or not isinstance(origin, (Sequence, np.ndarray))):
-        raise ValueError(f"camera_control_origin must be a pose row of 19 numbers; got {origin!r}.")
-    return origin
 
 
 def condition(
@@ -122,10 +119,10 @@ def condition(
     image_encoder: ImageEncoder | None,
     fit: Fit | None = None,
 ) -> Conditioning:
-    """`cond` with all `inputs`, in the form that models of `variant` take them. Encoders stand on their devices.
+    """`cond` with all `inputs`, in the form that models of `variant` take. The encoders are on their devices.
 
     Raises:
-        ValueError: an input cannot be used as it is; `variants.check` tells beforehand which inputs a model takes.
+        ValueError: an input cannot be used; `variants.check` says beforehand which inputs a model takes.
     """
     start = inputs.input_image
     if start is not None and FIRST_FRAME in variant.slots:
@@ -152,7 +149,7 @@ def condition(
 
 
 def numeric_conditioning(cond: Conditioning, inputs: VideoInputs, size: VideoSize) -> Conditioning:
-    """`cond` with those of `inputs` that no encoder is needed for: the camera's path and the speed.
+    """`cond` with those of `inputs` that need no encoder: the camera path and the speed.
 
     Raises:
         ValueError: as `condition`.

@@ -18,10 +18,10 @@ LENS = slice(1, 7)
 MATRIX = slice(7, COLUMNS)
 
 DEFAULT_ORIGIN: PoseRow = (0, 0.532139961, 0.946026558, 0.5, 0.5, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
-"""The camera of VideoX-Fun's trajectory files, at rest."""
+"""The first pose of VideoX-Fun's trajectory files."""
 
 ROTATION_TOLERANCE = 1e-2
-"""Largest entry of R Rᵀ - 1 in a rotation R: lets numbers pass that were rounded to two decimals."""
+"""Largest entry of R Rᵀ - 1 that a rotation R may have: enough for numbers rounded to two decimals."""
 
 
 def pose_row(values: Iterable[float | str], where: str) -> PoseRow:
@@ -40,7 +40,7 @@ def pose_row(values: Iterable[float | str], where: str) -> PoseRow:
 
 
 def check_row(row: PoseRow, where: str, rotated: bool = True) -> None:
-    """Refuse what is not a pose row; `where` begins the error message.
+    """Check a pose row; `where` begins the error message.
 
     Raises:
         ValueError: not 19 finite numbers, a focal length not above 0, or, when `rotated`, a matrix whose first three
@@ -68,10 +68,10 @@ def check_row(row: PoseRow, where: str, rotated: bool = True) -> None:
 
 
 def rows_from_text(text: str, name: str) -> list[PoseRow]:
-    """Checked rows, one per line, numbers apart by spaces or commas; `name` stands in error messages.
+    """The checked rows of a text, one per line, numbers separated by spaces or commas; `name` stands in error messages.
 
-    A first line that does not start with a number is a header, and blank lines do not count. Rows of 18 numbers lack
-    the frame number, as those of VideoX-Fun's own trajectory files do.
+    A first line that does not start with a number is a header; blank lines are ignored. Rows of 18 numbers lack the
+    frame number, as in VideoX-Fun's own trajectory files.
 
     Raises:
         ValueError: there is no row, or a line is not one; the message names the line.
@@ -91,7 +91,7 @@ def rows_from_text(text: str, name: str) -> list[PoseRow]:
 
 
 def origin_from_text(text: str) -> PoseRow:
-    """One pose row from text; empty text is the default origin.
+    """The pose row in a text; an empty text is the default origin.
 
     Raises:
         ValueError: the text is not one pose row.

@@ -1,4 +1,4 @@
-"""Conditioning fitted to a model: checked against what it takes, and its named latents joined as it was trained."""
+"""Conditioning fitted to a model: inputs checked, named latents concatenated in the order of its training."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ def fit(
 ) -> Conditioning:
     """`cond` as the model `label` takes it for a video of `size`.
 
-    `concat` is assembled, image tokens are counted, and what describes one video describes each of the batch.
+    `concat` is assembled, surplus image tokens are dropped, and tensors of one video are repeated for the batch.
 
     Raises:
         ValueError: an input is missing, is not one that the model takes, or was made for another size.
     """
     if size and cond.size and size != cond.size:
         raise ValueError(
-            f"{', '.join(cond.inputs or ())} was made for {cond.size}, but the video is {size}: make them equal."
+            f"{', '.join(cond.inputs or ())} was made for {cond.size}, but the video is {size}; use one size."
         )
     check(variant, cond.inputs or (), label, has_motion_controller)
     _check_channels(cond, config.geometry, label)
@@ -45,7 +45,7 @@ def fit(
 
 
 def _check_channels(cond: Conditioning, geometry: Geometry, label: str) -> None:
-    """Raise ValueError when what was encoded comes from another VAE than the model's."""
+    """Raise ValueError when an input was encoded by the VAE of another model family."""
     latents = {name: tensor for name, tensor in (cond.slots or {}).items() if name != MASK.name}
     encoded = [*latents.items(), ("reference_image", cond.reference)]
     wanted = [(name, tensor, geometry.channels) for name, tensor in encoded if tensor is not None]
@@ -59,9 +59,9 @@ def _check_channels(cond: Conditioning, geometry: Geometry, label: str) -> None:
 
 
 def assemble_concat(slots: Mapping[str, Tensor], layout: Sequence[Slot], geometry: Geometry) -> Tensor | None:
-    """Named latents joined on channels in the order of `layout`, (B, sum of channels, F, h, w).
+    """Named latents concatenated on channels in the order of `layout`, (B, sum of channels, F, h, w).
 
-    What the user did not give is zeros, as the models were trained to see it.
+    Missing ones are zeros, as in the training of the models.
     """
     if not layout:
         return None

@@ -28,10 +28,7 @@ PAD_ID, EOS_ID = 0, 1
 
 
 class Tokenizer:
-    """Texts to token ids that end with `</s>`.
-
-    Build one with `from_folder` or `from_sentencepiece`.
-    """
+    """Texts to token ids that end with `</s>`. `from_folder` and `from_sentencepiece` build one."""
 
     def __init__(self, encode: Callable[[str], list[int]], vocab_size: int) -> None:
         self._encode = encode
@@ -90,13 +87,13 @@ class Tokenizer:
 
 
 MEMORY_BYTES = 64 * 2**20
-"""Room for a hundred prompts of eighty tokens of UMT5-XXL in bfloat16."""
+"""A hundred prompts of eighty tokens of UMT5-XXL in bfloat16."""
 
 SAMPLES, SAMPLE_BYTES = 256, 64 * 1024
 """How much of a file's weights a fingerprint reads: 16 MiB, a fraction of a second."""
 
 DIRECTORY_BYTES = 2**20
-"""The end of a PyTorch checkpoint that a fingerprint reads whole: the archive's directory, with checksums of all
+"""How much of the end of a PyTorch checkpoint a fingerprint reads: the archive's directory, with checksums of all
 tensors.
 """
 
@@ -104,7 +101,7 @@ NAME = "embedding"
 
 
 class Store(Protocol):
-    """Where embeddings (tokens, dim) are kept by key."""
+    """Embeddings (tokens, dim) by key."""
 
     def get(self, key: str) -> Tensor | None: ...
 
@@ -112,7 +109,7 @@ class Store(Protocol):
 
 
 class MemoryStore:
-    """The embeddings that were used last, up to `max_bytes`."""
+    """The most recently used embeddings, up to `max_bytes`."""
 
     def __init__(self, max_bytes: int = MEMORY_BYTES) -> None:
         self.max_bytes = max_bytes
@@ -136,8 +133,8 @@ class MemoryStore:
 
 @dataclass(frozen=True)
 class DiskStore:
-    """One safetensors file per prompt in `directory`, made when it is needed. A file that cannot be read is not there;
-    a folder that cannot be written to costs a notice.
+    """One safetensors file per prompt in `directory`, which is created when needed. A file that cannot be read counts
+    as missing; for a folder that cannot be written to there is a warning.
     """
 
     directory: Path
@@ -161,7 +158,7 @@ class DiskStore:
 
 @cache
 def _warn(directory: Path, problem: str) -> None:
-    """Say once for each folder what is wrong with it."""
+    """Log a warning once per folder and problem."""
     log.warning("Encoded prompts cannot be kept in %s: %s", directory, problem)
 
 
@@ -171,7 +168,7 @@ class TextCache:
 
     Attributes:
         fingerprint: of the encoder, see `fingerprint`.
-        stores: asked one after the other; what is new goes into all of them.
+        stores: searched in this order; new embeddings go into all of them.
     """
 
     fingerprint: str
@@ -182,17 +179,18 @@ class TextCache:
         return cls(fingerprint, (MemoryStore(max_bytes),))
 
     def and_on_disk(self, directory: str | Path) -> "TextCache":
-        """A cache that shares this one's memory and also keeps prompts in `directory`."""
+        """A cache that shares this one's memory and also keeps embeddings in `directory`."""
         return replace(self, stores=(*self.stores, DiskStore(Path(directory))))
 
     def key(self, ids: Tensor, dtype: torch.dtype) -> str:
-        """The name of a prompt's embedding: of the encoder, the dtype that it computes in, and the prompt's token ids,
-        which stand for the cleaned text and for the tokenizer that cut it."""
+        """The key of a prompt's embedding: a digest of the encoder's fingerprint, its dtype and the prompt's token ids.
+        The ids depend on the cleaned text and the tokenizer, which therefore need no part of their own.
+        """
         content = f"{self.fingerprint} {dtype} {ids.tolist()}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def get(self, key: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
-        """The embedding of that name; None when it is not there, or is none of that shape and dtype."""
+        """The embedding under `key`; None when there is none, or one of another shape or dtype."""
         for index, store in enumerate(self.stores):
             rows = store.get(key)
             if rows is not None and rows.shape == shape and rows.dtype == dtype:
@@ -202,18 +200,18 @@ class TextCache:
         return None
 
     def put(self, key: str, rows: Tensor) -> None:
-        """Keep the embedding (tokens, dim) of a prompt."""
+        """Add the embedding (tokens, dim) of a prompt to all stores."""
         kept = rows.detach().cpu().clone()
         for store in self.stores:
             store.put(key, kept)
 
 
 def fingerprint(files: Sequence[Path], *details: str) -> str:
-    """Tells the weights in `files` from others without reading all of them: a digest of their headers, their sizes, a
-    sample of their bytes, and of `details` on how they are used.
+    """Identifies the weights in `files` without reading all of them: a digest of their headers, their sizes, a sample
+    of their bytes, and of `details` on how they are used.
 
-    A file is read once as long as its size and its time of change stay the same. Two files that differ only in a few
-    weights may look the same if they are safetensors.
+    A file is read again only when its size or modification time changes. Two safetensors files that differ in a few
+    weights only may have the same fingerprint.
     """
     digest = hashlib.sha256("\n".join(details).encode())
     for file in files:
@@ -243,21 +241,22 @@ Prompt = str | Sequence[str]
 
 
 def clean_prompt(prompt: str) -> str:
-    """`prompt` as Wan's tokenizer prepares it: repaired, HTML entities resolved twice, white space as single spaces.
+    """`prompt` as Wan's tokenizer prepares it: fixed by ftfy, HTML entities resolved twice, white space as single
+    spaces.
 
-    The repair is part of what the models were trained on: it also turns full-width punctuation, which the authors' own
-    negative prompt is full of, into ASCII (Wan-Video/Wan2.1 wan/modules/tokenizers.py, ftfy's defaults).
+    The models were trained on such text. ftfy's defaults also turn full-width punctuation, of which the authors'
+    negative prompt is full, into ASCII (Wan-Video/Wan2.1 wan/modules/tokenizers.py).
     """
     return " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
 
 
 Ready = Callable[[], AbstractContextManager[object]]
-"""Makes an encoder ready for the length of a block, such as by bringing its weights to a device."""
+"""A context in which an encoder can run, such as one that moves its weights to a device."""
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A UMT5 encoder with its tokenizer, and the prompts that it encoded before if it has a cache."""
+    """A UMT5 encoder with its tokenizer, and optionally a cache of encoded prompts."""
 
     model: UMT5Encoder
     tokenizer: Tokenizer
@@ -265,31 +264,31 @@ class TextEncoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The compute dtype."""
         return self.model.norm.weight.dtype
 
     def kept_in(self, directory: str | Path | None) -> "TextEncoder":
-        """The same encoder, which also keeps embeddings in files below `directory`; None leaves it as it is.
+        """The same encoder, which also stores embeddings in files below `directory`; with None it is unchanged.
 
         Raises:
-            ValueError: it has no cache, because it is not known which weights it holds.
+            ValueError: it has no cache, because its weights are not known.
         """
         if directory is None:
             return self
         if self.cache is None:
-            raise ValueError("This text encoder was not loaded from files, so what it encodes cannot be kept in files.")
+            raise ValueError("Only a text encoder that was loaded from files can keep its embeddings in files.")
         return replace(self, cache=self.cache.and_on_disk(directory))
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
-        """Those of `prompts` that the model must encode; the weights are neither used nor moved to find out."""
+        """Those of `prompts` that are not in the cache; the weights are neither used nor moved."""
         return [prompt for prompt, ids in self._ids(prompts).items() if self._cached(ids) is None]
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], ready: Ready = nullcontext) -> Tensor:
         """Embeddings (B, 512, text_dim) on the CPU, zero after each prompt's last token.
 
-        All prompts that are not in the cache pass through the weights together, inside of `ready()`; when there is none
-        it is not entered. An embedding is the same bits whether it was cached or not, and whatever it was encoded with.
+        All prompts that are not in the cache are encoded together inside of `ready()`, which is entered only if there
+        are any. An embedding is the same bits whether it was cached or not, and whatever it was encoded with.
 
         Raises:
             ValueError: there is no prompt.
@@ -335,10 +334,10 @@ def text_conditioning(
     """Conditioning with the text of both branches, on the CPU; one negative prompt serves a whole batch of prompts.
 
     Args:
-        ready: makes the encoder ready; entered only when a prompt is not in its cache.
+        ready: the context in which the encoder runs; entered only when a prompt is not in its cache.
 
     Raises:
-        ValueError: no prompt, or as many negative prompts as neither one nor the prompts.
+        ValueError: there is no prompt, or the negative prompts are neither one nor as many as the prompts.
     """
     positive, negative = as_prompts(prompt), as_prompts(negative_prompt, "negative_prompt")
     if len(negative) == 1:

@@ -26,8 +26,8 @@ def vace_conditioning(
     """`cond` with one more VACE input.
 
     Args:
-        video: the source (T, H, W, 3) in [0, 1]; parts to be drawn are usually painted grey. None is all grey.
-        mask: (T, H, W), 1 where the model draws and 0 where it keeps the source; binarised at 0.5. None is all ones.
+        video: the source (T, H, W, 3) in [0, 1]; parts to be generated are usually painted grey. None is all grey.
+        mask: (T, H, W), 1 where the model generates and 0 where it keeps the source; binarised at 0.5. None is ones.
         references: pictures (T, H, W, 3), each frame of which becomes a latent frame in front of the video,
             letter-boxed on white.
         strength: factor on the hints, a number or a curve over the steps.
@@ -39,39 +39,39 @@ def vace_conditioning(
     known = torch.ones(shape) if mask is None else fit.clip(mask[..., None], size, "vace_video_mask")[..., 0]
     drawn = (known > 0.5).float()
     pixels = frames.permute(3, 0, 1, 2)[None] * 2 - 1
+    # The inactive part, which is kept, and the reactive part, which is generated (ali-vilab/VACE); grey is 0.
     latents = torch.cat((encoder.pixels(pixels * (1 - drawn)), encoder.pixels(pixels * drawn)), 1)
     context = torch.cat((latents, fold_pixels(drawn, size).to(latents)), 1)
     pictures = [picture[None] for reference in references for picture in reference]
     if pictures:
         context = torch.cat((reference_context(pictures, size, encoder), context), 2)
-    given = {"vace_video": video, "vace_video_mask": mask, "vace_reference_image": pictures or None}
-    names = [name for name, value in given.items() if value is not None] or ["vace_video"]
+    inputs = {"vace_video": video, "vace_video_mask": mask, "vace_reference_image": pictures or None}
+    names = [name for name, value in inputs.items() if value is not None] or ["vace_video"]
     added = VaceInput(context=context, strength=Curve.of(strength))
-    return cond.with_inputs(*names, size=size, vace=chained(cond.vace or (), added, size.latent.frames))
+    return cond.with_inputs(*names, size=size, vace=append_input(cond.vace or (), added, size.latent.frames))
 
 
 def reference_context(pictures: Sequence[Tensor], size: VideoSize, encoder: LatentEncoder) -> Tensor:
     """Context (1, 2 z + 64, R, h, w) of reference pictures (1, H, W, 3), each encoded by itself; their mask is zero."""
     latents = [encoder.frames(fit_size(p, size.width, size.height, "letterbox")) for p in pictures]
     known = torch.cat(latents, 2)
-    rest = known.new_zeros(1, known.shape[1] + size.geometry.vace_mask_channels, *known.shape[2:])
-    return torch.cat((known, rest), 1)
+    # No reactive part, and a mask of zeros: a reference is kept.
+    empty = known.new_zeros(1, known.shape[1] + size.geometry.vace_mask_channels, *known.shape[2:])
+    return torch.cat((known, empty), 1)
 
 
 def fold_pixels(drawn: Tensor, size: VideoSize) -> Tensor:
     """A mask (T, H, W) as channels of each latent cell, (1, 64, F, h, w): one for each pixel that the cell covers.
 
-    Time is brought to F frames by picking the nearest (ali-vilab/VACE `vace_encode_masks`).
+    Time is resampled to F frames by nearest neighbour (ali-vilab/VACE `vace_encode_masks`).
     """
     pixels = F.pixel_unshuffle(drawn[:, None], size.geometry.spatial_stride).transpose(0, 1)[None]
     latent = size.latent
     return F.interpolate(pixels, (latent.frames, latent.height, latent.width), mode="nearest-exact")
 
 
-def chained(before: Sequence[VaceInput], added: VaceInput, frames: int) -> tuple[VaceInput, ...]:
-    """All inputs with one common row of reference frames in front; each sees its own references and nothing at the
-    others'.
-    """
+def append_input(before: Sequence[VaceInput], added: VaceInput, frames: int) -> tuple[VaceInput, ...]:
+    """`before` and `added`, all with the reference frames of all in front; at the others' references each has zeros."""
     old = before[0].context.shape[2] - frames if before else 0
     new = added.context.shape[2] - frames
     widened = [dataclasses.replace(v, context=_insert_frames(v.context, old, new)) for v in before]

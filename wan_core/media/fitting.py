@@ -1,4 +1,4 @@
-"""Pictures and clips of any size and length, brought to the size and length of a video by one stated rule."""
+"""Pictures and clips of any type, size and length, converted to frames of a video's size and length."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,11 @@ log = logging.getLogger("wancore.fitting")
 
 Aspect = Literal["stretch", "crop", "letterbox"]
 ASPECTS: tuple[str, ...] = ("crop", "stretch", "letterbox")
-"""`crop` fills the video and cuts what stands over at the centre, `stretch` distorts, `letterbox` shows all on
-white.
-"""
+"""`crop` fills the video and crops at the centre, `stretch` distorts, `letterbox` shows the whole picture on white."""
 
 LengthPolicy = Literal["repeat last", "loop", "error"]
 LENGTH_POLICIES: tuple[str, ...] = ("repeat last", "loop", "error")
-"""What is done when a clip is too short."""
+"""How a clip that is too short is extended."""
 
 Pictures = Image.Image | PictureSequence | Tensor | np.ndarray
 """One picture, or a clip: PIL images of any mode, whatever gives pictures by number, or an array (T, H, W, C), (H, W,
@@ -31,11 +29,11 @@ C) or (H, W) of any number type; see `media.to_unit`.
 
 
 def as_frames(value: Pictures, name: str) -> Tensor:
-    """`value` as frames (T, H, W, 3) in [0, 1], float32 on the CPU. What is transparent is white.
+    """`value` as frames (T, H, W, 3) in [0, 1], float32 on the CPU. Transparent pixels are white.
 
     Raises:
-        ValueError: there is no frame, frames differ in size, it is neither pictures nor an array of that shape, or its
-            numbers are no pixels.
+        ValueError: there is no frame, frames differ in size, it is neither pictures nor an array of such a shape, or
+        its values are not pixels.
     """
     try:
         frames = _frames(value)
@@ -48,7 +46,7 @@ def as_frames(value: Pictures, name: str) -> Tensor:
 
 
 def _frames(value: Any) -> Tensor | None:
-    """None of what is no picture and no clip."""
+    """As `as_frames`; None for anything but pictures and clips."""
     if isinstance(value, Image.Image):
         return frames_to_tensor([value])
     if isinstance(value, (Tensor, np.ndarray)):
@@ -63,14 +61,14 @@ def _frames(value: Any) -> Tensor | None:
     if all(isinstance(picture, Image.Image) for picture in pictures):
         sizes = {picture.size for picture in pictures}
         if len(sizes) > 1:
-            raise ValueError(f"all frames of a clip need one size; got {sorted(sizes)}")
+            raise ValueError(f"all frames of a clip must have one size; got {sorted(sizes)}")
         return frames_to_tensor(pictures)
     stacked = _stacked(pictures)
     return None if stacked is None or stacked.ndim not in (3, 4) else _frames(stacked)
 
 
 def _stacked(arrays: Sequence[Any]) -> Tensor | None:
-    """Arrays of one shape as one, so that white is found over all of them; None of anything else.
+    """Arrays stacked into one, so that one white level is found for all; None for anything but arrays.
 
     Raises:
         ValueError: their shapes differ.
@@ -79,19 +77,19 @@ def _stacked(arrays: Sequence[Any]) -> Tensor | None:
         return None
     shapes = {tuple(array.shape) for array in arrays}
     if len(shapes) > 1:
-        raise ValueError(f"all frames of a clip need one size; got {sorted(shapes)}")
+        raise ValueError(f"all frames of a clip must have one size; got {sorted(shapes)}")
     return torch.stack([as_tensor(array) for array in arrays])
 
 
 def is_clip(value: Any) -> TypeGuard[PictureSequence]:
-    """Whether `value` gives pictures by number: a list, a tuple, or an object with a length and items."""
+    """Whether `value` is a sequence of pictures: a list, a tuple, or an object with a length and items."""
     if isinstance(value, (str, bytes, Mapping, Image.Image, Tensor, np.ndarray)):
         return False
     return hasattr(value, "__len__") and hasattr(value, "__getitem__")
 
 
 def as_references(value: Pictures | None, name: str) -> tuple[Tensor, ...] | None:
-    """Each picture of `value` as frames (1, H, W, 3), of its own size; None of None.
+    """Each picture of `value` as frames (1, H, W, 3), of its own size; None for None.
 
     Raises:
         ValueError: as of `as_frames`.
@@ -134,18 +132,18 @@ def _mask_levels(value: Pictures) -> Pictures:
 
 
 def fit_size(frames: Tensor, width: int, height: int, aspect: Aspect) -> Tensor:
-    """`resized`, with a notice when that changes anything."""
+    """`resized`, with a log line when the size changes: a warning when the shape does."""
     old_height, old_width = frames.shape[1:3]
     if (old_width, old_height) != (width, height):
         level = logging.INFO if old_width * height == old_height * width else logging.WARNING
-        log.log(level, "A picture of %dx%d is brought to %dx%d (%s).", old_width, old_height, width, height, aspect)
+        log.log(level, "A picture of %dx%d is resized to %dx%d (%s).", old_width, old_height, width, height, aspect)
     return resized(frames, width, height, aspect)
 
 
 def resized(frames: Tensor, width: int, height: int, aspect: Aspect) -> Tensor:
     """`frames` (T, H, W, C) in [0, 1] as (T, height, width, C), by an antialiased bicubic filter.
 
-    Letter-boxed frames are filtered bilinearly onto a white canvas, as VACE's authors prepare reference pictures.
+    With `letterbox` the filter is bilinear, onto a white canvas, as VACE's authors prepare reference pictures.
     """
     old_height, old_width = frames.shape[1:3]
     if (old_width, old_height) == (width, height):
@@ -169,10 +167,10 @@ def resized(frames: Tensor, width: int, height: int, aspect: Aspect) -> Tensor:
 
 
 def fit_length(frames: Tensor, num_frames: int, policy: LengthPolicy, name: str) -> Tensor:
-    """`frames` (T, ...) as (num_frames, ...): too long is cut, too short is filled by `policy`, each with a notice.
+    """`frames` (T, ...) as (num_frames, ...): cut, or extended by `policy`, each with a warning.
 
     Raises:
-        ValueError: it is too short and the policy is `error`.
+        ValueError: there are too few frames and the policy is `error`.
     """
     count = len(frames)
     if count >= num_frames:

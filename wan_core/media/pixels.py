@@ -1,6 +1,6 @@
-"""Pixels as values: PIL images, arrays, IMAGE tensors, and the models' (B, 3, T, H, W).
+"""Conversions of pixels: PIL images, arrays, IMAGE tensors, and the models' (B, 3, T, H, W).
 
-One rule says what a number means, whoever holds it (`to_unit`). Files are read by `reader` and written by `writer`.
+`to_unit` is the one rule for what a number means. Files are read by `reader` and written by `writer`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,20 +17,21 @@ FPS = DEFAULT_GEOMETRY.fps
 """Frame rate of the videos that Wan 2.1 was trained on."""
 
 GROUND = "white"
-"""What shows through where a picture is transparent."""
+"""The background of transparent pictures."""
 
 WHITE = {torch.bool: 1.0, torch.uint8: 255.0, torch.uint16: 65535.0}
-"""The number that is white, where the number type says it."""
+"""The number for white, by dtypes that decide it."""
 
 WHITES = (1.0, 255.0, 65535.0)
-"""What white may be of other number types: the smallest that fits all values counts; 1 is for floats alone."""
+"""The candidates for white of other dtypes, of which the smallest that is above all values counts; 1 only for floats.
+"""
 
 OVERSHOOT = 0.5
-"""How far floats may lie outside of their range, as a part of white: sharp resize filters overshoot at edges."""
+"""How far floats may lie outside of their range, as a fraction of white: sharp resize filters overshoot at edges."""
 
 
 class PictureSequence(Protocol):
-    """Pictures by number, such as a `VideoData`, which reads them when they are asked for."""
+    """A sequence of pictures, such as a `VideoData`, which reads them on demand."""
 
     def __len__(self) -> int: ...
 
@@ -59,11 +60,11 @@ def as_tensor(values: Tensor | np.ndarray) -> Tensor:
 
 
 def white_level(values: Tensor) -> float:
-    """The number that stands for white in `values`: of bool 1, of uint8 255, of uint16 65535. Of floats it is the
-    smallest of 1, 255 and 65535 that no value is above, of other integers the smallest of 255 and 65535.
+    """The number for white in `values`: 1 for bool, 255 for uint8, 65535 for uint16; for floats the smallest of 1, 255
+    and 65535 that no value exceeds (by more than `OVERSHOOT`), for other integers the smallest of 255 and 65535.
 
     Raises:
-        ValueError: they hold NaN or infinity, or lie outside of each of these ranges.
+        ValueError: they hold NaN or infinity, or are outside of all these ranges.
     """
     if values.dtype in WHITE or not values.numel():
         return WHITE.get(values.dtype, 1.0)
@@ -79,7 +80,7 @@ def white_level(values: Tensor) -> float:
 
 
 def to_unit(values: Tensor | np.ndarray, white: float | None = None) -> Tensor:
-    """Numbers of any type in [0, 1], float32 on the CPU; `white` is that of `white_level` unless it is given.
+    """Numbers of any type scaled to [0, 1], float32 on the CPU; `white` is by default that of `white_level`.
 
     Raises:
         ValueError: as of `white_level`.
@@ -87,12 +88,12 @@ def to_unit(values: Tensor | np.ndarray, white: float | None = None) -> Tensor:
     values = as_tensor(values)
     white = white_level(values) if white is None else white
     unit = values.float()
-    # Floats are what the caller gave, and are never written to.
+    # `float()` does not copy float32, and the caller's tensor must not change.
     return unit.div(white).clamp_(0, 1) if unit is values else unit.div_(white).clamp_(0, 1)
 
 
 def to_colour(unit: Tensor) -> Tensor:
-    """(..., C) in [0, 1] of 1, 3 or 4 channels as (..., 3): greys in three channels, what is transparent on white."""
+    """(..., C) in [0, 1] of 1, 3 or 4 channels as (..., 3): grey repeated, alpha composited on white."""
     if unit.shape[-1] == 4:
         colour, alpha = unit[..., :3], unit[..., 3:]
         return colour * alpha + (1 - alpha)
@@ -100,16 +101,16 @@ def to_colour(unit: Tensor) -> Tensor:
 
 
 def picture_levels(image: Image.Image) -> np.ndarray:
-    """A picture of any mode as (H, W, 3): uint8, or uint16 or float32 as stored in a grey picture of more bits. What
-    is transparent is white.
+    """A picture of any mode as (H, W, 3): uint8, or uint16 or float32 for grey pictures of more bits. Transparent
+    pixels are white.
 
     Raises:
-        ValueError: 32-bit integers are beyond 16 bits, or Pillow has no way from this mode to RGB.
+        ValueError: 32-bit integers exceed 16 bits, or Pillow cannot convert this mode to RGB.
     """
     if image.mode.startswith(("I", "F")):
         grey = np.array(image)
         if image.mode == "I":
-            # Depth maps of 16 bits: older versions of Pillow open them so.
+            # Older versions of Pillow open depth maps of 16 bits in this mode.
             if grey.min() < 0 or grey.max() > 65535:
                 raise ValueError(
                     f"a picture of 32-bit integers must be from 0 to 65535; got {grey.min()} to {grey.max()}"
@@ -137,8 +138,8 @@ def pixels_to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def pixels_to_frames(pieces: Iterable[Tensor], num_frames: int) -> Tensor:
-    """Videos of so many frames, which come in pieces of pixels (B, 3, t, H, W) in [-1, 1], as ComfyUI's IMAGE
-    (B * T, H, W, 3) in [0, 1], float32 on the CPU.
+    """Pieces of pixels (B, 3, t, H, W) in [-1, 1], of `num_frames` frames in all, as ComfyUI's IMAGE (B * T, H, W, 3)
+    in [0, 1], float32 on the CPU.
     """
     frames, start = torch.empty(0), 0
     for piece in pieces:
@@ -156,13 +157,13 @@ def frames_to_pixels(frames: Tensor) -> Tensor:
 
 
 def eight_bit(frames: Frames) -> Iterator[np.ndarray]:
-    """Each frame as (H, W, 3), uint8, when it is asked for.
+    """Each frame as (H, W, 3), uint8, lazily.
 
-    Of an array or a list white is found over all frames together. Floats that come one by one must lie in [0, 1].
+    An array or a list has one white level for all frames. Floats that come one by one must be in [0, 1].
 
     Raises:
-        ValueError: there is none, one is no picture or holds NaN, or they differ in size; of sequences and arrays
-            before the first.
+        ValueError: there is no frame, one is not a picture or holds NaN, or they differ in size; sequences and arrays
+            are checked before the first frame.
     """
     white = None
     if isinstance(frames, (Tensor, np.ndarray)):
@@ -175,7 +176,7 @@ def eight_bit(frames: Frames) -> Iterator[np.ndarray]:
         white = max(map(white_level, arrays), default=None)
         sizes = {_size(frame) for frame in frames if isinstance(frame, Image.Image) or getattr(frame, "ndim", 0) == 3}
         if len(sizes) > 1:
-            raise ValueError(f"All frames of a video need one size; got {sorted(sizes)}.")
+            raise ValueError(f"All frames of a video must have one size; got {sorted(sizes)}.")
     size = None
     for index, frame in enumerate(each(frames)):
         try:
@@ -186,7 +187,7 @@ def eight_bit(frames: Frames) -> Iterator[np.ndarray]:
         if not height or not width:
             raise ValueError(f"Frame {index} of the video has no pixels: {width}x{height}.")
         if size not in (None, (width, height)):
-            raise ValueError(f"All frames of a video need one size; got {[size, (width, height)]}.")
+            raise ValueError(f"All frames of a video must have one size; got {[size, (width, height)]}.")
         size = width, height
         yield levels
     if size is None:
@@ -194,10 +195,10 @@ def eight_bit(frames: Frames) -> Iterator[np.ndarray]:
 
 
 def each(frames: Frames) -> Iterator[Any]:
-    """The frames one by one; of what has only a length and numbers too.
+    """An iterator over frames, also over objects with `__len__` and `__getitem__` only.
 
     Raises:
-        ValueError: there are no frames in it.
+        ValueError: it is not iterable.
     """
     if hasattr(frames, "__len__") and hasattr(frames, "__getitem__") and not hasattr(frames, "__iter__"):
         return (frames[index] for index in range(len(frames)))
@@ -220,7 +221,7 @@ def _eight_bit(frame: Any, white: float | None) -> np.ndarray:
     if white is None and levels.is_floating_point():
         white = white_level(levels)
         if white != 1:
-            raise ValueError("floats that come frame by frame must lie in [0, 1]; give uint8")
+            raise ValueError("floats that come frame by frame must be in [0, 1]; use uint8 instead")
     return to_eight_bit(levels, white)
 
 

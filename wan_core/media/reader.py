@@ -1,7 +1,7 @@
-"""The one reader of what a user's file shows: a picture, an animation, a clip, or a folder of frames.
+"""Reads pictures, animations, clips and folders of frames.
 
-What a file is, is read from its content, never from its name. Only the formats named here are opened, because others
-start programs or name further files, and only regular files, because a pipe waits for ever.
+The type of a file is determined by its content, never by its name. Only the formats listed here are opened, because
+others can start programs or refer to further files, and only regular files, because reading a pipe may never end.
 """
 
 import re
@@ -19,13 +19,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .pixels import FPS, GROUND, picture_levels, to_eight_bit
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF")
-"""What Pillow may open a picture as; those that the installed Pillow lacks do not count."""
+"""The formats that Pillow may open; those that the installed Pillow lacks are ignored."""
 
 DEMUXERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,flv,asf,ogg,ivf,obu,mxf,dv,"
     "yuv4mpegpipe"
 )
-"""What FFmpeg may open a clip as: containers that hold all of it. Playlists, lists of files and scripts are not."""
+"""The formats that FFmpeg may open: containers that hold the whole clip, and no playlists, lists of files or scripts.
+"""
 
 PICTURE_SUFFIXES = tuple(f".{name}" for name in (
     "png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pnm", "avif",
@@ -35,38 +36,38 @@ CLIP_SUFFIXES = tuple(f".{name}" for name in (
     "mp4", "m4v", "mov", "qt", "mkv", "webm", "avi", "gif", "wmv", "asf", "flv", "f4v", "mpg", "mpeg", "m2v", "ts",
     "mts", "m2ts", "ogv", "3gp", "3g2", "mxf", "dv", "y4m", "ivf", "obu",
 ))  # fmt: skip
-"""Which files of a folder are taken for pictures and clips, before they are opened."""
+"""The files of a folder that count as pictures and clips, before they are opened."""
 
 MAX_PIXELS = 2**27
-"""Of one frame; more is a mistake or an attack."""
+"""The most pixels of one frame; more is a mistake or an attack."""
 
 MAX_CLIP_PIXELS = 2**34
-"""Of all frames that are held at once, and of an animation, whose small file may stand for any number."""
+"""The most pixels of all frames in memory, and of an animation, of which a small file may hold any number."""
 
 STILL_BRANDS = ("heic", "heix", "mif1", "msf1", "avif")
-"""Pictures in a video container; FFmpeg would give one tile of them."""
+"""Pictures in a video container, of which FFmpeg decodes one tile only."""
 
 ORIENTATION = 0x0112
-"""The EXIF tag that says how a picture is turned."""
+"""The EXIF tag of a picture's orientation."""
 
 DEFAULT_DURATION, SHORTEST_GIF = 100.0, 20.0
-"""Milliseconds that a frame without a time is shown, and below which a GIF's time counts as none, as in browsers."""
+"""Milliseconds: the time of a frame that has none, and the least of a GIF's frame, below which it has none."""
 
 
 class MediaError(ValueError):
-    """A file that is missing, of a kind that is not read, or damaged. The message names it."""
+    """A file that is missing, damaged, or of a type that is not read. The message names it."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What a file or a folder of frames shows. A picture is a clip of one frame.
+    """The properties of a file or a folder of frames. A picture is a clip of one frame.
 
     Attributes:
         path: the file or folder.
         times: when each frame is shown, in seconds after the first.
         fps: frames per second; None for a picture.
-        width, height: in pixels, as it is to be shown.
-        codec: how its frames are stored, in the words of FFmpeg or Pillow.
+        width, height: in pixels, after rotation to upright.
+        codec: FFmpeg's or Pillow's name for the encoding of its frames.
     """
 
     path: Path
@@ -82,10 +83,10 @@ class Clip:
 
 
 def probe(path: str | Path) -> Clip:
-    """What there is at `path`. Of a clip the first frame is decoded, of an animation all.
+    """The properties of a file or folder. Of a clip the first frame is decoded, of an animation all.
 
     Raises:
-        MediaError: it is missing, of an unknown kind, too large, or cannot be decoded.
+        MediaError: it is missing, of an unknown type, too large, or cannot be decoded.
     """
     path = Path(path)
     if _is_folder(path):
@@ -97,8 +98,8 @@ def probe(path: str | Path) -> Clip:
 
 
 def frames(path: str | Path) -> Iterator[np.ndarray]:
-    """Every frame in the order it is shown, upright, as (H, W, 3): uint8, or what `pixels.picture_levels` gives. What
-    is transparent is white.
+    """Every frame in display order, upright, as (H, W, 3): uint8, or as of `pixels.picture_levels`. Transparent pixels
+    are white.
 
     Raises:
         MediaError: as of `probe`; or a frame cannot be decoded, or has another size than the first.
@@ -108,7 +109,7 @@ def frames(path: str | Path) -> Iterator[np.ndarray]:
         if shape not in (None, frame.shape):
             raise MediaError(
                 f"{path}: frame {index} is {frame.shape[1]}x{frame.shape[0]}, the first {shape[1]}x{shape[0]}; "
-                "all frames of a clip need one size"
+                "all frames of a clip must have one size"
             )
         shape = frame.shape
         yield frame
@@ -118,21 +119,21 @@ def load_video(path: str | Path) -> list[Image.Image]:
     """Every frame of a clip, an animation, a picture or a folder of frames as RGB PIL images.
 
     Raises:
-        MediaError: a ValueError, as of `frames`; or there is too much of it to be held at once.
+        MediaError: a ValueError, as of `frames`; or the frames are too large to be in memory at once.
     """
     found: list[Image.Image] = []
     for frame in frames(path):
         found.append(Image.fromarray(to_eight_bit(frame)))
         if len(found) * frame.shape[0] * frame.shape[1] > MAX_CLIP_PIXELS:
-            raise MediaError(f"{path} holds too many frames to be read at once; VideoData reads them one by one")
+            raise MediaError(f"{path} holds too many frames to be read at once; VideoData reads one at a time")
     return found
 
 
 def check_frame(clip: Clip, index: int) -> None:
-    """Decode something at frame `index`, from the nearest key frame on.
+    """Check that frame `index` can be decoded, from the nearest key frame on.
 
     Raises:
-        MediaError: nothing can be decoded there.
+        MediaError: it cannot.
     """
     if clip.fps is None or index == 0:
         return
@@ -147,13 +148,13 @@ def check_frame(clip: Clip, index: int) -> None:
         container.seek(start + int(clip.times[index] / stream.time_base), stream=stream)
         if next(container.decode(stream), None) is not None:
             return
-    # Some containers know no key frames, and seeking leads to their end.
+    # Some containers have no index of key frames, and seeking ends at their end.
     if sum(1 for _ in _decoded(clip.path)) <= index:
         raise MediaError(f"{clip.path}: frame {index} cannot be decoded")
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The pictures in `folder`, by the numbers in their names.
+    """The pictures in `folder`, in the order of the numbers in their names.
 
     Raises:
         MediaError: there is none.
@@ -161,27 +162,26 @@ def frame_files(folder: Path) -> list[Path]:
     with _reading(folder):
         inside = list(folder.iterdir())
     files = (file for file in inside if file.suffix.lower() in PICTURE_SUFFIXES and file.name[0] != ".")
-    if found := sorted(files, key=_natural):
+
+    def natural(path: Path) -> tuple[Any, ...]:  # 2.png before 10.png
+        return tuple((int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name))
+
+    if found := sorted(files, key=natural):
         return found
     raise MediaError(f"{folder} is a folder without pictures")
 
 
-def _natural(path: Path) -> tuple[Any, ...]:
-    """Sorts `2.png` before `10.png`."""
-    return tuple((int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name))
-
-
 @contextmanager
 def pictures(path: str | Path) -> Iterator[Iterator[Image.Image]]:
-    """The frames of a picture or an animation as Pillow holds them: upright, in their own mode, with transparency.
+    """The frames of a picture or an animation as Pillow images: upright, in their own mode, with transparency.
 
     Raises:
-        MediaError: the file is missing, of another kind, too large or damaged.
+        MediaError: the file is missing, of another type, too large or damaged.
     """
     path = Path(path)
     with _reading(path), _picture(path) as image:
         if image is None:
-            raise MediaError(f"{path} is not a picture of a kind that is read ({', '.join(PICTURE_FORMATS)})")
+            raise MediaError(f"{path} is not a picture of a type that is read ({', '.join(PICTURE_FORMATS)})")
         yield _upright(image)
 
 
@@ -202,7 +202,7 @@ def _is_folder(path: Path) -> bool:
 
 @contextmanager
 def _reading(path: Path, index: int | None = None) -> Iterator[None]:
-    """Whatever a library raises inside of the block becomes a MediaError that names the file."""
+    """Errors of libraries inside of the block become a MediaError that names the file."""
     try:
         yield
     except MediaError:
@@ -228,7 +228,7 @@ def _frames(path: Path) -> Iterator[np.ndarray]:
 
 @contextmanager
 def _picture(path: Path) -> Iterator[Image.Image | None]:
-    """The file as Pillow opens it; None when it is no picture."""
+    """The file as a Pillow image; None when it is not a picture."""
     if _is_folder(path):
         raise MediaError(f"{path} is a folder; a file is needed")
     if PICTURE_FORMATS[-1] not in Image.OPEN:
@@ -248,8 +248,8 @@ def _picture(path: Path) -> Iterator[Image.Image | None]:
 
 def _upright(image: Image.Image) -> Iterator[Image.Image]:
     """The frames of an opened picture, turned by its EXIF orientation."""
-    # The further pictures of an MPO are views of other sizes and purposes. The first of some PNGs is for programs that
-    # cannot play them.
+    # The other pictures of an MPO are not frames, but views of other sizes and purposes. The first picture of some
+    # animated PNGs is only for programs that cannot play them.
     first = int(getattr(image, "default_image", False))
     count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     size = None
@@ -264,18 +264,18 @@ def _upright(image: Image.Image) -> Iterator[Image.Image]:
 
 
 def _probe_folder(path: Path) -> Clip:
-    """A folder of frames; they are opened, and not decoded."""
+    """A folder of frames, whose headers are read."""
     files = frame_files(path)
     sizes: dict[tuple[int, int], str] = {}
     for file in files:
         with _reading(file), _picture(file) as image:
             if image is None:
-                raise MediaError(f"{file} is not a picture of a kind that is read")
+                raise MediaError(f"{file} is not a picture of a type that is read")
             turned = image.getexif().get(ORIENTATION, 1) > 4
             sizes.setdefault(image.size[::-1] if turned else image.size, file.name)
     if len(sizes) > 1:
         named = ", ".join(f"{name} is {width}x{height}" for (width, height), name in sizes.items())
-        raise MediaError(f"{path}: all frames of a clip need one size; {named}")
+        raise MediaError(f"{path}: all frames of a clip must have one size; {named}")
     width, height = next(iter(sizes))
     return Clip(path, tuple(index / FPS for index in range(len(files))), FPS, width, height, "frames")
 
@@ -306,10 +306,10 @@ def _video(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def open_container(source: Path | BinaryIO) -> Any:
-    """A clip's file as PyAV opens it, by one of `DEMUXERS`, without a way to any other file or to the network.
+    """A clip's file opened by PyAV with one of `DEMUXERS`, without access to other files or the network.
 
     Raises:
-        MediaError: it is missing, not a regular file, or of a kind that is not read.
+        MediaError: it is missing, not a regular file, or of a type that is not read.
     """
     import av
 
@@ -321,19 +321,19 @@ def open_container(source: Path | BinaryIO) -> Any:
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, av.ArgumentError):
-            reason = "its kind of file is not read"
+            reason = "its type of file is not read"
         raise MediaError(f"{source} cannot be read as a video or a picture ({reason})") from error
     brand = container.metadata.get("major_brand", "")
     if brand in STILL_BRANDS:
         container.close()
         raise MediaError(
-            f"{source} is a picture of the kind {brand.upper()}, which is not read; save it as PNG or JPEG"
+            f"{source} is a picture of the type {brand.upper()}, which is not read; save it as PNG or JPEG"
         )
     return container
 
 
 def video_stream(container: Any) -> Any:
-    """The first stream of pictures that is not a cover and that FFmpeg can decode; None when there is none."""
+    """The first video stream that is not cover art and that FFmpeg can decode; None when there is none."""
     import av
 
     cover = av.stream.Disposition.attached_pic
@@ -349,7 +349,7 @@ def _probe_video(path: Path) -> Clip:
     if not packets:
         raise MediaError(f"{path} holds no video frames")
     first = next(_decoded(path))
-    if None in stamps or len(set(stamps)) < len(stamps):
+    if None in stamps or len(set(stamps)) < len(stamps):  # no usable time stamps
         times = [index / float(rate) for index in range(len(packets))]
     else:
         ordered = sorted(stamps)
@@ -358,7 +358,7 @@ def _probe_video(path: Path) -> Clip:
 
 
 def _decoded(path: Path) -> Iterator[np.ndarray]:
-    """Every frame of a clip in the order it is shown, upright, as (H, W, 3) uint8."""
+    """Every frame of a clip in display order, upright, as (H, W, 3) uint8."""
     index = -1
     with _reading(path), _video(path) as (container, stream):
         decoder = container.decode(stream)
@@ -370,23 +370,23 @@ def _decoded(path: Path) -> Iterator[np.ndarray]:
             index += 1
             if frame.width * frame.height > MAX_PIXELS:
                 raise MediaError(f"{path}: frame {index} is too large, {frame.width}x{frame.height} pixels")
-            yield _turned(_colours(frame), frame.side_data)
+            yield _upright_pixels(_rgb(frame), frame.side_data)
         if index < 0:
             raise MediaError(f"{path} holds no frame that can be decoded")
 
 
-def _colours(frame: Any) -> np.ndarray:
+def _rgb(frame: Any) -> np.ndarray:
     """A decoded frame as (H, W, 3) uint8, on white where it is transparent."""
     layout = frame.format
-    # The last of four components is the alpha channel; older versions of PyAV do not say so of planar formats.
+    # The last of four components is the alpha channel; older versions of PyAV do not report it for planar formats.
     if len(layout.components) < 4 and not layout.has_palette:
         return frame.to_ndarray(format="rgb24")
     layer = Image.fromarray(frame.to_ndarray(format="rgba"))
     return np.array(Image.alpha_composite(Image.new("RGBA", layer.size, GROUND), layer).convert("RGB"))
 
 
-def _turned(picture: np.ndarray, side_data: Mapping[Any, Any]) -> np.ndarray:
-    """A picture turned and mirrored as its display matrix says: a camera's clip says how it was held."""
+def _upright_pixels(picture: np.ndarray, side_data: Mapping[Any, Any]) -> np.ndarray:
+    """A picture rotated and mirrored by its display matrix, in which cameras store how they were held."""
     found = next((data for data in side_data if data.type.name == "DISPLAYMATRIX"), None)
     if found is None:
         return picture

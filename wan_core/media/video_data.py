@@ -1,4 +1,4 @@
-"""A clip whose frames are read when they are asked for."""
+"""A clip whose frames are read on demand."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,14 @@ from .writer import save_frames
 
 
 class VideoData:
-    """A video, an animation, or a folder of frames as RGB pictures by number, in order of time.
+    """A video, an animation, or a folder of frames as a sequence of RGB pictures, in order of time.
 
-    It takes the place of a list of pictures wherever a clip is taken. Frames are cheap in order; an earlier one than
-    the last decodes the clip again from its start.
+    It is accepted wherever a list of pictures is. Reading in order is cheap; going back decodes the clip again from its
+    start.
 
     Attributes:
-        height, width: what frames are brought to, in pixels: cropped at the centre and resized; None leaves them.
-        length: how many frames count, None for all.
+        height, width: frames are cropped at the centre and resized to this, in pixels; None leaves them unchanged.
+        length: the number of frames, None for all.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Videos and frames on their way into files, whole or not at all."""
+"""Writes videos and frames to files, which appear whole or not at all."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,9 +18,10 @@ from .pixels import FPS, Frames, eight_bit
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How a video file of a suffix is written: container, encoder, pixel format, and
-    `worst`, the largest `crf`; 0 where there is no such scale."""
+class Encoding:
+    """How video files of one suffix are written: container, encoder, pixel format, and `worst`, the largest value of
+    `crf`; 0 for encoders without it.
+    """
 
     format: str
     codec: str = "libx264"
@@ -29,17 +30,17 @@ class Kind:
     options: Mapping[str, str] = field(default_factory=dict)
 
 
-KINDS: Mapping[str, Kind] = {
-    ".mp4": Kind("mp4"),
-    ".m4v": Kind("mp4"),
-    ".mov": Kind("mov"),
-    ".mkv": Kind("matroska"),
-    # AVI has no place for the times of frames that are shown in another order than they are stored.
-    ".avi": Kind("avi", options={"bf": "0"}),
-    ".webm": Kind("webm", "libvpx-vp9", worst=63, options={"b": "0", "deadline": "good", "cpu-used": "4"}),
-    ".gif": Kind("gif", "gif", "pal8", worst=0),
+ENCODINGS: Mapping[str, Encoding] = {
+    ".mp4": Encoding("mp4"),
+    ".m4v": Encoding("mp4"),
+    ".mov": Encoding("mov"),
+    ".mkv": Encoding("matroska"),
+    # AVI stores no display times, so frames must be stored in the order that they are shown: no B frames.
+    ".avi": Encoding("avi", options={"bf": "0"}),
+    ".webm": Encoding("webm", "libvpx-vp9", worst=63, options={"b": "0", "deadline": "good", "cpu-used": "4"}),
+    ".gif": Encoding("gif", "gif", "pal8", worst=0),
 }
-"""What `save_video` writes, by suffix."""
+"""By suffix, for `save_video`."""
 
 
 def save_video(
@@ -51,30 +52,29 @@ def save_video(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a video in place of what is there under that name, and return its path. It appears under its name only
-    when it is whole; after an error what was there is untouched.
+    """Write a video, replacing a file of that name, and return its path. It appears under its name only when it is
+    complete; after an error the earlier file is untouched.
 
     Args:
-        frames: one video. What only comes frame by frame, as a pipeline's `output_type="stream"`, is written as it
-            comes.
-        save_path: where to write; missing folders are made. The suffix chooses the container: .mp4, .m4v, .mov, .mkv
+        frames: one video. An iterator, such as a pipeline's `output_type="stream"`, is written as it yields.
+        save_path: the file; missing folders are created. The suffix chooses the container: .mp4, .m4v, .mov, .mkv
             and .avi hold H.264, .webm VP9, .gif an animation of 256 colours in each frame.
         fps: frames per second.
         quality: 0 (smallest file) to 10 (best), the scale of imageio's ffmpeg writer; a GIF has none.
         ffmpeg_params: options of the encoder as on ffmpeg's command line, such as ["-crf", "18", "-preset", "slow"],
-            with -c:v for another encoder and -pix_fmt for another pixel format.
+            -c:v for another encoder, and -pix_fmt for another pixel format.
         metadata: text entries for the container.
 
     Raises:
         ValueError: no frames, frames of different or odd sizes or with NaN, an unknown suffix or option, fps not above
             0, or quality outside of 0 to 10; or the file cannot be written.
     """
-    # As every program that saves over a link, write to what it points to.
+    # A link stays a link, and its target is written.
     target = Path(os.path.realpath(save_path))
-    kind = KINDS.get(target.suffix.lower())
-    if kind is None or is_there(target, Path.is_dir):
-        raise ValueError(f"save_path must be a file name that ends in {', '.join(KINDS)}; got {str(save_path)!r}.")
-    encode = _encoder(kind, frames, fps, quality, ffmpeg_params, metadata)
+    encoding = ENCODINGS.get(target.suffix.lower())
+    if encoding is None or is_there(target, Path.is_dir):
+        raise ValueError(f"save_path must be a file name that ends in {', '.join(ENCODINGS)}; got {str(save_path)!r}.")
+    encode = _encoder(encoding, frames, fps, quality, ffmpeg_params, metadata)
     with _writing(save_path), replacing(target) as partial:
         encode(partial)
     return target
@@ -87,32 +87,34 @@ def write_video(
     quality: float = 9,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an mp4 into `file`, in place of its content. Arguments and errors are those of `save_video`."""
-    encode = _encoder(KINDS[".mp4"], frames, fps, quality, None, metadata)
+    """Write an mp4 to `file`, replacing its content. Arguments and errors are those of `save_video`."""
+    encode = _encoder(ENCODINGS[".mp4"], frames, fps, quality, None, metadata)
     with _writing(file):
         encode(file)
 
 
 def _encoder(
-    kind: Kind,
+    encoding: Encoding,
     frames: Frames,
     fps: float,
     quality: float,
     params: Sequence[str] | None,
     metadata: Mapping[str, str] | None,
 ) -> Callable[[Path | BinaryIO], None]:
-    """What writes the video into a file; everything that can be known before the first frame is encoded is checked."""
-    rate, kind = _rate(fps), _adjusted(kind, quality, params)
+    """A function that writes the video to a file. Everything that is known before the first frame is checked here."""
+    rate, encoding = _rate(fps), _with_options(encoding, quality, params)
     pictures = eight_bit(frames)
     first = next(pictures)
     height, width = first.shape[:2]
-    if kind.pixels == "yuv420p" and (height % 2 or width % 2):
-        raise ValueError(f"A video in {kind.pixels} needs even sides; got {width}x{height}. Crop or resize the frames.")
-    return lambda file: _encode(file, kind, chain([first], pictures), (width, height), rate, metadata or {})
+    if encoding.pixels == "yuv420p" and (height % 2 or width % 2):
+        raise ValueError(
+            f"A video in {encoding.pixels} needs even sides; got {width}x{height}. Crop or resize the frames."
+        )
+    return lambda file: _encode(file, encoding, chain([first], pictures), (width, height), rate, metadata or {})
 
 
 def save_frames(frames: Frames, save_path: str | Path) -> list[Path]:
-    """Write each frame as `<number>.png`, from 0, into the folder `save_path`, in place of what is there.
+    """Write each frame as `<number>.png`, from 0, into the folder `save_path`, replacing files of these names.
 
     Raises:
         ValueError: no frames, frames of different sizes or with NaN, or the folder cannot be written to.
@@ -144,29 +146,30 @@ def _rate(fps: float) -> Fraction:
     return rate
 
 
-def _adjusted(kind: Kind, quality: float, params: Sequence[str] | None) -> Kind:
-    """`kind` with the options that a quality and ffmpeg's arguments stand for.
+def _with_options(encoding: Encoding, quality: float, params: Sequence[str] | None) -> Encoding:
+    """`encoding` with the options of a quality and of ffmpeg's arguments.
 
     Raises:
-        ValueError: the quality is none, or the arguments are not options with values.
+        ValueError: the quality is not a number from 0 to 10, or the arguments are not options with values.
     """
     if not isinstance(quality, (int, float, np.number)) or not 0 <= quality <= 10:
         raise ValueError(f"A video needs a quality from 0 to 10; got {quality!r}.")
     words = [str(word) for word in params or ()]
     if isinstance(params, str) or len(words) % 2 or any(not name.startswith("-") for name in words[::2]):
         raise ValueError(f"ffmpeg_params must be options with their values, as ['-crf', '18']; got {params!r}.")
-    given = {name[1:].removesuffix(":v"): value for name, value in zip(words[::2], words[1::2], strict=True)}
-    codec = next((given.pop(name) for name in ("c", "codec", "vcodec") if name in given), kind.codec)
-    own = {**kind.options, "crf": str(round((1 - float(quality) / 10) * kind.worst))} if kind.worst else {}
+    options = {name[1:].removesuffix(":v"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    codec = next((options.pop(name) for name in ("c", "codec", "vcodec") if name in options), encoding.codec)
+    # The defaults belong to the default encoder; another one may not know them.
+    own = {**encoding.options, "crf": str(round((1 - float(quality) / 10) * encoding.worst))} if encoding.worst else {}
     return replace(
-        kind, codec=codec, pixels=given.pop("pix_fmt", kind.pixels),
-        options={**(own if codec == kind.codec else {}), **given},
+        encoding, codec=codec, pixels=options.pop("pix_fmt", encoding.pixels),
+        options={**(own if codec == encoding.codec else {}), **options},
     )  # fmt: skip
 
 
 def _encode(
     file: Path | BinaryIO,
-    kind: Kind,
+    encoding: Encoding,
     pictures: Iterable[np.ndarray],
     size: tuple[int, int],
     rate: Fraction,
@@ -179,30 +182,31 @@ def _encode(
     """
     import av
 
-    options: dict[str, object] = dict(kind.options)
+    options: dict[str, object] = dict(encoding.options)
     muxing = {}
-    if kind.format in ("mp4", "mov"):
+    if encoding.format in ("mp4", "mov"):
+        # Without this flag, mov and mp4 drop metadata of names that they do not know.
         muxing["movflags"] = f"{options.pop('movflags', '')}+use_metadata_tags"
     try:
         target = f"file:{file}" if isinstance(file, Path) else file
-        with av.open(target, "w", format=kind.format, options=muxing) as container:
+        with av.open(target, "w", format=encoding.format, options=muxing) as container:
             container.metadata.update(metadata)
-            stream = container.add_stream(kind.codec, rate=rate)
+            stream = container.add_stream(encoding.codec, rate=rate)
             assert isinstance(stream, av.VideoStream)
             stream.width, stream.height = size
-            stream.pix_fmt = kind.pixels
+            stream.pix_fmt = encoding.pixels
             stream.options = options
-            frames = _palettes(pictures, size, rate) if kind.format == "gif" else map(_frame, pictures)
+            frames = _palettes(pictures, size, rate) if encoding.format == "gif" else map(_frame, pictures)
             for frame in frames:
                 packets = stream.encode(frame)
                 if unknown := stream.codec_context.options:
-                    raise ValueError(f"ffmpeg_params: {kind.codec} has no option {', '.join(unknown)}.")
+                    raise ValueError(f"ffmpeg_params: {encoding.codec} has no option {', '.join(unknown)}.")
                 container.mux(packets)
             container.mux(stream.encode())
     except (av.ArgumentError, av.codec.codec.UnknownCodecError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"The video cannot be encoded with {kind.codec}, {kind.pixels} and {options} ({reason})."
+            f"The video cannot be encoded with {encoding.codec}, {encoding.pixels} and {options} ({reason})."
         ) from error
 
 

@@ -7,6 +7,7 @@ when their package is installed and agrees with sdpa on random data, because som
 import importlib
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import product
 
 import torch
@@ -72,16 +73,11 @@ def _flash() -> AttentionFn:
     return attend
 
 
-def _sage() -> AttentionFn:
-    sage = importlib.import_module("sageattention").sageattn
-    return lambda q, k, v: sage(q, k, v, tensor_layout="NHD", is_causal=False)
-
-
-def _xformers() -> AttentionFn:
-    return importlib.import_module("xformers.ops").memory_efficient_attention
-
-
-_LOADERS: dict[str, Callable[[], AttentionFn]] = {"flash": _flash, "sage": _sage, "xformers": _xformers}
+_LOADERS: dict[str, Callable[[], AttentionFn]] = {
+    "flash": _flash,
+    "sage": lambda: partial(importlib.import_module("sageattention").sageattn, tensor_layout="NHD", is_causal=False),
+    "xformers": lambda: importlib.import_module("xformers.ops").memory_efficient_attention,
+}
 AUTO = "auto"
 BACKENDS: tuple[str, ...] = (AUTO, "sdpa", *_LOADERS)
 
@@ -147,8 +143,8 @@ class FastestAttention:
     def __init__(self, kernels: Mapping[str, AttentionFn], device: torch.device) -> None:
         """`kernels` for `device` beside sdpa."""
         # Kernels of a card are documented as exact, and a reference in float32 would take memory there.
-        reference = _in_float32 if device.type == "cpu" else None
-        self.operation = Operation("attention", {"sdpa": sdpa, **kernels}, _some_rows, reference)
+        exact = (lambda q, k, v: sdpa(q.float(), k.float(), v.float())) if device.type == "cpu" else None
+        self.operation = Operation("attention", {"sdpa": sdpa, **kernels}, _some_rows, exact)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not may_overwrite(q, k, v):
@@ -162,10 +158,6 @@ def _some_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
         return q, k, v
     rows = max(LEAST_TIMED_ROWS, MOST_TIMED_LOGITS // (q.shape[0] * q.shape[2] * k.shape[1]))
     return q[:, :rows], k, v
-
-
-def _in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return sdpa(q.float(), k.float(), v.float())
 
 
 def _exact_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, AttentionFn]:

@@ -102,7 +102,8 @@ class Choices:
         return self._found[key]
 
     def _name(self, operation: Operation, key: str, arguments: Arguments) -> str:
-        if self.deterministic or len(operation.kernels) == 1 or _has_no_data(arguments):
+        on_meta = any(isinstance(argument, Tensor) and argument.is_meta for argument in arguments)
+        if self.deterministic or on_meta or len(operation.kernels) == 1:
             return operation.default
         name = self.used.get(key)
         if name is None or name not in operation.kernels:
@@ -115,10 +116,6 @@ class Choices:
 def described(operation: str, sizes: tuple[int, ...], dtype: torch.dtype, device: str) -> str:
     """Such as "linear 512x1536x8960 float32 cpu"."""
     return f"{operation} {'x'.join(map(str, sizes))} {str(dtype).removeprefix('torch.')} {device}"
-
-
-def _has_no_data(arguments: Arguments) -> bool:
-    return any(isinstance(argument, Tensor) and argument.device.type == "meta" for argument in arguments)
 
 
 _process = Choices(deterministic=os.environ.get(DETERMINISTIC, "") not in ("", "0"))
@@ -279,7 +276,10 @@ def fastest(operation: Operation, arguments: Arguments) -> tuple[str, dict[str, 
     with torch.no_grad():
         sample = operation.sample(*arguments)
         candidates = exact_enough(operation, sample)
-        runs = {name: (operation.kernels[name], _repeats(operation.kernels[name], sample)) for name in candidates}
+        runs: dict[str, tuple[Kernel, int]] = {}
+        for name in candidates:
+            kernel = operation.kernels[name]
+            runs[name] = kernel, max(1, min(1000, int(SHORTEST / max(1e-6, seconds(kernel, sample, 1)))))
         times: dict[str, list[float]] = {name: [] for name in runs}
         start = time.perf_counter()
         for turn in range(MOST_ROUNDS):
@@ -309,18 +309,11 @@ def exact_enough(operation: Operation, sample: Arguments) -> list[str]:
                 raise
             log.debug("%s: %s does not run here: %s", operation.name, name, problem)
             continue
-        errors[name] = 0.0 if expected is None else _error(result, expected)
+        errors[name] = 0.0
+        if expected is not None:
+            errors[name] = ((result.float() - expected).norm() / expected.norm()).item()
     allowed = EXTRA_ERROR * errors[operation.default]
     return [name for name, error in errors.items() if error <= allowed or name == operation.default]
-
-
-def _error(result: Tensor, expected: Tensor) -> float:
-    return ((result.float() - expected).norm() / expected.norm()).item()
-
-
-def _repeats(kernel: Kernel, sample: Arguments) -> int:
-    """How many times a kernel must run to take `SHORTEST`."""
-    return max(1, min(1000, int(SHORTEST / max(1e-6, seconds(kernel, sample, 1)))))
 
 
 def seconds(kernel: Kernel, arguments: Arguments, repeats: int) -> float:

@@ -100,16 +100,12 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
-
-
 def _some_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     rows = max(LEAST_TIMED_ROWS, MOST_TIMED_PRODUCTS // weight.numel())
     return x.reshape(-1, x.shape[-1])[:rows], weight, bias
 
 
-_LINEAR = Operation("linear", {"oneDNN": _onednn, "PyTorch": _pytorch}, _some_rows)
+_LINEAR = Operation("linear", {"oneDNN": _onednn, "PyTorch": F.linear}, _some_rows)
 
 
 def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

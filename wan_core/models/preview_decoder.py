@@ -84,10 +84,9 @@ class PreviewDecoder(nn.Module):
         with fewer it is an approximation.
         """
         memory: Memory = {}
-        pictures = [self._frame(frame, memory) for frame in latents.transpose(0, 1).split(1)]
+        pictures = []
+        for x in latents.transpose(0, 1).split(1):  # (1, z, h, w), one latent frame after the other
+            for layer in self.decoder:
+                x = layer(x, memory) if isinstance(layer, MemBlock) else layer(x)
+            pictures.append(x)
         return torch.cat(pictures[context:]).clamp_(0, 1)
-
-    def _frame(self, x: Tensor, memory: Memory) -> Tensor:
-        for layer in self.decoder:
-            x = layer(x, memory) if isinstance(layer, MemBlock) else layer(x)
-        return x

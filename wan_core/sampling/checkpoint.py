@@ -93,12 +93,8 @@ def digest_weights(module: nn.Module) -> str:
 def _samples(module: nn.Module) -> tuple[Any, Any]:
     weights = module.state_dict()
     names = tuple((name, tuple(weight.shape), str(weight.dtype)) for name, weight in weights.items())
-    return names, tuple(_sample(weight).float().cpu() for weight in weights.values())
-
-
-def _sample(weight: Tensor) -> Tensor:
-    flat = weight.detach().flatten()
-    return flat[:: max(1, flat.numel() // WEIGHT_SAMPLE)]
+    flat = (weight.detach().flatten() for weight in weights.values())
+    return names, tuple(values[:: max(1, values.numel() // WEIGHT_SAMPLE)].float().cpu() for values in flat)
 
 
 def manifest(
@@ -168,7 +164,7 @@ class Checkpoint:
         except OSError as error:
             if not self._warned:
                 log.warning(
-                    "The run cannot be saved in %s (%s). It goes on, but if it is killed it will start over.",
+                    "The unfinished run cannot be kept in %s (%s). It goes on, but if it is killed it will start over.",
                     path, error,
                 )  # fmt: skip
             self._warned = True

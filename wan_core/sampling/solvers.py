@@ -77,16 +77,11 @@ class Solver:
     def __init__(self, sigmas: Sequence[float] | Tensor, *, seed: int = 0, rand_device: str = "cpu") -> None:
         """`seed` and `rand_device` are for solvers that draw noise."""
         self.sigmas = [float(sigma) for sigma in sigmas]
-        self.evaluations = [
-            tuple(self._timestep(sigma) for sigma in self.levels(index)) for index in range(len(self.sigmas) - 1)
-        ]
+        timesteps = ([sigma * NUM_TRAIN_TIMESTEPS for sigma in self.levels(i)] for i in range(len(self.sigmas) - 1))
+        self.evaluations = [tuple(float(int(t)) if self.WHOLE_TIMESTEPS else t for t in step) for step in timesteps]
         self.timesteps = [first for first, *_ in self.evaluations]
         self.memory: dict[str, Tensor] = {}
         self._seed, self._rand_device = seed, rand_device
-
-    def _timestep(self, sigma: float) -> float:
-        timestep = sigma * NUM_TRAIN_TIMESTEPS
-        return float(int(timestep)) if self.WHOLE_TIMESTEPS else timestep
 
     def levels(self, index: int) -> Sequence[float]:
         """The noise levels at which step `index` evaluates the model; the first is `sigmas[index]`."""
