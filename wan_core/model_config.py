@@ -118,10 +118,18 @@ class ModelConfig:
         Raises:
             ValueError: they cannot be kept that way, or the configuration asks for what this library does not have.
         """
-        self._refuse_unknown()
+        for name in ("onload_device", "preparing_device"):
+            value = getattr(self, name)
+            if value is not None and str(value) != DISK:
+                usable_device(name, value)
+        if self.clear_parameters:
+            raise ValueError("clear_parameters is not available: a pipeline needs the weights of its models.")
+        if self.quantize is not None:
+            raise ValueError("quantize is not available; offload_dtype=torch.float8_e4m3fn holds the weights as FP8.")
         offload = device if self.offload_device is None else self.offload_device
         on_disk = str(offload) == DISK
         dtype = self._dtype("offload_dtype")
+        # DiffSynth-Studio's onload dtype is that of weights while their model is in use; as FP8 it means FP8 layers.
         if dtype is None:
             wanted = (self._dtype(name) for name in ("onload_dtype", "preparing_dtype"))
             eight = next((found for found in wanted if choice_for_dtype(found)), None)
@@ -141,7 +149,7 @@ class ModelConfig:
         """In which dtype the model computes in a pipeline of dtype `default`.
 
         Raises:
-            ValueError: it is none to compute in.
+            ValueError: models cannot compute in it.
         """
         found = self._dtype("computation_dtype")
         return default if found is None else compute_dtype("computation_dtype", found)
@@ -170,22 +178,12 @@ class ModelConfig:
             raise ValueError(f"{name} must be a torch.dtype or None; got {value!r}.")
         return value
 
-    def _refuse_unknown(self) -> None:
-        for name in ("onload_device", "preparing_device"):
-            value = getattr(self, name)
-            if value is not None and str(value) != DISK:
-                usable_device(name, value)
-        if self.clear_parameters:
-            raise ValueError("clear_parameters is not available: a pipeline needs the weights of its models.")
-        if self.quantize is not None:
-            raise ValueError("quantize is not available; offload_dtype=torch.float8_e4m3fn holds the weights as FP8.")
-
 
 def compute_dtype(name: str, value: Any) -> torch.dtype:
-    """`value`, a dtype that models can compute in; `name` is the parameter's.
+    """`value`, which must be a dtype that models can compute in; `name` is the parameter's.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not.
     """
     if not isinstance(value, torch.dtype) or value not in COMPUTE_DTYPES:
         quantises = isinstance(value, torch.dtype) and choice_for_dtype(value)
@@ -245,7 +243,7 @@ def find_models(
 
 
 def require_same_latents(dit: Component, vae: Component) -> None:
-    """Raise ValueError unless `vae` encodes to what `dit` denoises; their headers tell."""
+    """Raise ValueError unless `vae` encodes to what `dit` denoises; by their headers."""
     wanted, given = dit.config_of(DiTConfig).geometry, vae.config_of(VAEConfig).geometry
     if not wanted.matches(given):
         raise ValueError(

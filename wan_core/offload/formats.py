@@ -200,7 +200,7 @@ MADE_FORMATS: Mapping[WeightChoice, Float8] = {"fp8": FP8}
 
 
 def choice_for_dtype(dtype: torch.dtype | None) -> WeightChoice | None:
-    """The choice of `MADE` that a dtype names; None for dtypes that weights are just cast to."""
+    """The choice of `MADE_FORMATS` that a dtype names; None for dtypes that weights are just cast to."""
     return next((choice for choice, row in MADE_FORMATS.items() if dtype in row.dtypes), None)
 
 

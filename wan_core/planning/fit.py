@@ -166,8 +166,21 @@ def text_of(fit: FittedPlan) -> str:
     rows = [COLUMNS, *(_row(phase) for phase in plan.phases)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    verdict = f"{plan.job.name}, {plan.job.size}: {_verdict(plan)}"
-    return "\n".join([verdict, "", *table, "", *_memory(plan), *_settings(fit)])
+    takes = gigabytes(plan.peak_bytes)
+    if plan.limit is None:
+        verdict = f"takes {takes} of card memory."
+    elif plan.fits:
+        verdict = f"fits, {takes} of {gigabytes(plan.limit)} of card memory."
+    else:
+        verdict = f"does not fit, {gigabytes(plan.missing)} more than {gigabytes(plan.limit)} of card memory."
+    memory = [f"Host memory: {gigabytes(plan.ram_bytes)} ({_listed(plan.ram)}), and about 1 GB for Python itself."]
+    if plan.files:
+        memory.append(
+            f"Stays in files: {_listed(plan.files)}. A block is read when its turn comes; free memory serves as the "
+            "system's cache of it."
+        )
+    title = f"{plan.job.name}, {plan.job.size}: {verdict}"
+    return "\n".join([title, "", *table, "", *memory, *_settings(fit)])
 
 
 def data_of(fit: FittedPlan) -> dict[str, Any]:
@@ -204,24 +217,6 @@ def _row(phase: Phase) -> tuple[str, ...]:
         f"{phase.hidden:.0%}" if streams else "-",
         "; ".join(filter(None, (short, phase.note))),
     )
-
-
-def _verdict(plan: WholePlan) -> str:
-    if plan.limit is None:
-        return f"takes {gigabytes(plan.peak_bytes)} of card memory."
-    if plan.fits:
-        return f"fits, {gigabytes(plan.peak_bytes)} of {gigabytes(plan.limit)} of card memory."
-    return f"does not fit, {gigabytes(plan.missing)} more than {gigabytes(plan.limit)} of card memory."
-
-
-def _memory(plan: WholePlan) -> list[str]:
-    lines = [f"Host memory: {gigabytes(plan.ram_bytes)} ({_listed(plan.ram)}), and about 1 GB for Python itself."]
-    if plan.files:
-        lines.append(
-            f"Stays in files: {_listed(plan.files)}. A block is read when its turn comes; memory that is free serves "
-            "as the system's cache of it."
-        )
-    return lines
 
 
 def _listed(sizes: Mapping[str, int]) -> str:
