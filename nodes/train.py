@@ -63,7 +63,9 @@ class LossPlot:
         name = run.strip()
         path = places.trained_folder(name) if Path(name).is_absolute() else run_folder(name)
         if path is None:
-            raise ValueError(f"A workflow may not read {name!r}; write the name of a run in the output folder.")
+            raise ValueError(
+                f"{name!r} is not where a workflow may read; write the name of a run in the output folder."
+            )
         if not (path / "events.jsonl").is_file():
             raise ValueError(f"{path} holds no training run (there is no events.jsonl in it).")
         return path / "events.jsonl"

@@ -254,7 +254,7 @@ def step(number, **more):
 def test_a_step_in_words():
     assert step_line(step(3), {}) == "step 3/9  loss 0.0813  1.9 s/step  about 59 min left"
     assert "(held out 0.2000)" in step_line(step(3), {1: 0.1, 2: 0.2})
-    assert "no number" in step_line(step(3, loss=None, eta=None), {})
+    assert "not finite" in step_line(step(3, loss=None, eta=None), {})
 
 
 def test_progress_and_pictures_are_shown_in_turn(tmp_path, monkeypatch):
@@ -300,7 +300,7 @@ def test_widgets_are_those_of_the_trainer():
 def test_each_flag_of_the_trainer_is_the_graphs_or_says_what_to_do_instead():
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     assert fields > training_inputs.ALLOWED
-    assert fields - training_inputs.ALLOWED <= training_inputs.INSTEAD.keys()
+    assert fields - training_inputs.ALLOWED <= training_inputs.ALTERNATIVES.keys()
     for name in fields - training_inputs.ALLOWED:
         with pytest.raises(ValueError, match=f"flags: --{name} is for the command line; "):
             training_inputs.parse_flags(f"--{name}" if name in ("skip_download", "confined") else f"--{name} 1")
