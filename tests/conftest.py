@@ -9,6 +9,8 @@ import signal
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
+
 from pack import register
 
 # Kernels by default, not by their time: a test's bits must not depend on what else the machine does.
@@ -21,6 +23,16 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
         signal.signal(getattr(signal, name), handler)
 
 register()
+
+LONGEST = (
+    "tests/trainer/", "tests/benchmarks/", "tests/planning/", "tests/nodes/test_train_nodes.py",
+    "tests/test_workflows.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker is left alone with them."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 def pytest_collection_finish() -> None:

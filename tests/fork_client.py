@@ -41,7 +41,7 @@ def read_number(answers: socket.socket, flags: int = 0) -> int:
 
 def stand_in(address: str, python: str) -> None:
     """Be an interpreter: ask for a process with this one's arguments, end as it ends; else become `python`."""
-    words = sys.argv[1:]
+    words = sys.argv[2:] if sys.argv[1:2] == ["-u"] else sys.argv[1:]  # what is forked keeps no line back
     if not words or (words[0].startswith("-") and words[0] not in ("-m", "-c")):
         os.execv(python, [python, *words])
     here = os.getcwd()  # noqa: PTH109  # pathlib takes as long to import as all else

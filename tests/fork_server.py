@@ -270,6 +270,7 @@ def _become(asked: dict[str, Any], files: list[int]) -> None:
 
             resource.setrlimit(resource.RLIMIT_FSIZE, (asked["file_limit"], asked["file_limit"]))
         sys.executable = str(Path(sys.argv[1]).with_name("python"))
+        sys.stdout.reconfigure(line_buffering=True)
         code = _interpret(asked["words"])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)

@@ -8,7 +8,7 @@ LINES = [line for line in script.DOCUMENT.read_text(encoding="utf-8").splitlines
 ROWS = [
     script.Case("T2V 1.3B", "480p", "bf16", 6),
     script.Case("T2V 14B", "480p", "bf16", 8),
-    script.Case("T2V 14B", "720p", "fp8", 6),
+    script.Case("T2V 1.3B", "720p", "fp8", 6),
 ]
 
 

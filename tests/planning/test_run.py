@@ -14,12 +14,15 @@ from wan_core.offload.streaming import PlainCopies
 from wan_core.offload.weights import WeightProvider
 from wan_core.planning.estimate import LiveBytes
 from wan_core.planning.run import plan_run
-from wan_core.runtime import GIB, Runtime
+from wan_core.runtime import Runtime
 from wan_core.settings import MemorySettings, SamplerSettings
 from wan_core.types import Conditioning, VideoSize, tensors_in
 
 META = torch.device("meta")
-LARGE = DiTConfig(dim=5120, ffn_dim=13824, num_layers=40)
+BLOCKS = 8
+LARGE = DiTConfig(dim=5120, ffn_dim=13824, num_layers=BLOCKS)
+"""As wide as 14B. A run holds of more blocks nothing but their weights."""
+SIZES = {"480p": VideoSize(832, 480, 81), "720p": VideoSize(1280, 720, 81)}
 
 
 @cache
@@ -54,13 +57,22 @@ def results_stay_on_the_meta_device(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gib", "width", "height", "fp8"),
-    [(24, 832, 480, False), (8, 832, 480, False), (12, 1280, 720, False), (6, 832, 480, True), (8, 1280, 720, True)],
+    ("share", "size", "fp8"),
+    [(1, "480p", False), (0.7, "480p", False), (0.4, "720p", False), (0.6, "480p", True), (0, "720p", True)],
 )
-def test_the_planned_peak_of_14b_is_the_counted_one(gib, width, height, fp8):
-    dit, cond, size = model(fp8), conditioning(), VideoSize.rounded(width, height, 81).latent
-    plan = plan_run(dit, cond, size, SamplerSettings(steps=1), MemorySettings(), lambda _: gib * GIB)
-    assert bool(plan.missing) == (plan.peak_bytes > gib * GIB)
+def test_the_planned_peak_is_the_counted_one(share, size, fp8):
+    """With room for that share of the weights beside all else; without any it streams every block, and says so."""
+    dit, cond, size = model(fp8), conditioning(), SIZES[size].latent
+
+    def planned(room):
+        return plan_run(dit, cond, size, SamplerSettings(steps=1), MemorySettings(), lambda _: room)
+
+    whole = planned(None)
+    limit = whole.peak_bytes - (1 - share) * whole.placement.device_bytes
+    plan = planned(limit)
+    streamed = len(plan.placement.streamed)
+    assert streamed == 0 if share == 1 else streamed == BLOCKS if share == 0 else 0 < streamed < BLOCKS
+    assert bool(plan.missing) == (plan.peak_bytes > limit) == (share == 0)
     provider, copies = WeightProvider.of(dit), MetaCopies()
     with provider.working(META, plan.placement, copies=copies):
         """The rows that streamed blocks rest in are made; they stand for host memory."""

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import gc
 import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +49,12 @@ WINDOWS = {
 }  # fmt: skip
 
 
+def in_pairs(first: Iterable[Any], second: Iterable[Any], third: Sequence[Any] | dict[str, Any]) -> list[tuple]:
+    """Cases in which every value of each list meets every value of both others; the third list is the shortest."""
+    third = list(third)
+    return [(x, y, third[(i + j) % len(third)]) for i, x in enumerate(first) for j, y in enumerate(second)]
+
+
 def run(variant: str, dit: WanDiT | None = None, runtime: Runtime = RUNTIME, size: LatentSize = SIZE, **changes):
     cond = conditioning(variant, size)
     settings = SamplerSettings(**{"steps": 5, "seed": 2, "shift": 3.0} | changes)
@@ -69,9 +77,7 @@ def guided(variant: str, cache: object, windows: WindowSettings | None, mode: st
     return sample(shared_dit(variant), cond, SIZE, settings, RUNTIME, motion_controller=controller)
 
 
-@pytest.mark.parametrize("windows", WINDOWS)
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("variant", DITS)
+@pytest.mark.parametrize(("variant", "cache", "windows"), in_pairs(DITS, CACHES, WINDOWS), ids=str)
 def test_caches_windows_and_guidance_go_together(variant, cache, windows):
     (cached, uncached), (cut, whole) = CACHES[cache], WINDOWS[windows]
     result = functools.partial(guided, variant)
@@ -91,11 +97,10 @@ def test_caches_windows_and_guidance_go_together(variant, cache, windows):
         assert not torch.equal(plain, without)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("split", [1, 3, 4])
+@pytest.mark.parametrize(("solver", "cache", "split"), in_pairs(SOLVERS, CACHES, [1, 3, 4]), ids=str)
 def test_a_run_in_two_parts_is_the_run_in_one(solver, cache, split):
-    dit, cond, settings = tiny_dit("vace"), conditioning("vace", SIZE), SamplerSettings(steps=6, solver=solver)
+    dit, cond = shared_dit("vace"), conditioning("vace", SIZE, models=SMALL)
+    settings = SamplerSettings(steps=6, solver=solver)
     settings = dataclasses.replace(settings, cache=CACHES[cache][0], guidance=GuidanceSettings(start=0.3))
     whole = sample(dit, cond, SIZE, settings, RUNTIME)
     first = sample_state(dit, cond, SIZE, dataclasses.replace(settings, end_step=split), RUNTIME)
@@ -245,7 +250,7 @@ def test_a_run_waits_for_the_device_in_its_first_step_only(solver, mode, windows
         runtime = dataclasses.replace(
             RUNTIME, before_step=lambda *_: at.append(waits.count), on_progress=lambda *_: at.append(waits.count)
         )
-        sample(tiny_dit("vace"), conditioning("vace", SIZE), SIZE, settings, runtime)
+        sample(shared_dit("vace"), conditioning("vace", SIZE, models=SMALL), SIZE, settings, runtime)
     counts = [after - before for before, after in zip(at[::2], at[1::2], strict=True)]
     assert counts == [first, 0, 0, 0, 0]
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.reference import relative_error
+from tests.reference import filled, relative_error
+from tests.sampling.variants import SMALL
 from tests.trainer.runs import config, events, losses, run, shared, weights
+from wan_core.models.dit import WanDiT
 from wan_core.runtime import OutOfMemoryError
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.objective import Objective
@@ -51,7 +53,7 @@ def test_a_run_writes_what_it_promises(shared, tmp_path):
 
 LEARNERS = {
     "lora": dict(lora_rank=128, lora_alpha=512.0, batch_size=16, max_steps=70, lr_scheduler="cosine"),
-    "full": dict(trainable_models=("dit",), batch_size=8, max_steps=80),
+    "full": dict(trainable_models=("dit",), batch_size=8, max_steps=80, learning_rate=5e-3),
 }
 
 
@@ -64,8 +66,14 @@ def test_two_clips_are_learned_by_heart(shared, tmp_path, mode):
     twice.write_text("\n".join([*rows, *rows[1:]]), encoding="utf-8")
     settings = config(
         shared, tmp_path / "run", dataset_metadata_path=str(twice), validation_clips=2, loss_weighting="none",
-        num_frames=1, learning_rate=2e-3, use_gradient_checkpointing=False, dataset_repeat=2000, **LEARNERS[mode],
+        num_frames=1, use_gradient_checkpointing=False, dataset_repeat=2000,
+        **{"learning_rate": 2e-3, **LEARNERS[mode]},
     )  # fmt: skip
+    if mode == "full":  # where a smaller model has enough to learn with
+        small = tmp_path / "small.safetensors"
+        save_file(filled(WanDiT, dataclasses.replace(SMALL["t2v"], num_layers=2)).state_dict(), small)
+        others = settings.model_id_with_origin_paths[1:]
+        settings = dataclasses.replace(settings, model_paths=((str(small),),), model_id_with_origin_paths=others)
     run(dataclasses.replace(settings, max_steps=1, learning_rate=0.0))
     run(settings)
     first, last = (event["loss"] for event in events(tmp_path / "run", "validation"))
