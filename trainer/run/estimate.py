@@ -8,16 +8,18 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.weights import WeightProvider
@@ -33,6 +35,8 @@ from ..model import trainable
 from ..model.memory import Saving, activation_checkpointing, placement_within
 from ..model.trainable import Denoiser, Trainables
 from ..objective import Noising, weighted
+
+aten = torch.ops.aten
 
 BYTES_PER_TRAINED = 16
 """A float32 weight, its gradient and the two moments of Adam."""
@@ -54,6 +58,9 @@ class Estimate:
         activations: bytes at the peak of a forward and backward pass beside those; None where they were not counted.
         updating: bytes beside frozen weights while the optimizer works, after activations are gone.
         host: bytes that the pass keeps in host memory for its way back.
+        copied: bytes that a pass copies between host and device: those, there and back, and streamed blocks, which
+            the way back needs again.
+        flops: of a pass; 0 where they were not counted.
         saved: bytes of one save on the disk.
         tokens: in a batch.
     """
@@ -63,6 +70,8 @@ class Estimate:
     activations: int | None
     updating: int
     host: int
+    copied: int
+    flops: int
     saved: int
     tokens: int
 
@@ -85,13 +94,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes of one forward and backward pass: at its peak on the device, and kept in host memory."""
+    """One forward and backward pass: bytes at its peak on the device, bytes kept in host memory, and floating-point
+    operations of matrix products, convolutions and attention.
+    """
 
     peak: int
     host: int = 0
+    flops: int = 0
 
     def plus(self, other: "Pass", times: int) -> "Pass":
-        return Pass(self.peak + times * other.peak, self.host + times * other.host)
+        return Pass(*(own + times * new for own, new in zip(astuple(self), astuple(other), strict=True)))
 
 
 Changes = Mapping[str, Any]
@@ -133,12 +145,18 @@ class Estimator:
             others = {id(p) for block in self._module.dit.blocks[:-1] for p in block.parameters()}
             missing = 4 * sum(p.numel() for p in self._trained if id(p) in others)
             activations = max(whole.peak - missing, first.peak)
+        inventory = WeightProvider.of(self._module.dit).inventory()
+        placement = placement_within(inventory, config) if config.streams else None
+        frozen = sum(p.nbytes for p in self._module.parameters() if not p.requires_grad)
+        host = whole.host if whole else 0
         return Estimate(
-            frozen=self._frozen(config),
+            frozen=frozen + (placement.device_bytes - inventory.bytes if placement else 0),
             trained=numbers * BYTES_PER_TRAINED,
             activations=activations,
             updating=numbers * BYTES_PER_UPDATED,
-            host=whole.host if whole else 0,
+            host=host,
+            copied=2 * host + 2 * (placement.streamed_bytes if placement else 0),
+            flops=whole.flops if whole else 0,
             saved=numbers * (BYTES_PER_SAVED + (2 if config.mixed_precision == "bf16" else 4)),
             tokens=_tokens(self._shape, self._patch) * config.batch_size,
         )
@@ -161,13 +179,6 @@ class Estimator:
                     changed = dataclasses.replace(changed, vram_limit=math.floor(10 * limit) / 10)
                 return name, changed
         return None
-
-    def _frozen(self, config: TrainConfig) -> int:
-        frozen = sum(p.nbytes for p in self._module.parameters() if not p.requires_grad)
-        if config.streams:
-            inventory = WeightProvider.of(self._module.dit).inventory()
-            frozen += placement_within(inventory, config).device_bytes - inventory.bytes
-        return frozen
 
     def _pass(self, config: TrainConfig) -> tuple[Pass, Pass]:
         key = (
@@ -211,9 +222,10 @@ def counted_pass(
     with fake:
         inputs = _inputs(twin, shape, config.batch_size)
         live = LiveBytes("cpu", (*weights_of(twin).values(), *tensors_of(inputs)))
-        with live, as_on_cuda(twin) if cuda else nullcontext(), without_gradients(twin):
+        work = _Operations()
+        with live, work, as_on_cuda(twin) if cuda else nullcontext(), without_gradients(twin):
             run_pass(twin, inputs, config, host)
-    return Pass(live.peak, host.bytes)
+    return Pass(live.peak, host.bytes, work.flops)
 
 
 @dataclass(frozen=True)
@@ -267,6 +279,31 @@ def _inputs(module: Denoiser, shape: tuple[int, ...], batch: int) -> Inputs:
     cond = cond.map(lambda tensor, _: torch.empty(batch, *tensor.shape[1:]))
     latents, numbers = torch.empty(batch, *shape), torch.empty(batch)
     return Inputs(latents, Noising(torch.empty_like(latents), numbers, numbers, numbers), cond)
+
+
+class _Operations(TorchDispatchMode):
+    """Adds up the floating-point operations; a multiplication and an addition are two."""
+
+    ATTENTION: ClassVar[Mapping[Any, Callable[..., int]]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop_count,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop_count,
+    }
+    """What attention is on a CPU; the registry knows that of cards alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in self.ATTENTION:
+            count = self.ATTENTION[packet]
+            number = 4 if count is sdpa_backward_flop_count else 3
+            self.flops += count(*(tensor.shape for tensor in args[:number]))
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class _HostMemory:
