@@ -5,13 +5,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from wan_core.model import VideoModel
 from wan_core.planning.fit import FittedPlan, data_of, fit_plan, suggestions, text_of
 from wan_core.planning.job import Job, plan_whole
 from wan_core.runtime import GIB, free_bytes
 from wan_core.settings import check_number
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
-from ..nodes.planning import PlanError, PlannedRun, Unknown
+from ..nodes.planning import PlanError, PlannedRun, PlannedTraining, Unknown
 from .core_nodes import core_nodes
 from .folders import Folders, workflow_file
 from .overrides import apply_sets, apply_tiny
@@ -56,19 +57,39 @@ def plan(arguments: argparse.Namespace) -> tuple[str, bool]:
     if arguments.tiny:
         workflow = apply_tiny(workflow, nodes)
     schemas = schemas_of(nodes)
-    jobs = jobs_of(apply_sets(workflow, arguments.sets, schemas), nodes, schemas)
+    jobs, trainings = planned_runs(apply_sets(workflow, arguments.sets, schemas), nodes, schemas)
     absent = list(dict.fromkeys(part.absent for job in jobs for part in job.modules.values() if part.absent))
     fits = [fit_plan(job, limit) if arguments.fit else _unchanged(job, limit) for job in jobs]
+    counted = [_training(training, limit) for training in trainings]
     fine = all(found.plan.fits for found in fits)
     if arguments.json:
-        return json.dumps({"plans": [data_of(found) for found in fits], "absent": absent}, indent=2), fine
-    texts = [text_of(found) for found in fits]
+        plans = {"plans": [data_of(found) for found in fits], "trainings": [data for data, *_ in counted]}
+        return json.dumps({**plans, "absent": absent}, indent=2), fine and all(fits for *_, fits in counted)
+    texts = [text_of(found) for found in fits] + [text for _, text, _ in counted]
     if not fine and not arguments.fit:
         texts.append("With --fit, settings are looked for that take less.")
     if absent:
         files = [f"  - {file}" for file in absent]
         texts.append("\n".join(["Not on this machine, planned by what is published of it, in bf16:", *files]))
-    return "\n\n".join(texts), fine
+    return "\n\n".join(texts), fine and all(fits for *_, fits in counted)
+
+
+def _training(training: PlannedTraining, limit: float | None) -> tuple[dict[str, Any], str, bool]:
+    """A training by count: as JSON holds it, in words, and whether it fits."""
+    # Only who plans a training needs the packages that training needs.
+    from ..trainer.data import dataset, report
+    from ..trainer.model import trainable
+    from ..trainer.run.estimate import Estimator
+
+    config, model = training.config, training.model
+    controller = None if model.motion_controller is None else model.motion_controller.module
+    dit = model.experts[0].module
+    handle = VideoModel.of(dit, model.variant, None, model.name, controller)
+    rows = report.check(dataset.load(config), config, geometry=model.geometry).require(config.on_bad_sample)
+    estimator = Estimator(trainable.prepare(handle, config), (row.latent_shape for row in rows))
+    text, fits = estimator.verdict(config, limit)
+    data = {"model": training.name, "limit": limit, "fits": fits, **vars(estimator.needs(config))}
+    return data, f"Training {training.name}. {text}", fits
 
 
 def _unchanged(job: Job, limit: float | None) -> FittedPlan:
@@ -77,8 +98,11 @@ def _unchanged(job: Job, limit: float | None) -> FittedPlan:
     return FittedPlan(whole, suggestions=() if whole.fits else suggestions(whole))
 
 
-def jobs_of(workflow: Workflow, nodes: Mapping[str, type[Any]], schemas: Mapping[str, NodeSchema]) -> list[Job]:
-    """What each sampler runs, in the order of the file: the `plan_outputs` of every node class, along the links.
+def planned_runs(
+    workflow: Workflow, nodes: Mapping[str, type[Any]], schemas: Mapping[str, NodeSchema]
+) -> tuple[list[Job], list[PlannedTraining]]:
+    """What each sampler and each training runs, in the order of the file: the `plan_outputs` of every node class, along the
+    links.
 
     Raises:
         WorkflowError: a link leads nowhere, links form a cycle, no sampler leads to an output, or what one is linked to
@@ -104,13 +128,16 @@ def jobs_of(workflow: Workflow, nodes: Mapping[str, type[Any]], schemas: Mapping
         except PlanError as error:
             raise WorkflowError(f"{node}: {error}") from error
     runs = [value for node_id in needed for value in values[node_id] if isinstance(value, PlannedRun)]
-    if not runs:
-        raise WorkflowError("There is nothing to plan: no sampler of this pack leads to an output of the workflow.")
+    trainings = [value for node_id in needed for value in values[node_id] if isinstance(value, PlannedTraining)]
+    if not runs and not trainings:
+        raise WorkflowError(
+            "There is nothing to plan: no sampler or training of this pack leads to an output of the workflow."
+        )
     decoded: dict[PlannedRun, PlannedRun] = {}
     for run in runs:
         if run.sampled is not None:
             decoded.setdefault(run.sampled, run)
-    return [decoded.get(run, run).job for run in runs if run.sampled is None]
+    return [decoded.get(run, run).job for run in runs if run.sampled is None], trainings
 
 
 def _inputs(

@@ -28,6 +28,8 @@ from wan_core.tiling import Tiles
 from wan_core.types import VideoSize
 from wan_core.variants import Variant
 
+from ..trainer.config import TrainConfig
+
 Value = TypeVar("Value")
 
 
@@ -146,6 +148,23 @@ class PlannedRun:
 
     job: Job
     sampled: "PlannedRun | None" = None
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedTraining:
+    """The path of weights that are still to be trained.
+
+    Attributes:
+        config: settings of the run.
+        model: on the meta device, as the run would load it.
+    """
+
+    config: TrainConfig
+    model: PlannedModel
+
+    @property
+    def name(self) -> str:
+        return self.model.name
 
 
 def plan_module(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,18 @@ class Train:
         return load_settings(own, parse_flags(values["flags"]))
 
     @classmethod
+    def plan_outputs(cls, data: Any, **values: Any) -> tuple[planning.PlannedTraining, None, None, None, None]:
+        found = planning.known(TrainingData, "data", data)
+        values = {**defaults(cls), **values}
+        config = cls._complete(found, values, {})
+        dtype = "fp32" if config.mixed_precision == "no" else "bf16"
+        model, *_ = ModelLoader.plan_outputs(values["model"], dtype=dtype, weights="fp8" if config.fp8_base else "auto")
+        if values["adapter"] != NONE:
+            adapter = planning.plan_module(*SpeedControl.described(values["adapter"]), dtype)
+            model = replace(model, motion_controller=adapter)
+        return planning.PlannedTraining(config, model), None, None, None, None
+
+    @classmethod
     def VALIDATE_INPUTS(cls, **values: Any) -> bool | str:
         values = {**defaults(cls), **{name: value for name, value in values.items() if value is not None}}
         for check in (require_packages, lambda: cls.settings(values)):
@@ -266,14 +279,18 @@ class Train:
         return {"ui": {"text": [outcome.summary]}, "result": result}
 
     def _run(self, data: TrainingData, values: Mapping[str, Any]) -> Run:
-        config = self.settings(values)
         found = self._models(values)
-        words = {**config.resolved(), **data.settings, **found}
         files = [Path(file) for group in found["model_paths"] for file in group]
         environment = {"ACCELERATE_USE_CPU": "true"} if host.current.device().type == "cpu" else {}
         mark = f"{data.mark} {files_mark(files)}"
-        settings = load_settings(words, parse_flags(values["flags"]))
-        return Run(run_folder(values["name"]), settings, mark, values["gpus"], environment)
+        config = self._complete(data, values, found)
+        return Run(run_folder(values["name"]), config, mark, values["gpus"], environment)
+
+    @classmethod
+    def _complete(cls, data: TrainingData, values: Mapping[str, Any], models: Mapping[str, Any]) -> TrainConfig:
+        """The configuration of a run on `data` with these models."""
+        words = {**cls.settings(values).resolved(), **data.settings, **models}
+        return load_settings(words, parse_flags(values["flags"]))
 
     def _models(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The files of every model that the run needs, downloaded where that is allowed, as settings."""

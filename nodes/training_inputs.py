@@ -263,6 +263,10 @@ class TrainingDataNode:
         return found
 
     @classmethod
+    def plan_outputs(cls, **values: Any) -> tuple[TrainingData, None, None]:
+        return TrainingData(cls.settings(**values), ""), None, None
+
+    @classmethod
     def VALIDATE_INPUTS(cls, **values: Any) -> bool | str:
         return sockets.true_or_message(lambda: cls.settings(**values))
 

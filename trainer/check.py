@@ -13,15 +13,19 @@ if __name__ == "__main__":  # before the imports below, which need the names of 
 import argparse
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from wan_core.media import Clip, MediaError
+from wan_core.runtime import default_device, free_bytes
 
 from .config import TrainConfig, parse
 from .data import dataset, report
 from .data.clips import frames_at_rate, read
 from .data.report import Row
+from .model import load, trainable
+from .run.estimate import Estimator
 from .run.events import Events
 from .run.output import with_recorded_data
 
@@ -92,8 +96,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return BAD_DATA
-    sys.stdout.write(f"{found}\n")
+    sys.stdout.write(f"{found}\n{_memory(config, found.rows)}\n")
     return 0
+
+
+def _memory(config: TrainConfig, rows: Sequence[Row]) -> str:
+    """What a run on `rows` takes, where its models are on this machine."""
+    if not config.model_paths and not config.model_id_with_origin_paths:
+        return "Name the model to see what training takes."
+    limit = None if (device := default_device()).type == "cpu" else free_bytes(device)
+    try:
+        found = load.find(replace(config, skip_download=True))
+        trainables = trainable.prepare(found.sized(config), config)
+        return Estimator(trainables, (row.latent_shape for row in rows)).verdict(config, limit)[0]
+    except ValueError as error:
+        return f"What training takes was not counted: {error}"
 
 
 def _check(config: TrainConfig, folder: Path | None) -> report.DatasetReport:

@@ -9,6 +9,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from wan_core.atomic import replacing
 from wan_core.files import is_nameable
 from wan_core.models.config import DEFAULT_GEOMETRY
@@ -316,6 +318,11 @@ class TrainConfig:
     @property
     def cache_folder(self) -> Path:
         return Path(self.cache_dir or Path(self.output_path) / "cache")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of frozen weights and of matrix products."""
+        return torch.bfloat16 if self.mixed_precision == "bf16" else torch.float32
 
     @property
     def streams(self) -> bool:

@@ -135,7 +135,7 @@ class Run:
         self.is_main = accelerator.is_main_process
         self.folder = Path(config.output_path)
         self.states = States(self.folder / STATES)
-        self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        self.dtype = config.compute_dtype
         self.runtime = Runtime.default(accelerator.device, self.dtype)
 
     def execute(self) -> Result:
@@ -287,7 +287,7 @@ class Run:
         Raises:
             OSError: the disk has no space for one save.
         """
-        config, memory = self.config, Estimator(trainables, (_latent_shape(row) for row in rows))
+        config, memory = self.config, Estimator(trainables, (row.latent_shape for row in rows))
         counts = self.accelerator.device.type != "cpu"
         if config.gradient_checkpointing_keeps == "auto":
             config = replace(config, gradient_checkpointing_keeps="inputs")
@@ -345,9 +345,3 @@ class Run:
             log.log(level, "%s", text or usual)
         self.events.emit("end", step=result.steps, total=result.total, stopped=result.stopped, saved=saved)
         return result
-
-
-def _latent_shape(row: Row) -> tuple[int, ...]:
-    references = len(row.clips.get("vace_reference_image", ()))
-    size = row.size.latent
-    return (size.geometry.channels, references + size.frames, size.height, size.width)

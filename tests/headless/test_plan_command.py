@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.programs import PATIENCE
 from wan_core import bundled, catalog
 from wancore.headless.cli import main
 from wancore.nodes import host
+from wancore.nodes.training_inputs import parse_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
@@ -62,6 +64,23 @@ def test_published_models_are_planned_without_their_files(capsys):
     assert "fits" in out.splitlines()[0]
     assert "of 40 blocks stay, guidance interleaved" in out
     assert "  - Wan-AI/Wan2.1-T2V-14B/diffusion_pytorch_model*.safetensors" in out
+
+
+def test_a_training_is_planned_by_count_with_what_makes_it_fit(capsys):
+    file = ROOT / "workflows" / "api" / "train_lora_t2v.json"
+    (train,) = (k for k, v in json.loads(file.read_text()).items() if v["class_type"] == "WanCoreTrainLora")
+    sizes = ("--set", f"{train}.model=Wan-AI/Wan2.1-T2V-14B", "--vram", 16)
+    assert plan(file, *sizes) == 1
+    out = capsys.readouterr().out
+    assert "Training Wan-AI/Wan2.1-T2V-14B. Device memory by count" in out and "does not fit into 16.0 GB" in out
+    flags = out.rsplit("it fits: ", 1)[1].split(".\n")[0]
+    assert parse_flags(flags) == {"use_gradient_checkpointing_offload": True, "stream_base": True, "vram_limit": ANY}
+
+
+def test_a_plan_of_a_training_is_json_too(capsys):
+    file = ROOT / "workflows" / "api" / "train_lora_t2v.json"
+    (training,) = planned(capsys, file, "--tiny", "--vram", 1)["trainings"]
+    assert training["fits"] and training["flops"] > 0 and training["activations"] > 0
 
 
 def test_too_small_a_card_is_exit_code_1_with_what_is_missing_and_what_helps(capsys):
@@ -149,7 +168,7 @@ def test_a_workflow_without_a_sampler_is_refused(tmp_path, capsys):
     file = tmp_path / "none.json"
     file.write_text(json.dumps({"1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}}}))
     assert plan(file, "--vram", 8) == 2
-    assert "no sampler of this pack" in capsys.readouterr().err
+    assert "no sampler or training of this pack" in capsys.readouterr().err
     assert plan(tmp_path / "absent.json", "--vram", 8) == 2
 
 

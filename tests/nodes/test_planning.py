@@ -11,7 +11,7 @@ import pytest
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
 from wancore.headless.overrides import apply_tiny
-from wancore.headless.plan import jobs_of
+from wancore.headless.plan import planned_runs
 from wancore.headless.schema import schemas_of
 from wancore.headless.workflow import Workflow, WorkflowError
 from wancore.nodes import NODE_CLASS_MAPPINGS, planning, sockets
@@ -72,7 +72,7 @@ class Renaming:
 
 def test_a_node_of_another_pack_is_planned_by_what_it_says():
     nodes = {**CLASSES, "Renaming": Renaming}
-    (job,) = jobs_of(tiny("t2v", other={"class_type": "Renaming"}), nodes, schemas_of(nodes))
+    ((job,), _) = planned_runs(tiny("t2v", other={"class_type": "Renaming"}), nodes, schemas_of(nodes))
     assert job.name == "WanCore/tiny!"
     assert job.decodes and set(job.modules) == {"video model", "text encoder", "VAE"}
 
@@ -82,11 +82,12 @@ def test_a_node_that_says_nothing_is_named(name, monkeypatch):
     monkeypatch.delattr(Renaming, "plan_outputs")
     nodes = {**CLASSES, "Renaming": Renaming}
     with pytest.raises(WorkflowError, match=f"Sampler.*: model comes from .*{name}.*cannot be planned"):
-        jobs_of(tiny("t2v", other={"class_type": name}), nodes, schemas_of(nodes))
+        planned_runs(tiny("t2v", other={"class_type": name}), nodes, schemas_of(nodes))
 
 
 def test_a_loader_that_leads_nowhere_is_not_read():
     workflow = tiny("t2v")
     node = next(node for node in workflow.nodes.values() if node.class_type == "WanCoreModelLoader")
     lost = replace(node, id="lost", inputs={**node.inputs, "model": "lost.safetensors"})
-    assert len(jobs_of(replace(workflow, nodes={**workflow.nodes, "lost": lost}), CLASSES, schemas_of(CLASSES))) == 1
+    nodes = {**workflow.nodes, "lost": lost}
+    assert len(planned_runs(replace(workflow, nodes=nodes), CLASSES, schemas_of(CLASSES))[0]) == 1

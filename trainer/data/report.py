@@ -48,6 +48,13 @@ class Row:
     def name(self) -> str:
         return self.target.path.name
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels, frames with those of reference pictures in front, rows and columns of its latents."""
+        references = len(self.clips.get("vace_reference_image", ()))
+        size = self.size.latent
+        return (size.geometry.channels, references + size.frames, size.height, size.width)
+
     def places(self, config: TrainConfig, fraction: float = 0.0) -> list[int]:
         """Which of the `count` frames are used; `fraction` in [0, 1) chooses where `random` starts."""
         return pick_frames(self.count, self.size.num_frames, config.frame_pick, fraction)

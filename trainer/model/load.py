@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ from wan_core.model import VideoModel
 from wan_core.model_config import ModelConfig, find_models, require_same_latents, tokenizer_folder
 from wan_core.model_files import Offload
 from wan_core.models.config import DiTConfig
+from wan_core.offload.formats import WeightChoice
+from wan_core.planning.modules import SizedModule
 from wan_core.types import Conditioning, VideoSize
 from wan_core.variants import IMAGE, Variant
 
@@ -144,6 +147,21 @@ class FoundModels:
         if self.has_motion_controller:
             model = prepare.with_speed_control(model, parts["motion_controller"], offload.device)
         return model
+
+    def sized(self, config: TrainConfig) -> VideoModel:
+        """The model as the run would load it, on the meta device: shapes and dtypes, and no weights.
+
+        Raises:
+            ValueError: loading would refuse it.
+        """
+        parts, dtype = self.components, config.compute_dtype
+        weights: WeightChoice = "fp8" if config.fp8_base else "plain" if changes_weights(config) else "auto"
+        component = join_vace(parts["dit"], parts["vace"]) if "vace" in parts else parts["dit"]
+        dit: Any = SizedModule.planned(component, dtype, weights=weights).module
+        controller: Any = None
+        if self.has_motion_controller:
+            controller = SizedModule.planned(parts["motion_controller"], dtype).module
+        return VideoModel.of(dit, self.variant, None, self.name, controller)
 
     def fit(self, cond: Conditioning, size: VideoSize) -> Conditioning:
         """`cond` as the DiT takes it, by the function that inference uses.

@@ -1,6 +1,7 @@
 """What training takes, counted before it starts: the step that will run, on tensors that have shapes and no data.
 
 A model of two and of three blocks is enough: what a block adds to the peak is the difference, and all blocks are alike.
+A text encoder or VAE that is trained counts with its weights, not with its activations.
 """
 
 import copy
@@ -111,15 +112,18 @@ Changes = Mapping[str, Any]
 WAYS: dict[str, Changes] = {
     "no checkpointing": {"use_gradient_checkpointing": False, "use_gradient_checkpointing_offload": False},
     "checkpointing that keeps attention": {"gradient_checkpointing_keeps": "attention"},
-    "checkpointing": {"gradient_checkpointing_keeps": "inputs"},
+    "checkpointing": {"gradient_checkpointing_keeps": "auto"},
     "checkpointing into host memory": {
-        "gradient_checkpointing_keeps": "inputs", "use_gradient_checkpointing_offload": True,
+        "gradient_checkpointing_keeps": "auto", "use_gradient_checkpointing_offload": True,
     },
     "checkpointing into host memory, frozen blocks streamed": {
-        "gradient_checkpointing_keeps": "inputs", "use_gradient_checkpointing_offload": True, "stream_base": True,
+        "gradient_checkpointing_keeps": "auto", "use_gradient_checkpointing_offload": True, "stream_base": True,
     },
 }  # fmt: skip
 """Ways to spend less memory, each slower than the one before, as settings that compute the same."""
+
+
+SMALLER = "take fewer frames or a smaller size, a LoRA in place of whole weights, or several cards"
 
 
 class Estimator:
@@ -179,6 +183,19 @@ class Estimator:
                     changed = dataclasses.replace(changed, vram_limit=math.floor(10 * limit) / 10)
                 return name, changed
         return None
+
+    def verdict(self, config: TrainConfig, limit: float | None) -> tuple[str, bool]:
+        """What the run takes in words, and whether that fits into `limit` bytes; if not, with the settings that do."""
+        needs = self.needs(config)
+        if limit is None:
+            return str(needs), True
+        if needs.device <= limit:
+            return f"{needs} That fits into {gigabytes(limit)}.", True
+        found = self.fastest(config, limit)
+        advice = f"No setting makes it fit: {SMALLER}."
+        if found is not None:
+            advice = f"With {found[0]} it fits: {_flags(config, found[1])}."
+        return f"{needs} That does not fit into {gigabytes(limit)}. {advice}", False
 
     def _pass(self, config: TrainConfig) -> tuple[Pass, Pass]:
         key = (
@@ -387,3 +404,10 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
 
 def _tokens(shape: tuple[int, ...], patch: tuple[int, ...]) -> int:
     return math.prod(n // p for n, p in zip(shape[1:], patch, strict=True))
+
+
+def _flags(before: TrainConfig, after: TrainConfig) -> str:
+    """What changed, as it is typed."""
+    values = {field.name: getattr(after, field.name) for field in dataclasses.fields(after)}
+    changed = {name: value for name, value in values.items() if value != getattr(before, name)}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items())
