@@ -85,11 +85,13 @@ def _training(training: PlannedTraining, limit: float | None) -> tuple[dict[str,
     controller = None if model.motion_controller is None else model.motion_controller.module
     dit = model.experts[0].module
     handle = VideoModel.of(dit, model.variant, None, model.name, controller)
-    rows = report.check(dataset.load(config), config, geometry=model.geometry).require(config.on_bad_sample)
+    data = dataset.load(config)
+    checked = report.fit_to_geometry(report.check(data, config), data, config, model.geometry)
+    rows = checked.require(config.on_bad_sample)
     estimator = Estimator(trainable.prepare(handle, config), (row.latent_shape for row in rows))
     text, fits = estimator.verdict(config, limit)
-    data = {"model": training.name, "limit": limit, "fits": fits, **vars(estimator.needs(config))}
-    return data, f"Training {training.name}. {text}", fits
+    figures = {"model": training.name, "limit": limit, "fits": fits, **vars(estimator.needs(config))}
+    return figures, f"Training {training.name}. {text}", fits
 
 
 def _unchanged(job: Job, limit: float | None) -> FittedPlan:
@@ -101,8 +103,7 @@ def _unchanged(job: Job, limit: float | None) -> FittedPlan:
 def planned_runs(
     workflow: Workflow, nodes: Mapping[str, type[Any]], schemas: Mapping[str, NodeSchema]
 ) -> tuple[list[Job], list[PlannedTraining]]:
-    """What each sampler and each training runs, in the order of the file: the `plan_outputs` of every node class, along the
-    links.
+    """What each sampler and each training runs, in the order of the file, by the `plan_outputs` of every node class.
 
     Raises:
         WorkflowError: a link leads nowhere, links form a cycle, no sampler leads to an output, or what one is linked to

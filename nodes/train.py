@@ -246,13 +246,13 @@ class Train:
 
     @classmethod
     def plan_outputs(cls, data: Any, **values: Any) -> tuple[planning.PlannedTraining, None, None, None, None]:
-        found = planning.known(TrainingData, "data", data)
+        found = planning.require(TrainingData, "data", data)
         values = {**defaults(cls), **values}
         config = cls._complete(found, values, {})
         dtype = "fp32" if config.mixed_precision == "no" else "bf16"
         model, *_ = ModelLoader.plan_outputs(values["model"], dtype=dtype, weights="fp8" if config.fp8_base else "auto")
         if values["adapter"] != NONE:
-            adapter = planning.plan_module(*SpeedControl.described(values["adapter"]), dtype)
+            adapter = planning.plan_module(*SpeedControl.describe(values["adapter"]), dtype)
             model = replace(model, motion_controller=adapter)
         return planning.PlannedTraining(config, model), None, None, None, None
 

@@ -1,4 +1,4 @@
-"""What training takes, counted before it starts: the step that will run, on tensors that have shapes and no data.
+"""What training takes, counted beforehand: the step that will run, on the meta device, where tensors have no data.
 
 A model of two and of three blocks is enough: what a block adds to the peak is the difference, and all blocks are alike.
 A text encoder or VAE that is trained counts with its weights, not with its activations.
@@ -16,16 +16,16 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from wan_core.models.dit import TimeEmbedding
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.weights import WeightProvider
 from wan_core.planning.encoders import WORKSPACE_BYTES
-from wan_core.planning.estimate import LiveBytes
+from wan_core.planning.estimate import META, LiveBytes
 from wan_core.planning.job import InputSizes, placeholder_conditioning
 from wan_core.planning.run import FRAGMENTATION
 from wan_core.runtime import GIB, gigabytes
@@ -214,7 +214,7 @@ def whole_pass(
     when its way back has come to the first block.
 
     Args:
-        cuda: count norms as on a CUDA device, else as on a CPU.
+        cuda: count RMS norms as CUDA devices run them, else as a CPU does.
     """
 
     def counted(blocks: int, hints: int) -> Pass:
@@ -233,15 +233,11 @@ def counted_pass(
     module: Denoiser, shape: tuple[int, ...], config: TrainConfig, blocks: int, vace_blocks: int, cuda: bool = True
 ) -> Pass:
     """A pass through the model cut to so many blocks."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    twin = _twin(module, blocks, vace_blocks, fake)
-    host = _HostMemory()
-    with fake:
-        inputs = _inputs(twin, shape, config.batch_size)
-        live = LiveBytes("cpu", (*weights_of(twin).values(), *tensors_of(inputs)))
-        work = _Operations()
-        with live, work, as_on_cuda(twin) if cuda else nullcontext(), without_gradients(twin):
-            run_pass(twin, inputs, config, host)
+    twin = _twin(module, blocks, vace_blocks)
+    host, work, inputs = _HostMemory(), _Operations(), _inputs(twin, shape, config.batch_size)
+    live = LiveBytes(META, (*weights_of(twin).values(), *tensors_of(inputs)))
+    with live, work, _kernels(twin, config, cuda), without_gradients(twin):
+        run_pass(twin, inputs, config, host)
     return Pass(live.peak, host.bytes, work.flops)
 
 
@@ -270,32 +266,35 @@ def run_pass(module: Denoiser, inputs: Inputs, config: TrainConfig, saving: Savi
         weighted(error, inputs.draw).sum().backward()
 
 
-def _twin(module: Denoiser, blocks: int, vace_blocks: int, fake: FakeTensorMode) -> Denoiser:
-    """A copy of `module` without data, cut to its first blocks."""
+def _twin(module: Denoiser, blocks: int, vace_blocks: int) -> Denoiser:
+    """A copy of `module` on the meta device, cut to its first blocks, which trains what `module` trains."""
+    dit = module.dit
+    lists = {id(dit.blocks): (dit.blocks, blocks)}
+    if dit.config.vace_layers:
+        lists[id(dit.vace_blocks)] = (dit.vace_blocks, vace_blocks)
+    left_out = {id(t) for every, count in lists.values() for block in every[count:] for t in weights_of(block).values()}
     known: dict[int, Any] = {}
     for tensor in weights_of(module).values():
-        with fake:
-            twin = torch.empty(tensor.shape, dtype=tensor.dtype)
-        trained = tensor.requires_grad
-        known[id(tensor)] = nn.Parameter(twin, trained) if isinstance(tensor, nn.Parameter) else twin
-    dit = module.dit
-    known[id(dit.blocks)] = nn.ModuleList(copy.deepcopy(block, known) for block in dit.blocks[:blocks])
-    if dit.config.vace_layers:
-        known[id(dit.vace_blocks)] = nn.ModuleList(copy.deepcopy(b, known) for b in dit.vace_blocks[:vace_blocks])
+        if id(tensor) not in left_out:
+            twin = torch.empty_like(tensor, device=META)
+            trained = tensor.requires_grad
+            known[id(tensor)] = nn.Parameter(twin, trained) if isinstance(tensor, nn.Parameter) else twin
+    for key, (every, count) in lists.items():
+        known[key] = nn.ModuleList(copy.deepcopy(block, known) for block in every[:count])
     found = copy.deepcopy(module, known)
     found.dit.config = dataclasses.replace(dit.config, vace_layers=tuple(range(vace_blocks)))
     return found
 
 
 def _inputs(module: Denoiser, shape: tuple[int, ...], batch: int) -> Inputs:
-    """What a batch of latents (z, R + F, h, w) comes with, without data; call it within the mode of fake tensors."""
+    """What a batch of latents (z, R + F, h, w) comes with, on the meta device."""
     config = module.dit.config
-    given = InputSizes(vace=(0,) if config.vace_layers else (), camera=True)
     _, frames, height, width = shape
-    cond = placeholder_conditioning(config, LatentSize(frames, height, width, config.geometry), given)
-    cond = cond.map(lambda tensor, _: torch.empty(batch, *tensor.shape[1:]))
-    latents, numbers = torch.empty(batch, *shape), torch.empty(batch)
-    return Inputs(latents, Noising(torch.empty_like(latents), numbers, numbers, numbers), cond)
+    sizes = InputSizes(vace=(0,) if config.vace_layers else (), camera=True)
+    cond = placeholder_conditioning(config, LatentSize(frames, height, width, config.geometry), sizes)
+    cond = cond.map(lambda tensor, _: torch.empty(batch, *tensor.shape[1:], device=META))
+    latents, noise, numbers = (torch.empty(batch, *rest, device=META) for rest in (shape, shape, ()))
+    return Inputs(latents, Noising(noise, numbers, numbers, numbers), cond)
 
 
 class _Operations(TorchDispatchMode):
@@ -337,7 +336,7 @@ class _HostMemory:
         return tensor.shape, tensor.dtype
 
     def _unpack(self, kept: tuple[torch.Size, torch.dtype]) -> Tensor:
-        return torch.empty(kept[0], dtype=kept[1])
+        return torch.empty(kept[0], dtype=kept[1], device=META)
 
 
 @contextmanager
@@ -355,18 +354,24 @@ def without_gradients(module: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-class _CudaKernels(TorchFunctionMode):
-    """Norms as CUDA devices run them: RMS norm is one kernel, and a norm that autocast sees gets float32, which is then
-    kept for the way back (`ATen/autocast_mode.h`, the list of float32 operations).
-    """
+class _Kernels(TorchFunctionMode):
+    """What the meta device lacks: autocast, attention in one kernel, and on CUDA devices RMS norm in one kernel."""
+
+    MATRIX_PRODUCTS = frozenset((F.linear, F.conv2d, F.conv3d, torch.matmul, Tensor.matmul))
+
+    def __init__(self, autocast: bool, cuda: bool) -> None:
+        super().__init__()
+        self._autocast, self._cuda = autocast, cuda
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in (F.layer_norm, F.rms_norm):
-            return func(*args, **kwargs)
-        if torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
-        return func(*args, **kwargs) if func is F.layer_norm else _FusedRmsNorm.apply(args[0], kwargs["weight"])
+        if self._autocast and (func in self.MATRIX_PRODUCTS or func is F.scaled_dot_product_attention):
+            args, kwargs = tree_map_only(Tensor, Tensor.bfloat16, (args, kwargs))
+        if func is F.scaled_dot_product_attention:
+            return aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        if func is F.rms_norm and self._cuda:
+            return _FusedRmsNorm.apply(args[0], kwargs["weight"])
+        return func(*args, **kwargs)
 
 
 class _FusedRmsNorm(torch.autograd.Function):
@@ -384,17 +389,25 @@ class _FusedRmsNorm(torch.autograd.Function):
 
 
 @contextmanager
-def as_on_cuda(module: Denoiser) -> Iterator[None]:
-    """Within the block `module` runs its norms as CUDA devices do."""
+def _kernels(module: Denoiser, config: TrainConfig, cuda: bool) -> Iterator[None]:
+    """Within the block of this statement `module` computes with these kernels."""
+    kernels = partial(_Kernels, config.mixed_precision == "bf16", cuda)
 
     def within(forward: Callable[..., Any], *args: Any) -> Any:
-        with _CudaKernels():
+        with kernels():
             return forward(*args)
 
     for block in module.blocks:
         # The backward pass runs blocks again without the modes that it was called in.
         block.forward = partial(within, block.forward)
-    with _CudaKernels():
+    embed_time = module.dit.embed_time
+
+    def embed_time_in_float32(timesteps: Tensor) -> TimeEmbedding:
+        with torch._C.DisableTorchFunction():  # as it turns autocast off, which the meta device does not have
+            return embed_time(timesteps)
+
+    module.dit.embed_time = embed_time_in_float32  # type: ignore[method-assign]  # of a copy
+    with kernels():
         yield
 
 
