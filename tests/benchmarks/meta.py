@@ -13,14 +13,20 @@ from tests.benchmarks.counting import Work, counted
 from tests.benchmarks.report import Row
 from tests.sampling.runs import sample
 from wan_core.catalog import find_row, published_config
+from wan_core.model import VideoModel
 from wan_core.models.config import DiTConfig, VAEConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.vae import WanVAE
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.placement import Placement
+from wan_core.offload.quant import quantise
 from wan_core.offload.weights import WeightProvider
-from wan_core.runtime import Runtime
+from wan_core.runtime import GIB, Runtime
 from wan_core.types import Conditioning, LatentSize, VideoSize
+from wan_core.variants import match_variant
+from wancore.trainer.config import TrainConfig
+from wancore.trainer.model.trainable import prepare
+from wancore.trainer.run.estimate import Estimator
 
 META = torch.device("meta")
 DITS = {size: published_config(find_row(f"Wan-AI/Wan2.1-T2V-{size}")) for size in ("1.3B", "14B")}
@@ -196,6 +202,56 @@ def vae_rows(size: str, dtype: torch.dtype) -> Iterator[Row]:
     yield Row(f"{name}: elementwise", own.bytes / 1e9, other.bytes / 1e9, "diffusers", "GB")
 
 
+TRAINING_SIZES = {"480p × 81": VideoSize(832, 480, 81), "512² × 49": VideoSize(512, 512, 49)}
+LORA = TrainConfig(lora_base_model="dit")
+WHOLE = TrainConfig(trainable_models=("dit",))
+TRAININGS: dict[str, tuple[TrainConfig, float | None]] = {
+    "LoRA, no checkpointing": (replace(LORA, use_gradient_checkpointing=False), None),
+    "LoRA, attention kept": (replace(LORA, gradient_checkpointing_keeps="attention"), 1.34),
+    "LoRA, checkpointing": (LORA, None),
+    "LoRA, checkpointing into host memory": (replace(LORA, use_gradient_checkpointing_offload=True), None),
+    "LoRA, FP8 base, into host memory": (
+        replace(LORA, fp8_base=True, use_gradient_checkpointing_offload=True), None,
+    ),
+    "LoRA, streamed base, into host memory": (
+        replace(LORA, stream_base=True, use_gradient_checkpointing_offload=True), None,
+    ),
+    "all weights, attention kept": (replace(WHOLE, gradient_checkpointing_keeps="attention"), 1.34),
+    "all weights, checkpointing": (WHOLE, 1.34),
+}  # fmt: skip
+"""Ways to train, with the most operations wanted over those of a pass that computes nothing twice."""
+
+LEAST_MEMORY = {"1.3B": 8.0, "14B": 16.0}
+"""GiB that a LoRA at 480p with 81 frames is to fit into, by the leanest way."""
+
+
+def estimator(model: str, config: TrainConfig, size: VideoSize) -> Estimator:
+    """Of a training of random weights of this model."""
+    with META:
+        dit = WanDiT(DITS[model]).requires_grad_(False).to(torch.bfloat16)
+    if config.fp8_base:
+        quantise(dit)
+    handle = VideoModel.of(dit, match_variant(dit.config), None, model)
+    return Estimator(prepare(handle, config), [(dit.config.out_channels, *size.latent.shape)])
+
+
+def training_rows(model: str, name: str) -> Iterator[Row]:
+    """Work, peak and copies of a step of each way to train."""
+    size = TRAINING_SIZES[name]
+    counted = {way: estimator(model, config, size).needs(config) for way, (config, _) in TRAININGS.items()}
+    plain = replace(WHOLE, use_gradient_checkpointing=False)
+    least = {"LoRA": counted["LoRA, no checkpointing"], "all weights": estimator(model, plain, size).needs(plain)}
+    for way, needs in counted.items():
+        label = f"{model} {name}, {way}"
+        once = least[way.partition(",")[0]].flops / 1e12
+        yield Row(f"{label}: FLOPs", needs.flops / 1e12, once, "nothing twice", "TF", TRAININGS[way][1])
+        leanest = name.startswith("480p") and way.startswith("LoRA, streamed")
+        goal = LEAST_MEMORY[model] if leanest else None
+        yield Row(f"{label}: device memory", needs.device / GIB, unit="GiB", goal=goal)
+        yield Row(f"{label}: of it activations", (needs.activations or 0) / GIB, unit="GiB")
+        yield Row(f"{label}: copied per step", needs.copied / 1e9, unit="GB")
+
+
 STREAMED = [
     memory_table.Case("T2V 14B", "480p", "bf16", 24),
     memory_table.Case("T2V 14B", "480p", "bf16", 8),
@@ -208,6 +264,10 @@ NOTES = (
     "writes its results once. Attention and RMS norms count as the fused kernels of CUDA devices, for everyone.",
     "The least FLOPs are every matrix product of the model and all attention, once. “Every block, per branch” is what "
     "an engine copies that brings each block for each forward of each branch, as diffusers' group offloading does.",
+    "A step of training is one forward and backward pass of one sample, with norms and attention as CUDA devices have "
+    "them and LoRAs of rank 32; device memory has weights, gradients, Adam's moments and an allowance in it. "
+    "“Nothing twice” is the same pass without checkpointing. The counts are held within 3 % of small real runs by "
+    "`tests/trainer/test_estimate.py`.",
     "The peak of the official VAE was counted once; diffusers' is a port of it and is counted anew. Theirs hold the "
     "video on the device, ours gives it away piece by piece.",
 )
@@ -218,5 +278,7 @@ def main(quick: bool = False) -> Sequence[Row]:
     sizes = ["480p"] if quick else list(SIZES)
     rows = [row for shape in SHAPES if shape.size in sizes for row in model_rows(shape)]
     rows += [row for case in (STREAMED[:1] if quick else STREAMED) for row in copy_rows(case)]
+    trained = ["480p × 81"] if quick else list(TRAINING_SIZES)
+    rows += [row for model in (["1.3B"] if quick else DITS) for name in trained for row in training_rows(model, name)]
     dtypes = () if quick else (torch.bfloat16, torch.float32)
     return [*rows, *(row for size in sizes for dtype in dtypes for row in vae_rows(size, dtype))]

@@ -22,9 +22,12 @@ CLASSES = {**core_nodes(Folders()), **NODE_CLASS_MAPPINGS}
 COUNTED = {
     sockets.MODEL, sockets.TEXT_ENCODER, sockets.IMAGE_ENCODER, sockets.VAE, sockets.CONDITIONING, sockets.REFERENCES,
     sockets.CACHE, sockets.WINDOWS, sockets.PROMPTS, sockets.GUIDANCE, sockets.SCHEDULE, sockets.RUN, sockets.MEMORY,
-    "LATENT",
+    sockets.TRAINING_DATA, "LATENT",
 }  # fmt: skip
 """Sockets whose values decide what a run takes."""
+
+ENDS = {"WanCoreVAEDecode", "WanCoreTrainLora", "WanCoreTrainModel"}
+"""Nodes that are planned, whose outputs others may make, too."""
 
 NOT_PLANNED = {
     "WanCoreLoadLatents": "an earlier run made them",
@@ -37,7 +40,7 @@ NOT_PLANNED = {
 def test_every_node_that_counts_can_be_planned_from_its_own_inputs(name):
     cls = NODE_CLASS_MAPPINGS[name]
     if name in NOT_PLANNED or not COUNTED & set(cls.RETURN_TYPES):
-        assert not hasattr(cls, "plan_outputs") or name == "WanCoreVAEDecode"
+        assert not hasattr(cls, "plan_outputs") or name in ENDS
         return
     declared = cls.INPUT_TYPES()
     inspect.signature(cls.plan_outputs).bind(**declared["required"], **declared.get("optional", {}))
