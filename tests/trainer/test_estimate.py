@@ -22,7 +22,8 @@ from wancore.trainer.model import trainable
 from wancore.trainer.model.memory import ATTENTION
 from wancore.trainer.model.trainable import Denoiser, Trainables
 from wancore.trainer.objective import Noising
-from wancore.trainer.run.estimate import WAYS, Estimator, Inputs, run_pass, tensors_of, whole_pass, without_gradients
+from wancore.trainer.run.counting import Inputs, run_pass, tensors_of, whole_pass, without_gradients
+from wancore.trainer.run.estimate import WAYS, Estimator
 
 LORA = TrainConfig(lora_base_model="dit", lora_rank=4)
 WHOLE = TrainConfig(trainable_models=("dit",))
