@@ -69,7 +69,7 @@ def test_the_count_is_the_peak_of_a_run(
     way: str, trained: TrainConfig, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The form that other devices than CPUs take, which is counted.
-    monkeypatch.setattr(rope, "_multiplied", rope.rotated)
+    monkeypatch.setattr(rope, "_rotate_complex", rope.rotate)
     config = replace(trained, mixed_precision=precision, **WAYS_TO_RUN[way])
     module = trainables(config).module
     given = inputs(module)
