@@ -129,7 +129,7 @@ def _measured(config: DiTConfig, size: VideoSize, settings: TrainConfig, acceler
     )  # fmt: skip
     told: dict[str, Any] = {"seconds": None, "peak_gib": None, "counted_gib": expected.device / GIB}
     try:
-        with trained.placed():
+        with trained.weights_on_device():
             loop.run(0)
     except OutOfMemoryError:
         return told

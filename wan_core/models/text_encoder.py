@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -125,10 +126,8 @@ class UMT5Encoder(nn.Module):
         """Padding follows the real tokens."""
         lengths = mask.sum(1).int().tolist()
         rows = self.encode([text[:length] for text, length in zip(ids, lengths, strict=True)])
-        out = rows[0].new_zeros(*ids.shape, self.config.dim)
-        for row, target in zip(rows, out, strict=True):
-            target[: len(row)] = row
-        return out
+        # Not written into views of one tensor: those of an iteration are closed to gradients.
+        return torch.stack([F.pad(row, (0, 0, 0, ids.shape[1] - len(row))) for row in rows])
 
     def encode(self, texts: Sequence[Tensor]) -> list[Tensor]:
         """Token ids (L,) of several texts to their embeddings (L, D)."""
