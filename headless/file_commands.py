@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_core import inspection
+from wan_core.files import is_there
 from wan_core.loading.detect import detect_files, require_kind
 from wan_core.loading.save import save_plain, save_quantised
 from wan_core.lora.apply import LoraUse
@@ -140,7 +141,7 @@ def path_and_strength(text: str) -> tuple[str, float]:
         ValueError: what follows the sign is no number.
     """
     path, sign, strength = text.rpartition("=")
-    if not sign or Path(text).exists():
+    if not sign or is_there(Path(text)):
         return text, 1.0
     try:
         return path, float(strength)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_core.atomic import NewFile, creating_first, numbered_paths
-from wan_core.files import check_name, check_writable
+from wan_core.files import check_name, check_writable, is_there
 
 from ..nodes import host
 from ..nodes.places import ASSETS, inside
@@ -27,7 +27,7 @@ def workflow_file(text: str) -> Path:
     """The file of a workflow that was typed: its path, or a name in the pack's `workflows/api` such as `t2v`."""
     file = Path(text)
     shipped = host.PACK_FOLDER / "workflows" / "api" / f"{text}.json"
-    return shipped if file.name == text and not file.exists() and shipped.is_file() else file
+    return shipped if file.name == text and not is_there(file) and shipped.is_file() else file
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class Folders:
         else:
             places = [inside(root, name) for root in (self.input, ASSETS)]
             places += [Path(name).expanduser()] if name in self.typed else []
-        return next((place for place in places if name and place and place.is_file()), None)
+        return next((place for place in places if name and place and is_there(place, Path.is_file)), None)
 
     def without_folders(self, text: str) -> str:
         """`text` as it is written into saved files: of a path on this machine only the name of the file."""
         path = Path(text).expanduser() if text in self.typed else Path(text)
         roots = (self.input.absolute(), self.output.absolute())
-        is_own = text in self.typed and os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a long text
+        is_own = text in self.typed and is_there(path)
         is_own = is_own or any(path.is_relative_to(root) for root in roots)
         return path.name if path.is_absolute() and is_own else text
 

@@ -83,6 +83,7 @@ def test_quiet_prints_only_paths(place):
     ("arguments", "code", "words"),
     [
         (["--set", "Picture.image=none.png"], 2, "image - Invalid image file: none.png"),
+        (["--set", f"Picture.image={'n' * 300}.png"], 2, "image - Invalid image file: nnn"),
         (["--set", "Pictur.image=a.png"], 2, "no node has the title or id 'Pictur'. Titles: Picture, SaveImage"),
         (["--tiny"], 2, "no node of this workflow has a tiny form"),
         (["--device", "tpu"], 2, "invalid choice: 'tpu'"),
