@@ -58,7 +58,7 @@ def results_stay_on_the_meta_device(monkeypatch):
 
 @pytest.mark.parametrize(
     ("share", "size", "fp8"),
-    [(1, "480p", False), (0.7, "480p", False), (0.4, "720p", False), (0.6, "480p", True), (0, "720p", True)],
+    [(1, "480p", False), (0.7, "480p", False), (0.6, "720p", False), (0.6, "480p", True), (0, "720p", True)],
 )
 def test_the_planned_peak_is_the_counted_one(share, size, fp8):
     """With room for that share of the weights beside all else; without any it streams every block, and says so."""
@@ -83,4 +83,5 @@ def test_the_planned_peak_is_the_counted_one(share, size, fp8):
         sample(dit, cond, size, plan.settings, Runtime(device=META, dtype=torch.bfloat16))
     assert counter.peak == pytest.approx(plan.peak_bytes - plan.allowance, rel=0.02)
     read_ahead = plan.placement.inventory.blocks[plan.placement.streamed[0]].bytes if stream else 0
-    assert stream.copied - read_ahead == plan.copied_per_step, "interleaved branches share each copy"
+    copied = stream.copied - read_ahead if stream else 0
+    assert copied == plan.copied_per_step, "interleaved branches share each copy"

@@ -165,7 +165,7 @@ def test_a_finished_run_has_nothing_left_to_do_until_it_gets_more(shared, tmp_pa
     assert run(settings).steps == 4
     assert "Nothing was trained" in caplog.text and "changed" not in caplog.text
     assert run(config(shared, tmp_path, learning_rate=3e-5, lora_format="kohya", max_steps=2)).steps == 4
-    assert "learning_rate, lora_format changed" in caplog.text
+    assert "changed without effect: learning_rate, lora_format" in caplog.text
     assert caplog.text.count("Nothing was trained") == 2 and caplog.text.count("Finished after") <= 1
     assert {file: file.read_bytes() for file in before} == before
     assert run(config(shared, tmp_path, num_epochs=2, learning_rate=1e-5)).steps == 8
