@@ -11,7 +11,7 @@ from wan_core.models.ops import rms_norm
 from wan_core.offload.placement import place
 from wan_core.offload.quant import big_linears, quantise
 from wan_core.offload.weights import WeightProvider
-from wancore.trainer.model.memory import activation_checkpointing
+from wancore.trainer.model.memory import activation_checkpointing, in_host_memory
 from wancore.trainer.model.trainable import lora_patches, prepare
 from wancore.trainer.objective import Objective
 
@@ -106,7 +106,11 @@ def test_the_gradient_of_a_lora_is_that_of_plain_autograd():
 
 
 @pytest.mark.parametrize("variant", ["t2v", "fun_v1_1_control", "fun_camera", "vace"])
-@pytest.mark.parametrize("how", [dict(offload=False), dict(offload=True), dict(preserve_rng=True)], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{"keeps_attention": False}, {"keeps_attention": True}, {"saving": in_host_memory}, {"preserve_rng": True}],
+    ids=["inputs", "attention", "host memory", "random numbers"],
+)
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_checkpointing_and_offload_change_no_gradient(variant, how, mode):
     found = trainables(variant, **MODES[mode])
@@ -122,7 +126,7 @@ def test_checkpointing_and_offload_change_no_gradient(variant, how, mode):
 def test_streaming_the_base_changes_no_gradient(variant, share):
     found = trainables(variant, lora_base_model="dit")
     give_the_lora_an_effect(found)
-    loss, plain = loss_and_gradients(found, variant, offload=False)
+    loss, plain = loss_and_gradients(found, variant, keeps_attention=False)
     dit = found.module.dit
     before = {name: parameter.clone() for name, parameter in dit.named_parameters()}
     provider = WeightProvider.of(dit)
@@ -155,7 +159,9 @@ def test_a_lora_on_fp8_weights_is_trained_like_one_on_the_same_plain_weights():
         plain.parameters()[name].data.copy_(parameter)
     for found in (eight, plain):
         give_the_lora_an_effect(found)
-    (loss, gradients), (expected, wanted) = (loss_and_gradients(found, offload=False) for found in (eight, plain))
+    (loss, gradients), (expected, wanted) = (
+        loss_and_gradients(found, keeps_attention=False) for found in (eight, plain)
+    )
     assert loss == pytest.approx(expected, rel=1e-5)
     assert all(relative_error(gradients[name], wanted[name]) < 1e-4 for name in wanted)
 
@@ -167,7 +173,7 @@ def test_the_vace_branch_is_trained_alone(mode):
     names = found.parameters().keys()
     assert names and all(name.startswith("dit.vace_") for name in names)
     _, plain = loss_and_gradients(found, "vace")
-    _, gradients = loss_and_gradients(found, "vace", offload=True)
+    _, gradients = loss_and_gradients(found, "vace", saving=in_host_memory)
     assert all(torch.equal(gradients[name], plain[name]) and plain[name].any() for name in plain)
 
 
