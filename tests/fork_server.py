@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import types
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -295,8 +296,8 @@ def _interpret(words: list[str]) -> int:
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif first == "-c":
         sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
-        main = sys.modules["__main__"].__dict__
-        exec(compile(rest[0], "<string>", "exec"), main)
+        program = types.FunctionType(compile(rest[0], "<string>", "exec"), sys.modules["__main__"].__dict__)
+        program()
     else:
         sys.argv, sys.path[0] = words, str(Path(first).parent)
         runpy.run_path(first, run_name="__main__")

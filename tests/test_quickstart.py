@@ -220,7 +220,7 @@ def test_a_half_made_environment_is_taken_away(pack: Path) -> None:
     done = run(pack, "--venv", str(pack / "env"), PYTHONPATH=str(pack))
     said, line = done.stderr.splitlines()
     assert (done.returncode, said) == (1, "no room for bin")
-    assert line == f"quickstart: Python could not make {pack / 'env'}; it says why above."
+    assert line == f"quickstart: Python could not make {pack / 'env'}; its output above says why."
     assert not (pack / "env").exists()
 
 

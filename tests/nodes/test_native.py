@@ -113,8 +113,8 @@ def test_a_mask_tells_what_was_given(known, names):
 def test_image_tokens_of_a_socket_come_first():
     given, instead = tokens(), tokens(514)
     positive, negative = both(clip_vision_output=given)
-    assert torch.equal(from_native(positive, negative).clip, given.penultimate_hidden_states)
-    assert torch.equal(from_native(positive, negative, instead).clip, instead.penultimate_hidden_states)
+    assert torch.equal(from_native(positive, negative).image_tokens, given.penultimate_hidden_states)
+    assert torch.equal(from_native(positive, negative, instead).image_tokens, instead.penultimate_hidden_states)
 
 
 def test_what_no_model_reads_is_named(caplog):

@@ -120,7 +120,7 @@ def test_a_part_without_the_state_goes_on_and_says_so(caplog):
     other = dataclasses.replace(rest, solver="unipc")
     sample_state(dit, cond, SIZE, other, RUNTIME, earlier=first)
     assert "another solver or schedule" in caplog.text
-    with pytest.raises(ValueError, match="connect them"):
+    with pytest.raises(ValueError, match="connect its latents"):
         sample(dit, cond, SIZE, rest, RUNTIME)
 
 
