@@ -48,7 +48,7 @@ def compose(
     motion_controller: MotionController | None = None,
     prompts: Sequence[Conditioning] = (),
 ) -> Composed:
-    """The predictor of one run: model, step cache, guidance, windows, from the inside out.
+    """The predictor of one run: step cache, model, guidance, windows, from the inside out.
 
     Args:
         cond: what the run is conditioned on; `prompts` replace its text, one window after the other.
