@@ -104,11 +104,11 @@ def _memory(config: TrainConfig, rows: Sequence[Row]) -> str:
     """What a run on `rows` takes, where its models are on this machine."""
     if not config.model_paths and not config.model_id_with_origin_paths:
         return "Name the model to see what training takes."
-    limit = None if (device := default_device()).type == "cpu" else free_bytes(device)
     try:
         found = load.find(replace(config, skip_download=True))
         trainables = trainable.prepare(found.sized(config), config)
-        return Estimator(trainables, (row.latent_shape for row in rows)).verdict(config, limit)[0]
+        estimator = Estimator(trainables, (row.latent_shape for row in rows))
+        return estimator.verdict(config, free_bytes(default_device()))[0]
     except ValueError as error:
         return f"What training takes was not counted: {error}"
 

@@ -88,8 +88,8 @@ def decode_pieces(
 
     With tiles "auto" the picture is decoded at once if that fits in `budget` bytes beside the weights, else in strips
     or tiles, with a warning. Without a budget it is the free memory of the device; a CPU then never needs tiles. When
-    the device runs out of memory nevertheless, the remaining frames are decoded in smaller tiles, with a warning. Each
-    tile is decoded over the whole time, so with tiles there is one piece.
+    the device runs out of memory nevertheless, it begins again in smaller tiles, with a warning, and gives no frame
+    twice. Each tile is decoded over the whole time, so with tiles there is one piece.
 
     Raises:
         NonFiniteError: the latents, which are checked by this call, or a piece hold NaN or infinity.

@@ -54,6 +54,21 @@ def activation_checkpointing(
             del block.forward
 
 
+def checkpointing_of(
+    config: TrainConfig, blocks: Sequence[nn.Module], saving: Saving, stream: BlockStream | None = None
+) -> AbstractContextManager[None]:
+    """`activation_checkpointing` of `blocks` as `config` has it, which may be none; `saving` keeps inputs elsewhere."""
+    if not config.use_gradient_checkpointing:
+        return nullcontext()
+    return activation_checkpointing(
+        blocks,
+        keeps_attention=config.gradient_checkpointing_keeps == "attention",
+        saving=saving if config.use_gradient_checkpointing_offload else None,
+        preserve_rng=config.lora_dropout > 0,
+        stream=stream,
+    )
+
+
 def in_host_memory(tokens: Tensor) -> AbstractContextManager[object]:
     """Within the block of this statement what the backward pass needs is kept in host memory, pinned for CUDA."""
     return save_on_cpu(pin_memory=tokens.is_cuda)

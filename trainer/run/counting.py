@@ -6,7 +6,7 @@ A model of two and of three blocks is enough: what a block adds to the peak is t
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from wan_core.models.config import Geometry
 from wan_core.models.dit import TimeEmbedding
 from wan_core.offload.blocks import weights_of
 from wan_core.planning.estimate import META, LiveBytes
@@ -26,7 +27,7 @@ from wan_core.planning.job import InputSizes, placeholder_conditioning
 from wan_core.types import Conditioning, LatentSize, tensors_in
 
 from ..config import TrainConfig
-from ..model.memory import Saving, activation_checkpointing
+from ..model.memory import Saving, checkpointing_of, in_host_memory
 from ..model.trainable import Denoiser
 from ..objective import Noising, weighted
 
@@ -86,24 +87,17 @@ class Inputs:
     """What a pass is given: latents (B, z, R + F, h, w), what is drawn for them, and their conditioning."""
 
     latents: Tensor
-    draw: Noising
+    noising: Noising
     cond: Conditioning
 
 
-def run_pass(module: Denoiser, inputs: Inputs, config: TrainConfig, saving: Saving | None = None) -> None:
+def run_pass(module: Denoiser, inputs: Inputs, config: TrainConfig, saving: Saving = in_host_memory) -> None:
     """The forward and backward pass of the training loop; `saving` is how activations are kept in host memory."""
-    around: AbstractContextManager[None] = nullcontext()
-    if config.use_gradient_checkpointing:
-        around = activation_checkpointing(
-            module.blocks,
-            keeps_attention=config.gradient_checkpointing_keeps == "attention",
-            saving=saving if config.use_gradient_checkpointing_offload else None,
-        )
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16", cache_enabled=False)
-    with around:
+    with checkpointing_of(config, module.blocks, saving):
         with bf16:
-            error = module(inputs.latents, inputs.draw, inputs.cond)
-        weighted(error, inputs.draw).sum().backward()
+            error = module(inputs.latents, inputs.noising, inputs.cond)
+        weighted(error, inputs.noising).sum().backward()
 
 
 def _twin(module: Denoiser, blocks: int, vace_blocks: int) -> Denoiser:
@@ -126,12 +120,17 @@ def _twin(module: Denoiser, blocks: int, vace_blocks: int) -> Denoiser:
     return found
 
 
+def latent_size(shape: tuple[int, ...], geometry: Geometry) -> LatentSize:
+    """The size of latents (z, R + F, h, w)."""
+    _, frames, height, width = shape
+    return LatentSize(frames, height, width, geometry)
+
+
 def _inputs(module: Denoiser, shape: tuple[int, ...], batch: int) -> Inputs:
     """What a batch of latents (z, R + F, h, w) comes with, on the meta device."""
     config = module.dit.config
-    _, frames, height, width = shape
     sizes = InputSizes(vace=(0,) if config.vace_layers else (), camera=True)
-    cond = placeholder_conditioning(config, LatentSize(frames, height, width, config.geometry), sizes)
+    cond = placeholder_conditioning(config, latent_size(shape, config.geometry), sizes)
     cond = cond.map(lambda tensor, _: torch.empty(batch, *tensor.shape[1:], device=META))
     latents, noise, numbers = (torch.empty(batch, *rest, device=META) for rest in (shape, shape, ()))
     return Inputs(latents, Noising(noise, numbers, numbers, numbers), cond)
@@ -252,4 +251,4 @@ def _kernels(module: Denoiser, config: TrainConfig, cuda: bool) -> Iterator[None
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:
-    return [inputs.latents, inputs.draw.noise, inputs.draw.sigmas, *tensors_in(inputs.cond)]
+    return [inputs.latents, inputs.noising.noise, inputs.noising.sigmas, *tensors_in(inputs.cond)]

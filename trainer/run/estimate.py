@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from wan_core.offload.weights import WeightProvider
-from wan_core.planning.encoders import WORKSPACE_BYTES
-from wan_core.planning.run import FRAGMENTATION
+from wan_core.planning.run import allowance_for
 from wan_core.runtime import GIB, gigabytes
 
 from ..config import TrainConfig
 from ..model import trainable
 from ..model.memory import placement_within
 from ..model.trainable import Trainables
-from .counting import Pass, whole_pass
+from .counting import Pass, latent_size, whole_pass
 
 BYTES_PER_TRAINED = 16
 """A float32 weight, its gradient and the two moments of Adam."""
@@ -61,8 +60,8 @@ class Estimate:
     def device(self) -> int:
         """Bytes of the device at the most, with an allowance for what cannot be counted."""
         activations = self.activations or 0
-        allowance = WORKSPACE_BYTES + int(activations * FRAGMENTATION)
-        return self.frozen + max(self.trained + activations + allowance, self.updating)
+        passing = self.trained + activations + allowance_for(activations)
+        return self.frozen + max(passing, self.updating)
 
     def __str__(self) -> str:
         activations = "not counted" if self.activations is None else gigabytes(self.activations)
@@ -74,9 +73,7 @@ class Estimate:
         )
 
 
-Changes = Mapping[str, Any]
-
-WAYS: dict[str, Changes] = {
+WAYS: Mapping[str, Mapping[str, Any]] = {
     "no checkpointing": {"use_gradient_checkpointing": False, "use_gradient_checkpointing_offload": False},
     "checkpointing that keeps attention": {"gradient_checkpointing_keeps": "attention"},
     "checkpointing": {"gradient_checkpointing_keeps": "auto"},
@@ -102,8 +99,7 @@ class Estimator:
     def __init__(self, trainables: Trainables, shapes: Iterable[tuple[int, ...]]) -> None:
         self._module = trainables.module
         self._trained = list(trainables.parameters().values())
-        self._patch = self._module.dit.config.patch_size
-        self._shape = max(shapes, key=lambda shape: _tokens(shape, self._patch))
+        self._shape = max(shapes, key=self._tokens)
         self._passes: dict[tuple[object, ...], tuple[Pass, Pass]] = {}
 
     def needs(self, config: TrainConfig, *, counts: bool = True) -> Estimate:
@@ -128,8 +124,8 @@ class Estimator:
             host=host,
             copied=2 * host + 2 * (placement.streamed_bytes if placement else 0),
             flops=whole.flops if whole else 0,
-            saved=numbers * (BYTES_PER_SAVED + (2 if config.mixed_precision == "bf16" else 4)),
-            tokens=_tokens(self._shape, self._patch) * config.batch_size,
+            saved=numbers * (BYTES_PER_SAVED + config.compute_dtype.itemsize),
+            tokens=self._tokens(self._shape) * config.batch_size,
         )
 
     def fastest(self, config: TrainConfig, budget: float) -> tuple[str, TrainConfig] | None:
@@ -164,6 +160,9 @@ class Estimator:
             advice = f"With {found[0]} it fits: {_flags(config, found[1])}."
         return f"{needs} That does not fit into {gigabytes(limit)}. {advice}", False
 
+    def _tokens(self, shape: tuple[int, ...]) -> int:
+        return latent_size(shape, self._module.dit.config.geometry).tokens
+
     def _pass(self, config: TrainConfig) -> tuple[Pass, Pass]:
         key = (
             config.batch_size, config.mixed_precision, config.use_gradient_checkpointing,
@@ -172,10 +171,6 @@ class Estimator:
         if key not in self._passes:
             self._passes[key] = whole_pass(self._module, self._shape, config)
         return self._passes[key]
-
-
-def _tokens(shape: tuple[int, ...], patch: tuple[int, ...]) -> int:
-    return math.prod(n // p for n, p in zip(shape[1:], patch, strict=True))
 
 
 def _flags(before: TrainConfig, after: TrainConfig) -> str:

@@ -10,7 +10,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,7 +25,7 @@ from wan_core.runtime import OutOfMemoryError, is_out_of_memory
 from ..config import TrainConfig
 from ..data.conditions import Batch, Examples, collate
 from ..export import STEP, Exporter
-from ..model.memory import activation_checkpointing, in_host_memory
+from ..model.memory import checkpointing_of, in_host_memory
 from ..objective import Objective, seed_for, weighted
 from .engine import Engine
 from .events import Events, StepTimer
@@ -308,15 +307,7 @@ class Loop:
         # Seeded by step, so that dropout is the same in a run that was stopped and resumed.
         torch.manual_seed(seed_for("step", config.seed, step.epoch, batch.positions[0]))
         noising = self.objective.draw(batch.latents.shape[1:], config.seed, step.epoch, batch.positions)
-        around: AbstractContextManager[None] = nullcontext()
-        if config.use_gradient_checkpointing:
-            around = activation_checkpointing(
-                engine.trainables.module.blocks,
-                keeps_attention=config.gradient_checkpointing_keeps == "attention",
-                saving=in_host_memory if config.use_gradient_checkpointing_offload else None,
-                preserve_rng=config.lora_dropout > 0,
-                stream=engine.stream,
-            )
+        around = checkpointing_of(config, engine.trainables.module.blocks, in_host_memory, engine.stream)
         pixels = None if batch.pixels is None else batch.pixels.to(device)
         with around:
             error = engine.model(batch.latents.to(device), noising, batch.cond.to(device), batch.captions, pixels)

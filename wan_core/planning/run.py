@@ -200,9 +200,13 @@ def _counted(
     # Between its evaluations a solver holds the first velocity and the latents that it led to, in float32.
     held = 2 * (evaluations - 1) * prod((len(cond.encoded_text), dit.config.out_channels, prefix + size.frames))
     activations += beside + held * size.height * size.width * torch.float32.itemsize
-    allowance = WORKSPACE_BYTES + int(activations * FRAGMENTATION)
     flops = evaluations * settings.guidance.branches * pass_flops(dit.config, window, vace_inputs=len(cond.vace or ()))
-    return RunPlan(settings, Placement(inventory), activations, allowance, None, flops, evaluations)
+    return RunPlan(settings, Placement(inventory), activations, allowance_for(activations), None, flops, evaluations)
+
+
+def allowance_for(activations: int) -> int:
+    """Bytes beside counted `activations` for what cannot be counted: kernels' workspaces, the allocator's losses."""
+    return WORKSPACE_BYTES + int(activations * FRAGMENTATION)
 
 
 def _residuals(settings: SamplerSettings, size: LatentSize) -> Residuals:
