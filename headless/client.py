@@ -4,7 +4,6 @@ The outcome is always read from the server's history, so a dropped connection lo
 progress and wakes the wait early. Without the optional package websocket-client the same run is followed by polling.
 """
 
-import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from contextlib import closing, suppress
 from pathlib import PurePosixPath
 from typing import Any
 
+from wan_core.files import parse_json
 from wan_core.runtime import Cancelled
 
 from .core_nodes import IMAGES, VIDEOS
@@ -213,7 +213,7 @@ class _Socket:
                 continue
             # Binary messages are preview pictures.
             if isinstance(message, str) and message:
-                yield json.loads(message)
+                yield parse_json(message, self.url)
 
     def close(self) -> None:
         if self.connection is not None:

@@ -12,6 +12,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from wan_core.files import parse_json
+
 from .schema import NodeSchema
 from .workflow import Workflow
 
@@ -107,7 +109,7 @@ class Server:
     def _json(self, method: str, path: str, body: Any = None, content_type: str = "application/json") -> dict[str, Any]:
         text = self._send(method, path, body, content_type)
         try:
-            answer = json.loads(text)
+            answer = parse_json(text, self.url)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
@@ -138,7 +140,7 @@ def _error_of(error: urllib.error.HTTPError, path: str) -> Exception:
     if error.code >= 502:
         return ServerUnreachableError(f"The server at {error.url} is not available: {error.code} {error.reason}.")
     try:
-        body = json.loads(error.read())
+        body = parse_json(error.read(), error.url)
     except ValueError:
         body = {}
     message = f"The server refused {path.partition('?')[0]}: {error.code} {error.reason}."

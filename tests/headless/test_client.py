@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -322,6 +324,27 @@ def test_something_else_on_that_port_is_not_a_server(fake_comfy):
 
     with pytest.raises(ServerUnreachableError, match="not as a ComfyUI server"):
         Server(fake_comfy.url).schemas(Workflow.from_api({"1": {"class_type": "A"}}))
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [(200, ServerUnreachableError, "not as a ComfyUI server"), (400, RefusedError, "400")],
+)
+def test_an_answer_that_is_nested_too_deeply_is_refused(status, error, said):
+    class Deep(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"[" * 200_000)
+
+        def log_message(self, *_):
+            """Keeps the test's output clean."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Deep) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(error, match=said):
+            Server(f"http://127.0.0.1:{server.server_port}").history("x")
+        server.shutdown()
 
 
 @pytest.mark.parametrize("url", ["localhost:8188", "ftp://x", "http://", ""])
