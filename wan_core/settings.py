@@ -33,12 +33,14 @@ class GuidanceSettings:
 
     Attributes:
         scale: with 1 only the conditional branch runs; larger values follow the prompt more closely. Several numbers
-        are a curve, spread evenly from `start` to `end`. mode: `sequential` runs the branches one after the other;
-        `interleaved` runs both through each block before the next, so that a streamed block is copied once; `batched`
-        makes them one batch (fewer, larger kernels, twice the activations). All give the same result. start, end:
-        guidance from here to there, in fractions of the run; elsewhere only the conditional branch runs. zero_star:
-        project the unconditional velocity onto the conditional one before they are combined (CFG-Zero*, Fan et al.
-        2025). zero_steps: so many first steps have velocity zero, the other half of CFG-Zero*.
+            are a curve, spread evenly from `start` to `end`.
+        mode: `sequential` runs the branches one after the other; `interleaved` runs both through each block before the
+            next, so that a streamed block is copied once; `batched` makes them one batch (fewer, larger kernels, twice
+            the activations). All give the same result.
+        start, end: guidance from here to there, in fractions of the run; elsewhere only the conditional branch runs.
+        zero_star: project the unconditional velocity onto the conditional one before they are combined (CFG-Zero*, Fan
+            et al. 2025).
+        zero_steps: so many first steps have velocity zero, the other half of CFG-Zero*.
     """
 
     scale: float | tuple[float, ...] = 5.0

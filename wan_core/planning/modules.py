@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ BUNDLED: dict[ModelKind, Any] = {
 
 
 Model = TypeVar("Model", bound=nn.Module, covariant=True)
+Sized = TypeVar("Sized", bound="SizedModule[Any]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,21 +58,21 @@ class SizedModule(Generic[Model]):
 
     @classmethod
     def planned(
-        cls,
+        cls: type[Sized],
         component: Component,
         dtype: torch.dtype,
         *,
         weights: WeightChoice = "auto",
         mapped: bool = False,
         absent: str = "",
-    ) -> Self:
+    ) -> Sized:
         """What loading `component` with these settings (`loading.load`) would give; no weight is read.
 
         Raises:
             ValueError: loading would refuse it.
         """
         module = build(component, dtype=dtype, device="meta", weights=weights, mapped=mapped)
-        return cls(cast(Model, module), absent)
+        return cls(module, absent)
 
     @property
     def provider(self) -> WeightProvider:
@@ -99,7 +100,7 @@ class SizedModule(Generic[Model]):
     def _weights(self) -> dict[str, torch.Tensor]:
         return weights_of(self.module)
 
-    def quantised(self) -> Self | None:
+    def quantised(self: Sized) -> Sized | None:
         """The same model with the layers of its blocks as FP8; None where they are quantised already, or are used as
         their file has them.
         """
