@@ -2,18 +2,18 @@
 
 from typing import Any
 
-from .bridge import FromConditioning, FromVAE, ToConditioning
 from .camera import CameraEncode, MovePath, RowsPath, SpeedControl
 from .conditioning import ControlEncode, ImageEncode, TextEncode, VaceEncode, VaceReferences
 from .loaders import ImageEncoderLoader, ModelLoader, TextEncoderLoader, VAELoader
 from .lora import LoraInfo, LoraLoader, LoraSave
 from .memory import CheckpointInfo, Memory, MemoryPlan
+from .native import FromConditioning, ToConditioning
 from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, WindowPrompts, Windows
 from .sampler import LoadLatents, Sampler
 from .sockets import guard_sockets
 from .train import LossPlot, TrainedWeights, TrainLora, TrainModel
 from .training_inputs import TrainingDataNode
-from .vae import VAEDecode, VAEEncode
+from .vae import FromVAE, VAEDecode, VAEEncode
 
 NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {
     "WanCoreModelLoader": ModelLoader,

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_core.conditioning.slots import assemble_concat
 from wan_core.models.config import CLIP_TOKENS, DEFAULT_GEOMETRY, TEXT_TOKENS, DiTConfig, Geometry
 from wan_core.models.vae import denormalise, normalise
+from wan_core.planning.encoders import checked_size
 from wan_core.runtime import log
 from wan_core.types import Conditioning, Curve, LatentSize, Slot, VaceInput, VideoSize
-from wan_core.variants import CONTROL, FIRST_FRAME, IMAGE, MASK
+from wan_core.variants import CONTROL, FIRST_FRAME, IMAGE, MASK, assemble_concat
+
+from . import host, sockets
 
 Native = Sequence[tuple[Tensor, Mapping[str, Any]]]
 
@@ -294,3 +296,71 @@ def _vace_values(inputs: Sequence[VaceInput], geometry: Geometry) -> dict[str, A
         "vace_mask": [vace.context[:, video:].float() for vace in inputs],
         "vace_strength": [vace.strength.values[0] for vace in inputs],
     }
+
+
+class FromConditioning:
+    """CONDITIONING to ours."""
+
+    CATEGORY = "WanCore/conditioning"
+    FUNCTION = "convert"
+    DESCRIPTION = (
+        "Use ComfyUI's own conditioning with a WanCore sampler: prompts of CLIP Text Encode, and what the nodes Wan "
+        "Image to Video, Wan First Last Frame, Wan Fun Control, Wan Vace and Wan Camera add to them."
+    )
+    RETURN_TYPES = (sockets.CONDITIONING,)
+    RETURN_NAMES = ("conditioning",)
+    OUTPUT_TOOLTIPS = ("Both prompts and their pictures, for the WanCore sampler.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "positive": sockets.socket("CONDITIONING", "From CLIP Text Encode, or a Wan node after it."),
+                "negative": sockets.socket("CONDITIONING", "The negative prompt, through the same nodes."),
+            },
+            "optional": {
+                "clip_vision_output": sockets.socket(
+                    "CLIP_VISION_OUTPUT", "Replaces the CLIP vision output in the conditioning."
+                ),
+            },
+        }
+
+    def convert(self, positive: Native, negative: Native, clip_vision_output: Any = None) -> tuple[Conditioning]:
+        return (from_native(positive, negative, clip_vision_output).to(host.current.offload_device()),)
+
+
+class ToConditioning:
+    """Ours to CONDITIONING."""
+
+    CATEGORY = "WanCore/conditioning"
+    FUNCTION = "convert"
+    DESCRIPTION = "Use WanCore's conditioning with ComfyUI's own samplers: KSampler and the like."
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT", "INT")
+    RETURN_NAMES = ("positive", "negative", "latent", "trim_latent")
+    OUTPUT_TOOLTIPS = (
+        "The prompt, with pictures, control, camera and VACE inputs.",
+        "The negative prompt, with the same.",
+        "An empty video of the right length, for the sampler.",
+        "Latent frames of references, for Trim Video Latent after the sampler.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "conditioning": sockets.socket(sockets.CONDITIONING, "From the prompt, or a node that adds to it."),
+                **sockets.size_inputs(),
+            },
+        }
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The size of every node's tiny form."""
+        return dict(host.TINY_SIZE)
+
+    def convert(
+        self, conditioning: Conditioning, width: int, height: int, num_frames: int
+    ) -> tuple[list[list[Any]], list[list[Any]], dict[str, Tensor], int]:
+        size = checked_size(width, height, num_frames, DEFAULT_GEOMETRY)
+        positive, negative, empty, trim = to_native(conditioning, size, host.current.clip_vision_output)
+        return positive, negative, {"samples": empty}, trim

@@ -1,4 +1,4 @@
-"""Pixels to latents and back."""
+"""Pixels to latents and back, and ComfyUI's VAE as ours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,15 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
+from wan_core import catalog
 from wan_core.decode import VaeHandle
+from wan_core.loading.load import adopt, describe_weights
 from wan_core.media import frames_to_pixels, pixels_to_frames
 from wan_core.models.config import Geometry
 from wan_core.models.vae import WanVAE, denormalise, normalise
-from wan_core.planning.modules import SizedModule
-from wan_core.runtime import log
+from wan_core.planning.modules import SizedModule, published_component
+from wan_core.runtime import DTYPES, log
 from wan_core.tiling import AUTO, Tiles, TileSettings
 
 from . import host, planning, sockets
+from .loaders import choose_dtype
 
 
 def _crop(frames: Tensor, geometry: Geometry) -> Tensor:
@@ -159,3 +162,35 @@ class VAEEncode(Tiled):
         with working_vae(vae, settings) as handle:
             latents = handle.encode(pixels)
         return ({"samples": denormalise(latents, vae.config.geometry)},)
+
+
+class FromVAE:
+    """ComfyUI's VAE to ours."""
+
+    CATEGORY = "WanCore/vae"
+    FUNCTION = "convert"
+    DESCRIPTION = "Use a Wan VAE from ComfyUI's Load VAE in WanCore's nodes. Its weights are copied."
+    RETURN_TYPES = (sockets.VAE,)
+    RETURN_NAMES = ("vae",)
+    OUTPUT_TOOLTIPS = ("The autoencoder, for encoding and decoding.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        dtype = sockets.choice(["auto", *DTYPES], "auto", "Data type to compute in. auto: bf16 where the card has it.")
+        return {
+            "required": {"vae": sockets.socket("VAE", "The VAE of Wan 2.1, from ComfyUI's Load VAE.")},
+            "optional": {"dtype": dtype},
+        }
+
+    @classmethod
+    def plan_outputs(cls, dtype: str = "auto", **_: Any) -> tuple[SizedModule]:
+        """Planned as the published one: ComfyUI's is not loaded yet, and all VAEs of Wan 2.1 have one structure."""
+        return (planning.plan_module(published_component("vae", catalog.T2V_BASE), "", dtype),)
+
+    def convert(self, vae: Any, dtype: str = "auto") -> tuple[WanVAE]:
+        # ComfyUI may move or patch its own tensors later, so `adopt` copies them.
+        weights = vae.get_sd()
+        component = describe_weights(weights, "ComfyUI's VAE", "vae")
+        module = adopt(component, weights, choose_dtype(dtype, component), host.current.offload_device())
+        assert isinstance(module, WanVAE)
+        return (module.use_channels_last(),)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from wan_core import bundled
 from wan_core.models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig
 from wan_core.models.dit import WanDiT
-from wan_core.models.embedders import MotionController
 from wan_core.models.image_encoder import ImageEncoder
+from wan_core.models.layers import MotionController
 from wan_core.models.text_encoder import UMT5Encoder
 from wan_core.models.vae import WanVAE
 

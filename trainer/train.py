@@ -28,6 +28,7 @@ from wan_core.runtime import OutOfMemoryError, Runtime
 from .config import PROGRAM, TrainConfig, parse
 from .data import dataset, report
 from .data.cache import Encoders, LatentCache
+from .data.choices import Plan
 from .data.conditions import Examples
 from .data.report import Row
 from .export import Exporter
@@ -48,7 +49,6 @@ from .run.output import (
     run_id,
     with_recorded_data,
 )
-from .run.plan import Plan
 from .run.state import FREE_SETTINGS, LOCATION_SETTINGS, Progress, States, find_state, require_space, run_identity
 from .run.validate import EVENTS, Evaluator, sample_requests, save_first_samples
 

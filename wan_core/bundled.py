@@ -16,8 +16,8 @@ from .atomic import replacing
 from .loading.tensor_files import write_safetensors
 from .models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
 from .models.dit import WanDiT
-from .models.embedders import MotionController
 from .models.image_encoder import ImageEncoder
+from .models.layers import MotionController
 from .models.text_encoder import UMT5Encoder
 from .models.vae import WanVAE
 

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 
 from .models.vae import WanVAE, fill
-from .planning.encoders import (
-    VaePass,
-    choose_tiles,
-    limit_memory,
-    smallest_tiles,
-    vae_peak_bytes,
-    working_encoder,
-)
+from .planning.encoders import VaePass, choose_tiles, limit_memory, smallest_tiles, vae_peak_bytes, working_encoder
 from .runtime import OutOfMemoryError, Runtime, gigabytes, is_out_of_memory, log
 from .sampling.predictor import check_latents, check_pixels
 from .settings import MemorySettings

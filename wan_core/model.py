@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from . import catalog
-from .conditioning.slots import fit
 from .lora.apply import LoraMode, LoraRun, LoraUse, apply_loras
 from .lora.bind import EVERYWHERE, BlockStrengths
 from .lora.read import Lora
@@ -19,9 +18,9 @@ from .lora.target import MODEL_BLOCKS, Target, lora_report, use_lora
 from .models import kernels
 from .models.config import DiTConfig, Geometry
 from .models.dit import WanDiT
-from .models.embedders import MotionController
+from .models.layers import MotionController
 from .offload.blocks import used_bytes
-from .offload.placement import Placement
+from .offload.streaming import Placement
 from .offload.weights import WeightProvider
 from .planning.encoders import limit_memory, memory_for
 from .planning.run import RunPlan, placed_run, plan_run
@@ -31,7 +30,7 @@ from .sampling.experts import Active, Expert, RunInputs, RunModel
 from .sampling.run import sample
 from .settings import MemorySettings, SamplerSettings
 from .types import Conditioning, Curve, VideoSize, tensors_in
-from .variants import Variant
+from .variants import Variant, fit
 
 log = logging.getLogger("wancore")
 

@@ -20,9 +20,9 @@ from .model import VideoModel
 from .models.attention import load_backend
 from .models.config import DiTConfig, MotionControllerConfig, TextEncoderConfig
 from .models.dit import WanDiT
-from .models.embedders import MotionController
 from .models.fused import load_fused
 from .models.image_encoder import ImageEncoder
+from .models.layers import MotionController
 from .models.preview_decoder import PreviewDecoder
 from .models.text_encoder import UMT5Encoder
 from .models.vae import WanVAE

@@ -199,7 +199,7 @@ class Conditioning:
     image_tokens: Tensor | None = whole()
     """(B, 257 or 514, image_dim), of CLIP."""
     slots: Mapping[str, Tensor] | None = frames(2)
-    """Named latents (B, z, F, h, w) and masks (B, 4, F, h, w); `conditioning.slots.fit` concatenates them in a
+    """Named latents (B, z, F, h, w) and masks (B, 4, F, h, w); `variants.fit` concatenates them in a
     variant's order.
     """
     concat: Tensor | None = frames(2)

@@ -24,8 +24,7 @@ from tests.sampling.runs import sample  # noqa: E402
 from wan_core import catalog  # noqa: E402
 from wan_core.models.dit import WanDiT  # noqa: E402
 from wan_core.offload.blocks import weights_of  # noqa: E402
-from wan_core.offload.placement import Placement  # noqa: E402
-from wan_core.offload.streaming import PlainCopies  # noqa: E402
+from wan_core.offload.streaming import Placement, PlainCopies  # noqa: E402
 from wan_core.offload.weights import WeightProvider  # noqa: E402
 from wan_core.planning.estimate import LiveBytes  # noqa: E402
 from wan_core.planning.job import InputSizes, placeholder_conditioning  # noqa: E402

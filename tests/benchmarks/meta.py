@@ -18,8 +18,8 @@ from wan_core.models.config import DiTConfig, VAEConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.vae import WanVAE
 from wan_core.offload.blocks import weights_of
-from wan_core.offload.placement import Placement
 from wan_core.offload.quant import quantise
+from wan_core.offload.streaming import Placement
 from wan_core.offload.weights import WeightProvider
 from wan_core.runtime import GIB, Runtime
 from wan_core.types import Conditioning, LatentSize, VideoSize

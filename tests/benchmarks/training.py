@@ -28,13 +28,13 @@ from wan_core.runtime import GIB, OutOfMemoryError  # noqa: E402
 from wan_core.types import Conditioning, VideoSize  # noqa: E402
 from wan_core.variants import match_variant  # noqa: E402
 from wancore.trainer.config import TrainConfig  # noqa: E402
+from wancore.trainer.data.choices import Plan  # noqa: E402
 from wancore.trainer.data.conditions import EncodedSample  # noqa: E402
 from wancore.trainer.model.trainable import prepare  # noqa: E402
 from wancore.trainer.run import engine  # noqa: E402
 from wancore.trainer.run.estimate import Estimator  # noqa: E402
 from wancore.trainer.run.events import Events  # noqa: E402
 from wancore.trainer.run.loop import Loop, StopRequest  # noqa: E402
-from wancore.trainer.run.plan import Plan  # noqa: E402
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "checkpointing": {},

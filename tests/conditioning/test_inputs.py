@@ -20,12 +20,11 @@ from wan_core.conditioning.image import (
     reference_conditioning,
 )
 from wan_core.conditioning.inputs import speed_conditioning
-from wan_core.conditioning.slots import assemble_concat, first_frame, fit
 from wan_core.conditioning.vace import fold_pixels, vace_conditioning
 from wan_core.media import fitting
 from wan_core.models.config import WAN_21
 from wan_core.types import Conditioning, VideoSize
-from wan_core.variants import VARIANTS, check, match_variant
+from wan_core.variants import VARIANTS, assemble_concat, check, first_frame, fit, match_variant
 
 SIZE = VideoSize(48, 32, 9)
 TEXT = Conditioning(text=torch.zeros(1, 4, 64), negative_text=torch.zeros(1, 4, 64))

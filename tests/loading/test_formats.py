@@ -19,8 +19,8 @@ from wan_core.model_files import DiTSettings, load_dit
 from wan_core.offload import formats
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.formats import EightBit, WeightFormat
-from wan_core.offload.placement import place
 from wan_core.offload.quant import QuantisedLinear, big_linears, replace_layer, weight_shapes
+from wan_core.offload.streaming import place
 from wan_core.offload.weights import WeightProvider
 from wan_core.planning.modules import SizedModule
 from wan_core.types import Conditioning

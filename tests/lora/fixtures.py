@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.reference import tiny_dit
-from wan_core.offload.placement import place
+from wan_core.offload.streaming import place
 from wan_core.offload.weights import WeightProvider
 
 Factors = dict[str, tuple[Tensor, Tensor]]

@@ -16,9 +16,9 @@ from tests.sampling.variants import conditioning
 from wan_core.model import VideoModel
 from wan_core.model_files import DiTSettings, inspect, load_dit
 from wan_core.models import fused
+from wan_core.models.attention import rotary_table
 from wan_core.models.dit import WanDiT
 from wan_core.models.fused import EAGER, compiled, load_fused
-from wan_core.models.rope import rotary_table
 from wan_core.offload.quant import quantise
 from wan_core.runtime import Runtime
 from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings

@@ -14,7 +14,6 @@ from tests.sampling.runs import sample
 from wan_core import catalog
 from wan_core.conditioning.camera import CameraPath, camera_conditioning
 from wan_core.conditioning.image import LatentEncoder, control_conditioning, image_conditioning, reference_conditioning
-from wan_core.conditioning.slots import fit
 from wan_core.conditioning.vace import vace_conditioning
 from wan_core.decode import decode
 from wan_core.model_config import require_same_latents
@@ -29,7 +28,7 @@ from wan_core.runtime import Runtime
 from wan_core.sampling.preview import latents_to_rgb, preview_frames
 from wan_core.settings import MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, LatentSize, VideoSize, tensors_in
-from wan_core.variants import match_variant
+from wan_core.variants import fit, match_variant
 
 ODD = Geometry(
     name="odd", channels=6, spatial_stride=4, temporal_stride=2, patch=(1, 1, 3), fps=12,

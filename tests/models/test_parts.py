@@ -6,21 +6,21 @@ import types
 import pytest
 import torch
 
-from wan_core.models import attention, rope
-from wan_core.models.embedders import sinusoid
+from wan_core.models import attention
+from wan_core.models.layers import sinusoid
 
 
 def test_axes_share_the_head_as_published():
-    assert rope.axis_widths(128) == (44, 42, 42)
+    assert attention.axis_widths(128) == (44, 42, 42)
 
 
 def test_rotation_depends_on_the_distance_alone():
-    table = rope.rotary_table((6, 5, 4), 128, torch.device("cpu"))
+    table = attention.rotary_table((6, 5, 4), 128, torch.device("cpu"))
     q, k = torch.randn(2, 1, 1, 1, 128)
 
     def score(a, b):
         turned = [
-            rope.rotate_(t.clone(), rope.RotaryTable(table.cos[i : i + 1], table.sin[i : i + 1]))
+            attention.rotate_(t.clone(), attention.RotaryTable(table.cos[i : i + 1], table.sin[i : i + 1]))
             for t, i in ((q, a), (k, b))
         ]
         return (turned[0] * turned[1]).sum().item()
@@ -33,19 +33,19 @@ def test_rotation_depends_on_the_distance_alone():
 
 
 def test_rotation_equals_complex_multiplication():
-    table = rope.rotary_table((3, 4, 5), 128, torch.device("cpu"))
+    table = attention.rotary_table((3, 4, 5), 128, torch.device("cpu"))
     x = torch.randn(2, 60, 3, 128)
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(table.cos, table.sin)
     expected = torch.view_as_real(turned).flatten(-2)
-    assert torch.allclose(rope.rotate_(x.clone(), table), expected, atol=1e-6)
-    assert torch.allclose(rope.rotate_(x.clone().requires_grad_(), table), expected, atol=1e-6)
+    assert torch.allclose(attention.rotate_(x.clone(), table), expected, atol=1e-6)
+    assert torch.allclose(attention.rotate_(x.clone().requires_grad_(), table), expected, atol=1e-6)
 
 
 def test_long_sequences_are_rotated_in_pieces(monkeypatch):
-    table, x = rope.rotary_table((3, 4, 5), 128, torch.device("cpu")), torch.randn(1, 60, 2, 128)
-    whole = rope.rotate_(x.clone(), table)
-    monkeypatch.setattr(rope, "ROTATION_TOKENS", 7)
-    assert torch.equal(rope.rotate_(x.clone(), table), whole)
+    table, x = attention.rotary_table((3, 4, 5), 128, torch.device("cpu")), torch.randn(1, 60, 2, 128)
+    whole = attention.rotate_(x.clone(), table)
+    monkeypatch.setattr(attention, "ROTATION_TOKENS", 7)
+    assert torch.equal(attention.rotate_(x.clone(), table), whole)
 
 
 def test_sinusoid_keeps_fractions_of_a_timestep():
@@ -90,9 +90,9 @@ def test_backend_is_used_only_when_it_agrees_with_sdpa(monkeypatch, kernel, usab
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_rotation_is_the_same_in_real_and_in_complex_numbers(dtype):
-    table = rope.rotary_table((3, 5, 7), 128, CPU)
+    table = attention.rotary_table((3, 5, 7), 128, CPU)
     x = torch.randn(2, 105, 2, 128).to(dtype)
-    expected = rope.rotate(x.double(), table)
-    for way in (rope.rotate, rope._rotate_complex):
+    expected = attention.rotate(x.double(), table)
+    for way in (attention.rotate, attention._rotate_complex):
         torch.testing.assert_close(way(x, table).double(), expected, rtol=0, atol=3e-6 if dtype.itemsize == 4 else 0.02)
-    torch.testing.assert_close(rope.rotate_(x.clone(), table), rope._rotate_complex(x, table), rtol=0, atol=0)
+    torch.testing.assert_close(attention.rotate_(x.clone(), table), attention._rotate_complex(x, table), rtol=0, atol=0)

@@ -30,7 +30,6 @@ import pack  # noqa: E402
 
 pack.register()
 from wan_core import bundled  # noqa: E402
-from wan_core.conditioning.slots import fit  # noqa: E402
 from wan_core.conditioning.text import TextEncoder  # noqa: E402
 from wan_core.conditioning.vace import append_input  # noqa: E402
 from wan_core.models.config import WAN_21, DiTConfig, TextEncoderConfig  # noqa: E402
@@ -38,8 +37,8 @@ from wan_core.models.dit import WanDiT  # noqa: E402
 from wan_core.models.text_encoder import UMT5Encoder  # noqa: E402
 from wan_core.models.vae import WanVAE, denormalise  # noqa: E402
 from wan_core.types import Conditioning, Curve, VaceInput, VideoSize  # noqa: E402
-from wan_core.variants import match_variant  # noqa: E402
-from wancore.nodes import bridge, native  # noqa: E402
+from wan_core.variants import fit, match_variant  # noqa: E402
+from wancore.nodes import native  # noqa: E402
 
 SIZE = VideoSize(64, 48, 9)
 F, H, W = SIZE.latent.shape
@@ -142,12 +141,12 @@ def models() -> dict[str, float]:
     found = {}
     for kind in (*DITS, "control_ref_without"):
         pair, cond = Pair(DITS[kind.removesuffix("_without")]), conditioning_of(kind)
-        positive, negative, latent, trim = bridge.ToConditioning().convert(cond, SIZE.width, SIZE.height, 9)
+        positive, negative, latent, trim = native.ToConditioning().convert(cond, SIZE.width, SIZE.height, 9)
         x = normal(*latent["samples"].shape)
         assert x.shape[2] == F + trim
         found[f"to_{kind}"] = difference(pair.ours(cond, x), pair.theirs(positive, x))
         found[f"to_{kind}_negative"] = difference(pair.ours(cond.negative(), x), pair.theirs(negative, x))
-        (back,) = bridge.FromConditioning().convert(positive, negative)
+        (back,) = native.FromConditioning().convert(positive, negative)
         found[f"back_{kind}"] = difference(pair.ours(cond, x), pair.ours(back, x))
     return found
 
@@ -201,10 +200,10 @@ def native_nodes() -> dict[str, float]:
         positive, negative, latent, *trim = node.execute(*text, vae, **sizes, **inputs).args
         if kind == "control_ref":
             # Image tokens are on this node's own socket; ComfyUI's model has no meaning for their absence.
-            (cond,) = bridge.FromConditioning().convert(positive, negative, tokens)
+            (cond,) = native.FromConditioning().convert(positive, negative, tokens)
             positive[0][1]["clip_vision_output"] = tokens
         else:
-            (cond,) = bridge.FromConditioning().convert(positive, negative)
+            (cond,) = native.FromConditioning().convert(positive, negative)
         assert cond.size == SIZE, cond.size
         pair, x = Pair(DITS[kind.partition("_plain")[0].partition("_kept")[0]]), normal(*latent["samples"].shape)
         assert cond.prefix_frames(F) == (trim[0] if trim else 0)
@@ -218,7 +217,7 @@ def vae() -> dict[str, float]:
         dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]
     )
     theirs.load_state_dict(mine.state_dict())
-    (adopted,) = bridge.FromVAE().convert(SimpleNamespace(get_sd=theirs.state_dict))
+    (adopted,) = native.FromVAE().convert(SimpleNamespace(get_sd=theirs.state_dict))
     pixels, latents = torch.rand(1, 3, 9, 48, 64) * 2 - 1, normal(1, 16, 3, 6, 8)
     pairs = {}
     for name, own in (("vae", mine), ("adopted_vae", adopted)):

@@ -9,7 +9,7 @@ from wan_core.conditioning.camera import CameraPath, camera_embedding
 from wan_core.conditioning.pose_rows import DEFAULT_ORIGIN
 from wan_core.types import Conditioning, VideoSize
 from wancore.nodes import NODE_CLASS_MAPPINGS, host, places
-from wancore.nodes.standalone import Standalone
+from wancore.nodes.host import Standalone
 
 NODES = NODE_CLASS_MAPPINGS
 MOVE, ROWS, ENCODE = (NODES[f"WanCore{name}"] for name in ("CameraPath", "CameraPathFile", "CameraEncode"))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wan_core.offload import blocks, streaming
-from wan_core.offload.placement import place
+from wan_core.offload.streaming import place
 from wan_core.offload.weights import WeightProvider
 
 CPU = torch.device("cpu")

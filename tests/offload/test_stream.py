@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from wan_core.offload.blocks import blocks_of, weights_of
-from wan_core.offload.placement import place
-from wan_core.offload.streaming import PlainCopies
+from wan_core.offload.streaming import PlainCopies, place
 from wan_core.offload.weights import WeightProvider, on_device
 
 CPU = torch.device("cpu")

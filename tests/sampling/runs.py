@@ -6,7 +6,7 @@ from torch import Tensor
 
 from wan_core.model import VideoModel
 from wan_core.models.dit import WanDiT
-from wan_core.models.embedders import MotionController
+from wan_core.models.layers import MotionController
 from wan_core.runtime import Runtime
 from wan_core.sampling.checkpoint import Checkpoint, RunState
 from wan_core.sampling.experts import Expert, RunInputs, RunModel

@@ -17,7 +17,7 @@ from tests.reference import DITS, tiny_dit
 from tests.sampling.runs import sample
 from wan_core.models.config import MotionControllerConfig
 from wan_core.models.dit import WanDiT
-from wan_core.models.embedders import MotionController
+from wan_core.models.layers import MotionController
 from wan_core.planning.estimate import elementwise
 from wan_core.runtime import Runtime
 from wan_core.sampling import compose

@@ -9,7 +9,6 @@ import torch
 from tests.reference import DITS, arguments, load_case, relative_error, tiny_dit, tiny_text_encoder, tiny_vae
 from tests.sampling.runs import sample
 from tests.sampling.variants import conditioning
-from wan_core.conditioning.slots import fit
 from wan_core.conditioning.text import TextEncoder, text_conditioning
 from wan_core.models.config import WAN_21
 from wan_core.models.dit import WanDiT
@@ -20,7 +19,7 @@ from wan_core.sampling.windows import Windowed, colour_corrected, window_of, win
 from wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
 from wan_core.tiling import Span, plan_spans
 from wan_core.types import Conditioning, LatentSize, StepInfo, VideoSize, tensors_in
-from wan_core.variants import match_variant
+from wan_core.variants import fit, match_variant
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 SIZE = LatentSize(7, 4, 6)

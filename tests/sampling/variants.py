@@ -8,7 +8,7 @@ from torch import Tensor
 from tests.reference import DITS, filled
 from wan_core.models.config import DiTConfig, MotionControllerConfig
 from wan_core.models.dit import WanDiT
-from wan_core.models.embedders import MotionController
+from wan_core.models.layers import MotionController
 from wan_core.types import Conditioning, LatentSize, VaceInput
 
 REFERENCES = 1

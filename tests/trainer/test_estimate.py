@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan_core import bundled
 from wan_core.model import VideoModel
-from wan_core.models import rope
+from wan_core.models import attention
 from wan_core.models.dit import WanDiT
 from wan_core.offload.blocks import weights_of
 from wan_core.planning.estimate import LiveBytes
@@ -69,7 +69,7 @@ def test_the_count_is_the_peak_of_a_run(
     way: str, trained: TrainConfig, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The form that other devices than CPUs take, which is counted.
-    monkeypatch.setattr(rope, "_rotate_complex", rope.rotate)
+    monkeypatch.setattr(attention, "_rotate_complex", attention.rotate)
     config = replace(trained, mixed_precision=precision, **WAYS_TO_RUN[way])
     module = trainables(config).module
     given = inputs(module)

@@ -15,10 +15,10 @@ from tests.trainer.runs import config, events, losses, run, shared, weights
 from wan_core.models.dit import WanDiT
 from wan_core.runtime import OutOfMemoryError
 from wancore.trainer.config import TrainConfig
+from wancore.trainer.data.choices import Plan, learning_rate
 from wancore.trainer.objective import Objective
 from wancore.trainer.run import loop as loop_module
 from wancore.trainer.run.loop import LoadError, NonFiniteError, SaveError
-from wancore.trainer.run.plan import Plan, learning_rate
 
 __all__ = ["shared"]
 

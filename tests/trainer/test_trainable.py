@@ -8,8 +8,8 @@ from tests.reference import DITS, relative_error, tiny_text_encoder, tiny_vae
 from tests.trainer.models import config, inputs, trainables, video_model
 from wan_core.conditioning.text import TextEncoder
 from wan_core.models.ops import rms_norm
-from wan_core.offload.placement import place
 from wan_core.offload.quant import big_linears, quantise
+from wan_core.offload.streaming import place
 from wan_core.offload.weights import WeightProvider
 from wancore.trainer.model.memory import activation_checkpointing, in_host_memory
 from wancore.trainer.model.trainable import lora_patches, prepare

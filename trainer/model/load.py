@@ -11,7 +11,6 @@ import torch
 
 from wan_core import model_files as prepare
 from wan_core import variants
-from wan_core.conditioning.slots import fit
 from wan_core.files import is_nameable
 from wan_core.loading.detect import Component, detect_files, join_vace
 from wan_core.lora.apply import LoraUse, fuse
@@ -23,7 +22,7 @@ from wan_core.models.config import DiTConfig
 from wan_core.offload.formats import WeightChoice
 from wan_core.planning.modules import SizedModule
 from wan_core.types import Conditioning, VideoSize
-from wan_core.variants import IMAGE, Variant
+from wan_core.variants import IMAGE, Variant, fit
 
 from ..config import TrainConfig
 from ..data.clips import INPUTS, input_names

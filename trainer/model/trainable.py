@@ -18,7 +18,7 @@ from wan_core.lora.target import Target, bind_to, open_lora
 from wan_core.model import VideoModel
 from wan_core.models.config import TEXT_TOKENS
 from wan_core.models.dit import WanDiT, check_shapes, vace_strengths
-from wan_core.models.embedders import MotionController
+from wan_core.models.layers import MotionController
 from wan_core.models.vae import WanVAE
 from wan_core.offload.quant import QuantisedLinear
 from wan_core.sampling.predictor import motion_offset

@@ -23,13 +23,13 @@ from wan_core.atomic import abandon
 from wan_core.runtime import OutOfMemoryError, is_out_of_memory
 
 from ..config import TrainConfig
+from ..data.choices import Plan, Step, learning_rate
 from ..data.conditions import Batch, Examples, collate
 from ..export import STEP, Exporter
 from ..model.memory import checkpointing_of, in_host_memory
 from ..objective import Objective, seed_for, weighted
 from .engine import Engine
 from .events import Events, StepTimer
-from .plan import Plan, Step, learning_rate
 from .state import Progress, States, require_space
 from .validate import Evaluator
 

@@ -14,8 +14,7 @@ from ..models.image_encoder import ImageEncoder
 from ..models.vae import WanVAE
 from ..settings import check_choice
 from ..types import Conditioning, VideoSize
-from ..variants import CONTROL, FIRST_FRAME, IMAGE, MASK
-from .slots import first_frame
+from ..variants import CONTROL, FIRST_FRAME, IMAGE, MASK, first_frame
 
 
 @dataclass(frozen=True, kw_only=True)

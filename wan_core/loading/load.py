@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..files import errors_from
 from ..models.dit import WanDiT
-from ..models.embedders import MotionController
 from ..models.image_encoder import ImageEncoder
+from ..models.layers import MotionController
 from ..models.preview_decoder import PreviewDecoder
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE

@@ -19,7 +19,7 @@ from ..loading.paths import describe_files, resolve_model
 from ..loading.tensor_files import CheckpointError, TensorFiles, read_header
 from ..models.config import DiTConfig, MotionControllerConfig
 from ..models.dit import WanDiT
-from ..models.embedders import MotionController
+from ..models.layers import MotionController
 from ..offload.quant import quantised_layers
 from ..settings import check_choice
 from ..types import Curve

@@ -17,13 +17,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..types import Conditioning
-from .attention import AttentionFn, sdpa
-from .block import EPS, Context, VaceBlock, WanBlock
+from .attention import AttentionFn, RotaryTable, rotary_table, sdpa
 from .config import HEAD_DIM, DiTConfig
-from .embedders import CameraAdapter, ImageTokens, sinusoid
 from .fused import EAGER, norm_modulate_
+from .layers import EPS, CameraAdapter, Context, ImageTokens, VaceBlock, WanBlock, sinusoid
 from .ops import Linear, add_, linear
-from .rope import RotaryTable, rotary_table
 
 
 @dataclass(frozen=True)

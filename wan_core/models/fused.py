@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import RotaryTable, rotate, rotate_
 from .ops import layer_norm, may_overwrite, rms_norm_
-from .rope import RotaryTable, rotate, rotate_
 
 log = logging.getLogger("wancore")
 

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import FlatBuffer, FlatLayout, Weight, blocks_of, tables_of, used_bytes, weights_of
-from .placement import Inventory, Placement, place
 from .quant import quantised_layers
-from .streaming import BlockStream, Copies, StreamedBlock, copies_for
+from .streaming import BlockStream, Copies, Inventory, Placement, StreamedBlock, copies_for, place
 
 Change = Callable[[Tensor], Tensor]
 """What a LoRA makes of a weight; the result has its shape, dtype and device."""

@@ -13,7 +13,7 @@ from ..models.config import Geometry, TextEncoderConfig, VAEConfig
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..offload.blocks import installed_ram, used_bytes
-from ..offload.placement import place
+from ..offload.streaming import place
 from ..offload.weights import WeightProvider
 from ..runtime import GIB, OutOfMemoryError, Runtime, gigabytes
 from ..settings import MemorySettings

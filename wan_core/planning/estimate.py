@@ -16,8 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..models.config import DiTConfig
 from ..models.dit import TokenState, WanDiT
-from ..models.embedders import MotionController
 from ..models.fused import EAGER
+from ..models.layers import MotionController
 from ..offload.blocks import weights_of
 from ..runtime import Runtime
 from ..sampling.guidance import Guided

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ..models.config import TEXT_TOKENS, DiTConfig
-from ..models.embedders import MotionController
 from ..models.image_encoder import ImageEncoder
+from ..models.layers import MotionController
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..offload.blocks import weight_bytes
-from ..offload.placement import Placement, place
+from ..offload.streaming import Placement, place
 from ..runtime import GIB
 from ..sampling.compose import build_solver
 from ..sampling.experts import RunModel

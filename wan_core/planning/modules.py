@@ -18,8 +18,8 @@ from ..models.config import ImageEncoderConfig, MotionControllerConfig, TextEnco
 from ..models.dit import WanDiT
 from ..offload.blocks import weights_of
 from ..offload.formats import WeightChoice
-from ..offload.placement import SLOTS, Inventory
 from ..offload.quant import QuantisedLinear, big_linears, quantise
+from ..offload.streaming import SLOTS, Inventory
 from ..offload.weights import WeightProvider
 from ..sampling.experts import Expert
 from .estimate import meta_twin

@@ -9,9 +9,9 @@ import torch
 
 from ..lora.apply import LoraUse
 from ..models.dit import WanDiT
-from ..models.embedders import MotionController
+from ..models.layers import MotionController
 from ..offload.blocks import weight_bytes
-from ..offload.placement import Inventory, Placement, place
+from ..offload.streaming import Inventory, Placement, place
 from ..offload.weights import WeightProvider
 from ..runtime import GIB, gigabytes
 from ..sampling.compose import build_solver

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..models.dit import WanDiT
-from ..models.embedders import MotionController
+from ..models.layers import MotionController
 from ..runtime import Runtime, log
 from ..settings import EasyCacheSettings, SamplerSettings, TeaCacheSettings
 from ..types import Conditioning

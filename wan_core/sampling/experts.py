@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..lora.apply import LoraUse
 from ..models.dit import WanDiT
-from ..models.embedders import MotionController
+from ..models.layers import MotionController
 from ..settings import SamplerSettings
 from ..types import Conditioning, LatentSize
 

@@ -7,9 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..models.attention import RotaryTable
 from ..models.dit import Prepared, TimeEmbedding, TokenState, WanDiT, check_shapes, vace_strengths
-from ..models.embedders import MotionController
-from ..models.rope import RotaryTable
+from ..models.layers import MotionController
 from ..runtime import Runtime
 from ..types import Conditioning, StepInfo, tensors_in
 
