@@ -3,16 +3,22 @@
 A row says what is recommended, never what a file is: that is read from the file (`variants`).
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal
 
+from .models.config import WAN_22 as WAN_22_GEOMETRY
 from .models.config import DiTConfig
 
 DIT_FILE = "diffusion_pytorch_model.safetensors"
 DIT_PATTERN = "diffusion_pytorch_model*.safetensors"
+EXPERT_FOLDERS = ("high_noise_model", "low_noise_model")
+"""Where the two transformers of a pair are in its repository."""
+PAIR_PATTERNS = tuple(f"{folder}/{DIT_PATTERN}" for folder in EXPERT_FOLDERS)
 TEXT_ENCODER_PATTERN = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_PATTERN = "Wan2.1_VAE.pth"
+VAE_22_PATTERN = "Wan2.2_VAE.pth"
 IMAGE_ENCODER_PATTERN = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_PATTERN = "google/umt5-xxl/"
 MOTION_CONTROLLER_PATTERN = "model.safetensors"
@@ -31,14 +37,25 @@ NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """The authors' settings for a checkpoint; `teacache` names a template of skip coefficients."""
+    """The authors' settings for a checkpoint.
+
+    Attributes:
+        cfg_low: guidance of the expert for the less noisy timesteps; None where it is `cfg` too.
+        solver: a key of `sampling.solvers.SOLVERS`.
+        size_rule: how a start image decides the size of the video, a name of `media.fitting.SIZE_RULES`.
+        teacache: a template of skip coefficients.
+    """
 
     steps: int = 50
     cfg: float = 5.0
+    cfg_low: float | None = None
     shift: float = 5.0
+    solver: str = "euler"
     width: int = 832
     height: int = 480
     num_frames: int = 81
+    fps: float = 16.0
+    size_rule: str = "exact"
     negative_prompt: str = NEGATIVE_PROMPT
     teacache: str | None = None
 
@@ -57,14 +74,16 @@ class CatalogRow:
     Attributes:
         model_id: on ModelScope; also the folder under the models folder.
         variant: the structure its file is expected to have, a row of `variants.VARIANTS`.
-        size: "1.3B" or "14B".
+        size: "1.3B", "5B" or "14B", of one transformer.
         preset: the settings that its authors recommend.
         task: what it is published for.
         workflow: the name of its shipped workflow.
         repacked: the single file of it that Comfy-Org offers, without its ending (comfyui-workflow-templates and
             docs.comfy.org link them); None when there is none.
-        files: patterns of the files that are its own: the DiT, or an adapter for the model `base`.
+        files: patterns of the files that are its own: the DiT, or an adapter for the model `base`. A pair has two DiTs,
+            that of the noisy timesteps first.
         base: the row whose DiT this one is an adapter for.
+        boundary: of a pair, the fraction of the noise from which on the first DiT works, 0 to 1; None for one DiT.
         training: settings of the trainer that differ from those of the task's recipe, by mode ("full" or "lora").
     """
 
@@ -78,6 +97,7 @@ class CatalogRow:
     _: KW_ONLY
     files: tuple[str, ...] = (DIT_PATTERN,)
     base: str | None = None
+    boundary: float | None = None
     training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -89,6 +109,16 @@ class CatalogRow:
     def short_name(self) -> str:
         """The id without its organisation."""
         return self.model_id.partition("/")[2]
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it consists of two transformers, each for a range of timesteps."""
+        return self.boundary is not None
+
+    @property
+    def tiny_id(self) -> str:
+        """The id of the bundled model of its structure."""
+        return tiny_id(self.variant, self.is_pair)
 
     @property
     def needs_image_encoder(self) -> bool:
@@ -109,7 +139,7 @@ _VACE_S = Preset(shift=16.0, teacache="Wan2.1-T2V-1.3B")
 _VACE_L = replace(_VACE_S, width=1280, height=720, teacache="Wan2.1-I2V-14B-720P")
 
 
-CATALOG: tuple[CatalogRow, ...] = (
+WAN_21: tuple[CatalogRow, ...] = (
     CatalogRow("Wan-AI/Wan2.1-T2V-1.3B", "t2v", "1.3B", _T2V_S, "text", "t2v_1.3b", "wan2.1_t2v_1.3B_fp16"),
     CatalogRow("Wan-AI/Wan2.1-T2V-14B", "t2v", "14B", _T2V_L, "text", "t2v_14b", "wan2.1_t2v_14B_fp8_scaled"),
     CatalogRow("Wan-AI/Wan2.1-I2V-14B-480P", "i2v", "14B", _I2V_480, "image", "i2v_480p", "wan2.1_i2v_480p_14B_fp16"),
@@ -163,26 +193,105 @@ CATALOG: tuple[CatalogRow, ...] = (
 )  # fmt: skip
 
 
-def tiny_id(variant: str) -> str:
-    """The id of the bundled model of that structure."""
-    return TINY if variant == "t2v" else f"{TINY}-{variant.replace('_', '-')}"
+# Wan-Video/Wan2.2 wan/configs for the Wan-AI rows, VideoX-Fun's examples/wan2.2_fun for the Fun rows, which run with
+# the boundaries of these configurations. VideoX-Fun uses one TeaCache template for all of them.
+_T2V_A14B = Preset(
+    steps=40, cfg=4.0, cfg_low=3.0, shift=12.0, solver="unipc", width=1280, height=720, teacache="Wan2.1-I2V-14B-720P"
+)
+_I2V_A14B = replace(_T2V_A14B, cfg=3.5, cfg_low=3.5, shift=5.0, size_rule="area")
+_FUN_A14B = Preset(cfg=6.0, teacache="Wan2.1-I2V-14B-720P")
+_TI2V_5B = Preset(
+    solver="unipc", width=1280, height=704, num_frames=121, fps=24.0, size_rule="area and crop",
+    teacache="Wan2.1-I2V-14B-720P",
+)  # fmt: skip
+_FUN_5B = replace(_TI2V_5B, cfg=6.0, solver="euler", size_rule="exact")
+
+
+def _pair(
+    model_id: str, variant: str, preset: Preset, task: Task, workflow: str, repacked: str, boundary: float
+) -> CatalogRow:
+    """A row of two transformers; `repacked` is the name of both files, with what differs in braces."""
+    return CatalogRow(
+        model_id, variant, "14B", preset, task, workflow, repacked, files=PAIR_PATTERNS, boundary=boundary
+    )
+
+
+WAN_22: tuple[CatalogRow, ...] = (
+    _pair(
+        "Wan-AI/Wan2.2-T2V-A14B", "t2v", _T2V_A14B, "text", "t2v_a14b", "wan2.2_t2v_{high,low}_noise_14B_fp8_scaled",
+        0.875,
+    ),
+    _pair(
+        "Wan-AI/Wan2.2-I2V-A14B", "i2v_a14b", _I2V_A14B, "image", "i2v_a14b",
+        "wan2.2_i2v_{high,low}_noise_14B_fp8_scaled", 0.9,
+    ),
+    CatalogRow(
+        "Wan-AI/Wan2.2-TI2V-5B", "ti2v_5b", "5B", _TI2V_5B, "image", "ti2v_5b", "wan2.2_ti2v_5B_fp16"
+    ),
+    _pair(
+        "PAI/Wan2.2-Fun-A14B-InP", "i2v_a14b", _FUN_A14B, "first_last", "fun_a14b_inp",
+        "wan2.2_fun_inpaint_{high,low}_noise_14B_fp8_scaled", 0.9,
+    ),
+    _pair(
+        "PAI/Wan2.2-Fun-A14B-Control", "fun_a14b_control", _FUN_A14B, "control_reference", "fun_a14b_control",
+        "wan2.2_fun_control_{high,low}_noise_14B_fp8_scaled", 0.9,
+    ),
+    _pair(
+        "PAI/Wan2.2-Fun-A14B-Control-Camera", "fun_a14b_camera", _FUN_A14B, "camera", "fun_a14b_camera",
+        "wan2.2_fun_camera_{high,low}_noise_14B_fp8_scaled", 0.9,
+    ),
+    _pair(
+        "PAI/Wan2.2-VACE-Fun-A14B", "vace", replace(_FUN_A14B, cfg=5.0), "vace", "vace_fun_a14b",
+        "wan2.2_fun_vace_{high,low}_noise_14B_fp8_scaled", 0.875,
+    ),
+    CatalogRow(
+        "PAI/Wan2.2-Fun-5B-InP", "fun_5b_inp", "5B", _FUN_5B, "first_last", "fun_5b_inp", "wan2.2_fun_inpaint_5B_bf16"
+    ),
+    CatalogRow(
+        "PAI/Wan2.2-Fun-5B-Control", "fun_5b_control", "5B", replace(_FUN_5B, steps=40), "control_reference",
+        "fun_5b_control", "wan2.2_fun_control_5B_bf16",
+    ),
+    CatalogRow(
+        "PAI/Wan2.2-Fun-5B-Control-Camera", "fun_5b_camera", "5B", _FUN_5B, "camera", "fun_5b_camera",
+        "wan2.2_fun_camera_5B_bf16",
+    ),
+)  # fmt: skip
+
+CATALOG = WAN_21
+"""The rows that loaders, workflows and recipes offer."""
+
+ALL_ROWS = (*WAN_21, *WAN_22)
+
+
+def tiny_id(variant: str, is_pair: bool = False) -> str:
+    """The id of the bundled model of that structure, or of the bundled pair."""
+    name = variant.replace("_", "-")
+    name = f"{name}-a14b" if is_pair and "a14b" not in name else name
+    return TINY if name == "t2v" else f"{TINY}-{name}"
 
 
 _TINY = Preset(steps=4, width=96, height=64, num_frames=9, negative_prompt="", teacache="Wan2.1-T2V-1.3B")
-TINY_ROWS: tuple[CatalogRow, ...] = tuple(
-    replace(
-        next(row for row in CATALOG if row.variant == variant),
-        model_id=tiny_id(variant), size="tiny", preset=_TINY, repacked=None,
-    )
-    for variant in dict.fromkeys(row.variant for row in CATALOG)
-)  # fmt: skip
+
+
+def _tiny_rows(rows: Sequence[CatalogRow]) -> tuple[CatalogRow, ...]:
+    first = {name: next(row for row in rows if row.tiny_id == name) for name in (row.tiny_id for row in rows)}
+    return tuple(replace(row, model_id=name, size="tiny", preset=_TINY, repacked=None) for name, row in first.items())
+
+
+TINY_ROWS = _tiny_rows(CATALOG)
 """Models of random weights that this pack makes by itself, one of each structure, each in place of the first row
 of its variant. They draw abstract patterns, and let every workflow run anywhere."""
 
-SIZES = {1536: "1.3B", 5120: "14B", 256: "tiny"}
+ALL_TINY_ROWS = _tiny_rows(ALL_ROWS)
+
+SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B", 256: "tiny"}
 """Model width to size, of the published models and the bundled ones."""
 
-_WIDTHS: Mapping[str, Mapping[str, Any]] = {"1.3B": {}, "14B": dict(dim=5120, ffn_dim=13824, num_layers=40)}
+_WIDTHS: Mapping[str, Mapping[str, Any]] = {
+    "1.3B": {},
+    "5B": dict(dim=3072, ffn_dim=14336, num_layers=30, geometry=WAN_22_GEOMETRY),
+    "14B": dict(dim=5120, ffn_dim=13824, num_layers=40),
+}
 _STRUCTURES: Mapping[str, Mapping[str, Any]] = {
     "t2v": {},
     "i2v": dict(in_channels=36, has_image_input=True),
@@ -191,6 +300,13 @@ _STRUCTURES: Mapping[str, Mapping[str, Any]] = {
     "fun_v1_1_control": dict(in_channels=48, has_image_input=True, has_reference=True),
     "fun_camera": dict(in_channels=32, has_image_input=True, camera_channels=24),
     "vace": dict(vace_channels=96),
+    "i2v_a14b": dict(in_channels=36),
+    "fun_a14b_control": dict(in_channels=52, has_reference=True),
+    "fun_a14b_camera": dict(in_channels=36, camera_channels=24),
+    "ti2v_5b": dict(in_channels=48),
+    "fun_5b_inp": dict(in_channels=100),
+    "fun_5b_control": dict(in_channels=148, has_reference=True),
+    "fun_5b_camera": dict(in_channels=100, camera_channels=24),
 }
 _VACE_LAYERS = {"1.3B": tuple(range(0, 30, 2)), "14B": tuple(range(0, 40, 5))}
 
@@ -203,30 +319,42 @@ def published_config(row: CatalogRow) -> DiTConfig:
 
 def find_row(model_id: str) -> CatalogRow | None:
     """The row of that id, or None."""
-    return next((row for row in (*CATALOG, *TINY_ROWS) if row.model_id == model_id), None)
+    return next((row for row in (*ALL_ROWS, *ALL_TINY_ROWS) if row.model_id == model_id), None)
 
 
 def published(model_id: str) -> CatalogRow:
     """The row of a published checkpoint, which must be one."""
-    return next(row for row in CATALOG if row.model_id == model_id)
+    return next(row for row in ALL_ROWS if row.model_id == model_id)
 
 
 HINTS = ("fun", "inp", "480", "720", "v1.1", "preview")
 """Words in file names that distinguish checkpoints of one structure and size."""
 
+GENERATIONS = re.compile(r"wan[-_ ]?2[._]?(?P<number>[12])(?!\d)|a14b|(?:high|low)[-_ ]?noise")
+"""What tells a file of Wan 2.2 from one of 2.1 that has the same tensors; the last match in a path counts."""
 
-def guess_row(name: str, variant: str, size: str) -> CatalogRow | None:
+
+def guess_row(name: str, variant: str, size: str, is_pair: bool | None = None) -> CatalogRow | None:
     """The row that a file or folder called `name` most likely comes from, among those of its structure and size.
 
     An id inside the name settles it, else the words of `HINTS` do; with none of them the first row counts. The row only
     recommends settings.
+
+    Args:
+        is_pair: whether there are two transformers; None where only one of them may be at hand.
     """
     name = name.lower()
-    rows = [row for row in (*CATALOG, *TINY_ROWS) if (row.variant, row.size) == (variant, size) and not row.base]
     found = _hints(name)
+    rows = [
+        row
+        for row in (*ALL_ROWS, *ALL_TINY_ROWS)
+        if (row.variant, row.size) == (variant, size) and not row.base and is_pair in (None, row.is_pair)
+    ]
     by_id = [row for row in rows if row.model_id.lower() in name]
     return max(by_id or rows, key=lambda row: -len(_hints(row.model_id.lower()) ^ found), default=None)
 
 
 def _hints(name: str) -> set[str]:
-    return {hint for hint in HINTS if hint in name}
+    *_, last = (None, *GENERATIONS.finditer(name))
+    is_22 = last is not None and last["number"] != "1"
+    return {hint for hint in HINTS if hint in name} | ({"2.2"} if is_22 else set())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .models.config import DiTConfig, Geometry
+from .models.config import WAN_21, DiTConfig, Geometry
 from .types import Conditioning, Slot, VideoSize
 
 MASK, IMAGE = Slot("mask", "mask"), Slot("image", "frames")
@@ -26,10 +26,11 @@ class Variant:
         name: identifies the row; it is never compared with in models, sampling or memory.
         label: what users call it.
         matches: whether a configuration is of this structure; the first row that matches counts. None matches by the
-            channels beside the noise alone.
+            channels beside the noise and by `reads_images` alone.
         slots: the channels beside the noise, in order.
         accepts: inputs that it can use besides text.
         requires: inputs without which its result is meaningless.
+        reads_images: whether it reads start, end and reference images through CLIP too, as Wan 2.1 models do.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Variant:
     slots: tuple[Slot, ...] = ()
     accepts: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
+    reads_images: bool = False
 
     def channels(self, geometry: Geometry) -> int:
         """How many channels there are beside the noise."""
@@ -47,7 +49,12 @@ class Variant:
         """Whether a DiT of this configuration is of this structure."""
         if self.matches is not None:
             return self.matches(config)
-        return config.concat_channels == self.channels(config.geometry)
+        return (config.concat_channels, config.has_image_input) == (self.channels(config.geometry), self.reads_images)
+
+
+def _of_a14b(config: DiTConfig) -> bool:
+    """Whether a DiT works on the latents of Wan 2.1 but reads no image tokens, as the pairs of Wan 2.2 do."""
+    return config.geometry.matches(WAN_21) and not config.has_image_input
 
 
 VARIANTS = (
@@ -58,12 +65,29 @@ VARIANTS = (
         accepts=("vace_video", "vace_video_mask", "vace_reference_image"),
     ),
     Variant(
+        "fun_a14b_camera",
+        "Wan 2.2 Fun Control-Camera",
+        lambda c: c.camera_channels > 0 and _of_a14b(c),
+        (MASK, IMAGE),
+        accepts=("input_image", "end_image", "inpaint_video", "camera"),
+        requires=("camera",),
+    ),
+    Variant(
         "fun_camera",
         "Fun Control-Camera",
         lambda c: c.camera_channels > 0,
         (FIRST_FRAME,),
         accepts=("input_image", "camera"),
         requires=("input_image", "camera"),
+        reads_images=True,
+    ),
+    Variant(
+        "fun_a14b_control",
+        "Wan 2.2 Fun Control",
+        lambda c: c.has_reference and _of_a14b(c),
+        (CONTROL, MASK, IMAGE),
+        accepts=("control_video", "input_image", "end_image", "inpaint_video", "reference_image"),
+        requires=("control_video",),
     ),
     Variant(
         "fun_v1_1_control",
@@ -72,6 +96,7 @@ VARIANTS = (
         (CONTROL, FIRST_FRAME),
         accepts=("control_video", "input_image", "reference_image"),
         requires=("control_video",),
+        reads_images=True,
     ),
     Variant(
         "fun_control",
@@ -80,6 +105,7 @@ VARIANTS = (
         (CONTROL, FIRST_FRAME),
         accepts=("control_video", "input_image"),
         requires=("control_video",),
+        reads_images=True,
     ),
     Variant(
         "flf2v",
@@ -88,10 +114,19 @@ VARIANTS = (
         (MASK, IMAGE),
         accepts=("input_image", "end_image"),
         requires=("input_image", "end_image"),
+        reads_images=True,
     ),
     Variant(
         "i2v",
         "image to video or Fun InP",
+        None,
+        (MASK, IMAGE),
+        accepts=("input_image", "end_image", "inpaint_video"),
+        reads_images=True,
+    ),
+    Variant(
+        "i2v_a14b",
+        "Wan 2.2 image to video or Fun InP",
         None,
         (MASK, IMAGE),
         accepts=("input_image", "end_image", "inpaint_video"),

@@ -364,6 +364,13 @@ def test_what_is_no_picture_is_refused(value):
         ("vace_preview", "vace", "1.3B", "iic/VACE-Wan2.1-1.3B-Preview"),
         ("wan2.1_vace_1.3B", "vace", "1.3B", "Wan-AI/Wan2.1-VACE-1.3B"),
         ("x", "t2v", "14B", "Wan-AI/Wan2.1-T2V-14B"),
+        ("wan2.2_t2v_high_noise_14B_fp16.safetensors", "t2v", "14B", "Wan-AI/Wan2.2-T2V-A14B"),
+        ("Wan2.2/models/wan2.1_t2v_14B_fp16.safetensors", "t2v", "14B", "Wan-AI/Wan2.1-T2V-14B"),
+        ("Wan2_2-T2V-A14B-LOW_fp8.safetensors", "t2v", "14B", "Wan-AI/Wan2.2-T2V-A14B"),
+        ("my_finetune.safetensors", "i2v_a14b", "14B", "Wan-AI/Wan2.2-I2V-A14B"),
+        ("wan2.2_fun_inpaint_low_noise_14B_fp8.safetensors", "i2v_a14b", "14B", "PAI/Wan2.2-Fun-A14B-InP"),
+        ("wan2.2_fun_vace_high_noise_14B_bf16.safetensors", "vace", "14B", "PAI/Wan2.2-VACE-Fun-A14B"),
+        ("mine", "vace", "14B", "Wan-AI/Wan2.1-VACE-14B"),
         ("x", "t2v", "", None),
     ],
 )
@@ -373,8 +380,9 @@ def test_names_choose_recommended_settings(name, variant, size, row):
 
 
 def test_every_row_of_the_catalog_stands_for_itself():
-    assert len({row.model_id for row in catalog.CATALOG}) == len(catalog.CATALOG)
-    for row in catalog.CATALOG:
-        assert row.variant in VARIANT
+    assert len({row.model_id for row in catalog.ALL_ROWS}) == len(catalog.ALL_ROWS)
+    for row in catalog.ALL_ROWS:
+        assert row.variant in VARIANT or row.size == "5B"
+        assert len(row.files) == 1 + row.is_pair
         assert catalog.find_row(row.model_id) is row and catalog.published(row.model_id) is row
         assert catalog.published_config(row).has_image_input == row.needs_image_encoder

@@ -102,7 +102,7 @@ def made_up(name: str) -> dict[str, torch.Tensor]:
             },
             "damaged at blocks.0.self_attn.q: lora_A .* different ranks",
         ),
-        ({"visual.transformer.0.attn.to_qkv.weight": torch.ones(2, 2)}, "is no Wan 2.1 model"),
+        ({"visual.transformer.0.attn.to_qkv.weight": torch.ones(2, 2)}, "is no Wan model"),
     ],
 )
 def test_files_that_do_nothing_are_errors(tmp_path, tensors, words):

@@ -32,6 +32,9 @@ STRUCTURES = {
     "Fun-V1.1-14B-Camera": (DiTConfig(**LARGE, **CAMERA), 1309, 16.8981),
     "VACE-1.3B": (DiTConfig(**SMALL_VACE), 1264, 2.1540),
     "VACE-14B": (DiTConfig(**LARGE, **LARGE_VACE), 1331, 17.3376),
+    "I2V-A14B": (DiTConfig(**LARGE, in_channels=36), 1095, 14.2889),
+    "Fun-A14B-Control": (DiTConfig(**LARGE, in_channels=52, has_reference=True), 1097, 14.2896),
+    "Fun-A14B-Camera": (DiTConfig(**LARGE, in_channels=36, camera_channels=24), 1101, 14.7922),
 }
 
 

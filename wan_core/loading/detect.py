@@ -305,7 +305,7 @@ def _unknown(header: Header, names: Mapping[str, str]) -> str:
     )
     likeness = f"It looks like {guess}." if guess else "It is no known other model either."
     return (
-        f"{describe_files(header.files)} is no Wan 2.1 model: {len(header)} tensors ({listed(list(header))}), "
+        f"{describe_files(header.files)} is no Wan model: {len(header)} tensors ({listed(list(header))}), "
         f"fingerprint {fingerprint(header)}. {likeness}"
     )
 

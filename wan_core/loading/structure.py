@@ -148,30 +148,29 @@ def _require_wan21(shapes: Shapes, config: DiTConfig) -> None:
     geometry, beside = config.geometry, config.concat_channels
     if not geometry.matches(WAN_21):
         relative = geometry.name
-    elif beside == geometry.channels + geometry.mask_channels and not config.has_image_input:
-        relative = "Wan 2.2 I2V-A14B"
     if relative:
-        raise shapes.error(f"is {relative}; only Wan 2.1 models are supported")
+        raise shapes.error(f"is {relative}, which is not supported")
     if config.dim % HEAD_DIM:
-        raise shapes.error(f"has width {config.dim}; a Wan 2.1 width is a multiple of {HEAD_DIM}")
+        raise shapes.error(f"has width {config.dim}; a Wan width is a multiple of {HEAD_DIM}")
     if beside == geometry.channels and not config.camera_channels:
         raise shapes.error(
             f"has {config.in_channels} input channels, which only camera models have, but lacks "
             "'control_adapter.conv.weight', 'control_adapter.conv.bias' and the other control_adapter.* tensors; the "
             "file is incomplete"
         )
-    # Channels beside the noise in Wan 2.1 models, and whether these read image tokens: none, a mask and a clean video
-    # (I2V), control and start (Fun Control), start (camera).
+    # Channels beside the noise, and whether the model reads image tokens, as Wan 2.1 models do and 2.2 models do not:
+    # none, a mask and a clean video (I2V), control and start (Fun Control), start (camera), control, mask and video.
     latent, masked = geometry.channels, geometry.mask_channels + geometry.channels
-    reads_images = {0: False, masked: True, 2 * latent: True, latent: True}
-    if reads_images.get(beside) != config.has_image_input:
+    reads_images = {(0, False), (masked, True), (2 * latent, True), (latent, True)}
+    reads_images |= {(masked, False), (latent + masked, False)}
+    if (beside, config.has_image_input) not in reads_images:
         tokens = "with" if config.has_image_input else "without"
         known = ", ".join(
-            f"{geometry.channels + n} {'with' if image else 'without'}" for n, image in reads_images.items()
+            f"{geometry.channels + n} {'with' if image else 'without'}" for n, image in sorted(reads_images)
         )
         raise shapes.error(
             f"has {config.in_channels} input and {config.out_channels} output channels {tokens} image tokens "
-            f"(img_emb.*); Wan 2.1 has {geometry.channels} output channels and {known} image tokens"
+            f"(img_emb.*); Wan models have {geometry.channels} output channels and {known} image tokens"
         )
 
 
