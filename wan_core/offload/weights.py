@@ -6,9 +6,11 @@ A weight passes through stages, and `blocks.Weight` shows the last one that it h
    file, on a device, or in another dtype than it works in;
 2. *folded*: a LoRA's change of what is offloaded, for a run; the base waits in host memory;
 3. *arrived* on the device: as a whole copy, which may be cached for the next use, or in a slot of a `BlockStream`;
-4. *changed* while its block runs: by a LoRA whose target is streamed, or whose strength follows a curve.
+4. *changed* while its block runs, by a LoRA on a weight that can be neither folded nor left alone: norms, biases and
+   modulation of a model that streams blocks or has a strength that follows a curve.
 
-What a LoRA computes beside a linear layer needs none of this: it leaves the weight alone."""
+What a LoRA computes beside a linear layer needs none of this: it leaves the weight alone.
+"""
 
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
