@@ -16,7 +16,7 @@ from .synthetic import COLOURS, GROUNDS, SHAPES, TRAVEL, Frames, Scene
 Array = NDArray[np.float32]
 
 SHAPE_DISTANCE = 42.0
-"""RGB distance from the ground's shades at which a pixel belongs to a shape."""
+"""Least RGB distance from the ground's shades at which a pixel belongs to a shape."""
 
 LEAST_AREA = 0.004
 """Smallest share of the picture that counts as a shape: a triangle of 5 pixels' radius at 96x64."""
@@ -78,7 +78,7 @@ def measure(clip: Frames) -> Reading:
     frames = clip.astype(np.float32)
     ground = _ground(frames)
     distance = _ground_distance(frames, ground)
-    masks = np.stack([_largest(one > SHAPE_DISTANCE) for one in distance])
+    masks = np.stack([_mask(one) for one in distance])
     shift, zooms = _camera(frames.mean(-1), masks)
     height, width = masks.shape[1:]
     zoom = float(np.log(zooms[-1]))
@@ -137,6 +137,12 @@ def _ground_distance(frames: Array, ground: str) -> Array:
     base, waves = np.array(GROUNDS[ground].rgb, np.float32), GROUNDS[ground].waves
     brightness = np.clip(frames @ base / (base @ base), 1 - 1.3 * waves, 1 + 1.3 * waves)
     return np.asarray(np.linalg.norm(frames - brightness[..., None] * base, axis=-1), np.float32)
+
+
+def _mask(distance: Array) -> NDArray[np.bool_]:
+    """Where the shape is in one frame: up to where a smooth edge is half ground."""
+    mask = _largest(distance > SHAPE_DISTANCE)
+    return _largest(distance > max(SHAPE_DISTANCE, 0.5 * float(np.median(distance[mask])))) if mask.any() else mask
 
 
 def _largest(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
