@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from wan_core import catalog
 from wan_core.conditioning.text import clean_prompt
 from wan_core.tiling import TiledSum, TileSettings, blend_weights, plan_spans
 from wan_core.types import Conditioning, Curve, LatentSize, VaceInput, VideoSize, tensors_in
@@ -140,3 +141,13 @@ def test_tiles_that_leave_gaps_are_refused(size, stride):
 )
 def test_prompts_are_cleaned(prompt, clean):
     assert clean_prompt(prompt) == clean
+
+
+def test_rows_of_the_catalog_name_their_vae_and_each_repacked_file():
+    rows = {row.model_id: row for row in catalog.ALL_ROWS}
+    pair, small = rows["Wan-AI/Wan2.2-T2V-A14B"], rows[catalog.TI2V_BASE]
+    assert pair.vae == (catalog.T2V_BASE, "Wan2.1_VAE.pth") and small.vae == (catalog.TI2V_BASE, "Wan2.2_VAE.pth")
+    names = [f"wan2.2_t2v_{noise}_noise_14B_fp8_scaled" for noise in ("high", "low")]
+    assert list(pair.repacked_files) == names and small.repacked_files == ("wan2.2_ti2v_5B_fp16",)
+    assert all(row.is_22 == ("Wan2.2" in row.model_id) for row in rows.values())
+    assert all(len(row.repacked_files) in (0, len(row.files)) for row in rows.values())

@@ -24,6 +24,7 @@ TOKENIZER_PATTERN = "google/umt5-xxl/"
 MOTION_CONTROLLER_PATTERN = "model.safetensors"
 
 T2V_BASE = "Wan-AI/Wan2.1-T2V-1.3B"
+TI2V_BASE = "Wan-AI/Wan2.2-TI2V-5B"
 IMAGE_ENCODER_SOURCE = "Wan-AI/Wan2.1-I2V-14B-480P"
 SPEED_CONTROL = "DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1"
 TINY = "WanCore/tiny"
@@ -119,6 +120,25 @@ class CatalogRow:
     def tiny_id(self) -> str:
         """The id of the bundled model of its structure."""
         return tiny_id(self.variant, self.is_pair)
+
+    @property
+    def is_22(self) -> bool:
+        """Whether it is of Wan 2.2."""
+        return self.is_pair or self.variant in _OF_5B
+
+    @property
+    def vae(self) -> tuple[str, str]:
+        """The id of the model that brings its VAE, and the pattern of the VAE's file."""
+        return (TI2V_BASE, VAE_22_PATTERN) if self.variant in _OF_5B else (T2V_BASE, VAE_PATTERN)
+
+    @property
+    def repacked_files(self) -> tuple[str, ...]:
+        """`repacked` as the name of each file: of a pair two, the one for high noise first."""
+        if not self.repacked:
+            return ()
+        start, brace, rest = self.repacked.partition("{")
+        words, _, end = rest.partition("}")
+        return tuple(f"{start}{word}{end}" for word in words.split(",")) if brace else (self.repacked,)
 
     @property
     def needs_image_encoder(self) -> bool:
@@ -256,6 +276,8 @@ WAN_22: tuple[CatalogRow, ...] = (
         "wan2.2_fun_camera_5B_bf16",
     ),
 )  # fmt: skip
+
+_OF_5B = frozenset(row.variant for row in WAN_22 if row.size == "5B")
 
 CATALOG = WAN_21
 """The rows that loaders, workflows and recipes offer."""
