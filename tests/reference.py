@@ -82,6 +82,10 @@ def tiny_vae() -> WanVAE:
     return filled(WanVAE, bundled.VAE)
 
 
+def tiny_vae_22() -> WanVAE:
+    return filled(WanVAE, bundled.VAE_22)
+
+
 def tiny_text_encoder() -> UMT5Encoder:
     return filled(UMT5Encoder, bundled.TEXT_ENCODER)
 

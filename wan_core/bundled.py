@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from . import catalog
 from .atomic import replacing
 from .loading.tensor_files import write_safetensors
-from .models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
+from .models.config import (
+    WAN_22,
+    DiTConfig,
+    ImageEncoderConfig,
+    MotionControllerConfig,
+    TextEncoderConfig,
+    VAEConfig,
+)
 from .models.dit import WanDiT
 from .models.image_encoder import ImageEncoder
 from .models.layers import MotionController
@@ -50,6 +57,7 @@ LETTERS = "\u2581abcdefghijklmnopqrstuvwxyz0123456789,.!?-'"
 
 TEXT_ENCODER = TextEncoderConfig(vocab_size=320, dim=64, attention_dim=128, ffn_dim=160, num_heads=2, num_layers=3)
 VAE = VAEConfig(base_dim=8)
+VAE_22 = VAEConfig(base_dim=8, decoder_dim=12, geometry=WAN_22, patch=2, shortcuts=True)
 IMAGE_ENCODER = ImageEncoderConfig(dim=160, mlp_dim=640, num_layers=4, out_dim=64)
 MOTION_CONTROLLER = MotionControllerConfig(dim=256, freq_dim=64)
 DIT = DiTConfig(dim=256, ffn_dim=512, num_layers=4, text_dim=64, freq_dim=64, image_dim=IMAGE_ENCODER.dim)

@@ -19,6 +19,8 @@ PAIR_PATTERNS = tuple(f"{folder}/{DIT_PATTERN}" for folder in EXPERT_FOLDERS)
 TEXT_ENCODER_PATTERN = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_PATTERN = "Wan2.1_VAE.pth"
 VAE_22_PATTERN = "Wan2.2_VAE.pth"
+VAE_FILES = {16: (VAE_PATTERN, "wan_2.1_vae"), 48: (VAE_22_PATTERN, "wan2.2_vae")}
+"""The authors' file and ComfyUI's, without its ending, by the channels of a latent."""
 IMAGE_ENCODER_PATTERN = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_PATTERN = "google/umt5-xxl/"
 MOTION_CONTROLLER_PATTERN = "model.safetensors"

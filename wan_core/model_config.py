@@ -246,9 +246,11 @@ def require_same_latents(dit: Component, vae: Component) -> None:
     """Raise ValueError unless `vae` encodes to what `dit` denoises; by their headers."""
     wanted, given = dit.config_of(DiTConfig).geometry, vae.config_of(VAEConfig).geometry
     if not wanted.matches(given):
+        files = catalog.VAE_FILES.get(wanted.channels)
+        which = f": {files[0]}, or ComfyUI's {files[1]}.safetensors" if files else ""
         raise ValueError(
             f"{vae.name} encodes to latents of {given.name} ({given.channels} channels), but {dit.name} denoises those "
-            f"of {wanted.name} ({wanted.channels} channels). Load the VAE of {wanted.name}."
+            f"of {wanted.name} ({wanted.channels} channels). Load the VAE of {wanted.name}{which}."
         )
 
 

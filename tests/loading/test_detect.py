@@ -14,7 +14,16 @@ from tests.loading.inventories import header
 from wan_core.loading.detect import check_against, detect, fingerprint, join_vace, require_kind, vace_layers
 from wan_core.loading.load import CLASSES
 from wan_core.loading.tensor_files import CheckpointError
-from wan_core.models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
+from wan_core.models.config import (
+    WAN_22,
+    DiTConfig,
+    ImageEncoderConfig,
+    MotionControllerConfig,
+    TextEncoderConfig,
+    VAEConfig,
+)
+
+VAE_22 = VAEConfig(base_dim=160, decoder_dim=256, geometry=WAN_22, patch=2, shortcuts=True)
 
 S, L = DiTConfig(), DiTConfig(dim=5120, ffn_dim=13824, num_layers=40)
 VACE_S, VACE_L = tuple(range(0, 30, 2)), tuple(range(0, 40, 5))
@@ -62,15 +71,19 @@ OTHERS = {
     ),
     "UMT5": (inv.umt5(), "9c8818c2cbea55eca56c7b447df170da", 5.681, TextEncoderConfig()),
     "VAE": (inv.vae(), "ccc42284ea13e1ad04693284c7a09be6", 0.12689, VAEConfig()),
+    "VAE 2.2": (inv.dit("Wan2.2_VAE"), "e1de6c02cdac79f8b739f4d3698cd216", 0.704689, VAE_22),
     "CLIP": (inv.clip(), "5941c53e207d62f20f9025686193c40b", 1.193, ImageEncoderConfig()),
 }
 ALL = DITS | OTHERS
-KIND_OF = {"motion controller": "motion_controller", "UMT5": "text_encoder", "VAE": "vae", "CLIP": "image_encoder"}
+KIND_OF = {
+    "motion controller": "motion_controller", "UMT5": "text_encoder", "VAE": "vae", "VAE 2.2": "vae",
+    "CLIP": "image_encoder",
+}  # fmt: skip
 TINY = {
     "dit_t2v": "dit", "dit_vace": "dit", "umt5": "text_encoder", "vae": "vae", "clip_1280": "image_encoder",
     "motion_controller": "motion_controller", "clip": "image_encoder", "dit_fun_camera": "dit", "dit_flf2v": "dit",
     "dit_fun_control": "dit", "dit_fun_v1_1_control": "dit", "dit_i2v": "dit", "dit_i2v_a14b": "dit",
-    "dit_fun_a14b_control": "dit", "dit_fun_a14b_camera": "dit",
+    "dit_fun_a14b_control": "dit", "dit_fun_a14b_camera": "dit", "vae22": "vae",
 }  # fmt: skip
 
 
@@ -162,6 +175,7 @@ def test_tiny_sizes():
         ])
     )  # fmt: skip
     assert config("vae") == VAEConfig(base_dim=8)
+    assert config("vae22") == dataclasses.replace(VAE_22, base_dim=8, decoder_dim=12)
     assert config("motion_controller") == MotionControllerConfig(dim=256, freq_dim=64)
 
 
@@ -172,7 +186,7 @@ PREFIXES = (
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("name", ["T2V-1.3B", "VAE", "UMT5"])
+@pytest.mark.parametrize("name", ["T2V-1.3B", "VAE", "VAE 2.2", "UMT5"])
 def test_prefixes(name, prefix):
     component = detect(header({prefix + k: v for k, v in ALL[name][0].items()}))
     assert component.config == ALL[name][3]
@@ -222,7 +236,8 @@ HALF_CLIP = {
 }
 REFUSED = {
     "Wan 2.2 TI2V-5B": (wan22_5b(), "Wan 2.2 TI2V-5B"),
-    "Wan 2.2 VAE": (inv.vae(16, 48), "the VAE of Wan 2.2 TI2V-5B: it has 48 latent channels"),
+    "a VAE of 24 channels": (inv.vae(16, 24), "has 24 latent channels; Wan VAEs have 16 .Wan 2.1. and 48 .Wan 2.2"),
+    "a VAE of both kinds": (inv.vae(16, 48), "has 48 latent channels, reads 3 channels and .* in one row"),
     "Wan 2.2 Animate": (I2V | {"face_adapter.fuser_blocks.0.k_norm.weight": (4,)}, "Wan 2.2 Animate"),
     "Wan 2.2 S2V": (T2V | {"casual_audio_encoder.weights": (4,)}, "Wan 2.2 S2V"),
     "camera without adapter": (without(CAMERA, "control_adapter"), r"lacks 'control_adapter\.conv\.weight'"),

@@ -20,6 +20,8 @@ from wan_core.loading.detect import check_against, detect, detect_files
 from wan_core.loading.load import build, load_into, spiece_model
 from wan_core.loading.paths import resolve_files
 from wan_core.loading.tensor_files import read_header
+from wan_core.models.config import WAN_22
+from wan_core.models.vae import denormalise, normalise
 
 DITS = ("t2v", "i2v", "flf2v", "fun_control", "fun_v1_1_control", "fun_camera", "vace")
 FILES = {f"dit_{name}": "dit" for name in DITS} | {
@@ -129,6 +131,22 @@ def test_diffusers_vae(tmp_path):
     component = detect_files(write(model.state_dict(), tmp_path))
     assert (component.layout, component.config) == ("diffusers", of_original(tensors).config)
     same(build(component, dtype=None), tensors)
+
+
+def test_diffusers_vae_22(tmp_path):
+    """Every name of the class is read, and means what it means there: both decode to the same pixels."""
+    model = diffusers.AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=12, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
+        scale_factor_spatial=16, latents_mean=[0.0] * 48, latents_std=[1.0] * 48,
+    )  # fmt: skip
+    component = detect_files(write(model.state_dict(), tmp_path))
+    assert (component.layout, component.config) == ("diffusers", of_original(inv.tiny("vae22")).config)
+    ours, latents = build(component, dtype=torch.float32), torch.randn(1, 48, 2, 2, 3)
+    with torch.no_grad():
+        pixels = model.decode(latents).sample
+        assert torch.allclose(ours.decode(normalise(latents, WAN_22)), pixels, atol=1e-4)
+        moments = model.encode(pixels).latent_dist.mode()
+    assert torch.allclose(denormalise(ours.encode(pixels), WAN_22), moments, atol=1e-4)
 
 
 T5_PARTS = {

@@ -68,7 +68,7 @@ def test_streamed_downsampling_equals_the_closed_form():
 
 
 def test_streamed_upsampling_equals_the_closed_form():
-    up = initialised(Upsample(4, temporal=True))
+    up = initialised(Upsample(4, 2, temporal=True))
     later = F.conv3d(F.pad(X[:, :, 1:], (0, 0, 0, 0, 2, 0)), up.time_conv.weight, up.time_conv.bias)
     even, odd = later.chunk(2, 1)
     doubled = torch.cat((X[:, :, :1], torch.stack((even, odd), 3).flatten(2, 3)), 2)

@@ -108,14 +108,7 @@ def diffusers_name(path: str) -> str:
     return path
 
 
-VAE_RULES = (
-    RenameRule(r"^encoder\.down_blocks\.(\d+)\.", r"encoder.downsamples.\1."),
-    # A decoder level is three residual blocks and, but for the last, an upsampler: four places in the flat list.
-    *(
-        RenameRule(rf"^decoder\.up_blocks\.{level}\.{name}\.{j}\.", f"decoder.upsamples.{4 * level + place}.")
-        for level in range(4)
-        for name, j, place in (("resnets", 0, 0), ("resnets", 1, 1), ("resnets", 2, 2), ("upsamplers", 0, 3))
-    ),
+_VAE_PARTS = (
     RenameRule(r"\.mid_block\.resnets\.0\.", ".middle.0."),
     RenameRule(r"\.mid_block\.attentions\.0\.", ".middle.1."),
     RenameRule(r"\.mid_block\.resnets\.1\.", ".middle.2."),
@@ -129,6 +122,25 @@ VAE_RULES = (
     RenameRule(r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
     RenameRule(r"^quant_conv\.", "conv1."),
     RenameRule(r"^post_quant_conv\.", "conv2."),
+)
+
+VAE_21_RULES = (
+    RenameRule(r"^encoder\.down_blocks\.(\d+)\.", r"encoder.downsamples.\1."),
+    # A decoder level is three residual blocks and, but for the last, an upsampler: four places in the flat list.
+    *(
+        RenameRule(rf"^decoder\.up_blocks\.{level}\.{name}\.{j}\.", f"decoder.upsamples.{4 * level + place}.")
+        for level in range(4)
+        for name, j, place in (("resnets", 0, 0), ("resnets", 1, 1), ("resnets", 2, 2), ("upsamplers", 0, 3))
+    ),
+    *_VAE_PARTS,
+)
+
+VAE_22_RULES = (
+    RenameRule(r"\.(down|up)_blocks\.(\d+)\.resnets\.", r".\1samples.\2.\1samples."),
+    # The last part of a level: after two residual blocks of the encoder, after three of the decoder.
+    RenameRule(r"\.down_blocks\.(\d+)\.downsampler\.", r".downsamples.\1.downsamples.2."),
+    RenameRule(r"\.up_blocks\.(\d+)\.upsampler\.", r".upsamples.\1.upsamples.3."),
+    *_VAE_PARTS,
 )
 
 UMT5_RULES = (
@@ -161,6 +173,9 @@ CLIP_RULES = (
     RenameRule(r"\.mlp\.fc1\.", ".mlp.0."),
     RenameRule(r"\.mlp\.fc2\.", ".mlp.2."),
 )
+
+_DIFFUSERS_LEVELS = r"(encoder|decoder)\.(down|up)_blocks\.\d+\.(down|up)sampler\..+"
+"""Names that only the Wan 2.2 VAE has: in that of 2.1 the resolutions of the encoder are one row."""
 
 _BASE_BLOCKS = r"blocks\.\d+\..+"
 
@@ -213,7 +228,13 @@ KEY_LAYOUTS = (
         "vae", "diffusers",
         (r"post_quant_conv\.weight", r"decoder\.mid_block\.resnets\.0\.norm1\.gamma", r"decoder\.norm_out\.gamma",
          r"encoder\.mid_block\.resnets\.0\.norm1\.gamma"),
-        VAE_RULES,
+        VAE_21_RULES, absent=_DIFFUSERS_LEVELS,
+    ),
+    KeyLayout(
+        "vae", "diffusers",
+        (r"post_quant_conv\.weight", r"decoder\.mid_block\.resnets\.0\.norm1\.gamma", r"decoder\.norm_out\.gamma",
+         r"encoder\.mid_block\.resnets\.0\.norm1\.gamma", _DIFFUSERS_LEVELS),
+        VAE_22_RULES,
     ),
     KeyLayout(
         "image_encoder", "original",

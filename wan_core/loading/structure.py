@@ -12,6 +12,7 @@ from ..models.config import (
     GEOMETRIES,
     HEAD_DIM,
     WAN_21,
+    WAN_22,
     DiTConfig,
     Geometry,
     ImageEncoderConfig,
@@ -214,14 +215,33 @@ def _read_text_encoder(shapes: Shapes) -> TextEncoderConfig:
 
 def _read_vae(shapes: Shapes) -> VAEConfig:
     latents = shapes["conv2.weight"][0]
-    if latents != WAN_21.channels:
-        what = f"the VAE of {GEOMETRIES[latents].name}" if latents in GEOMETRIES else "not the Wan 2.1 VAE"
-        raise shapes.error(f"is {what}: it has {latents} latent channels, Wan 2.1 has {WAN_21.channels}")
-    pixels = shapes["decoder.head.2.weight"][0]
-    upscale = isqrt(pixels // 3)
-    if pixels != 3 * upscale**2 or not upscale:
-        raise shapes.error(f"decodes {pixels} channels; Wan 2.1 has 3, or 12 for pictures of twice the size")
-    return VAEConfig(base_dim=shapes["encoder.conv1.weight"][0], geometry=GEOMETRIES[latents], upscale=upscale)
+    if latents not in GEOMETRIES:
+        known = " and ".join(f"{found.channels} ({found.name})" for found in GEOMETRIES.values())
+        raise shapes.error(f"has {latents} latent channels; Wan VAEs have {known}")
+    geometry = GEOMETRIES[latents]
+    shortcuts = shapes.any(r"decoder\.upsamples\.0\.upsamples\.")
+    folded, pixels = shapes["encoder.conv1.weight"][1], shapes["decoder.head.2.weight"][0]
+    patch, side = isqrt(folded // 3), isqrt(pixels // 3)
+    if (geometry is WAN_22) != shortcuts or folded != 3 * patch**2 or patch != 1 + shortcuts:
+        raise shapes.error(
+            f"has {latents} latent channels, reads {folded} channels and has its resolutions "
+            f"{'in lists of their own' if shortcuts else 'in one row'}; with 16 the Wan 2.1 VAE reads 3 and has them "
+            "in one row, with 48 the Wan 2.2 VAE reads 12 and has them in lists of their own"
+        )
+    if pixels != 3 * side**2 or not side or side % patch:
+        raise shapes.error(
+            f"decodes {pixels} channels; {geometry.name} has {3 * patch**2}, or {12 * patch**2} for pictures of twice "
+            "the size"
+        )
+    base, widest = shapes["encoder.conv1.weight"][0], shapes["decoder.conv1.weight"][0]
+    return VAEConfig(
+        base_dim=base,
+        decoder_dim=None if widest == 4 * base else widest // 4,
+        geometry=geometry,
+        upscale=side // patch,
+        patch=patch,
+        shortcuts=shortcuts,
+    )
 
 
 def _read_image_encoder(shapes: Shapes) -> ImageEncoderConfig:

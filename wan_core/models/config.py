@@ -257,13 +257,20 @@ class PreviewDecoderConfig:
 class VAEConfig:
     """The causal video autoencoder; widths are `base_dim` times (1, 2, 4, 4).
 
-    `upscale` is how many times larger it decodes, per side, than it encodes: its decoder then gives the pixels of each
-    cell of that many squared as channels (Wan2.1-VAE-upscale2x).
+    Attributes:
+        decoder_dim: takes the place of `base_dim` in the decoder, where it is another number.
+        upscale: how many times larger it decodes, per side, than it encodes: its decoder then gives the pixels of each
+            cell of that many squared as channels (Wan2.1-VAE-upscale2x).
+        patch: pixels per side that are folded into channels before the encoder, and unfolded after the decoder.
+        shortcuts: whether each resolution is a module of its own with a shortcut that has no weights (Wan 2.2).
     """
 
     base_dim: int = 96
+    decoder_dim: int | None = None
     geometry: Geometry = WAN_21
     upscale: int = 1
+    patch: int = 1
+    shortcuts: bool = False
 
     @property
     def latent_channels(self) -> int:

@@ -2,15 +2,27 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..tiling import TiledSum, TileSettings, chunk_bounds
 from .config import Geometry, VAEConfig
-from .vae_blocks import CausalConv3d, ChannelNorm, Downsample, FeatureCache, ResidualBlock, SpatialAttention, Upsample
+from .ops import add_
+from .vae_blocks import (
+    CausalConv3d,
+    ChannelNorm,
+    Downsample,
+    FeatureCache,
+    ResidualBlock,
+    SpatialAttention,
+    Upsample,
+    averaged,
+    container,
+    levels_of,
+)
 
 WIDTHS = (1, 2, 4, 4)
 """Channel multiples of the four resolutions, finest first."""
@@ -55,88 +67,134 @@ FRAMES_IN_RANGE = 4
 class Encoder(nn.Module):
     """Pixels (B, 3, T, H, W) to moments (B, 2 * latent channels, F, h, w), one chunk of frames at a time."""
 
-    def __init__(self, base: int, latent_channels: int) -> None:
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.conv1 = CausalConv3d(3, base, (3, 3, 3))
-        resolutions: list[list[nn.Module]] = []
-        channels = base
+        self.patch, self.shortcuts = config.patch, config.shortcuts
+        base = channels = config.base_dim
+        self.conv1 = CausalConv3d(3 * config.patch**2, base, (3, 3, 3))
+        levels: list[list[nn.Module]] = []
         for level, multiple in enumerate(WIDTHS):
             blocks = [ResidualBlock(channels, base * multiple), ResidualBlock(base * multiple, base * multiple)]
             channels = base * multiple
             halved = [Downsample(channels, temporal=level > 0)] if level < len(WIDTHS) - 1 else []
-            resolutions.append([*blocks, *halved])
-        # The published keys number the layers of all resolutions in one row.
-        self.downsamples = nn.Sequential(*chain(*resolutions))
-        self._fine_layers = len(resolutions[0]) + len(resolutions[1])
+            levels.append([*blocks, *halved])
+        self.downsamples = container(levels, "downsamples" if config.shortcuts else None)
+        self._layers_per_level = [len(layers) for layers in levels]
         self.middle = nn.Sequential(*_middle(channels))
         self.head = nn.Sequential(
-            ChannelNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 2 * latent_channels, (3, 3, 3))
+            ChannelNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 2 * config.latent_channels, (3, 3, 3))
         )
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         fine, coarse = self.stages()
         # The tensors of the two finest resolutions are the largest: two frames at a time pass them, and become one.
-        pairs = [_run(fine, self.conv1(pair, cache), cache) for pair in x.split(2, 2)]
-        return _run_head(self.head, _run([*coarse, *self.middle], torch.cat(pairs, 2), cache), cache)
+        pairs = [self._shrink(fine, self.conv1(self._folded(pair), cache), cache) for pair in x.split(2, 2)]
+        return _run_head(self.head, _run(self.middle, self._shrink(coarse, torch.cat(pairs, 2), cache), cache), cache)
 
-    def stages(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The layers of the two finest resolutions, and those of the coarser ones."""
-        layers = [*self.downsamples]
-        return layers[: self._fine_layers], layers[self._fine_layers :]
+    def stages(self) -> tuple[list[list[nn.Module]], list[list[nn.Module]]]:
+        """The layers of each of the two finest resolutions, and those of each of the coarser ones."""
+        levels = levels_of(self.downsamples, self._layers_per_level)
+        return levels[:2], levels[2:]
+
+    def _folded(self, pixels: Tensor) -> Tensor:
+        if self.patch == 1:
+            return pixels
+        x = rearrange(pixels, PATCHES, r=self.patch, q=self.patch)
+        return x.contiguous(memory_format=torch.channels_last_3d)
+
+    def _shrink(self, levels: list[list[nn.Module]], x: Tensor, cache: FeatureCache) -> Tensor:
+        for layers in levels:
+            last = layers[-1]
+            sides = (1 + last.temporal, 2) if isinstance(last, Downsample) else (1, 1)
+            shortcut = averaged(x, *sides) if self.shortcuts else None
+            for layer in layers:
+                x = layer(x, cache)
+            x = x if shortcut is None else add_(x, shortcut)
+        return x
 
 
 class Decoder(nn.Module):
     """Latents (B, latent channels, F, h, w) to pixels (B, 3, T, H, W), one latent frame at a time."""
 
-    def __init__(self, base: int, latent_channels: int, upscale: int = 1) -> None:
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.upscale = upscale
+        self.patch, self.upscale, self.shortcuts = config.patch, config.upscale, config.shortcuts
+        base = config.decoder_dim or config.base_dim
         channels = base * WIDTHS[-1]
-        self.conv1 = CausalConv3d(latent_channels, channels, (3, 3, 3))
+        self.conv1 = CausalConv3d(config.latent_channels, channels, (3, 3, 3))
         self.middle = nn.Sequential(*_middle(channels))
-        resolutions: list[list[nn.Module]] = []
+        levels: list[list[nn.Module]] = []
         for level, multiple in enumerate(reversed(WIDTHS)):
             layers: list[nn.Module] = []
-            if level:
-                layers.append(Upsample(channels, temporal=level < 3))
-                channels //= 2
             for _ in range(3):
                 layers.append(ResidualBlock(channels, base * multiple))
                 channels = base * multiple
-            resolutions.append(layers)
-        # The published keys number the layers of all resolutions in one row.
-        self.upsamples = nn.Sequential(*chain(*resolutions))
-        self._layers_per_resolution = [len(layers) for layers in resolutions]
-        self.head = nn.Sequential(
-            ChannelNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, 3 * upscale**2, (3, 3, 3))
-        )
+            if level < len(WIDTHS) - 1:
+                wider, channels = channels, channels if config.shortcuts else channels // 2
+                layers.append(Upsample(wider, channels, temporal=level < 2))
+            levels.append(layers)
+        self.upsamples = container(levels, "upsamples" if config.shortcuts else None)
+        self._layers_per_level = [len(layers) for layers in levels]
+        pixels = 3 * (config.patch * config.upscale) ** 2
+        self.head = nn.Sequential(ChannelNorm(channels, 3), nn.SiLU(), CausalConv3d(channels, pixels, (3, 3, 3)))
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        coarse, fine, finest = self.stages()
-        x = _run([*self.middle, *coarse], self.conv1(x, cache), cache)
+        x, shortcut = self._stage(0, _run(self.middle, self.conv1(x, cache), cache), None, cache)
+        x, shortcut = self._stage(1, x, shortcut, cache)
         # The tensors of the two finest resolutions are the largest: one frame at a time passes them, and becomes two.
-        return torch.cat([self._fine(frame, fine, finest, cache) for frame in x.split(1, 2)], 2)
+        frames = zip(x.split(1, 2), _split(shortcut, 1, x.shape[2]), strict=True)
+        return torch.cat([self._fine(frame, part, cache) for frame, part in frames], 2)
 
-    def stages(self) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
-        """The layers of the two coarsest resolutions, of the third, and of the finest."""
-        layers = iter(self.upsamples)
-        first, second, third, last = ([*islice(layers, count)] for count in self._layers_per_resolution)
-        return [*first, *second], third, last
+    def stages(self) -> list[list[nn.Module]]:
+        """The layers of each resolution, coarsest first; all but the first begin with the enlargement to it."""
+        stages: list[list[nn.Module]] = [[]]
+        for layers in levels_of(self.upsamples, self._layers_per_level):
+            stages[-1] += [layer for layer in layers if not isinstance(layer, Upsample)]
+            stages += [[layer] for layer in layers if isinstance(layer, Upsample)]
+        return stages
 
-    def _fine(self, x: Tensor, fine: list[nn.Module], finest: list[nn.Module], cache: FeatureCache) -> Tensor:
-        parts = list(_run(fine, x, cache).split(FINEST_FRAMES.get(x.dtype, 2), 2))
-        # Each part is let go while it passes, so that it is not held beside its enlargement.
-        return torch.cat([self._to_pixels(parts.pop(0), finest, cache) for _ in range(len(parts))], 2)
-
-    def _to_pixels(self, x: Tensor, finest: list[nn.Module], cache: FeatureCache) -> Tensor:
-        for layer in finest:
+    def _stage(
+        self, number: int, x: Tensor, shortcut: Tensor | None, cache: FeatureCache
+    ) -> tuple[Tensor, Tensor | None]:
+        """`x` after a stage, and where the shortcut past its blocks and the next enlargement starts."""
+        layers = self.stages()[number]
+        if number:
+            x = layers.pop(0)(x, cache, shortcut)
+        shortcut = x if self.shortcuts and number < len(WIDTHS) - 1 else None
+        for layer in layers:
             x = layer(x, cache)
+        return x, shortcut
+
+    def _fine(self, x: Tensor, shortcut: Tensor | None, cache: FeatureCache) -> Tensor:
+        x, shortcut = self._stage(2, x, shortcut, cache)
+        count = FINEST_FRAMES.get(x.dtype, 2)
+        parts, shortcuts = list(x.split(count, 2)), _split(shortcut, count, x.shape[2])
+        del x, shortcut
+        # Each part is let go while it passes, so that it is not held beside its enlargement.
+        pieces = []
+        while parts:
+            pieces.append(self._to_pixels(self._stage(3, parts.pop(0), shortcuts.pop(0), cache)[0], cache))
+        return torch.cat(pieces, 2)
+
+    def _to_pixels(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = _run_head(self.head, x, cache)
+        if self.patch > 1:
+            return rearrange(x, UNFOLDED, r=self.patch, q=self.patch)
         return x if self.upscale == 1 else F.pixel_shuffle(x.transpose(1, 2), self.upscale).transpose(1, 2)
+
+
+PATCHES = "b c t (h q) (w r) -> b (c r q) t h w"
+UNFOLDED = "b (c r q) t h w -> b c t (h q) (w r)"
+"""Pixels as channels in the order of Wan 2.2: the column of a pixel in its patch before its row."""
 
 
 def _middle(channels: int) -> tuple[nn.Module, ...]:
     return ResidualBlock(channels, channels), SpatialAttention(channels), ResidualBlock(channels, channels)
+
+
+def _split(x: Tensor | None, count: int, frames: int) -> list[Tensor | None]:
+    """`x` in parts of `count` of its `frames` frames; None for each part of nothing."""
+    return [None] * -(-frames // count) if x is None else [*x.split(count, 2)]
 
 
 def _run(layers: Iterable[nn.Module], x: Tensor, cache: FeatureCache) -> Tensor:
@@ -165,10 +223,10 @@ class WanVAE(nn.Module):
         super().__init__()
         self.config = config
         latent = config.latent_channels
-        self.encoder = Encoder(config.base_dim, latent)
+        self.encoder = Encoder(config)
         self.conv1 = CausalConv3d(2 * latent, 2 * latent, (1, 1, 1))
         self.conv2 = CausalConv3d(latent, latent, (1, 1, 1))
-        self.decoder = Decoder(config.base_dim, latent, config.upscale)
+        self.decoder = Decoder(config)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,6 +5,9 @@ layout changes, and frames (B * T, C, H, W) are a view. Time is streamed: each c
 in a `FeatureCache`. Attribute names are the published keys (Wan-Video/Wan2.1 wan/modules/vae.py).
 """
 
+from collections.abc import Iterable
+from itertools import chain, islice
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -66,6 +69,8 @@ class ChannelNorm(nn.Module):
                 length = torch.linalg.vector_norm(piece, dim=-1, keepdim=True, dtype=torch.float32)
                 gain = self.gamma.flatten().float() * channels**0.5
                 target.copy_(F.silu((piece / length.clamp_(min=self.EPS**0.5)).mul_(gain), inplace=True))
+                if x.is_meta:
+                    return  # Each piece takes as much memory as the first, and counting them all takes seconds.
 
 
 def conv3d(x: Tensor, conv: nn.Conv3d) -> Tensor:
@@ -217,21 +222,23 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """With `temporal` two frames for each but the first, then twice the height and width with half the channels."""
+    """With `temporal` two frames for each but the first, then twice the height and width."""
 
-    def __init__(self, channels: int, temporal: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, temporal: bool) -> None:
         super().__init__()
         self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
+            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
         if temporal:
-            self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1))
+            self.time_conv = CausalConv3d(in_channels, 2 * in_channels, (3, 1, 1))
         self.temporal = temporal
 
-    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache, shortcut: Tensor | None = None) -> Tensor:
+        """`shortcut` (B, C', T, H, W) is added by `add_duplicated`."""
         if self.temporal:
             x = self._double_frames(x, cache)
-        return from_frames(self._enlarged(to_frames(x), cache), x.shape[0])
+        out = from_frames(self._enlarged(to_frames(x), cache), x.shape[0])
+        return out if shortcut is None else add_duplicated(out, shortcut, 1 + self.temporal)
 
     def _enlarged(self, frames: Tensor, cache: FeatureCache) -> Tensor:
         """Nearest-neighbour enlargement by 2, then a 3 x 3 convolution."""
@@ -273,5 +280,62 @@ _ENLARGE = Operation(
 )
 
 
+def averaged(x: Tensor, time: int, space: int) -> Tensor:
+    """The shortcut of a level that shrinks: x (B, C, T, H, W) as (B, time * C, T / time, H / space, W / space).
+
+    Each pixel is the mean of `space` x `space`; the `time` frames of a group become channels. Frames of zeros stand
+    before a first frame that comes alone (Wan-Video/Wan2.2 wan/modules/vae2_2.py `AvgDown3D`).
+    """
+    small = from_frames(F.avg_pool2d(to_frames(x), space), x.shape[0]) if space > 1 else x
+    missing = -x.shape[2] % time
+    if missing:
+        small = torch.cat((torch.zeros_like(small[:, :, :1]).expand(-1, -1, missing, -1, -1), small), 2)
+    return rearrange(small, "b c (t time) h w -> b (c time) t h w", time=time)
+
+
+def add_duplicated(out: Tensor, x: Tensor, time: int) -> Tensor:
+    """`out` (B, C, T', H', W') plus the shortcut of a level that grows: each pixel of x (B, C', T, H, W), where C' is a
+    multiple of C, repeated over its cell of `time` frames; in the memory of `out` where that is allowed.
+
+    Several channels of x for one of `out` are spread over the cell: over its frames, then its rows, then its columns. A
+    first frame that comes alone stays alone, and is the last of its cell (Wan-Video/Wan2.2 `DupUp3D`).
+    """
+    space, sources = out.shape[3] // x.shape[3], x.shape[1] // out.shape[1]
+    spread = []
+    for side in (time, space, space):
+        spread.append(side if sources > 1 else 1)
+        sources //= spread[-1]
+    frames, rows, columns = spread
+    parts = rearrange(x, "b (c f r q) t h w -> b c t f h r w q", f=frames, r=rows, q=columns)
+    if out.shape[2] < time * x.shape[2]:
+        parts, time = parts[:, :, :, -1:], 1
+    total = out if may_overwrite(out, x) else out.clone()
+    rearrange(total, "b c (t f) (h r) (w q) -> b c t f h r w q", f=time, r=space, q=space).add_(parts)
+    return total
+
+
 def silu_(x: Tensor) -> Tensor:
     return F.silu(x, inplace=may_overwrite(x))
+
+
+def container(levels: list[list[nn.Module]], nested: str | None) -> nn.Module:
+    """The layers of all resolutions as the published keys number them: in one row, or in a list called `nested` for
+    each resolution.
+    """
+    if nested is None:
+        return nn.Sequential(*chain(*levels))
+    return _numbered([nn.ModuleDict({nested: _numbered(layers)}) for layers in levels])
+
+
+def _numbered(modules: Iterable[nn.Module]) -> nn.ModuleDict:
+    """Modules under numbers. A list would count as blocks to be streamed one by one, which a VAE is not made of."""
+    return nn.ModuleDict({str(number): module for number, module in enumerate(modules)})
+
+
+def levels_of(container: nn.Module, counts: list[int]) -> list[list[nn.Module]]:
+    """The layers of each resolution; `counts` says how many each has."""
+    if isinstance(container, nn.Sequential):
+        layers = iter(container)
+    else:
+        layers = chain.from_iterable(next(level.children()).children() for level in container.children())
+    return [[*islice(layers, count)] for count in counts]
