@@ -323,6 +323,10 @@ def test_configurations_that_mean_nothing_are_refused(load, change, words):
         ({"model_configs": ["model.safetensors"]}, "model_configs must be a list of ModelConfig; one of them is"),
         ({"tokenizer_config": "google/umt5-xxl"}, "tokenizer_config must be a ModelConfig"),
         ({"use_usp": True}, "use_usp is not available"),
+        ({"skip_download": "no"}, "skip_download must be True or False; got 'no'"),
+        ({"redirect_common_files": "no"}, "redirect_common_files must be True or False"),
+        ({"torch_compile": "auto"}, "torch_compile must be True or False"),
+        ({"deterministic": None}, "deterministic must be True or False"),
         ({"vram_limit": "8GB"}, "vram_limit must be a number"),
         ({"vram_limit": -1}, "vram_limit must be from 0"),
     ],
@@ -365,6 +369,9 @@ def test_loading_refuses_wrong_arguments_by_name(load, change, words):
         ({"input_image": Image.new("RGB", (0, 0))}, "input_image"),
         ({"window_prompts": 5}, "window_prompts must be a list"),
         ({"seed": 2**70}, "seed must be a whole number"),
+        ({"cfg_merge": "no"}, "cfg_merge must be True or False; got 'no'"),
+        ({"tiled": "no"}, "tiled must be True or False"),
+        ({"tiled": 2}, "tiled must be True or False"),
     ],
 )
 def test_calls_refuse_wrong_values_by_the_argument_s_name(pipe, change, words):

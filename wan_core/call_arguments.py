@@ -68,6 +68,18 @@ def check_parameters(**values: Any) -> dict[str, Any]:
     return plain
 
 
+def truth(name: str, value: Any) -> bool:
+    """`value`, which must be True or False, or 1 or 0; Python would take a text such as "no" for true.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    value = plain_number(value)
+    if not isinstance(value, int) or value not in (0, 1):
+        raise ValueError(f"{name} must be True or False; got {value!r}.")
+    return bool(value)
+
+
 def plain_number(value: Any) -> Any:
     """A NumPy scalar as a Python number; anything else as it is."""
     return value.item() if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0 else value
@@ -139,7 +151,8 @@ def settings_of_call(
         solver=solver,
         rand_device=str(usable_device("rand_device", rand_device)),
         guidance=GuidanceSettings(
-            scale=curve("cfg_scale", cfg_scale, CFG_SCALE), mode="batched" if cfg_merge else "sequential"
+            scale=curve("cfg_scale", cfg_scale, CFG_SCALE),
+            mode="batched" if truth("cfg_merge", cfg_merge) else "sequential",
         ),
         cache=cache,
         windows=windows,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import catalog
+from .call_arguments import truth
 from .loading.detect import Component, detect_all
 from .loading.download import models_folder
 from .loading.paths import resolve_files
@@ -95,7 +96,7 @@ class ModelConfig:
             self.model_id,
             self.origin_file_pattern,
             models_dir=models_folder(self.local_model_path),
-            skip_download=bool(self.skip_download),
+            skip_download=truth("skip_download", self.skip_download or False),
             redirect_common_files=redirect_common_files,
             source=self.download_source or self.download_resource,
         )

@@ -13,7 +13,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .call_arguments import cache_of_call, check_parameters, settings_of_call, strength, tiles_of_call, windows_of_call
+from .call_arguments import (
+    cache_of_call,
+    check_parameters,
+    settings_of_call,
+    strength,
+    tiles_of_call,
+    truth,
+    windows_of_call,
+)
 from .conditioning.camera import CameraPath
 from .conditioning.image import Fit, LatentEncoder
 from .conditioning.inputs import VideoInputs, condition
@@ -103,7 +111,8 @@ class WanVideoPipeline(PipelineModels):
         defaults = ModelConfig(local_model_path=local_model_path, skip_download=skip_download)
         models = load_models(
             model_configs, torch_dtype, device, tokenizer_config, defaults,
-            redirect_common_files=redirect_common_files, torch_compile=torch_compile, deterministic=deterministic,
+            redirect_common_files=truth("redirect_common_files", redirect_common_files),
+            torch_compile=truth("torch_compile", torch_compile), deterministic=truth("deterministic", deterministic),
         )  # fmt: skip
         return cls(device, torch_dtype, models, memory=memory)
 
@@ -248,7 +257,7 @@ class WanVideoPipeline(PipelineModels):
             cache=cache_of_call(tea_cache_l1_thresh, tea_cache_model_id, template),
         )  # fmt: skip
         tile_settings = tiles_of_call(tile_size, tile_stride)
-        tiles: Tiles = tile_settings if tiled else AUTO
+        tiles: Tiles = tile_settings if truth("tiled", tiled) else AUTO
         start = None if input_video is None else as_frames(input_video, "input_video")
         # All that can be refused is refused before the first model works.
         self._check(inputs, prompt, negative_prompt)
