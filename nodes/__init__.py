@@ -4,9 +4,10 @@ from typing import Any
 
 from .camera import CameraEncode, MovePath, RowsPath, SpeedControl
 from .conditioning import ControlEncode, ImageEncode, TextEncode, VaceEncode, VaceReferences
-from .loaders import ImageEncoderLoader, ModelLoader, TextEncoderLoader, VAELoader
+from .loaders import ImageEncoderLoader, TextEncoderLoader, VAELoader
 from .lora import LoraInfo, LoraLoader, LoraSave
 from .memory import CheckpointInfo, Memory, MemoryPlan
+from .model_loader import ModelLoader
 from .native import FromConditioning, ToConditioning
 from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, WindowPrompts, Windows
 from .sampler import LoadLatents, Sampler

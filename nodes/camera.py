@@ -227,8 +227,7 @@ class SpeedControl(Loader):
     CATEGORY = "WanCore/conditioning"
     FUNCTION = "apply"
     INPUT, KIND, FOLDER = "adapter", "motion_controller", "diffusion_models"
-    PATTERN = catalog.MOTION_CONTROLLER_PATTERN
-    ROWS = (catalog.SPEED_CONTROL, catalog.TINY)
+    ROWS = dict.fromkeys((catalog.SPEED_CONTROL, catalog.TINY), (catalog.MOTION_CONTROLLER_PATTERN,))
     DESCRIPTION = "Control how fast things move, with the speed-control adapter for Wan 2.1 T2V 1.3B."
     RETURN_TYPES = (sockets.MODEL, sockets.CONDITIONING)
     RETURN_NAMES = ("model", "conditioning")
@@ -266,7 +265,8 @@ class SpeedControl(Loader):
     ) -> tuple[planning.PlannedModel, planning.PlannedConditioning]:
         handle = planning.require(planning.PlannedModel, "model", model)
         cond = planning.require(planning.PlannedConditioning, "conditioning", conditioning)
-        controller = planning.plan_module(*cls.describe(adapter))
+        ((component, absent),) = cls.describe(adapter)
+        controller = planning.plan_module(component, absent)
         return replace(handle, motion_controller=controller), replace(cond, names=(*cond.names, SPEED))
 
     def apply(

@@ -7,14 +7,12 @@ from typing import Any, ClassVar
 import torch
 
 from wan_core import catalog
-from wan_core.loading.detect import Component, join_vace
+from wan_core.loading.detect import Component
 from wan_core.loading.download import OnProgress
 from wan_core.loading.names import ModelKind
-from wan_core.model import VideoModel
 from wan_core.model_files import (
     BUNDLED,
     DISK,
-    DiTSettings,
     ImageEncoder,
     Offload,
     TextEncoder,
@@ -22,17 +20,13 @@ from wan_core.model_files import (
     find_files,
     has_tokenizer,
     inspect,
-    load_dit,
     load_image_encoder,
     load_text_encoder,
     load_vae,
 )
-from wan_core.models.attention import BACKENDS
-from wan_core.models.config import DiTConfig
 from wan_core.offload.formats import WEIGHT_CHOICES, WeightChoice
-from wan_core.planning.modules import SizedExpert, SizedModule, published_component, published_dit
+from wan_core.planning.modules import SizedModule, published_component
 from wan_core.runtime import DTYPES, log
-from wan_core.variants import match_variant
 
 from . import host, places, planning, sockets
 
@@ -69,21 +63,27 @@ def choose_dtype(name: str, component: Component) -> torch.dtype:
     return torch.bfloat16
 
 
-def _offload(weights: WeightChoice, rest: str) -> Offload:
+def offload_of(weights: WeightChoice, rest: str) -> Offload:
     """The widgets `weights` and `rest` as settings."""
     return Offload.on(DISK if rest == "disk" else host.current.offload_device(), weights=weights)
 
 
 class Loader:
-    """The base of the loaders: a list of catalog rows and local files, checked before a prompt starts."""
+    """The base of the loaders: a list of catalog rows and local files, checked before a prompt starts.
+
+    Attributes:
+        INPUT: the name of the list.
+        KIND: of the models in it.
+        FOLDER: the folder below ComfyUI's models folder whose files it lists.
+        ROWS: the published models in it, with the pattern of each model's files: two for a pair of experts.
+    """
 
     CATEGORY = "WanCore/loaders"
     FUNCTION = "load"
     INPUT: str
     KIND: ModelKind
     FOLDER: str
-    PATTERN: str
-    ROWS: tuple[str, ...]
+    ROWS: Mapping[str, tuple[str, ...]]
 
     @classmethod
     def choices(cls) -> list[str]:
@@ -94,7 +94,7 @@ class Loader:
         """The drop-down list, and the widgets that follow the loader's own."""
         listed = sockets.choice(
             cls.choices(),
-            cls.ROWS[0],
+            next(iter(cls.ROWS)),
             f"{what}: a published model (looked for under models/<org>/<repo>), or a file in models/{cls.FOLDER}.",
         )
         dtype = sockets.choice(["auto", *DTYPES], "auto", "Data type to compute in. auto: bf16 where the card has it.")
@@ -102,17 +102,19 @@ class Loader:
         return {cls.INPUT: listed}, {"dtype": dtype, "download": download}
 
     @classmethod
-    def files(cls, name: str, download: bool, on_download: OnProgress | None = None) -> list[Path]:
-        """The local files behind an entry of the list.
+    def files(cls, name: str, download: bool, on_download: OnProgress | None = None) -> list[list[Path]]:
+        """The local files behind an entry of the list, by model: of a pair of experts the one for high noise first.
 
         Raises:
             ValueError: the entry is unknown, or its files are absent and may not be downloaded.
         """
         if name not in cls.ROWS:
-            return [places.model_file(cls.FOLDER, name)]
-        return find_files(
-            name, cls.PATTERN, models_dir=host.current.models_dir(), skip_download=not download, on_download=on_download
-        )
+            return [[places.model_file(cls.FOLDER, name)]]
+        folder = host.current.models_dir()
+        return [
+            find_files(name, pattern, models_dir=folder, skip_download=not download, on_download=on_download)
+            for pattern in cls.ROWS[name]
+        ]
 
     @classmethod
     def check(cls, name: str, download: bool) -> bool | str:
@@ -122,7 +124,8 @@ class Loader:
         if name in BUNDLED:
             return True
         try:
-            inspect(cls.files(name, False), cls.KIND)
+            for files in cls.files(name, False):
+                inspect(files, cls.KIND)
         except ValueError as error:
             if download and name in cls.ROWS:
                 return True
@@ -134,40 +137,46 @@ class Loader:
     def fingerprint(cls, name: str, download: bool) -> str:
         """A text that changes when the files behind an entry do."""
         try:
-            files = cls.files(name, False)
+            files = [file for group in cls.files(name, False) for file in group]
         except ValueError:
             return f"{name}, absent"
         return ";".join(f"{f}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
 
     @classmethod
-    def published(cls, name: str) -> Component:
-        """What a published model is, without its file."""
-        return published_component(cls.KIND, name)
+    def published(cls, name: str) -> list[Component]:
+        """What a published model is, without its files."""
+        return [published_component(cls.KIND, name)]
 
     @classmethod
-    def describe(cls, name: str) -> tuple[Component, str]:
-        """What an entry of the list is, by its header; if its files are not on this machine, by the published model,
+    def describe(cls, name: str) -> list[tuple[Component, str]]:
+        """What the models of an entry are, by their headers; if files are not on this machine, by the published model,
         with the names of the missing files.
 
         Raises:
-            ValueError: the file is broken, or it is missing and not a published model.
+            ValueError: a file is broken, or it is missing and not a published model.
         """
         if name in cls.ROWS and name in BUNDLED:
-            return cls.published(name), ""
+            return [(component, "") for component in cls.published(name)]
         try:
-            files = cls.files(name, False)
+            found = cls.files(name, False)
         except ValueError as error:
             if name not in cls.ROWS:
                 raise
             log.debug("%s", error)
-            return cls.published(name), f"{name}/{cls.PATTERN}"
-        return inspect(files, cls.KIND), ""
+            absent = [f"{name}/{pattern}" for pattern in cls.ROWS[name]]
+            return list(zip(cls.published(name), absent, strict=True))
+        return [(inspect(files, cls.KIND), "") for files in found]
+
+    def components(self, name: str, download: bool) -> list[Component]:
+        """What the models of an entry are; downloads them first when that is allowed."""
+        report = host.current.runtime(torch.float32).on_progress
+        found = self.files(name, download, lambda file, done, total: report(f"Downloading {file}", done, total, None))
+        return [inspect(files, self.KIND) for files in found]
 
     def component(self, name: str, download: bool) -> Component:
-        """What the entry is; downloads it first when that is allowed."""
-        report = host.current.runtime(torch.float32).on_progress
-        files = self.files(name, download, lambda file, done, total: report(f"Downloading {file}", done, total, None))
-        return inspect(files, self.KIND)
+        """As `components`, of an entry that is one model."""
+        (component,) = self.components(name, download)
+        return component
 
 
 class EncoderLoader(Loader):
@@ -183,7 +192,8 @@ class EncoderLoader(Loader):
 
     @classmethod
     def plan_outputs(cls, **inputs: Any) -> tuple[SizedModule]:
-        return (planning.plan_module(*cls.describe(inputs[cls.INPUT]), **inputs),)
+        ((component, absent),) = cls.describe(inputs[cls.INPUT])
+        return (planning.plan_module(component, absent, **inputs),)
 
     @classmethod
     def IS_CHANGED(cls, download: bool = False, **inputs: Any) -> str:
@@ -193,120 +203,6 @@ class EncoderLoader(Loader):
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
         """The bundled model."""
         return {cls.INPUT: catalog.TINY, "download": False}
-
-
-class ModelLoader(Loader):
-    """A Wan DiT."""
-
-    INPUT, KIND, FOLDER, PATTERN = "model", "dit", "diffusion_models", catalog.DIT_PATTERN
-    ROWS = tuple(row.model_id for row in (*catalog.CATALOG, *catalog.TINY_ROWS) if not row.base)
-    DESCRIPTION = (
-        "Load a Wan 2.1 video model. Its inputs are read from its tensors; the name only chooses recommended settings."
-    )
-    RETURN_TYPES = (sockets.MODEL,)
-    RETURN_NAMES = ("model",)
-    OUTPUT_TOOLTIPS = ("The video model, for the sampler.",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        listed, shared = cls.shared_inputs("The video model")
-        own = {
-            "attention": sockets.choice(
-                list(BACKENDS),
-                "auto",
-                "Attention kernel. auto: the fastest exact one on this machine, measured in the first step; sdpa: "
-                "PyTorch's choice. The others need their package installed.",
-            ),
-            "precision": sockets.choice(
-                ["fast", "exact"], "fast", "exact keeps the residual stream in float32, as the authors do: more memory."
-            ),
-            "vace_module": sockets.choice(
-                [NONE, *host.current.list_files(cls.FOLDER)],
-                NONE,
-                "A VACE branch from a separate file, for a T2V model of the same size.",
-            ),
-            "preset": sockets.choice(
-                [AUTO, *cls.ROWS],
-                AUTO,
-                "The checkpoint whose recommended settings are used; auto chooses by structure and file name.",
-            ),
-            "weights": STORAGE_INPUTS["weights"],
-            "fp8_matmul": sockets.flag(
-                False, "Multiply FP8 weights as FP8 numbers: faster on Ada, Hopper and newer cards, and less exact."
-            ),
-            "rest": STORAGE_INPUTS["rest"],
-            "torch_compile": sockets.flag(
-                False,
-                "Fuse elementwise operations with torch.compile: a few percent faster on a card, after some seconds of "
-                "compiling for each new size.",
-            ),
-            "deterministic": sockets.flag(
-                False,
-                "Compute with fixed kernels instead of those that were measured as fastest: the same bits on equal "
-                "machines. Otherwise only this machine repeats a video bit for bit.",
-            ),
-        }
-        return {"required": listed, "optional": {**shared, **own}}
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, model: str, download: bool = False) -> bool | str:
-        return cls.check(model, download)
-
-    @classmethod
-    def IS_CHANGED(cls, model: str, download: bool = False, **_: Any) -> str:
-        return cls.fingerprint(model, download)
-
-    @classmethod
-    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The bundled model of the same structure."""
-        row = catalog.find_row(inputs.get("model", ""))
-        return {"model": catalog.tiny_id(row.variant if row else "t2v"), "download": False, "vace_module": NONE}
-
-    @classmethod
-    def published(cls, name: str) -> Component:
-        row = catalog.find_row(name)
-        assert row is not None, "ROWS are those of the catalog"
-        return published_dit(row)
-
-    @classmethod
-    def plan_outputs(cls, model: str, vace_module: str = NONE, **inputs: Any) -> tuple[planning.PlannedModel]:
-        component, absent = cls.describe(model)
-        if vace_module != NONE:
-            component = join_vace(component, inspect(cls.files(vace_module, False), "vace"))
-        variant = match_variant(component.config_of(DiTConfig))
-        dit = planning.plan_module(component, absent, **inputs)
-        return (planning.PlannedModel(model, variant, (SizedExpert(dit.module, dit.absent),)),)
-
-    def load(
-        self,
-        model: str,
-        dtype: str = "auto",
-        download: bool = False,
-        attention: str = "auto",
-        precision: str = "fast",
-        vace_module: str = NONE,
-        preset: str = AUTO,
-        weights: WeightChoice = "auto",
-        fp8_matmul: bool = False,
-        rest: str = "memory",
-        torch_compile: bool = False,
-        deterministic: bool = False,
-    ) -> tuple[VideoModel]:
-        component = self.component(model, download)
-        vace = None
-        if vace_module != NONE:
-            vace = inspect(places.model_file(self.FOLDER, vace_module), "vace")
-        settings = DiTSettings(
-            dtype=choose_dtype(dtype, component),
-            attention=attention,
-            exact=precision == "exact",
-            fp8_matmul=fp8_matmul,
-            torch_compile=torch_compile,
-            deterministic=deterministic,
-        )
-        chosen, device = None if preset == AUTO else preset, host.current.device()
-        offload = _offload(weights, rest)
-        return (load_dit(component, settings, offload, vace=vace, preset=chosen, compute_device=device),)
 
 
 def tokenizer_folder(text_encoder: Component, download: bool) -> Path | None:
@@ -325,9 +221,9 @@ def tokenizer_folder(text_encoder: Component, download: bool) -> Path | None:
 class TextEncoderLoader(EncoderLoader):
     """UMT5 with its tokenizer."""
 
-    INPUT, KIND, FOLDER, PATTERN = "text_encoder", "text_encoder", "text_encoders", catalog.TEXT_ENCODER_PATTERN
+    INPUT, KIND, FOLDER = "text_encoder", "text_encoder", "text_encoders"
     LABEL, OWN_INPUTS = "The text encoder", STORAGE_INPUTS
-    ROWS = (catalog.T2V_BASE, catalog.TINY)
+    ROWS = dict.fromkeys((catalog.T2V_BASE, catalog.TINY), (catalog.TEXT_ENCODER_PATTERN,))
     DESCRIPTION = "Load the UMT5-XXL text encoder that all Wan 2.1 models share."
     RETURN_TYPES = (sockets.TEXT_ENCODER,)
     RETURN_NAMES = ("text_encoder",)
@@ -347,15 +243,15 @@ class TextEncoderLoader(EncoderLoader):
     ) -> tuple[TextEncoder]:
         component = self.component(text_encoder, download)
         compute, tokenizer = choose_dtype(dtype, component), tokenizer_folder(component, download)
-        return (load_text_encoder(component, tokenizer, compute, _offload(weights, rest)),)
+        return (load_text_encoder(component, tokenizer, compute, offload_of(weights, rest)),)
 
 
 class VAELoader(EncoderLoader):
-    """The Wan 2.1 video autoencoder."""
+    """A Wan video autoencoder."""
 
-    INPUT, KIND, FOLDER, PATTERN = "vae", "vae", "vae", catalog.VAE_PATTERN
+    INPUT, KIND, FOLDER = "vae", "vae", "vae"
     LABEL = "The VAE"
-    ROWS = (catalog.T2V_BASE, catalog.TINY)
+    ROWS = dict.fromkeys((catalog.T2V_BASE, catalog.TINY), (catalog.VAE_PATTERN,))
     DESCRIPTION = "Load the video autoencoder that all Wan 2.1 models share."
     RETURN_TYPES = (sockets.VAE,)
     RETURN_NAMES = ("vae",)
@@ -373,9 +269,9 @@ class VAELoader(EncoderLoader):
 class ImageEncoderLoader(EncoderLoader):
     """CLIP's vision tower."""
 
-    INPUT, KIND, FOLDER, PATTERN = "image_encoder", "image_encoder", "clip_vision", catalog.IMAGE_ENCODER_PATTERN
+    INPUT, KIND, FOLDER = "image_encoder", "image_encoder", "clip_vision"
     LABEL, OWN_INPUTS = "The image encoder", STORAGE_INPUTS
-    ROWS = (catalog.IMAGE_ENCODER_SOURCE, catalog.TINY)
+    ROWS = dict.fromkeys((catalog.IMAGE_ENCODER_SOURCE, catalog.TINY), (catalog.IMAGE_ENCODER_PATTERN,))
     DESCRIPTION = "Load the CLIP image encoder (ViT-H/14) that image, control and camera models read pictures with."
     RETURN_TYPES = (sockets.IMAGE_ENCODER,)
     RETURN_NAMES = ("image_encoder",)
@@ -395,4 +291,4 @@ class ImageEncoderLoader(EncoderLoader):
     ) -> tuple[ImageEncoder]:
         component = self.component(image_encoder, download)
         compute = choose_dtype(dtype, component)
-        return (load_image_encoder(component, compute, _offload(weights, rest)),)
+        return (load_image_encoder(component, compute, offload_of(weights, rest)),)

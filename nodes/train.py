@@ -18,8 +18,9 @@ from ..trainer.config import TrainConfig
 from ..trainer.run.events import latest_steps
 from . import host, places, planning, sockets
 from .camera import SpeedControl
-from .loaders import AUTO, NONE, ImageEncoderLoader, Loader, ModelLoader, TextEncoderLoader, VAELoader, tokenizer_folder
+from .loaders import AUTO, NONE, ImageEncoderLoader, Loader, TextEncoderLoader, VAELoader, tokenizer_folder
 from .lora import LIMIT
+from .model_loader import ModelLoader
 from .training_inputs import (
     RUNS,
     TrainingData,
@@ -252,7 +253,8 @@ class Train:
         dtype = "fp32" if config.mixed_precision == "no" else "bf16"
         model, *_ = ModelLoader.plan_outputs(values["model"], dtype=dtype, weights="fp8" if config.fp8_base else "auto")
         if values["adapter"] != NONE:
-            adapter = planning.plan_module(*SpeedControl.describe(values["adapter"]), dtype)
+            ((component, absent),) = SpeedControl.describe(values["adapter"])
+            adapter = planning.plan_module(component, absent, dtype)
             model = replace(model, motion_controller=adapter)
         return planning.PlannedTraining(config, model), None, None, None, None
 

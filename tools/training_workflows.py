@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tools.graph import Graph, Stage, Step
-from tools.workflow_texts import TASKS, loaders, save_steps, split_steps
+from tools.workflow_texts import TASKS, loaders, recommended, save_steps, split_steps
 from wan_core.catalog import SPEED_CONTROL, T2V_BASE, CatalogRow, published
 
 DATA_FOLDER = "training_example"
@@ -105,13 +105,13 @@ def _video(
     """From models and trained weights to a video."""
     preset = row.preset
     words = {"prompt": prompt, "negative_prompt": preset.negative_prompt}
-    inputs = TASKS[row.task].inputs(size)
+    inputs = TASKS[row.task].inputs(row, size)
     controlled = row.task == "speed"
     conditioning = (inputs[-1].title, 1 if controlled else 0) if inputs else ("Prompt", 0)
     model = ("Speed control", 0) if controlled else ("Load model", 0)
     links = {"model": ("Trained weights", 0), "conditioning": conditioning}
-    settings = {"seed": 1, "steps": preset.steps, "cfg": preset.cfg, "shift": preset.shift, **size}
-    saved = save_steps(name)
+    settings = {"seed": 1, **recommended(row), **size}
+    saved = save_steps(name, preset.fps)
     saved[0] = Step(saved[0].title, saved[0].class_type, {**saved[0].inputs, **decode})
     return [
         Stage("Models", loaders(row)),

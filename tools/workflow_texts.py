@@ -18,13 +18,10 @@ from wan_core.catalog import (
     T2V_BASE,
     TEXT_ENCODER_PATTERN,
     TOKENIZER_PATTERN,
-    VAE_PATTERN,
     CatalogRow,
     Task,
     published,
 )
-
-FPS = 16.0
 
 PROMPTS = {
     "t2v": "A small town at sunset, warm lights along a river, gentle camera movement, cinematic",
@@ -41,15 +38,20 @@ def link(repository: str, file: str, directory: str) -> dict[str, str]:
     return {"name": file, "url": f"https://huggingface.co/{repository}/resolve/main/{file}", "directory": directory}
 
 
-def video_model(row: CatalogRow) -> dict[str, str]:
-    """The file that ComfyUI's dialog offers for a row's DiT: one that is repacked where there is such a file, because
-    the authors' own files of Wan-AI's 14B models are shards, which the dialog cannot fetch as one.
+def video_models(row: CatalogRow) -> list[dict[str, str]]:
+    """The files that ComfyUI's dialog offers for a row's transformers: repacked ones where there are such, because the
+    authors' own files of Wan-AI's 14B models are shards, which the dialog cannot fetch as one.
     """
     if row.repacked:
-        repository, file = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", f"split_files/diffusion_models/{row.repacked}"
-        found = link(repository, f"{file}.safetensors", "diffusion_models")
-        return {**found, "name": f"{row.repacked}.safetensors"}
-    return {**link(row.huggingface_id, DIT_FILE, "diffusion_models"), "name": f"{row.short_name}.safetensors"}
+        return [repacked(name, "diffusion_models", row.is_22) for name in row.repacked_files]
+    return [{**link(row.huggingface_id, DIT_FILE, "diffusion_models"), "name": f"{row.short_name}.safetensors"}]
+
+
+def repacked(name: str, directory: str, is_22: bool) -> dict[str, str]:
+    """A file that Comfy-Org offers in one piece, `name` without its ending."""
+    repository = "Comfy-Org/Wan_2.2_ComfyUI_Repackaged" if is_22 else "Comfy-Org/Wan_2.1_ComfyUI_repackaged"
+    found = link(repository, f"split_files/{directory}/{name}.safetensors", directory)
+    return {**found, "name": f"{name}.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,15 @@ class TaskGraph:
     Attributes:
         title, what: shown to the user.
         prompt: an example.
-        inputs: from width, height and num_frames to the nodes between the prompt and the sampler.
-        uses_image_encoder: whether one of these nodes takes the CLIP image encoder.
+        inputs: from a row and width, height and num_frames to the nodes between the prompt and the sampler.
+        shows_pictures: whether one of these nodes takes a picture that Wan 2.1 reads through the CLIP image encoder.
     """
 
     title: str
     what: str
     prompt: str
-    inputs: Callable[[dict[str, Any]], list[Step]]
-    uses_image_encoder: bool = False
+    inputs: Callable[[CatalogRow, dict[str, Any]], list[Step]]
+    shows_pictures: bool = False
 
 
 def _image(title: str, file: str) -> Step:
@@ -81,51 +83,51 @@ def _clip(title: str, file: str) -> list[Step]:
     ]
 
 
-def _encode(
-    class_type: str, title: str, size: dict[str, Any], links: dict[str, Out], image_encoder: bool = True
-) -> Step:
+def _encode(row: CatalogRow, class_type: str, title: str, size: dict[str, Any], links: dict[str, Out]) -> Step:
     shared = {"conditioning": ("Prompt", 0), "vae": ("Load VAE", 0)}
-    if image_encoder:
+    if uses_image_encoder(row):
         shared["image_encoder"] = ("Load image encoder", 0)
     return Step(title, class_type, {**shared, **size, **links})
 
 
-def _start(size: dict[str, Any]) -> list[Step]:
+def _start(row: CatalogRow, size: dict[str, Any]) -> list[Step]:
     links = {"start_image": ("Start image", 0)}
-    return [_image("Start image", "start.png"), _encode("WanCoreImageEncode", "Image encode", size, links)]
+    return [_image("Start image", "start.png"), _encode(row, "WanCoreImageEncode", "Image encode", size, links)]
 
 
-def _start_and_end(size: dict[str, Any]) -> list[Step]:
+def _start_and_end(row: CatalogRow, size: dict[str, Any]) -> list[Step]:
     links = {"start_image": ("Start image", 0), "end_image": ("End image", 0)}
     pictures = [_image("Start image", "start.png"), _image("End image", "end.png")]
-    return [*pictures, _encode("WanCoreImageEncode", "Image encode", size, links)]
+    return [*pictures, _encode(row, "WanCoreImageEncode", "Image encode", size, links)]
 
 
-def _control(size: dict[str, Any]) -> list[Step]:
+def _control(row: CatalogRow, size: dict[str, Any]) -> list[Step]:
     links = {"control_video": ("Control video frames", 0)}
     clip = _clip("Control video", "control.mp4")
-    return [*clip, _encode("WanCoreControlEncode", "Control encode", size, links, image_encoder=False)]
+    return [*clip, _encode(row, "WanCoreControlEncode", "Control encode", size, links)]
 
 
-def _control_with_reference(size: dict[str, Any]) -> list[Step]:
+def _control_with_reference(row: CatalogRow, size: dict[str, Any]) -> list[Step]:
     links = {"control_video": ("Control video frames", 0), "reference_image": ("Reference image", 0)}
     sources = [*_clip("Control video", "control.mp4"), _image("Reference image", "reference.png")]
-    return [*sources, _encode("WanCoreControlEncode", "Control encode", size, links)]
+    return [*sources, _encode(row, "WanCoreControlEncode", "Control encode", size, links)]
 
 
-def _camera(size: dict[str, Any]) -> list[Step]:
+def _camera(row: CatalogRow, size: dict[str, Any]) -> list[Step]:
     path = {"direction": "Left", "num_frames": size["num_frames"]}
     links = {"start_image": ("Start image", 0)}
-    move = {"conditioning": ("Control encode", 0), "camera_path": ("Camera path", 0)}
+    # Models of Wan 2.1 take the latent of one frame, those of 2.2 a masked clip, as their image-to-video models do.
+    start = "Image encode" if row.is_22 else "Control encode"
+    move = {"conditioning": (start, 0), "camera_path": ("Camera path", 0)}
     return [
         _image("Start image", "start.png"),
-        _encode("WanCoreControlEncode", "Control encode", size, links),
+        _encode(row, "WanCoreImageEncode" if row.is_22 else "WanCoreControlEncode", start, size, links),
         Step("Camera path", "WanCoreCameraPath", path),
         Step("Camera encode", "WanCoreCameraEncode", {**move, **size}),
     ]
 
 
-def _vace(size: dict[str, Any]) -> list[Step]:
+def _vace(row: CatalogRow, size: dict[str, Any]) -> list[Step]:
     links = {
         "video": ("Source video frames", 0),
         "mask": ("Mask", 0),
@@ -136,11 +138,11 @@ def _vace(size: dict[str, Any]) -> list[Step]:
         *_clip("Mask video", "mask.mp4"),
         Step("Mask", "ImageToMask", {"image": ("Mask video frames", 0), "channel": "red"}),
         _image("Reference image", "reference.png"),
-        _encode("WanCoreVaceEncode", "VACE encode", size, links, image_encoder=False),
+        _encode(row, "WanCoreVaceEncode", "VACE encode", size, links),
     ]
 
 
-def _speed(size: dict[str, Any]) -> list[Step]:
+def _speed(row: CatalogRow, size: dict[str, Any]) -> list[Step]:
     inputs = {"model": ("Load model", 0), "conditioning": ("Prompt", 0), "adapter": SPEED_CONTROL}
     return [Step("Speed control", "WanCoreSpeedControl", {**inputs, "motion_bucket_id": 50.0}, [SPEED_CONTROL_FILE])]
 
@@ -152,8 +154,13 @@ SPEED_CONTROL_FILE = {
 }
 
 
-def _nothing(size: dict[str, Any]) -> list[Step]:
+def _nothing(row: CatalogRow, size: dict[str, Any]) -> list[Step]:
     return []
+
+
+def uses_image_encoder(row: CatalogRow) -> bool:
+    """Whether the row's workflow has the CLIP image encoder."""
+    return row.needs_image_encoder and TASKS[row.task].shows_pictures
 
 
 TASKS: Mapping[Task, TaskGraph] = {
@@ -196,19 +203,27 @@ def describe(name: str) -> Graph:
     size = {"width": preset.width, "height": preset.height, "num_frames": preset.num_frames}
     prompt = {"prompt": task.prompt, "negative_prompt": preset.negative_prompt}
     encode = Step("Prompt", "WanCoreTextEncode", {"text_encoder": ("Load text encoder", 0), **prompt})
-    inputs = task.inputs(size)
+    inputs = task.inputs(row, size)
     controlled = row.task == "speed"
     source = (inputs[-1].title, 1 if controlled else 0) if inputs else ("Prompt", 0)
     links = {"model": ("Speed control", 0) if controlled else ("Load model", 0), "conditioning": source}
-    settings = {"steps": preset.steps, "cfg": preset.cfg, "shift": preset.shift, **size}
+    settings = {**recommended(row), **size}
     stages = [
         Stage("Models", loaders(row)),
         Stage("Prompt", [encode]),
         *(Stage(title, steps) for title, steps in split_steps(inputs).items() if steps),
         Stage("Sampling", [Step("Sampler", "WanCoreSampler", {**links, **settings})]),
-        Stage("Video", save_steps(name)),
+        Stage("Video", save_steps(name, preset.fps)),
     ]
     return Graph(name, _note(row), stages)
+
+
+def recommended(row: CatalogRow) -> dict[str, Any]:
+    """The sampler's widgets as the authors of a checkpoint recommend them."""
+    preset = row.preset
+    low = {} if preset.cfg_low is None else {"cfg_low": preset.cfg_low}
+    solver = {} if preset.solver == "euler" else {"solver": preset.solver}
+    return {"steps": preset.steps, "cfg": preset.cfg, "shift": preset.shift, **solver, **low}
 
 
 def split_steps(steps: list[Step]) -> dict[str, list[Step]]:
@@ -221,12 +236,13 @@ def loaders(row: CatalogRow) -> list[Step]:
     """The nodes that load the models of `row`; of an adapter's row the model that it is for."""
     dit = published(row.base) if row.base else row
     text_encoder = link(T2V_BASE, TEXT_ENCODER_PATTERN, "text_encoders")
+    vae, vae_file = row.vae
     steps = [
-        Step("Load model", "WanCoreModelLoader", {"model": dit.model_id}, [video_model(dit)]),
+        Step("Load model", "WanCoreModelLoader", {"model": dit.model_id}, video_models(dit)),
         Step("Load text encoder", "WanCoreTextEncoderLoader", {"text_encoder": T2V_BASE}, [text_encoder]),
-        Step("Load VAE", "WanCoreVAELoader", {"vae": T2V_BASE}, [link(T2V_BASE, VAE_PATTERN, "vae")]),
+        Step("Load VAE", "WanCoreVAELoader", {"vae": vae}, [link(vae, vae_file, "vae")]),
     ]
-    if TASKS[row.task].uses_image_encoder:
+    if uses_image_encoder(row):
         inputs, file = (
             {"image_encoder": IMAGE_ENCODER_SOURCE},
             link(IMAGE_ENCODER_SOURCE, IMAGE_ENCODER_PATTERN, "clip_vision"),
@@ -235,12 +251,12 @@ def loaders(row: CatalogRow) -> list[Step]:
     return steps
 
 
-def save_steps(name: str) -> list[Step]:
+def save_steps(name: str, fps: float) -> list[Step]:
     """From the latents of the sampler to a file."""
     file = {"filename_prefix": f"video/wancore_{name}", "format": "mp4", "codec": "h264"}
     return [
         Step("Decode", "WanCoreVAEDecode", {"vae": ("Load VAE", 0), "latent": ("Sampler", 0)}),
-        Step("Create video", "CreateVideo", {"images": ("Decode", 0), "fps": FPS}),
+        Step("Create video", "CreateVideo", {"images": ("Decode", 0), "fps": fps}),
         Step("Save video", "SaveVideo", {"video": ("Create video", 0), **file}),
     ]
 
@@ -250,8 +266,9 @@ def _note(row: CatalogRow) -> str:
     files = [f"models/{row.model_id}/{pattern}" for pattern in row.files]
     if row.base:
         files.append(f"models/{row.base}/{DIT_PATTERN}")
-    files += [f"models/{T2V_BASE}/{file}" for file in (TEXT_ENCODER_PATTERN, VAE_PATTERN, TOKENIZER_PATTERN)]
-    if task.uses_image_encoder:
+    files += [f"models/{T2V_BASE}/{TEXT_ENCODER_PATTERN}", f"models/{'/'.join(row.vae)}"]
+    files.append(f"models/{T2V_BASE}/{TOKENIZER_PATTERN}")
+    if uses_image_encoder(row):
         files.append(f"models/{IMAGE_ENCODER_SOURCE}/{IMAGE_ENCODER_PATTERN}")
     return "\n".join(
         [

@@ -160,11 +160,6 @@ def lora(path: Path) -> None:
     save_file({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 256)}, path)
 
 
-def wan22(path: Path) -> None:
-    weights = bundled.state_dict(bundled.WanDiT(bundled.DIT))
-    save_file({**weights, "patch_embedding.weight": torch.zeros(256, 36, 1, 2, 2)}, path)
-
-
 def truncated(path: Path) -> None:
     whole = (host.current.models_dir() / catalog.TINY / "diffusion_pytorch_model.safetensors").read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -182,7 +177,6 @@ WRONG = {
     "vae.safetensors": (lambda path: save_file(bundled.state_dict(bundled.WanVAE(bundled.VAE)), path), "is a Wan VAE"),
     "t5.pth": (copy_of(catalog.TEXT_ENCODER_PATTERN), "is a UMT5 text encoder"),
     "lora.safetensors": (lora, "LoRA"),
-    "wan22.safetensors": (wan22, "Wan 2.2"),
     "truncated.safetensors": (truncated, "truncated|bytes"),
     "pointer.safetensors": (pointer, "git-LFS"),
     "shard-00001-of-00002.safetensors": (copy_of("diffusion_pytorch_model.safetensors"), "shard-00002-of-00002"),

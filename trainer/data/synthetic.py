@@ -210,11 +210,12 @@ class Drawing:
     @cached_property
     def _world(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
         """Of every pixel the place on the ground, x and y (T, H, W) in pixels from its middle; of every frame the
-        pixels that one of them takes, (T, 1, 1).
+        pixels that one of them takes, (T, 1, 1). T is 1 where the camera stands still.
         """
         y, x = np.mgrid[0 : self.height, 0 : self.width].astype(np.float32) + np.float32(0.5)
         x, y = x - self.width / 2, y - self.height / 2
-        path = CameraPath.from_direction(self.scene.camera, self.num_frames, self.scene.camera_speed)
+        frames = 1 if self.scene.camera == "None" else self.num_frames
+        path = CameraPath.from_direction(self.scene.camera, frames, self.scene.camera_speed)
         # World to camera: a point of the ground, at distance 1, is at (x + shift, y + shift, 1 + shift) for the camera.
         shift = path.world_to_camera[:, :3, 3].numpy().astype(np.float32)[..., None, None]
         pixels = np.float32(path.lens[0, 0] * self.width)
@@ -263,7 +264,7 @@ class Drawing:
             from_dot = (np.hypot(*self._from_middle()) - DOT * self._radius[:, None, None]) * self._world[2]
             inside = inside * (1 - 0.85 * np.clip(0.5 - from_dot, 0, 1)[..., None])
         a = self.masks[..., None]
-        return np.clip(np.rint(below * (1 - a) + inside * a), 0, 255).astype(np.uint8)
+        return np.clip(np.rint(below + a * (inside - below)), 0, 255).astype(np.uint8)
 
     @property
     def edges(self) -> Frames:

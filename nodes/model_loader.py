@@ -1,0 +1,134 @@
+"""The loader of video models: one transformer, or two experts as one model."""
+
+from typing import Any, ClassVar
+
+from wan_core import catalog
+from wan_core.loading.detect import Component, join_vace
+from wan_core.model import VideoModel
+from wan_core.model_files import DiTSettings, inspect, load_dit
+from wan_core.models.attention import BACKENDS
+from wan_core.models.config import DiTConfig
+from wan_core.offload.formats import WeightChoice
+from wan_core.planning.modules import SizedExpert, published_dit
+from wan_core.variants import match_variant
+
+from . import host, places, planning, sockets
+from .loaders import AUTO, NONE, STORAGE_INPUTS, Loader, choose_dtype, offload_of
+
+
+class ModelLoader(Loader):
+    """A Wan DiT."""
+
+    INPUT, KIND, FOLDER = "model", "dit", "diffusion_models"
+    ROWS: ClassVar = {row.model_id: row.files for row in (*catalog.CATALOG, *catalog.TINY_ROWS) if not row.base}
+    DESCRIPTION = (
+        "Load a Wan 2.1 video model. Its inputs are read from its tensors; the name only chooses recommended settings."
+    )
+    RETURN_TYPES = (sockets.MODEL,)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("The video model, for the sampler.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        listed, shared = cls.shared_inputs("The video model")
+        own = {
+            "attention": sockets.choice(
+                list(BACKENDS),
+                "auto",
+                "Attention kernel. auto: the fastest exact one on this machine, measured in the first step; sdpa: "
+                "PyTorch's choice. The others need their package installed.",
+            ),
+            "precision": sockets.choice(
+                ["fast", "exact"], "fast", "exact keeps the residual stream in float32, as the authors do: more memory."
+            ),
+            "vace_module": sockets.choice(
+                [NONE, *host.current.list_files(cls.FOLDER)],
+                NONE,
+                "A VACE branch from a separate file, for a T2V model of the same size.",
+            ),
+            "preset": sockets.choice(
+                [AUTO, *cls.ROWS],
+                AUTO,
+                "The checkpoint whose recommended settings are used; auto chooses by structure and file name.",
+            ),
+            "weights": STORAGE_INPUTS["weights"],
+            "fp8_matmul": sockets.flag(
+                False, "Multiply FP8 weights as FP8 numbers: faster on Ada, Hopper and newer cards, and less exact."
+            ),
+            "rest": STORAGE_INPUTS["rest"],
+            "torch_compile": sockets.flag(
+                False,
+                "Fuse elementwise operations with torch.compile: a few percent faster on a card, after some seconds of "
+                "compiling for each new size.",
+            ),
+            "deterministic": sockets.flag(
+                False,
+                "Compute with fixed kernels instead of those that were measured as fastest: the same bits on equal "
+                "machines. Otherwise only this machine repeats a video bit for bit.",
+            ),
+        }
+        return {"required": listed, "optional": {**shared, **own}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model: str, download: bool = False) -> bool | str:
+        return cls.check(model, download)
+
+    @classmethod
+    def IS_CHANGED(cls, model: str, download: bool = False, **_: Any) -> str:
+        return cls.fingerprint(model, download)
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The bundled model of the same structure."""
+        row = catalog.find_row(inputs.get("model", ""))
+        return {"model": row.tiny_id if row else catalog.TINY, "download": False, "vace_module": NONE}
+
+    @classmethod
+    def published(cls, name: str) -> list[Component]:
+        row = catalog.find_row(name)
+        assert row is not None, "ROWS are those of the catalog"
+        return [published_dit(row)] * len(row.files)
+
+    @classmethod
+    def plan_outputs(cls, model: str, vace_module: str = NONE, **inputs: Any) -> tuple[planning.PlannedModel]:
+        found = cls.describe(model)
+        if vace_module != NONE:
+            branch = inspect(places.model_file(cls.FOLDER, vace_module), "vace")
+            found = [(join_vace(component, branch), absent) for component, absent in found]
+        variant = match_variant(found[0][0].config_of(DiTConfig))
+        experts = []
+        for component, absent in found:
+            dit = planning.plan_module(component, absent, **inputs)
+            experts.append(SizedExpert(dit.module, dit.absent))
+        return (planning.PlannedModel(model, variant, tuple(experts)),)
+
+    def load(
+        self,
+        model: str,
+        dtype: str = "auto",
+        download: bool = False,
+        attention: str = "auto",
+        precision: str = "fast",
+        vace_module: str = NONE,
+        preset: str = AUTO,
+        weights: WeightChoice = "auto",
+        fp8_matmul: bool = False,
+        rest: str = "memory",
+        torch_compile: bool = False,
+        deterministic: bool = False,
+    ) -> tuple[VideoModel]:
+        component = self.component(model, download)
+        vace = None
+        if vace_module != NONE:
+            vace = inspect(places.model_file(self.FOLDER, vace_module), "vace")
+        settings = DiTSettings(
+            dtype=choose_dtype(dtype, component),
+            attention=attention,
+            exact=precision == "exact",
+            fp8_matmul=fp8_matmul,
+            torch_compile=torch_compile,
+            deterministic=deterministic,
+        )
+        chosen, device = None if preset == AUTO else preset, host.current.device()
+        offload = offload_of(weights, rest)
+        return (load_dit(component, settings, offload, vace=vace, preset=chosen, compute_device=device),)
