@@ -83,7 +83,7 @@ class Loader:
     INPUT: str
     KIND: ModelKind
     FOLDER: str
-    ROWS: Mapping[str, tuple[str, ...]]
+    ROWS: ClassVar[Mapping[str, tuple[str, ...]]]
 
     @classmethod
     def choices(cls) -> list[str]:

@@ -1,5 +1,6 @@
 """The loader of video models: one transformer, or two experts as one model."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from wan_core import catalog
@@ -20,7 +21,9 @@ class ModelLoader(Loader):
     """A Wan DiT."""
 
     INPUT, KIND, FOLDER = "model", "dit", "diffusion_models"
-    ROWS: ClassVar = {row.model_id: row.files for row in (*catalog.CATALOG, *catalog.TINY_ROWS) if not row.base}
+    ROWS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        row.model_id: row.files for row in (*catalog.CATALOG, *catalog.TINY_ROWS) if not row.base
+    }
     DESCRIPTION = (
         "Load a Wan 2.1 video model. Its inputs are read from its tensors; the name only chooses recommended settings."
     )

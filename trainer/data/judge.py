@@ -5,7 +5,7 @@ and gives None for what is not there.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,9 +84,12 @@ def measure(clip: Frames) -> Reading:
     zoom = float(np.log(zooms[-1]))
     areas = masks.mean((1, 2))
     seen = areas >= LEAST_AREA
-    rest = dict(ground=ground, ground_travel=(shift[-1, 1] / width, shift[-1, 0] / height), zoom=zoom, masks=masks)
+    empty = Reading(
+        colour=None, shape=None, ground=ground, motion=None, travel=(0.0, 0.0), growth=0.0,
+        ground_travel=(shift[-1, 1] / width, shift[-1, 0] / height), zoom=zoom, match=0.0, dot=0.0, masks=masks,
+    )  # fmt: skip
     if seen.sum() < max(2, 2 * len(frames) // 3):
-        return Reading(colour=None, shape=None, motion=None, travel=(0.0, 0.0), growth=0.0, match=0.0, dot=0.0, **rest)
+        return empty
     middles = np.array([ndimage.center_of_mass(mask) if ok else (0, 0) for mask, ok in zip(masks, seen, strict=True)])
     whole = seen & ~_touches_edge(masks)
     counted = whole if whole.sum() >= 2 else seen
@@ -96,12 +99,16 @@ def measure(clip: Frames) -> Reading:
     growth = _change(np.log(np.maximum(areas, 1e-6)) - 2 * np.log(zooms), counted)
     colour, dot = _inside(frames, masks, seen)
     shape, match, turn = _shape(masks, middles, counted)
-    return Reading(
+    return replace(
+        empty,
         colour=min(COLOURS, key=lambda name: float(np.linalg.norm(colour - np.array(COLOURS[name][0])))),
         shape=shape,
         motion=_motion(travel, growth, turn),
-        travel=travel, growth=growth, match=match, dot=dot, **rest,
-    )  # fmt: skip
+        travel=travel,
+        growth=growth,
+        match=match,
+        dot=dot,
+    )
 
 
 def score(readings: Sequence[Reading], scenes: Sequence[Scene]) -> Mapping[str, float]:

@@ -25,6 +25,7 @@ Frames = NDArray[np.uint8]
 """(T, H, W, 3)."""
 Planes = NDArray[np.float32]
 """(T, H, W), from 0 to 1."""
+Floats = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,9 @@ class Scene:
         """A sentence that says what the clip shows, in words that vary with the seed."""
         r = random.Random(f"{seed} {language}")
         ground = r.choice(getattr(GROUNDS[self.ground].words, language))
-        paced = self.pace is not None and self.motion != "still"
-        pace = r.choice(getattr(PACES[self.pace][1], language)) if paced else ""
+        pace = ""
+        if self.pace is not None and self.motion != "still":
+            pace = r.choice(getattr(PACES[self.pace][1], language))
         names = (COLOURS[self.colour][1], SHAPES[self.shape], MOTIONS[self.motion])
         colour, shape, motion = (r.choice(getattr(word, language)) for word in names)
         camera = r.choice(getattr(CAMERAS[self.camera], language)) if self.camera in CAMERAS else ""
@@ -208,7 +210,7 @@ class Drawing:
         self._angle = (np.pi * scene.speed if scene.motion == "spins" else 0.0) * self._time
 
     @cached_property
-    def _world(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    def _world(self) -> tuple[Floats, Floats, Floats]:
         """Of every pixel the place on the ground, x and y (T, H, W) in pixels from its middle; of every frame the
         pixels that one of them takes, (T, 1, 1). T is 1 where the camera stands still.
         """
@@ -238,7 +240,7 @@ class Drawing:
                 distance = np.maximum(np.maximum(y, 0.866 * x - 0.5 * y), -0.866 * x - 0.5 * y) - 0.62 * r
         return (distance * self._world[2]).astype(np.float32)
 
-    def _from_middle(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _from_middle(self) -> tuple[Floats, Floats]:
         """Of every pixel the place beside the shape's middle, on the ground."""
         x, y, _ = self._world
         return x - self._x[:, None, None], y - self._y[:, None, None]
