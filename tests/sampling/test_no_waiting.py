@@ -18,7 +18,7 @@ from tests.sampling.runs import sample
 from wan_core.models.config import MotionControllerConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.layers import MotionController
-from wan_core.planning.estimate import elementwise
+from wan_core.planning.estimate import compute
 from wan_core.runtime import Runtime
 from wan_core.sampling import compose
 from wan_core.sampling import run as loop
@@ -46,9 +46,7 @@ class NoWaiting(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.watching and func.overloadpacket in READS:
             raise Waits(f"{func} reads a value")
-        out = elementwise(func, args, kwargs)
-        if out is None:
-            out = func(*args, **kwargs)
+        out = compute(func, args, kwargs)
         if self.watching:
             found = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor) and x.ndim}
             if len(found) > 1:

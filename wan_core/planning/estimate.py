@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -45,9 +45,7 @@ class LiveBytes(TorchDispatchMode):
             self._known[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = elementwise(func, args, kwargs or {})
-        if out is None:
-            out = func(*args, **(kwargs or {}))
+        out = compute(func, args, kwargs or {})
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, Tensor) and x.device == self.device:
                 self._count(x.untyped_storage())
@@ -69,34 +67,89 @@ class LiveBytes(TorchDispatchMode):
 
 META = torch.device("meta")
 
-KEEP_DTYPE = frozenset(("abs", "add", "clamp", "div", "exp", "gelu", "mul", "neg", "pow", "rsqrt", "silu", "sub"))
-"""Elementwise operations whose result has the dtype of its floating-point inputs, where they have one."""
+Answer = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+"""From the arguments of an operation to its result."""
+
+_ANSWERS: dict[Hashable, Answer | None] = {}
+"""Of operations on the meta device, by their signatures; None where an operation has to be asked every time."""
+
+MOST_ANSWERS = 50_000
 
 
-def elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """What an elementwise operation gives on the meta device, where that is known from its inputs; else None.
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """What a tensor on the meta device is."""
 
-    PyTorch derives it in Python, which takes a millisecond each and most of the time of a count.
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Layout":
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def made(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=META)
+
+
+def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the operation `func` gives. On the meta device it is asked once for each kind of inputs.
+
+    PyTorch derives shapes, strides and dtypes there in Python, which takes a millisecond for most operations and nearly
+    all of the time of a count, and a model asks for the same ones in each of its blocks.
     """
-    if torch.Tag.pointwise not in func.tags:
+    try:
+        key = (func, _signature(args), _signature(tuple(kwargs.items())))
+        answer = _ANSWERS.get(key)
+    except TypeError:  # a tensor that has data, or an argument of another kind
+        return func(*args, **kwargs)
+    if answer is not None:
+        return answer(args, kwargs)
+    if key in _ANSWERS:
+        return func(*args, **kwargs)
+    given = [x for x in (*args, *kwargs.values()) for x in (x if isinstance(x, (tuple, list)) else (x,))]
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    before = [_Layout.of(x) for x in tensors]  # an operation in place may change it
+    out = func(*args, **kwargs)
+    if len(_ANSWERS) >= MOST_ANSWERS:
+        _ANSWERS.clear()
+    unchanged = tensors and before == [_Layout.of(x) for x in tensors]
+    _ANSWERS[key] = _answer(out, tensors, args, kwargs) if unchanged else None
+    return out
+
+
+def _signature(value: Any) -> Hashable:
+    """What decides on the layout of results: of tensors their own, all else but floats by value.
+
+    Raises:
+        TypeError: the value has data, which may decide, or is of another kind.
+    """
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            raise TypeError
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_signature, value))
+    return float if isinstance(value, float) else (type(value), value)
+
+
+def _answer(out: Any, given: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer | None:
+    """How to repeat `out`; None for views, and for results that are no tensors of their own."""
+    if args and out is args[0]:
+        return lambda args, _: args[0]
+    if "out" in kwargs:
+        return (lambda _, kwargs: kwargs["out"]) if out is kwargs["out"] else None
+    results = out if isinstance(out, tuple) else (out,)
+    if not all(isinstance(x, Tensor) and x.is_meta for x in results):
         return None
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    if not tensors or not all(x.is_meta for x in tensors):
+    layouts = [_Layout.of(x) for x in results]
+    own = {x.untyped_storage()._cdata for x in results} - {x.untyped_storage()._cdata for x in given}
+    sizes = [x.untyped_storage().nbytes() for x in results]
+    if len(own) < len(results) or sizes != [layout.made().untyped_storage().nbytes() for layout in layouts]:
         return None
-    name, first = func.__name__.partition(".")[0], tensors[0]
-    if name.endswith("_") and first is args[0]:
-        return first
-    whole = max(tensors, key=Tensor.numel)
-    if kwargs or name not in KEEP_DTYPE or not whole.is_floating_point():
-        return None
-    if any(x.dtype != whole.dtype for x in tensors):
-        return None
-    for x in tensors:
-        if x.shape != whole.shape and (
-            x.ndim > whole.ndim or any(n not in (1, m) for n, m in zip(x.shape[::-1], whole.shape[::-1], strict=False))
-        ):
-            return None
-    return torch.empty_like(whole)
+    if isinstance(out, tuple):
+        return lambda *_: tuple(layout.made() for layout in layouts)
+    return lambda *_: layouts[0].made()
 
 
 class _FusedAttention(TorchFunctionMode):
