@@ -5,12 +5,13 @@ import re
 from collections.abc import Iterator, Sequence
 
 from pack import ROOT
-from wan_core.catalog import CATALOG
+from wan_core.catalog import ALL_ROWS
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.data.clips import INPUTS
 from wancore.trainer.flags import REFERENCE_FLAGS, REFUSED_FLAGS, flag_type
 from wancore.trainer.optimizers import PACKAGES
-from wancore.trainer.recipe import MODES, TASKS, recipe
+from wancore.trainer.recipe import MODES, TASKS
+from wancore.trainer.recipe import recipes as recipes_of
 
 SECTIONS = {
     "Data": "dataset_base_path",
@@ -74,10 +75,10 @@ def optimizers() -> Iterator[str]:
 def recipes() -> Iterator[str]:
     """Every published checkpoint: what is trained and with what."""
     yield from _head("Row", "Extra inputs", "Mode", "Trained", "Learning rate", "Epochs", "Frames", "Launched with")
-    for row in CATALOG:
+    for row in ALL_ROWS:
         names = ", ".join(f"`{name}`" for name in TASKS[row.task].inputs) or "none"
         for mode in MODES:
-            found = recipe(row.model_id, mode)
+            found = recipes_of(row.model_id, mode)[0]
             trained = found.flags.get("lora_base_model") or found.flags["trainable_models"][0]
             rate, epochs, frames = (found.flags[name] for name in ("learning_rate", "num_epochs", "num_frames"))
             first = mode == MODES[0]

@@ -37,7 +37,7 @@ class Objective:
             `logit_normal` draws its place as the logistic function of a normal number (Esser et al. 2024).
         shift: moves the points towards high noise.
         weighting: `bell` is the reference's weight around timestep 500, `none` weighs all timesteps equally.
-        low, high: the part of the index range that is drawn, in fractions.
+        low, high: the part of the index range that is drawn, in fractions; `expert_range` has those of an expert.
     """
 
     sampling: str = "uniform"
@@ -81,6 +81,18 @@ class Objective:
         quantile = bounds[0] + (bounds[1] - bounds[0]) * torch.rand((), generator=generator, dtype=torch.float64)
         place = torch.sigmoid(torch.special.ndtri(quantile))
         return min(max(int((1 - place) * NUM_TRAIN_TIMESTEPS), first), last - 1)
+
+
+def expert_range(is_high: bool, boundary: float, shift: float) -> tuple[float, float]:
+    """The `low` and `high` of an `Objective` that trains one expert of a pair on the timesteps at which it works.
+
+    Args:
+        is_high: the expert of the noisier timesteps, from 1000 * `boundary` on; else that of all others.
+        boundary: 0 to 1.
+        shift: of the objective.
+    """
+    split = int((Objective(shift=shift).sigmas >= boundary).sum()) / NUM_TRAIN_TIMESTEPS
+    return (0.0, split) if is_high else (split, 1.0)
 
 
 def generator_for(purpose: str, *numbers: int) -> torch.Generator:

@@ -17,18 +17,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wan_core.catalog import (
-    CATALOG,
+    ALL_ROWS,
     DIT_PATTERN,
     IMAGE_ENCODER_PATTERN,
     TEXT_ENCODER_PATTERN,
-    VAE_PATTERN,
     CatalogRow,
     Task,
 )
 
-from .config import parse
+from .config import TrainConfig, parse
+from .objective import expert_range
 
 MODES = ("lora", "full")
+EXPERTS = ("high", "low")
+"""The transformers of a pair by the noise that each works on, in the order of a row's files."""
 DATA_FOLDER = "data/example_video_dataset"
 LARGE_LAUNCHER = "zero2_offload"
 """The configuration of `trainer/accelerate` by which whole 14B models are trained."""
@@ -116,12 +118,14 @@ class Recipe:
     Attributes:
         row: the checkpoint.
         mode: "lora" or "full".
+        expert: of a pair, the one that is trained, of `EXPERTS`; else None.
         flags: settings of `config.TrainConfig` by name; what is left out has its default.
         launcher: configuration of `trainer/accelerate` that it is launched with; None is one process.
     """
 
     row: CatalogRow
     mode: str
+    expert: str | None
     flags: Flags
     launcher: str | None
 
@@ -141,55 +145,82 @@ def find_row(name: str) -> CatalogRow:
     Raises:
         ValueError: there is none; the nearest is named.
     """
-    known = {spelling.lower(): row for row in CATALOG for spelling in (row.model_id, row.short_name)}
+    known = {spelling.lower(): row for row in ALL_ROWS for spelling in (row.model_id, row.short_name)}
     row = known.get(name.lower())
     if row is None:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
         meant = f"Did you mean {known[near[0]].short_name}?" if near else "Known are:"
-        rows = "" if near else f" {', '.join(row.short_name for row in CATALOG)}."
+        rows = "" if near else f" {', '.join(row.short_name for row in ALL_ROWS)}."
         raise ValueError(f"There is no recipe for {name!r}. {meant}{rows}")
     return row
 
 
-def recipe(name: str, mode: str) -> Recipe:
-    """How the checkpoint called `name` is trained as `mode`, "lora" or "full".
+def recipes(name: str, mode: str, expert: str | None = None) -> tuple[Recipe, ...]:
+    """How the checkpoint called `name` is trained as `mode`, "lora" or "full": of a pair one recipe for each expert,
+    that for high noise first, or only that for `expert`.
 
     Raises:
-        ValueError: there is no such checkpoint or mode.
+        ValueError: there is no such checkpoint, mode or expert.
     """
     if mode not in MODES:
         raise ValueError(f"A recipe is one of {', '.join(MODES)}; got {mode!r}.")
     row = find_row(name)
+    if expert is not None and not row.is_pair:
+        raise ValueError(f"{row.short_name} is one model, not a pair of experts; leave --expert out.")
+    if expert not in (None, *EXPERTS):
+        raise ValueError(f"An expert is one of {', '.join(EXPERTS)}; got {expert!r}.")
+    if not row.is_pair:
+        return (_recipe(row, mode, None),)
+    return tuple(_recipe(row, mode, one) for one in EXPERTS if expert in (None, one))
+
+
+def _recipe(row: CatalogRow, mode: str, expert: str | None) -> Recipe:
     task = TASKS[row.task]
+    kind = mode if expert is None else f"{expert}_noise_{mode}"
     flags = {
         **SHARED,
         "dataset_metadata_path": f"{DATA_FOLDER}/{task.metadata}",
         **({"data_file_keys": task.columns} if task.columns else {}),
         **({"extra_inputs": task.inputs} if task.inputs else {}),
-        "model_id_with_origin_paths": _files(row),
-        "output_path": f"./models/train/{row.short_name}_{mode}",
+        "model_id_with_origin_paths": _files(row, expert),
+        "output_path": f"./models/train/{row.short_name}_{kind}",
         **BY_MODE[mode],
         **task.flags,
         **getattr(task, mode),
         **row.training.get(mode, {}),
+        **_range(row, expert),
     }
-    return Recipe(row, mode, flags, LARGE_LAUNCHER if row.size == "14B" and mode == "full" else None)
+    return Recipe(row, mode, expert, flags, LARGE_LAUNCHER if row.size == "14B" and mode == "full" else None)
 
 
-def _files(row: CatalogRow) -> tuple[str, ...]:
-    """`--model_id_with_origin_paths`: the row's own files, after those of the
-    model that it is an adapter for.
+def _range(row: CatalogRow, expert: str | None) -> Flags:
+    """The timesteps of one expert, split where its authors do when they sample."""
+    if row.boundary is None:
+        return {}
+    low, high = expert_range(expert == EXPERTS[0], row.boundary, TrainConfig.timestep_shift)
+    return {"min_timestep_boundary": low, "max_timestep_boundary": high}
+
+
+def _files(row: CatalogRow, expert: str | None) -> tuple[str, ...]:
+    """`--model_id_with_origin_paths`: the row's own files, of a pair those of one expert, after those of the model that
+    it is an adapter for.
     """
-    patterns = [DIT_PATTERN, TEXT_ENCODER_PATTERN, VAE_PATTERN]
+    home = row.base or row.model_id
+    dit = DIT_PATTERN if expert is None else row.files[EXPERTS.index(expert)]
+    patterns = [dit, TEXT_ENCODER_PATTERN, row.vae[1]]
     patterns += [IMAGE_ENCODER_PATTERN] * row.needs_image_encoder
-    files = [f"{row.base or row.model_id}:{pattern}" for pattern in patterns]
     own = [f"{row.model_id}:{pattern}" for pattern in row.files] if row.base else []
-    return (*files, *own)
+    return (*(f"{home}:{pattern}" for pattern in patterns), *own)
 
 
 LAUNCHERS = Path(__file__).parent / "accelerate"
 TRAIN = Path(__file__).parent / "train.py"
 NONE = "none"
+ONE_EXPERT = (
+    "--output_path", "--resume", "--min_timestep_boundary", "--max_timestep_boundary", "--model_paths",
+    "--model_id_with_origin_paths", "--lora_checkpoint", "--resume_from_checkpoint",
+)  # fmt: skip
+"""Flags that cannot be the same for both experts of a pair."""
 
 
 def command(found: Recipe, overrides: Sequence[str] = (), launcher: str | None = None) -> list[str]:
@@ -211,17 +242,22 @@ def command(found: Recipe, overrides: Sequence[str] = (), launcher: str | None =
     return [*begin, str(TRAIN), *words]
 
 
-def run(words: Sequence[str]) -> int:
-    """Run a command to its end and return its exit code; Ctrl-C and SIGTERM are the command's to obey."""
+def run(words: Sequence[str]) -> tuple[int, bool]:
+    """Run a command to its end. Returns its exit code, and whether it was asked to stop: by Ctrl-C or SIGTERM, which
+    are the command's to obey.
+    """
     child = subprocess.Popen(words)
-    handlers = {
+    asked = []
+
+    def stop(number: int, frame: object) -> None:
+        asked.append(number)
         # A terminal sends Ctrl-C to the child as well.
-        signal.SIGINT: lambda number, frame: None,
-        signal.SIGTERM: lambda number, frame: child.terminate(),
-    }
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        if number == signal.SIGTERM:
+            child.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return child.wait()
+        return child.wait(), bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -231,10 +267,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.recip
     """The command, which its help calls `prog`: the exit code of the training, 2 when it could not begin."""
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="rows: " + ", ".join(row.short_name for row in CATALOG), allow_abbrev=False,
+        epilog="rows: " + ", ".join(row.short_name for row in ALL_ROWS), allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("row", help="a published checkpoint, with or without its organisation")
     parser.add_argument("mode", choices=MODES)
+    parser.add_argument(
+        "--expert", choices=EXPERTS, help="of a pair, train this one only; without it both, one after the other"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command and do not run it")
     parser.add_argument(
         "--launcher",
@@ -243,10 +282,26 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.recip
     )
     arguments, overrides = parser.parse_known_args(argv)
     try:
-        words = command(recipe(arguments.row, arguments.mode), overrides, arguments.launcher)
+        found = recipes(arguments.row, arguments.mode, arguments.expert)
+        commands = [command(each, overrides, arguments.launcher) for each in found]
+        _check_apart(found, overrides)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write(f"{shlex.join(words)}\n")
-    sys.stdout.flush()
-    return 0 if arguments.dry_run else run(words)
+    for words in commands:
+        sys.stdout.write(f"{shlex.join(words)}\n")
+        sys.stdout.flush()
+        code, stopped = (0, False) if arguments.dry_run else run(words)
+        if code or stopped:
+            return code
+    return 0
+
+
+def _check_apart(found: Sequence[Recipe], overrides: Sequence[str]) -> None:
+    """Raise ValueError when two experts would be trained with flags that belong to one."""
+    mixed = [flag for flag in ONE_EXPERT if any(word.partition("=")[0] == flag for word in overrides)]
+    if len(found) > 1 and mixed:
+        raise ValueError(
+            f"{found[0].row.short_name} is a pair, and {mixed[0]} would be that of both experts; train one after the "
+            f"other with --expert {EXPERTS[0]} and --expert {EXPERTS[1]}."
+        )

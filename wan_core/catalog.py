@@ -229,42 +229,45 @@ _TI2V_5B = Preset(
 _FUN_5B = replace(_TI2V_5B, cfg=6.0, solver="euler", size_rule="exact")
 
 
-def _pair(
-    model_id: str, variant: str, preset: Preset, task: Task, workflow: str, repacked: str, boundary: float
-) -> CatalogRow:
-    """A row of two transformers; `repacked` is the name of both files, with what differs in braces."""
-    return CatalogRow(
-        model_id, variant, "14B", preset, task, workflow, repacked, files=PAIR_PATTERNS, boundary=boundary
-    )
+def _pair(model_id: str, variant: str, *settings: Any, boundary: float, **others: Any) -> CatalogRow:
+    """A row of two transformers; its `repacked` is the name of both files, with what differs in braces."""
+    return CatalogRow(model_id, variant, "14B", *settings, files=PAIR_PATTERNS, boundary=boundary, **others)
+
+
+def _trained_at(num_frames: int, **flags: Any) -> Mapping[str, Mapping[str, Any]]:
+    """`CatalogRow.training` of both modes."""
+    return {"lora": {"num_frames": num_frames, **flags}, "full": {"num_frames": num_frames}}
 
 
 WAN_22: tuple[CatalogRow, ...] = (
     _pair(
         "Wan-AI/Wan2.2-T2V-A14B", "t2v", _T2V_A14B, "text", "t2v_a14b", "wan2.2_t2v_{high,low}_noise_14B_fp8_scaled",
-        0.875,
+        boundary=0.875, training=_trained_at(49),
     ),
     _pair(
         "Wan-AI/Wan2.2-I2V-A14B", "i2v_a14b", _I2V_A14B, "image", "i2v_a14b",
-        "wan2.2_i2v_{high,low}_noise_14B_fp8_scaled", 0.9,
+        "wan2.2_i2v_{high,low}_noise_14B_fp8_scaled", boundary=0.9, training=_trained_at(49),
     ),
     CatalogRow(
-        "Wan-AI/Wan2.2-TI2V-5B", "ti2v_5b", "5B", _TI2V_5B, "image", "ti2v_5b", "wan2.2_ti2v_5B_fp16"
+        "Wan-AI/Wan2.2-TI2V-5B", "ti2v_5b", "5B", _TI2V_5B, "image", "ti2v_5b", "wan2.2_ti2v_5B_fp16",
+        training=_trained_at(49),
     ),
     _pair(
         "PAI/Wan2.2-Fun-A14B-InP", "i2v_a14b", _FUN_A14B, "first_last", "fun_a14b_inp",
-        "wan2.2_fun_inpaint_{high,low}_noise_14B_fp8_scaled", 0.9,
+        "wan2.2_fun_inpaint_{high,low}_noise_14B_fp8_scaled", boundary=0.9,
     ),
     _pair(
         "PAI/Wan2.2-Fun-A14B-Control", "fun_a14b_control", _FUN_A14B, "control_reference", "fun_a14b_control",
-        "wan2.2_fun_control_{high,low}_noise_14B_fp8_scaled", 0.9,
+        "wan2.2_fun_control_{high,low}_noise_14B_fp8_scaled", boundary=0.9,
     ),
     _pair(
         "PAI/Wan2.2-Fun-A14B-Control-Camera", "fun_a14b_camera", _FUN_A14B, "camera", "fun_a14b_camera",
-        "wan2.2_fun_camera_{high,low}_noise_14B_fp8_scaled", 0.9,
+        "wan2.2_fun_camera_{high,low}_noise_14B_fp8_scaled", boundary=0.9,
+        training=_trained_at(81, learning_rate=1e-4),
     ),
     _pair(
         "PAI/Wan2.2-VACE-Fun-A14B", "vace", replace(_FUN_A14B, cfg=5.0), "vace", "vace_fun_a14b",
-        "wan2.2_fun_vace_{high,low}_noise_14B_fp8_scaled", 0.875,
+        "wan2.2_fun_vace_{high,low}_noise_14B_fp8_scaled", boundary=0.875, training=_trained_at(17),
     ),
     CatalogRow(
         "PAI/Wan2.2-Fun-5B-InP", "fun_5b_inp", "5B", _FUN_5B, "first_last", "fun_5b_inp", "wan2.2_fun_inpaint_5B_bf16"
@@ -275,7 +278,7 @@ WAN_22: tuple[CatalogRow, ...] = (
     ),
     CatalogRow(
         "PAI/Wan2.2-Fun-5B-Control-Camera", "fun_5b_camera", "5B", _FUN_5B, "camera", "fun_5b_camera",
-        "wan2.2_fun_camera_5B_bf16",
+        "wan2.2_fun_camera_5B_bf16", training=_trained_at(81, learning_rate=1e-4),
     ),
 )  # fmt: skip
 

@@ -38,7 +38,7 @@ def test_commands_are_read(module, words, capsys):
 def test_flags_in_the_text_exist():
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
     aliases = {name for f in dataclasses.fields(TrainConfig) for name in f.metadata["aliases"]}
-    others = {"config", "launcher", "out", "set", "tiny", "vram", "dry-run", "no-", "input_contains_"}
+    others = {"config", "expert", "launcher", "out", "set", "tiny", "vram", "dry-run", "no-", "input_contains_"}
     others |= {
         *REFERENCE_FLAGS,
         *REFUSED_FLAGS,

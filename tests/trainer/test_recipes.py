@@ -24,7 +24,8 @@ from wan_core.settings import GuidanceSettings, SamplerSettings
 from wan_core.types import LatentSize
 from wancore.trainer.config import parse
 from wancore.trainer.model import load, trainable
-from wancore.trainer.recipe import LAUNCHERS, TRAIN, command, find_row, main, recipe
+from wancore.trainer.objective import Objective, expert_range
+from wancore.trainer.recipe import LAUNCHERS, TRAIN, command, find_row, main, recipes
 
 __all__ = ["shared"]
 
@@ -79,7 +80,7 @@ SPECIAL = {
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_recipe_is_what_the_reference_types(name, mode):
-    found = recipe(name, mode)
+    (found,) = recipes(name, mode)
     config = parse(found.words())
     metadata, columns, extra = EXPECTED[name]
     is_vace, is_speed = "VACE" in name, "speedcontrol" in name
@@ -110,6 +111,94 @@ def test_a_recipe_is_what_the_reference_types(name, mode):
     assert config.model_id_with_origin_paths == tuple(files)
 
 
+CAMERA = ("input_image", "camera_control_direction", "camera_control_speed")
+VACE = ("vace_video", "vace_reference_image")
+OF_22 = {
+    "Wan2.2-T2V-A14B": ("metadata.csv", (), 49, 417),
+    "Wan2.2-I2V-A14B": ("metadata.csv", ("input_image",), 49, 358),
+    "Wan2.2-TI2V-5B": ("metadata.csv", ("input_image",), 49, None),
+    "Wan2.2-Fun-A14B-InP": ("metadata.csv", ("input_image", "end_image"), 81, 358),
+    "Wan2.2-Fun-A14B-Control": ("metadata_reference_control.csv", ("control_video", "reference_image"), 81, 358),
+    "Wan2.2-Fun-A14B-Control-Camera": ("metadata_camera_control.csv", CAMERA, 81, 358),
+    "Wan2.2-VACE-Fun-A14B": ("metadata_vace.csv", VACE, 17, 417),
+    "Wan2.2-Fun-5B-InP": ("metadata.csv", ("input_image", "end_image"), 81, None),
+    "Wan2.2-Fun-5B-Control": ("metadata_reference_control.csv", ("control_video", "reference_image"), 81, None),
+    "Wan2.2-Fun-5B-Control-Camera": ("metadata_camera_control.csv", CAMERA, 81, None),
+}
+"""Metadata file, extra inputs, frames, and the first timestep of the low-noise expert.
+
+As the reference, but for VACE-Fun, whose authors split at 875, and whole Fun models, which it trains at the rate of a
+LoRA.
+"""
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("name", OF_22)
+def test_a_recipe_of_wan_22_trains_each_expert_on_its_timesteps(name, mode):
+    metadata, extra, frames, split = OF_22[name]
+    found = recipes(name, mode)
+    is_vace, is_pair = "VACE" in name, split is not None
+    assert [each.expert for each in found] == (["high", "low"] if is_pair else [None])
+    for each in found:
+        config = parse(each.words())
+        model = "vace" if is_vace else "dit"
+        rate = 1e-4 if mode == "lora" else 5e-5 if is_vace else 1e-5
+        kind = f"{each.expert}_noise_{mode}" if is_pair else mode
+        folder = f"{each.expert}_noise_model/" if is_pair else ""
+        assert config.dataset_metadata_path == f"data/example_video_dataset/{metadata}"
+        assert (config.extra_inputs, config.num_frames, config.learning_rate) == (extra, frames, rate)
+        assert (config.height, config.width, config.lora_rank) == (480, 832, 32)
+        assert (config.trainable_models, config.lora_base_model) == (
+            ((), model) if mode == "lora" else ((model,), None)
+        )
+        assert config.output_path == f"./models/train/{name}_{kind}"
+        assert config.model_id_with_origin_paths == tuple(
+            f"{find_row(name).model_id}:{file}"
+            for file in (
+                f"{folder}diffusion_pytorch_model*.safetensors", "models_t5_umt5-xxl-enc-bf16.pth",
+                "Wan2.1_VAE.pth" if is_pair else "Wan2.2_VAE.pth",
+            )
+        )  # fmt: skip
+        drawn = {None: (0, 1000), "high": (0, split), "low": (split, 1000)}[each.expert]
+        objective = config.objective
+        assert (int(objective.low * 1000), int(objective.high * 1000)) == drawn
+        assert each.launcher == ("zero2_offload" if is_pair and mode == "full" else None)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "shift"), [(0.875, 5.0), (0.9, 5.0), (0.9, 3.0), (0.875, 12.0), (0.0, 5.0), (1.0, 5.0)]
+)
+def test_the_ranges_of_two_experts_are_all_timesteps_once(boundary, shift):
+    """As a run chooses: the high-noise expert from 1000 times the boundary on."""
+    timesteps = Objective(shift=shift).sigmas * 1000
+    for is_high in (True, False):
+        low, high = (round(1000 * side) for side in expert_range(is_high, boundary, shift))
+        assert torch.equal(timesteps[low:high], timesteps[(timesteps >= 1000 * boundary) == is_high])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["Wan2.2-T2V-A14B", "lora", "--output_path", "mine"], "--output_path would be that of both experts"),
+        (["Wan2.2-T2V-A14B", "lora", "--max_timestep_boundary=0.5"], "--max_timestep_boundary would be"),
+        (["Wan2.1-T2V-14B", "lora", "--expert", "low"], "not a pair of experts"),
+        (["Wan2.2-TI2V-5B", "lora", "--expert", "high"], "not a pair of experts"),
+    ],
+)
+def test_flags_of_one_expert_are_not_those_of_both(words, message, capsys):
+    assert main([*words, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_both_experts_are_trained_in_turn_or_one_that_is_named(capsys):
+    for words, experts in (([], ("high", "low")), (["--expert", "low"], ("low",))):
+        assert main(["Wan2.2-I2V-A14B", "lora", *words, "--dry-run"]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert [f"{expert}_noise_model" in line for expert, line in zip(experts, printed, strict=True)] == [True] * len(
+            experts
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "mode", "message"),
     [
@@ -121,7 +210,7 @@ def test_a_recipe_is_what_the_reference_types(name, mode):
 )
 def test_an_unknown_recipe_is_refused(name, mode, message):
     with pytest.raises(ValueError, match=message):
-        recipe(name, mode)
+        recipes(name, mode)
 
 
 def test_names_are_read_generously():
@@ -159,7 +248,7 @@ def trained(shared, tmp_path_factory):
             "local_model_path": tiny.local_model_path, "height": 32, "width": 32, "num_frames": 5, "max_steps": 3,
             "mixed_precision": "no", "cache_dir": shared / "cache", "min_free_gb": 0, "output_path": "unused",
         }  # fmt: skip
-        found = recipe(name, mode)
+        (found,) = recipes(name, mode)
         return variant, *run_once(tuple(dataclasses.replace(found, flags={**found.flags, **overrides}).words()))
 
     return execute
@@ -200,12 +289,12 @@ def test_a_recipe_trains_and_its_result_changes_the_video(trained, name, mode):
 
 
 def test_the_command_for_14b_is_launched_by_accelerate():
-    words = command(recipe("Wan2.1-T2V-14B", "full"), ["--num_frames", "33"])
+    words = command(*recipes("Wan2.1-T2V-14B", "full"), ["--num_frames", "33"])
     assert words[1:4] == ["-m", "accelerate.commands.launch", "--config_file"]
     assert words[4] == str(LAUNCHERS / "zero2_offload.yaml") and words[5] == str(TRAIN)
     assert words[-2:] == ["--num_frames", "33"] and parse(words[6:]).num_frames == 33
-    assert command(recipe("Wan2.1-T2V-14B", "full"), launcher="none")[:2] == [sys.executable, str(TRAIN)]
-    assert str(LAUNCHERS / "fsdp.yaml") in command(recipe("Wan2.1-T2V-1.3B", "lora"), launcher="fsdp")
+    assert command(*recipes("Wan2.1-T2V-14B", "full"), launcher="none")[:2] == [sys.executable, str(TRAIN)]
+    assert str(LAUNCHERS / "fsdp.yaml") in command(*recipes("Wan2.1-T2V-1.3B", "lora"), launcher="fsdp")
 
 
 def test_a_dry_run_prints_the_command_and_runs_nothing(capsys, tmp_path):
