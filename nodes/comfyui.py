@@ -20,6 +20,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import nn
 
+from wan_core.files import names_below
 from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.offload.blocks import weight_bytes
 from wan_core.offload.weights import WeightProvider
@@ -36,6 +37,9 @@ POLL = 0.25
 
 CACHED = "execution_cached"
 """ComfyUI's message that names the nodes whose results were in its cache when a prompt began."""
+
+GGUF_FOLDERS = ("diffusion_models", "text_encoders")
+"""The models folders whose files may be GGUF."""
 
 _residents: "weakref.WeakKeyDictionary[nn.Module, ResidentModel]" = weakref.WeakKeyDictionary()
 
@@ -160,8 +164,11 @@ class ComfyUI:
         return []
 
     def list_files(self, folder: str) -> list[str]:
+        """ComfyUI's list, and in the folders of `GGUF_FOLDERS` the GGUF files, which it leaves out."""
         with contextlib.suppress(KeyError):
-            return list(folder_paths.get_filename_list(folder))
+            listed = folder_paths.get_filename_list(folder)
+            roots = self.model_folders(folder) if folder in GGUF_FOLDERS else []
+            return sorted({*listed, *names_below(roots, [".gguf"])})
         return []
 
     def model_path(self, folder: str, name: str) -> Path:

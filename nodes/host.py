@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from wan_core.files import files_below
+from wan_core.files import names_below
 from wan_core.loading.download import DEFAULT_FOLDER, models_folder
 from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.runtime import Runtime, default_device, free_bytes
@@ -22,7 +22,10 @@ from wan_core.settings import MemorySettings
 from . import previews
 
 PACK_FOLDER = Path(__file__).resolve().parents[1]
-MODEL_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
+MODEL_SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
+
+OLD_FOLDERS = {"diffusion_models": "unet", "text_encoders": "clip"}
+"""Further folders in which ComfyUI looks for the models of a folder: their names in its first versions."""
 
 Action = Callable[[], None]
 
@@ -242,15 +245,14 @@ class Standalone:
         return name, self.input_dir()
 
     def model_folders(self, folder: str) -> list[Path]:
-        return [self.models_dir() / folder]
+        return [self.models_dir() / name for name in (folder, OLD_FOLDERS.get(folder)) if name]
 
     def list_files(self, folder: str) -> list[str]:
-        root = self.models_dir() / folder
-        files = (f for f in files_below(root) if f.suffix.lower() in MODEL_SUFFIXES) if root.is_dir() else ()
-        return sorted(f.relative_to(root).as_posix() for f in files)
+        return names_below(self.model_folders(folder), MODEL_SUFFIXES)
 
     def model_path(self, folder: str, name: str) -> Path:
-        return self.models_dir() / folder / name
+        places = [root / name for root in self.model_folders(folder)]
+        return next((path for path in places if path.exists()), places[0])
 
 
 def _find_host() -> Host:

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,12 @@ def files_below(folder: Path, is_one: Callable[[Path], bool] = lambda _: False) 
                 yield from below(path, above | {identity})
 
     yield from below(folder, frozenset())
+
+
+def names_below(roots: Iterable[Path], suffixes: Collection[str]) -> list[str]:
+    """The names, relative to their root, of the files below `roots` that have one of `suffixes`, sorted."""
+    found = ((root, file) for root in roots if root.is_dir() for file in files_below(root))
+    return sorted({file.relative_to(root).as_posix() for root, file in found if file.suffix.lower() in suffixes})
 
 
 def is_special(path: Path) -> bool:

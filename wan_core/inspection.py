@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
 from . import catalog
 from .loading.detect import Component, detect_all
 from .loading.load import check_fits
@@ -53,7 +55,9 @@ def report(path: PathLike | Sequence[PathLike]) -> FileReport:
 def _lines(component: Component) -> list[tuple[str, str]]:
     stored_shapes = component.sources.values() or component.header.values()
     numbers = sum(prod(entry.shape) for entry in stored_shapes)
-    stored = str(component.dtype).removeprefix("torch.")
+    # Bytes of packed numbers have a format, but no dtype.
+    packed = component.dtype == torch.uint8 and component.quantised
+    stored = packed or str(component.dtype).removeprefix("torch.")
     lines = [
         ("kind", KINDS[component.kind]),
         ("layout", component.layout),

@@ -19,7 +19,7 @@ from wan_core.model_files import DiTSettings, load_dit
 from wan_core.offload import formats
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.formats import EightBit, WeightFormat
-from wan_core.offload.quant import QuantisedLinear, big_linears, replace_layer, weight_shapes
+from wan_core.offload.quant import QuantisedLinear, big_linears, quantised_layers, replace_layer, weight_shapes
 from wan_core.offload.streaming import place
 from wan_core.offload.weights import WeightProvider
 from wan_core.planning.modules import SizedModule
@@ -328,6 +328,15 @@ def groups(layer, weight):
     return {f"{layer}.weight": torch.cat([scale.view(torch.uint8), packed], -1).flatten(1)}
 
 
+def dequantised(module):
+    """`module` with plain layers in the place of its quantised ones, of the weights that these stand for."""
+    for path, layer in quantised_layers(module).items():
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, device="meta").requires_grad_(False)
+        plain.load_state_dict({"weight": layer.dequantised(), "bias": layer.bias}, assign=True)
+        replace_layer(module, path, plain.eval())
+    return module
+
+
 FURTHER = {
     "two numbers in a byte": (Nibbles("4 bits", (torch.uint8,)), nibbles, "4 bits, a scale per row", 0.3, (7, 8)),
     "groups": (Groups("4 bits in groups", ()), groups, "4 bits in groups", 0.2, (6.5, 4 * GROUP / GROUP_BYTES)),
@@ -352,11 +361,7 @@ def test_a_further_format_is_one_more_row(name, tmp_path, monkeypatch):
     assert four.blocks[block].parameters == whole.blocks[block].parameters + beside
     exact = build(case.component, dtype=torch.float32)
     got = velocity(exact)
-    for path, layer in big_linears(exact).items():
-        plain = torch.nn.Linear(layer.in_features, layer.out_features, device="meta").requires_grad_(False)
-        plain.load_state_dict({"weight": layer.dequantised(), "bias": layer.bias}, assign=True)
-        replace_layer(exact, path, plain.eval())
-    assert torch.equal(got, velocity(exact)), "as with the dequantised weights"
+    assert torch.equal(got, velocity(dequantised(exact)))
     test_it_stays_as_it_is_stored_and_stands_for_the_weights_of_the_model(case)
     test_it_streams_and_rests_on_disk_at_its_bytes(case)
     test_a_lora_works_beside_it(case, tmp_path)

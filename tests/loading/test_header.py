@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from tests.attack.mutations import safetensors_mutations
-from wan_core.loading.tensor_files import CheckpointError, is_safetensors, read_header
+from wan_core.loading.tensor_files import CheckpointError, file_kind, read_header
 
 TENSORS = {
     "a.weight": torch.randn(3, 4),
@@ -95,8 +95,7 @@ BAD = {
     "html": (b"<!DOCTYPE html><html>404</html>", "web page"),
     "html after blank lines": (b"\n\n  <html>", "web page"),
     "json": (b'{"message": "not found"}', "JSON"),
-    "gguf": (b"GGUF\x03\0\0\0" + bytes(99), "GGUF"),
-    "garbage": (b"\x01\x02garbage", "neither a safetensors file nor"),
+    "garbage": (b"\x01\x02garbage", "neither a safetensors file, a GGUF file nor"),
     "short of data": (WHOLE[:-1], f"truncated: it has {len(WHOLE) - 1} bytes, its header says {len(WHOLE)}"),
     "short of header": (WHOLE[:40], "truncated or damaged"),
     "too long": (WHOLE + b"x", f"damaged: it has {len(WHOLE) + 1} bytes"),
@@ -151,7 +150,8 @@ def test_no_files():
 def test_kind_of_file(tmp_path):
     torch.save(TENSORS, tmp_path / "a")
     save_file(TENSORS, tmp_path / "b")
-    assert not is_safetensors(tmp_path / "a") and is_safetensors(tmp_path / "b")
+    (tmp_path / "c").write_bytes(b"GGUF")
+    assert [file_kind(tmp_path / name) for name in "abc"] == ["pickle", "safetensors", "gguf"]
 
 
 STRICTER = (

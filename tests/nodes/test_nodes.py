@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.loading import ggufs
 from tests.nodes.running import outputs
 from tests.reference import arguments, load_case, relative_error
 from wan_core import bundled, catalog
@@ -143,6 +144,17 @@ def test_loaders_list_files_of_the_models_folders(models):
     assert "Wan-AI/Wan2.1-T2V-14B" in choices
     assert NODES["WanCoreModelLoader"].VALIDATE_INPUTS(model="wan/mine.safetensors") is True
     assert run("WanCoreModelLoader", model="wan/mine.safetensors").variant.name == "t2v"
+
+
+def test_gguf_files_are_listed_in_old_and_new_folders_and_loaded(models):
+    for folder in ("unet", "diffusion_models"):
+        (models / folder).mkdir(exist_ok=True)
+        ggufs.write(models / folder / f"{folder}_Q8_0.gguf", bundled.state_dict(bundled.WanDiT(bundled.DIT)))
+        name = f"{folder}_Q8_0.gguf"
+        assert name in NODES["WanCoreModelLoader"].INPUT_TYPES()["required"]["model"][0]
+        assert NODES["WanCoreModelLoader"].VALIDATE_INPUTS(model=name) is True
+        model = run("WanCoreModelLoader", model=name, rest="disk")
+        assert (model.variant.name, model.dit.blocks[0].ffn[0].words) == ("t2v", "GGUF Q8_0")
 
 
 def test_a_replaced_file_is_loaded_again(models):

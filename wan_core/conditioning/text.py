@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..atomic import replacing
 from ..files import errors_from
-from ..loading.tensor_files import CheckpointError, is_safetensors, read_whole, write_safetensors
+from ..loading.tensor_files import CheckpointError, file_kind, read_whole, write_safetensors
 from ..models.config import TEXT_TOKENS
 from ..models.text_encoder import UMT5Encoder
 from ..runtime import log
@@ -224,7 +224,7 @@ def fingerprint(files: Sequence[Path], *details: str) -> str:
 def _file_digest(file: Path, size: int, changed: int) -> bytes:
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
-        if is_safetensors(file):
+        if file_kind(file) == "safetensors":
             length = stream.read(8)
             digest.update(length + stream.read(int.from_bytes(length, "little")))
         else:

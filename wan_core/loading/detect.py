@@ -65,7 +65,6 @@ GUESSES = {
     r"(encoder|decoder)\.\d+\..+|taesd.+": "a tiny autoencoder for previews",
     r"transformer_blocks\.0\..+": "a diffusers transformer that is not Wan",
     r"model\.layers\.0\..+|layers\.0\..+": "a language model",
-    r"enc\.blk\.0\..+": "a converted GGUF text encoder",
     r".*\.(oft_blocks|oft_diag|oft_R|boft_\w+|ia3_l|on_input|a1|b1)(\.weight)?": "an OFT, BOFT, IA3 or GLoRA adapter, "
     "which is not read; use a LoRA, LoHa, LoKr or DoRA",
     r".*control(net)?_(blocks|layers|net)\..+|controlnet_.+": "a ControlNet, which Wan 2.1 has none of here; "
@@ -113,10 +112,10 @@ class Component:
 
     @property
     def quantised(self) -> str | None:
-        """How most of the quantised weights are stored, in words; None when none is quantised."""
+        """How the quantised weights are stored, in words, most of them first; None when none is quantised."""
         parts = (part for source in self.sources.values() for part in source.parts)
         words = Counter(part.words for part in parts if part.format.quantised)
-        return words.most_common(1)[0][0] if words else None
+        return " and ".join(form for form, _ in words.most_common()) or None
 
 
 def detect_files(path: str | Path | Sequence[str | Path], kinds: Sequence[ModelKind] = ()) -> Component:

@@ -206,8 +206,8 @@ class _Filling:
         if is_whole and work == source.dtype and self.device.type == "cpu":
             tensor = files.read(source.names[0]).reshape(source.shape)
         else:
-            # A copy, because the result may be the buffer that the next tensor is read into.
-            tensor = combine(source, files).to(self.device, work, copy=True)
+            # A copy where the result may be the buffer that the next tensor is read into.
+            tensor = combine(source, files, work).to(self.device, work, copy=source.is_cast)
         _assign(self.module, name, tensor)
 
     def map(self, name: str, files: TensorFiles) -> bool:
@@ -273,15 +273,15 @@ class _Filling:
         replace_layer(self.module, name.removesuffix(".weight"), made)
 
 
-def combine(source: Source, files: TensorReader) -> Tensor:
+def combine(source: Source, files: TensorReader, dtype: torch.dtype = torch.float32) -> Tensor:
     """An original tensor on the CPU, made of its parts in `files`; valid until the next one is read from `files`.
 
-    Parts with scales come out in float32.
+    Quantised parts come out in `dtype`.
     """
     first, *others = [*source.names, *(part.scale for part in source.parts if part.scale)]
     tensors = {name: files.read(name) for name in others}
     tensors[first] = files.borrow(first)
-    parts = [part.weight(tensors) for part in source.parts]
+    parts = [part.weight(tensors, dtype) for part in source.parts]
     if source.combine == "cat":
         return torch.cat(parts)
     if source.combine == "transpose":

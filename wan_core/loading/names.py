@@ -158,6 +158,22 @@ UMT5_RULES = (
     RenameRule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"blocks.\1.ffn.fc2."),
 )
 
+LLAMA_CPP_RULES = (
+    RenameRule(r"^token_embd\.", "token_embedding."),
+    RenameRule(r"^enc\.output_norm\.", "norm."),
+    RenameRule(r"^enc\.blk\.(\d+)\.attn_norm\.", r"blocks.\1.norm1."),
+    RenameRule(r"^enc\.blk\.(\d+)\.ffn_norm\.", r"blocks.\1.norm2."),
+    RenameRule(r"^enc\.blk\.(\d+)\.attn_rel_b\.", r"blocks.\1.pos_embedding.embedding."),
+    RenameRule(r"^enc\.blk\.(\d+)\.attn_([qkvo])\.", r"blocks.\1.attn.\2."),
+    RenameRule(r"^enc\.blk\.(\d+)\.ffn_gate\.", r"blocks.\1.ffn.gate.0."),
+    RenameRule(r"^enc\.blk\.(\d+)\.ffn_up\.", r"blocks.\1.ffn.fc1."),
+    RenameRule(r"^enc\.blk\.(\d+)\.ffn_down\.", r"blocks.\1.ffn.fc2."),
+)
+"""From llama.cpp's names of a T5 encoder, which GGUF files of UMT5 have."""
+
+UNSQUEEZED = (RenameRule(r"^(.*\bmodulation|img_emb\.emb_pos)$", r"\1", "reshape"),)
+"""Parameters of the DiT whose first axis has one element. GGUF files may lack it: ggml drops outermost axes of 1."""
+
 CLIP_RULES = (
     RenameRule(r"^vision_model\.", ""),
     RenameRule(r"^embeddings\.class_embedding$", "visual.cls_embedding", "reshape"),
@@ -184,6 +200,7 @@ KEY_LAYOUTS = (
         "dit", "original",
         (r"head\.modulation", r"blocks\.0\.self_attn\.q\.weight", r"patch_embedding\.weight",
          r"time_projection\.1\.weight"),
+        UNSQUEEZED,
     ),
     KeyLayout(
         "dit", "diffusers",
@@ -195,7 +212,7 @@ KEY_LAYOUTS = (
         "vace", "original",
         (r"vace_blocks\.0\.after_proj\.weight", r"vace_blocks\.0\.before_proj\.weight", r"vace_patch_embedding\.weight",
          r"vace_blocks\.0\.self_attn\.q\.weight"),
-        absent=_BASE_BLOCKS,
+        UNSQUEEZED, absent=_BASE_BLOCKS,
     ),
     KeyLayout(
         "vace", "diffusers",
@@ -218,6 +235,12 @@ KEY_LAYOUTS = (
         (r"shared\.weight|encoder\.embed_tokens\.weight", r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight",
          r"encoder\.block\.0\.layer\.1\.DenseReluDense\.wi_0\.weight", r"encoder\.final_layer_norm\.weight"),
         UMT5_RULES, ignored=r"decoder\..+|lm_head\..+",
+    ),
+    KeyLayout(
+        "text_encoder", "llama.cpp",
+        (r"token_embd\.weight", r"enc\.blk\.0\.attn_q\.weight", r"enc\.blk\.0\.ffn_gate\.weight",
+         r"enc\.output_norm\.weight"),
+        LLAMA_CPP_RULES, ignored=r"dec\..+|output\.weight",
     ),
     KeyLayout(
         "vae", "original",
@@ -370,4 +393,5 @@ def _source(parts: tuple[StoredWeight, ...], combine: Combine) -> Source:
         shape = shape[::-1]
     elif combine == "reshape":
         shape = (1,) * (3 - len(shape)) + shape
+        combine = "identity" if shape == parts[0].shape else combine
     return Source(parts, shape, combine)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..files import errors_from, is_there, read_json
 from .tensor_files import CheckpointError
 
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 INDEX_SUFFIX = ".index.json"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{4,6})-of-(?P<total>\d{4,6})(?P<suffix>\.\w+)")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lora.naming import is_lora
+from ..offload.formats import recognised_format
 from ..offload.quant import QuantisedLinear, weight_shapes
 from ..offload.weights import WeightProvider
 from ..runtime import usable_device
@@ -29,12 +30,12 @@ def load_state_dict(
 ) -> dict[str, Tensor]:
     """The tensors of a weights file by name, as the file names them; what wraps a state dict is taken off.
 
-    Files are safetensors or PyTorch checkpoints, by their content. Only plain tensors are unpickled: nothing in a file
-    is executed.
+    Files are safetensors, GGUF or PyTorch checkpoints, by their content. Only plain tensors are unpickled: nothing in a
+    file is executed. The packed tensors of a GGUF file are dequantised.
 
     Args:
         file_path: a file, or several that are one model.
-        torch_dtype: of the floating-point tensors; None keeps what is stored.
+        torch_dtype: of the floating-point tensors; None keeps what is stored, and makes packed ones float32.
         device: where they are put.
         pin_memory: put them in pinned host memory, from which copies to a card are faster; needs CUDA.
         verbose: accepted as the reference does; what is read is in the log.
@@ -52,7 +53,12 @@ def load_state_dict(
     with TensorFiles(header) as files:
         for name, info in header.items():
             dtype = torch_dtype if info.dtype.is_floating_point and torch_dtype is not None else info.dtype
-            tensor = files.read(name).to(device, dtype)
+            if (form := recognised_format(info)) is not None and info.packing:
+                dtype = torch_dtype or torch.float32
+                packed = form.dequantise(files.read(name), None, dtype)
+                tensor = packed.reshape(info.whole or packed.shape).to(device)
+            else:
+                tensor = files.read(name).to(device, dtype)
             tensors[name] = tensor.pin_memory() if pin_memory else tensor
     return tensors
 

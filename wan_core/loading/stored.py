@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from ..offload.packed import Packing
+
 MAX_NAME = 512
 """The longest name of a tensor, in characters; those of published models and LoRAs have less than 150."""
 
@@ -42,11 +44,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a file describes it.
+    """A tensor as a file describes it; one of packed numbers as its rows of bytes.
 
     Attributes:
         offset: where its bytes begin in `file`; None when there is no file.
         strides: numbers between neighbours along each axis; None when they lie in the order of reading.
+        packing: of bytes that are packed numbers; None for numbers of `dtype`.
+        whole: the shape that a file gives to packed numbers whose rows in it are other ones; None where its rows are
+            theirs.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +59,8 @@ class TensorInfo:
     file: Path
     offset: int | None = None
     strides: tuple[int, ...] | None = None
+    packing: Packing | None = None
+    whole: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:

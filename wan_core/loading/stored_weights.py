@@ -113,6 +113,7 @@ class StoredWeight:
         scale: the stored name of its scale, None when there is none; `unit` as in `Spelling`.
         shape: of the weight.
         words: the format in words.
+        in_rows: whether the rows of the numbers are those of the weight; else it is reshaped when it is read.
     """
 
     format: WeightFormat
@@ -122,10 +123,12 @@ class StoredWeight:
     scale: str | None = None
     unit: float = 1.0
     words: str = ""
+    in_rows: bool = True
 
     def kept(self, weights: WeightChoice) -> bool:
         """Whether a big layer that is to be held as `weights` keeps these numbers."""
-        return self.format.quantised and (weights == "auto" or MADE_FORMATS.get(weights) == self.format)
+        kept = weights == "auto" or MADE_FORMATS.get(weights) == self.format
+        return kept and self.format.quantised and self.in_rows
 
     def held_scale(self, scale: Tensor, numbers: Shape) -> Tensor:
         """The stored `scale` as layers and `dequantise` take it, in float32."""
@@ -137,13 +140,13 @@ class StoredWeight:
         """Whether a cast makes the weight of its numbers."""
         return self.scale is None and self.format.cast_suffices
 
-    def weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight from its tensors by stored name: in its stored dtype where a cast suffices, else in float32."""
+    def weight(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight from its tensors by stored name: in its stored dtype where a cast suffices, else in `dtype`."""
         numbers = tensors[self.numbers]
         if self.is_cast:
             return numbers
         scale = None if self.scale is None else self.held_scale(tensors[self.scale], tuple(numbers.shape))
-        return self.format.dequantise(numbers, scale)
+        return self.format.dequantise(numbers, scale, dtype).reshape(self.shape)
 
 
 def stored_weights(header: Header, names: Mapping[str, str]) -> dict[str, StoredWeight]:
@@ -204,7 +207,8 @@ def _stored(name: str, info: Info, stored: str, scale: tuple[str, Info] | None, 
         if name.endswith(".weight") and not info.dtype.is_floating_point and (row is None or row.cast_suffices):
             raise FormatError(f"holds {name!r} as {_word(info.dtype)} with no scale that is known. {ADVICE}")
         row = row or WeightFormat(_word(info.dtype), (info.dtype,))
-        return StoredWeight(row, stored, info.dtype, row.weight_shape(info.shape), words=row.name)
+        shape = row.weight_shape(info.shape) if info.whole is None else info.whole
+        return StoredWeight(row, stored, info.dtype, shape, words=row.name, in_rows=info.whole is None)
     called, side = scale
     if not side.dtype.is_floating_point or str(side.dtype).endswith("e8m0fnu"):
         raise FormatError(

@@ -33,6 +33,9 @@ CLIP_HEAD_DIM = 80
 BASE_LAYERS = {15: 30, 8: 40}
 """Blocks of the published base model for each number of VACE blocks."""
 
+FIVE_AXES = ("patch_embedding.weight", "vace_patch_embedding.weight")
+"""Weights of convolutions over videos. llama.cpp's quantiser leaves tensors of five axes out of its GGUF files."""
+
 MAX_BLOCKS = 200
 """More than any model has; each costs some 100 kB as a module, whatever the file holds of it."""
 
@@ -60,6 +63,12 @@ class Shapes:
         """Why the weight `name` is not there: tensors in its place are another way to store it, none a loss."""
         layer = name.removesuffix("weight")
         instead = [other for other in self.sources if other.startswith(layer) and other != f"{layer}bias"]
+        if not instead and name in FIVE_AXES:
+            return (
+                f"lacks the tensor {name!r}; the file is incomplete, download it again. If it is a GGUF file, its 5-D "
+                "tensors were not put back after it was quantised, as ComfyUI-GGUF's fix_5d_tensors.py does: use a "
+                "file in which they are"
+            )
         if not instead:
             return f"lacks the tensor {name!r}; the file is incomplete, download it again"
         return f"holds {', '.join(map(repr, instead[:3]))} in place of {name!r}, which is not read. {ADVICE[:-1]}"

@@ -9,13 +9,14 @@ from io import BufferedReader
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import errors_from
+from .gguf_files import MARK, read_gguf
 from .pickles import read_tensors
 from .stored import SAFETENSORS_DTYPES, CheckpointError, TensorInfo, check_bounds
 
@@ -27,11 +28,12 @@ HEADER_TEXTS = 2**18
 
 FOREIGN_STARTS = {
     b"version https://git-lfs": "is a git-LFS pointer, not the weights; run `git lfs pull` or download the file",
-    b"GGUF": "is a GGUF file; use the safetensors release of the model",
     b"<": "is a web page, not weights; the download went to an error or login page, so download the file again",
     b"{": "is a JSON file, not weights",
 }
 """How files that are not weights begin, and what the message says of them."""
+
+FileKind = Literal["safetensors", "gguf", "pickle"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +78,11 @@ def read_header(files: Sequence[Path]) -> Header:
     return Header(MappingProxyType(tensors), tuple(map(Path, files)), MappingProxyType(metadata))
 
 
-def is_safetensors(file: Path) -> bool:
-    """Whether `file` is a safetensors file (True) or a PyTorch pickle (False), judged by its first bytes.
+def file_kind(file: Path) -> FileKind:
+    """What the file of weights is, judged by its first bytes.
 
     Raises:
-        CheckpointError: it is neither.
+        CheckpointError: it is none.
     """
     with errors_from(file, "cannot be read", error=CheckpointError):
         if not file.is_file():
@@ -92,7 +94,9 @@ def is_safetensors(file: Path) -> bool:
         raise CheckpointError(f"{file} is empty; download it again.")
     # The first 8 bytes are the header's length, so text read as that number is astronomically large.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
-        return True
+        return "safetensors"
+    if start.startswith(MARK):
+        return "gguf"
     for mark, meaning in FOREIGN_STARTS.items():
         if start.lstrip().startswith(mark):
             raise CheckpointError(f"{file} {meaning}.")
@@ -104,11 +108,11 @@ def is_safetensors(file: Path) -> bool:
         if file.suffix == ".safetensors":
             # `torch.load` goes by this suffix, too.
             raise CheckpointError(f"{file} is a PyTorch checkpoint under a wrong name; rename it to end in .pth.")
-        return False
+        return "pickle"
     if start[:1] == b"\x80":
-        return False
+        return "pickle"
     raise CheckpointError(
-        f"{file} is neither a safetensors file nor a PyTorch checkpoint (it starts with {start[:8]!r})."
+        f"{file} is neither a safetensors file, a GGUF file nor a PyTorch checkpoint (it starts with {start[:8]!r})."
     )
 
 
@@ -123,7 +127,13 @@ def verify_file(file: Path) -> None:
 
 def _read(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors and the metadata of one file."""
-    return _safetensors_header(file) if is_safetensors(file) else (read_tensors(file), {})
+    match file_kind(file):
+        case "safetensors":
+            return _safetensors_header(file)
+        case "gguf":
+            return read_gguf(file)
+        case "pickle":
+            return read_tensors(file), {}
 
 
 def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -275,7 +285,7 @@ class TensorFiles:
 
     def can_map(self, file: Path) -> bool:
         """Whether tensors of `file` can be seen through a mapping at all."""
-        return is_safetensors(file) or zipfile.is_zipfile(file)
+        return file_kind(file) != "pickle" or zipfile.is_zipfile(file)
 
     def _fill(self, tensor: Tensor, name: str) -> Tensor:
         info = self._header[name]

@@ -5,18 +5,20 @@ become that weight, and how rows are cut from it. Loading, planning, streaming, 
 know none by name. In memory a weight is the tensors of its file, so its bytes are theirs (`nbytes`), however many a
 number of it takes.
 
-A new format is a row of `FORMATS`: a dtype, or a class of its own. One whose numbers are bytes of no dtype (the blocks
-of a GGUF file) overrides `recognises`, `weight_shape` and `dequantise`; everything else, streaming included, moves its
-bytes as they are. How files name the tensors of a weight is in `loading.stored_weights`.
+A new format is a row of `FORMATS`: a dtype, or a class of its own. One whose numbers are bytes of no dtype, such as
+`Packed`, overrides `recognises`, `weight_shape` and `dequantise`; everything else, streaming included, moves its bytes
+as they are. How files name the tensors of a weight is in `loading.stored_weights`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from .packed import PACKINGS, Packing
 
 Shape = tuple[int, ...]
 
@@ -28,7 +30,11 @@ FP8_MADE = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8_MADE).max
 
 CHUNK = 1 << 18
-"""Numbers of a weight that are quantised at once: enough to keep all cores busy, few enough to stay in their cache."""
+"""Numbers of a weight that are quantised or unpacked at once: enough to keep all cores busy, few enough to stay in
+their cache."""
+
+DEVICE_CHUNK = 1 << 24
+"""Numbers that are unpacked at once where kernels take time to start: 64 MB in float32."""
 
 WeightChoice = Literal["auto", "fp8", "plain"]
 WEIGHT_CHOICES: tuple[WeightChoice, ...] = ("auto", "fp8", "plain")
@@ -53,6 +59,12 @@ class Info(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    @property
+    def packing(self) -> Packing | None: ...
+
+    @property
+    def whole(self) -> Shape | None: ...
+
 
 @dataclass(frozen=True)
 class WeightFormat:
@@ -75,7 +87,7 @@ class WeightFormat:
 
     def recognises(self, info: Info) -> bool:
         """Whether a tensor of a file holds numbers of this format."""
-        return info.dtype in self.dtypes
+        return info.dtype in self.dtypes and info.packing is None
 
     def weight_shape(self, numbers: Shape) -> Shape:
         """The shape of the weight that stored numbers of this shape stand for."""
@@ -177,6 +189,40 @@ class Float8(EightBit):
         return stored, scale
 
 
+@dataclass(frozen=True)
+class Packed(WeightFormat):
+    """Rows of packed numbers, as GGUF files hold them: the bytes of a row are its blocks, in order.
+
+    Attributes:
+        packing: of every row.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = ()
+    quantised: bool = True
+    cast_suffices: bool = False
+    packing: Packing = field(kw_only=True)
+
+    def recognises(self, info: Info) -> bool:
+        """Whether a tensor of a file is packed in this way."""
+        return info.packing == self.packing
+
+    def weight_shape(self, numbers: Shape) -> Shape:
+        """The shape of the weight whose rows take the last of the axes `numbers`, in bytes."""
+        return *numbers[:-1], numbers[-1] // self.packing.nbytes * self.packing.numbers
+
+    def dequantise(self, numbers: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight in `dtype`, each number rounded once; there is no `scale`."""
+        packing = self.packing
+        weight = torch.empty(self.weight_shape(tuple(numbers.shape)), dtype=dtype, device=numbers.device)
+        blocks = numbers.reshape(-1, packing.nbytes)
+        # A few blocks at a time, so that there is never a float32 copy of the weight. A compiler fuses by itself.
+        size = CHUNK if numbers.device.type == "cpu" else DEVICE_CHUNK
+        count = max(1, len(blocks)) if torch.compiler.is_compiling() else size // packing.numbers
+        for target, part in zip(weight.view(-1, packing.numbers).split(count), blocks.split(count), strict=True):
+            target.copy_(packing.unpack(part))
+        return weight
+
+
 def fp8_scale(peak: Tensor) -> Tensor:
     """The float32 scale with which the largest number of the format stands for `peak`; above 0, so zeros stay zeros."""
     return (peak.float() / FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
@@ -193,7 +239,8 @@ def _side(length: int, blocks: int) -> int:
 PLAIN = WeightFormat("plain", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
 FP8 = Float8("FP8", FP8_DTYPES)
 INT8 = EightBit("int8", (torch.int8,), is_marked=True)
-FORMATS = (PLAIN, FP8, INT8)
+PACKED = {name: Packed(f"GGUF {name}", packing=packing) for name, packing in PACKINGS.items()}
+FORMATS = (PLAIN, FP8, INT8, *PACKED.values())
 
 MADE_FORMATS: Mapping[WeightChoice, Float8] = {"fp8": FP8}
 """The format that big layers are brought into on request, by the choice that asks for it."""
