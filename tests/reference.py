@@ -1,7 +1,7 @@
 """Values that the published implementations computed, and tiny models with the weights that they were computed on."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from wan_core import bundled
-from wan_core.models.config import DiTConfig, ImageEncoderConfig, MotionControllerConfig
+from wan_core.models.config import WAN_22, DiTConfig, ImageEncoderConfig, MotionControllerConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.image_encoder import ImageEncoder
 from wan_core.models.layers import MotionController
@@ -29,6 +29,15 @@ DITS = {
     "fun_v1_1_control": DiTConfig(**_BASE, in_channels=48, has_image_input=True, has_reference=True),
     "fun_camera": DiTConfig(**_BASE, in_channels=32, has_image_input=True, camera_channels=24),
     "vace": DiTConfig(**_BASE, vace_layers=(0, 2), vace_channels=96),
+}
+_5B = DiTConfig(**_BASE, geometry=WAN_22, in_channels=48)
+DITS_22 = {
+    "ti2v_5b": _5B,
+    "fun_5b_inp": replace(_5B, in_channels=100),
+    "fun_5b_control": replace(_5B, in_channels=148, has_reference=True),
+    "fun_5b_camera": replace(_5B, in_channels=100, camera_channels=24),
+    "fun_a14b_control": DiTConfig(**_BASE, in_channels=52, has_reference=True),
+    "fun_a14b_camera": DiTConfig(**_BASE, in_channels=36, camera_channels=24),
 }
 
 

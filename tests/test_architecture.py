@@ -137,7 +137,7 @@ def test_every_room_of_the_library_has_a_level():
 
 @pytest.mark.parametrize("field", dataclasses.fields(Conditioning), ids=lambda f: f.name)
 def test_conditioning_declares_its_time_axis(field):
-    assert set(field.metadata) == {"time", "prefixed"}
+    assert set(field.metadata) == {"time", "prefixed", "host"}
     assert field.metadata["time"] is None or field.metadata["time"] >= 0
     assert field.default is None
 

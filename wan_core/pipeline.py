@@ -40,7 +40,7 @@ from .sampling.experts import RunInputs
 from .settings import MemorySettings, SamplerSettings, check_choice
 from .tiling import AUTO, Tiles, TileSettings
 from .types import Conditioning, Curve, VideoSize
-from .variants import check
+from .variants import READ_BY_CLIP, check
 
 OUTPUT_TYPES = {"quantized": "pil", "floatpoint": "tensor", "pil": "pil", "stream": "stream", "tensor": "tensor",
                 "latent": "latent"}  # fmt: skip
@@ -277,8 +277,8 @@ class WanVideoPipeline(PipelineModels):
         as_prompts(prompt), as_prompts(negative_prompt, "negative_prompt")
         model = self.models.video
         check(model.variant, inputs.names(), model.name, model.motion_controller is not None)
-        pictures = [n for n in ("input_image", "end_image", "reference_image") if getattr(inputs, n) is not None]
-        if pictures and self.models.image is None:
+        pictures = [name for name in READ_BY_CLIP if getattr(inputs, name) is not None]
+        if pictures and self.models.image is None and model.variant.reads_images:
             raise ValueError(
                 f"{model.name} reads {' and '.join(pictures)} through the CLIP image encoder too; add "
                 "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth to model_configs."

@@ -108,12 +108,17 @@ class VideoSize:
 
 def frames(axis: int, *, prefixed: bool = False) -> Any:
     """A field whose tensors have the video's latent frames on `axis`; if `prefixed`, R reference frames before them."""
-    return field(default=None, metadata={"time": axis, "prefixed": prefixed})
+    return field(default=None, metadata={"time": axis, "prefixed": prefixed, "host": False})
 
 
 def whole() -> Any:
     """A field without a time axis, which describes the whole video."""
-    return field(default=None, metadata={"time": None, "prefixed": False})
+    return field(default=None, metadata={"time": None, "prefixed": False, "host": False})
+
+
+def read_by_host(axis: int) -> Any:
+    """As `frames`, for whole numbers that say what is computed: they stay on the CPU, so that no run waits for them."""
+    return field(default=None, metadata={"time": axis, "prefixed": False, "host": True})
 
 
 @dataclass(frozen=True)
@@ -214,10 +219,20 @@ class Conditioning:
     """VACE inputs, each with its own strength."""
     motion_bucket: Tensor | None = whole()
     """(B,), speed from 0 to 100."""
+    clean: Tensor | None = frames(2)
+    """(B, z, F, h, w), latents of the frames whose factor on the timestep is 0: they are given to the model at every
+    step, and come out as they are.
+    """
+    timestep_factors: Tensor | None = whole()
+    """(B, U), from 0 to 1: the fractions of a step's timestep that tokens have; without them all have the whole."""
+    timestep_index: Tensor | None = read_by_host(1)
+    """(B, F, 1, 1) or (B, F, rows, columns of tokens): the factor that each frame or token has, the same in a batch."""
     size: VideoSize | None = whole()
     """The size of the video that the inputs were made for; None for text alone."""
     inputs: tuple[str, ...] | None = whole()
     """Names of the user's inputs that this was made from, besides text, for `variants.check`."""
+    without_tokens: tuple[str, ...] | None = whole()
+    """Names of those that were encoded without an image encoder, which not all models need."""
 
     def with_inputs(self, *names: str, size: VideoSize | None = None, **changes: Any) -> "Conditioning":
         """A copy with the fields `changes`, and `names` among the inputs that it was made from.
@@ -282,8 +297,24 @@ class Conditioning:
         return dataclasses.replace(self, **changed)
 
     def to(self, device: torch.device) -> "Conditioning":
-        """A copy with every tensor on `device`."""
-        return self.map(lambda t, _: t.to(device))
+        """A copy with every tensor on `device`, but for those that the host reads."""
+        return self.map(lambda t, meta: t if meta["host"] else t.to(device))
+
+    def on_meta(self) -> "Conditioning":
+        """A copy of tensors that have sizes and no data, but for those that the host reads."""
+        return self.map(lambda t, meta: t if meta["host"] else torch.empty_like(t, device="meta"))
+
+    def with_clean_frames(self, latents: Tensor, frames: int) -> "Conditioning":
+        """A copy whose first frames are `latents` (B, z, k, h, w), of a video of `frames` latent frames."""
+        count, batch = latents.shape[2], len(latents)
+        clean = latents.new_zeros(*latents.shape[:2], frames, *latents.shape[3:]) if self.clean is None else self.clean
+        index, factors = self.timestep_index, self.timestep_factors
+        if index is None or factors is None:
+            index = torch.ones(batch, frames, 1, 1, dtype=torch.long)
+            factors = torch.tensor([[0.0, 1.0]], device=latents.device).expand(batch, -1)
+        clean, index = clean.clone(), index.clone()
+        clean[:, :, :count], index[:, :count] = latents, 0
+        return dataclasses.replace(self, clean=clean, timestep_factors=factors, timestep_index=index)
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], object]) -> Any:

@@ -16,6 +16,8 @@ MASK, IMAGE = Slot("mask", "mask"), Slot("image", "frames")
 CONTROL, FIRST_FRAME = Slot("control"), Slot("first_frame", "first")
 
 SPEED = "motion_bucket_id"
+READ_BY_CLIP = ("input_image", "end_image", "reference_image")
+"""Inputs that models with an image encoder read through it too."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Variant:
         return (config.concat_channels, config.has_image_input) == (self.channels(config.geometry), self.reads_images)
 
 
+def _of_5b(config: DiTConfig) -> bool:
+    """Whether a DiT works on the latents of Wan 2.2, and so takes clean frames among noisy ones."""
+    return config.geometry.frame_times
+
+
 def _of_a14b(config: DiTConfig) -> bool:
     """Whether a DiT works on the latents of Wan 2.1 but reads no image tokens, as the pairs of Wan 2.2 do."""
     return config.geometry.matches(WAN_21) and not config.has_image_input
@@ -64,6 +71,30 @@ VARIANTS = (
         lambda c: bool(c.vace_layers),
         accepts=("vace_video", "vace_video_mask", "vace_reference_image"),
     ),
+    Variant(
+        "fun_5b_camera",
+        "Wan 2.2 Fun-5B Control-Camera",
+        lambda c: c.camera_channels > 0 and _of_5b(c),
+        (MASK, IMAGE),
+        accepts=("input_image", "end_image", "inpaint_video", "camera"),
+        requires=("camera",),
+    ),
+    Variant(
+        "fun_5b_control",
+        "Wan 2.2 Fun-5B Control",
+        lambda c: c.has_reference and _of_5b(c),
+        (CONTROL, MASK, IMAGE),
+        accepts=("control_video", "input_image", "end_image", "inpaint_video", "reference_image"),
+        requires=("control_video",),
+    ),
+    Variant(
+        "fun_5b_inp",
+        "Wan 2.2 Fun-5B InP",
+        lambda c: c.concat_channels > 0 and _of_5b(c),
+        (MASK, IMAGE),
+        accepts=("input_image", "end_image", "inpaint_video"),
+    ),
+    Variant("ti2v_5b", "Wan 2.2 text and image to video", _of_5b, accepts=("input_image",)),
     Variant(
         "fun_a14b_camera",
         "Wan 2.2 Fun Control-Camera",
@@ -192,11 +223,16 @@ def fit(
     check(variant, cond.inputs or (), label, has_motion_controller)
     _check_channels(cond, config.geometry, label)
     tokens = cond.image_tokens
+    if cond.without_tokens and variant.reads_images:
+        raise ValueError(
+            f"{label} reads {' and '.join(cond.without_tokens)} through the CLIP image encoder too: encode it with "
+            "one (open-clip XLM-RoBERTa ViT-H/14)."
+        )
     if tokens is not None and config.has_image_input:
         if tokens.shape[1] < config.num_image_tokens:
             raise ValueError(f"{label} reads the image tokens of a start and an end image; give both images.")
         tokens = tokens[:, : config.num_image_tokens]
-    fitted = dataclasses.replace(cond, image_tokens=tokens, slots=None, size=None)
+    fitted = dataclasses.replace(cond, image_tokens=tokens, slots=None, size=None, without_tokens=None)
     if cond.slots:
         concat = assemble_concat(cond.slots, variant.slots, config.geometry)
         fitted = dataclasses.replace(fitted, concat=concat, layout=variant.slots or None)
@@ -206,7 +242,7 @@ def fit(
 def _check_channels(cond: Conditioning, geometry: Geometry, label: str) -> None:
     """Raise ValueError when an input was encoded by the VAE of another model family."""
     latents = {name: tensor for name, tensor in (cond.slots or {}).items() if name != MASK.name}
-    encoded = [*latents.items(), ("reference_image", cond.reference)]
+    encoded = [*latents.items(), ("reference_image", cond.reference), ("input_image", cond.clean)]
     wanted = [(name, tensor, geometry.channels) for name, tensor in encoded if tensor is not None]
     wanted += [("vace_video", vace.context, geometry.vace_channels) for vace in cond.vace or ()]
     for name, tensor, channels in wanted:

@@ -261,13 +261,10 @@ def test_speed_may_be_a_fraction():
     ("call", "words"),
     [
         (lambda e: image_conditioning(TEXT, SIZE, e, None), "needs a start image"),
-        (lambda e: image_conditioning(TEXT, SIZE, e, None, start=clip_of(1)), "need the CLIP image encoder"),
         (
             lambda e: image_conditioning(TEXT, SIZE, e, None, start=clip_of(1), mask=torch.ones(1, 8, 8)),
             "give inpaint_video too",
         ),
-        (lambda e: first_frame_conditioning(TEXT, SIZE, e, None, clip_of(1)), "needs the CLIP image encoder"),
-        (lambda e: reference_conditioning(TEXT, SIZE, e, None, clip_of(1)), "needs the CLIP image encoder"),
         (
             lambda e: control_conditioning(TEXT, SIZE, e, clip_of(5), Fit(length="error")),
             "has 5 frames, but the video needs 9",
@@ -278,6 +275,22 @@ def test_speed_may_be_a_fraction():
 def test_inputs_that_cannot_be_used(encoder, call, words):
     with pytest.raises(ValueError, match=words):
         call(encoder)
+
+
+@pytest.mark.parametrize(
+    ("variant", "make", "name"),
+    [
+        ("i2v", lambda e: image_conditioning(TEXT, SIZE, e, None, start=clip_of(1)), "input_image"),
+        ("fun_control", lambda e: first_frame_conditioning(TEXT, SIZE, e, None, clip_of(1)), "input_image"),
+        ("fun_v1_1_control", lambda e: reference_conditioning(TEXT, SIZE, e, None, clip_of(1)), "reference_image"),
+    ],
+)
+def test_pictures_without_the_image_encoder_are_refused_by_models_that_read_them(encoder, variant, make, name):
+    cond = make(encoder)
+    if "control" in variant:
+        cond = cond.with_inputs("control_video")
+    with pytest.raises(ValueError, match=f"reads {name} through the CLIP image encoder too: encode it with one"):
+        fit(cond, VARIANT[variant], DITS[variant], "Model", SIZE)
 
 
 @pytest.mark.parametrize(("policy", "order"), [("repeat last", [0, 1, 2, 2, 2]), ("loop", [0, 1, 2, 0, 1])])

@@ -26,6 +26,7 @@ from wan_core.models.config import (
 VAE_22 = VAEConfig(base_dim=160, decoder_dim=256, geometry=WAN_22, patch=2, shortcuts=True)
 
 S, L = DiTConfig(), DiTConfig(dim=5120, ffn_dim=13824, num_layers=40)
+M = DiTConfig(dim=3072, ffn_dim=14336, geometry=WAN_22, in_channels=48)
 VACE_S, VACE_L = tuple(range(0, 30, 2)), tuple(range(0, 40, 5))
 
 
@@ -57,6 +58,12 @@ TABLE = {
     "Wan2.2-VACE-Fun-A14B": (
         "7a513e1f257a861512b1afd387a8ecd9", 17.337592896, L, {"vace_layers": VACE_L, "vace_channels": 96},
     ),
+    "Wan2.2-TI2V-5B": ("1f5ab7703c6fc803fdded85ff040c316", 4.999787712, M, {}),
+    "Wan2.2-Fun-5B-InP": ("e1152dff", 5.000426688, M, {"in_channels": 100}),
+    "Wan2.2-Fun-5B-Control": ("8cf5720f", 5.001609408, M, REFERENCE | {"in_channels": 148}),
+    "Wan2.2-Fun-5B-Control-Camera": (
+        "0e2ab7dec4711919374f3d7ffdea90be", 5.245802688, M, {"in_channels": 100, "camera_channels": 24},
+    ),
 }  # fmt: skip
 DITS = {
     name: (inv.dit(name), digest, billions, dataclasses.replace(base, **changes))
@@ -83,7 +90,8 @@ TINY = {
     "dit_t2v": "dit", "dit_vace": "dit", "umt5": "text_encoder", "vae": "vae", "clip_1280": "image_encoder",
     "motion_controller": "motion_controller", "clip": "image_encoder", "dit_fun_camera": "dit", "dit_flf2v": "dit",
     "dit_fun_control": "dit", "dit_fun_v1_1_control": "dit", "dit_i2v": "dit", "dit_i2v_a14b": "dit",
-    "dit_fun_a14b_control": "dit", "dit_fun_a14b_camera": "dit", "vae22": "vae",
+    "dit_fun_a14b_control": "dit", "dit_fun_a14b_camera": "dit", "vae22": "vae", "dit_ti2v_5b": "dit",
+    "dit_fun_5b_inp": "dit", "dit_fun_5b_control": "dit", "dit_fun_5b_camera": "dit",
 }  # fmt: skip
 
 
@@ -101,7 +109,7 @@ def meta_module(kind, config):
 def test_published_structures(name):
     shapes, digest, billions, config = ALL[name]
     head = header(shapes)
-    assert fingerprint(head) == digest
+    assert fingerprint(head).startswith(digest)
     assert sum(torch.Size(s).numel() for s in shapes.values()) / 1e9 == pytest.approx(billions, rel=4e-4)
     component = detect(head)
     assert (component.kind, component.layout, component.config) == (KIND_OF.get(name, "dit"), "original", config)
@@ -113,7 +121,8 @@ def test_published_structures(name):
 def test_inventories_of_wan_22_hold_what_their_authors_count(name):
     stored = json.loads((inv.HEADERS / f"{name}.json").read_text())
     shapes, digest, billions, _ = DITS[name]
-    assert stored["confirmed"] and stored["fingerprint"] == digest
+    # Of the Fun-5B rows two are known by their code alone.
+    assert stored["fingerprint"].startswith(digest) and stored["confirmed"] == ("Fun-5B" not in name)
     assert len(shapes) == stored["keys"]
     assert sum(torch.Size(s).numel() for s in shapes.values()) == stored["params"] == round(billions * 1e9)
 
@@ -218,15 +227,6 @@ def without(shapes, pattern):
     return {k: v for k, v in shapes.items() if not re.search(pattern, k)}
 
 
-def wan22_5b():
-    shapes = {k: t.shape for k, t in inv.tiny("dit_t2v").items()}
-    return shapes | {
-        "patch_embedding.weight": (256, 48, 1, 2, 2),
-        "head.head.weight": (192, 256),
-        "head.head.bias": (192,),
-    }
-
-
 I2V = {k: tuple(t.shape) for k, t in inv.tiny("dit_i2v").items()}
 T2V = {k: tuple(t.shape) for k, t in inv.tiny("dit_t2v").items()}
 CAMERA = {k: tuple(t.shape) for k, t in inv.tiny("dit_fun_camera").items()}
@@ -235,7 +235,15 @@ HALF_CLIP = {
     k: tuple(1024 if n == 1280 else 3072 if n == 3840 else n for n in t.shape) for k, t in inv.tiny("clip_1280").items()
 }
 REFUSED = {
-    "Wan 2.2 TI2V-5B": (wan22_5b(), "Wan 2.2 TI2V-5B"),
+    "a 5B model of 96 channels": (
+        {k: t.shape for k, t in inv.tiny("dit_ti2v_5b").items()} | {"patch_embedding.weight": (256, 96, 1, 2, 2)},
+        "96 input and 48 output channels without",
+    ),
+    "a camera adapter of another stride": (
+        {k: tuple(t.shape) for k, t in inv.tiny("dit_fun_a14b_camera").items()}
+        | {"control_adapter.conv.weight": (256, 6144, 2, 2)},
+        "reads 6144 camera channels per latent cell; Wan 2.1 has 24 for each of 8 x 8 pixels, 1536 in all",
+    ),
     "a VAE of 24 channels": (inv.vae(16, 24), "has 24 latent channels; Wan VAEs have 16 .Wan 2.1. and 48 .Wan 2.2"),
     "a VAE of both kinds": (inv.vae(16, 48), "has 48 latent channels, reads 3 channels and .* in one row"),
     "Wan 2.2 Animate": (I2V | {"face_adapter.fuser_blocks.0.k_norm.weight": (4,)}, "Wan 2.2 Animate"),

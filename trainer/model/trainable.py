@@ -17,7 +17,7 @@ from wan_core.lora.patches import LowRank
 from wan_core.lora.target import Target, bind_to, open_lora
 from wan_core.model import VideoModel
 from wan_core.models.config import TEXT_TOKENS
-from wan_core.models.dit import WanDiT, check_shapes, vace_strengths
+from wan_core.models.dit import WanDiT, check_shapes, timesteps_of, vace_strengths
 from wan_core.models.layers import MotionController
 from wan_core.models.vae import WanVAE
 from wan_core.offload.quant import QuantisedLinear
@@ -94,7 +94,7 @@ class Denoiser(nn.Module):
         check_shapes(dit.config, x, cond)
         frames, height, width = x.shape[2:]
         prepared = dit.prepare(cond, (frames, height, width), motion_offset(self.motion_controller, cond))
-        state = dit.embed(x, dit.embed_time(timesteps), prepared, vace_strengths(cond))
+        state = dit.embed(x, dit.embed_time(timesteps_of(cond, timesteps)), prepared, vace_strengths(cond))
         if torch.is_grad_enabled() and not state.tokens.requires_grad:
             # Blocks overwrite tokens that need no gradient; those of the first block are needed to run it again.
             state.tokens.requires_grad_()

@@ -130,8 +130,7 @@ def _inputs(module: Denoiser, shape: tuple[int, ...], batch: int) -> Inputs:
     """What a batch of latents (z, R + F, h, w) comes with, on the meta device."""
     config = module.dit.config
     sizes = InputSizes(vace=(0,) if config.vace_layers else (), camera=True)
-    cond = placeholder_conditioning(config, latent_size(shape, config.geometry), sizes)
-    cond = cond.map(lambda tensor, _: torch.empty(batch, *tensor.shape[1:], device=META))
+    cond = placeholder_conditioning(config, latent_size(shape, config.geometry), sizes).expanded(batch)
     latents, noise, numbers = (torch.empty(batch, *rest, device=META) for rest in (shape, shape, ()))
     return Inputs(latents, Noising(noise, numbers, numbers, numbers), cond)
 

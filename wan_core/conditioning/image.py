@@ -1,5 +1,6 @@
 """Pictures and clips to conditioning: start and end images, inpainting, Fun control videos, reference images."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,6 +72,16 @@ def encode_pictures(encoder: ImageEncoder, *pictures: Tensor) -> Tensor:
     return torch.cat(tokens, 1)
 
 
+def _with_tokens(cond: Conditioning, encoder: ImageEncoder | None, **pictures: Tensor | None) -> Conditioning:
+    """`cond` with the image tokens of `pictures`; without an encoder with their names, for models that need none."""
+    given = {name: picture for name, picture in pictures.items() if picture is not None}
+    if not given:
+        return cond
+    if encoder is None:
+        return dataclasses.replace(cond, without_tokens=tuple(dict.fromkeys((*(cond.without_tokens or ()), *given))))
+    return dataclasses.replace(cond, image_tokens=encode_pictures(encoder, *given.values()))
+
+
 def image_conditioning(
     cond: Conditioning,
     size: VideoSize,
@@ -84,7 +95,10 @@ def image_conditioning(
     fit: Fit | None = None,
 ) -> Conditioning:
     """`cond` with the slots `mask` and `image` of I2V, FLF2V and Fun-InP models, and the image tokens of start and end
-    image.
+    image if there is an encoder for them.
+
+    Where the models have a timestep for each frame, a first frame that is known is clean at every step, else known
+    parts have less of the timestep (VideoX-Fun `pipeline_wan2_2_fun_inpaint.py`).
 
     Args:
         start, end: pictures (T, H, W, 3) in [0, 1], whose first frames become the first and the last frame.
@@ -92,26 +106,70 @@ def image_conditioning(
         fit: how they are resized to `size`; the image tokens are made from the pictures before that.
 
     Raises:
-        ValueError: nothing is given, or a mask without a video, or pictures without the image encoder.
+        ValueError: nothing is given, or a mask without a video.
     """
     fit = fit or Fit()
     if start is None and end is None and video is None:
         raise ValueError("Image conditioning needs a start image, an end image, or a video with a mask.")
     if mask is not None and video is None:
         raise ValueError("inpaint_mask marks the part of a video that is generated again; give inpaint_video too.")
-    pictures = [picture for picture in (start, end) if picture is not None]
-    if pictures and image_encoder is None:
-        raise ValueError("Start and end images need the CLIP image encoder; load it (open-clip XLM-RoBERTa ViT-H/14).")
     pixels, known = _known_pixels(size, start, end, video, mask, fit)
     slots = {**(cond.slots or {}), MASK.name: fold_frames(known, size), IMAGE.name: encoder.pixels(pixels)}
     device = slots[IMAGE.name].device
     slots[MASK.name] = slots[MASK.name].to(device)
-    tokens = cond.image_tokens
-    if start is not None and image_encoder is not None:
-        tokens = encode_pictures(image_encoder, *pictures)
+    if start is not None or image_encoder is None:
+        cond = _with_tokens(cond, image_encoder, input_image=start, end_image=end)
+    if size.geometry.frame_times:
+        cond = _with_known_times(cond, known, slots[IMAGE.name], size)
     inputs = {"input_image": start, "end_image": end, "inpaint_video": video}
     names = [name for name, value in inputs.items() if value is not None]
-    return cond.with_inputs(*names, size=size, slots=slots, image_tokens=tokens)
+    return cond.with_inputs(*names, size=size, slots=slots)
+
+
+TIMESTEP_LEVELS = 16
+"""Fractions of a timestep are rounded to as many: at the edge of a mask each token would have one of its own."""
+
+
+def _with_known_times(cond: Conditioning, known: Tensor, latents: Tensor, size: VideoSize) -> Conditioning:
+    """`cond` with the clean frames, or the timesteps, that follow from what is known of each pixel (T, H, W); `latents`
+    (1, z, F, h, w) are of the known pixels.
+    """
+    geometry, latent = size.geometry, size.latent
+    # The first frame of each group stands for it (VideoX-Fun takes the first channel of the folded mask).
+    unknown = torch.cat((known[:1], known[1 :: geometry.temporal_stride]))[:, None].neg() + 1
+    unknown = F.interpolate(unknown, (latent.height, latent.width), mode="bilinear", align_corners=True)[:, 0]
+    if not unknown[0].any():
+        return cond.with_clean_frames(latents[:, :, :1], latent.frames)
+    if unknown.all():
+        return cond
+    _, rows, columns = geometry.patch
+    index = unknown[:, ::rows, ::columns].mul(TIMESTEP_LEVELS).round().long()
+    factors = torch.arange(TIMESTEP_LEVELS + 1, device=latents.device) / TIMESTEP_LEVELS
+    return dataclasses.replace(cond, clean=None, timestep_factors=factors[None], timestep_index=index[None])
+
+
+def clean_start_conditioning(
+    cond: Conditioning, size: VideoSize, encoder: LatentEncoder, start: Tensor, fit: Fit | None = None
+) -> Conditioning:
+    """`cond` with a start image, or the frames of a clip to continue, as clean latent frames: for models that read
+    nothing beside the noise (Wan 2.2 TI2V-5B).
+
+    Args:
+        start: frames (T, H, W, 3) in [0, 1]; of a clip as many as whole latent frames hold.
+
+    Raises:
+        ValueError: they are as long as the video.
+    """
+    geometry = size.geometry
+    count = geometry.video_frames(geometry.latent_frames(len(start)))
+    if count >= size.num_frames:
+        raise ValueError(
+            f"input_image holds {len(start)} frames, which leaves none of the video's {size.num_frames} to generate; "
+            "give fewer, or raise num_frames."
+        )
+    pictures = fit_size(start[:count], size.width, size.height, (fit or Fit()).aspect)
+    latents = encoder.frames(pictures)
+    return cond.with_inputs("input_image", size=size).with_clean_frames(latents, size.latent.frames)
 
 
 def _known_pixels(
@@ -157,16 +215,11 @@ def first_frame_conditioning(
     start: Tensor,
     fit: Fit | None = None,
 ) -> Conditioning:
-    """`cond` with the start image of control and camera models: the latent of one frame, and zeros after it.
-
-    Raises:
-        ValueError: the image encoder is missing.
-    """
-    if image_encoder is None:
-        raise ValueError("A start image needs the CLIP image encoder; load it (open-clip XLM-RoBERTa ViT-H/14).")
+    """`cond` with the start image of control and camera models: the latent of one frame, and zeros after it."""
     latents = encoder.frames((fit or FUN_FIT).picture(start, size))
     slots = {**(cond.slots or {}), FIRST_FRAME.name: first_frame(latents, size.latent.frames)}
-    return cond.with_inputs("input_image", size=size, slots=slots, image_tokens=encode_pictures(image_encoder, start))
+    cond = _with_tokens(cond, image_encoder, input_image=start)
+    return cond.with_inputs("input_image", size=size, slots=slots)
 
 
 def control_conditioning(
@@ -187,13 +240,7 @@ def reference_conditioning(
 ) -> Conditioning:
     """`cond` with the reference image (T, H, W, 3) of V1.1 control models; its tokens take the place of a start
     image's.
-
-    Raises:
-        ValueError: the image encoder is missing.
     """
-    if image_encoder is None:
-        raise ValueError("A reference image needs the CLIP image encoder; load it (open-clip XLM-RoBERTa ViT-H/14).")
     latents = encoder.frames((fit or FUN_FIT).picture(reference, size))
-    return cond.with_inputs(
-        "reference_image", size=size, reference=latents[:, :, 0], image_tokens=encode_pictures(image_encoder, reference)
-    )
+    cond = _with_tokens(cond, image_encoder, reference_image=reference)
+    return cond.with_inputs("reference_image", size=size, reference=latents[:, :, 0])

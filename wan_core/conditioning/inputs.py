@@ -19,6 +19,7 @@ from .camera import MOVES, CameraPath, camera_conditioning
 from .image import (
     Fit,
     LatentEncoder,
+    clean_start_conditioning,
     control_conditioning,
     first_frame_conditioning,
     image_conditioning,
@@ -125,7 +126,10 @@ def condition(
         ValueError: an input cannot be used; `variants.check` says beforehand which inputs a model takes.
     """
     start = inputs.input_image
-    if start is not None and FIRST_FRAME in variant.slots:
+    image_encoder = image_encoder if variant.reads_images else None
+    if start is not None and not variant.slots:
+        cond = clean_start_conditioning(cond, size, encoder, start, fit)
+    elif start is not None and FIRST_FRAME in variant.slots:
         cond = first_frame_conditioning(cond, size, encoder, image_encoder, start, fit)
     elif any(v is not None for v in (start, inputs.end_image, inputs.inpaint_video, inputs.inpaint_mask)):
         pictures = {"start": start, "end": inputs.end_image, "video": inputs.inpaint_video, "mask": inputs.inpaint_mask}

@@ -141,38 +141,45 @@ def _read_dit(shapes: Shapes) -> DiTConfig:
         image_dim=shapes["img_emb.proj.0.weight"][0] if shapes.any(r"img_emb\.") else DiTConfig.image_dim,
         image_positions=shapes["img_emb.emb_pos"][1] if shapes.any(r"img_emb\.emb_pos") else 0,
         has_reference=shapes.any(r"ref_conv\."),
-        camera_channels=(
-            shapes["control_adapter.conv.weight"][1] // geometry.spatial_stride**2
-            if shapes.any(r"control_adapter\.")
-            else 0
-        ),
+        camera_channels=_camera_channels(shapes, geometry) if shapes.any(r"control_adapter\.") else 0,
         vace_layers=vace_layers(layers, branch),
         vace_channels=shapes["vace_patch_embedding.weight"][1] if has_vace else 0,
     )
-    _require_wan21(shapes, config)
+    _require_known(shapes, config)
     return config
 
 
-def _require_wan21(shapes: Shapes, config: DiTConfig) -> None:
+def _camera_channels(shapes: Shapes, geometry: Geometry) -> int:
+    """Of each pixel of a camera embedding; the adapter reads those of all pixels of a latent cell at once."""
+    found, side = shapes["control_adapter.conv.weight"][1], geometry.spatial_stride
+    if found != geometry.camera_channels * side**2:
+        raise shapes.error(
+            f"reads {found} camera channels per latent cell; {geometry.name} has {geometry.camera_channels} for each "
+            f"of {side} x {side} pixels, {geometry.camera_channels * side**2} in all"
+        )
+    return geometry.camera_channels
+
+
+def _require_known(shapes: Shapes, config: DiTConfig) -> None:
     relative = next((name for pattern, name in OTHER_WAN.items() if shapes.any(pattern)), None)
     geometry, beside = config.geometry, config.concat_channels
-    if not geometry.matches(WAN_21):
-        relative = geometry.name
     if relative:
         raise shapes.error(f"is {relative}, which is not supported")
     if config.dim % HEAD_DIM:
         raise shapes.error(f"has width {config.dim}; a Wan width is a multiple of {HEAD_DIM}")
-    if beside == geometry.channels and not config.camera_channels:
-        raise shapes.error(
-            f"has {config.in_channels} input channels, which only camera models have, but lacks "
-            "'control_adapter.conv.weight', 'control_adapter.conv.bias' and the other control_adapter.* tensors; the "
-            "file is incomplete"
-        )
-    # Channels beside the noise, and whether the model reads image tokens, as Wan 2.1 models do and 2.2 models do not:
-    # none, a mask and a clean video (I2V), control and start (Fun Control), start (camera), control, mask and video.
     latent, masked = geometry.channels, geometry.mask_channels + geometry.channels
-    reads_images = {(0, False), (masked, True), (2 * latent, True), (latent, True)}
-    reads_images |= {(masked, False), (latent + masked, False)}
+    # Channels beside the noise, and whether the model reads image tokens, as Wan 2.1 models do and 2.2 models do not:
+    # none, a mask and a clean video (I2V), control, mask and video (Fun Control of Wan 2.2), ...
+    reads_images = {(0, False), (masked, False), (latent + masked, False)}
+    if geometry.matches(WAN_21):
+        if beside == latent and not config.camera_channels:
+            raise shapes.error(
+                f"has {config.in_channels} input channels, which only camera models have, but lacks "
+                "'control_adapter.conv.weight', 'control_adapter.conv.bias' and the other control_adapter.* tensors; "
+                "the file is incomplete"
+            )
+        # ... control and start (Fun Control of Wan 2.1), start (camera).
+        reads_images |= {(masked, True), (2 * latent, True), (latent, True)}
     if (beside, config.has_image_input) not in reads_images:
         tokens = "with" if config.has_image_input else "without"
         known = ", ".join(

@@ -32,6 +32,8 @@ class Geometry:
         patch: latent frames, rows and columns of one token.
         fps: frames per second of the videos that the models were trained on.
         mean, std: of each channel of raw latents.
+        frame_times: whether the models read a timestep for each latent frame, and so take clean frames among noisy
+            ones.
         rgb, rgb_bias: the colour that each channel of normalised latents adds to a preview, and the colour of zeros.
     """
 
@@ -45,6 +47,7 @@ class Geometry:
     std: tuple[float, ...] = field(repr=False)
     rgb: tuple[tuple[float, float, float], ...] = field(repr=False)
     rgb_bias: tuple[float, float, float] = field(repr=False)
+    frame_times: bool = False
 
     @property
     def side_multiple(self) -> int:
@@ -148,6 +151,7 @@ WAN_22 = Geometry(
         (-0.0145, 0.0041, 0.0015), (0.0421, 0.0451, 0.0373), (0.0504, -0.0483, -0.0356), (-0.0837, 0.0168, 0.0055),
     ),
     rgb_bias=(0.0317, -0.0878, -0.1388),
+    frame_times=True,
 )  # fmt: skip
 
 GEOMETRIES = {geometry.channels: geometry for geometry in (WAN_21, WAN_22)}

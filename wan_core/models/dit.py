@@ -1,4 +1,4 @@
-"""The Wan 2.1 video transformer, in every published shape.
+"""The Wan video transformer, in every published shape.
 
 A forward is split by how often each part must run: `embed_time` once for all steps, `prepare` once per branch and
 window, then `embed`, `run_blocks` and `unembed` per step. Nothing of a run is stored on the module.
@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from ..types import Conditioning
 from .attention import AttentionFn, RotaryTable, rotary_table, sdpa
 from .config import HEAD_DIM, DiTConfig
-from .fused import EAGER, norm_modulate_
+from .fused import EAGER, TokenRows, norm_modulate_
 from .layers import EPS, CameraAdapter, Context, ImageTokens, VaceBlock, WanBlock, sinusoid
 from .ops import Linear, add_, linear
 
 
 @dataclass(frozen=True)
 class TimeEmbedding:
-    """The outputs of the time path in float32: `head` (B, D) for the output head, `blocks` (B, 6, D) for the blocks."""
+    """The outputs of the time path in float32, for each of U timesteps: `head` (B, U, D) for the output head, `blocks`
+    (B, U, 6, D) for the blocks.
+    """
 
     head: Tensor
     blocks: Tensor
@@ -40,7 +42,7 @@ class Prepared:
     """The inputs of one branch, projected; they do not change from step to step.
 
     `size` is (R + F, h, w); `concat` (B, c, R + F, h, w); `camera` (B, S, D); `reference` (B, S_ref, D); `motion`
-    (B, 6, D); each of `vace` (B, S, D).
+    (B, 6, D); each of `vace` (B, S, D). `rows` are the timesteps of the video's tokens, without those of the reference.
     """
 
     context: Context
@@ -50,6 +52,7 @@ class Prepared:
     reference: Tensor | None = None
     motion: Tensor | None = None
     vace: tuple[Tensor, ...] = ()
+    rows: TokenRows | None = None
 
 
 @dataclass
@@ -74,9 +77,9 @@ class Head(nn.Module):
         self.head = Linear(dim, out_features)
         self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
 
-    def forward(self, x: Tensor, time: Tensor, dtype: torch.dtype) -> Tensor:
-        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, 1)  # (B, 1, D) each
-        return self.head(norm_modulate_(x, shift, 1 + scale, EPS, dtype))
+    def forward(self, x: Tensor, time: Tensor, dtype: torch.dtype, rows: TokenRows | None = None) -> Tensor:
+        shift, scale = (self.modulation.float()[:, None] + time[:, :, None]).unbind(2)  # (B, U, D) each
+        return self.head(norm_modulate_(x, shift, 1 + scale, EPS, dtype, rows))
 
 
 class WanDiT(nn.Module):
@@ -123,12 +126,13 @@ class WanDiT(nn.Module):
         return self.patch_embedding.weight.dtype
 
     def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
-        """The time path for timesteps (B,) in 0..1000, in float32 whatever the weights are stored in."""
+        """The time path for timesteps (B,) or (B, U) in 0..1000, in float32 whatever the weights are stored in."""
+        timesteps = timesteps if timesteps.ndim > 1 else timesteps[:, None]
         first, _, second = self.time_embedding
         embedding = sinusoid(timesteps.to(first.get_parameter("weight").device, torch.float32), self.config.freq_dim)
         head = _linear_float32(second, F.silu(_linear_float32(first, embedding)))
         blocks = _linear_float32(self.time_projection[1], F.silu(head))
-        return TimeEmbedding(head, blocks.unflatten(1, (6, self.config.dim)))
+        return TimeEmbedding(head, blocks.unflatten(-1, (6, self.config.dim)))
 
     def prepare(
         self,
@@ -173,8 +177,15 @@ class WanDiT(nn.Module):
         if rope is None:
             # The reference's tokens take the first frame position, and the video's follow (Fun control models).
             rope = rotary_table((frames + (reference is not None), height, width), HEAD_DIM, device)
-        context = Context(text, image, rope, self.attend, self.fused, {} if keep else None)
-        return Prepared(context, size, concat, camera, reference, motion, vace)
+        rows = all_rows = None
+        if cond.timestep_index is not None:
+            index = cond.timestep_index[0].expand(frames, height, width).flatten()
+            rows = all_rows = TokenRows.of(index, device)
+            if reference is not None:
+                # The reference's tokens have the timestep of the last one (VideoX-Fun `Wan2_2Transformer3DModel`).
+                all_rows = TokenRows.of(torch.cat((index[-1:].expand(reference.shape[1]), index)), device)
+        context = Context(text, image, rope, self.attend, self.fused, {} if keep else None, all_rows)
+        return Prepared(context, size, concat, camera, reference, motion, vace, rows)
 
     def embed(
         self, x: Tensor, time: TimeEmbedding, prepared: Prepared, vace_strengths: Sequence[float] = ()
@@ -194,7 +205,7 @@ class WanDiT(nn.Module):
         if self.exact:
             tokens = tokens.float()
         if prepared.motion is not None:
-            time = TimeEmbedding(time.head, time.blocks + prepared.motion)
+            time = TimeEmbedding(time.head, time.blocks + prepared.motion[:, None])
         vace = [(hidden, factor) for hidden, factor in zip(prepared.vace, vace_strengths, strict=True) if factor]
         return TokenState(tokens, time, prepared, vace)
 
@@ -245,7 +256,8 @@ class WanDiT(nn.Module):
         tokens, prepared = state.tokens, state.prepared
         if prepared.reference is not None:
             tokens = tokens[:, prepared.reference.shape[1] :]
-        patches = self.head(tokens, state.time.head, prepared.context.text.dtype).float()  # (B, S, patch * z)
+        # (B, S, patch * z)
+        patches = self.head(tokens, state.time.head, prepared.context.text.dtype, prepared.rows).float()
         (pt, ph, pw), (frames, height, _) = self.config.patch_size, prepared.size
         folds = {"f": frames // pt, "h": height // ph, "pt": pt, "ph": ph, "pw": pw}
         return rearrange(patches, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", **folds)
@@ -253,15 +265,24 @@ class WanDiT(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning, motion: Tensor | None = None) -> Tensor:
         """Velocity (B, z, R + F, h, w) for latents `x` of that shape at `timestep` (B,) in 0..1000.
 
+        Tokens for which `cond` has factors are at that fraction of it.
+
         Raises:
             ValueError: a side of `x` is no multiple of the patch, or a conditioning tensor does not fit.
         """
         check_shapes(self.config, x, cond)
         frames, height, width = x.shape[2:]
         prepared = self.prepare(cond, (frames, height, width), motion)
-        state = self.embed(x, self.embed_time(timestep), prepared, vace_strengths(cond))
+        state = self.embed(x, self.embed_time(timesteps_of(cond, timestep)), prepared, vace_strengths(cond))
         self.run_blocks([state])
         return self.unembed(state)
+
+
+def timesteps_of(cond: Conditioning, timestep: Tensor) -> Tensor:
+    """The timesteps (B, U) of the tokens of a video that is at `timestep` (B,)."""
+    if cond.timestep_factors is None:
+        return timestep[:, None]
+    return timestep[:, None] * cond.timestep_factors.to(timestep)
 
 
 def vace_strengths(cond: Conditioning, index: int = 0, total: int = 1) -> list[float]:
@@ -280,6 +301,13 @@ def check_shapes(config: DiTConfig, x: Tensor, cond: Conditioning) -> None:
     if cond.text is None or cond.text.shape[-1] != config.text_dim:
         got = None if cond.text is None else tuple(cond.text.shape)
         raise ValueError(f"The model takes text embeddings (B, L, {config.text_dim}); got {got}.")
+    if cond.timestep_index is not None:
+        grid = (frames, height // config.patch_size[1], width // config.patch_size[2])
+        if tuple(cond.timestep_index.shape[1:]) not in (grid, (frames, 1, 1)):
+            raise ValueError(
+                f"timestep_index should be {(batch, frames, 1, 1)} or {(batch, *grid)} for these latents; got "
+                f"{tuple(cond.timestep_index.shape)}."
+            )
     stride = config.geometry.spatial_stride
     rays = (config.camera_channels, frames, height * stride, width * stride)
     expected = {

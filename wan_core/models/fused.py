@@ -29,17 +29,61 @@ MAX_ERROR = 0.01
 """Largest relative error of a compiled step in bfloat16: it rounds once, PyTorch's own kernels round twice."""
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm of x (B, S, D) without weights, times `scale`, plus `shift`, both (B, 1, D) in float32; in `dtype`.
+MOST_PIECES, PIECE_TOKENS = 16, 1024
+"""The most runs of equal tokens that are worked on one after the other; where there are more, pieces of so many tokens
+are, each with a copy of the rows that its tokens read.
+"""
 
-    The caller folds the "1 +" of adaptive LayerNorm into `scale`, once per step instead of once per token.
+Piece = tuple[slice, slice | Tensor]
+"""Consecutive tokens, and the row or rows of a table that they read."""
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Which row of a table (B, U, D) each of S tokens reads: `index` (S,), and the same in pieces."""
+
+    index: Tensor
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, index: Tensor, device: torch.device) -> "TokenRows":
+        """Those of `index` (S,), whose numbers are on the CPU, for tables on `device`."""
+        rows, counts = torch.unique_consecutive(index, return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        index = index.to(device)
+        if len(ends) <= MOST_PIECES:
+            runs = zip([0, *ends], ends, rows.tolist(), strict=False)
+            return cls(index, tuple((slice(start, end), slice(row, row + 1)) for start, end, row in runs))
+        starts = range(0, len(index), PIECE_TOKENS)
+        places = (slice(start, start + PIECE_TOKENS) for start in starts)
+        return cls(index, tuple((place, index[place]) for place in places))
+
+
+def norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, index: Tensor | None = None
+) -> Tensor:
+    """LayerNorm of x (B, S, D) without weights, times `scale`, plus `shift`, both (B, U, D) in float32; in `dtype`.
+
+    `index` (S,) is the row that each token reads; without it there is one row for all, U = 1. The caller folds the
+    "1 +" of adaptive LayerNorm into `scale`, once per step instead of once per token.
     """
+    if index is not None:
+        shift, scale = shift[:, index], scale[:, index]
     return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], None, None, eps), scale).to(dtype)
 
 
-def norm_modulate_(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def norm_modulate_(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, rows: TokenRows | None = None
+) -> Tensor:
     """`norm_modulate` in the memory of the norm. It leaves `x`, the residual stream, as it is."""
     normed = layer_norm(x, eps, dtype)
+    if rows is not None:
+        pieces = [(normed[:, place], shift[:, row], scale[:, row]) for place, row in rows.pieces]
+        if not may_overwrite(normed, shift, scale):
+            return torch.cat([torch.addcmul(low, piece, gain).to(dtype) for piece, low, gain in pieces], 1)
+        for piece, low, gain in pieces:
+            torch.addcmul(low, piece, gain, out=piece)
+        return normed
     if may_overwrite(normed, shift, scale):
         return torch.addcmul(shift, normed, scale, out=normed)
     return torch.addcmul(shift, normed, scale).to(dtype)
@@ -56,13 +100,21 @@ def norm_rotate_(x: Tensor, weight: Tensor, eps: float, table: RotaryTable, head
     return rotate_(rms_norm_(x, weight, eps).unflatten(2, (-1, head_dim)), table)
 
 
-def gated_add(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """`x + update * gate` for x, update (B, S, D) and a float32 gate (B, 1, D), in x's dtype."""
+def gated_add(x: Tensor, update: Tensor, gate: Tensor, index: Tensor | None = None) -> Tensor:
+    """`x + update * gate` for x, update (B, S, D) and a float32 gate (B, U, D), in x's dtype; `index` as above."""
+    gate = gate if index is None else gate[:, index]
     return torch.addcmul(x.float(), update.float(), gate).to(x.dtype)
 
 
-def gated_add_(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+def gated_add_(x: Tensor, update: Tensor, gate: Tensor, rows: TokenRows | None = None) -> Tensor:
     """`gated_add` in the memory of `x`."""
+    if rows is not None:
+        pieces = [(x[:, place], update[:, place], gate[:, row]) for place, row in rows.pieces]
+        if not may_overwrite(x, update, gate):
+            return torch.cat([torch.addcmul(*piece).to(x.dtype) for piece in pieces], 1)
+        for piece in pieces:
+            torch.addcmul(*piece, out=piece[0])
+        return x
     if may_overwrite(x, update, gate):
         return torch.addcmul(x, update, gate, out=x)
     return torch.addcmul(x, update, gate).to(x.dtype)
@@ -70,7 +122,7 @@ def gated_add_(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FusedSteps:
-    """How a block runs each of these steps; a field takes the arguments of its default."""
+    """How a block runs each of these steps; a field takes the arguments of its default, `TokenRows` included."""
 
     norm_modulate: Callable[..., Tensor] = norm_modulate_
     norm_rotate: Callable[..., Tensor] = norm_rotate_
@@ -87,9 +139,9 @@ def compiled(compiler: str = COMPILER) -> FusedSteps:
     `EAGER`.
     """
 
-    def gated_add_into(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    def gated_add_into(x: Tensor, update: Tensor, gate: Tensor, index: Tensor | None = None) -> Tensor:
         # Into the residual stream, as `gated_add_`: a second stream would be the largest tensor of the block.
-        return x.copy_(gated_add(x, update, gate))
+        return x.copy_(gated_add(x, update, gate, index))
 
     plain = FusedSteps(norm_modulate, norm_rotate, gated_add_into)
 
@@ -98,7 +150,10 @@ def compiled(compiler: str = COMPILER) -> FusedSteps:
 
         def run(x: Tensor, *others: object) -> Tensor:
             tensors = [x, *(other for other in others if isinstance(other, Tensor))]
-            return (kernel if may_overwrite(*tensors) else eager)(x, *others)
+            if not may_overwrite(*tensors):
+                return eager(x, *others)
+            # The kernel reads each token's row where it is, so that no table of all tokens is ever in memory.
+            return kernel(x, *(other.index if isinstance(other, TokenRows) else other for other in others))
 
         return run
 

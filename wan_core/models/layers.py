@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from .attention import AttentionFn, RotaryTable
 from .config import HEAD_DIM, MotionControllerConfig
-from .fused import EAGER, FusedSteps
+from .fused import EAGER, FusedSteps, TokenRows
 from .ops import Linear, add_, gelu_tanh_, layer_norm, may_overwrite, rms_norm_
 
 
 def sinusoid(position: Tensor, width: int) -> Tensor:
-    """Cosines then sines of `position` (B,), (B, width) in float32.
+    """Cosines then sines of `position` (...), (..., width) in float32.
 
     Angles are computed in float64 where the device has it, as in Wan-Video/Wan2.1 `sinusoidal_embedding_1d`; bfloat16
     would round timestep 937.5 to 936.
     """
     precise = torch.float32 if position.device.type == "mps" else torch.float64
     half = torch.arange(width // 2, dtype=precise, device=position.device)
-    angle = position.to(precise)[:, None] * torch.exp(half * (-math.log(10000.0) / (width // 2)))
-    return torch.cat((angle.cos(), angle.sin()), 1).float()
+    angle = position.to(precise)[..., None] * torch.exp(half * (-math.log(10000.0) / (width // 2)))
+    return torch.cat((angle.cos(), angle.sin()), -1).float()
 
 
 class ImageTokens(nn.Module):
@@ -118,6 +118,7 @@ class Context:
 
     `text` (B, L, D) and `image` (B, N, D) are projected to the model width; `rope` rotates the video tokens. `kept`
     holds the keys and values of each cross-attention, filled by the first step for the others; None keeps nothing.
+    `rows` says which of several timesteps each token has; None where there is one.
     """
 
     text: Tensor
@@ -126,6 +127,7 @@ class Context:
     attend: AttentionFn
     fused: FusedSteps = EAGER
     kept: dict[nn.Module, tuple[Tensor, ...]] | None = None
+    rows: TokenRows | None = None
 
 
 class SelfAttention(nn.Module):
@@ -189,17 +191,19 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
     def forward(self, x: Tensor, modulation: Tensor, context: Context) -> Tensor:
-        """`modulation` (B, 6, D), float32: shift, scale and gate of the attention, then of the feed-forward."""
-        dtype, fused = context.text.dtype, context.fused
-        # (B, 1, D) each, in float32: bfloat16 would round 1 + scale to eight bits.
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + modulation).chunk(6, 1)
-        update = self.self_attn(fused.norm_modulate(x, shift, 1 + scale, EPS, dtype), context)
-        x = fused.gated_add(x, update, gate)
+        """`modulation` (B, U, 6, D), float32, for each of U timesteps: shift, scale and gate of the attention, then of
+        the feed-forward.
+        """
+        dtype, fused, rows = context.text.dtype, context.fused, context.rows
+        # (B, U, D) each, in float32: bfloat16 would round 1 + scale to eight bits.
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + modulation).unbind(2)
+        update = self.self_attn(fused.norm_modulate(x, shift, 1 + scale, EPS, dtype, rows), context)
+        x = fused.gated_add(x, update, gate, rows)
         del update  # its memory is for cross-attention
         # Cross-attention has no modulation and no gate; its norm, `norm3`, is the one with weights.
         x = add_(x, self.cross_attn(layer_norm(x, EPS, dtype, self.norm3.weight, self.norm3.bias), context))
-        update = self._feed_forward(fused.norm_modulate(x, ffn_shift, 1 + ffn_scale, EPS, dtype))
-        return fused.gated_add(x, update, ffn_gate)
+        update = self._feed_forward(fused.norm_modulate(x, ffn_shift, 1 + ffn_scale, EPS, dtype, rows))
+        return fused.gated_add(x, update, ffn_gate, rows)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         expand, _, contract = self.ffn

@@ -250,7 +250,7 @@ def _counted_bytes(
     guidance: GuidanceSettings,
     residuals: Residuals,
 ) -> int:
-    cond = cond.map(lambda tensor, _: torch.empty_like(tensor, device=META))
+    cond = cond.on_meta()
     x = torch.empty(len(cond.encoded_text), twin.config.out_channels, *size, device=META)
     weights = [*weights_of(twin).values(), *([] if controller is None else weights_of(controller).values())]
     with count_bytes(*weights, *tensors_in(cond), x) as counter:
@@ -259,7 +259,7 @@ def _counted_bytes(
             blocks = CachedBlocks(blocks, _ComputesEveryStep(), twin.dtype)
         elif residuals == "host":
             blocks = _Comparing(blocks)
-        time = TimeTable(twin, [[0.0]] * 4)
+        time = TimeTable(twin, [[0.0]] * 4, cond)
         # Guidance at every step, so that all its branches are counted.
         scale = next((scale for scale in guidance.scales if scale != 1), 1.0)
         always = dataclasses.replace(guidance, scale=scale, start=0.0, end=1.0, zero_steps=0)

@@ -20,7 +20,7 @@ from ..settings import MemorySettings, SamplerSettings
 from ..tiling import Span
 from ..types import Conditioning, LatentSize, tensors_in
 from .encoders import WORKSPACE_BYTES
-from .estimate import META, Residuals, kept_bytes, kept_share, pass_flops, step_bytes
+from .estimate import Residuals, kept_bytes, kept_share, pass_flops, step_bytes
 
 FRAGMENTATION = 0.03
 """Share of the counted activations allowed for what the caching allocator loses between blocks of memory."""
@@ -188,7 +188,7 @@ def _counted(
     loras: Sequence[LoraUse],
 ) -> RunPlan:
     """The plan with all weights on the device."""
-    cond = cond.map(lambda tensor, _: torch.empty_like(tensor, device=META))
+    cond = cond.on_meta()
     beside = sum(tensor.nbytes for tensor in tensors_in(cond)) + _lora_bytes(loras, dit.dtype)
     prefix, frames = cond.prefix_frames(size.frames), settings.frames_at_once(size.frames)
     if frames < size.frames:

@@ -54,7 +54,7 @@ def compose(
         cond: what the run is conditioned on; `prompts` replace its text, one window after the other.
         frames: latent frames of the video, without reference frames.
     """
-    time = TimeTable(dit, solver.evaluations)
+    time = TimeTable(dit, solver.evaluations, cond)
     blocks: BlockRunner = AllBlocks(dit, runtime)
     memories: dict[str, HasMemory] = {}
     windows = settings.windows_over(frames, "blend")

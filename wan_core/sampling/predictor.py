@@ -138,10 +138,16 @@ class AllBlocks:
 class TimeTable:
     """The time embeddings of all evaluations of a run, computed at once: they depend on nothing else."""
 
-    def __init__(self, dit: WanDiT, evaluations: Sequence[Sequence[float]]) -> None:
-        """`evaluations` are the timesteps of each step, as `Solver.evaluations` has them."""
+    def __init__(self, dit: WanDiT, evaluations: Sequence[Sequence[float]], cond: Conditioning) -> None:
+        """`evaluations` are the timesteps of each step, as `Solver.evaluations` has them. The videos of a batch have
+        the same factors on them.
+        """
         self._first = [0, *accumulate(len(step) for step in evaluations)]
-        self._embedded = dit.embed_time(torch.tensor([timestep for step in evaluations for timestep in step]))
+        timesteps = torch.tensor([timestep for step in evaluations for timestep in step])
+        factors = cond.timestep_factors
+        if factors is not None:
+            timesteps = timesteps.to(factors.device)[:, None] * factors[0]
+        self._embedded = dit.embed_time(timesteps)
 
     def __getitem__(self, info: StepInfo) -> TimeEmbedding:
         row = self._first[info.index] + info.evaluation
@@ -149,8 +155,9 @@ class TimeTable:
 
     @property
     def modulations(self) -> Tensor:
-        """The input of the blocks at the first evaluation of each step, (N, 6, D)."""
-        return self._embedded.blocks[self._first[:-1]]
+        """What the blocks get for noisy tokens at the first evaluation of each step, (N, 6, D)."""
+        # The last factor on the timestep is the largest.
+        return self._embedded.blocks[self._first[:-1], -1]
 
 
 class ModelPredictor:

@@ -17,7 +17,16 @@ from .compose import Composed, build_solver, compose
 from .experts import Active, RunInputs, RunModel, expert_at
 from .predictor import Predictor, check_latents
 from .solvers import Solver, add_noise, initial_noise
-from .windows import Anchored, colour_corrected, cut, window_of, window_reports, with_known_frames, with_text
+from .windows import (
+    Anchored,
+    CleanFrames,
+    colour_corrected,
+    cut,
+    window_of,
+    window_reports,
+    with_known_frames,
+    with_text,
+)
 
 OnStep = Callable[[int, Tensor, Tensor], None]
 """Called after each step with the number of steps done, the latents, and the model's estimate of the clean latents."""
@@ -32,11 +41,12 @@ def denoise(
     *,
     steps: range | None = None,
     on_step: OnStep | None = None,
+    put: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
     """Latents after `steps` (all by default) of `solver`'s schedule, from the latents `x` (B, z, R + F, h, w) before
-    them.
+    them; `put` replaces them before the first step and after each.
     """
-    total = len(solver.sigmas) - 1
+    total, x = len(solver.sigmas) - 1, put(x)
     for index in range(total) if steps is None else steps:
         runtime.check_cancelled()
         runtime.before_step(index, total)
@@ -48,7 +58,7 @@ def denoise(
         velocity = evaluate(x, 0)
         # Before `advance`: a solver may replace the velocity by one of a later evaluation.
         clean = solver.clean(velocity, index, x) if on_step else x
-        x = solver.advance(velocity, index, x, evaluate)
+        x = put(solver.advance(velocity, index, x, evaluate))
         if on_step:
             on_step(index + 1, x, clean)
     return x
@@ -228,7 +238,7 @@ class _Run:
             cond = with_text(window_of(self.cond, span, self.prefix), self.prompts, number)
             known = None if done is None else done[:, :, -overlap:]
             if known is not None:
-                cond = with_known_frames(cond, known, self.size.geometry)
+                cond = with_known_frames(cond, known, span.length, self.size.geometry)
             x = cut(noise, span, self.prefix, 2)
             if clean is not None:
                 x = add_noise(cut(clean, span, self.prefix, 2), x, solver.sigmas[0])
@@ -242,7 +252,8 @@ class _Run:
                 x = saved.latents.to(device)
                 before = dataclasses.replace(before, latents=x, step=saved.step, memory=saved.memory)
             steps = range(before.step, self.settings.total_steps)
-            state = self._steps(solver, x, cond, span.length, steps, before, known)
+            anchor = None if cond.clean is not None else known
+            state = self._steps(solver, x, cond, span.length, steps, before, anchor)
             clip = state.video.to(device)
             if done is None:
                 done = clip
@@ -260,6 +271,8 @@ class _Run:
             active.dit, solver, cond, frames, active.settings, self.runtime, self.model.motion_controller,
             () if self.chained else self.prompts,
         )  # fmt: skip
+        if cond.clean is not None:
+            return dataclasses.replace(parts, predict=CleanFrames(parts.predict, cond, self.prefix))
         if known is None:
             return parts
         return dataclasses.replace(parts, predict=Anchored(parts.predict, known, self.prefix, solver))
@@ -309,7 +322,8 @@ class _Run:
                 if share.start and expert_at(self.model.experts, solver.timesteps[share.start - 1]) == number:
                     restore(parts.memories, before.memory, device)
                 runtime = self._with_expert(active)
-                x = denoise(parts.predict, solver, x, cond, runtime, steps=share, on_step=on_step)
+                put = parts.predict.put if isinstance(parts.predict, CleanFrames) else lambda x: x
+                x = denoise(parts.predict, solver, x, cond, runtime, steps=share, on_step=on_step, put=put)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -98,24 +98,50 @@ class Anchored:
         return velocity
 
 
-def with_known_frames(cond: Conditioning, known: Tensor, geometry: Geometry) -> Conditioning:
-    """`cond` for a clip whose first frames are `known` (B, z, n, h, w), in the channels beside the noise.
+class CleanFrames:
+    """A predictor for a video some of whose frames are clean at every step: they have no velocity."""
 
-    Image-to-video models read known frames from a mask and their latents, control and camera models from the latent of
-    the first frame. Image tokens and VACE inputs stay as they are: both are made from pixels, and a chain of clips has
-    only latents.
+    def __init__(self, predict: Predictor, cond: Conditioning, prefix: int) -> None:
+        """`cond` holds the frames; `prefix` reference frames stand before them."""
+        assert cond.clean is not None and cond.timestep_index is not None, "clean frames have timesteps of their own"
+        self._predict, self._clean, self._prefix = predict, cond.clean, prefix
+        is_clean = (cond.timestep_index[0] == 0).all((1, 2)).tolist()
+        self._places = [place for place, known in enumerate(is_clean) if known]
+
+    def __call__(self, x: Tensor, t: float, cond: Conditioning, info: StepInfo) -> Tensor:
+        velocity = self._predict(x, t, cond, info)
+        for place in self._places:
+            velocity[:, :, self._prefix + place] = 0
+        return velocity
+
+    def put(self, x: Tensor) -> Tensor:
+        """A copy of latents `x` (B, z, R + F, h, w) with the frames in their places."""
+        x = x.clone()
+        for place in self._places:
+            x[:, :, self._prefix + place] = self._clean[:, :, place]
+        return x
+
+
+def with_known_frames(cond: Conditioning, known: Tensor, frames: int, geometry: Geometry) -> Conditioning:
+    """`cond` for a clip of `frames` latent frames whose first ones are `known` (B, z, n, h, w).
+
+    Models that take clean frames get them so. In the channels beside the noise image-to-video models read known frames
+    from a mask and their latents, control and camera models from the latent of the first frame. Image tokens and VACE
+    inputs stay as they are: both are made from pixels, and a chain of clips has only latents.
     """
+    if geometry.frame_times:
+        cond = cond.with_clean_frames(known, frames)
     if cond.concat is None or cond.layout is None:
         return cond
-    concat, frames, start = cond.concat.clone(), known.shape[2], 0
+    concat, count, start = cond.concat.clone(), known.shape[2], 0
     for slot in cond.layout:
         channels = slot.channels(geometry)
         place = concat[:, start : start + channels]
         match slot.known:
             case "mask":
-                place[:, :, :frames] = 1
+                place[:, :, :count] = 1
             case "frames":
-                place[:, :, :frames] = known
+                place[:, :, :count] = known
             case "first":
                 place[:, :, :1] = known[:, :, :1]
         start += channels
