@@ -29,9 +29,9 @@ from .models.text_encoder import UMT5Encoder
 from .models.vae import WanVAE
 
 
-def draw(key: str, shape: tuple[int, ...]) -> Tensor:
+def draw(key: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """The float32 weight called `key`: norm gains near 1, biases near 0, matrices scaled by one over root fan-in."""
-    generator = np.random.default_rng([0, zlib.crc32(key.encode())])
+    generator = np.random.default_rng([seed, zlib.crc32(key.encode())])
     x = generator.standard_normal(tuple(shape), dtype=np.float32)
     if key.endswith((".gamma", "norm.weight")) or (key.endswith(".weight") and len(shape) == 1):
         x = 1 + 0.1 * x
@@ -61,6 +61,7 @@ VAE_22 = VAEConfig(base_dim=8, decoder_dim=12, geometry=WAN_22, patch=2, shortcu
 IMAGE_ENCODER = ImageEncoderConfig(dim=160, mlp_dim=640, num_layers=4, out_dim=64)
 MOTION_CONTROLLER = MotionControllerConfig(dim=256, freq_dim=64)
 DIT = DiTConfig(dim=256, ffn_dim=512, num_layers=4, text_dim=64, freq_dim=64, image_dim=IMAGE_ENCODER.dim)
+DIT_5B = replace(DIT, geometry=WAN_22, in_channels=48)
 DITS: dict[str, DiTConfig] = {
     "t2v": DIT,
     "i2v": replace(DIT, in_channels=36, has_image_input=True),
@@ -69,13 +70,23 @@ DITS: dict[str, DiTConfig] = {
     "fun_v1_1_control": replace(DIT, in_channels=48, has_image_input=True, has_reference=True),
     "fun_camera": replace(DIT, in_channels=32, has_image_input=True, camera_channels=24),
     "vace": replace(DIT, vace_layers=(0, 2), vace_channels=96),
+    "i2v_a14b": replace(DIT, in_channels=36),
+    "fun_a14b_control": replace(DIT, in_channels=52, has_reference=True),
+    "fun_a14b_camera": replace(DIT, in_channels=36, camera_channels=24),
+    "ti2v_5b": DIT_5B,
+    "fun_5b_inp": replace(DIT_5B, in_channels=100),
+    "fun_5b_control": replace(DIT_5B, in_channels=148, has_reference=True),
+    "fun_5b_camera": replace(DIT_5B, in_channels=100, camera_channels=24),
 }
 """One structure of each kind, by the name of its variant."""
 
+EXPERT_SEEDS = (1, 2)
+"""Of the weights of a pair, the transformer for high noise first."""
 
-def state_dict(module: nn.Module) -> dict[str, Tensor]:
+
+def state_dict(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     """Weights by the recipe for a module built on the meta device."""
-    return {key: draw(key, tuple(tensor.shape)) for key, tensor in module.state_dict().items()}
+    return {key: draw(key, tuple(tensor.shape), seed) for key, tensor in module.state_dict().items()}
 
 
 def write_tokenizer(path: Path) -> None:
@@ -95,33 +106,40 @@ def write_tokenizer(path: Path) -> None:
 def write_model(root: Path, model_id: str) -> Path:
     """Write the missing files of the bundled model `model_id` below the models folder `root`, in the original layout.
 
-    The text-to-video model brings the encoders and the speed-control adapter that all of them share.
+    The text-to-video model brings the encoders and the speed-control adapter that all of them share, TI2V-5B the VAE
+    of its kind.
     """
     folder = root / model_id
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (cls, config) in _files(model_id).items():
+    for name, (cls, config, seed) in _files(model_id).items():
         if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with torch.device("meta"):
                 module = cls(config)
             with replacing(folder / name) as partial:
                 if name.endswith(".safetensors"):
-                    write_safetensors(partial, state_dict(module))
+                    write_safetensors(partial, state_dict(module, seed))
                 else:
-                    torch.save(dict(state_dict(module)), partial)
+                    torch.save(dict(state_dict(module, seed)), partial)
     if model_id == catalog.TINY and not (folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE).exists():
         with replacing(folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE) as partial:
             write_tokenizer(partial)
     return folder
 
 
-def _files(model_id: str) -> dict[str, tuple[type[nn.Module], Any]]:
-    """The class and sizes of the model in each file of a bundled model, by name."""
+def _files(model_id: str) -> dict[str, tuple[type[nn.Module], Any, int]]:
+    """The class, the sizes and the seed of the model in each file of a bundled model, by name."""
     row = catalog.find_row(model_id)
     assert row is not None, f"{model_id} is not in the catalog"
-    files: dict[str, tuple[type[nn.Module], Any]] = {catalog.DIT_FILE: (WanDiT, DITS[row.variant])}
+    seeds = EXPERT_SEEDS if row.is_pair else (0,)
+    files: dict[str, tuple[type[nn.Module], Any, int]] = {
+        pattern.replace("*", ""): (WanDiT, DITS[row.variant], seed)
+        for pattern, seed in zip(row.files, seeds, strict=True)
+    }
     if model_id == catalog.TINY:
-        files[catalog.TEXT_ENCODER_PATTERN] = (UMT5Encoder, TEXT_ENCODER)
-        files[catalog.VAE_PATTERN] = (WanVAE, VAE)
-        files[catalog.IMAGE_ENCODER_PATTERN] = (ImageEncoder, IMAGE_ENCODER)
-        files[catalog.MOTION_CONTROLLER_PATTERN] = (MotionController, MOTION_CONTROLLER)
+        files[catalog.TEXT_ENCODER_PATTERN] = (UMT5Encoder, TEXT_ENCODER, 0)
+        files[catalog.VAE_PATTERN] = (WanVAE, VAE, 0)
+        files[catalog.IMAGE_ENCODER_PATTERN] = (ImageEncoder, IMAGE_ENCODER, 0)
+        files[catalog.MOTION_CONTROLLER_PATTERN] = (MotionController, MOTION_CONTROLLER, 0)
+    if row.variant == "ti2v_5b":
+        files[catalog.VAE_22_PATTERN] = (WanVAE, VAE_22, 0)
     return files
