@@ -112,10 +112,17 @@ def noisy(latents: Tensor, noising: Noising) -> Tensor:
     return (1 - sigmas) * latents.float() + sigmas * noising.noise.to(latents.device)
 
 
-def errors(velocity: Tensor, latents: Tensor, noising: Noising) -> Tensor:
-    """Mean squared error of each sample's velocity (B,), in float32, without the weight."""
+def errors(velocity: Tensor, latents: Tensor, noising: Noising, without: Sequence[int] = ()) -> Tensor:
+    """Mean squared error of each sample's velocity (B,), in float32, without the weight.
+
+    The latent frames `without`, which the model is given as they are, do not count.
+    """
     target = noising.noise.to(latents.device) - latents.float()
-    return (velocity.float() - target).square().flatten(1).mean(1)
+    squared = (velocity.float() - target).square()
+    if without:
+        counted = [frame for frame in range(squared.shape[2]) if frame not in without]
+        squared = squared[:, :, counted]
+    return squared.flatten(1).mean(1)
 
 
 def weighted(error: Tensor, noising: Noising) -> Tensor:

@@ -258,6 +258,14 @@ class Conditioning:
             raise ValueError("The conditioning holds no text; encode a prompt first.")
         return self.text
 
+    @property
+    def clean_places(self) -> list[int]:
+        """The frames of the video that are clean."""
+        if self.clean is None or self.timestep_index is None:
+            return []
+        is_clean = (self.timestep_index[0] == 0).all((1, 2)).tolist()
+        return [place for place, known in enumerate(is_clean) if known]
+
     def negative(self) -> "Conditioning":
         """The unconditional branch: the same conditioning with the negative text in place of the text."""
         return dataclasses.replace(self, text=self.negative_text, negative_text=None)

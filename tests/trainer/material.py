@@ -26,6 +26,13 @@ INPUTS = {
     "fun_camera": ("input_image", "camera_control_direction", "camera_control_speed"),
     "vace": ("vace_video", "vace_video_mask", "vace_reference_image"),
     "speed": ("motion_bucket_id",),
+    "i2v_a14b": ("input_image", "end_image"),
+    "fun_a14b_control": ("control_video", "input_image", "reference_image"),
+    "fun_a14b_camera": ("input_image", "camera_control_direction", "camera_control_speed"),
+    "ti2v_5b": ("input_image",),
+    "fun_5b_inp": ("input_image", "end_image"),
+    "fun_5b_control": ("control_video", "input_image", "reference_image"),
+    "fun_5b_camera": ("end_image", "camera_control_direction", "camera_control_speed"),
 }
 """What each kind of model is trained with; `speed` is the text-to-video model with the speed-control adapter."""
 
@@ -34,17 +41,19 @@ INPUTS = {
 def _write_models(root: Path) -> None:
     for variant in INPUTS:
         if variant != "speed":
-            model_files.find_files(tiny_id(variant), catalog.DIT_FILE, models_dir=root)
+            model_id = tiny_id(variant)
+            for pattern in catalog.find_row(model_id).files:
+                model_files.find_files(model_id, pattern, models_dir=root)
 
 
 def model_names(variant: str) -> tuple[str, ...]:
-    """`--model_id_with_origin_paths` for a tiny model with its encoders."""
+    """`--model_id_with_origin_paths` for a tiny model with its encoders; of a pair for the expert of high noise."""
     dit = tiny_id("t2v" if variant == "speed" else variant)
-    shared = [catalog.TEXT_ENCODER_PATTERN, catalog.VAE_PATTERN]
     row = catalog.find_row(dit)
-    shared += [catalog.IMAGE_ENCODER_PATTERN] * row.needs_image_encoder
+    vae = catalog.TINY if row.vae[1] == catalog.VAE_PATTERN else tiny_id("ti2v_5b")
+    shared = [catalog.TEXT_ENCODER_PATTERN, *[catalog.IMAGE_ENCODER_PATTERN] * row.needs_image_encoder]
     shared += [catalog.MOTION_CONTROLLER_PATTERN] * (variant == "speed")
-    return (f"{dit}:{catalog.DIT_FILE}", *(f"{catalog.TINY}:{pattern}" for pattern in shared))
+    return (f"{dit}:{row.files[0]}", f"{vae}:{row.vae[1]}", *(f"{catalog.TINY}:{pattern}" for pattern in shared))
 
 
 def config(root: Path, variant: str = "t2v", **changes: Any) -> TrainConfig:

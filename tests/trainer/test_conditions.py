@@ -1,6 +1,7 @@
 """What a model is trained on equals what inference gives it; from the cache as without it; and what is drawn follows
 from seed, epoch and position."""
 
+import csv
 import dataclasses
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.reference import relative_error
 from tests.trainer import material
 from tests.trainer.material import INPUTS, model_names
 from wan_core import ModelConfig, WanVideoPipeline, load_video
@@ -23,11 +25,14 @@ from wancore.trainer.data.cache import Encoders, LatentCache
 from wancore.trainer.data.clips import BOTH, BOX, MASKS, SPAN, START, WHOLE, draw_mask, mask_kind
 from wancore.trainer.data.conditions import Batch, Examples, collate
 from wancore.trainer.data.dataset import load
-from wancore.trainer.data.report import check
+from wancore.trainer.data.report import check, fit_to_geometry
 from wancore.trainer.flags import ConfigError
 from wancore.trainer.model.load import find
 
-FIELDS = ("text", "image_tokens", "concat", "reference", "camera", "vace", "motion_bucket")
+FIELDS = (
+    "text", "image_tokens", "concat", "reference", "camera", "vace", "motion_bucket", "clean", "timestep_factors",
+    "timestep_index",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,9 @@ def root(tmp_path_factory) -> Path:
 def examples(config: TrainConfig) -> Examples:
     models = find(config)
     cache = LatentCache(config.cache_folder) if config.cache == "disk" else None
-    rows = check(load(config), config).require("error")
+    data = load(config)
+    checked = fit_to_geometry(check(data, config), data, config, models.config.geometry)
+    rows = checked.require("error")
     return Examples(rows, models, Encoders(models, torch.float32, "cpu"), config, cache)
 
 
@@ -47,8 +54,14 @@ def equal(first, second) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+def first_row(data: Path) -> dict[str, str]:
+    with (data / "metadata.csv").open(encoding="utf-8", newline="") as file:
+        return next(csv.DictReader(file))
+
+
 def inference(root: Path, variant: str, monkeypatch: pytest.MonkeyPatch):
     """Conditioning as the pipeline's own call hands it to the sampler, for the first row of the synthetic data."""
+    row = first_row(root / "data")
     data = root / "data" / "media"
     clip = load_video(data / "000_video.mp4")[:5]
     arguments = {
@@ -59,9 +72,9 @@ def inference(root: Path, variant: str, monkeypatch: pytest.MonkeyPatch):
         "vace_video": load_video(data / "000_vace_video.mp4")[:5],
         "vace_video_mask": load_video(data / "000_vace_video_mask.mp4")[:5],
         "vace_reference_image": load_image(data / "000_reference.png"),
-        "motion_bucket_id": 40.0,
-        "camera_control_direction": "Right",
-        "camera_control_speed": 0.00741,
+        "motion_bucket_id": float(row["motion_bucket_id"]),
+        "camera_control_direction": row["camera_control_direction"],
+        "camera_control_speed": float(row["camera_control_speed"]),
     }
     configs = [ModelConfig(model_id=n.split(":")[0], origin_file_pattern=n.split(":")[1]) for n in model_names(variant)]
     pipe = WanVideoPipeline.from_pretrained(torch.float32, "cpu", configs, local_model_path=root / "models")
@@ -74,8 +87,7 @@ def inference(root: Path, variant: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(VideoModel, "sample", sample)
     monkeypatch.setattr(WanVideoPipeline, "_output", lambda self, latents, *_: latents)
     names = {name: arguments[name] for name in INPUTS[variant]}
-    prompt = "a red ball moves slowly right over a dark ground"
-    pipe(prompt, height=32, width=32, num_frames=5, num_inference_steps=1, output_type="latent", seed=0, **names)
+    pipe(row["prompt"], height=32, width=32, num_frames=5, num_inference_steps=1, output_type="latent", seed=0, **names)
     return seen[0], pipe, as_frames(clip, "")
 
 
@@ -150,7 +162,8 @@ def test_a_changed_file_or_option_is_encoded_anew_and_the_rest_is_not(root, tmp_
     assert len(filled(frame_pick="middle") - before) == 4
     before = encoded_files(tmp_path / "cache")
     metadata = tmp_path / "data/metadata.csv"
-    metadata.write_text(metadata.read_text().replace("a red ball", "a small red ball"))
+    prompt = first_row(tmp_path / "data")["prompt"]
+    metadata.write_text(metadata.read_text().replace(prompt, prompt[::-1]))
     assert len(filled() - before) == 1
 
 
@@ -411,6 +424,29 @@ def test_random_masks_are_drawn_and_trained(root, kind, monkeypatch):
     assert torch.equal(made.get(0, 0).cond.concat, sample.cond.concat)
     others = [made.get(0, epoch).cond.concat for epoch in range(1, 5)]
     assert all(torch.equal(other, sample.cond.concat) for other in others) != (kind in (BOX, SPAN))
+
+
+def test_a_picture_is_trained_without_a_start_image_where_that_would_be_clean(root):
+    """Else nothing of it would count."""
+    given = {"num_frames": 1, "frame_pick": "middle", "caption_dropout": 0.0}
+    picture, clip = (examples(material.config(root, "ti2v_5b", **changes)).get(0, 0) for changes in (given, {}))
+    assert picture.latents.shape[1] == 1 and picture.cond.clean is None and not picture.cond.inputs
+    assert clip.cond.clean_places == [0] and clip.cond.inputs == ("input_image",)
+    assert relative_error(clip.cond.clean[0, :, :1], clip.latents[:, :1]) < 1e-5
+    masked = examples(material.config(root, "fun_5b_inp", num_frames=1, extra_inputs=(), random_mask=True))
+    assert all(masked.get(0, epoch).cond.clean is None for epoch in range(9))
+
+
+def test_a_start_image_is_dropped_for_a_share_of_the_draws(root):
+    """One model learns text to video and image to video."""
+    made = examples(material.config(root, "ti2v_5b", condition_dropout=0.5))
+    seen = [made.get(0, epoch).cond.clean is None for epoch in range(12)]
+    assert 2 < sum(seen) < 10
+
+
+def test_clips_of_one_batch_have_the_same_timesteps(root):
+    with pytest.raises(ConfigError, match="set --batch_size 1, with more --gradient_accumulation_steps"):
+        find(material.config(root, "fun_5b_inp", extra_inputs=(), random_mask=True, batch_size=2))
 
 
 def test_masks_come_in_their_shares():

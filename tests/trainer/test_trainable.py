@@ -1,19 +1,25 @@
 import re
 from contextlib import nullcontext
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from tests.reference import DITS, relative_error, tiny_text_encoder, tiny_vae
+from tests.reference import DITS, filled, relative_error, tiny_text_encoder, tiny_vae
 from tests.trainer.models import config, inputs, trainables, video_model
+from wan_core import bundled
 from wan_core.conditioning.text import TextEncoder
+from wan_core.model import VideoModel
+from wan_core.models.dit import WanDiT
 from wan_core.models.ops import rms_norm
 from wan_core.offload.quant import big_linears, quantise
 from wan_core.offload.streaming import place
 from wan_core.offload.weights import WeightProvider
+from wan_core.types import Conditioning
+from wan_core.variants import match_variant
 from wancore.trainer.model.memory import activation_checkpointing, in_host_memory
 from wancore.trainer.model.trainable import lora_patches, prepare
-from wancore.trainer.objective import Objective
+from wancore.trainer.objective import Noising, Objective, noisy
 
 MODES = {
     "lora": dict(lora_base_model="dit"),
@@ -275,6 +281,69 @@ def test_a_trained_vae_gets_gradients_through_the_clip():
     seen = {name for name, p in found.parameters().items() if p.grad is not None and p.grad.any()}
     assert "vae.encoder.conv1.weight" in seen
     assert all(name.startswith("vae.") for name in seen)
+
+
+@pytest.fixture(scope="module")
+def ti2v():
+    """A step of TI2V-5B whose first frame is given: the model, latents, noise and conditioning of two clips."""
+    dit = filled(WanDiT, bundled.DITS["ti2v_5b"])
+    found = prepare(VideoModel.of(dit, match_variant(dit.config), None, "tiny"), config(trainable_models=("dit",)))
+    generator = torch.Generator().manual_seed(4)
+    latents, start = (torch.randn(2, 48, frames, 4, 4, generator=generator) for frames in (3, 1))
+    text = Conditioning(text=torch.randn(2, 8, 64, generator=generator))
+    return found, latents, Objective().draw((48, 3, 4, 4), 0, 0, [0, 1]), text, text.with_clean_frames(start, 3)
+
+
+def test_a_clean_first_frame_is_given_as_it_is_and_does_not_count(ti2v):
+    found, latents, drawn, _, cond = ti2v
+    with torch.no_grad():
+        error = found.module(latents, drawn, cond)
+        sigma = drawn.sigmas.reshape(2, 1, 1, 1, 1)
+        x = (1 - sigma) * latents + sigma * drawn.noise
+        x[:, :, :1] = cond.clean[:, :, :1]
+        # The two timesteps of each clip: 0 for the tokens of the first frame, that of its noise for the others.
+        velocity = found.module.dit(x, drawn.timesteps, cond)
+        target = (drawn.noise - latents)[:, :, 1:]
+        assert torch.allclose(error, (velocity[:, :, 1:] - target).square().mean((1, 2, 3, 4)), rtol=1e-5)
+        changed = drawn.noise.clone()
+        changed[:, :, 0] += 3
+        assert torch.equal(found.module(latents, replace(drawn, noise=changed), cond), error)
+        other = latents.clone()
+        other[:, :, 0] -= 5
+        assert torch.equal(found.module(other, drawn, cond), error)
+        moved = replace(cond, clean=cond.clean + 1)
+        assert not torch.equal(found.module(latents, drawn, moved), error)
+
+
+def test_without_a_start_image_all_frames_are_noisy_and_count(ti2v):
+    found, latents, drawn, text, cond = ti2v
+    with torch.no_grad():
+        error = found.module(latents, drawn, text)
+        velocity = found.module.dit(noisy(latents, drawn), drawn.timesteps, text)
+        expected = (velocity - (drawn.noise - latents)).square().mean((1, 2, 3, 4))
+        assert torch.allclose(error, expected, rtol=1e-5)
+        assert not torch.allclose(error, found.module(latents, drawn, cond), rtol=1e-3)
+
+
+def test_each_clip_of_a_batch_has_its_own_timestep_beside_the_clean_frame(ti2v):
+    found, latents, drawn, _, cond = ti2v
+
+    def alone(index):
+        part = Noising(*(getattr(drawn, f.name)[index : index + 1] for f in fields(drawn)))
+        return found.module(latents[index : index + 1], part, cond.map(lambda t, _: t[index : index + 1]))
+
+    with torch.no_grad():
+        both = found.module(latents, drawn, cond)
+        assert torch.allclose(both, torch.cat([alone(0), alone(1)]), rtol=1e-4)
+
+
+def test_the_text_task_and_the_image_task_give_gradients(ti2v):
+    found, latents, drawn, text, cond = ti2v
+    for given in (text, cond):
+        found.module(latents, drawn, given).sum().backward()
+        missing = [name for name, p in found.parameters().items() if p.grad is None or not p.grad.isfinite().all()]
+        assert not missing
+        found.module.zero_grad()
 
 
 def test_timesteps_stay_float32_under_autocast():

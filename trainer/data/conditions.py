@@ -21,7 +21,7 @@ from ..config import TrainConfig
 from ..model.load import FoundModels
 from .cache import Encoders, LatentCache
 from .choices import Choice, Media, choose, fixed
-from .clips import frames_at_rate
+from .clips import INPUTS, WHOLE, frames_at_rate
 from .report import Row
 
 CACHE_VERSION = 2
@@ -29,6 +29,9 @@ CACHE_VERSION = 2
 
 ENCODED = ("input_image", "end_image", "inpaint_video", "control_video", "reference_image", "vace")
 """Prefixes of inputs that pass through an encoder. The others are cheap to compute again."""
+
+EXACT = ("clean", "timestep_factors", "timestep_index")
+"""Encoded tensors that keep their dtype: frames that are part of the noisy latents, and whole numbers."""
 
 Shape = tuple[VideoSize, tuple[str, ...], int]
 """What must be equal within a batch: size, the names of the inputs, and the number of VACE reference frames."""
@@ -124,7 +127,8 @@ class Examples:
     def shapes(self, epoch: int) -> list[Shape]:
         """What must be equal within a batch, per position."""
         if not self.shapes_change:
-            return [self._shape(fixed(row, self.config)) for row in self.rows] * self.config.dataset_repeat
+            shapes = [self._shape(self.fixed(position)) for position in range(len(self.rows))]
+            return shapes * self.config.dataset_repeat
         return [self._shape(self.choose(position, epoch)) for position in range(len(self))]
 
     @property
@@ -139,11 +143,11 @@ class Examples:
     def choose(self, position: int, epoch: int) -> Choice:
         """The random choices for a position in an epoch."""
         config = self.config
-        return choose(self.row(position), config, self._kept(config.extra_inputs), epoch, position)
+        return _of_picture(choose(self.row(position), config, self._kept(config.extra_inputs), epoch, position))
 
     def fixed(self, position: int) -> Choice:
         """The choices for a position without randomness, for validation."""
-        return fixed(self.row(position), self.config)
+        return _of_picture(fixed(self.row(position), self.config))
 
     def _kept(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """What condition dropout leaves of the inputs `names`."""
@@ -273,7 +277,8 @@ class Examples:
         encoders = self.encoders
         size = media.choice.row.size
         cond = condition(Conditioning(), inputs, self.models.variant, size, encoders.latents, encoders.image)
-        tensors = {name: tensor.cpu().to(encoders.dtype) for name, tensor in _packed(cond).items()}
+        tensors = {name: tensor.cpu() for name, tensor in _packed(cond).items()}
+        tensors = {name: t if name in EXACT else t.to(encoders.dtype) for name, t in tensors.items()}
         count = cond.prefix_frames(size.latent.frames)
         if count and cond.vace:
             tensors["leading"] = cond.vace[0].context[:, : size.geometry.channels, :count].float().cpu()
@@ -328,6 +333,17 @@ class Examples:
         }
 
 
+def _of_picture(choice: Choice) -> Choice:
+    """`choice`; where its clip is a picture and a start image would be a clean frame, so that nothing of it would be
+    left to learn, without a start image.
+    """
+    size = choice.row.size.latent
+    if size.frames > 1 or not size.geometry.frame_times:
+        return choice
+    names = tuple(name for name in choice.names if INPUTS[name].kind not in ("start", "end"))
+    return replace(choice, names=names, mask=choice.mask and WHOLE)
+
+
 class _Once(logging.Filter):
     """Lets each text through once."""
 
@@ -359,6 +375,7 @@ def _packed(cond: Conditioning) -> dict[str, Tensor]:
     tensors: dict[str, Tensor | None] = {f"slots.{name}": tensor for name, tensor in (cond.slots or {}).items()}
     tensors |= {f"vace.{index}": vace.context for index, vace in enumerate(cond.vace or ())}
     tensors |= {"clip": cond.image_tokens, "reference": cond.reference}
+    tensors |= {name: getattr(cond, name) for name in EXACT}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
@@ -368,6 +385,7 @@ def _unpacked(tensors: Mapping[str, Tensor], cond: Conditioning, names: Sequence
     vace = tuple(VaceInput(context=tensor) for name, tensor in tensors.items() if name.startswith("vace."))
     found: dict[str, Any] = {"slots": slots or None, "vace": vace or None}
     found |= {"image_tokens": tensors.get("clip"), "reference": tensors.get("reference")}
+    found |= {name: tensors.get(name) for name in EXACT}
     return cond.with_inputs(*names, size=size, **found)
 
 

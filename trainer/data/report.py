@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan_core.conditioning.camera import CameraPath
-from wan_core.media import FPS, Clip, MediaError, check_frame, probe
+from wan_core.media import Clip, MediaError, check_frame, probe
 from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.types import VideoSize
 
@@ -328,12 +328,13 @@ def _notices(rows: Sequence[Row], dataset: Dataset, rule: SizeRule) -> Iterator[
         if name in INPUTS and name not in config.extra_inputs:
             yield f"the column {name} is not used; add --extra_inputs {name} to train with it"
     rates = Counter(round(row.target.fps, 2) for row in rows if row.target.fps)
-    strange = {rate: n for rate, n in rates.items() if abs(rate - FPS) > 0.5}
+    fps = rule.geometry.fps
+    strange = {rate: n for rate, n in rates.items() if abs(rate - fps) > 0.5}
     if strange and config.fps is None:
         listed = ", ".join(f"{n} at {rate:g}" for rate, n in sorted(strange.items()))
         yield (
-            f"clips that are not at {FPS} frames per second ({listed}) are used frame by frame, so that their motion "
-            f"is learned too slow or too fast; --fps {FPS} brings them to Wan's rate"
+            f"clips that are not at {fps:g} frames per second ({listed}) are used frame by frame, so that their motion "
+            f"is learned too slow or too fast; --fps {fps:g} brings them to the rate of {rule.geometry.name}"
         )
     pictures = sum(row.target.fps is None for row in rows)
     if 0 < pictures < len(rows):

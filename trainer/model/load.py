@@ -236,9 +236,14 @@ def check_inputs(models: FoundModels, config: TrainConfig) -> None:
         ):
             names = [name for name in INPUTS if name.startswith(begin)]
             raise ConfigError(f"{trained} learns nothing without its inputs: add --extra_inputs {' or '.join(names)}.")
+    if config.random_mask and config.batch_size > 1 and models.config.geometry.frame_times:
+        raise ConfigError(
+            f"{models.name} has a timestep for each part of a clip, which --random_mask draws for each clip: set "
+            "--batch_size 1, with more --gradient_accumulation_steps."
+        )
     pictures = [name for name in config.extra_inputs if INPUTS[name].kind in PICTURE_KINDS]
     pictures += ["--random_mask"] * config.random_mask
-    if pictures and "image_encoder" not in models.components:
+    if pictures and models.variant.reads_images and "image_encoder" not in models.components:
         raise ConfigError(
             f"{models.name} reads {' and '.join(pictures)} through the CLIP image encoder too; add "
             "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth to the models."

@@ -71,7 +71,8 @@ class Denoiser(nn.Module):
         pixels: Tensor | None = None,
     ) -> Tensor:
         """The error of each sample (B,) in float32, without its weight: how far the velocity at the drawn noise level
-        is from the one that leads from the clean latents (B, z, R + F, h, w) to the noise.
+        is from the one that leads from the clean latents (B, z, R + F, h, w) to the noise. Frames that `cond` gives as
+        clean enter so, and do not count (DiffSynth-Studio `FlowMatchSFTLoss`).
 
         Args:
             captions: of each sample; read where the text encoder is trained.
@@ -83,11 +84,17 @@ class Denoiser(nn.Module):
         if self.vae is not None and pixels is not None:
             video = self.vae.encode(pixels)
             latents = torch.cat((latents[:, :, : latents.shape[2] - video.shape[2]], video), 2)
-        velocity = self.velocity(noisy(latents, noising), noising.timesteps.to(latents.device), cond, captions)
-        return errors(velocity, latents, noising)
+        x, places = noisy(latents, noising), cond.clean_places
+        if cond.clean is not None:
+            # Models with clean frames have no reference frames in front of the video's.
+            x[:, :, places] = cond.clean[:, :, places].to(x.dtype)
+        velocity = self.velocity(x, noising.timesteps.to(latents.device), cond, captions)
+        return errors(velocity, latents, noising, places)
 
     def velocity(self, x: Tensor, timesteps: Tensor, cond: Conditioning, captions: Sequence[str] = ()) -> Tensor:
-        """Velocity (B, z, R + F, h, w) in float32 for noisy latents `x` at `timesteps` (B,) in 0..1000."""
+        """Velocity (B, z, R + F, h, w) in float32 for noisy latents `x` at `timesteps` (B,) in 0..1000, or at the
+        fractions of them that `cond` has for each frame.
+        """
         dit = self.dit
         if self.text_encoder is not None and captions:
             cond = dataclasses.replace(cond, text=self.embed_text(captions))

@@ -103,10 +103,8 @@ class CleanFrames:
 
     def __init__(self, predict: Predictor, cond: Conditioning, prefix: int) -> None:
         """`cond` holds the frames; `prefix` reference frames stand before them."""
-        assert cond.clean is not None and cond.timestep_index is not None, "clean frames have timesteps of their own"
-        self._predict, self._clean, self._prefix = predict, cond.clean, prefix
-        is_clean = (cond.timestep_index[0] == 0).all((1, 2)).tolist()
-        self._places = [place for place, known in enumerate(is_clean) if known]
+        assert cond.clean is not None, "asked for where there are clean frames"
+        self._predict, self._clean, self._prefix, self._places = predict, cond.clean, prefix, cond.clean_places
 
     def __call__(self, x: Tensor, t: float, cond: Conditioning, info: StepInfo) -> Tensor:
         velocity = self._predict(x, t, cond, info)
