@@ -15,6 +15,7 @@ from wan_core.models.config import WAN_22, DiTConfig, ImageEncoderConfig, Motion
 from wan_core.models.dit import WanDiT
 from wan_core.models.image_encoder import ImageEncoder
 from wan_core.models.layers import MotionController
+from wan_core.models.ops import on_meta
 from wan_core.models.text_encoder import UMT5Encoder
 from wan_core.models.vae import WanVAE
 
@@ -72,7 +73,7 @@ def _drawn(key: str, shape: tuple[int, ...]) -> Tensor:
 
 def filled(cls: type[nn.Module], config: Any) -> nn.Module:
     """A module with the weights of the recipe, its own to change."""
-    with torch.device("meta"):
+    with on_meta():
         module = cls(config)
     weights = {key: _drawn(key, tuple(tensor.shape)).clone() for key, tensor in module.state_dict().items()}
     module.load_state_dict(weights, assign=True)

@@ -25,6 +25,7 @@ from .models.config import (
 from .models.dit import WanDiT
 from .models.image_encoder import ImageEncoder
 from .models.layers import MotionController
+from .models.ops import on_meta
 from .models.text_encoder import UMT5Encoder
 from .models.vae import WanVAE
 
@@ -113,7 +114,7 @@ def write_model(root: Path, model_id: str) -> Path:
     for name, (cls, config, seed) in _files(model_id).items():
         if not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with torch.device("meta"):
+            with on_meta():
                 module = cls(config)
             with replacing(folder / name) as partial:
                 if name.endswith(".safetensors"):

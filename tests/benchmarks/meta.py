@@ -16,6 +16,7 @@ from wan_core.catalog import find_row, published_config
 from wan_core.model import VideoModel
 from wan_core.models.config import DiTConfig, VAEConfig
 from wan_core.models.dit import WanDiT
+from wan_core.models.ops import on_meta
 from wan_core.models.vae import WanVAE
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.quant import quantise
@@ -96,7 +97,7 @@ def _inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
 @cache
 def ours(shape: Shape, blocks: int, branches: int = 1) -> Work:
     """A forward of our model cut to so many blocks, its branches interleaved."""
-    with META:
+    with on_meta():
         dit = WanDiT(replace(shape.config, num_layers=blocks)).requires_grad_(False).to(torch.bfloat16)
     x, time, text = _inputs(shape)
 
@@ -169,7 +170,7 @@ def copy_rows(case: memory_table.Case) -> Iterator[Row]:
 
 def decoded(latent: LatentSize, dtype: torch.dtype) -> Work:
     """A decode by our autoencoder; pieces leave the device as they are done."""
-    with META:
+    with on_meta():
         vae = WanVAE(VAEConfig()).requires_grad_(False).to(dtype).use_channels_last()
         latents = torch.empty(1, 16, *latent.shape)
 
@@ -227,7 +228,7 @@ LEAST_MEMORY = {"1.3B": 8.0, "14B": 16.0}
 
 def estimator(model: str, config: TrainConfig, size: VideoSize) -> Estimator:
     """Of a training of random weights of this model."""
-    with META:
+    with on_meta():
         dit = WanDiT(DITS[model]).requires_grad_(False).to(torch.bfloat16)
     if config.fp8_base:
         quantise(dit)

@@ -5,9 +5,16 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.reference import DITS
+from wan_core import bundled
 from wan_core.models import attention
+from wan_core.models.dit import WanDiT
 from wan_core.models.layers import sinusoid
+from wan_core.models.ops import on_meta
+from wan_core.models.text_encoder import UMT5Encoder
+from wan_core.models.vae import WanVAE
 
 
 def test_axes_share_the_head_as_published():
@@ -96,3 +103,30 @@ def test_the_rotation_is_the_same_in_real_and_in_complex_numbers(dtype):
     for way in (attention.rotate, attention._rotate_complex):
         torch.testing.assert_close(way(x, table).double(), expected, rtol=0, atol=3e-6 if dtype.itemsize == 4 else 0.02)
     torch.testing.assert_close(attention.rotate_(x.clone(), table), attention._rotate_complex(x, table), rtol=0, atol=0)
+
+
+MODELS = [(WanDiT, DITS["i2v"]), (UMT5Encoder, bundled.TEXT_ENCODER), (WanVAE, bundled.VAE)]
+
+
+@pytest.mark.parametrize(("cls", "sizes"), MODELS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_module_on_the_meta_device_is_made_without_drawing_weights(cls, sizes):
+    with on_meta(), Draws() as found:
+        module = cls(sizes)
+    with torch.device("meta"):
+        plain = cls(sizes)
+    described = [{name: (t.shape, t.dtype, t.device) for name, t in m.state_dict().items()} for m in (module, plain)]
+    assert described[0] == described[1] and not found.seen
+    assert [type(m) for m in module.modules()] == [type(m) for m in plain.modules()]
+
+
+class Draws(TorchDispatchMode):
+    """The operations that fill tensors with random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.normal_, torch.ops.aten.uniform_):
+            self.seen.add(func)
+        return func(*args, **(kwargs or {}))

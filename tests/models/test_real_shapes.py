@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wan_core.models.config import DiTConfig
 from wan_core.models.dit import WanDiT
+from wan_core.models.ops import on_meta
 from wan_core.types import Conditioning, VideoSize
 
 LARGE = dict(dim=5120, ffn_dim=13824, num_layers=40)
@@ -38,15 +39,15 @@ STRUCTURES = {
 }
 
 
-def on_meta(config: DiTConfig) -> WanDiT:
-    with torch.device("meta"):
+def without_data(config: DiTConfig) -> WanDiT:
+    with on_meta():
         return WanDiT(config).requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_tensors_and_parameters_equal_the_published_table(name):
     config, tensors, billions = STRUCTURES[name]
-    weights = on_meta(config).state_dict()
+    weights = without_data(config).state_dict()
     assert len(weights) == tensors
     assert round(sum(t.numel() for t in weights.values()) / 1e9, 4) == billions
 
@@ -64,7 +65,7 @@ def analytic_flops(config: DiTConfig, tokens: int, text: int) -> int:
 @pytest.mark.parametrize("name", ["T2V-1.3B", "T2V-14B"])
 def test_one_forward_does_no_more_than_it_must(name):
     config = dataclasses.replace(STRUCTURES[name][0], num_layers=3)  # which are all alike
-    dit, size = on_meta(config), VideoSize.rounded(832, 480, 81).latent
+    dit, size = without_data(config), VideoSize.rounded(832, 480, 81).latent
     x = torch.empty(1, 16, *size.shape, device="meta")
     cond = Conditioning(text=torch.empty(1, 512, config.text_dim, device="meta"))
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 from tests.sampling.runs import sample
 from wan_core.models.config import DiTConfig
 from wan_core.models.dit import WanDiT
+from wan_core.models.ops import on_meta
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.quant import quantise
 from wan_core.offload.streaming import PlainCopies
@@ -27,7 +28,7 @@ SIZES = {"480p": VideoSize(832, 480, 81), "720p": VideoSize(1280, 720, 81)}
 
 @cache
 def model(fp8: bool) -> WanDiT:
-    with META:
+    with on_meta():
         dit = WanDiT(LARGE).requires_grad_(False).to(torch.bfloat16)
     for name, parameter in dit.named_parameters():
         if name.endswith("modulation"):

@@ -5,6 +5,7 @@ import torch
 
 from tests.reference import load_case, tiny_text_encoder
 from wan_core.models.config import TextEncoderConfig
+from wan_core.models.ops import on_meta
 from wan_core.models.text_encoder import UMT5Encoder
 from wan_core.planning.encoders import text_peak_bytes
 from wan_core.planning.estimate import LiveBytes
@@ -19,7 +20,7 @@ def weight_bytes(module):
 
 def test_two_long_prompts_on_a_4_gb_device():
     """The table of token embeddings stays on the host; two of the 24 layers are on the device at a time."""
-    with META:
+    with on_meta():
         encoder = UMT5Encoder(XXL).to(torch.bfloat16)
     slots = 2 * max(weight_bytes(block) for block in encoder.blocks)
     table = weight_bytes(encoder.token_embedding)
@@ -32,7 +33,7 @@ def test_two_long_prompts_on_a_4_gb_device():
 
 def test_the_count_is_that_of_all_layers_with_the_table_on_the_host():
     small_table = TextEncoderConfig(vocab_size=32)
-    with META:
+    with on_meta():
         encoder = UMT5Encoder(small_table).requires_grad_(False).to(torch.bfloat16)
     encoder.token_embedding = torch.nn.Embedding(32, XXL.dim, dtype=torch.bfloat16, device="cpu")
     ids, mask = torch.zeros(2, 300, dtype=torch.long), torch.ones(2, 300, dtype=torch.bool)

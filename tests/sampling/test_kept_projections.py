@@ -10,6 +10,7 @@ from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion
 from wan_core.model import VideoModel
 from wan_core.models.config import DiTConfig
 from wan_core.models.dit import WanDiT
+from wan_core.models.ops import on_meta
 from wan_core.planning.estimate import LiveBytes, kept_bytes
 from wan_core.planning.run import WORTH_KEEPING, kept_share, plan_run
 from wan_core.runtime import GIB, Runtime
@@ -61,7 +62,7 @@ def planned(dit: WanDiT, memory: MemorySettings, room: float | None, size: Laten
 
 @pytest.fixture(scope="module")
 def large() -> WanDiT:
-    with META:
+    with on_meta():
         return WanDiT(DiTConfig(dim=5120, ffn_dim=13824, num_layers=40)).requires_grad_(False).to(torch.bfloat16)
 
 
@@ -87,7 +88,7 @@ def test_the_plan_keeps_them_where_that_pays_and_fits(large, gib, size, settings
 
 def test_what_they_take_is_planned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: self)
-    with META:
+    with on_meta():
         dit = WanDiT(DITS["i2v"]).requires_grad_(False).to(torch.bfloat16)
         cond = conditioning("i2v", SIZE).map(lambda tensor, _: torch.empty_like(tensor, device=META))
 

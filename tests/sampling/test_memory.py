@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.sampling.runs import sample
 from wan_core.models.config import DiTConfig
 from wan_core.models.dit import WanDiT
+from wan_core.models.ops import on_meta
 from wan_core.planning.estimate import LiveBytes
 from wan_core.runtime import Runtime
 from wan_core.sampling import run as loop
@@ -30,7 +31,7 @@ def peak_bytes(num_frames: int, windows: WindowSettings | None, mode: str) -> in
 
     With two of its 30 blocks: they follow one another, and none keeps anything.
     """
-    with META:
+    with on_meta():
         dit = WanDiT(DiTConfig(num_layers=2)).requires_grad_(False).to(torch.bfloat16)
         cond = Conditioning(text=torch.empty(1, 512, 4096), negative_text=torch.empty(1, 512, 4096))
     dit.attend = lambda q, k, v: torch.empty_like(q)

@@ -18,6 +18,7 @@ from tests.sampling.runs import sample
 from wan_core.models.config import MotionControllerConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.layers import MotionController
+from wan_core.models.ops import on_meta
 from wan_core.planning.estimate import compute
 from wan_core.runtime import Runtime
 from wan_core.sampling import compose
@@ -55,7 +56,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 def meta_dit(variant: str) -> WanDiT:
-    with META:
+    with on_meta():
         dit = WanDiT(replace(DITS[variant], num_layers=3)).requires_grad_(False)
     return dit
 
@@ -124,7 +125,7 @@ def test_no_conditioning_makes_a_step_wait(variant, monkeypatch):
 
 def test_vace_and_speed_control_make_no_step_wait(monkeypatch):
     context = torch.zeros(1, 96, *SIZE.shape, device=META)
-    with META:
+    with on_meta():
         controller = MotionController(MotionControllerConfig(dim=256, freq_dim=64))
     with nothing_is_given_back(monkeypatch):
         run(meta_dit("vace"), texts(META, vace=(VaceInput(context=context),)), SamplerSettings(steps=3), META)

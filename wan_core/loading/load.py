@@ -14,6 +14,7 @@ from ..files import errors_from
 from ..models.dit import WanDiT
 from ..models.image_encoder import ImageEncoder
 from ..models.layers import MotionController
+from ..models.ops import on_meta
 from ..models.preview_decoder import PreviewDecoder
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
@@ -65,7 +66,7 @@ def empty_module(component: Component) -> nn.Module:
         CheckpointError: a model of its sizes cannot be made.
     """
     problem = f"cannot be {KINDS[component.kind][0]}, by the shapes of its tensors"
-    with errors_from(component.name, problem, error=CheckpointError), torch.device("meta"):
+    with errors_from(component.name, problem, error=CheckpointError), on_meta():
         return CLASSES[component.kind](component.config)
 
 

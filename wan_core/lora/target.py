@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..files import errors_from, read_json
@@ -20,6 +19,7 @@ from ..loading.tensor_files import CheckpointError, TensorFiles, read_header
 from ..models.config import DiTConfig, MotionControllerConfig
 from ..models.dit import WanDiT
 from ..models.layers import MotionController
+from ..models.ops import on_meta
 from ..offload.quant import quantised_layers
 from ..settings import check_choice
 from ..types import Curve
@@ -227,7 +227,7 @@ def all_names() -> tuple[str, ...]:
         num_layers=40, in_channels=36, has_image_input=True, image_positions=514, has_reference=True,
         camera_channels=24, vace_layers=tuple(range(40)), vace_channels=96,
     )  # fmt: skip
-    with torch.device("meta"):
+    with on_meta():
         modules = (WanDiT(config), MotionController(MotionControllerConfig()))
     return tuple(module_names(parameter_shapes(modules)))
 

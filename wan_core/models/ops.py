@@ -1,11 +1,14 @@
 """The arithmetic that all models share: norms, elementwise steps that may write into their input, linear layers."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .kernels import Operation, up_to_power_of_two
 
@@ -16,6 +19,26 @@ copies.
 """
 
 MOST_NORM_TOKENS = 4096
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves out what fills a new module's weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Within the block new modules and tensors are on the meta device, and initial values of weights are not drawn.
+
+    PyTorch goes through the motions there in Python, most of the time of making a module; and the first table of
+    embeddings of a process would import PyTorch's compiler for that, which takes as long as importing PyTorch.
+    """
+    with torch.device("meta"), _NoInitialValues():
+        yield
 
 
 def has_fused_rms_norm(x: Tensor) -> bool:

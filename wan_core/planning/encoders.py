@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.config import Geometry, TextEncoderConfig, VAEConfig
+from ..models.ops import on_meta
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..offload.blocks import installed_ram, used_bytes
@@ -19,7 +20,7 @@ from ..runtime import GIB, OutOfMemoryError, Runtime, gigabytes
 from ..settings import MemorySettings
 from ..tiling import TileSettings
 from ..types import LatentSize, VideoSize
-from .estimate import META, count_bytes
+from .estimate import count_bytes
 
 
 @cache
@@ -28,7 +29,7 @@ def text_peak_bytes(config: TextEncoderConfig, dtype: torch.dtype, tokens: int =
 
     Attention is counted as fused kernels run it.
     """
-    with META:
+    with on_meta():
         # All layers are alike, and memory does not grow after the second.
         encoder = UMT5Encoder(replace(config, num_layers=min(config.num_layers, 2))).requires_grad_(False).to(dtype)
         ids, mask = torch.empty(prompts, tokens, dtype=torch.long), torch.empty(prompts, tokens, dtype=torch.bool)
@@ -98,7 +99,7 @@ def count_vae_bytes(config: VAEConfig, dtype: torch.dtype, size: LatentSize, wha
     frames, height, width = size.shape
     geometry = config.geometry
     stride = geometry.spatial_stride
-    with META:
+    with on_meta():
         vae = WanVAE(config).requires_grad_(False).to(dtype).use_channels_last()
         latents = torch.empty(1, config.latent_channels, frames, height, width)
         video = torch.empty(1, 3, geometry.video_frames(frames), stride * height, stride * width)

@@ -44,6 +44,11 @@ class LiveBytes(TorchDispatchMode):
         for tensor in given:
             self._known[tensor.untyped_storage()] = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here, and the wrapper that would keep PyTorch's compiler out costs as much as an answer.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = compute(func, args, kwargs or {})
         for x in out if isinstance(out, (tuple, list)) else (out,):

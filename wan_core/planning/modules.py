@@ -16,6 +16,7 @@ from ..loading.tensor_files import Header, TensorInfo
 from ..lora.apply import LoraUse
 from ..models.config import ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
 from ..models.dit import WanDiT
+from ..models.ops import on_meta
 from ..offload.blocks import weights_of
 from ..offload.formats import WeightChoice
 from ..offload.quant import QuantisedLinear, big_linears, quantise
@@ -144,7 +145,7 @@ def published_component(kind: ModelKind, model_id: str) -> Component:
 
 def _unread(kind: ModelKind, config: Any, file: Path, dtype: torch.dtype = torch.bfloat16) -> Component:
     """What a file of these sizes would be detected as. Published repositories differ in dtype; bfloat16 is usual."""
-    with torch.device("meta"):
+    with on_meta():
         shapes = CLASSES[kind](config).state_dict()
     infos = {name: TensorInfo(tuple(tensor.shape), dtype, file) for name, tensor in shapes.items()}
     return detect(Header(MappingProxyType(infos), (file,), MappingProxyType({})))
