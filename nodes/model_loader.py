@@ -90,7 +90,7 @@ class ModelLoader(Loader):
     def published(cls, name: str) -> list[Component]:
         row = catalog.find_row(name)
         assert row is not None, "ROWS are those of the catalog"
-        return [published_dit(row)] * len(row.files)
+        return [published_dit(row, number) for number in range(len(row.files))]
 
     @classmethod
     def plan_outputs(cls, model: str, vace_module: str = NONE, **inputs: Any) -> tuple[planning.PlannedModel]:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from .loading.detect import Component, join_vace, require_kind
 from .loading.download import OnProgress, fetch, redirect
 from .loading.load import build, spiece_model
 from .loading.names import SPIECE_MODEL, ModelKind
+from .loading.pairs import check_pair, check_same_structure, pair_name, resolve_experts, stored_boundary
 from .model import VideoModel
 from .models.attention import load_backend
 from .models.config import DiTConfig, MotionControllerConfig, TextEncoderConfig
@@ -30,6 +32,7 @@ from .offload.formats import WEIGHT_CHOICES, WeightChoice, choice_for_dtype
 from .offload.quant import require_fp8_matmul, use_fp8_matmul
 from .offload.weights import WeightProvider
 from .sampling.experts import Expert
+from .sampling.solvers import NUM_TRAIN_TIMESTEPS
 from .settings import check_choice
 from .variants import Variant, match_variant
 
@@ -77,13 +80,16 @@ class Offload:
             raise ValueError(f"Weights on disk have the dtype of their file; leave out offload_dtype {dtype}.")
         return cls(mapped=True, weights=weights)
 
-    def load(self, component: Component, dtype: torch.dtype) -> nn.Module:
+    def load(self, component: Component, dtype: torch.dtype, *, read: bool = True) -> nn.Module:
         """The module of `component`, whose weights are kept this way and work in `dtype`.
+
+        Without `read` it is on the meta device, and its weights have their sizes only.
 
         Raises:
             ValueError: its tensors do not fit it, or cannot be kept this way.
         """
-        module = build(component, dtype=dtype, device=self.device, weights=self.weights, mapped=self.mapped)
+        device = self.device if read else torch.device("meta")
+        module = build(component, dtype=dtype, device=device, weights=self.weights, mapped=self.mapped)
         if self.dtype not in (None, dtype):
             WeightProvider.of(module).offload_as(self.dtype, dtype)
         return module
@@ -172,52 +178,120 @@ class ExpertFile:
     lowest: float = 0.0
 
 
+def inspect_experts(path: PathLike | Sequence[PathLike]) -> tuple[Component, ...]:
+    """The transformers of the video model that `path` names (`loading.pairs.resolve_experts`): one, or a pair, that for
+    high noise first.
+
+    Raises:
+        ValueError: as of `inspect`, or two files are no pair.
+    """
+    components = tuple(inspect(files, "dit") for files in resolve_experts(path))
+    if len(components) == 2:
+        check_pair(*components)
+    return components
+
+
+def experts_of(
+    components: Sequence[Component], boundary: float | None = None, preset: str | None = None
+) -> tuple[ExpertFile, ...]:
+    """The transformers of a model for `load_dit`: one for all noise levels, or a pair, that for high noise first.
+
+    Args:
+        boundary: from this fraction of the noise on the first one of a pair works; if None, what the files say or the
+            authors recommend.
+        preset: as of `load_dit`.
+
+    Raises:
+        ValueError: there are more than two, or two are no pair.
+    """
+    if len(components) == 1:
+        return (ExpertFile(components[0]),)
+    if len(components) != 2:
+        raise ValueError(f"A video model has one transformer or two; got {len(components)}.")
+    high, low = components
+    check_pair(high, low)
+    if boundary is None:
+        boundary = stored_boundary(high)
+    if boundary is None:
+        config = high.config_of(DiTConfig)
+        row = catalog.find_row(preset) if preset else recommended_row(high, match_variant(config), is_pair=True)
+        found = row.boundary if row is not None else None
+        # As the authors split text-to-video, and all models with channels beside the noise.
+        boundary = found if found is not None else 0.9 if config.concat_channels else 0.875
+    return ExpertFile(high, boundary * NUM_TRAIN_TIMESTEPS), ExpertFile(low)
+
+
 def load_dit(
     files: Component | Sequence[ExpertFile],
     settings: DiTSettings,
     offload: OffloadPlace,
     *,
-    vace: Component | None = None,
+    vace: Component | Sequence[Component] | None = None,
     preset: str | None = None,
     compute_device: torch.device | str | None = None,
 ) -> VideoModel:
     """A video model of one transformer, or of several of one structure.
 
+    The weights of several are read when the first step of each comes, and rest on the CPU: no device holds two.
+
     Args:
         files: of each expert, the noisiest first; a component alone is the one expert for all noise levels.
         offload: where its weights are between uses.
         compute_device: where it will compute and the attention backend is tried out; the device of `offload` if None.
-        vace: a VACE branch from a file of its own, joined to every expert.
+        vace: a VACE branch from a file of its own, joined to every expert; or one for each of them.
         preset: the catalog row whose settings are recommended, instead of the one that the file's name points to.
 
     Raises:
         ValueError: keys are missing, unexpected or misshapen, the experts differ in structure or leave noise levels
             out, the branch is of another size, or the attention backend, FP8 products or torch.compile are not usable.
     """
-    experts = [ExpertFile(files)] if isinstance(files, Component) else list(files)
-    if vace is not None:
-        experts = [replace(expert, component=join_vace(expert.component, vace)) for expert in experts]
+    experts = _with_branches([ExpertFile(files)] if isinstance(files, Component) else list(files), vace)
     _check_experts(experts)
     component = experts[0].component
     variant = match_variant(component.config_of(DiTConfig))
-    computes_on = torch.device(compute_device or Offload.on(offload).device)
+    rests = Offload.on(offload)
+    computes_on = torch.device(compute_device or rests.device)
+    if len(experts) > 1:
+        rests = replace(rests, device=torch.device("cpu"))
     # Before any weight is read: a missing kernel should not cost minutes of loading.
     attend = load_backend(settings.attention, computes_on, settings.dtype)
     fused = load_fused(settings.torch_compile, computes_on, settings.dtype)
     if settings.fp8_matmul:
         require_fp8_matmul(computes_on, settings.dtype)
-    loaded = []
-    for expert in experts:
-        dit = _loaded(expert.component, WanDiT, settings.dtype, offload)
+
+    def load_one(component: Component, *, read: bool = True) -> WanDiT:
+        dit = rests.load(require_kind(component, "dit"), settings.dtype, read=read)
+        assert isinstance(dit, WanDiT), "`require_kind` has looked"
         if settings.fp8_matmul:
             use_fp8_matmul(dit, computes_on)
         dit.attend, dit.fused, dit.exact = attend, fused, settings.exact
+        return dit
+
+    loaded = []
+    for expert in experts:
+        dit = load_one(expert.component, read=len(experts) == 1)
+        if len(experts) > 1:
+            origin = fingerprint(expert.component.header.files, str(settings.dtype), repr(rests))
+            WeightProvider.of(dit).defer(partial(load_one, expert.component), origin)
         loaded.append(Expert(dit, expert.lowest))
-    row = catalog.find_row(preset) if preset else recommended_row(component, variant)
+    is_pair = True if len(experts) > 1 else None
+    row = catalog.find_row(preset) if preset else recommended_row(component, variant, is_pair)
     is_named = row is not None and row.model_id.lower() in _place(component).lower()
-    name = row.model_id if row is not None and is_named else component.name
+    own_name = component.name if len(experts) == 1 else pair_name(component, experts[-1].component)
+    name = row.model_id if row is not None and is_named else own_name
     log.info("%s: %s; recommended settings of %s.", name, variant.label, row.model_id if row else "no published model")
     return VideoModel(tuple(loaded), variant, row, name, deterministic=settings.deterministic)
+
+
+def _with_branches(experts: list[ExpertFile], vace: Component | Sequence[Component] | None) -> list[ExpertFile]:
+    """The experts with VACE branches from files of their own: one for all, or one for each."""
+    branches = [vace] * len(experts) if isinstance(vace, Component) else list(vace or ())
+    if not branches:
+        return experts
+    if len(branches) != len(experts):
+        raise ValueError(f"There are {len(branches)} VACE branches for {len(experts)} transformers; give as many.")
+    pairs = zip(experts, branches, strict=True)
+    return [replace(expert, component=join_vace(expert.component, branch)) for expert, branch in pairs]
 
 
 def _check_experts(experts: Sequence[ExpertFile]) -> None:
@@ -225,19 +299,19 @@ def _check_experts(experts: Sequence[ExpertFile]) -> None:
         raise ValueError("files must name the file of at least one transformer; the list is empty.")
     first, *others = (expert.component for expert in experts)
     for other in others:
-        if other.config != first.config:
-            raise ValueError(
-                f"{first.name} and {other.name} differ in structure, so they are not two experts of one model."
-            )
+        check_same_structure(first, other)
     lowest = [expert.lowest for expert in experts]
-    if lowest != sorted(set(lowest), reverse=True) or lowest[-1] != 0:
+    if lowest != sorted(lowest, reverse=True) or lowest[-1] != 0:
         raise ValueError(f"The lowest timesteps of experts must fall, and end at 0; got {lowest}.")
 
 
-def recommended_row(component: Component, variant: Variant) -> catalog.CatalogRow | None:
-    """The catalog row that a file's structure, size and, where these leave a choice, its name point to."""
+def recommended_row(component: Component, variant: Variant, is_pair: bool | None = None) -> catalog.CatalogRow | None:
+    """The catalog row that a file's structure, size and, where these leave a choice, its name point to.
+
+    `is_pair` is as of `catalog.guess_row`.
+    """
     size = catalog.SIZES.get(component.config_of(DiTConfig).dim, "")
-    return catalog.guess_row(_place(component), variant.name, size)
+    return catalog.guess_row(_place(component), variant.name, size, is_pair)
 
 
 def _place(component: Component) -> str:

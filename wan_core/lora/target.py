@@ -164,10 +164,12 @@ class Target:
         found = {n: t for module in modules for n, t in module.state_dict(keep_vars=True).items()}
         layers = {f"{path}.weight": layer for module in modules for path, layer in quantised_layers(module).items()}
 
-        def norm(parameter: str) -> float:
-            layer = layers.get(parameter)
+        def norm(parameter: str) -> float | None:
+            layer, weight = layers.get(parameter), found[parameter]
+            if weight.is_meta:  # an expert that no run has needed yet
+                return None
             if layer is None:
-                return estimated_norm(found[parameter])
+                return estimated_norm(weight)
             rows = layer.some_rows(SAMPLED_ROWS)
             return estimated_norm(rows) * (layer.out_features / len(rows)) ** 0.5
 

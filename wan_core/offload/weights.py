@@ -36,6 +36,7 @@ class WeightProvider:
     Attributes:
         work_dtypes: the dtype, by name, that a weight has on the device when it is offloaded in another one.
         mapped: the names of the weights that are views of the model file.
+        origin: identifies the weights without reading them; empty once they may differ from what was deferred.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,6 +49,8 @@ class WeightProvider:
         self._changes: dict[str, dict[str, Change]] = {}
         self._hooked: set[str] = set()
         self._at_work, self._users = False, 0
+        self._load: Callable[[], nn.Module] | None = None
+        self.origin = ""
 
     @classmethod
     def of(cls, module: nn.Module) -> "WeightProvider":
@@ -82,6 +85,20 @@ class WeightProvider:
         """The sizes of the weights as they work, see `Inventory.of`."""
         return Inventory.of(self._module, self.work_dtypes, order, idle)
 
+    def defer(self, load: Callable[[], nn.Module], origin: str) -> None:
+        """Take the weights, which `origin` identifies, from the module that `load` makes, when they are first used.
+        Until then this module, on the meta device, has their sizes.
+        """
+        self._load, self.origin = load, origin
+
+    def read(self) -> None:
+        """Read weights that were deferred; loading them may raise ValueError."""
+        if self._load is None:
+            return
+        made, self._load = self._load(), None
+        self._module.__dict__.update({name: vars(made)[name] for name in ("_modules", "_parameters", "_buffers")})
+        self.mapped, self.work_dtypes = WeightProvider.of(made).mapped, WeightProvider.of(made).work_dtypes
+
     @property
     def cached_bytes(self) -> int:
         """Bytes of the copies that stay on a device for the next use."""
@@ -95,6 +112,7 @@ class WeightProvider:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Inside the block, the module counts as at work with its weights where they are; a trainer's are."""
+        self.read()
         before, self._at_work = self._at_work, True
         try:
             yield
@@ -119,6 +137,8 @@ class WeightProvider:
 
     def offload_to(self, device: torch.device) -> None:
         """Keep all weights on `device` between uses from now on."""
+        if self._load is not None and device.type == "cpu":
+            return  # deferred weights are there once they are read
         with self._in_use() as weights:
             for weight in weights.values():
                 if weight.offloaded.device != device:
@@ -142,11 +162,13 @@ class WeightProvider:
         with self._in_use() as weights:
             weights[name].offload(data)
             self.mapped.discard(name)
+            self.origin = ""
 
     def replaced(self, name: str) -> None:
         """Forget what was known of the parameter `name`: another one in memory has taken its place."""
         self._weights.pop(name, None)
         self.mapped.discard(name)
+        self.origin = ""
 
     def evict(self, size: float | None = None) -> int:
         """Drop cached copies, at least `size` bytes of them or all; the bytes that were dropped.
@@ -252,6 +274,7 @@ class WeightProvider:
         One that was replaced, or moved or cast by its module (`Module.to`), starts over. After the last use only those
         with cached copies or flat buffers are kept: others would hold the memory of parameters that are replaced later.
         """
+        self.read()
         known = self._weights
         self._weights = {
             name: known[name] if name in known and known[name].stands_for(tensor) else Weight(tensor)
@@ -363,7 +386,9 @@ class WeightProvider:
 
 def _after_load_state_dict(module: nn.Module, _: object) -> None:
     """Drop cached copies: the weights of `module` have other values now, or are other parameters."""
-    for weight in WeightProvider.of(module)._weights.values():
+    provider = WeightProvider.of(module)
+    provider.origin = ""
+    for weight in provider._weights.values():
         weight.cached = None
 
 

@@ -185,8 +185,8 @@ def plan_whole(job: Job, limit: float | None) -> WholePlan:
         memory = dataclasses.replace(memory, vram_limit=None, persistent_params=0)
     sampling = {
         number: plan_run(
-            job.experts[number].module, cond, job.size.latent, job.settings, memory, lambda _: limit,
-            controller, job.experts[number].loras,
+            job.experts[number].module, cond, job.size.latent, job.settings.of_expert(number), memory,
+            lambda _: limit, controller, job.experts[number].loras,
         ) for number in job.working_experts
     }  # fmt: skip
     phases = [
@@ -198,8 +198,9 @@ def plan_whole(job: Job, limit: float | None) -> WholePlan:
         phases.append(_vae_phase("VAE decoding", job, job.vae, "decode", job.size.latent, resident, limit))
     unused = {job.named("video model", number) for number in range(len(job.experts)) if number not in sampling}
     files = {role: each.file_bytes for role, each in job.modules.items() if each.file_bytes and role not in unused}
+    ram = {role: size for role, size in _ram(job, cond).items() if role not in unused}
     return WholePlan(
-        job=job, limit=limit, phases=tuple(phases), ram=_ram(job, cond), files=files, sampling=tuple(sampling.values())
+        job=job, limit=limit, phases=tuple(phases), ram=ram, files=files, sampling=tuple(sampling.values())
     )
 
 

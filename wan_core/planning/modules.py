@@ -128,11 +128,13 @@ class SizedExpert(SizedModule[WanDiT]):
         return Expert(self.module, self.lowest, self.loras)
 
 
-def published_dit(row: catalog.CatalogRow) -> Component:
-    """The video model of a catalog row, whether or not its file is on this machine."""
+def published_dit(row: catalog.CatalogRow, expert: int = 0) -> Component:
+    """The video model of a catalog row, of a pair the expert of that number, whether or not its file is here."""
+    folder = (catalog.EXPERT_FOLDERS[expert],) if row.is_pair else ()
+    file = Path(row.base or row.model_id, *folder, catalog.DIT_FILE)
     if row.size == "tiny":
-        return _unread("dit", bundled.DITS[row.variant], Path(row.model_id, catalog.DIT_FILE), torch.float32)
-    return _unread("dit", catalog.published_config(row), Path(row.base or row.model_id, catalog.DIT_FILE))
+        return _unread("dit", bundled.DITS[row.variant], file, torch.float32)
+    return _unread("dit", catalog.published_config(row), file)
 
 
 def published_component(kind: ModelKind, model_id: str) -> Component:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..atomic import clean, creating_first, numbered_paths, replacing
 from ..files import errors_from, parse_json
 from ..loading.tensor_files import read_header, read_whole, write_safetensors
+from ..offload.weights import WeightProvider
 from ..runtime import log
 from ..settings import SamplerSettings
 from ..types import Conditioning, LatentSize, VideoSize, map_tensors
@@ -91,6 +92,8 @@ def digest_weights(module: nn.Module) -> str:
 
 
 def _samples(module: nn.Module) -> tuple[Any, Any]:
+    if origin := WeightProvider.of(module).origin:
+        return (), origin  # a digest does not read weights that the run may not need
     weights = module.state_dict()
     names = tuple((name, tuple(weight.shape), str(weight.dtype)) for name, weight in weights.items())
     flat = (weight.detach().flatten() for weight in weights.values())
