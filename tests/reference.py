@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from wan_core import bundled
+from wan_core.model import VideoModel
 from wan_core.models.config import WAN_22, DiTConfig, ImageEncoderConfig, MotionControllerConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.image_encoder import ImageEncoder
@@ -18,6 +19,8 @@ from wan_core.models.layers import MotionController
 from wan_core.models.ops import on_meta
 from wan_core.models.text_encoder import UMT5Encoder
 from wan_core.models.vae import WanVAE
+from wan_core.sampling.experts import Expert
+from wan_core.variants import match_variant
 
 DATA = Path(__file__).parent / "data"
 
@@ -30,6 +33,9 @@ DITS = {
     "fun_v1_1_control": DiTConfig(**_BASE, in_channels=48, has_image_input=True, has_reference=True),
     "fun_camera": DiTConfig(**_BASE, in_channels=32, has_image_input=True, camera_channels=24),
     "vace": DiTConfig(**_BASE, vace_layers=(0, 2), vace_channels=96),
+    "i2v_a14b": DiTConfig(**_BASE, in_channels=36),
+    "fun_a14b_control": DiTConfig(**_BASE, in_channels=52, has_reference=True),
+    "fun_a14b_camera": DiTConfig(**_BASE, in_channels=36, camera_channels=24),
 }
 _5B = DiTConfig(**_BASE, geometry=WAN_22, in_channels=48)
 DITS_22 = {
@@ -37,8 +43,7 @@ DITS_22 = {
     "fun_5b_inp": replace(_5B, in_channels=100),
     "fun_5b_control": replace(_5B, in_channels=148, has_reference=True),
     "fun_5b_camera": replace(_5B, in_channels=100, camera_channels=24),
-    "fun_a14b_control": DiTConfig(**_BASE, in_channels=52, has_reference=True),
-    "fun_a14b_camera": DiTConfig(**_BASE, in_channels=36, camera_channels=24),
+    **{name: DITS[name] for name in ("fun_a14b_control", "fun_a14b_camera")},
 }
 
 
@@ -67,21 +72,31 @@ def arguments(case: Case) -> dict[str, Any]:
 
 
 @cache
-def _drawn(key: str, shape: tuple[int, ...]) -> Tensor:
-    return bundled.draw(key, shape)
+def _drawn(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    return bundled.draw(key, shape, seed)
 
 
-def filled(cls: type[nn.Module], config: Any) -> nn.Module:
+def filled(cls: type[nn.Module], config: Any, seed: int = 0) -> nn.Module:
     """A module with the weights of the recipe, its own to change."""
     with on_meta():
         module = cls(config)
-    weights = {key: _drawn(key, tuple(tensor.shape)).clone() for key, tensor in module.state_dict().items()}
+    weights = {key: _drawn(key, tuple(tensor.shape), seed).clone() for key, tensor in module.state_dict().items()}
     module.load_state_dict(weights, assign=True)
     return module.requires_grad_(False).eval()
 
 
-def tiny_dit(variant: str = "t2v") -> WanDiT:
-    return filled(WanDiT, DITS[variant])
+def tiny_dit(variant: str = "t2v", seed: int = 0) -> WanDiT:
+    return filled(WanDiT, DITS[variant], seed)
+
+
+HIGH, LOW = 1, 2
+"""The seeds of the experts of a pair."""
+
+
+def tiny_pair(variant: str, boundary: float) -> VideoModel:
+    """The experts of Wan 2.2 that the values in `tests/data` were computed on."""
+    experts = (Expert(tiny_dit(variant, HIGH), boundary * 1000), Expert(tiny_dit(variant, LOW)))
+    return VideoModel(experts, match_variant(DITS[variant]), None, variant)
 
 
 def tiny_motion_controller() -> MotionController:

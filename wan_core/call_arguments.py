@@ -126,6 +126,7 @@ def settings_of_call(
     denoising_strength: float,
     starts_from_video: bool,
     cfg_scale: float | Sequence[float],
+    cfg_scale_low: float | Sequence[float] | None = None,
     cfg_merge: bool,
     solver: str,
     cache: CacheSettings | None,
@@ -152,6 +153,7 @@ def settings_of_call(
         rand_device=str(usable_device("rand_device", rand_device)),
         guidance=GuidanceSettings(
             scale=curve("cfg_scale", cfg_scale, CFG_SCALE),
+            scale_low=None if cfg_scale_low is None else curve("cfg_scale_low", cfg_scale_low, CFG_SCALE),
             mode="batched" if truth("cfg_merge", cfg_merge) else "sequential",
         ),
         cache=cache,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import catalog
+from .loading.pairs import resolve_pair, side_of
 from .lora.apply import LoraMode, LoraRun, LoraUse, apply_loras
 from .lora.bind import EVERYWHERE, BlockStrengths
 from .lora.read import Lora
@@ -28,7 +29,8 @@ from .runtime import Runtime
 from .sampling.checkpoint import Checkpoint, RunState
 from .sampling.experts import Active, Expert, RunInputs, RunModel
 from .sampling.run import sample
-from .settings import MemorySettings, SamplerSettings
+from .sampling.solvers import NUM_TRAIN_TIMESTEPS
+from .settings import MemorySettings, SamplerSettings, check_number
 from .types import Conditioning, Curve, VideoSize, tensors_in
 from .variants import Variant, fit
 
@@ -74,8 +76,32 @@ class VideoModel:
 
     @property
     def dit(self) -> WanDiT:
-        """The first transformer, for code that trains a module or replaces its weights."""
-        return self.experts[0].dit
+        """The first transformer with its weights, for code that trains a module or replaces its weights."""
+        return self.expert_dit(0)
+
+    def expert_dit(self, number: int) -> WanDiT:
+        """The transformer of that expert with its weights, which are read first if no run has needed them yet."""
+        dit = self.experts[number].dit
+        WeightProvider.of(dit).read()
+        return dit
+
+    @property
+    def boundary(self) -> float | None:
+        """The fraction of the noise, 0 to 1, from which on the first of two experts works; None for one expert."""
+        return self.experts[0].lowest / NUM_TRAIN_TIMESTEPS if len(self.experts) == 2 else None
+
+    def with_boundary(self, boundary: float) -> "VideoModel":
+        """A handle on the same weights whose first expert takes the steps from timestep 1000 * `boundary` on: all steps
+        with 0, none with more than 1.
+
+        Raises:
+            ValueError: the model has one expert, or `boundary` is below 0 or above 2.
+        """
+        check_number("switch_DiT_boundary", boundary, low=0, high=2)
+        if len(self.experts) != 2:
+            raise ValueError(f"switch_DiT_boundary is for models of two experts; {self.name} has {len(self.experts)}.")
+        first, second = self.experts
+        return replace(self, experts=(replace(first, lowest=boundary * NUM_TRAIN_TIMESTEPS), second))
 
     @property
     def config(self) -> DiTConfig:
@@ -127,11 +153,46 @@ class VideoModel:
         target = self.target(expert or 0)
         use = use_lora(source, target, strength=strength, blocks=blocks, mode=mode)
         report = lora_report(use, target, self.experts[expert or 0].loras)
+        report = replace(report, notes=(*report.notes, *self._side_notes(source, expert)))
         changed = tuple(
             replace(each, loras=(*each.loras, use)) if expert in (None, number) else each
             for number, each in enumerate(self.experts)
         )
         return replace(self, experts=changed), report
+
+    def with_lora_pair(
+        self,
+        source: PathLike | Sequence[PathLike],
+        *,
+        strengths: tuple[float | Sequence[float] | Curve, float | Sequence[float] | Curve] = (1.0, 1.0),
+        blocks: BlockStrengths = EVERYWHERE,
+        mode: LoraMode = "auto",
+    ) -> tuple["VideoModel", tuple[LoraReport, LoraReport]]:
+        """A handle on the same weights with a LoRA for each of two experts, and what these do.
+
+        Args:
+            source: what holds the two files: a folder, a name with braces, a list, or one of them, beside which the
+                other one is (`loading.pairs`).
+            strengths: of the one for high noise and of the one for low noise.
+
+        Raises:
+            ValueError: the model has one expert, `source` is no pair, or as of `with_lora`.
+        """
+        if len(self.experts) != 2:
+            raise ValueError(f"A pair of LoRAs is for a model of two experts; {self.name} has {len(self.experts)}.")
+        high, low = resolve_pair(source)
+        model, first = self.with_lora(high, strength=strengths[0], blocks=blocks, mode=mode, expert=0)
+        model, second = model.with_lora(low, strength=strengths[1], blocks=blocks, mode=mode, expert=1)
+        return model, (first, second)
+
+    def _side_notes(self, source: PathLike | Lora, expert: int | None) -> list[str]:
+        """What the user may have mixed up, by the name of a LoRA."""
+        side = side_of(source.name if isinstance(source, Lora) else source)
+        own = None if expert is None else ("high", "low")[expert]
+        if len(self.experts) != 2 or side in (None, own):
+            return []
+        used = "both experts" if own is None else f"the expert for {own} noise"
+        return [f"Its name says that it is for {side} noise, but it is applied to {used}."]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -195,7 +256,8 @@ class VideoModel:
             placement: of its weights, as a plan has it; all of them on the device if None.
             keep: leave them there for the next run.
         """
-        dit, loras = self.experts[expert].dit, self.experts[expert].loras
+        # Reading puts new layers in the place of those on the meta device, so it comes before a LoRA's hooks.
+        dit, loras = self.expert_dit(expert), self.experts[expert].loras
         streamed = placement is not None and bool(placement.streamed)
         # LoRAs first: folded weights have to move to the device with the others.
         with ExitStack() as stack:

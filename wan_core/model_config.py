@@ -12,6 +12,7 @@ from . import catalog
 from .call_arguments import truth
 from .loading.detect import Component, detect_all
 from .loading.download import models_folder
+from .loading.pairs import check_pair, with_pairs
 from .loading.paths import resolve_files
 from .loading.tensor_files import read_header
 from .model_files import DISK, Offload, find_files, has_tokenizer
@@ -24,8 +25,10 @@ log = logging.getLogger("wancore")
 PathLike = str | Path
 
 NEEDED = {"dit": "a DiT", "text_encoder": "a text encoder", "vae": "a VAE"}
+SECOND = {"dit": "dit2", "vace": "vace2"}
+"""What the second model of a kind is called: the expert for low noise of a pair, and its VACE branch."""
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-OPTIONAL = ("image_encoder", "motion_controller", "vace")
+OPTIONAL = ("image_encoder", "motion_controller", "vace", *SECOND.values())
 
 
 @dataclass
@@ -33,7 +36,8 @@ class ModelConfig:
     """Where one model of a pipeline is, and where its weights are between uses; mutable until the pipeline is loaded.
 
     Attributes:
-        path: a file, a folder, a glob or a list of shards; wins over `model_id`.
+        path: a file, a folder, a glob or a list of shards; wins over `model_id`. A pair of experts is a list of two
+            files, a folder that holds both, or one name with braces, `..._{high,low}_noise_...`.
         model_id: a repository on ModelScope, or "WanCore/tiny".
         origin_file_pattern: a glob inside that repository.
         download_source: "modelscope" or "huggingface"; None is that of the environment variable
@@ -169,7 +173,7 @@ class ModelConfig:
             raise ValueError(f"path must be a path, or a list of them; got {self.path!r}.")
         for path in paths:
             _check_path("path", path or "")
-        return list(paths)
+        return [part for path in paths for part in with_pairs(path)]
 
     def _dtype(self, name: str) -> torch.dtype | None:
         value = getattr(self, name)
@@ -212,13 +216,14 @@ class FoundModel:
 def find_models(
     configs: Sequence[ModelConfig], redirect_common_files: bool = True, defaults: ModelConfig | None = None
 ) -> dict[str, FoundModel]:
-    """The models that `configs` name, by kind, from their headers alone.
+    """The models that `configs` name, by kind, from their headers alone. Of a pair of experts the DiT for high noise
+    comes first; the second one is called as in `SECOND`, as is its VACE branch.
 
     `defaults` has the folder and the download rule of configurations that have none of their own.
 
     Raises:
-        ValueError: one is missing, given twice, unknown, broken, or of no use to a pipeline, or the VAE is another
-            model's.
+        ValueError: one is missing, given twice, unknown, broken, or of no use to a pipeline, two DiTs are no pair, or
+            the VAE is another model's.
     """
     found: dict[str, FoundModel] = {}
     if isinstance(configs, (str, ModelConfig)) or not isinstance(configs, Sequence):
@@ -229,18 +234,30 @@ def find_models(
         config = config.filled_from(defaults) if defaults is not None else config
         for group in resolve_files(config.files(redirect_common_files)):
             for component in detect_all(read_header(group)):
-                if component.kind in found:
-                    other = found[component.kind].component
+                kind: str = component.kind
+                kind = SECOND.get(kind, kind) if kind in found else kind
+                if kind in found:
+                    other = found[kind].component
                     raise ValueError(f"Two models of one kind were given: {other.name} and {component.name}.")
-                found[component.kind] = FoundModel(component, config)
+                found[kind] = FoundModel(component, config)
     for kind, what in NEEDED.items():
         if kind not in found:
             raise ValueError(f"model_configs lacks {what}; it has {', '.join(found) or 'nothing'}.")
     for kind, model in found.items():
         if kind not in (*NEEDED, *OPTIONAL):
             raise ValueError(f"{model.component.name} ({kind}) is not one of a pipeline's models; load it afterwards.")
+    _check_experts({kind: model.component for kind, model in found.items()})
     require_same_latents(found["dit"].component, found["vae"].component)
     return found
+
+
+def _check_experts(components: Mapping[str, Component]) -> None:
+    """Raise ValueError unless there is one DiT or a pair, and with a pair as many VACE branches as DiTs, or one."""
+    if "dit2" in components:
+        check_pair(components["dit"], components["dit2"])
+    elif "vace2" in components:
+        names = " and ".join(components[kind].name for kind in ("vace", "vace2"))
+        raise ValueError(f"{names} are two VACE branches, but there is one DiT; give one for each DiT.")
 
 
 def require_same_latents(dit: Component, vae: Component) -> None:

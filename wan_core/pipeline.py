@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .call_arguments import (
     cache_of_call,
     check_parameters,
+    plain_number,
     settings_of_call,
     strength,
     tiles_of_call,
@@ -29,7 +30,7 @@ from .conditioning.pose_rows import DEFAULT_ORIGIN
 from .conditioning.text import Prompt, as_prompts, text_conditioning
 from .decode import VaeHandle
 from .media import pixels_to_images
-from .media.fitting import Pictures, as_frames
+from .media.fitting import SIZE_RULES, Pictures, SizeRule, as_frames, size_by_rule
 from .model_config import TOKENIZER_CONFIG, ModelConfig, compute_dtype
 from .offload.weights import WeightProvider
 from .pipeline_models import LoadedModels, PipelineModels, load_models
@@ -184,6 +185,9 @@ class WanVideoPipeline(PipelineModels):
         camera_path: CameraPath | None = None,
         fit: Fit | None = None,
         solver: str = "euler",
+        switch_DiT_boundary: float | None = None,  # noqa: N803 - the reference's name
+        cfg_scale_low: float | Sequence[float] | None = None,
+        size_rule: SizeRule = "exact",
         window_prompts: Sequence[Prompt] = (),
     ) -> list[Image.Image] | list[list[Image.Image]] | Iterator[Image.Image] | Tensor:
         """Generate a video.
@@ -224,6 +228,11 @@ class WanVideoPipeline(PipelineModels):
                 do it: stretched for the Fun control and camera models, cropped for the others; the last frame of a
                 short clip is held.
             solver: see `SamplerSettings`.
+            switch_DiT_boundary: of a pair of experts, the fraction of the noise from which on the first one works, 0 to
+                1; that of the model's catalog row if None.
+            cfg_scale_low: guidance of the second expert, where it is not `cfg_scale`.
+            size_rule: how `input_image` decides the size: `exact` is `width` x `height`; `area` and `area and crop`
+                keep the picture's aspect at that area, as the authors do for I2V-A14B and for TI2V-5B.
             window_prompts: what each window shows in place of `prompt`; the last one also serves all windows after it.
 
         Raises:
@@ -238,6 +247,10 @@ class WanVideoPipeline(PipelineModels):
         if progress_bar_cmd is not None and not callable(progress_bar_cmd):
             raise ValueError(f"progress_bar_cmd must wrap an iterable, such as tqdm; got {progress_bar_cmd!r}.")
         model = self.models.video
+        if switch_DiT_boundary is not None:
+            model = model.with_boundary(plain_number(switch_DiT_boundary))
+        if cfg_scale_low is not None and len(model.experts) == 1:
+            raise ValueError(f"cfg_scale_low is for models of two experts; {model.name} has one. Give cfg_scale.")
         sides = check_parameters(width=width, height=height, num_frames=num_frames)
         size = checked_size(**sides, geometry=model.geometry)
         inputs = VideoInputs.of_call(
@@ -249,11 +262,13 @@ class WanVideoPipeline(PipelineModels):
             reference_image=reference_image, vace_video=vace_video, vace_video_mask=vace_video_mask,
             **check_parameters(motion_bucket_id=motion_bucket_id),
         )  # fmt: skip
+        size = _sized(size, size_rule, inputs)
         template = model.row.preset.teacache if model.row else None
         settings = settings_of_call(
             seed=seed, rand_device=rand_device, num_inference_steps=num_inference_steps, sigma_shift=sigma_shift,
             denoising_strength=denoising_strength, starts_from_video=input_video is not None, cfg_scale=cfg_scale,
-            cfg_merge=cfg_merge, solver=solver, windows=windows_of_call(sliding_window_size, sliding_window_stride),
+            cfg_scale_low=cfg_scale_low, cfg_merge=cfg_merge, solver=solver,
+            windows=windows_of_call(sliding_window_size, sliding_window_stride),
             cache=cache_of_call(tea_cache_l1_thresh, tea_cache_model_id, template),
         )  # fmt: skip
         tile_settings = tiles_of_call(tile_size, tile_stride)
@@ -298,7 +313,7 @@ class WanVideoPipeline(PipelineModels):
             return cond, None
         with ExitStack() as stack:
             vae = stack.enter_context(self._vae(tiles, self._runtime()).working())
-            if self.models.image is not None:
+            if self.models.image is not None and self.models.video.config.has_image_input:
                 stack.enter_context(self._at_work(self.models.image, IMAGE_ENCODER_BYTES))
             encoder = LatentEncoder(vae=vae.vae, encode=vae.encode)
             cond = condition(cond, inputs, self.models.video.variant, size, encoder, self.models.image, fit)
@@ -351,6 +366,16 @@ def _memory(
         vram_buffer=numbers["vram_buffer"],
         persistent_params=numbers["num_persistent_param_in_dit"],
     )
+
+
+def _sized(size: VideoSize, rule: SizeRule, inputs: VideoInputs) -> VideoSize:
+    """`size` with the sides that `rule` gives for the start image."""
+    check_choice("size_rule", rule, SIZE_RULES)
+    if inputs.input_image is None:
+        return size
+    height, width = inputs.input_image.shape[1:3]
+    sides = size_by_rule(rule, size.width, size.height, (width, height), size.geometry.side_multiple)
+    return replace(size, width=sides[0], height=sides[1])
 
 
 def _prompts_of_windows(window_prompts: Sequence[Prompt], prompt: Prompt, settings: SamplerSettings) -> list[list[str]]:

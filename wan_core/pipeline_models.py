@@ -17,9 +17,18 @@ from .lora.report import LoraReport
 from .lora.target import lora_from_tensors
 from .model import VideoModel
 from .model_config import FoundModel, ModelConfig, find_models, tokenizer_folder
-from .model_files import DiTSettings, load_dit, load_image_encoder, load_text_encoder, load_vae, with_speed_control
+from .model_files import (
+    DiTSettings,
+    experts_of,
+    load_dit,
+    load_image_encoder,
+    load_text_encoder,
+    load_vae,
+    with_speed_control,
+)
 from .models.image_encoder import ImageEncoder
 from .models.vae import WanVAE
+from .offload.weights import WeightProvider
 from .runtime import log
 from .sampling.checkpoint import digest_weights
 from .types import Curve
@@ -94,7 +103,10 @@ def load_models(
     settings = DiTSettings(
         dtype=dtype["dit"], attention=attention, torch_compile=torch_compile, deterministic=deterministic
     )
-    video = load_dit(component["dit"], settings, offload["dit"], vace=component.get("vace"), compute_device=device)
+    experts = experts_of([component[kind] for kind in ("dit", "dit2") if kind in component])
+    branches = [component[kind] for kind in ("vace", "vace2") if kind in component]
+    branches *= len(experts) if len(branches) == 1 else 1
+    video = load_dit(experts, settings, offload["dit"], vace=branches, compute_device=device)
     if "motion_controller" in found:
         video = with_speed_control(video, component["motion_controller"], offload["motion_controller"])
     image = None
@@ -107,13 +119,16 @@ def load_models(
 
 def _with_given_weights(models: LoadedModels, found: dict[str, FoundModel]) -> LoadedModels:
     """`models` with the weights that configurations carry in the place of the files'."""
+    first, *others = models.video.experts
     modules = {
-        "dit": models.video.dit, "vace": models.video.dit, "motion_controller": models.video.motion_controller,
+        "dit": first.dit, "vace": first.dit, **{kind: each.dit for each in others for kind in ("dit2", "vace2")},
+        "motion_controller": models.video.motion_controller,
         "text_encoder": models.text.model, "vae": models.vae, "image_encoder": models.image,
     }  # fmt: skip
     for kind, model in found.items():
-        module = modules[kind]
+        module = modules.get(kind)
         if model.config.state_dict is not None and module is not None:
+            WeightProvider.of(module).read()
             replace_weights(module, model.config.state_dict, own=model.component.sources)
             models = models.with_new_text_weights() if kind == "text_encoder" else models
     return models
@@ -204,14 +219,29 @@ class PipelineModels:
 
     @property
     def dit(self) -> ModuleView:
-        """The video model, without its VACE branch."""
-        return ModuleView("dit", self.models.video.dit, lambda child: child not in VACE_CHILDREN)
+        """The video model, without its VACE branch; of a pair of experts the one for high noise."""
+        return self._part("dit", 0)
+
+    @property
+    def dit2(self) -> ModuleView | None:
+        """Of a pair of experts the one for low noise, without its VACE branch; None for other models."""
+        return self._part("dit2", 1) if len(self.models.video.experts) > 1 else None
 
     @property
     def vace(self) -> ModuleView | None:
         """The VACE branch, if the video model has one."""
-        has_branch = bool(self.models.video.config.vace_layers)
-        return ModuleView("vace", self.models.video.dit, VACE_CHILDREN.__contains__) if has_branch else None
+        return self._part("vace", 0) if self.models.video.config.vace_layers else None
+
+    @property
+    def vace2(self) -> ModuleView | None:
+        """The VACE branch of the expert for low noise, if there is one."""
+        has_branch = self.models.video.config.vace_layers and len(self.models.video.experts) > 1
+        return self._part("vace2", 1) if has_branch else None
+
+    def _part(self, name: str, expert: int) -> ModuleView:
+        is_branch = name.startswith("vace")
+        dit = self.models.video.expert_dit(expert)
+        return ModuleView(name, dit, lambda child: (child in VACE_CHILDREN) == is_branch)
 
     @property
     def motion_controller(self) -> ModuleView | None:
@@ -257,7 +287,7 @@ class PipelineModels:
 
         Args:
             module: `pipe.dit`, `pipe.vace` or `pipe.motion_controller`, as the reference's scripts name it; the file's
-                own names decide which of its tensors go where.
+                own names decide which of its tensors go where. Of a pair of experts, the one that it belongs to.
             lora_config: a file in any dialect, or a `ModelConfig` of one. `path` is its older name.
             alpha: its strength, a number or a curve over the steps.
             hotload: accepted; weights are never changed, and `clear_lora` leaves every LoRA out again.
@@ -267,10 +297,11 @@ class PipelineModels:
         Raises:
             ValueError: `module` is not one that can be adapted, or nothing in the file matches.
         """
-        target = getattr(module, "whole", module)
-        if not any(target is part for part in self.models.video.modules):
+        target, video = getattr(module, "whole", module), self.models.video
+        if not any(target is part for part in video.modules):
             got = getattr(module, "view_name", "None" if module is None else type(module).__name__)
-            raise ValueError(f"A LoRA is applied to pipe.dit, pipe.vace or pipe.motion_controller; got {got}.")
+            names = "pipe.dit, pipe.vace" if len(video.experts) == 1 else "pipe.dit, pipe.dit2, pipe.vace, pipe.vace2"
+            raise ValueError(f"A LoRA is applied to {names} or pipe.motion_controller; got {got}.")
         file = lora_config if path is None else path
         if file is not None and state_dict is None:
             lora: str | Path | Lora = _lora_file(file)
@@ -278,11 +309,38 @@ class PipelineModels:
             lora = lora_from_tensors(state_dict)
         else:
             raise ValueError("load_lora needs a file (lora_config) or a state_dict, and not both.")
-        model, report = self.models.video.with_lora(lora, strength=strength("alpha", alpha))
+        number = next((n for n, expert in enumerate(video.experts) if expert.dit is target), None)
+        number = number if len(video.experts) > 1 else None
+        model, report = video.with_lora(lora, strength=strength("alpha", alpha), expert=number)
         self.models = replace(self.models, video=model)
         if verbose:
             log.info("%s", report.summary)
         return report
+
+    def load_lora_pair(
+        self,
+        source: str | Path | Sequence[str | Path],
+        alpha: float | Sequence[float] | Curve = 1.0,
+        alpha_low: float | Sequence[float] | Curve | None = None,
+        verbose: int = 1,
+    ) -> tuple[LoraReport, LoraReport]:
+        """Apply the two LoRAs of a pair, each to its expert, in every call from now on; returns what they do.
+
+        Args:
+            source: as of `VideoModel.with_lora_pair`.
+            alpha, alpha_low: the strengths of the one for high noise and of the one for low noise, `alpha` if None.
+            verbose: as of `load_lora`.
+
+        Raises:
+            ValueError: the model has one expert, or as of `load_lora`.
+        """
+        low = alpha if alpha_low is None else alpha_low
+        strengths = (strength("alpha", alpha), strength("alpha_low", low))
+        video, reports = self.models.video.with_lora_pair(source, strengths=strengths)
+        self.models = replace(self.models, video=video)
+        for report in reports if verbose else ():
+            log.info("%s", report.summary)
+        return reports
 
     def clear_lora(self, verbose: int = 1) -> None:
         """Leave all LoRAs out again; the weights were never changed. `verbose` 0 keeps that out of the log."""

@@ -34,6 +34,7 @@ class GuidanceSettings:
     Attributes:
         scale: with 1 only the conditional branch runs; larger values follow the prompt more closely. Several numbers
             are a curve, spread evenly from `start` to `end`.
+        scale_low: of the second of two experts, that for the less noisy timesteps; None is `scale`.
         mode: `sequential` runs the branches one after the other; `interleaved` runs both through each block before the
             next, so that a streamed block is copied once; `batched` makes them one batch (fewer, larger kernels, twice
             the activations). All give the same result.
@@ -44,6 +45,7 @@ class GuidanceSettings:
     """
 
     scale: float | tuple[float, ...] = 5.0
+    scale_low: float | tuple[float, ...] | None = None
     mode: GuidanceMode = "sequential"
     start: float = 0.0
     end: float = 1.0
@@ -51,10 +53,12 @@ class GuidanceSettings:
     zero_steps: int = 0
 
     def __post_init__(self) -> None:
-        if not self.scales:
-            raise ValueError("A cfg_scale curve needs at least one number.")
-        for scale in self.scales:
-            check_number("cfg_scale", scale, low=0, high=100)
+        for name, scale in (("cfg_scale", self.scale), ("cfg_scale_low", self.scale_low)):
+            numbers = _numbers(scale)
+            if not numbers and scale is not None:
+                raise ValueError(f"A {name} curve needs at least one number.")
+            for number in numbers:
+                check_number(name, number, low=0, high=100)
         check_choice("cfg mode", self.mode, CFG_MODES)
         check_number("guidance start", self.start, low=0, high=1)
         check_number("guidance end", self.end, low=0, high=1)
@@ -65,12 +69,22 @@ class GuidanceSettings:
     @property
     def scales(self) -> tuple[float, ...]:
         """`scale` as a tuple."""
-        return self.scale if isinstance(self.scale, tuple) else (self.scale,)
+        return _numbers(self.scale)
 
     @property
     def branches(self) -> int:
         """The most branches that a step of the run needs: 1 when the scale is always 1, else 2."""
-        return 1 if all(scale == 1 for scale in self.scales) else 2
+        return 1 if all(scale == 1 for scale in (*self.scales, *_numbers(self.scale_low))) else 2
+
+    def of_expert(self, number: int) -> "GuidanceSettings":
+        """The guidance of a run's expert, numbered from 0."""
+        if self.scale_low is None:
+            return self
+        return replace(self, scale=self.scale_low if number else self.scale, scale_low=None)
+
+
+def _numbers(scale: float | tuple[float, ...] | None) -> tuple[float, ...]:
+    return () if scale is None else scale if isinstance(scale, tuple) else (scale,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +295,10 @@ class SamplerSettings(ScheduleSettings):
         check_whole("start_step", self.start_step, low=0, high=self.last_step - 1)
         if self.is_part and self.windows is not None and self.windows.mode == "chain":
             raise ValueError("A chain of clips cannot be split by start_step: it finishes one clip after the other.")
+
+    def of_expert(self, number: int) -> "SamplerSettings":
+        """The settings as the expert of that number follows them."""
+        return replace(self, guidance=self.guidance.of_expert(number))
 
     @property
     def total_steps(self) -> int:

@@ -1,13 +1,14 @@
 """Pictures, clips and masks to conditioning, against formulas written out by hand, and what each model takes."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tests.reference import DITS, relative_error, tiny_image_encoder, tiny_vae
+from tests.reference import DATA, DITS, relative_error, tiny_image_encoder, tiny_vae
 from wan_core import catalog
 from wan_core.conditioning.image import (
     Fit,
@@ -291,6 +292,45 @@ def test_pictures_without_the_image_encoder_are_refused_by_models_that_read_them
         cond = cond.with_inputs("control_video")
     with pytest.raises(ValueError, match=f"reads {name} through the CLIP image encoder too: encode it with one"):
         fit(cond, VARIANT[variant], DITS[variant], "Model", SIZE)
+
+
+SIZES = json.loads((DATA / "cases" / "sizes22.json").read_text())["rows"]
+RULES = {
+    ("area and crop", 1280, 704, 32): 2, ("area and crop", 832, 480, 32): 4,
+    ("area", 1280, 720, 16): 6, ("area", 832, 480, 16): 8,
+}  # fmt: skip
+"""The columns of the table that the authors' functions computed."""
+
+
+@pytest.mark.parametrize("call", RULES, ids=str)
+def test_sizes_follow_the_picture_as_the_authors_have_it(call):
+    rule, width, height, multiple = call
+    for row in SIZES:
+        picture, expected = tuple(row[:2]), tuple(row[RULES[call] : RULES[call] + 2])
+        # The authors' square roots lose a row here: a picture of the typed size stays as it is.
+        expected = (832, 480) if (rule, width, picture) == ("area", 832, (832, 480)) else expected
+        assert fitting.size_by_rule(rule, width, height, picture, multiple) == expected, picture
+
+
+@pytest.mark.parametrize("rule", fitting.SIZE_RULES)
+def test_sizes_of_odd_pictures_are_possible_ones(rule):
+    for picture in [(1, 9999), (9999, 1), (1, 1), (832, 480)]:
+        width, height = fitting.size_by_rule(rule, 832, 480, picture, 16)
+        assert width >= 16 and height >= 16 and width * height <= 832 * 480 and not (width % 16 or height % 16)
+    assert fitting.size_by_rule(rule, 16, 16, (640, 360), 16) == (16, 16)
+
+
+def test_channels_of_the_control_model_of_wan_22_have_the_control_first(encoder):
+    cond = control_conditioning(TEXT, SIZE, encoder, clip_of(9))
+    cond = image_conditioning(cond, SIZE, encoder, None, start=clip_of(1))
+    control, mask, image = fit(cond, VARIANT["fun_a14b_control"], DITS["fun_a14b_control"], "m", SIZE).concat.split(
+        (16, 4, 16), 1
+    )
+    assert torch.equal(control, cond.slots["control"]) and torch.equal(image, cond.slots["image"])
+    assert torch.equal(mask[0, :, 0], torch.ones(4, 4, 6)) and not mask[:, :, 1:].any()
+    alone = fit(control_conditioning(TEXT, SIZE, encoder, clip_of(9)), VARIANT["fun_a14b_control"],
+                DITS["fun_a14b_control"], "m", SIZE).concat  # fmt: skip
+    assert torch.equal(alone[:, :16], control) and not alone[:, 16:].any()
 
 
 @pytest.mark.parametrize(("policy", "order"), [("repeat last", [0, 1, 2, 2, 2]), ("loop", [0, 1, 2, 0, 1])])

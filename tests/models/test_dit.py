@@ -11,12 +11,14 @@ from wan_core.types import Conditioning, Curve, VaceInput
 CASES = {
     "t2v": "t2v", "i2v": "i2v", "flf2v": "flf2v", "fun_control": "fun_control", "fun_v1_1_control": "fun_v1_1_control",
     "fun_camera": "fun_camera", "vace_scale0.6": "vace", "vace_scale1.0": "vace",
+    "t2v_a14b_high": "t2v", "t2v_a14b_low": "t2v", "i2v_a14b_high": "i2v_a14b", "i2v_a14b_low": "i2v_a14b",
 }  # fmt: skip
 
 
 def case_inputs(name: str):
     """A case as (model, latents, timestep, conditioning, expected output)."""
-    case, dit = load_case(f"dit_{name}"), tiny_dit(CASES[name])
+    case = load_case(f"dit_{name}")
+    dit = tiny_dit(CASES[name], int(case.metadata.get("weight_seed", 0)))
     inputs = {"image_tokens": case.get("clip_feature"), "concat": case.get("y"), "camera": case.get("camera_embedding")}
     if "reference_latents" in case.tensors:
         inputs["reference"] = case["reference_latents"][:, :, 0]

@@ -1,5 +1,7 @@
 """A model of two experts takes its steps with one after the other, and only one of them is ever on the device."""
 
+import copy
+import json
 import weakref
 from dataclasses import replace
 
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.lora.fixtures import WRITERS, factors, linear_paths
+from tests.reference import arguments, load_case
 from tests.sampling.variants import SMALL, conditioning, small_dit
 from wan_core.model import VideoModel
 from wan_core.offload import weights as offload
@@ -15,10 +18,10 @@ from wan_core.offload.blocks import weights_of
 from wan_core.offload.streaming import PlainCopies
 from wan_core.runtime import Cancelled, Runtime
 from wan_core.sampling.checkpoint import Checkpoint, RunState
-from wan_core.sampling.compose import build_solver
-from wan_core.sampling.experts import Expert, RunInputs, expert_at
+from wan_core.sampling.compose import build_solver, compose
+from wan_core.sampling.experts import Expert, RunInputs, RunModel, expert_at
 from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, TeaCacheSettings, WindowSettings
-from wan_core.types import LatentSize
+from wan_core.types import LatentSize, StepInfo
 from wan_core.variants import match_variant
 
 CPU = torch.device("cpu")
@@ -180,4 +183,96 @@ def test_a_run_that_was_cut_off_goes_on_with_the_expert_at_work(dits, tmp_path, 
 
 def test_the_boundary_belongs_to_the_noisier_expert(dits):
     experts = (Expert(dits[0], 875.0), Expert(dits[1]))
-    assert [expert_at(experts, timestep) for timestep in (1000.0, 875.0, 874.9, 0.0)] == [0, 0, 1, 1]
+    timesteps = (1000.0, 875.0, 874.9999999, 874.9, 0.0)
+    assert [expert_at(experts, timestep) for timestep in timesteps] == [0, 0, 0, 1, 1]
+
+
+HIGH_STEPS = [
+    (40, 12, "unipc", 26, 23), (50, 5, "euler", 21, 18), (40, 5, "dpm++", 17, 15), (20, 8, "euler", 11, 10),
+    (20, 5, "unipc", 9, 8), (4, 5, "euler", 2, 2), (19, 12, "euler", 13, None), (19, 12, "dpm++", 13, None),
+    (19, 12, "unipc", 12, None),
+]  # fmt: skip
+"""Steps, shift, solver, and how many steps are above the authors' boundaries 0.875 and 0.9."""
+
+
+@pytest.mark.parametrize(("steps", "shift", "solver", "text", "image"), HIGH_STEPS)
+def test_as_many_steps_are_noisy_as_with_the_authors(dits, steps, shift, solver, text, image):
+    timesteps = build_solver(SamplerSettings(steps=steps, shift=shift, solver=solver)).timesteps
+    for boundary, count in ((0.875, text), (0.9, image)):
+        experts = (Expert(dits[0], boundary * 1000), Expert(dits[1]))
+        taken = [expert_at(experts, timestep) for timestep in timesteps]
+        assert count is None or taken == [0] * count + [1] * (steps - count)
+
+
+@pytest.mark.parametrize("name", ["t2v_a14b", "t2v_a14b_unipc", "t2v_a14b_dpmpp", "i2v_a14b", "i2v_a14b_unipc"])
+def test_each_step_is_taken_by_the_expert_that_took_it_with_the_authors(dits, name):
+    case = load_case(name, "e2e")
+    call, taken = arguments(case), json.loads(case.metadata["experts"])
+    settings = SamplerSettings(
+        steps=call["num_inference_steps"], shift=call["sigma_shift"], solver=call["solver"]
+    )
+    timesteps = build_solver(settings).timesteps
+    assert timesteps == pytest.approx([timestep for timestep, _ in taken], abs=1e-3)
+    experts = (Expert(dits[0], call["boundary"] * 1000), Expert(dits[1]))
+    assert [("high", "low")[expert_at(experts, timestep)] for timestep in timesteps] == [name for _, name in taken]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_boundary_at_the_end_leaves_one_expert(dits, name):
+    settings = settings_of(**RUNS[name])
+    for boundary, expert in ((0, 0), (1.001, 1)):
+        model = pair(dits, settings).with_boundary(boundary)
+        got = model.sample(INPUTS, settings, ALL, RUNTIME)
+        assert torch.equal(got.video, alone(dits[expert]).sample(INPUTS, settings, ALL, RUNTIME).video)
+    assert model.boundary == 1.001
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "TeaCache"])
+def test_equal_experts_are_one_model(dits, name):
+    settings = settings_of(**RUNS[name])
+    twins = pair((dits[0], copy.deepcopy(dits[0])), settings)
+    expected = alone(dits[0]).sample(INPUTS, settings, ALL, RUNTIME)
+    assert torch.equal(twins.sample(INPUTS, settings, ALL, RUNTIME).video, expected.video)
+
+
+@torch.no_grad()
+def velocities(dits, guidance: GuidanceSettings) -> list[torch.Tensor]:
+    """What guidance gives in each step for the same latents."""
+    settings, found = settings_of(guidance=guidance), []
+    solver, cond = build_solver(settings), INPUTS.cond
+    x = torch.randn(1, 16, *SIZE.shape, generator=torch.Generator().manual_seed(1))
+    model = RunModel(pair(dits, settings).experts)
+    for number, share in model.shares(solver.timesteps, range(STEPS)):
+        active = model.active(number, settings)
+        parts = compose(active.dit, solver, cond, SIZE.frames, active.settings, RUNTIME)
+        found += [parts.predict(x, solver.timesteps[i], cond, StepInfo(i, STEPS)) for i in share]
+    return found
+
+
+def test_the_guidance_of_an_expert_changes_its_steps_alone(dits):
+    plain, high, low, both = (
+        velocities(dits, GuidanceSettings(scale=scale, scale_low=second))
+        for scale, second in ((3.0, 3.0), (5.0, 3.0), (3.0, 5.0), (3.0, None))
+    )
+    for index in range(STEPS):
+        is_high = index < SPLIT
+        assert torch.equal(high[index], plain[index]) != is_high
+        assert torch.equal(low[index], plain[index]) == is_high
+        assert torch.equal(both[index], plain[index])
+
+
+@pytest.mark.parametrize("memory", [ALL, NONE], ids=["whole", "streamed"])
+def test_a_pair_may_be_guided_by_one_expert_alone(dits, memory):
+    settings = settings_of(guidance=GuidanceSettings(scale=1.0, scale_low=3.0), solver="unipc")
+    got = pair(dits, settings).sample(INPUTS, settings, memory, RUNTIME)
+    first = alone(dits[0]).sample(INPUTS, replace(settings, guidance=PLAIN, end_step=SPLIT), memory, RUNTIME)
+    guided = replace(settings, guidance=GUIDED, start_step=SPLIT)
+    assert torch.equal(got.video, alone(dits[1]).sample(INPUTS, guided, memory, RUNTIME, earlier=first).video)
+
+
+def test_a_boundary_is_refused_where_there_is_none(dits):
+    with pytest.raises(ValueError, match="switch_DiT_boundary is for models of two experts; one has 1"):
+        alone(dits[0]).with_boundary(0.5)
+    with pytest.raises(ValueError, match="switch_DiT_boundary must be from 0 to 2"):
+        pair(dits, settings_of()).with_boundary(-0.1)
+    assert alone(dits[0]).boundary is None

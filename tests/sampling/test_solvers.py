@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from tests.reference import relative_error
+from tests.reference import load_case, relative_error
 from tests.sampling.runs import sample
 from tests.sampling.variants import SMALL, conditioning, small_dit
 from wan_core.runtime import Runtime
@@ -55,6 +55,20 @@ def test_unipc_has_the_schedule_of_its_authors():
     assert solver.timesteps[:2] == [999.0, 995.0]
     assert all(t == int(t) for t in solver.timesteps)
     assert build_solver(SamplerSettings(solver="unipc", denoise=0.5, shift=1.0)).sigmas[0] == 0.5
+
+
+SCHEDULES = load_case("schedules22")
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES.tensors if name.endswith("_t")])
+def test_schedules_are_those_of_the_authors_of_wan_22(name):
+    solver, steps, shift, _ = name.split("_")
+    built = build_solver(SamplerSettings(solver=solver, steps=int(steps), shift=float(shift)))
+    timesteps, sigmas = SCHEDULES[name], SCHEDULES.get(f"{name[:-2]}_sigma")
+    assert built.timesteps == pytest.approx(timesteps.tolist(), abs=1e-3)
+    if sigmas is not None:
+        assert built.timesteps == timesteps.tolist()
+        assert built.sigmas == pytest.approx(sigmas.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("sigmas", [None, (1.0, 0.6, 0.35, 0.0), (0.8, 0.2, 0.1), (1.0, 0.0)])

@@ -248,7 +248,7 @@ def trained(shared, tmp_path_factory):
             "local_model_path": tiny.local_model_path, "height": 32, "width": 32, "num_frames": 5, "max_steps": 3,
             "mixed_precision": "no", "cache_dir": shared / "cache", "min_free_gb": 0, "output_path": "unused",
         }  # fmt: skip
-        found = recipes(name, mode)[-1]
+        (found,) = recipes(name, mode)
         return variant, *run_once(tuple(dataclasses.replace(found, flags={**found.flags, **overrides}).words()))
 
     return execute
@@ -263,13 +263,11 @@ def latents(model, variant):
         cond = dataclasses.replace(cond, motion_bucket=None)
     settings = SamplerSettings(seed=1, steps=2, guidance=GuidanceSettings(scale=1.0))
     runtime = Runtime.default("cpu", torch.float32)
-    return planned(model, cond, LatentSize(*SIZE, model.geometry), settings, runtime)
+    return planned(model, cond, LatentSize(*SIZE), settings, runtime)
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [*((name, mode) for name in ROWS for mode in ("lora", "full")), *((name, "lora") for name in OF_22)],
-)
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("name", ROWS)
 def test_a_recipe_trains_and_its_result_changes_the_video(trained, name, mode):
     variant, config, kept = trained(name, mode)
     (file,) = Path(config.output_path).glob("*.safetensors")

@@ -14,9 +14,10 @@ from ..media.fitting import Pictures, as_frames, as_masks, as_references
 from ..models.image_encoder import ImageEncoder
 from ..settings import check_choice, check_number
 from ..types import Conditioning, Curve, VideoSize
-from ..variants import FIRST_FRAME, Variant
+from ..variants import CONTROL, FIRST_FRAME, Variant
 from .camera import MOVES, CameraPath, camera_conditioning
 from .image import (
+    FUN_FIT,
     Fit,
     LatentEncoder,
     clean_start_conditioning,
@@ -120,7 +121,8 @@ def condition(
     image_encoder: ImageEncoder | None,
     fit: Fit | None = None,
 ) -> Conditioning:
-    """`cond` with all `inputs`, in the form that models of `variant` take. The encoders are on their devices.
+    """`cond` with all `inputs`, in the form that models of `variant` take. The encoders are on their devices; that for
+    images is used only if the model reads image tokens.
 
     Raises:
         ValueError: an input cannot be used; `variants.check` says beforehand which inputs a model takes.
@@ -133,7 +135,9 @@ def condition(
         cond = first_frame_conditioning(cond, size, encoder, image_encoder, start, fit)
     elif any(v is not None for v in (start, inputs.end_image, inputs.inpaint_video, inputs.inpaint_mask)):
         pictures = {"start": start, "end": inputs.end_image, "video": inputs.inpaint_video, "mask": inputs.inpaint_mask}
-        cond = image_conditioning(cond, size, encoder, image_encoder, **pictures, fit=fit)
+        is_fun = CONTROL in variant.slots or "camera" in variant.accepts
+        picture_fit = fit or (FUN_FIT if is_fun else None)
+        cond = image_conditioning(cond, size, encoder, image_encoder, **pictures, fit=picture_fit)
     if inputs.control_video is not None:
         cond = control_conditioning(cond, size, encoder, inputs.control_video, fit)
     if inputs.reference_image is not None:

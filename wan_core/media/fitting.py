@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from math import isqrt
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
@@ -21,6 +23,13 @@ ASPECTS: tuple[str, ...] = ("crop", "stretch", "letterbox")
 LengthPolicy = Literal["repeat last", "loop", "error"]
 LENGTH_POLICIES: tuple[str, ...] = ("repeat last", "loop", "error")
 """How a clip that is too short is extended."""
+
+SizeRule = Literal["exact", "area", "area and crop"]
+SIZE_RULES: tuple[str, ...] = ("exact", "area", "area and crop")
+"""How the size of a video follows from a typed one and its start image: `exact` takes the typed one. The others keep
+the picture's aspect at about the typed area, as the authors do for I2V-A14B (Wan-Video/Wan2.2 wan/image2video.py) and
+for TI2V-5B (`best_output_size` in wan/utils/utils.py), which leaves less to crop.
+"""
 
 Pictures = Image.Image | PictureSequence | Tensor | np.ndarray
 """One picture, or a clip: PIL images of any mode, whatever gives pictures by number, or an array (T, H, W, C), (H, W,
@@ -43,6 +52,33 @@ def as_frames(value: Pictures, name: str) -> Tensor:
         shape = tuple(value.shape) if hasattr(value, "shape") else type(value).__name__
         raise ValueError(f"{name} must be a picture, a list of pictures, or an array (T, H, W, 3); got {shape}.")
     return frames
+
+
+def size_by_rule(
+    rule: SizeRule, width: int, height: int, picture: tuple[int, int], multiple: int
+) -> tuple[int, int]:
+    """Width and height of the video that starts with a picture of size `picture` (width, height), where `width` and
+    `height` are typed; multiples of `multiple` under any rule but `exact`.
+
+    Computed in whole numbers: the authors' square roots give 832x464 for a picture of 832x480 at the area 832x480.
+    """
+    if rule == "exact":
+        return width, height
+    area, (across, down) = width * height, picture
+    longest = max(1, area // multiple**2)
+
+    def side(this: int, other: int) -> int:
+        """The side next to `this` of the largest picture of that aspect within the area, in multiples."""
+        return min(max(1, isqrt(area * this // (other * multiple**2))), longest)
+
+    wide, high = side(across, down), side(down, across)
+    if rule == "area":
+        return wide * multiple, high * multiple
+    candidates = [(max(1, longest // high), high), (wide, max(1, longest // wide))]
+    aspect = Fraction(across, down)
+    # The second side is what is left of the area; the nearer aspect wins, of two the one with the exact height.
+    best = min(candidates, key=lambda sides: max(aspect / Fraction(*sides), Fraction(*sides) / aspect))
+    return best[0] * multiple, best[1] * multiple
 
 
 def _frames(value: Any) -> Tensor | None:

@@ -26,7 +26,7 @@ def build_solver(settings: SamplerSettings) -> Solver:
     sigmas: Sequence[float] | None = settings.sigmas
     if sigmas is None:
         highest = min(settings.denoise, solver.HIGHEST)
-        sigmas = shifted_sigmas(settings.steps, settings.shift, highest).tolist()
+        sigmas = shifted_sigmas(settings.steps, settings.shift, highest, exact_ends=not solver.WHOLE_TIMESTEPS).tolist()
     return solver(sigmas, seed=settings.seed, rand_device=settings.rand_device)
 
 

@@ -55,9 +55,14 @@ class Expert:
     loras: tuple[LoraUse, ...] = ()
 
 
+ROUNDING = 1e-3
+"""A timestep this far below the lowest one of an expert still counts as on it: 1000 times a noise level is rounded."""
+
+
 def expert_at(experts: Sequence[Expert], timestep: float) -> int:
     """The number of the expert that takes a step from `timestep`."""
-    return next((number for number, expert in enumerate(experts) if timestep >= expert.lowest), len(experts) - 1)
+    reached = (number for number, expert in enumerate(experts) if timestep >= expert.lowest - ROUNDING)
+    return next(reached, len(experts) - 1)
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,12 @@ class RunModel:
         return [(number, range(group[0], group[-1] + 1)) for number, group in found]
 
     def active(self, number: int, settings: SamplerSettings) -> Active:
-        """The expert of that number, ready until another one is asked for or the run ends."""
+        """The expert of that number, ready until another one is asked for or the run ends; `settings` are those of the
+        run.
+        """
         if self._active is None or self._current != number:
             self.release()
-            self._active = self._stack.enter_context(self._activate(number, settings))
+            self._active = self._stack.enter_context(self._activate(number, settings.of_expert(number)))
             self._current = number
         return self._active
 

@@ -6,19 +6,26 @@ sigma`."""
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000
 
 
-def shifted_sigmas(steps: int, shift: float, denoise: float = 1.0) -> Tensor:
+def shifted_sigmas(steps: int, shift: float, denoise: float = 1.0, *, exact_ends: bool = True) -> Tensor:
     """Noise levels (steps + 1,) in float64, from the highest down to a final 0.
 
     `u` falls evenly from `denoise`, and `sigma = shift * u / (1 + (shift - 1) * u)` (DiffSynth-Studio
     `FlowMatchScheduler`).
+
+    Args:
+        exact_ends: count `u` from both ends, as PyTorch does. Without it `u` is NumPy's, which counts from the first:
+            where a timestep is a whole number, this decides what the authors' solvers truncate it to.
     """
     u = torch.linspace(denoise, 0, steps + 1, dtype=torch.float64)
+    if not exact_ends:
+        u = torch.from_numpy(np.linspace(denoise, 0, steps + 1))
     return shift * u / (1 + (shift - 1) * u)
 
 
