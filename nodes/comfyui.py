@@ -58,7 +58,7 @@ class ComfyUI:
         return Runtime(
             device=device,
             dtype=dtype,
-            on_progress=_progress_bars(self, device),
+            on_progress=_progress_bars(self, device, geometry),
             check_cancelled=self.check_cancelled,
             free_memory=lambda size: model_management.free_memory(size + reserved(), device),
             memory_left=unreserved_memory,
@@ -219,20 +219,25 @@ def _wait_for_status(server: Any, prompt_id: str) -> dict[str, Any] | None:
     return None
 
 
-def _progress_bars(host: ComfyUI, device: torch.device) -> Callable[..., None]:
+LATENT_FORMATS = {16: "Wan21", 48: "Wan22"}
+"""ComfyUI's classes by the channels of a latent."""
+
+
+def _progress_bars(host: ComfyUI, device: torch.device, geometry: Geometry) -> Callable[..., None]:
     """Progress for ComfyUI's bar, with a picture while sampling where it shows any, and the time left in the log."""
     bars: dict[str, Any] = {}
     pace, noticed = Pace(), time.monotonic()
     previewer, tiny = None, None
     with previews.never_fail():
-        previewer = latent_preview.get_previewer(device, comfy.latent_formats.Wan21())
+        form = getattr(comfy.latent_formats, LATENT_FORMATS[geometry.channels])
+        previewer = latent_preview.get_previewer(device, form())
 
     def report(phase: str, done: int, total: int, latents: torch.Tensor | None = None) -> None:
         nonlocal noticed, tiny
         picture = None
         if latents is not None and previewer is not None:
             with previews.never_fail():
-                tiny = tiny or Previewer(previews.find_decoder(host), device)
+                tiny = tiny or Previewer(previews.find_decoder(host, latents.shape[1]), device)
                 own = type(previewer).__module__ == latent_preview.__name__
                 picture = previews.for_editor(previewer, own, tiny, latents, latent_preview.MAX_PREVIEW_RESOLUTION)
         bars.setdefault(phase, comfy.utils.ProgressBar(total)).update_absolute(done, total, picture)

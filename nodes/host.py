@@ -163,7 +163,7 @@ class Standalone:
             every = self._preview_every
             if latents is not None and every and (done % every == 0 or done == total):
                 with previews.never_fail():
-                    tiny = tiny or Previewer(previews.find_decoder(self), self.device())
+                    tiny = tiny or Previewer(previews.find_decoder(self, latents.shape[1]), self.device())
                     pictures = tiny.strip(latents) or preview_frames(latents, geometry)
                     previews.write(pictures, self._output_dir / "previews", done)
 

@@ -17,8 +17,10 @@ from wan_core.runtime import log
 from wan_core.sampling.preview import Previewer, middle_frame
 
 FOLDER = "vae_approx"
-FILES = ("taew2_1.safetensors", "taew2_1.pth")
-"""The published names of the tiny autoencoder for Wan 2.1, in order of preference."""
+NAMES = {16: "taew2_1", 48: "taew2_2"}
+"""The published names of the tiny autoencoders, without the ending, by the channels of a latent."""
+ENDINGS = (".safetensors", ".pth")
+"""In order of preference."""
 
 MILLISECONDS_PER_FRAME = round(1000 * DEFAULT_GEOMETRY.temporal_stride / DEFAULT_GEOMETRY.fps)
 """How long a latent frame lasts."""
@@ -49,14 +51,21 @@ class ModelFiles(Protocol):
     def model_path(self, folder: str, name: str) -> Path: ...
 
 
-def find_decoder(files: ModelFiles) -> PreviewDecoder | None:
-    """The tiny autoencoder among the model files; None when there is none that can be used."""
+def find_decoder(files: ModelFiles, channels: int = DEFAULT_GEOMETRY.channels) -> PreviewDecoder | None:
+    """The tiny autoencoder for latents of so many channels among the model files; None when there is none that can be
+    used.
+    """
     names = files.list_files(FOLDER)
-    name = next((name for wanted in FILES for name in names if Path(name).name == wanted), None)
+    wanted = [NAMES.get(channels, "") + ending for ending in ENDINGS]
+    name = next((name for each in wanted for name in names if Path(name).name == each), None)
     if name is None:
         return None
     path = files.model_path(FOLDER, name)
-    return _load_decoder(path, path.stat().st_mtime_ns)
+    decoder = _load_decoder(path, path.stat().st_mtime_ns)
+    if decoder is not None and decoder.config.latent_channels != channels:
+        _warn(f"{path} is for latents of {decoder.config.latent_channels} channels, not of {channels}")
+        return None
+    return decoder
 
 
 def for_editor(previewer: Any, comfyuis_own: bool, tiny: Previewer, latents: Tensor, side: int) -> tuple | None:

@@ -30,6 +30,7 @@ TI2V_BASE = "Wan-AI/Wan2.2-TI2V-5B"
 IMAGE_ENCODER_SOURCE = "Wan-AI/Wan2.1-I2V-14B-480P"
 SPEED_CONTROL = "DiffSynth-Studio/Wan2.1-1.3b-speedcontrol-v1"
 TINY = "WanCore/tiny"
+TINY_TI2V = "WanCore/tiny-ti2v-5b"
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
@@ -131,7 +132,10 @@ class CatalogRow:
     @property
     def vae(self) -> tuple[str, str]:
         """The id of the model that brings its VAE, and the pattern of the VAE's file."""
-        return (TI2V_BASE, VAE_22_PATTERN) if self.variant in _OF_5B else (T2V_BASE, VAE_PATTERN)
+        is_tiny = self.size == "tiny"
+        if self.variant in _OF_5B:
+            return (TINY_TI2V if is_tiny else TI2V_BASE), VAE_22_PATTERN
+        return (TINY if is_tiny else T2V_BASE), VAE_PATTERN
 
     @property
     def repacked_files(self) -> tuple[str, ...]:

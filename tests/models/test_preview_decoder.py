@@ -1,6 +1,8 @@
 """The tiny autoencoder for previews, beside the published one, and its files."""
 
+import dataclasses
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 
@@ -64,6 +66,23 @@ def test_pictures_depend_on_what_came_before_and_on_nothing_after():
     assert not torch.equal(decoder(long[:, 7:], context=4), decoder(long)[11:])
 
 
+def test_that_of_wan_22_gives_four_pixels_for_one(tmp_path):
+    """Each of the four is what a decoder with a quarter of the last layer gives: rows before columns."""
+    config = PreviewDecoderConfig(latent_channels=48, widths=(8, 6, 4, 4), patch=2)
+    weights = filled(PreviewDecoder, config).state_dict()
+    save_file(weights, tmp_path / "taew2_2.safetensors")
+    decoder = load_preview_decoder(tmp_path / "taew2_2.safetensors")
+    assert decoder.config == config
+    x = torch.randn(48, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    pictures = decoder(x)
+    assert pictures.shape == (2, 3, 64, 96)
+    for row, column in itertools.product(range(2), repeat=2):
+        part = {k: t[2 * row + column :: 4] if k.startswith("decoder.22.") else t for k, t in weights.items()}
+        plain = PreviewDecoder(dataclasses.replace(config, patch=1))
+        plain.load_state_dict(part)
+        assert torch.allclose(pictures[..., row::2, column::2], plain(x), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["taew2_1.safetensors", "taew2_1.pth"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_both_files_load(tmp_path, name, dtype):
@@ -88,11 +107,8 @@ def other(**changes) -> dict[str, torch.Tensor]:
             "1 missing: decoder.5.conv.4.bias",
         ),
         (other(**{"decoder.30.weight": torch.zeros(3)}), "1 unexpected: decoder.30.weight"),
-        # Wan 2.2: 48 latent channels, four pixels in each of the last ones.
-        (
-            other(**{"decoder.1.weight": torch.zeros(8, 48, 3, 3), "decoder.22.weight": torch.zeros(12, 4, 3, 3)}),
-            "2 of another shape",
-        ),
+        (other(**{"decoder.1.weight": torch.zeros(8, 24, 3, 3)}), "decodes 24 latent channels to 3 of pixels"),
+        (other(**{"decoder.22.weight": torch.zeros(7, 4, 3, 3)}), "decodes 16 latent channels to 7 of pixels"),
         ({"conv2.weight": torch.zeros(16, 16, 1, 1, 1), "decoder.layers.0.weight": torch.zeros(4)}, "conv2.weight"),
     ],
 )

@@ -308,6 +308,18 @@ def test_the_tiny_autoencoder_takes_the_place_of_comfyuis_own_previewer(red):
     assert for_editor(LatentToRGB(), False, tiny, latents, 512) == ("JPEG", 5)
 
 
+def test_latents_of_48_channels_have_a_tiny_autoencoder_of_their_own(red, caplog):
+    host.configure(device="cpu", models_dir=red.models)
+    assert find_decoder(host.current, 48) is None
+    weights = PreviewDecoder(PreviewDecoderConfig(latent_channels=48, widths=(8, 6, 4, 4), patch=2)).state_dict()
+    save_file(weights, red.file.with_name("taew2_2.safetensors"))
+    decoder = find_decoder(host.current, 48)
+    (picture,) = Previewer(decoder, torch.device("cpu")).strip(torch.zeros(1, 48, 1, 2, 3))
+    assert picture.size == (48, 32) and find_decoder(host.current, 16).config.latent_channels == 16
+    red.file.replace(red.file.with_name("taew2_2.safetensors"))
+    assert find_decoder(host.current, 48) is None and "is for latents of 16 channels, not of 48" in caplog.text
+
+
 def test_the_command_decodes_kept_latents(loaded, tmp_path):
     sampled(loaded, run=RunSettings())
     command = [

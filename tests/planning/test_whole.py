@@ -11,6 +11,7 @@ from wan_core import bundled, catalog
 from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
 from wan_core.model import VideoModel
+from wan_core.models.config import VAEConfig
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.weights import WeightProvider
 from wan_core.planning.encoders import WORKSPACE_BYTES, choose_tiles, vae_peak_bytes, working_encoder
@@ -97,6 +98,38 @@ def test_what_is_published_of_a_bundled_part_is_its_file(files, kind):
     known = published_dit(catalog.find_row(catalog.TINY)) if kind == "dit" else published_component(kind, catalog.TINY)
     assert known.config == stored.config
     assert {n: s.shape for n, s in known.sources.items()} == {n: s.shape for n, s in stored.sources.items()}
+
+
+def test_what_is_published_of_the_bundled_vae_of_wan_22_is_its_file(tmp_path):
+    stored = detect_files(bundled.write_model(tmp_path, catalog.TINY_TI2V) / catalog.VAE_22_PATTERN)
+    assert published_component("vae", catalog.TINY_TI2V).config == stored.config == bundled.VAE_22
+    assert published_component("vae", catalog.TI2V_BASE).config.geometry == stored.config.geometry
+    assert published_component("vae", catalog.T2V_BASE).config == VAEConfig()
+
+
+def test_ti2v_5b_at_its_authors_size_fits_into_8_gb():
+    """The whole run: 121 frames of 1280x704 from a picture, streamed where it must be; FP8 weights stay on the card."""
+    row = catalog.published(catalog.TI2V_BASE)
+    preset = row.preset
+    size = VideoSize(preset.width, preset.height, preset.num_frames, published_dit(row).config.geometry)
+    assert str(size) == "1280x704, 121 frames"
+    peaks = {}
+    for weights in ("auto", "fp8"):
+        dit = SizedExpert.planned(published_dit(row), torch.bfloat16, weights=weights)
+        vae, text = (
+            SizedModule.planned(published_component(kind, model_id), torch.bfloat16)
+            for kind, model_id in (("vae", row.vae[0]), ("text_encoder", catalog.T2V_BASE))
+        )
+        settings = SamplerSettings(steps=preset.steps, guidance=GuidanceSettings(scale=preset.cfg))
+        given = InputSizes(encoded_frames=1)
+        plan = plan_whole(
+            Job(name="5B", experts=(dit,), size=size, settings=settings, vae=vae, text_encoder=text, given=given), 8e9
+        )
+        assert plan.fits and plan.peak_bytes <= 8e9
+        peaks[weights] = {phase.name: phase for phase in plan.phases}
+    assert peaks["fp8"]["sampling"].peak_bytes == pytest.approx(6.5e9, rel=0.02)
+    assert 0 == peaks["fp8"]["sampling"].streamed_bytes < peaks["auto"]["sampling"].streamed_bytes < 5e9
+    assert peaks["auto"]["VAE decoding"].note == "at once"
 
 
 def part(kind: str, **settings) -> SizedModule:

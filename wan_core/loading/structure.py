@@ -277,7 +277,15 @@ def _read_image_encoder(shapes: Shapes) -> ImageEncoderConfig:
 
 def _read_preview_decoder(shapes: Shapes) -> PreviewDecoderConfig:
     first, second, third, last = (shapes[f"decoder.{place}.weight"][0] for place in (1, 8, 14, 20))
-    return PreviewDecoderConfig(widths=(first, second, third, last))
+    latents, pixels = shapes["decoder.1.weight"][1], shapes["decoder.22.weight"][0]
+    patch = isqrt(pixels // 3)
+    if latents not in GEOMETRIES or pixels != 3 * patch**2 or not patch:
+        known = " and ".join(f"{found.channels} ({found.name})" for found in GEOMETRIES.values())
+        raise shapes.error(
+            f"decodes {latents} latent channels to {pixels} of pixels; tiny autoencoders for Wan read {known} and give "
+            "3 or 12"
+        )
+    return PreviewDecoderConfig(latent_channels=latents, widths=(first, second, third, last), patch=patch)
 
 
 Reader = Callable[[Shapes], Config]

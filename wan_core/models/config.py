@@ -251,10 +251,14 @@ class ImageEncoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewDecoderConfig:
-    """The decoder of the tiny autoencoder: channels of its three stages, and of what follows them."""
+    """The decoder of the tiny autoencoder: channels of its three stages, and of what follows them.
+
+    `patch` is how many pixels per side it gives as channels.
+    """
 
     latent_channels: int = WAN_21.channels
     widths: tuple[int, int, int, int] = (256, 128, 64, 64)
+    patch: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

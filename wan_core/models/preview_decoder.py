@@ -1,5 +1,5 @@
-"""The decoder of the tiny autoencoder for Wan 2.1 (taew2_1 of madebyollin/taehv): latents to pictures, much faster than
-the VAE.
+"""The decoder of the tiny autoencoders for Wan (taew2_1 and taew2_2 of madebyollin/taehv): latents to pictures, much
+faster than the VAE.
 
 Attribute names are the keys of the published file. Frames pass one after the other; each block remembers the last frame
 that it saw.
@@ -67,6 +67,7 @@ class PreviewDecoder(nn.Module):
 
     def __init__(self, config: PreviewDecoderConfig) -> None:
         super().__init__()
+        self.config = config
         widths = config.widths
         layers: list[nn.Module] = [SoftClamp(), _conv(config.latent_channels, widths[0]), nn.ReLU()]
         for stage, stride in enumerate((1, 2, 2)):
@@ -74,11 +75,11 @@ class PreviewDecoder(nn.Module):
             layers += [MemBlock(width) for _ in range(3)]
             layers += [nn.Upsample(scale_factor=2), TimeGrowth(width, stride, only_last=stage == 2)]
             layers.append(_conv(width, wider, bias=False))
-        self.decoder = nn.Sequential(*layers, nn.ReLU(), _conv(widths[-1], 3))
+        self.decoder = nn.Sequential(*layers, nn.ReLU(), _conv(widths[-1], 3 * config.patch**2))
 
     @torch.no_grad()
     def forward(self, latents: Tensor, context: int = 0) -> Tensor:
-        """Pictures (F - context, 3, 8h, 8w) in [0, 1] of normalised latents (z, F, h, w).
+        """Pictures (F - context, 3, 8h, 8w) in [0, 1] of normalised latents (z, F, h, w), `patch` times as large.
 
         The first `context` frames only fill the memory. With seven of them a picture is the same as in the whole video,
         with fewer it is an approximation.
@@ -89,4 +90,4 @@ class PreviewDecoder(nn.Module):
             for layer in self.decoder:
                 x = layer(x, memory) if isinstance(layer, MemBlock) else layer(x)
             pictures.append(x)
-        return torch.cat(pictures[context:]).clamp_(0, 1)
+        return F.pixel_shuffle(torch.cat(pictures[context:]), self.config.patch).clamp_(0, 1)

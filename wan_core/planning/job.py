@@ -214,7 +214,7 @@ def placeholder_conditioning(config: DiTConfig, size: LatentSize, given: InputSi
     length = sum(given.vace) + size.frames
     stride = config.geometry.spatial_stride
     rays = (config.camera_channels, size.frames, size.height * stride, size.width * stride)
-    return Conditioning(
+    cond = Conditioning(
         text=tensor(TEXT_TOKENS, config.text_dim),
         negative_text=tensor(TEXT_TOKENS, config.text_dim),
         image_tokens=tensor(config.num_image_tokens, config.image_dim) if config.has_image_input else None,
@@ -226,6 +226,12 @@ def placeholder_conditioning(config: DiTConfig, size: LatentSize, given: InputSi
         ) or None,
         motion_bucket=tensor(),
     )  # fmt: skip
+    # A clean frame is the most that such a model is given: it brings a second timestep.
+    return (
+        cond.with_clean_frames(tensor(config.out_channels, 1, *grid), size.frames)
+        if config.geometry.frame_times
+        else cond
+    )
 
 
 def _encoding(job: Job, limit: float | None) -> Iterator[Phase]:

@@ -14,7 +14,7 @@ from ..loading.load import CLASSES, build
 from ..loading.names import ModelKind
 from ..loading.tensor_files import Header, TensorInfo
 from ..lora.apply import LoraUse
-from ..models.config import ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
+from ..models.config import WAN_22, ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
 from ..models.dit import WanDiT
 from ..models.ops import on_meta
 from ..offload.blocks import weights_of
@@ -41,6 +41,9 @@ BUNDLED: dict[ModelKind, Any] = {
 }
 """Sizes of the same models among the bundled ones."""
 
+
+VAE_22 = VAEConfig(base_dim=160, decoder_dim=256, geometry=WAN_22, patch=2, shortcuts=True)
+"""The VAE of the 5B models, which their own rows bring (`CatalogRow.vae`)."""
 
 Model = TypeVar("Model", bound=nn.Module, covariant=True)
 Sized = TypeVar("Sized", bound="SizedModule[Any]")
@@ -140,8 +143,12 @@ def published_dit(row: catalog.CatalogRow, expert: int = 0) -> Component:
 def published_component(kind: ModelKind, model_id: str) -> Component:
     """The model of that kind that video models share, published or bundled as `model_id`."""
     file, config = PUBLISHED[kind]
-    if model_id == catalog.TINY:
-        return _unread(kind, BUNDLED[kind], Path(model_id, file), torch.float32)
+    tiny = BUNDLED[kind]
+    row = catalog.find_row(model_id)
+    if kind == "vae" and row is not None and row.vae == (model_id, catalog.VAE_22_PATTERN):
+        file, config, tiny = catalog.VAE_22_PATTERN, VAE_22, bundled.VAE_22
+    if model_id in (catalog.TINY, catalog.TINY_TI2V):
+        return _unread(kind, tiny, Path(model_id, file), torch.float32)
     return _unread(kind, config, Path(model_id, file))
 
 
