@@ -72,8 +72,20 @@ class Objective:
         sigmas = self.sigmas[indices]
         return Noising(noise, sigmas, sigmas * NUM_TRAIN_TIMESTEPS, self.weights[indices])
 
+    @property
+    def _indices(self) -> tuple[int, int]:
+        """The first schedule index that is drawn, and the one after the last."""
+        return int(self.low * NUM_TRAIN_TIMESTEPS), max(1, int(self.high * NUM_TRAIN_TIMESTEPS))
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        """The timesteps between which is drawn, 0 to 1000."""
+        first, last = self._indices
+        levels = (*self.sigmas.tolist(), 0.0)
+        return levels[last] * NUM_TRAIN_TIMESTEPS, levels[first] * NUM_TRAIN_TIMESTEPS
+
     def _index(self, generator: torch.Generator) -> int:
-        first, last = int(self.low * NUM_TRAIN_TIMESTEPS), max(1, int(self.high * NUM_TRAIN_TIMESTEPS))
+        first, last = self._indices
         if self.sampling == "uniform":
             return int(torch.randint(min(first, last - 1), last, (), generator=generator))
         # Sampled through quantiles of the truncated normal distribution, so that no sample has to be rejected.

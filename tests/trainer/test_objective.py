@@ -2,7 +2,10 @@ import pytest
 import torch
 
 from tests.reference import load_case, relative_error
+from wan_core.types import Conditioning
+from wancore.trainer.data.conditions import EncodedSample
 from wancore.trainer.objective import Objective, errors, generator_for, noisy, weighted
+from wancore.trainer.run.validate import held_out_errors
 
 SHAPE = (16, 2, 4, 4)
 
@@ -85,3 +88,21 @@ def test_errors_are_float32_whatever_the_model_gives():
     found = errors(torch.zeros(1, *SHAPE, dtype=torch.bfloat16), torch.zeros(1, *SHAPE), draw)
     assert found.dtype == torch.float32
     assert torch.allclose(found, draw.noise.square().mean().reshape(1))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.0, 1.0, (0, 1000)), (0.0, 0.417, (874.85, 1000)), (0.417, 1.0, (0, 874.85)), (0.25, 0.5, (833.33, 937.5))],
+)
+def test_the_loss_on_held_out_clips_is_measured_where_is_trained(low, high, expected):
+    objective = Objective(low=low, high=high)
+    assert objective.timestep_range == pytest.approx(expected, abs=0.01)
+    sample = EncodedSample(
+        latents=torch.zeros(SHAPE), cond=Conditioning(text=torch.zeros(1, 2, 8)), caption="", position=0, name="a"
+    )
+    seen = held_out_errors(
+        lambda latents, noising, *_: noising.timesteps, [sample], torch.device("cpu"), objective.timestep_range
+    )
+    assert list(seen) == pytest.approx(list(seen.values()), abs=1e-3)
+    bottom, top = objective.timestep_range
+    assert list(seen) == pytest.approx([bottom + place * (top - bottom) for place in (0.1, 0.3, 0.5, 0.7, 0.9)])

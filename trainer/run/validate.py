@@ -29,8 +29,8 @@ from .events import Events, latest_steps, validation_points
 
 log = logging.getLogger("wancore")
 
-TIMESTEPS = (100.0, 300.0, 500.0, 700.0, 900.0)
-"""Where the held-out loss is measured."""
+PLACES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Where between the timesteps that are trained the held-out loss is measured."""
 
 FIRST_SAMPLES = 3
 """Training samples that are decoded at the start, to be looked at."""
@@ -40,13 +40,18 @@ Step = Callable[..., Tensor]
 
 
 @torch.no_grad()
-def held_out_errors(model: Step, clips: Iterable[EncodedSample], device: torch.device) -> dict[float, float]:
-    """The mean error, without weights, over `clips` at each of `TIMESTEPS`; the noise of a clip is always the same."""
-    found: dict[float, list[float]] = {timestep: [] for timestep in TIMESTEPS}
+def held_out_errors(
+    model: Step, clips: Iterable[EncodedSample], device: torch.device, between: tuple[float, float] = (0.0, 1000.0)
+) -> dict[float, float]:
+    """The mean error, without weights, over `clips` at five timesteps `between` two; the noise of a clip is always the
+    same.
+    """
+    low, high = between
+    found: dict[float, list[float]] = {low + place * (high - low): [] for place in PLACES}
     for clip in clips:
         batch = collate([clip])
         latents, cond = batch.latents.to(device), batch.cond.to(device)
-        for timestep in TIMESTEPS:
+        for timestep in found:
             noise = torch.randn(
                 batch.latents.shape, generator=generator_for("validation", clip.position, int(timestep))
             )
@@ -165,7 +170,8 @@ class Evaluator:
     def validate(self, step: int) -> None:
         """Measure the held-out loss."""
         with self.engine.evaluating():
-            errors = held_out_errors(self.engine.model, self.clips, self.engine.device)
+            between = self.config.objective.timestep_range
+            errors = held_out_errors(self.engine.model, self.clips, self.engine.device, between)
         mean = sum(errors.values()) / len(errors)
         by_timestep = {f"{timestep:.0f}": error for timestep, error in errors.items()}
         self.events.emit("validation", step=step, loss=mean, by_timestep=by_timestep)
