@@ -210,15 +210,19 @@ def experts_of(
         raise ValueError(f"A video model has one transformer or two; got {len(components)}.")
     high, low = components
     check_pair(high, low)
-    if boundary is None:
-        boundary = stored_boundary(high)
-    if boundary is None:
-        config = high.config_of(DiTConfig)
-        row = catalog.find_row(preset) if preset else recommended_row(high, match_variant(config), is_pair=True)
-        found = row.boundary if row is not None else None
-        # As the authors split text-to-video, and all models with channels beside the noise.
-        boundary = found if found is not None else 0.9 if config.concat_channels else 0.875
+    boundary = boundary_of(high, preset) if boundary is None else boundary
     return ExpertFile(high, boundary * NUM_TRAIN_TIMESTEPS), ExpertFile(low)
+
+
+def boundary_of(expert: Component, preset: str | None = None) -> float:
+    """The boundary of the pair that has this transformer, as of `experts_of`."""
+    if (stored := stored_boundary(expert)) is not None:
+        return stored
+    config = expert.config_of(DiTConfig)
+    row = catalog.find_row(preset) if preset else recommended_row(expert, match_variant(config), is_pair=True)
+    found = row.boundary if row is not None else None
+    # As the authors split text-to-video, and all models with channels beside the noise.
+    return found if found is not None else 0.9 if config.concat_channels else 0.875
 
 
 def load_dit(

@@ -449,6 +449,21 @@ def test_clips_of_one_batch_have_the_same_timesteps(root):
         find(material.config(root, "fun_5b_inp", extra_inputs=(), random_mask=True, batch_size=2))
 
 
+def test_an_expert_is_trained_alone_and_on_its_own_timesteps(root, caplog):
+    high, *others = model_names("i2v_a14b")
+    low = high.replace("high_noise", "low_noise")
+    with pytest.raises(ConfigError, match=r"high noise with --max_timestep_boundary 0\.358, .* low noise with --min"):
+        find(material.config(root, "i2v_a14b", model_id_with_origin_paths=(high, low, *others)))
+    for name, flag in ((high, {"max_timestep_boundary": 0.358}), (low, {"min_timestep_boundary": 0.358})):
+        caplog.clear()
+        find(material.config(root, "i2v_a14b", model_id_with_origin_paths=(name, *others)))
+        ((shown, value),) = flag.items()
+        assert f"--{shown} {value} trains it on its own" in caplog.text
+        caplog.clear()
+        find(material.config(root, "i2v_a14b", model_id_with_origin_paths=(name, *others), **flag))
+        assert "on its own" not in caplog.text
+
+
 def test_masks_come_in_their_shares():
     counts = Counter(mask_kind(index / 1000) for index in range(1000))
     assert {kind: counts[kind] / 1000 for kind in MASKS} == pytest.approx(MASKS, abs=0.01)

@@ -13,6 +13,7 @@ from wan_core import model_files as prepare
 from wan_core import variants
 from wan_core.files import is_nameable
 from wan_core.loading.detect import Component, detect_files, join_vace
+from wan_core.loading.pairs import side_of
 from wan_core.lora.apply import LoraUse, fuse
 from wan_core.lora.target import Target, bind_to, lora_report, open_lora, use_lora
 from wan_core.model import VideoModel
@@ -27,6 +28,7 @@ from wan_core.variants import IMAGE, Variant, fit
 from ..config import TrainConfig
 from ..data.clips import INPUTS, input_names
 from ..flags import ConfigError
+from ..objective import expert_range
 
 log = logging.getLogger("wancore")
 
@@ -200,6 +202,7 @@ def find(config: TrainConfig) -> FoundModels:
     except ValueError as error:
         raise ConfigError(f"--model_paths, --model_id_with_origin_paths: {error}") from error
     components = {kind: model.component for kind, model in found.items()}
+    _check_expert(components, config)
     encoder = trained_encoder(config)
     if encoder is not None:
         components[encoder.kind] = encoder
@@ -214,6 +217,26 @@ def find(config: TrainConfig) -> FoundModels:
     models = FoundModels(components, sizes, variants.match_variant(sizes), dit.name, folder)
     check_inputs(models, config)
     return models
+
+
+def _check_expert(components: Mapping[str, Component], config: TrainConfig) -> None:
+    """Log a warning when an expert of a pair is trained on all timesteps.
+
+    Raises:
+        ConfigError: both experts are named.
+    """
+    dit = components["dit"]
+    _, split = expert_range(True, prepare.boundary_of(dit), config.timestep_shift)
+    flags = {"high": f"--max_timestep_boundary {split:g}", "low": f"--min_timestep_boundary {split:g}"}
+    if "dit2" in components or "vace2" in components:
+        raise ConfigError(
+            f"{dit.name} and {components.get('dit2', dit).name} are the two experts of one model: train each in a run "
+            f"of its own, that for high noise with {flags['high']}, that for low noise with {flags['low']}."
+        )
+    side = side_of(dit.header.files[0])
+    if side is not None and (config.min_timestep_boundary, config.max_timestep_boundary) == (0.0, 1.0):
+        log.warning("%s is by its name the expert for %s noise, but is trained on all timesteps; %s trains it on its "
+                    "own.", dit.name, side, flags[side])  # fmt: skip
 
 
 def check_inputs(models: FoundModels, config: TrainConfig) -> None:
