@@ -53,14 +53,15 @@ def test_a_small_lora_on_a_large_model(tmp_path):
         use_lora(lora_file(tmp_path, sized(5120, 40), "large"), target(1536, 30))
 
 
-def test_an_image_lora_on_a_text_model(tmp_path):
+@pytest.mark.parametrize("variant", ["t2v", "i2v_a14b"])
+def test_an_image_lora_on_a_model_without_image_tokens(tmp_path, variant):
     from wan_core.lora.target import lora_report
 
     path = lora_file(tmp_path, sized(256, 4, *(f"blocks.{i}.cross_attn.k_img" for i in range(4))))
-    t2v = Target.of_modules("tiny", [tiny_dit("t2v")])
-    told = lora_report(use_lora(path, t2v), t2v)
+    target = Target.of_modules("tiny", [tiny_dit(variant)])
+    told = lora_report(use_lora(path, target), target)
     assert told.notes == (
-        "An image-to-video LoRA on a text-to-video model: 4 names of its image branch are left out, the others apply.",
+        "It is for a model that reads pictures through CLIP: 4 names of that branch are left out, the others apply.",
     )
     assert "blocks.0-3.cross_attn.k_img" in str(told) and "with image input" in told.made_for
 
@@ -320,8 +321,8 @@ def test_the_command(tmp_path):
     for words in (
         "dialect   VideoX-Fun (168 keys)", "rank      4", "alpha     alpha tensor over rank",
         "model     base.safetensors (a Wan model of its own size: width 256, 4 blocks)", "applied   46",
-        "blocks.0-3.self_attn.q.weight", "image branch, which this text-to-video model does not have",
-        "note      An image-to-video LoRA on a text-to-video model: 10 names", "blocks.3",
+        "blocks.0-3.self_attn.q.weight", "image branch, which this model does not have",
+        "note      It is for a model that reads pictures through CLIP: 10 names", "blocks.3",
     ):  # fmt: skip
         assert words in done.stdout, done.stdout
     none = run(str(tmp_path / "none.safetensors"))

@@ -201,7 +201,7 @@ def test_image_branch_of_what_peft_wrote_is_left_out_of_a_text_model(tmp_path):
     theirs.save_pretrained(tmp_path)
     dit = tiny_dit("t2v")
     use = use_lora(tmp_path / "adapter_model.safetensors", Target.of_modules("tiny", [dit]))
-    assert {s.reason for s in use.bound.skipped} == {"image branch, which this text-to-video model does not have"}
+    assert {s.reason for s in use.bound.skipped} == {"image branch, which this model does not have"}
     assert not torch.equal(with_loras(dit, use), output(dit))
     assert inputs(dit)[2].image_tokens is None
 

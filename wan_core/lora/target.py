@@ -108,7 +108,7 @@ def replacing(component: Component, read: Callable[[str], Tensor] | None = None)
     )
 
 
-SIZES = {1536: "Wan 2.1 1.3B", 5120: "Wan 2.1 14B"}
+SIZES = {1536: "Wan 2.1 1.3B", 3072: "Wan 2.2 5B", 5120: "Wan 2.1 14B"}
 """Published models by width."""
 
 WIDTHS = (
@@ -301,7 +301,7 @@ def _explained(skipped: Skipped, target: Target) -> Skipped:
     if reason == NO_SUCH_PART:
         block = re.match(r"blocks\.(\d+)\.", name)
         if IMAGE_BRANCH.match(name) and not target.takes_images:
-            reason = "image branch, which this text-to-video model does not have"
+            reason = "image branch, which this model does not have"
         elif block and int(block[1]) >= target.blocks:
             reason = f"the model has only {target.blocks} blocks"
     return Skipped(name, reason)
@@ -327,7 +327,7 @@ def _notes(bound: Bound, target: Target) -> list[str]:
     images = sum(count for reason, count in reasons.items() if reason.startswith("image branch"))
     if images:
         notes.append(
-            f"An image-to-video LoRA on a text-to-video model: {images} names of its image branch are left out, the "
+            f"It is for a model that reads pictures through CLIP: {images} names of that branch are left out, the "
             "others apply."
         )
     others = sum(reasons.values()) - images
