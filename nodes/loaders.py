@@ -117,6 +117,15 @@ class Loader:
         ]
 
     @classmethod
+    def inspected(cls, found: list[list[Path]]) -> list[Component]:
+        """What the models of an entry are, by the headers of their files.
+
+        Raises:
+            ValueError: one is of another kind, broken or incomplete, or they do not belong together.
+        """
+        return [inspect(files, cls.KIND) for files in found]
+
+    @classmethod
     def check(cls, name: str, download: bool) -> bool | str:
         """True, or what is wrong with an entry, from its header; files that have to be downloaded are checked later."""
         if name not in cls.choices():
@@ -124,8 +133,7 @@ class Loader:
         if name in BUNDLED:
             return True
         try:
-            for files in cls.files(name, False):
-                inspect(files, cls.KIND)
+            cls.inspected(cls.files(name, False))
         except ValueError as error:
             if download and name in cls.ROWS:
                 return True
@@ -165,13 +173,13 @@ class Loader:
             log.debug("%s", error)
             absent = [f"{name}/{pattern}" for pattern in cls.ROWS[name]]
             return list(zip(cls.published(name), absent, strict=True))
-        return [(inspect(files, cls.KIND), "") for files in found]
+        return [(component, "") for component in cls.inspected(found)]
 
     def components(self, name: str, download: bool) -> list[Component]:
         """What the models of an entry are; downloads them first when that is allowed."""
         report = host.current.runtime(torch.float32).on_progress
         found = self.files(name, download, lambda file, done, total: report(f"Downloading {file}", done, total, None))
-        return [inspect(files, self.KIND) for files in found]
+        return self.inspected(found)
 
     def component(self, name: str, download: bool) -> Component:
         """As `components`, of an entry that is one model."""

@@ -1,12 +1,15 @@
 """The loader of video models: one transformer, or two experts as one model."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from wan_core import catalog
 from wan_core.loading.detect import Component, join_vace
+from wan_core.loading.download import OnProgress
+from wan_core.loading.pairs import check_pair, find_pairs
 from wan_core.model import VideoModel
-from wan_core.model_files import DiTSettings, inspect, load_dit
+from wan_core.model_files import DiTSettings, experts_of, inspect, load_dit
 from wan_core.models.attention import BACKENDS
 from wan_core.models.config import DiTConfig
 from wan_core.offload.formats import WeightChoice
@@ -73,6 +76,24 @@ class ModelLoader(Loader):
         return {"required": listed, "optional": {**shared, **own}}
 
     @classmethod
+    def choices(cls) -> list[str]:
+        """Published models, pairs of local files under one name, and local files, each of which loads alone too."""
+        files = host.current.list_files(cls.FOLDER)
+        return [*cls.ROWS, *find_pairs(files), *files]
+
+    @classmethod
+    def files(cls, name: str, download: bool, on_download: OnProgress | None = None) -> list[list[Path]]:
+        pair = find_pairs(host.current.list_files(cls.FOLDER)).get(name, ())
+        return [[places.model_file(cls.FOLDER, part)] for part in pair] or super().files(name, download, on_download)
+
+    @classmethod
+    def inspected(cls, found: list[list[Path]]) -> list[Component]:
+        components = super().inspected(found)
+        if len(components) == 2:
+            check_pair(*components)
+        return components
+
+    @classmethod
     def VALIDATE_INPUTS(cls, model: str, download: bool = False) -> bool | str:
         return cls.check(model, download)
 
@@ -93,16 +114,19 @@ class ModelLoader(Loader):
         return [published_dit(row, number) for number in range(len(row.files))]
 
     @classmethod
-    def plan_outputs(cls, model: str, vace_module: str = NONE, **inputs: Any) -> tuple[planning.PlannedModel]:
+    def plan_outputs(
+        cls, model: str, vace_module: str = NONE, preset: str = AUTO, **inputs: Any
+    ) -> tuple[planning.PlannedModel]:
         found = cls.describe(model)
         if vace_module != NONE:
             branch = inspect(places.model_file(cls.FOLDER, vace_module), "vace")
             found = [(join_vace(component, branch), absent) for component, absent in found]
         variant = match_variant(found[0][0].config_of(DiTConfig))
         experts = []
-        for component, absent in found:
+        files = experts_of([component for component, _ in found], preset=None if preset == AUTO else preset)
+        for expert, (component, absent) in zip(files, found, strict=True):
             dit = planning.plan_module(component, absent, **inputs)
-            experts.append(SizedExpert(dit.module, dit.absent))
+            experts.append(SizedExpert(dit.module, dit.absent, lowest=expert.lowest))
         return (planning.PlannedModel(model, variant, tuple(experts)),)
 
     def load(
@@ -120,12 +144,12 @@ class ModelLoader(Loader):
         torch_compile: bool = False,
         deterministic: bool = False,
     ) -> tuple[VideoModel]:
-        component = self.component(model, download)
+        components = self.components(model, download)
         vace = None
         if vace_module != NONE:
             vace = inspect(places.model_file(self.FOLDER, vace_module), "vace")
         settings = DiTSettings(
-            dtype=choose_dtype(dtype, component),
+            dtype=choose_dtype(dtype, components[0]),
             attention=attention,
             exact=precision == "exact",
             fp8_matmul=fp8_matmul,
@@ -133,5 +157,5 @@ class ModelLoader(Loader):
             deterministic=deterministic,
         )
         chosen, device = None if preset == AUTO else preset, host.current.device()
-        offload = offload_of(weights, rest)
-        return (load_dit(component, settings, offload, vace=vace, preset=chosen, compute_device=device),)
+        experts, offload = experts_of(components, preset=chosen), offload_of(weights, rest)
+        return (load_dit(experts, settings, offload, vace=vace, preset=chosen, compute_device=device),)

@@ -146,6 +146,29 @@ def test_loaders_list_files_of_the_models_folders(models):
     assert run("WanCoreModelLoader", model="wan/mine.safetensors").variant.name == "t2v"
 
 
+def test_two_files_of_a_pair_are_one_entry_of_the_list(models):
+    folder, pair = models / "diffusion_models" / "pairs", bundled.write_model(models, catalog.tiny_id("t2v", True))
+    folder.mkdir(parents=True)
+    for expert in ("high", "low"):
+        file = pair / f"{expert}_noise_model" / catalog.DIT_FILE
+        shutil.copy(file, folder / f"wan2.2_t2v_{expert}_noise_14B.safetensors")
+    entry, loader = "pairs/wan2.2_t2v_{high,low}_noise_14B.safetensors", NODES["WanCoreModelLoader"]
+    choices = loader.INPUT_TYPES()["required"]["model"][0]
+    assert entry in choices and "pairs/wan2.2_t2v_low_noise_14B.safetensors" in choices
+    assert loader.VALIDATE_INPUTS(model=entry) is True
+    model = run("WanCoreModelLoader", model=entry)
+    assert model.boundary == 0.875 and len(model.experts) == 2
+    (planned,) = loader.plan_outputs(model=entry)
+    assert [expert.lowest for expert in planned.experts] == [875, 0]
+    assert len(run("WanCoreModelLoader", model="pairs/wan2.2_t2v_low_noise_14B.safetensors").experts) == 1
+    before = loader.IS_CHANGED(model=entry)
+    shutil.copy(pair / "high_noise_model" / catalog.DIT_FILE, folder / "wan2.2_t2v_low_noise_14B.safetensors")
+    assert loader.IS_CHANGED(model=entry) != before
+    other = bundled.write_model(models, catalog.tiny_id("vace")) / catalog.DIT_FILE
+    shutil.copy(other, folder / "wan2.2_t2v_low_noise_14B.safetensors")
+    assert "so they are not two experts of one model" in loader.VALIDATE_INPUTS(model=entry)
+
+
 def test_gguf_files_are_listed_in_old_and_new_folders_and_loaded(models):
     for folder in ("unet", "diffusion_models"):
         (models / folder).mkdir(exist_ok=True)
