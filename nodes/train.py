@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from wan_core import catalog, model_files
+from wan_core.loading.pairs import Side, expand, side_of
 from wan_core.model import VideoModel
 from wan_core.models.config import DiTConfig
 from wan_core.runtime import log
@@ -97,7 +98,7 @@ class TrainedWeights:
     FUNCTION = "load"
     DESCRIPTION = (
         "Apply trained weights to a model: a LoRA, a whole model, a VACE branch or a speed-control adapter. The "
-        "loaded model is not changed."
+        "loaded model is not changed. Of two experts the one is changed that the name of the file or its folder says."
     )
     RETURN_TYPES = (sockets.MODEL, "STRING")
     RETURN_NAMES = ("model", "report")
@@ -134,12 +135,17 @@ class TrainedWeights:
         return handle, None
 
     def load(self, model: VideoModel, weights: str, strength: float = 1.0) -> tuple[VideoModel, str]:
-        changed, report = model.with_lora(places.trained_file(weights), strength=strength)
+        file = places.trained_file(weights)
+        side = side_of(file) if len(model.experts) == len(EXPERTS) else None
+        expert = None if side is None else EXPERTS.index(side)
+        changed, report = model.with_lora(file, strength=strength, expert=expert)
         log.info("%s", report.summary)
         return changed, str(report)
 
 
 TINY = {"max_steps": 2, "sample_steps": 0, "validation_clips": 0, "mixed_precision": "no", "download": False}
+EXPERTS = get_args(Side)
+BOUNDARIES = {"min_timestep_boundary", "max_timestep_boundary"}
 MODEL_LABELS = ("The model to train", "The text encoder", "The VAE")
 
 
@@ -218,6 +224,12 @@ class Train:
                     "or servers is for the command line.",
                     prompt=False,
                 ),
+                "expert": sockets.choice(
+                    list(EXPERTS),
+                    EXPERTS[0],
+                    "Of a model of two experts (Wan 2.2 A14B) the one that is trained, on the timesteps at which it "
+                    "works: high or low noise. Each is a run of its own, with the expert at the end of its name.",
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -226,8 +238,22 @@ class Train:
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
         """The bundled models, and two steps."""
         adapter = catalog.TINY if inputs.get("adapter", NONE) != NONE else NONE
-        bundled = {"text_encoder": catalog.TINY, "vae": catalog.TINY, "image_encoder": AUTO, "adapter": adapter}
-        return {"model": ModelLoader.tiny(inputs)["model"], **bundled, **TINY}
+        model = ModelLoader.tiny(inputs)["model"]
+        row = catalog.find_row(model)
+        assert row is not None, "bundled models are in the catalog"
+        bundled = {"text_encoder": catalog.TINY, "vae": row.vae[0], "image_encoder": AUTO, "adapter": adapter}
+        return {"model": model, **bundled, **TINY}
+
+    @classmethod
+    def folder(cls, values: Mapping[str, Any]) -> Path:
+        """The folder of the run: of a model of two experts one for each.
+
+        Raises:
+            ValueError: the name cannot be that of a folder.
+        """
+        model = values["model"]
+        is_pair = len(ModelLoader.ROWS.get(model, expand(model))) == len(EXPERTS)
+        return run_folder(f"{values['name']}_{values['expert']}_noise" if is_pair else values["name"])
 
     @classmethod
     def settings(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -241,7 +267,7 @@ class Train:
         cards = max(1, torch.cuda.device_count()) if gpus > 1 else 1
         if gpus > cards:
             raise ValueError(f"gpus: {gpus} processes need as many cards; this machine has {cards}.")
-        own = {**settings_of(values), **cls.own_settings(values), "output_path": str(run_folder(values["name"]))}
+        own = {**settings_of(values), **cls.own_settings(values), "output_path": str(cls.folder(values))}
         own["validate_steps"] = own.get("save_steps") if own.get("validation_clips") else None
         return load_settings(own, parse_flags(values["flags"]))
 
@@ -252,6 +278,8 @@ class Train:
         config = cls._complete(found, values, {})
         dtype = "fp32" if config.mixed_precision == "no" else "bf16"
         model, *_ = ModelLoader.plan_outputs(values["model"], dtype=dtype, weights="fp8" if config.fp8_base else "auto")
+        number = EXPERTS.index(values["expert"]) if len(model.experts) > 1 else 0
+        model = replace(model, experts=(model.experts[number],))
         if values["adapter"] != NONE:
             ((component, absent),) = SpeedControl.describe(values["adapter"])
             adapter = planning.plan_module(component, absent, dtype)
@@ -268,8 +296,12 @@ class Train:
         return next((message for message in checks if message is not True), True)
 
     @classmethod
-    def IS_CHANGED(cls, name: str | None = None, **_: Any) -> str:
-        return files_mark(sorted(run_folder(name).glob("*.safetensors"))) if name and name.strip() else ""
+    def IS_CHANGED(cls, name: str | None = None, **values: Any) -> str:
+        if not name or not name.strip():
+            return ""
+        known = {key: value for key, value in values.items() if value is not None}
+        folder = cls.folder({**defaults(cls), **known, "name": name})
+        return files_mark(sorted(folder.glob("*.safetensors")))
 
     def train(self, data: TrainingData, unique_id: str | None = None, **values: Any) -> dict[str, Any]:
         values = {**defaults(type(self)), **values}
@@ -281,23 +313,32 @@ class Train:
         return {"ui": {"text": [outcome.summary]}, "result": result}
 
     def _run(self, data: TrainingData, values: Mapping[str, Any]) -> Run:
-        found = self._models(values)
+        found, boundary = self._models(values)
         files = [Path(file) for group in found["model_paths"] for file in group]
         environment = {"ACCELERATE_USE_CPU": "true"} if host.current.device().type == "cpu" else {}
         mark = f"{data.mark} {files_mark(files)}"
-        config = self._complete(data, values, found)
-        return Run(run_folder(values["name"]), config, mark, values["gpus"], environment)
+        config = self._complete(data, values, found, boundary)
+        return Run(self.folder(values), config, mark, values["gpus"], environment)
 
     @classmethod
-    def _complete(cls, data: TrainingData, values: Mapping[str, Any], models: Mapping[str, Any]) -> TrainConfig:
-        """The configuration of a run on `data` with these models."""
-        words = {**cls.settings(values).resolved(), **data.settings, **models}
-        return load_settings(words, parse_flags(values["flags"]))
+    def _complete(
+        cls, data: TrainingData, values: Mapping[str, Any], models: Mapping[str, Any], boundary: float | None = None
+    ) -> TrainConfig:
+        """The configuration of a run on `data` with these models; of one expert, if they are split at a `boundary`."""
+        words, typed = {**cls.settings(values).resolved(), **data.settings, **models}, parse_flags(values["flags"])
+        config = load_settings(words, typed)
+        if boundary is None or BOUNDARIES & typed.keys():
+            return config
+        return config.for_expert(values["expert"], boundary)
 
-    def _models(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The files of every model that the run needs, downloaded where that is allowed, as settings."""
+    def _models(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
+        """The files of every model that the run needs, downloaded where that is allowed, as settings; and where a pair
+        is split.
+        """
         download = values["download"]
-        dit, text, vae = (loader().component(values[loader.INPUT], download) for loader in self.LOADERS)
+        experts, (text,), (vae,) = (loader().components(values[loader.INPUT], download) for loader in self.LOADERS)
+        is_pair = len(experts) == len(EXPERTS)
+        dit = experts[EXPERTS.index(values["expert"])] if is_pair else experts[0]
         components = [dit, text, vae]
         if dit.config_of(DiTConfig).has_image_input:
             bundled = values["model"] in model_files.BUNDLED
@@ -312,14 +353,14 @@ class Train:
         found = {"model_paths": paths, "skip_download": True}
         if tokenizer := tokenizer_folder(text, download):
             found["tokenizer_path"] = str(tokenizer)
-        return found
+        return found, model_files.boundary_of(dit) if is_pair else None
 
 
 class TrainLora(Train):
     """A LoRA."""
 
     DESCRIPTION = (
-        "Train a LoRA on any Wan 2.1 model. Queue it again to continue after a stop; raise num_epochs or max_steps to "
+        "Train a LoRA on any Wan model. Queue it again to continue after a stop; raise num_epochs or max_steps to "
         "train longer. Training runs in a process of its own, which gets the whole card."
     )
 

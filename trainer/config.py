@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from .flags import (
     to_json,
     translate,
 )
-from .objective import Objective
+from .objective import Objective, expert_range
 
 log = logging.getLogger("wancore")
 
@@ -39,8 +39,7 @@ TRAINABLE = ("dit", "vace", "motion_controller", "vae", "text_encoder")
 LORA_BASES = ("dit", "vace")
 FRAME_PICKS = ("head", "middle", "random", "spread")
 
-MAX_SIDE = 16384
-"""Pixels; ComfyUI's largest image side."""
+MAX_SIDE = 16384  # pixels; ComfyUI's largest image side
 MAX_RANK = 5120
 """The width of the largest model: no change of a layer has a higher rank."""
 
@@ -314,6 +313,11 @@ class TrainConfig:
             low=self.min_timestep_boundary,
             high=self.max_timestep_boundary,
         )
+
+    def for_expert(self, side: str, boundary: float) -> "TrainConfig":
+        """The same on the timesteps of one expert, `high` or `low`, of a pair that is split at `boundary`, 0 to 1."""
+        low, high = expert_range(side == "high", boundary, self.timestep_shift)
+        return replace(self, min_timestep_boundary=low, max_timestep_boundary=high)
 
     @property
     def cache_folder(self) -> Path:

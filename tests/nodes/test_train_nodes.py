@@ -18,9 +18,11 @@ from tests.nodes.running import outputs as run
 from tests.programs import wait_for
 from tests.trainer.runs import ROOT, environment
 from wan_core import catalog
+from wan_core.model_files import DiTSettings, experts_of, inspect_experts, load_dit
 from wan_core.runtime import Cancelled
 from wancore.nodes import NODE_CLASS_MAPPINGS, host, training_inputs, training_run
 from wancore.nodes.launcher import ChildError, pack_command
+from wancore.nodes.model_loader import ModelLoader
 from wancore.nodes.training_inputs import defaults
 from wancore.nodes.training_run import Display, step_line
 from wancore.trainer.config import TrainConfig
@@ -207,6 +209,28 @@ def test_trained_weights_change_what_the_model_draws(data, tmp_path):
     assert run("WanCoreTrainedWeights", model=model, weights="training/风格 1/step-2.safetensors")[1] == report
     chart, told = run("WanCoreLossPlot", run="风格 1")
     assert chart.shape == (1, 640, 960, 3) and told == "2 of 2 steps"
+
+
+def test_each_expert_is_a_run_of_its_own_on_its_timesteps(data, place, tmp_path, monkeypatch):
+    pair = catalog.tiny_id("t2v", is_pair=True)
+    monkeypatch.setitem(ModelLoader.ROWS, pair, catalog.PAIR_PATTERNS)
+    weights = Path(lora(data, model=pair, expert="low")[0])
+    assert weights.parent == out(tmp_path, "风格 1_low_noise")
+    told = map(json.loads, (weights.parent / "events.jsonl").read_text(encoding="utf-8").splitlines())
+    assert all(t < 875 for event in told if event["event"] == "step" for t in event["timesteps"])
+
+    node = NODES["WanCoreTrainLora"]
+    values = {**defaults(node), "model": pair, "text_encoder": catalog.TINY, "vae": catalog.TINY, "name": "风格 1"}
+    for expert, drawn in (("high", (0.0, 0.417)), ("low", (0.417, 1.0))):
+        config = node()._run(data, {**values, "expert": expert}).config
+        assert (config.min_timestep_boundary, config.max_timestep_boundary) == drawn
+        assert f"{expert}_noise_model" in config.model_paths[0][0] and config.output_path.endswith(f"_{expert}_noise")
+    typed = node()._run(data, {**values, "flags": "--max_timestep_boundary 0.2"}).config
+    assert (typed.min_timestep_boundary, typed.max_timestep_boundary) == (0.0, 0.2)
+
+    model = load_dit(experts_of(inspect_experts(place / "models" / pair)), DiTSettings(dtype=torch.float32), "cpu")
+    changed, _ = run("WanCoreTrainedWeights", model=model, weights=str(weights), strength=1.0)
+    assert [len(each.loras) for each in changed.experts] == [0, 1]
 
 
 def test_what_a_run_cannot_do_is_told_by_the_trainer(data, tmp_path):
