@@ -208,9 +208,7 @@ def test_as_many_steps_are_noisy_as_with_the_authors(dits, steps, shift, solver,
 def test_each_step_is_taken_by_the_expert_that_took_it_with_the_authors(dits, name):
     case = load_case(name, "e2e")
     call, taken = arguments(case), json.loads(case.metadata["experts"])
-    settings = SamplerSettings(
-        steps=call["num_inference_steps"], shift=call["sigma_shift"], solver=call["solver"]
-    )
+    settings = SamplerSettings(steps=call["num_inference_steps"], shift=call["sigma_shift"], solver=call["solver"])
     timesteps = build_solver(settings).timesteps
     assert timesteps == pytest.approx([timestep for timestep, _ in taken], abs=1e-3)
     experts = (Expert(dits[0], call["boundary"] * 1000), Expert(dits[1]))

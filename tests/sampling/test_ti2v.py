@@ -18,13 +18,15 @@ from tests.reference import (
     tiny_vae_22,
 )
 from tests.sampling.runs import planned, sample, sample_state
-from wan_core import bundled
+from wan_core import ModelConfig, bundled, catalog
 from wan_core.conditioning.image import LatentEncoder, clean_start_conditioning, image_conditioning
 from wan_core.conditioning.inputs import VideoInputs, condition
 from wan_core.conditioning.text import TextEncoder, Tokenizer
+from wan_core.media.fitting import as_frames, fit_size, size_by_rule
 from wan_core.model import VideoModel
 from wan_core.models.config import WAN_22
 from wan_core.models.dit import WanDiT
+from wan_core.offload.weights import WeightProvider
 from wan_core.pipeline import WanVideoPipeline
 from wan_core.pipeline_models import LoadedModels
 from wan_core.runtime import Runtime
@@ -260,3 +262,49 @@ def test_the_rows_of_fun_take_their_inputs(name, encoder):
     with pytest.raises(ValueError, match="VAE that belongs to the model"):
         wrong = dataclasses.replace(cond, clean=torch.zeros(1, 16, 3, 4, 4), slots=None)
         fit(wrong, variant, dit.config, "model", TINY)
+
+
+@pytest.fixture(scope="module")
+def from_files(tmp_path_factory):
+    """A pipeline of the bundled text-and-image model."""
+    root = tmp_path_factory.mktemp("models")
+
+    def load(vae=(catalog.TINY_TI2V, catalog.VAE_22_PATTERN), **changes):
+        files = [(catalog.TINY_TI2V, catalog.DIT_PATTERN), (catalog.TINY, catalog.TEXT_ENCODER_PATTERN), vae]
+        configs = [ModelConfig(model_id=name, origin_file_pattern=pattern, **changes) for name, pattern in files]
+        return WanVideoPipeline.from_pretrained(torch.float32, "cpu", configs, local_model_path=root)
+
+    return load
+
+
+def test_weights_on_disk_give_the_same_bits(from_files):
+    call = {"prompt": "a dog", "height": 32, "width": 64, "num_frames": 5, "num_inference_steps": 2, "seed": 1}
+    call |= {"progress_bar_cmd": None, "output_type": "latent", "input_image": clip(1).numpy()}
+    resident = from_files()(**call)
+    assert resident.shape == (1, 48, 2, 2, 4)
+    pipe = from_files(offload_device="disk")
+    assert WeightProvider.of(pipe.models.video.dit).mapped
+    pipe.enable_vram_management(num_persistent_param_in_dit=0)
+    assert torch.equal(pipe(**call), resident)
+
+
+def test_the_vae_of_wan_21_is_refused_by_its_header(from_files):
+    with pytest.raises(ValueError, match=r"VAE of Wan 2\.2 TI2V-5B: Wan2\.2_VAE\.pth, or ComfyUI's wan2\.2_vae"):
+        from_files(vae=(catalog.TINY, catalog.VAE_PATTERN))
+
+
+@pytest.mark.parametrize("name", ["wide", "tall"])
+def test_a_picture_is_cropped_as_its_authors_do(name):
+    """The size and the crop of the authors; resizing differs by a rounding of colours at most."""
+    case = load_case(f"geometry_{name}")
+    picture = as_frames(case["image"].numpy(), "input_image")
+    across, down = picture.shape[2], picture.shape[1]
+    area = int(case.metadata["max_area"])
+    # The rule works on the area alone.
+    for rule, multiple, key in (("area and crop", 32, "ti2v"), ("area", 16, "i2v")):
+        expected = case[key]
+        size = size_by_rule(rule, area, 1, (across, down), multiple)
+        assert size == (expected.shape[2], expected.shape[1])
+    ours = fit_size(picture, case["ti2v"].shape[2], case["ti2v"].shape[1], "crop")[0].permute(2, 0, 1) * 2 - 1
+    difference = (ours - case["ti2v"]).abs()
+    assert difference.mean() < 0.01 and difference.max() < 0.05
