@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -26,10 +27,12 @@ import pack
 from tests.benchmarks.peers import Job
 from tests.benchmarks.report import Row
 from wan_core import bundled
+from wan_core.catalog import TI2V_BASE, published, published_config
 from wan_core.models.config import DiTConfig, TextEncoderConfig, VAEConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.text_encoder import UMT5Encoder
 from wan_core.models.vae import WanVAE
+from wan_core.planning.modules import VAE_22
 
 log = logging.getLogger("wancore")
 
@@ -98,7 +101,8 @@ class Case:
         """The job, its files written into `folder`: weights drawn by the recipe of the bundled models, once for all
         jobs of the same models.
         """
-        weights = folder / f"{'-'.join(cls.__name__ for _, cls, _ in self.models)}.safetensors"
+        described = zlib.crc32(repr([(prefix, cls.__name__, config) for prefix, cls, config in self.models]).encode())
+        weights = folder / f"{described}.safetensors"
         if not weights.exists():
             drawn = {}
             for prefix, cls, config in self.models:
@@ -111,8 +115,13 @@ class Case:
 
 
 def _sizes(config: Any) -> dict[str, Any]:
-    """The numbers of a configuration; every contestant knows the geometry of Wan 2.1."""
-    return {name: value for name, value in asdict(config).items() if name != "geometry"}
+    """The numbers of a configuration, and of its latents."""
+    sizes = {name: value for name, value in asdict(config).items() if name != "geometry"}
+    geometry = getattr(config, "geometry", None)
+    if geometry is None:
+        return sizes
+    latents = {"channels": geometry.channels, "stride": geometry.spatial_stride, "frame_times": geometry.frame_times}
+    return {**sizes, "latents": latents | {"mean": geometry.mean, "std": geometry.std}}
 
 
 def _drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -140,15 +149,19 @@ def cases(quick: bool) -> list[Case]:
     if quick:
         dit, vae, text = replace(bundled.DIT, num_layers=2), bundled.VAE, replace(bundled.TEXT_ENCODER, num_layers=1)
         latent, film, pixels = (2, 16, 16), (2, 8, 8), (5, 64, 64)
+        dit_22, vae_22 = replace(bundled.DIT_5B, num_layers=2), bundled.VAE_22
     else:
         dit, vae = DiTConfig(num_layers=2), VAEConfig()
+        dit_22, vae_22 = replace(published_config(published(TI2V_BASE)), num_layers=1), VAE_22
         text = TextEncoderConfig(vocab_size=32768, num_layers=2)
         latent, film, pixels = (4, 32, 48), (3, 12, 12), (9, 96, 96)
     tokens = latent[0] * latent[1] * latent[2] // 4
     size = f"{pixels[2]}x{pixels[1]}x{pixels[0]}"
     dit_models, vae_models = (("", WanDiT, dit),), (("", WanVAE, vae),)
     text_models = (("", UMT5Encoder, text),)
+    dit_models_22, vae_models_22 = (("", WanDiT, dit_22),), (("", WanVAE, vae_22),)
     decoded = {"latents": _drawn(1, vae.latent_channels, *film)}
+    decoded_22 = {"latents": _drawn(1, vae_22.latent_channels, film[0], *(side // 2 for side in film[1:]))}
     encoded = {"video": _drawn(1, 3, *pixels).clamp(-1, 1)}
     goals = {"float32": 1.0, "bfloat16": 0.9}
     found = [
@@ -156,10 +169,16 @@ def cases(quick: bool) -> list[Case]:
         Case(f"DiT training step, {tokens} tokens", "train", dit_models, _dit_inputs(dit, *latent), repeats=3),
         Case(f"VAE decode {size}", "decode", vae_models, decoded, {"float32": 0.8}),
         Case(f"VAE encode {size}", "encode", vae_models, encoded),
+        Case(
+            f"Wan 2.2 5B DiT forward, {tokens} tokens, clean frame", "dit", dit_models_22, _dit_inputs(dit_22, *latent),
+            goals, ("diffusers",),
+        ),
+        Case(f"Wan 2.2 VAE decode {size}", "decode", vae_models_22, decoded_22, {"float32": 0.9}, ("diffusers",)),
+        Case(f"Wan 2.2 VAE encode {size}", "encode", vae_models_22, encoded, {}, ("diffusers",)),
         Case("UMT5, 512 tokens", "text", text_models, _text_inputs(text, 512)),
         Case("UMT5, 80 tokens", "text", text_models, _text_inputs(text, 80)),
         _run(quick),
-    ]
+    ]  # fmt: skip
     return [replace(case, **QUICK_BUDGET) for case in found] if quick else found
 
 

@@ -37,7 +37,7 @@ from tests.benchmarks.report import Row
 from wan_core.model import VideoModel
 from wan_core.model_files import DiTSettings, Offload, inspect, load_dit
 from wan_core.models.attention import FastestAttention, load_backend
-from wan_core.models.config import DiTConfig
+from wan_core.models.config import DiTConfig, VAEConfig
 from wan_core.models.vae import WanVAE
 from wan_core.offload.quant import quantise, supports_fp8_matmul, use_fp8_matmul
 from wan_core.planning.encoders import limit_memory
@@ -208,7 +208,7 @@ def vae(bench: Bench) -> Iterator[Row]:
     other, other_peak, name = None, None, ""
     if peers.has_diffusers() and not bench.quick:
         device.clear()
-        peer = filled(peers.diffusers_vae(torch.device("meta"), device.dtype), device.torch)
+        peer = filled(peers.diffusers_vae(VAEConfig(), torch.device("meta"), device.dtype), device.torch)
         given, name = latents.to(device.dtype), "diffusers"
         with torch.no_grad():
             other = device.seconds(lambda: peer.decode(given, return_dict=False), 2)

@@ -12,16 +12,17 @@ from tests.benchmarks import memory_table
 from tests.benchmarks.counting import Work, counted
 from tests.benchmarks.report import Row
 from tests.sampling.runs import sample
-from wan_core.catalog import find_row, published_config
+from wan_core.catalog import TI2V_BASE, find_row, published_config
 from wan_core.model import VideoModel
-from wan_core.models.config import DiTConfig, VAEConfig
-from wan_core.models.dit import WanDiT
+from wan_core.models.config import WAN_22, DiTConfig, VAEConfig
+from wan_core.models.dit import WanDiT, timesteps_of
 from wan_core.models.ops import on_meta
 from wan_core.models.vae import WanVAE
 from wan_core.offload.blocks import weights_of
 from wan_core.offload.quant import quantise
 from wan_core.offload.streaming import Placement
 from wan_core.offload.weights import WeightProvider
+from wan_core.planning.modules import VAE_22
 from wan_core.runtime import GIB, Runtime
 from wan_core.types import Conditioning, LatentSize, VideoSize
 from wan_core.variants import match_variant
@@ -32,13 +33,20 @@ from wancore.trainer.run.estimate import Estimator
 META = torch.device("meta")
 DITS = {size: published_config(find_row(f"Wan-AI/Wan2.1-T2V-{size}")) for size in ("1.3B", "14B")}
 SIZES = {"480p": VideoSize(832, 480, 81), "720p": VideoSize(1280, 720, 81)}
+TI2V, TI2V_SIZE = "5B", "704p"
+DITS_22 = {TI2V: published_config(find_row(TI2V_BASE))}
+SIZES_22 = {TI2V_SIZE: VideoSize(1280, 704, 121, WAN_22)}
+VAES = {**dict.fromkeys(SIZES, VAEConfig()), TI2V_SIZE: VAE_22}
+"""By the size of the video that they decode."""
 TEXT_TOKENS = 512
 
 OFFICIAL_VAE_PEAK = {
     ("480p", torch.bfloat16): 4.08e9, ("480p", torch.float32): 7.56e9,
     ("720p", torch.bfloat16): 9.43e9, ("720p", torch.float32): 17.4e9,
+    (TI2V_SIZE, torch.bfloat16): 10.4e9, (TI2V_SIZE, torch.float32): 20.7e9,
 }  # fmt: skip
-"""Bytes at the peak of a decode by Wan-Video/Wan2.1 `wan/modules/vae.py`, counted once in this way, to three digits.
+"""Bytes at the peak of a decode by Wan-Video/Wan2.1 `wan/modules/vae.py`, and at 704p by Wan-Video/Wan2.2
+`wan/modules/vae2_2.py`, counted once in this way, to three digits.
 That code is no package, so it cannot be counted anew in every run."""
 
 
@@ -51,11 +59,11 @@ class Shape:
 
     @property
     def config(self) -> DiTConfig:
-        return DITS[self.model]
+        return (DITS | DITS_22)[self.model]
 
     @property
     def latent(self) -> tuple[int, int, int]:
-        return SIZES[self.size].latent.shape
+        return (SIZES | SIZES_22)[self.size].latent.shape
 
     @property
     def tokens(self) -> int:
@@ -71,7 +79,7 @@ class Shape:
         return f"{self.model} {self.size}"
 
 
-SHAPES = [Shape(model, size) for model in DITS for size in SIZES]
+SHAPES = [*(Shape(model, size) for model in DITS for size in SIZES), Shape(TI2V, TI2V_SIZE)]
 
 
 def least_flops(shape: Shape, text_tokens: int = TEXT_TOKENS) -> int:
@@ -84,7 +92,7 @@ def least_flops(shape: Shape, text_tokens: int = TEXT_TOKENS) -> int:
     patch = 4 * config.in_channels
     ends = 2 * tokens * dim * (patch + 4 * config.out_channels)
     text = 2 * text_tokens * (config.text_dim * dim + dim**2)
-    time = 2 * (config.freq_dim * dim + dim**2 + 6 * dim**2)
+    time = 2 * (config.freq_dim * dim + dim**2 + 6 * dim**2) * (2 if config.geometry.frame_times else 1)
     return layers * block + ends + text + time
 
 
@@ -100,10 +108,13 @@ def ours(shape: Shape, blocks: int, branches: int = 1) -> Work:
     with on_meta():
         dit = WanDiT(replace(shape.config, num_layers=blocks)).requires_grad_(False).to(torch.bfloat16)
     x, time, text = _inputs(shape)
+    cond = Conditioning(text=text)
+    if shape.config.geometry.frame_times:
+        cond = cond.with_clean_frames(x[:, :, :1], shape.latent[0])
 
     def forward() -> list[Tensor]:
-        embedded = dit.embed_time(time)
-        states = [dit.embed(x, embedded, dit.prepare(Conditioning(text=text), shape.latent)) for _ in range(branches)]
+        embedded = dit.embed_time(timesteps_of(cond, time))
+        states = [dit.embed(x, embedded, dit.prepare(cond, shape.latent)) for _ in range(branches)]
         dit.run_blocks(states)
         return [dit.unembed(state) for state in states]
 
@@ -116,6 +127,9 @@ def theirs(shape: Shape, blocks: int) -> Work:
     model = peers.diffusers_dit(replace(shape.config, num_layers=blocks), META, torch.bfloat16)
     x, time, text = _inputs(shape)
     x = x.bfloat16()
+    if shape.config.geometry.frame_times:
+        # It takes a timestep for each token, and embeds them all.
+        time = torch.empty(1, shape.tokens, device=META)
 
     def forward() -> Tensor:
         return model(hidden_states=x, timestep=time, encoder_hidden_states=text, return_dict=False)
@@ -168,11 +182,15 @@ def copy_rows(case: memory_table.Case) -> Iterator[Row]:
     yield Row(name, step / 1e9, twice / 1e9, "every block, per branch", "GB")
 
 
+def _vae_of(latent: LatentSize) -> VAEConfig:
+    return next(config for config in VAES.values() if config.geometry is latent.geometry)
+
+
 def decoded(latent: LatentSize, dtype: torch.dtype) -> Work:
     """A decode by our autoencoder; pieces leave the device as they are done."""
     with on_meta():
-        vae = WanVAE(VAEConfig()).requires_grad_(False).to(dtype).use_channels_last()
-        latents = torch.empty(1, 16, *latent.shape)
+        vae = WanVAE(_vae_of(latent)).requires_grad_(False).to(dtype).use_channels_last()
+        latents = torch.empty(1, latent.geometry.channels, *latent.shape)
 
     def decode() -> None:
         for _ in vae.decode_chunks(latents):
@@ -190,13 +208,14 @@ def vae_work(latent: LatentSize, dtype: torch.dtype) -> Work:
 
 
 def vae_rows(size: str, dtype: torch.dtype) -> Iterator[Row]:
-    own = vae_work(SIZES[size].latent, dtype)
+    latent = (SIZES | SIZES_22)[size].latent
+    own = vae_work(latent, dtype)
     name = f"VAE decode {size} {str(dtype).removeprefix('torch.')}"
     yield Row(f"{name}: peak", own.peak / 1e9, OFFICIAL_VAE_PEAK[size, dtype] / 1e9, "official code", "GB", 0.65)
     if not peers.has_diffusers():
         return
-    model = peers.diffusers_vae(META, dtype)
-    latents = torch.empty(1, 16, *SIZES[size].latent.shape, dtype=dtype, device=META)
+    model = peers.diffusers_vae(VAES[size], META, dtype)
+    latents = torch.empty(1, latent.geometry.channels, *latent.shape, dtype=dtype, device=META)
     other = counted(lambda: model.decode(latents, return_dict=False), [*weights_of(model).values(), latents])
     yield Row(f"{name}: peak", own.peak / 1e9, other.peak / 1e9, "diffusers", "GB")
     yield Row(f"{name}: FLOPs", own.flops / 1e12, other.flops / 1e12, "diffusers", "TF")
@@ -276,7 +295,7 @@ NOTES = (
 
 def main(quick: bool = False) -> Sequence[Row]:
     """All rows; with `quick`, the transformers' of the smaller size and one streamed run: a VAE takes a minute."""
-    sizes = ["480p"] if quick else list(SIZES)
+    sizes = ["480p"] if quick else [*SIZES, *SIZES_22]
     rows = [row for shape in SHAPES if shape.size in sizes for row in model_rows(shape)]
     rows += [row for case in (STREAMED[:1] if quick else STREAMED) for row in copy_rows(case)]
     trained = ["480p × 81"] if quick else list(TRAINING_SIZES)

@@ -1,5 +1,7 @@
 """Hugging Face diffusers, and the UMT5 of transformers that it uses, as a contestant."""
 
+import re
+
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -18,8 +20,8 @@ def _dit(job: Job) -> WanTransformer3DModel:
             num_layers=config["num_layers"],
             text_dim=config["text_dim"],
             freq_dim=config["freq_dim"],
-            in_channels=16,
-            out_channels=16,
+            in_channels=config["in_channels"],
+            out_channels=config["latents"]["channels"],
         )
     weights = convert_wan_transformer_to_diffusers(job.read_weights())
     return filled(model, weights, job.torch_dtype, WanTransformer3DModel._keep_in_fp32_modules)
@@ -28,7 +30,12 @@ def _dit(job: Job) -> WanTransformer3DModel:
 def dit(job: Job) -> Work:
     model, given = _dit(job), job.read_inputs()
     latents, context = given["latents"].to(job.torch_dtype), given["text"].to(job.torch_dtype)
-    return lambda: {"velocity": model(latents, given["timestep"], context, return_dict=False)[0]}
+    time = given["timestep"]
+    if job.config["latents"]["frame_times"]:
+        # A timestep for each token, 0 for those of the first frame.
+        frames, height, width = latents.shape[2:]
+        time = time.repeat(frames, 1).index_fill(0, torch.tensor([0]), 0).expand(-1, height * width // 4).reshape(1, -1)
+    return lambda: {"velocity": model(latents, time, context, return_dict=False)[0]}
 
 
 def train(job: Job) -> Work:
@@ -45,11 +52,49 @@ def train(job: Job) -> Work:
     return training_step(model, forward, given["target"], probes)
 
 
+def _residual(config: dict) -> dict:
+    """The arguments of the class for a VAE of Wan 2.2; none for one of 2.1."""
+    if not config["shortcuts"]:
+        return {}
+    latents, pixels = config["latents"], 3 * config["patch"] ** 2
+    return dict(
+        decoder_base_dim=config["decoder_dim"], z_dim=latents["channels"], is_residual=True, in_channels=pixels,
+        out_channels=pixels, patch_size=config["patch"], scale_factor_spatial=latents["stride"],
+        latents_mean=latents["mean"], latents_std=latents["std"],
+    )  # fmt: skip
+
+
+# Published names of the Wan 2.2 VAE to those of diffusers, for which the library has no converter.
+_VAE_NAMES = {
+    r"downsamples\.(\d)\.downsamples\.2\.": r"down_blocks.\1.downsampler.",
+    r"downsamples\.(\d)\.downsamples\.": r"down_blocks.\1.resnets.",
+    r"upsamples\.(\d)\.upsamples\.3\.": r"up_blocks.\1.upsampler.",
+    r"upsamples\.(\d)\.upsamples\.": r"up_blocks.\1.resnets.",
+    r"middle\.0\.": "mid_block.resnets.0.", r"middle\.1\.": "mid_block.attentions.0.",
+    r"middle\.2\.": "mid_block.resnets.1.",
+    r"residual\.0\.": "norm1.", r"residual\.2\.": "conv1.", r"residual\.3\.": "norm2.", r"residual\.6\.": "conv2.",
+    r"\.shortcut\.": ".conv_shortcut.",
+    r"^(encoder|decoder)\.conv1\.": r"\1.conv_in.", r"head\.0\.": "norm_out.", r"head\.2\.": "conv_out.",
+    r"^conv1\.": "quant_conv.", r"^conv2\.": "post_quant_conv.",
+}  # fmt: skip
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in _VAE_NAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def _vae(job: Job) -> tuple[AutoencoderKLWan, torch.Tensor, torch.Tensor]:
     """The model, and the mean and deviation of latents."""
     with init_empty_weights():
-        model = AutoencoderKLWan(base_dim=job.config["base_dim"])
-    filled(model, convert_wan_vae_to_diffusers(job.read_weights()), job.torch_dtype)
+        model = AutoencoderKLWan(base_dim=job.config["base_dim"], **_residual(job.config))
+    weights = job.read_weights()
+    if job.config["shortcuts"]:
+        weights = {_renamed(name): tensor for name, tensor in weights.items()}
+    else:
+        weights = convert_wan_vae_to_diffusers(weights)
+    filled(model, weights, job.torch_dtype)
     statistics = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (model.config.latents_mean, model.config.latents_std))
     return model, *statistics
 

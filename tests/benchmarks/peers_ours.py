@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,11 +15,13 @@ pack.register()
 from wan_core import ModelConfig, WanVideoPipeline, bundled  # noqa: E402
 from wan_core.catalog import DIT_FILE, TEXT_ENCODER_PATTERN, TINY, VAE_PATTERN  # noqa: E402
 from wan_core.models.attention import load_backend  # noqa: E402
-from wan_core.models.config import DiTConfig, TextEncoderConfig, VAEConfig  # noqa: E402
+from wan_core.models.config import GEOMETRIES, DiTConfig, TextEncoderConfig, VAEConfig  # noqa: E402
 from wan_core.models.dit import WanDiT  # noqa: E402
 from wan_core.models.text_encoder import UMT5Encoder  # noqa: E402
 from wan_core.models.vae import WanVAE  # noqa: E402
 from wan_core.types import Conditioning  # noqa: E402
+
+AnyConfig = TypeVar("AnyConfig", DiTConfig, VAEConfig)
 
 
 def _built(cls: type[torch.nn.Module], config: object, job: Job, float32: tuple[str, ...] = ()) -> torch.nn.Module:
@@ -27,21 +30,33 @@ def _built(cls: type[torch.nn.Module], config: object, job: Job, float32: tuple[
     return filled(module, job.read_weights(), job.torch_dtype, float32)
 
 
+def _sized(cls: type[AnyConfig], job: Job) -> AnyConfig:
+    sizes = dict(job.config)
+    return cls(geometry=GEOMETRIES[sizes.pop("latents")["channels"]], **sizes)
+
+
+def _dit(job: Job) -> WanDiT:
+    return _built(WanDiT, _sized(DiTConfig, job), job, WanDiT.FLOAT32_PARAMETERS)
+
+
 def dit(job: Job) -> Work:
-    model, given = _built(WanDiT, DiTConfig(**job.config), job, WanDiT.FLOAT32_PARAMETERS), job.read_inputs()
+    model, given = _dit(job), job.read_inputs()
     model.attend = load_backend("auto", torch.device("cpu"), job.torch_dtype)
-    return lambda: {"velocity": model(given["latents"], given["timestep"], Conditioning(text=given["text"]))}
+    cond, latents = Conditioning(text=given["text"]), given["latents"]
+    if model.config.geometry.frame_times:
+        cond = cond.with_clean_frames(latents[:, :, :1], latents.shape[2])
+    return lambda: {"velocity": model(latents, given["timestep"], cond)}
 
 
 def train(job: Job) -> Work:
-    model, given = _built(WanDiT, DiTConfig(**job.config), job, WanDiT.FLOAT32_PARAMETERS), job.read_inputs()
+    model, given = _dit(job), job.read_inputs()
     cond = Conditioning(text=given["text"])
     probes = {name: name for name in ("blocks.0.self_attn.q.weight", "blocks.0.ffn.2.weight")}
     return training_step(model, lambda: model(given["latents"], given["timestep"], cond), given["target"], probes)
 
 
 def _vae(job: Job) -> WanVAE:
-    return _built(WanVAE, VAEConfig(**job.config), job).use_channels_last()
+    return _built(WanVAE, _sized(VAEConfig, job), job).use_channels_last()
 
 
 def decode(job: Job) -> Work:

@@ -83,6 +83,14 @@ def test_goals_of_the_transformer_hold():
     assert len(rows) == 4 and all(row.met for row in rows)
 
 
+def test_goals_of_the_5b_transformer_hold_with_a_clean_frame():
+    shape = meta.Shape("5B", "704p")
+    one, two = meta.ours(shape, 1), meta.ours(shape, 2)
+    flops, traffic = meta.whole(one, two, shape.config.num_layers)
+    assert flops <= 1.001 * meta.least_flops(shape) and traffic <= 60 * shape.hidden_state
+    assert two.peak <= 6.5 * shape.hidden_state
+
+
 def test_a_decode_is_what_its_frames_take():
     size = LatentSize(6, 4, 6)
     assert meta.vae_work(size, torch.bfloat16) == meta.decoded(size, torch.bfloat16)
