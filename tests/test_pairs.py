@@ -1,6 +1,8 @@
 """Pairs of experts through files on disk: found, read when needed, run from anywhere, each with a LoRA of its own."""
 
 import itertools
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,19 @@ from wan_core import ModelConfig, WanVideoPipeline, bundled, catalog
 from wan_core.catalog import tiny_id
 from wan_core.loading.names import diffusers_name
 from wan_core.model_files import DiTSettings, Offload, experts_of, inspect_experts, load_dit
+from wan_core.offload.read_ahead import PIECE, ReadAhead, read_ahead
 from wan_core.offload.weights import WeightProvider
+from wan_core.runtime import Cancelled, Runtime
+from wan_core.sampling.checkpoint import Checkpoint
+from wan_core.sampling.experts import RunInputs
+from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings
+from wan_core.types import Conditioning, VideoSize
 
 CALL = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 4, "seed": 1, "progress_bar_cmd": None}
 SHARED = (catalog.TEXT_ENCODER_PATTERN, catalog.VAE_PATTERN)
 PICTURE = Image.new("RGB", (40, 30), "red")
 EXPERTS = ("high", "low")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +265,64 @@ def test_weights_that_are_replaced_make_another_run(models):
     assert WeightProvider.of(pipe.models.video.experts[1].dit).origin == ""
     twins = latents(pipe)
     assert torch.equal(twins, latents(load(models, ModelConfig(path=file(models, "high")))))
+
+
+@pytest.mark.parametrize("done", [1, 3])
+def test_a_run_that_was_killed_goes_on_without_the_expert_that_is_done(models, tmp_path, done):
+    """Four steps at shift 5, two of each expert; the run is cut off in the one after `done`."""
+    settings = SamplerSettings(steps=4, seed=3, solver="unipc", guidance=GuidanceSettings(scale=1.0))
+    size = VideoSize(48, 32, 5).latent
+    text = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0))
+    inputs, runtime = RunInputs(Conditioning(text=text), size), Runtime(device=CPU, dtype=torch.float32)
+    place = models / tiny_id("t2v", is_pair=True)
+
+    def fresh():
+        return load_dit(experts_of(inspect_experts(place)), DiTSettings(dtype=torch.float32), "cpu")
+
+    def sample(model, **changes):
+        return model.sample(inputs, settings, MemorySettings(), runtime, **changes)
+
+    def cut_off(phase, steps, total, latents):
+        if steps == done + 1:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        fresh().sample(
+            inputs, settings, MemorySettings(), replace(runtime, on_progress=cut_off),
+            checkpoint=Checkpoint(tmp_path, 1),
+        )  # fmt: skip
+    model, checkpoint = fresh(), Checkpoint(tmp_path, 1)
+    resumed = sample(model, checkpoint=checkpoint)
+    assert checkpoint.resumed and torch.equal(resumed.video, sample(fresh()).video)
+    assert [next(expert.dit.parameters()).is_meta for expert in model.experts] == [done > 2, False]
+
+
+def test_the_file_of_the_next_expert_is_read_ahead_in_the_last_step_before_it(models, monkeypatch):
+    pipe, seen = load(models), []
+    monkeypatch.setattr(ReadAhead, "start", lambda self, files: seen.append(("read", *files)))
+
+    def bar(steps):
+        for step in steps:
+            seen.append(step)
+            yield step
+
+    latents(pipe, progress_bar_cmd=bar)
+    assert seen == [0, 1, ("read", file(models, "low")), 2, 3]
+    seen.clear()
+    latents(pipe)
+    assert not seen, "the weights are in memory by now"
+
+
+def test_as_much_is_read_ahead_as_there_is_room_for(tmp_path):
+    files = [tmp_path / name for name in "ab"]
+    for path in files:
+        path.write_bytes(bytes(3 * PIECE))
+    stopped = threading.Event()
+    assert read_ahead(files, 1e12, stopped) == 6 * PIECE
+    assert read_ahead(files, PIECE + 1, stopped) == 2 * PIECE
+    assert read_ahead([*files, tmp_path / "absent"], 1e12, stopped) == 6 * PIECE
+    stopped.set()
+    assert read_ahead(files, 1e12, stopped) == 0
+    with ReadAhead() as ahead:
+        ahead.start(files)
+    assert not any(thread.is_alive() for thread in ahead._threads)

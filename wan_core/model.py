@@ -21,6 +21,7 @@ from .models.config import DiTConfig, Geometry
 from .models.dit import WanDiT
 from .models.layers import MotionController
 from .offload.blocks import used_bytes
+from .offload.read_ahead import ReadAhead
 from .offload.streaming import Placement
 from .offload.weights import WeightProvider
 from .planning.encoders import limit_memory, memory_for
@@ -306,9 +307,14 @@ class VideoModel:
             with self.working(total, device, plan.placement, expert=number, keep=keep) as run:
                 yield Active(dit, plan.settings, run.before_step)
 
+        def announce(number: int) -> None:
+            expert = self.experts[number]
+            if WeightProvider.of(expert.dit).mapped or next(expert.dit.parameters()).is_meta:
+                ahead.start(expert.files)
+
         inputs = inputs.to(runtime.device)
-        with kernels.run(deterministic=self.deterministic):
-            model = RunModel(self.experts, self.motion_controller, activate)
+        with kernels.run(deterministic=self.deterministic), ReadAhead() as ahead:
+            model = RunModel(self.experts, self.motion_controller, activate, announce)
             return sample(model, inputs, settings, runtime, checkpoint=checkpoint, earlier=earlier)
 
     def fit(self, cond: Conditioning, size: VideoSize | None = None) -> Conditioning:

@@ -277,7 +277,7 @@ def load_dit(
         if len(experts) > 1:
             origin = fingerprint(expert.component.header.files, str(settings.dtype), repr(rests))
             WeightProvider.of(dit).defer(partial(load_one, expert.component), origin)
-        loaded.append(Expert(dit, expert.lowest))
+        loaded.append(Expert(dit, expert.lowest, files=tuple(expert.component.header.files)))
     is_pair = True if len(experts) > 1 else None
     row = catalog.find_row(preset) if preset else recommended_row(component, variant, is_pair)
     is_named = row is not None and row.model_id.lower() in _place(component).lower()

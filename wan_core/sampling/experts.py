@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,11 +49,13 @@ class Expert:
         lowest: the lowest timestep (0 to 1000) of its range. The experts of a model are in falling order of it; the
             last one has 0.
         loras: applied to it during a run.
+        files: that its weights are read from.
     """
 
     dit: WanDiT
     lowest: float = 0.0
     loras: tuple[LoraUse, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 ROUNDING = 1e-3
@@ -92,8 +95,14 @@ class RunModel:
         experts: Sequence[Expert],
         motion_controller: MotionController | None = None,
         activate: Activate | None = None,
+        announce: Callable[[int], None] = lambda number: None,
     ) -> None:
-        """Without `activate`, the weights must be on the run's device already."""
+        """Without `activate`, the weights must be on the run's device already.
+
+        Args:
+            announce: called before the last step of an expert with the number of the one that follows.
+        """
+        self.announce = announce
         self.experts, self.motion_controller = tuple(experts), motion_controller
         self._activate = activate or self._in_place
         self._stack, self._current = ExitStack(), -1

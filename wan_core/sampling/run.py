@@ -314,14 +314,16 @@ class _Run:
 
         problem = ""
         try:
-            for number, share in self.model.shares(solver.timesteps, steps):
+            shares = self.model.shares(solver.timesteps, steps)
+            then = [*(number for number, _ in shares[1:]), None]
+            for (number, share), following in zip(shares, then, strict=False):  # none without a step to do
                 active = self.model.active(number, self.settings)
                 parts = self._composed(active, solver, cond, frames, known)
                 memories = {"solver": solver, **parts.memories}
                 # A cache continues only with the residuals of its own expert.
                 if share.start and expert_at(self.model.experts, solver.timesteps[share.start - 1]) == number:
                     restore(parts.memories, before.memory, device)
-                runtime = self._with_expert(active)
+                runtime = self._with_expert(active, share[-1], following)
                 put = parts.predict.put if isinstance(parts.predict, CleanFrames) else lambda x: x
                 x = denoise(parts.predict, solver, x, cond, runtime, steps=share, on_step=on_step, put=put)
         except Exception as error:
@@ -334,12 +336,16 @@ class _Run:
             raise self._out_of_memory(problem, state_at(*latest, "solver"))
         return state_at(*latest)
 
-    def _with_expert(self, active: Active) -> Runtime:
-        """The runtime, which also calls the expert's `before_step`: LoRA strengths change with the step."""
+    def _with_expert(self, active: Active, last: int, following: int | None) -> Runtime:
+        """The runtime, which also calls the expert's `before_step`, because LoRA strengths change with the step, and
+        announces the expert `following` before step `last`.
+        """
 
         def before_step(index: int, total: int) -> None:
             self.runtime.before_step(index, total)
             active.before_step(index, total)
+            if index == last and following is not None:
+                self.model.announce(following)
 
         return dataclasses.replace(self.runtime, before_step=before_step)
 
