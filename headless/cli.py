@@ -130,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     level = logging.ERROR if getattr(arguments, "quiet", False) else logging.INFO
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s")
+    # Its writer tells of every file.
+    logging.getLogger("gguf").setLevel(max(level, logging.WARNING))
     try:
         with _signals_as_exceptions():
             return arguments.execute(arguments)
@@ -351,7 +353,7 @@ COMMANDS: Mapping[str, Command] = {
         _print_text(info),
     ),
     "convert": Command(
-        "Write a model as one safetensors file, in FP8 or in another dtype, from any file this library reads.",
+        "Write a model as one file, in FP8, in a type of GGUF or in another dtype, from any file this library reads.",
         CONVERT_ARGUMENTS,
         _print_text(convert),
         one_of=FORM_ARGUMENTS,

@@ -11,6 +11,7 @@ from wan_core import inspection
 from wan_core.files import is_there
 from wan_core.loading.detect import detect_files, require_kind
 from wan_core.loading.save import save_plain, save_quantised
+from wan_core.loading.save_gguf import MADE_TYPES, save_gguf
 from wan_core.lora.apply import LoraUse
 from wan_core.lora.convert import LoraFormat, extract_lora, fuse
 from wan_core.lora.convert import convert as convert_loras
@@ -33,13 +34,18 @@ CONVERT_ARGUMENTS: Arguments = {
         "choices": ("dit", "text_encoder", "vae", "image_encoder"),
         "help": "which model of an all-in-one file (default: the video model)",
     },
-    "out": {"metavar": "OUT", "type": Path, "help": "the new .safetensors file; nothing is overwritten"},
+    "out": {"metavar": "OUT", "type": Path, "help": "the new file, .safetensors or .gguf; nothing is overwritten"},
 }
 FORM_ARGUMENTS: Arguments = {
     "--fp8": {
         "action": "store_true",
         "help": "the linear layers of the blocks as scaled FP8 (e4m3), everything else as bf16: half the size of bf16; "
         "ComfyUI and WanCore compute with it as it is; for video models and text encoders",
+    },
+    "--gguf": {
+        "choices": MADE_TYPES,
+        "help": "a GGUF file with the linear layers of the blocks packed in this type, whose name says how many bits a "
+        "number takes; ComfyUI-GGUF and WanCore compute with it as it is; for video models and text encoders",
     },
     "--dtype": {"choices": tuple(DTYPES), "help": "all weights in this dtype"},
 }
@@ -78,7 +84,7 @@ def info(arguments: argparse.Namespace) -> str:
 
 
 def convert(arguments: argparse.Namespace) -> str:
-    """Write a model as one safetensors file; returns its path and size.
+    """Write a model as one file; returns its path and size.
 
     Raises:
         ValueError: the model cannot be read, or the file cannot be written.
@@ -94,6 +100,8 @@ def convert(arguments: argparse.Namespace) -> str:
 
     if arguments.fp8:
         path = save_quantised(component, arguments.out, report_written)
+    elif arguments.gguf:
+        path = save_gguf(component, arguments.out, arguments.gguf, report_written)
     else:
         path = save_plain(component, arguments.out, DTYPES[arguments.dtype], report_written)
     return f"{path} ({gigabytes(path.stat().st_size, 2)})"

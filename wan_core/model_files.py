@@ -15,8 +15,8 @@ from .conditioning.text import TextCache, TextEncoder, Tokenizer, fingerprint
 from .loading import load
 from .loading.detect import Component, join_vace, require_kind
 from .loading.download import OnProgress, fetch, redirect
-from .loading.load import build, spiece_model
-from .loading.names import SPIECE_MODEL, ModelKind
+from .loading.load import build, has_spiece_model, spiece_model
+from .loading.names import ModelKind
 from .loading.pairs import check_pair, check_same_structure, pair_name, resolve_experts, stored_boundary
 from .model import VideoModel
 from .models.attention import load_backend
@@ -347,8 +347,8 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The text encoder of `component` with its tokenizer.
 
-    The tokenizer comes from the folder `tokenizer`, else from the file itself (ComfyUI's packages carry it), else from
-    the folder google/umt5-xxl beside the file.
+    The tokenizer comes from the folder `tokenizer`, else from the file itself (ComfyUI's packages and GGUF files carry
+    it), else from the folder google/umt5-xxl beside the file.
 
     Raises:
         ValueError: there is no tokenizer, or it has more tokens than the encoder.
@@ -366,7 +366,7 @@ def load_text_encoder(
 
 def has_tokenizer(component: Component) -> bool:
     """Whether the text encoder's file, or the folder it lies in, brings a tokenizer."""
-    return SPIECE_MODEL in component.header or _tokenizer_beside(component).is_dir()
+    return has_spiece_model(component.header) or _tokenizer_beside(component).is_dir()
 
 
 def find_tokenizer(component: Component, folder: PathLike | None) -> Tokenizer:

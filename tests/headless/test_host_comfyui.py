@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from tests.lora.fixtures import trained_weights
 from tests.programs import PATIENCE, wait_for
 from wan_core import bundled, catalog
+from wan_core.loading.detect import detect_files
+from wan_core.loading.save_gguf import save_gguf
 from wan_core.models.config import DiTConfig, VAEConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.vae import WanVAE
@@ -122,6 +124,32 @@ def test_a_second_run_is_served_from_the_cache(placed, server, folders):
     run_on_server(on_files("t2v", seed=4712), server, folders, on_event=changed.append)
     started = {event.node.class_type for event in changed if event.kind == "start"}
     assert started == {"WanCoreSampler", "WanCoreVAEDecode", "CreateVideo", "SaveVideo"}
+
+
+def test_gguf_files_are_in_our_lists_and_not_in_comfyuis(placed, server, folders):
+    """A DiT in the old folder `unet` and a text encoder make a video; ComfyUI's own loaders cannot read them."""
+    for source, target in (
+        ("diffusion_models/tiny", "unet/packed"),
+        ("text_encoders/models_t5", "text_encoders/packed_t5"),
+    ):
+        (file,) = [
+            path for path in placed.glob(f"{source}*") if path.stem in ("tiny", Path(catalog.TEXT_ENCODER_PATTERN).stem)
+        ]
+        (placed / target).parent.mkdir(exist_ok=True)
+        save_gguf(detect_files(file), (placed / target).with_suffix(".gguf"), "Q8_0")
+    with urllib.request.urlopen(f"{server.url}/object_info") as answer:
+        listed = json.load(answer)
+    inputs = {name: listed[name]["input"]["required"] for name in ("WanCoreModelLoader", "UNETLoader", "CLIPLoader")}
+    assert "packed.gguf" in inputs["WanCoreModelLoader"]["model"][0]
+    assert "packed.gguf" not in inputs["UNETLoader"]["unet_name"][0]
+    assert "packed_t5.gguf" not in inputs["CLIPLoader"]["clip_name"][0]
+    workflow = on_files("t2v", seed=99)
+    for node in workflow.nodes.values():
+        packed = {"model": "packed.gguf", "text_encoder": "packed_t5.gguf"}
+        changes = {key: value for key, value in packed.items() if isinstance(node.inputs.get(key), str)}
+        workflow = workflow.with_inputs(node.id, changes)
+    done = run_on_server(workflow, server, folders)
+    assert [file.suffix for file in done.files] == [".mp4"]
 
 
 def post(server: Server, path: str, **body) -> None:

@@ -15,7 +15,8 @@ from tests.lora.test_dialects import merged_output, output, used, with_loras
 from tests.programs import PATIENCE
 from tests.reference import relative_error, tiny_dit
 from wan_core.atomic import numbered_paths, partial_path
-from wan_core.loading.names import KEY_LAYOUTS, diffusers_name, rename
+from wan_core.loading.foreign_names import diffusers_name
+from wan_core.loading.names import KEY_LAYOUTS, rename
 from wan_core.lora.convert import LoraFormat, convert, extract_lora
 from wan_core.lora.target import Target, lora_file_report, open_lora, use_lora
 from wancore.headless.cli import main

@@ -10,7 +10,7 @@ from tests.disks import full_disk
 from tests.reference import relative_error, tiny_text_encoder, tiny_vae
 from tests.trainer.models import config, inputs, trainables, video_model
 from wan_core.loading.detect import detect_files
-from wan_core.loading.names import diffusers_name
+from wan_core.loading.foreign_names import diffusers_name
 from wan_core.loading.tensor_files import write_safetensors
 from wan_core.lora.target import open_lora
 from wancore.trainer.export import RUN, Exporter, ExportError

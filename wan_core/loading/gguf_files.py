@@ -6,7 +6,7 @@ by `tensor_files`, as those of every format.
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -39,6 +39,12 @@ SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 """`struct` codes of the types of metadata; `STRING` and `ARRAY` are the two others."""
+
+INTEGERS = (4, 5, 10, 11)
+"""Those of integers of 4 and 8 bytes."""
+
+ABOUT = ("general.", "tokenizer.ggml.")
+"""What metadata begin with that say what is in the file."""
 
 TYPES: Mapping[int, torch.dtype | Packing] = {
     0: torch.float32, 1: torch.float16, 24: torch.int8, 25: torch.int16, 26: torch.int32, 27: torch.int64,
@@ -132,9 +138,18 @@ class _Cursor:
             raise ValueError(f"it holds an array of the type {element}; numbers and texts are read")
         return array
 
+    def array(self, array: Array) -> tuple[Any, ...]:
+        """The elements of an array; the cursor is after it then."""
+        self.at = array.offset
+        if array.type == STRING:
+            return tuple(self.text() for _ in range(array.count))
+        code = f"<{array.count}{SCALARS[array.type]}"
+        return struct.unpack(code, self.take(struct.calcsize(code)))
+
 
 def read_gguf(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors of a GGUF file, and its metadata about the model as a whole (`general.*`) as texts.
+    """The tensors of a GGUF file, and its metadata about the model as a whole and its tokenizer (`ABOUT`) as texts,
+    without arrays.
 
     Packed tensors are described as their rows of bytes.
 
@@ -148,13 +163,25 @@ def read_gguf(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     ):
         cursor = _Cursor(file, stream)
         values, entries = _header(cursor)
-        tensors = _tensors(cursor, stream, values, entries)
-    about = {key: str(value) for key, value in values.items() if key.startswith("general.") and not _is_array(value)}
-    return tensors, about
+        tensors = _tensors(cursor, values, entries)
+    single = {key: value for key, value in values.items() if not isinstance(value, Array)}
+    return tensors, {key: str(value) for key, value in single.items() if key.startswith(ABOUT)}
 
 
-def _is_array(value: object) -> bool:
-    return isinstance(value, Array)
+def read_values(file: Path, keys: Collection[str]) -> dict[str, Any]:
+    """Those of the metadata `keys` that a GGUF file has: numbers, texts, and tuples of them.
+
+    Raises:
+        CheckpointError: the file is truncated, damaged or of another version.
+    """
+    with (
+        errors_from(file, "has a damaged GGUF header", "Download it again.", CheckpointError),
+        file.open("rb", buffering=2**16) as stream,
+    ):
+        cursor = _Cursor(file, stream)
+        values, _ = _header(cursor)
+        found = {key: values[key] for key in keys if key in values}
+        return {key: cursor.array(v) if isinstance(v, Array) else v for key, v in found.items()}
 
 
 def _header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Entry]]:
@@ -184,9 +211,7 @@ def _header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Entry]]:
     return values, entries
 
 
-def _tensors(
-    cursor: _Cursor, stream: BinaryIO, values: Mapping[str, Any], entries: Mapping[str, _Entry]
-) -> dict[str, TensorInfo]:
+def _tensors(cursor: _Cursor, values: Mapping[str, Any], entries: Mapping[str, _Entry]) -> dict[str, TensorInfo]:
     """What the entries describe, checked against the length of the file."""
     alignment = values.get("general.alignment", ALIGNMENT)
     if alignment not in {2**n for n in range(MAX_ALIGNMENT.bit_length())}:
@@ -197,13 +222,14 @@ def _tensors(
             f"{cursor.file} stores tensors as {', '.join(map(_type_name, unread))}, which is not read. Use a file of "
             f"{', '.join(PACKINGS)}."
         )
-    start = -(-cursor.at // alignment) * alignment
-    found, end, before = {}, start, ""
+    end = start = -(-cursor.at // alignment) * alignment
+    shapes = {name: _shape(cursor, values.get(ORIGINAL_SHAPE + name)) for name in entries}
+    found, before = {}, ""
     for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
         begin = start + entry.offset
         if begin < end or entry.offset % alignment:
             raise ValueError(f"{name!r} does not begin after {before!r}, at a multiple of {alignment}")
-        info = found[name] = _info(cursor.file, name, entry, begin, _array(stream, values.get(ORIGINAL_SHAPE + name)))
+        info = found[name] = _info(cursor.file, name, entry, begin, shapes[name])
         end, before = begin + info.nbytes, name
     if end > cursor.size:
         raise CheckpointError(
@@ -228,15 +254,13 @@ def _info(file: Path, name: str, entry: _Entry, offset: int, original: tuple[int
     return TensorInfo(held, torch.uint8, file, offset, packing=kind, whole=None if rows == whole else whole)
 
 
-def _array(stream: BinaryIO, array: object) -> tuple[int, ...] | None:
+def _shape(cursor: _Cursor, array: object) -> tuple[int, ...] | None:
     """The integers of a shape in the metadata; None when there are none."""
     if array is None:
         return None
-    if not isinstance(array, Array) or array.type not in (4, 5, 10, 11) or array.count > MAX_AXES:
+    if not isinstance(array, Array) or array.type not in INTEGERS or array.count > MAX_AXES:
         raise ValueError(f"a shape in the metadata is {array!r}; an array of up to {MAX_AXES} integers is expected")
-    code = f"<{array.count}{SCALARS[array.type]}"
-    stream.seek(array.offset)
-    return struct.unpack(code, stream.read(struct.calcsize(code)))
+    return cursor.array(array)
 
 
 def _type_name(code: int) -> str:

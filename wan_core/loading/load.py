@@ -27,6 +27,7 @@ from .detect import KINDS, Component, check_against, detect, detect_files, requi
 from .names import SPIECE_MODEL, ModelKind, Source
 from .stored_weights import StoredWeight
 from .tensor_files import CheckpointError, Header, TensorFiles, TensorInfo, TensorReader, TensorShapes
+from .vocabulary import Vocabulary, has_vocabulary
 
 CLASSES: dict[ModelKind, type[nn.Module]] = {
     "dit": WanDiT,
@@ -146,19 +147,31 @@ def load_into(
     return module.requires_grad_(False).eval()
 
 
+def has_spiece_model(header: Header) -> bool:
+    """Whether there is one for `spiece_model`."""
+    return has_vocabulary(header.metadata) or _spiece_name(header) is not None
+
+
 def spiece_model(header: Header) -> bytes | None:
-    """The SentencePiece model that a ComfyUI text encoder pack carries; None when there is none.
+    """The SentencePiece model that a ComfyUI text encoder pack carries, or that the vocabulary of a GGUF file is; None
+    when there is none.
 
     Raises:
-        CheckpointError: what has its name is no sequence of bytes.
+        CheckpointError: what is in its place is something else.
     """
-    name = next((name for name in header if name.rpartition(".")[2] == SPIECE_MODEL), None)
+    if has_vocabulary(header.metadata):
+        return Vocabulary.of_gguf(header.files[0]).sentencepiece()
+    name = _spiece_name(header)
     if name is None:
         return None
     if header[name].dtype != torch.uint8:
         raise CheckpointError(f"{header[name].file} holds a {SPIECE_MODEL} of {header[name].dtype}, not of bytes.")
     with TensorFiles(header) as files:
         return files.read(name).numpy().tobytes()
+
+
+def _spiece_name(header: Header) -> str | None:
+    return next((name for name in header if name.rpartition(".")[2] == SPIECE_MODEL), None)
 
 
 @contextmanager

@@ -9,23 +9,12 @@ from typing import Literal
 
 import torch
 
+from .foreign_names import DIFFUSERS_NAMES, HUGGING_FACE_NAMES, LLAMA_CPP_NAMES, Combine, RenameRule, to_original
 from .stored_weights import SIDE_TENSORS, StoredWeight, plain_name
 
 ModelKind = Literal[
     "dit", "vace", "motion_controller", "text_encoder", "vae", "image_encoder", "preview_decoder", "lora"
 ]
-Combine = Literal["identity", "cat", "transpose", "reshape"]
-
-
-@dataclass(frozen=True)
-class RenameRule:
-    """One rewriting step on a name. `part` of `parts` says which piece of the target this tensor is."""
-
-    pattern: str
-    replacement: str
-    combine: Combine = "identity"
-    part: int = 0
-    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -46,66 +35,6 @@ class KeyLayout:
     absent: str | None = None
     ignored: str | None = None
     optional: tuple[str, ...] = ()
-
-
-PLACEHOLDERS = {
-    "block": r"(?:vace_)?blocks\.\d+",
-    "vace": r"vace_blocks\.\d+",
-    "qkv": "[qkv]",
-    "kv": "[kv]",
-    "in": "time|text",
-}
-"""What stands in braces in `DIFFUSERS_NAMES`; it is the same text in both names."""
-
-DIFFUSERS_NAMES = (
-    ("{block}.self_attn.{qkv}", "{block}.attn1.to_{qkv}"),
-    ("{block}.self_attn.o", "{block}.attn1.to_out.0"),
-    ("{block}.self_attn", "{block}.attn1"),
-    ("{block}.cross_attn.{qkv}", "{block}.attn2.to_{qkv}"),
-    ("{block}.cross_attn.o", "{block}.attn2.to_out.0"),
-    ("{block}.cross_attn.{kv}_img", "{block}.attn2.add_{kv}_proj"),
-    ("{block}.cross_attn.norm_k_img", "{block}.attn2.norm_added_k"),
-    ("{block}.cross_attn", "{block}.attn2"),
-    ("{block}.ffn.0", "{block}.ffn.net.0.proj"),
-    ("{block}.ffn.2", "{block}.ffn.net.2"),
-    ("{block}.norm3", "{block}.norm2"),
-    ("{block}.modulation", "{block}.scale_shift_table"),
-    ("{vace}.before_proj", "{vace}.proj_in"),
-    ("{vace}.after_proj", "{vace}.proj_out"),
-    ("head.modulation", "scale_shift_table"),
-    ("head.head", "proj_out"),
-    ("{in}_embedding.0", "condition_embedder.{in}_embedder.linear_1"),
-    ("{in}_embedding.2", "condition_embedder.{in}_embedder.linear_2"),
-    ("time_projection.1", "condition_embedder.time_proj"),
-    ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
-    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
-    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
-    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
-    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
-)
-"""Modules and parameters of the DiT by their original name and by that of diffusers' `WanTransformer3DModel`; what is
-below a module keeps its name. The longer of two that overlap stands first.
-"""
-
-
-def _renaming(source: str, target: str) -> RenameRule:
-    """The rule that gives what is called `source`, and what is below it, the name `target`."""
-    pattern = re.escape(source).replace(r"\{", "{").replace(r"\}", "}")
-    pattern = pattern.format(**{name: f"(?P<{name}>{text})" for name, text in PLACEHOLDERS.items()})
-    replacement = target.format(**{name: rf"\g<{name}>" for name in PLACEHOLDERS})
-    return RenameRule(rf"^{pattern}(?=\.|$)", replacement)
-
-
-DIT_RULES = tuple(_renaming(diffusers, original) for original, diffusers in DIFFUSERS_NAMES)
-
-_TO_DIFFUSERS = tuple(_renaming(original, diffusers) for original, diffusers in DIFFUSERS_NAMES)
-
-
-def diffusers_name(path: str) -> str:
-    """The path in diffusers' `WanTransformer3DModel` of the module or parameter that is `path` in the original DiT."""
-    for rule in _TO_DIFFUSERS:
-        path = re.sub(rule.pattern, rule.replacement, path)
-    return path
 
 
 _VAE_PARTS = (
@@ -143,34 +72,6 @@ VAE_22_RULES = (
     *_VAE_PARTS,
 )
 
-UMT5_RULES = (
-    RenameRule(r"^(shared|encoder\.embed_tokens)\.", "token_embedding."),
-    RenameRule(r"^encoder\.final_layer_norm\.", "norm."),
-    RenameRule(r"^encoder\.block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
-    RenameRule(r"^encoder\.block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
-    RenameRule(
-        r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.",
-        r"blocks.\1.pos_embedding.embedding.",
-    ),
-    RenameRule(r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.", r"blocks.\1.attn."),
-    RenameRule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.", r"blocks.\1.ffn.gate.0."),
-    RenameRule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.", r"blocks.\1.ffn.fc1."),
-    RenameRule(r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"blocks.\1.ffn.fc2."),
-)
-
-LLAMA_CPP_RULES = (
-    RenameRule(r"^token_embd\.", "token_embedding."),
-    RenameRule(r"^enc\.output_norm\.", "norm."),
-    RenameRule(r"^enc\.blk\.(\d+)\.attn_norm\.", r"blocks.\1.norm1."),
-    RenameRule(r"^enc\.blk\.(\d+)\.ffn_norm\.", r"blocks.\1.norm2."),
-    RenameRule(r"^enc\.blk\.(\d+)\.attn_rel_b\.", r"blocks.\1.pos_embedding.embedding."),
-    RenameRule(r"^enc\.blk\.(\d+)\.attn_([qkvo])\.", r"blocks.\1.attn.\2."),
-    RenameRule(r"^enc\.blk\.(\d+)\.ffn_gate\.", r"blocks.\1.ffn.gate.0."),
-    RenameRule(r"^enc\.blk\.(\d+)\.ffn_up\.", r"blocks.\1.ffn.fc1."),
-    RenameRule(r"^enc\.blk\.(\d+)\.ffn_down\.", r"blocks.\1.ffn.fc2."),
-)
-"""From llama.cpp's names of a T5 encoder, which GGUF files of UMT5 have."""
-
 UNSQUEEZED = (RenameRule(r"^(.*\bmodulation|img_emb\.emb_pos)$", r"\1", "reshape"),)
 """Parameters of the DiT whose first axis has one element. GGUF files may lack it: ggml drops outermost axes of 1."""
 
@@ -206,7 +107,7 @@ KEY_LAYOUTS = (
         "dit", "diffusers",
         (r"scale_shift_table", r"blocks\.0\.attn1\.to_q\.weight", r"patch_embedding\.weight",
          r"condition_embedder\.time_proj\.weight"),
-        DIT_RULES,
+        to_original(DIFFUSERS_NAMES),
     ),
     KeyLayout(
         "vace", "original",
@@ -218,7 +119,7 @@ KEY_LAYOUTS = (
         "vace", "diffusers",
         (r"vace_blocks\.0\.proj_out\.weight", r"vace_blocks\.0\.proj_in\.weight", r"vace_patch_embedding\.weight",
          r"vace_blocks\.0\.attn1\.to_q\.weight"),
-        DIT_RULES, absent=_BASE_BLOCKS,
+        to_original(DIFFUSERS_NAMES), absent=_BASE_BLOCKS,
     ),
     KeyLayout(
         "motion_controller", "original",
@@ -234,13 +135,13 @@ KEY_LAYOUTS = (
         "text_encoder", "Hugging Face",
         (r"shared\.weight|encoder\.embed_tokens\.weight", r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight",
          r"encoder\.block\.0\.layer\.1\.DenseReluDense\.wi_0\.weight", r"encoder\.final_layer_norm\.weight"),
-        UMT5_RULES, ignored=r"decoder\..+|lm_head\..+",
+        to_original(HUGGING_FACE_NAMES), ignored=r"decoder\..+|lm_head\..+",
     ),
     KeyLayout(
         "text_encoder", "llama.cpp",
         (r"token_embd\.weight", r"enc\.blk\.0\.attn_q\.weight", r"enc\.blk\.0\.ffn_gate\.weight",
          r"enc\.output_norm\.weight"),
-        LLAMA_CPP_RULES, ignored=r"dec\..+|output\.weight",
+        to_original(LLAMA_CPP_NAMES), ignored=r"dec\..+|output\.weight",
     ),
     KeyLayout(
         "vae", "original",

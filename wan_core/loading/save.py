@@ -7,9 +7,9 @@ are not FP8 in such a file to FP8 by itself; newer versions and WanCore keep the
 """
 
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -23,6 +23,7 @@ from ..atomic import creating
 from ..offload.quant import big_linears
 from ..runtime import gigabytes
 from .detect import Component, check_against
+from .foreign_names import HUGGING_FACE_NAMES, foreign_name
 from .load import CLASSES, check_fits, combine, empty_module, spiece_model
 from .names import SPIECE_MODEL
 from .stored_weights import OUTPUT_FORMAT
@@ -38,22 +39,6 @@ QUANTISED_KINDS = ("dit", "text_encoder")
 
 SPIECE_FILE = "spiece.model"
 """The SentencePiece model in a tokenizer's folder."""
-
-UMT5_NAMES = (
-    (r"^token_embedding\.", "shared."),
-    (r"^norm\.", "encoder.final_layer_norm."),
-    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
-    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
-    (
-        r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
-        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
-    ),
-    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
-    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
-    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
-    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
-)
-"""From the original names of UMT5 to those of Hugging Face, the only ones that ComfyUI reads."""
 
 
 @dataclass(frozen=True)
@@ -172,35 +157,57 @@ def _quantised_entries(component: Component, name: str, change: Change) -> Itera
 
 
 def _extra(component: Component) -> list[_Entry]:
-    """The SentencePiece model, which ComfyUI wants in the file of a text encoder; from the file or from beside it."""
-    if component.kind != "text_encoder":
+    """The SentencePiece model, which ComfyUI wants in the file of a text encoder."""
+    model = spiece_to_write(component)
+    if model is None:
         return []
+    tensor = torch.frombuffer(bytearray(model), dtype=torch.uint8)
+    return [_Entry(SPIECE_MODEL, tuple(tensor.shape), torch.uint8, lambda files: tensor)]
+
+
+def spiece_to_write(component: Component) -> bytes | None:
+    """The SentencePiece model for the file of a text encoder, from its own file or from beside it; None for other
+    models, and with a warning where there is none.
+    """
+    if component.kind != "text_encoder":
+        return None
     model = spiece_model(component.header)
     beside = sorted(component.header.files[0].parent.glob(f"google/*/{SPIECE_FILE}"))
     if model is None and not beside:
         log.warning("No %s was found beside %s; ComfyUI cannot read the text encoder without it.", SPIECE_FILE,
                     component.name)  # fmt: skip
-        return []
-    tensor = torch.frombuffer(bytearray(model or beside[0].read_bytes()), dtype=torch.uint8)
-    return [_Entry(SPIECE_MODEL, tuple(tensor.shape), torch.uint8, lambda files: tensor)]
+        return None
+    return model or beside[0].read_bytes()
 
 
 def _stored_name(component: Component, name: str) -> str:
-    if component.kind == "text_encoder":
-        for pattern, replacement in UMT5_NAMES:
-            name = re.sub(pattern, replacement, name)
-    return name
+    return foreign_name(name, HUGGING_FACE_NAMES) if component.kind == "text_encoder" else name
+
+
+@contextmanager
+def new_file(path: Path, suffix: str, size: int) -> Iterator[Path]:
+    """A file to write `size` bytes of tensors to, which becomes `path` when the block ends without an error.
+
+    Raises:
+        ValueError: the name is taken or does not end in `suffix`, the folder cannot be written, or the file does not
+            fit there.
+    """
+    if path.suffix != suffix:
+        raise ValueError(f"This is written as {suffix}; got the name {path.name!r}.")
+    with creating(path) as file:
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise ValueError(f"{path} takes {gigabytes(size, 2)}, but {path.parent} has {gigabytes(free, 2)} left.")
+        yield file
 
 
 def _write(component: Component, path: Path, entries: list[_Entry], on_progress: Progress) -> Path:
-    """Write `entries` to `path`; the file gets its name when it is whole.
+    """Write `entries` to `path`.
 
     Raises:
-        ValueError: the name is taken or wrong, the folder cannot be written, or the file does not fit there.
+        ValueError: as of `new_file`.
     """
     path = path.expanduser()
-    if path.suffix != ".safetensors":
-        raise ValueError(f"Models are written as .safetensors; got the name {path.name!r}.")
     layout = {entry.name: (entry.dtype, entry.shape) for entry in entries}
     size = file_size(layout)
 
@@ -211,10 +218,6 @@ def _write(component: Component, path: Path, entries: list[_Entry], on_progress:
             done += entry.nbytes
             on_progress(done, size)
 
-    with creating(path) as partial:
-        free = shutil.disk_usage(path.parent).free
-        if free < size:
-            raise ValueError(f"{path} takes {gigabytes(size, 2)}, but {path.parent} has {gigabytes(free, 2)} left.")
-        with TensorFiles(component.header) as files:
-            write_made(partial, layout, made(files), {"format": "pt"})
+    with new_file(path, ".safetensors", size) as file, TensorFiles(component.header) as files:
+        write_made(file, layout, made(files), {"format": "pt"})
     return path

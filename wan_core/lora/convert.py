@@ -14,8 +14,9 @@ from torch import Tensor
 from ..atomic import creating_first, partial_path, replacing
 from ..files import errors_from
 from ..loading.detect import detect_files, require_kind
+from ..loading.foreign_names import diffusers_name
 from ..loading.load import open_component
-from ..loading.names import ModelKind, diffusers_name
+from ..loading.names import ModelKind
 from ..loading.save import save_plain, save_quantised
 from ..loading.tensor_files import write_safetensors
 from ..runtime import DTYPES

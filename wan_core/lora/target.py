@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..files import errors_from, read_json
 from ..loading.detect import Component, detect
+from ..loading.foreign_names import diffusers_name
 from ..loading.load import TensorsInMemory, combine, header_of_tensors, open_component
-from ..loading.names import ModelKind, diffusers_name
+from ..loading.names import ModelKind
 from ..loading.paths import describe_files, resolve_model
 from ..loading.tensor_files import CheckpointError, TensorFiles, read_header
 from ..models.config import DiTConfig, MotionControllerConfig
