@@ -38,13 +38,13 @@ DITS = {
     "fun_a14b_camera": DiTConfig(**_BASE, in_channels=36, camera_channels=24),
 }
 _5B = DiTConfig(**_BASE, geometry=WAN_22, in_channels=48)
-DITS_22 = {
+DITS_5B = {
     "ti2v_5b": _5B,
     "fun_5b_inp": replace(_5B, in_channels=100),
     "fun_5b_control": replace(_5B, in_channels=148, has_reference=True),
     "fun_5b_camera": replace(_5B, in_channels=100, camera_channels=24),
-    **{name: DITS[name] for name in ("fun_a14b_control", "fun_a14b_camera")},
 }
+ALL_DITS = DITS | DITS_5B
 
 
 @dataclass(frozen=True)

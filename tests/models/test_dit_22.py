@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.lora.fixtures import streaming
-from tests.reference import DITS_22, filled, load_case, relative_error
+from tests.reference import ALL_DITS, filled, load_case, relative_error
 from wan_core.models import fused
 from wan_core.models.dit import WanDiT
 from wan_core.models.fused import MOST_PIECES, TokenRows
@@ -30,7 +30,7 @@ def with_timesteps(cond: Conditioning, times: torch.Tensor, grid: tuple[int, int
 
 def case_inputs(name):
     """A case as (model, latents, timestep, conditioning, expected output)."""
-    case, dit = load_case(f"dit_{name}"), filled(WanDiT, DITS_22[CASES[name]])
+    case, dit = load_case(f"dit_{name}"), filled(WanDiT, ALL_DITS[CASES[name]])
     text = F.pad(case["context"], (0, 0, 0, 512 - case["context"].shape[1]))
     reference = case.get("reference_latents")
     cond = Conditioning(text=text, concat=case.get("y"), camera=case.get("camera"), reference=reference)
@@ -51,7 +51,7 @@ def test_equals_the_published_code(name):
 
 @pytest.fixture(scope="module")
 def dit():
-    return filled(WanDiT, DITS_22["ti2v_5b"])
+    return filled(WanDiT, ALL_DITS["ti2v_5b"])
 
 
 def inputs(batch=1):

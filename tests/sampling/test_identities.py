@@ -73,16 +73,19 @@ def guided(variant: str, cache: object, windows: WindowSettings | None, mode: st
         guidance=GuidanceSettings(scale=3.0, mode=mode, **guidance),
     )  # fmt: skip
     controller = small_motion_controller() if variant == "t2v" else None
-    cond = conditioning(variant, SIZE, models=SMALL)
-    return sample(shared_dit(variant), cond, SIZE, settings, RUNTIME, motion_controller=controller)
+    cond, size = conditioning(variant, SIZE, models=SMALL), dataclasses.replace(SIZE, geometry=SMALL[variant].geometry)
+    return sample(shared_dit(variant), cond, size, settings, RUNTIME, motion_controller=controller)
 
 
-@pytest.mark.parametrize(("variant", "cache", "windows"), in_pairs(DITS, CACHES, WINDOWS), ids=str)
+STRUCTURES = [*DITS, "ti2v_5b", "fun_5b_control"]
+
+
+@pytest.mark.parametrize(("variant", "cache", "windows"), in_pairs(STRUCTURES, CACHES, WINDOWS), ids=str)
 def test_caches_windows_and_guidance_go_together(variant, cache, windows):
     (cached, uncached), (cut, whole) = CACHES[cache], WINDOWS[windows]
     result = functools.partial(guided, variant)
     plain = result(cached, cut)
-    assert plain.shape == (1, 16, *SIZE.shape)
+    assert plain.shape == (1, SMALL[variant].out_channels, *SIZE.shape)
     # Whatever the order in which branches run, whether all of the time or for a part of it.
     for mode in CFG_MODES[1:]:
         assert relative_error(result(cached, cut, mode), plain) < 1e-5

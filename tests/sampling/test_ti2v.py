@@ -9,7 +9,7 @@ import torch
 
 from tests.pictures import materialised
 from tests.reference import (
-    DITS_22,
+    DITS_5B,
     arguments,
     filled,
     load_case,
@@ -31,6 +31,7 @@ from wan_core.pipeline import WanVideoPipeline
 from wan_core.pipeline_models import LoadedModels
 from wan_core.runtime import Runtime
 from wan_core.sampling import run
+from wan_core.sampling.checkpoint import Checkpoint
 from wan_core.sampling.predictor import TimeTable
 from wan_core.settings import (
     EasyCacheSettings,
@@ -44,7 +45,7 @@ from wan_core.types import Conditioning, VideoSize
 from wan_core.variants import fit, match_variant
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
-SMALL = {name: dataclasses.replace(config, dim=128, ffn_dim=256, num_layers=3) for name, config in DITS_22.items()}
+SMALL = {name: dataclasses.replace(config, dim=128, ffn_dim=256, num_layers=3) for name, config in DITS_5B.items()}
 SIZE = VideoSize(64, 64, 17, WAN_22)
 TEXT = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(5))
 GUIDED = GuidanceSettings(scale=3.0)
@@ -54,7 +55,7 @@ GUIDED = GuidanceSettings(scale=3.0)
 def pipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     bundled.write_tokenizer(folder / bundled.TOKENIZER_FILE)
-    dit = filled(WanDiT, DITS_22["ti2v_5b"])
+    dit = filled(WanDiT, DITS_5B["ti2v_5b"])
     video = VideoModel.of(dit, match_variant(dit.config), None, "ti2v_5b")
     text = TextEncoder(tiny_text_encoder(), Tokenizer.from_folder(folder), None)
     return WanVideoPipeline(torch.device("cpu"), torch.float32, LoadedModels(video, text, tiny_vae_22()))
@@ -308,3 +309,32 @@ def test_a_picture_is_cropped_as_its_authors_do(name):
     ours = fit_size(picture, case["ti2v"].shape[2], case["ti2v"].shape[1], "crop")[0].permute(2, 0, 1) * 2 - 1
     difference = (ours - case["ti2v"]).abs()
     assert difference.mean() < 0.01 and difference.max() < 0.05
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_batch_shares_its_start_image(pipe, merge):
+    call = {"height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 2, "seed": 1, "cfg_merge": merge}
+    call |= {"progress_bar_cmd": None, "output_type": "latent", "input_image": clip(1).numpy()}
+    both = pipe(["a dog", "a cat"], **call)
+    assert both.shape[0] == 2 and torch.equal(both[0, :, 0], both[1, :, 0])
+    assert relative_error(both[0, :, 1:], both[1, :, 1:]) > 1e-3
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_an_interrupted_run_continues_with_the_same_bits(tmp_path, chained):
+    dit, cond, clean = small()
+    windows = WindowSettings(size=3, stride=2, mode="chain") if chained else None
+    settings = SamplerSettings(steps=3, guidance=GUIDED, solver="unipc", windows=windows)
+    whole = sample(dit, cond, SIZE.latent, settings, RUNTIME)
+    steps = []
+
+    def stop(index, total):
+        steps.append(index)
+        if len(steps) == (5 if chained else 3):
+            raise KeyboardInterrupt
+
+    checkpoint = Checkpoint(tmp_path / "run", every=1)
+    with pytest.raises(KeyboardInterrupt):
+        sample(dit, cond, SIZE.latent, settings, dataclasses.replace(RUNTIME, before_step=stop), checkpoint=checkpoint)
+    found = sample(dit, cond, SIZE.latent, settings, RUNTIME, checkpoint=checkpoint)
+    assert torch.equal(found, whole) and torch.equal(found[:, :, :1], clean)

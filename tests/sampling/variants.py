@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tests.reference import DITS, filled
+from tests.reference import ALL_DITS, filled
 from wan_core.models.config import DiTConfig, MotionControllerConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.layers import MotionController
@@ -18,7 +18,9 @@ TEXT = 24
 """Rows of text; the models take any number, and few are fast."""
 
 
-SMALL = {variant: replace(config, dim=128, ffn_dim=256, num_layers=3, image_dim=64) for variant, config in DITS.items()}
+SMALL = {
+    variant: replace(config, dim=128, ffn_dim=256, num_layers=3, image_dim=64) for variant, config in ALL_DITS.items()
+}
 """The same structures with one head, and with image tokens that cost little: for what compares runs with each other."""
 
 
@@ -35,7 +37,7 @@ def conditioning(
     size: LatentSize,
     seed: int = 5,
     references: int = REFERENCES,
-    models: dict[str, DiTConfig] = DITS,
+    models: dict[str, DiTConfig] = ALL_DITS,
 ) -> Conditioning:
     """Random values for every input that the model of this structure has."""
     config = models[variant]
@@ -50,12 +52,16 @@ def conditioning(
     if config.concat_channels:
         fields["concat"] = draw(config.concat_channels, *size.shape)
     if config.has_reference:
-        fields["reference"] = draw(16, size.height, size.width)
+        fields["reference"] = draw(config.out_channels, size.height, size.width)
     if config.camera_channels:
-        fields["camera"] = draw(24, size.frames, size.height * 8, size.width * 8)
+        stride = config.geometry.spatial_stride
+        fields["camera"] = draw(24, size.frames, size.height * stride, size.width * stride)
     if config.vace_layers:
         frames = (references + size.frames, size.height, size.width)
         fields["vace"] = (VaceInput(context=draw(96, *frames)),)
     if variant == "t2v":
         fields["motion_bucket"] = torch.tensor([40.0])
-    return Conditioning(**fields)
+    cond = Conditioning(**fields)
+    if config.geometry.frame_times:
+        cond = cond.with_clean_frames(draw(config.out_channels, 1, size.height, size.width), size.frames)
+    return cond
