@@ -218,7 +218,7 @@ class TrainingDataNode:
                     81,
                     1,
                     10001,
-                    "Frames of a clip (4k + 1 for Wan 2.1); pictures are clips of one.",
+                    "Frames of a clip (4k + 1); pictures are clips of one.",
                     step=sockets.FRAMES,
                 ),
             },
@@ -228,7 +228,8 @@ class TrainingDataNode:
                 "fps": widget(
                     "fps",
                     float(DEFAULT_GEOMETRY.fps),
-                    "Resample clips to this frame rate; Wan 2.1 was trained at 16. 0 takes frames as stored.",
+                    "Resample clips to this frame rate; Wan was trained at 16, its 5B models at 24. 0 takes frames as "
+                    "stored.",
                 ),
                 "frame_pick": widget("frame_pick"),
                 "short_clip": widget("short_clip"),

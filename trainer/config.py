@@ -357,7 +357,7 @@ PROGRAM = "python -m trainer.train"
 
 def parser(prog: str = PROGRAM, *, prints_help: bool = True) -> argparse.ArgumentParser:
     """The command line of `trainer.train`; without `prints_help` nothing in it ends the program."""
-    made = build_parser(TrainConfig, prog, "Train a Wan 2.1 model.", prints_help=prints_help)
+    made = build_parser(TrainConfig, prog, "Train a Wan model.", prints_help=prints_help)
     made.add_argument("--config", help="JSON file with any of these settings; flags win over it")
     for name in SWITCHES:
         made.add_argument(

@@ -83,10 +83,10 @@ REFERENCE_FLAGS: Mapping[str, ReferenceFlag] = {
 """Flags of DiffSynth-Studio, without dashes, that are accepted although they are no settings here."""
 
 REFUSED_FLAGS: Mapping[str, str] = {
-    "audio_processor_path": "it is for Wan 2.2 S2V; this trainer is for Wan 2.1",
-    "framewise_decoding": "it is for WanToDance models; this trainer is for Wan 2.1",
-    "template_model_id_or_path": "template models are of other families; this trainer is for Wan 2.1",
-    "enable_lora_hot_loading": "image-to-LoRA models are of other families; this trainer is for Wan 2.1",
+    "audio_processor_path": "it is for Wan 2.2 S2V, which is not trained here",
+    "framewise_decoding": "it is for WanToDance models, which are not trained here",
+    "template_model_id_or_path": "template models are of other families",
+    "enable_lora_hot_loading": "image-to-LoRA models are of other families",
     "align_to_opensource_format": "use --lora_format",
     "dataset_metadata_paths": "use --dataset_metadata_path",
 }
