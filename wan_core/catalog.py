@@ -226,11 +226,9 @@ _T2V_A14B = Preset(
 )
 _I2V_A14B = replace(_T2V_A14B, cfg=3.5, cfg_low=3.5, shift=5.0, size_rule="area")
 _FUN_A14B = Preset(cfg=6.0, teacache="Wan2.1-I2V-14B-720P")
-_TI2V_5B = Preset(
-    solver="unipc", width=1280, height=704, num_frames=121, fps=24.0, size_rule="area and crop",
-    teacache="Wan2.1-I2V-14B-720P",
-)  # fmt: skip
-_FUN_5B = replace(_TI2V_5B, cfg=6.0, solver="euler", size_rule="exact")
+_5B: Mapping[str, Any] = dict(width=1280, height=704, num_frames=121, fps=24.0, teacache="Wan2.1-I2V-14B-720P")
+_TI2V_5B = Preset(solver="unipc", size_rule="area and crop", **_5B)
+_FUN_5B = Preset(cfg=6.0, **_5B)
 
 
 def _pair(model_id: str, variant: str, *settings: Any, boundary: float, **others: Any) -> CatalogRow:
@@ -288,6 +286,18 @@ WAN_22: tuple[CatalogRow, ...] = (
 
 _OF_5B = frozenset(row.variant for row in WAN_22 if row.size == "5B")
 
+_SKYREELS = Preset(cfg=6.0, shift=8.0, width=960, height=544, num_frames=97, fps=24.0, teacache="Wan2.1-T2V-14B")
+_SKYREELS_I2V = replace(_SKYREELS, cfg=5.0, shift=5.0, teacache="Wan2.1-I2V-14B-480P")
+_LARGE: Mapping[str, Any] = dict(width=1280, height=720, num_frames=121)
+FINE_TUNES = (
+    CatalogRow("krea/krea-realtime-video", "t2v", "14B", replace(_T2V_L, steps=6, cfg=1.0, shift=20.0), "text", ""),
+    CatalogRow("Skywork/SkyReels-V2-T2V-14B-540P", "t2v", "14B", _SKYREELS, "text", ""),
+    CatalogRow("Skywork/SkyReels-V2-T2V-14B-720P", "t2v", "14B", replace(_SKYREELS, **_LARGE), "text", ""),
+    CatalogRow("Skywork/SkyReels-V2-I2V-14B-540P", "i2v", "14B", _SKYREELS_I2V, "image", ""),
+    CatalogRow("Skywork/SkyReels-V2-I2V-14B-720P", "i2v", "14B", replace(_SKYREELS_I2V, **_LARGE), "image", ""),
+)
+"""Models of known structures by others, for their authors' settings alone (SkyReels-V2's README, DiffSynth-Studio)."""
+
 CATALOG = WAN_21
 """The rows that loaders, workflows and recipes offer."""
 
@@ -312,7 +322,6 @@ def _tiny_rows(rows: Sequence[CatalogRow]) -> tuple[CatalogRow, ...]:
 TINY_ROWS = _tiny_rows(CATALOG)
 """Models of random weights that this pack makes by itself, one of each structure, each in place of the first row
 of its variant. They draw abstract patterns, and let every workflow run anywhere."""
-
 ALL_TINY_ROWS = _tiny_rows(ALL_ROWS)
 
 SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B", 256: "tiny"}
@@ -350,7 +359,7 @@ def published_config(row: CatalogRow) -> DiTConfig:
 
 def find_row(model_id: str) -> CatalogRow | None:
     """The row of that id, or None."""
-    return next((row for row in (*ALL_ROWS, *ALL_TINY_ROWS) if row.model_id == model_id), None)
+    return next((row for row in (*ALL_ROWS, *FINE_TUNES, *ALL_TINY_ROWS) if row.model_id == model_id), None)
 
 
 def published(model_id: str) -> CatalogRow:
@@ -358,7 +367,7 @@ def published(model_id: str) -> CatalogRow:
     return next(row for row in ALL_ROWS if row.model_id == model_id)
 
 
-HINTS = ("fun", "inp", "480", "720", "v1.1", "preview")
+HINTS = ("fun", "inp", "480", "540", "720", "v1.1", "preview", "krea", "skyreels")
 """Words in file names that distinguish checkpoints of one structure and size."""
 
 GENERATIONS = re.compile(r"wan[-_ ]?2[._]?(?P<number>[12])(?!\d)|a14b|(?:high|low)[-_ ]?noise")
@@ -378,7 +387,7 @@ def guess_row(name: str, variant: str, size: str, is_pair: bool | None = None) -
     found = _hints(name)
     rows = [
         row
-        for row in (*ALL_ROWS, *ALL_TINY_ROWS)
+        for row in (*ALL_ROWS, *FINE_TUNES, *ALL_TINY_ROWS)
         if (row.variant, row.size) == (variant, size) and not row.base and is_pair in (None, row.is_pair)
     ]
     by_id = [row for row in rows if row.model_id.lower() in name]

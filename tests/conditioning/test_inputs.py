@@ -424,6 +424,9 @@ def test_what_is_no_picture_is_refused(value):
         ("wan2.2_fun_inpaint_low_noise_14B_fp8.safetensors", "i2v_a14b", "14B", "PAI/Wan2.2-Fun-A14B-InP"),
         ("wan2.2_fun_vace_high_noise_14B_bf16.safetensors", "vace", "14B", "PAI/Wan2.2-VACE-Fun-A14B"),
         ("mine", "vace", "14B", "Wan-AI/Wan2.1-VACE-14B"),
+        ("krea-realtime-video-14b.safetensors", "t2v", "14B", "krea/krea-realtime-video"),
+        ("Wan2_1-SkyReels-V2-T2V-14B-720P_fp16.safetensors", "t2v", "14B", "Skywork/SkyReels-V2-T2V-14B-720P"),
+        ("skyreels_v2_i2v_14B_540p.safetensors", "i2v", "14B", "Skywork/SkyReels-V2-I2V-14B-540P"),
         ("x", "t2v", "", None),
     ],
 )

@@ -127,6 +127,11 @@ def test_inventories_of_wan_22_hold_what_their_authors_count(name):
     assert sum(torch.Size(s).numel() for s in shapes.values()) == stored["params"] == round(billions * 1e9)
 
 
+def test_krea_realtime_is_a_text_model_under_a_prefix():
+    head = header({f"model.{name}": shape for name, shape in DITS["T2V-14B"][0].items()}, file="krea.safetensors")
+    assert fingerprint(head) == "5ec04e02b42d2580483ad69f4e76346a" and detect(head).config == DITS["T2V-14B"][3]
+
+
 def test_order_does_not_matter():
     shapes = list(DITS["VACE-1.3B"][0].items())
     random.Random(0).shuffle(shapes)

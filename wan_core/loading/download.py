@@ -28,10 +28,11 @@ DEFAULT_FOLDER = Path("models")
 COMMON_FILES = {
     "models_t5_umt5-xxl-enc-bf16.pth": "Wan-AI/Wan2.1-T2V-1.3B",
     "Wan2.1_VAE.pth": "Wan-AI/Wan2.1-T2V-1.3B",
+    "Wan2.2_VAE.pth": "Wan-AI/Wan2.2-TI2V-5B",
     "google/*": "Wan-AI/Wan2.1-T2V-1.3B",
     "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "Wan-AI/Wan2.1-I2V-14B-480P",
 }
-"""Files that every Wan 2.1 repository has a copy of, and the repository that they are taken from."""
+"""Files that every repository of a kind has a copy of, and the repository that they are taken from."""
 
 CONVERTED = "DiffSynth-Studio/Wan-Series-Converted-Safetensors"
 """The repository from which DiffSynth-Studio 2 takes the .pth files among them, as .safetensors."""
