@@ -9,6 +9,7 @@ import torch
 from . import catalog
 from .loading.detect import Component, detect_all
 from .loading.load import check_fits
+from .loading.pairs import side_of
 from .loading.paths import describe_files, resolve_model
 from .loading.tensor_files import read_header
 from .model_files import PathLike, recommended_row
@@ -86,9 +87,12 @@ def _model_lines(component: Component) -> list[tuple[str, str]]:
         ("needs", ", ".join([*encoders, *variant.requires])),
         ("takes", ", ".join(variant.accepts) or "text"),
     ]
+    if side := side_of(component.header.files[0].resolve()):
+        lines.append(("expert", f"for {side} noise, by its name"))
     if row:
         preset = row.preset
-        settings = f"steps {preset.steps}, cfg {preset.cfg:g}, shift {preset.shift:g}"
+        low = "" if preset.cfg_low in (None, preset.cfg) else f" and {preset.cfg_low:g} at low noise"
+        settings = f"steps {preset.steps}, cfg {preset.cfg:g}{low}, shift {preset.shift:g}"
         size = f"{preset.width}x{preset.height}, {preset.num_frames} frames"
         lines.append(("preset", f"{row.model_id}: {settings}, {size}, TeaCache {preset.teacache}"))
     return lines

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tests.loading.inventories import tiny
 from wan_core import bundled, catalog
 from wan_core.catalog import tiny_id
+from wan_core.inspection import report
 from wan_core.loading.detect import detect_files
 from wan_core.loading.pairs import check_pair, expand, find_pairs, resolve_experts, resolve_pair, side_of
 from wan_core.loading.tensor_files import CheckpointError
@@ -136,6 +137,18 @@ def test_the_boundary_is_that_of_the_repository(repository, tmp_path, ratio, bou
 def test_the_boundary_is_that_of_the_authors(variant, boundary, tmp_path):
     folder = bundled.write_model(tmp_path, tiny_id(variant, is_pair=True))
     assert [expert.lowest for expert in experts_of(inspect_experts(folder))] == [boundary, 0]
+
+
+def test_a_report_says_which_expert_a_file_is(repository, tmp_path):
+    assert ("expert", "for low noise, by its name") in report(repository / "low_noise_model").lines
+    folder = link(tmp_path, repository, high="wan2.2_t2v.safetensors")
+    assert "expert" not in dict(report(folder / "wan2.2_t2v.safetensors").lines)
+
+
+def test_a_name_of_a_file_with_braces_is_itself(tmp_path):
+    path = tmp_path / "{a,b}.safetensors"
+    path.touch()
+    assert expand(str(path)) == (str(path),) and names(resolve_experts(path)) == [path.name]
 
 
 def test_mistakes_with_a_pair_are_told(repository, tmp_path):

@@ -63,8 +63,8 @@ def find_pairs(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def expand(name: str) -> tuple[str, ...]:
-    """The names that braces stand for, high first; a name without braces is itself."""
-    if not BRACES.search(name):
+    """The names that braces stand for, high first; a name without braces, or of a file that is there, is itself."""
+    if not BRACES.search(name) or is_there(Path(name)):
         return (name,)
     return BRACES.sub(r"\1", name), BRACES.sub(r"\2", name)
 
