@@ -43,6 +43,7 @@ from tests.reference import (
     tiny_motion_controller,
     tiny_text_encoder,
     tiny_vae,
+    tiny_vae_22,
 )
 from tests.sampling.runs import sample
 from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
@@ -132,7 +133,8 @@ def velocity(dit: nn.Module, cond: Conditioning) -> Tensor:
     controller = tiny_motion_controller() if dit.config.dim == 256 else small_motion_controller()
     motion = None if cond.motion_bucket is None else controller(cond.motion_bucket)
     frames = cond.prefix_frames(SIZE.frames) + SIZE.frames
-    return dit(normal(1, 16, frames, SIZE.height, SIZE.width), torch.tensor([700.0]), cond, motion)
+    x = normal(1, dit.config.out_channels, frames, SIZE.height, SIZE.width)
+    return dit(x, torch.tensor([700.0]), cond, motion)
 
 
 def small(variant: str) -> tuple[WanDiT, Conditioning]:
@@ -140,8 +142,11 @@ def small(variant: str) -> tuple[WanDiT, Conditioning]:
     return small_dit(variant), conditioning(variant, SIZE, models=SMALL)
 
 
+STRUCTURES = (*DITS, "ti2v_5b", "fun_5b_control")
+
+
 def forward() -> Outputs:
-    for variant in DITS:
+    for variant in STRUCTURES:
         dit, cond = tiny_dit(variant), conditioning(variant, SIZE)
         yield variant, velocity(dit, cond)
         yield f"{variant} text alone", velocity(dit, Conditioning(text=cond.text))
@@ -154,13 +159,14 @@ def forward() -> Outputs:
 
 
 def sampling() -> Outputs:
-    for variant in DITS:
+    for variant in STRUCTURES:
         dit, cond = small(variant)
+        size = dataclasses.replace(SIZE, geometry=dit.config.geometry)
         controller = small_motion_controller() if cond.motion_bucket is not None else None
         for name, changes in {**RUNS, **(MORE_RUNS if variant == "t2v" else {})}.items():
             settings = SamplerSettings(**{"steps": 3, "seed": 2, "shift": 3.0} | changes)
             start = normal(1, 16, *SIZE.shape) if settings.starts_clean else None
-            yield f"{variant} {name}", sample(dit, cond, SIZE, settings, RUNTIME, start, controller)
+            yield f"{variant} {name}", sample(dit, cond, size, settings, RUNTIME, start, controller)
 
 
 def quantised(folder: Path) -> Outputs:
@@ -202,6 +208,10 @@ def autoencoders() -> Outputs:
         yield f"{name} decode", decode(vae, latents, tiles, RUNTIME)
         yield f"{name} decode upscaled", decode(large, latents[:, :, :2], tiles, RUNTIME)
         yield f"{name} encode", encode(vae, pixels, tiles, RUNTIME)
+    vae, latents, pixels = tiny_vae_22(), normal(1, 48, 3, 4, 6), normal(1, 3, 9, 64, 96).clamp(-1, 1)
+    yield "Wan 2.2 decode", decode(vae, latents, None, RUNTIME)
+    yield "Wan 2.2 encode", encode(vae, pixels, None, RUNTIME)
+    latents = normal(1, 16, 3, 6, 6)
     previews = filled(PreviewDecoder, PreviewDecoderConfig(widths=(16, 12, 8, 8)))
     yield "preview", previews(latents[0])
 

@@ -86,7 +86,7 @@ def filled(cls: type[nn.Module], config: Any, seed: int = 0) -> nn.Module:
 
 
 def tiny_dit(variant: str = "t2v", seed: int = 0) -> WanDiT:
-    return filled(WanDiT, DITS[variant], seed)
+    return filled(WanDiT, ALL_DITS[variant], seed)
 
 
 HIGH, LOW = 1, 2
