@@ -234,6 +234,11 @@ def fit(
         tokens = tokens[:, : config.num_image_tokens]
     fitted = dataclasses.replace(cond, image_tokens=tokens, slots=None, size=None, without_tokens=None)
     if cond.slots:
+        if "input_image" in (cond.inputs or ()) and IMAGE in variant.slots and IMAGE.name not in cond.slots:
+            raise ValueError(
+                f"{label} reads input_image as the first frame of a masked video, but it was encoded for control "
+                "models of Wan 2.1: encode it with Image Encode (image_conditioning)."
+            )
         concat = assemble_concat(cond.slots, variant.slots, config.geometry)
         fitted = dataclasses.replace(fitted, concat=concat, layout=variant.slots or None)
     return fitted.expanded(len(cond.encoded_text))

@@ -333,6 +333,18 @@ def test_channels_of_the_control_model_of_wan_22_have_the_control_first(encoder)
     assert torch.equal(alone[:, :16], control) and not alone[:, 16:].any()
 
 
+@pytest.mark.parametrize("variant", ["i2v", "fun_a14b_control"])
+def test_a_start_image_of_control_models_is_not_lost_on_others(encoder, clip, variant):
+    """The latent of one picture does not tell the latents of the grey frames after it."""
+    cond = first_frame_conditioning(TEXT, SIZE, encoder, clip, clip_of(1))
+    cond = cond if variant == "i2v" else control_conditioning(cond, SIZE, encoder, clip_of(9))
+    config = dataclasses.replace(DITS[variant], image_dim=160)
+    with pytest.raises(ValueError, match="encode it with Image Encode"):
+        fit(cond, VARIANT[variant], config, "Model", SIZE)
+    both = image_conditioning(cond, SIZE, encoder, clip, start=clip_of(1))
+    assert fit(both, VARIANT[variant], config, "Model", SIZE).concat.shape[1] == config.concat_channels
+
+
 @pytest.mark.parametrize(("policy", "order"), [("repeat last", [0, 1, 2, 2, 2]), ("loop", [0, 1, 2, 0, 1])])
 def test_short_clips_are_filled_and_long_ones_cut(policy, order, caplog):
     frames = torch.arange(3.0)[:, None]
