@@ -18,6 +18,7 @@ from dataclasses import replace
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from wan_core.media import Clip, MediaError
+from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.runtime import default_device, free_bytes
 
 from .config import TrainConfig, parse
@@ -91,37 +92,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, words = parser.parse_known_args(argv)
     try:
         config = with_recorded_data(parse(words))
-        found = _check(config, arguments.out)
+        models = _models(config)
+        found = _check(config, arguments.out, DEFAULT_GEOMETRY if isinstance(models, str) else models.config.geometry)
         found.require(config.on_bad_sample)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return BAD_DATA
-    sys.stdout.write(f"{found}\n{_memory(config, found.rows)}\n")
+    sys.stdout.write(f"{found}\n{models if isinstance(models, str) else _memory(config, models, found.rows)}\n")
     return 0
 
 
-def _memory(config: TrainConfig, rows: Sequence[Row]) -> str:
-    """What a run on `rows` takes, where its models are on this machine."""
+NOT_COUNTED = "What training takes was not counted"
+
+
+def _models(config: TrainConfig) -> load.FoundModels | str:
+    """The models of the run, where they are on this machine; else why what training takes is not counted."""
     if not config.model_paths and not config.model_id_with_origin_paths:
         return "Name the model to see what training takes."
     try:
-        found = load.find(replace(config, skip_download=True))
-        trainables = trainable.prepare(found.sized(config), config)
+        return load.find(replace(config, skip_download=True))
+    except ValueError as error:
+        return f"{NOT_COUNTED}: {error}"
+
+
+def _memory(config: TrainConfig, models: load.FoundModels, rows: Sequence[Row]) -> str:
+    """What a run on `rows` takes."""
+    try:
+        trainables = trainable.prepare(models.sized(config), config)
         estimator = Estimator(trainables, (row.latent_shape for row in rows))
         return estimator.verdict(config, free_bytes(default_device()))[0]
     except ValueError as error:
-        return f"What training takes was not counted: {error}"
+        return f"{NOT_COUNTED}: {error}"
 
 
-def _check(config: TrainConfig, folder: Path | None) -> report.DatasetReport:
-    """The report. With `folder`, writes it there with the contact sheet, and the progress as events."""
+def _check(config: TrainConfig, folder: Path | None, geometry: Geometry) -> report.DatasetReport:
+    """The report, for a model of `geometry`. With `folder`, writes it there with the contact sheet, and the progress as
+    events.
+    """
+    data = dataset.load(config)
     if folder is None:
-        return report.check(dataset.load(config), config)
+        return report.fit_to_geometry(report.check(data, config), data, config, geometry)
     folder.mkdir(parents=True, exist_ok=True)
     events = Events(folder / EVENTS)
-    found = report.check(
-        dataset.load(config), config, lambda done, total: events.emit("checked", done=done, total=total)
-    )
+    opened = report.check(data, config, lambda done, total: events.emit("checked", done=done, total=total))
+    found = report.fit_to_geometry(opened, data, config, geometry)
     (folder / REPORT).write_text(f"{found}\n", encoding="utf-8")
     contact_sheet(found.rows, config).save(folder / CONTACT_SHEET)
     return found

@@ -33,6 +33,15 @@ def test_good_data_is_reported_and_drawn(data, tmp_path, capsys):
     assert len({str(sorted(c)) for c in cells}) == 4
 
 
+def test_data_is_sized_and_counted_for_the_model_that_is_named(tmp_path, capsys):
+    """The sides of TI2V-5B are multiples of 32, its frames 24 in a second."""
+    settings = material.config(tmp_path, "ti2v_5b", width=48, output_path="out", lora_rank=4)
+    assert main(material.flags(settings)) == 0
+    out = capsys.readouterr().out
+    assert "as 64x32, 5 frames" in out and "at 24 frames per second (2 at 16)" in out
+    assert "activations of 4 tokens" in out and "not counted" not in out
+
+
 def test_bad_data_is_named_and_drawn_without(data, tmp_path, capsys):
     words = ["--dataset_base_path", str(data / "bad"), *SMALL, "--out", str(tmp_path)]
     assert main(words) == 2
