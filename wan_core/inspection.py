@@ -9,8 +9,8 @@ import torch
 from . import catalog
 from .loading.detect import Component, detect_all
 from .loading.load import check_fits
-from .loading.pairs import side_of
-from .loading.paths import describe_files, resolve_model
+from .loading.pairs import resolve_experts, side_of
+from .loading.paths import describe_files
 from .loading.tensor_files import read_header
 from .model_files import PathLike, recommended_row
 from .models.config import DiTConfig, VAEConfig
@@ -40,17 +40,19 @@ class FileReport:
 
 
 def report(path: PathLike | Sequence[PathLike]) -> FileReport:
-    """What the model at `path` is.
+    """What the model at `path` is; of a pair of experts, what each is.
 
     Raises:
         ValueError: the files are absent, broken, or no model of the family.
     """
-    header = read_header(resolve_model(path))
-    parts = detect_all(header)
-    for part in parts:
-        check_fits(part)
-    lines = [line for part in parts for line in _lines(part)]
-    return FileReport((("file", describe_files(header.files)), *lines))
+    lines: list[tuple[str, str]] = []
+    for files in resolve_experts(path):
+        header = read_header(files)
+        parts = detect_all(header)
+        for part in parts:
+            check_fits(part)
+        lines += [("file", describe_files(header.files)), *(line for part in parts for line in _lines(part))]
+    return FileReport(tuple(lines))
 
 
 def _lines(component: Component) -> list[tuple[str, str]]:

@@ -141,6 +141,8 @@ def test_the_boundary_is_that_of_the_authors(variant, boundary, tmp_path):
 
 def test_a_report_says_which_expert_a_file_is(repository, tmp_path):
     assert ("expert", "for low noise, by its name") in report(repository / "low_noise_model").lines
+    both = [value for title, value in report(repository).lines if title == "expert"]
+    assert both == [f"for {side} noise, by its name" for side in ("high", "low")]
     folder = link(tmp_path, repository, high="wan2.2_t2v.safetensors")
     assert "expert" not in dict(report(folder / "wan2.2_t2v.safetensors").lines)
 
