@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -244,12 +244,15 @@ def read_lora(
         groups[parts.dialect, parts.path][parts.role] = key
     layers: list[Layer] = []
     rules: Counter[str] = Counter()
+    fitting: set[Hashable] = set()  # a file has few kinds of modules
     for (dialect, path), roles in groups.items():
         stored = {role: tensor(key) for role, key in roles.items()}
         with errors_from(name, f"is damaged at {path}"):
             patches, used, rule = _patches(path, stored, config)
             for _, patch in patches:
-                _check_shapes(patch)
+                if (kind := _structure(patch)) not in fitting:
+                    _check_shapes(patch)
+                    fitting.add(kind)
         skipped += [Skipped(roles[r], "its counterpart is missing from the file") for r in roles.keys() - used]
         rules.update([rule] if rule else [])
         if patches:
@@ -342,6 +345,13 @@ BUILDERS: tuple[Builder, ...] = (_low_rank, _hadamard, _kronecker)
 def _check_elements(*shape: int) -> None:
     if math.prod(shape) > MAX_ELEMENTS:
         raise ValueError(f"it would change a matrix {list(shape)}, larger than any of Wan 2.1")
+
+
+def _structure(patch: Patch) -> Hashable:
+    """What decides whether the tensors of a patch fit together: its kind and their shapes."""
+    values = (getattr(patch, f.name) for f in fields(patch))
+    shapes = (tuple(v.shape) if isinstance(v, Tensor) else _structure(v) if isinstance(v, Patch) else v for v in values)
+    return (type(patch), *shapes)
 
 
 def _check_shapes(patch: Patch) -> None:
