@@ -5,11 +5,11 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from wan_core.conditioning.text import TextEncoder, clean_prompt
@@ -26,6 +26,14 @@ from wan_core.types import Conditioning
 
 from ..config import TrainConfig
 from ..objective import Noising, errors, noisy
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+# It is imported where a LoRA is made: it brings transformers, which takes longer than PyTorch. That it is there is
+# asked at once.
+if find_spec("peft") is None:
+    raise ModuleNotFoundError("No module named 'peft'", name="peft")
 
 log = logging.getLogger("wancore")
 
@@ -252,6 +260,8 @@ def _whole(module: Denoiser, name: str, label: str) -> Trainable:
 
 def _inject(module: Denoiser, name: str, config: TrainConfig, label: str) -> Trainable:
     """Put the LoRA that `config` describes on the layers of the model `name` that it names."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     owner, base = _module_of(module, name, label)
     layers = _target_layers(base, name, config.lora_target_modules)
     settings = LoraConfig(
@@ -273,7 +283,9 @@ def _inject(module: Denoiser, name: str, config: TrainConfig, label: str) -> Tra
     return Trainable(name, owner, tuple(layers), is_lora=True)
 
 
-def _lora_layer(base: nn.Module, name: str) -> LoraLayer:
+def _lora_layer(base: nn.Module, name: str) -> "LoraLayer":
+    from peft.tuners.lora import LoraLayer
+
     layer = base.get_submodule(name)
     assert isinstance(layer, LoraLayer)
     return layer
