@@ -4,13 +4,15 @@ import csv
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import av
 import numpy as np
 
-from wan_core import catalog, model_files
+from wan_core import bundled, catalog
 from wan_core.catalog import tiny_id
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.data.synthetic import write_dataset
@@ -37,13 +39,20 @@ INPUTS = {
 """What each kind of model is trained with; `speed` is the text-to-video model with the speed-control adapter."""
 
 
+SMALL = {
+    name: replace(sizes, dim=128, ffn_dim=256, num_layers=3 if sizes.vace_layers else 2)
+    for name, sizes in bundled.DITS.items()
+}
+"""Transformers of half the width and of the fewest blocks, which most of a short run is spent in."""
+
+
 @functools.cache
 def _write_models(root: Path) -> None:
-    for variant in INPUTS:
-        if variant != "speed":
-            model_id = tiny_id(variant)
-            for pattern in catalog.find_row(model_id).files:
-                model_files.find_files(model_id, pattern, models_dir=root)
+    """The bundled models with these transformers."""
+    controller = replace(bundled.MOTION_CONTROLLER, dim=SMALL["t2v"].dim)
+    with mock.patch.multiple(bundled, DITS=SMALL, MOTION_CONTROLLER=controller):
+        for variant in SMALL:
+            bundled.write_model(root, tiny_id(variant))
 
 
 def model_names(variant: str) -> tuple[str, ...]:

@@ -3,12 +3,9 @@
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
 from accelerate.state import AcceleratorState, PartialState
 
 from tests import fork_server
@@ -19,16 +16,6 @@ from wancore.trainer.run.state import States, read_weights_and_optimizer
 from wancore.trainer.train import Result, train
 
 ROOT = fork_server.ROOT
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with data, models and encoded samples that all runs of a session share. Tiny models run on one thread:
-    more would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path_factory.mktemp("training")
-    torch.set_num_threads(threads)
 
 
 def config(shared: Path, out: Path, variant: str = "t2v", **changes: Any) -> TrainConfig:

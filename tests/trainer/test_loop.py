@@ -9,18 +9,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.reference import filled, relative_error
-from tests.sampling.variants import SMALL
-from tests.trainer.runs import config, events, losses, run, shared, weights
+from tests.reference import DITS, filled, relative_error
+from tests.trainer.runs import config, events, losses, run, weights
 from wan_core.models.dit import WanDiT
 from wan_core.runtime import OutOfMemoryError
 from wancore.trainer.config import TrainConfig
+from wancore.trainer.data import conditions
 from wancore.trainer.data.choices import Plan, learning_rate
 from wancore.trainer.objective import Objective
 from wancore.trainer.run import loop as loop_module
 from wancore.trainer.run.loop import LoadError, NonFiniteError, SaveError
-
-__all__ = ["shared"]
 
 
 def difference(first, second):
@@ -51,14 +49,20 @@ def test_a_run_writes_what_it_promises(shared, tmp_path):
     assert events(tmp_path, "start")[0]["memory"] > 0 and events(tmp_path, "end")[0]["stopped"] is False
 
 
+@pytest.fixture
+def few_text_rows(monkeypatch):
+    """Most of the time of a large batch would go into the rows of zeros after a caption."""
+    monkeypatch.setattr(conditions, "TEXT_TOKENS", 32)
+
+
 LEARNERS = {
-    "lora": dict(lora_rank=128, lora_alpha=512.0, batch_size=16, max_steps=70, lr_scheduler="cosine"),
+    "lora": dict(lora_rank=128, lora_alpha=512.0, batch_size=16, max_steps=90, lr_scheduler="cosine"),
     "full": dict(trainable_models=("dit",), batch_size=8, max_steps=80, learning_rate=5e-3),
 }
 
 
 @pytest.mark.parametrize("mode", LEARNERS)
-def test_two_clips_are_learned_by_heart(shared, tmp_path, mode):
+def test_two_clips_are_learned_by_heart(shared, tmp_path, few_text_rows, mode):
     """By their held-out loss, which has noise that training never sees."""
     data = Path(config(shared, tmp_path).dataset_base_path)
     rows = (data / "metadata.csv").read_text(encoding="utf-8").splitlines()
@@ -69,18 +73,18 @@ def test_two_clips_are_learned_by_heart(shared, tmp_path, mode):
         num_frames=1, use_gradient_checkpointing=False, dataset_repeat=2000,
         **{"learning_rate": 2e-3, **LEARNERS[mode]},
     )  # fmt: skip
-    if mode == "full":  # where a smaller model has enough to learn with
-        small = tmp_path / "small.safetensors"
-        save_file(filled(WanDiT, dataclasses.replace(SMALL["t2v"], num_layers=2)).state_dict(), small)
+    if mode == "lora":  # beside weights that are drawn at random: narrower ones leave it too little to learn with
+        wide = tmp_path / "wide.safetensors"
+        save_file(filled(WanDiT, dataclasses.replace(DITS["t2v"], num_layers=2)).state_dict(), wide)
         others = settings.model_id_with_origin_paths[1:]
-        settings = dataclasses.replace(settings, model_paths=((str(small),),), model_id_with_origin_paths=others)
+        settings = dataclasses.replace(settings, model_paths=((str(wide),),), model_id_with_origin_paths=others)
     run(dataclasses.replace(settings, max_steps=1, learning_rate=0.0))
     run(settings)
     first, last = (event["loss"] for event in events(tmp_path / "run", "validation"))
     assert last < first / 4
 
 
-def test_a_controller_learns_two_clips_by_heart(shared, tmp_path, monkeypatch):
+def test_a_controller_learns_two_clips_by_heart(shared, tmp_path, few_text_rows, monkeypatch):
     """With the same noise in every step. It only shifts the time modulation of a model whose weights are drawn at
     random, and no shift makes such a model remove noise that it has not seen: that alone is a third of the loss.
     """

@@ -2,9 +2,7 @@ import pytest
 
 from tests.programs import PATIENCE
 from tests.reference import relative_error
-from tests.trainer.runs import config, events, free_port, losses, program, run, shared, weights
-
-__all__ = ["shared"]
+from tests.trainer.runs import config, events, free_port, losses, program, run, weights
 
 
 def launcher(processes):
@@ -31,8 +29,9 @@ def test_two_processes_train_as_one_with_the_same_global_batch(shared, tmp_path,
     run(config(shared, one, batch_size=2, **more))
     finish(program(config(shared, two, batch_size=1, **more), *launcher(2)))
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    for name, tensor in weights(one)[0].items():
-        assert relative_error(weights(two)[0][name], tensor) < 1e-2
+    expected, found = weights(one)[0], weights(two)[0]
+    assert expected.keys() == found.keys()
+    assert all(relative_error(found[name], tensor) < 1e-2 for name, tensor in expected.items())
     drawn = [[sorted(zip(e["timesteps"], e["errors"], strict=True)) for e in events(out)] for out in (one, two)]
     for first, second in zip(*drawn, strict=True):
         for (t, error), (u, other) in zip(first, second, strict=True):
@@ -48,7 +47,8 @@ def test_two_processes_stop_and_continue(shared, tmp_path):
     text = finish(program(config(shared, parts, **more), *launcher(2)))
     assert text.count("Continuing from") == 1
     assert losses(whole) == losses(parts)
-    assert all(t.equal(weights(whole)[0][name]) for name, t in weights(parts)[0].items())
+    expected, found = weights(whole)[0], weights(parts)[0]
+    assert expected.keys() == found.keys() and all(t.equal(found[name]) for name, t in expected.items())
     assert len(events(whole, "start")) == 1 and len(events(whole, "validation")) == 1
 
 

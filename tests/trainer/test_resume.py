@@ -8,18 +8,18 @@ import torch
 from safetensors.torch import load_file
 
 from tests.programs import PATIENCE, wait_for
-from tests.trainer.runs import config, events, losses, program, run, shared, weights
+from tests.trainer.runs import config, events, losses, program, run, weights
 from wan_core.atomic import locked, partial_path
 from wancore.trainer.data.cache import LatentCache
 from wancore.trainer.run.loop import QUIT_NOW
 from wancore.trainer.run.state import StateError
 
-__all__ = ["shared"]
-
 MODES = {
     "lora": ("t2v", dict(lora_dropout=0.3)),
     "full": ("t2v", dict(trainable_models=("dit",))),
     "controller": ("speed", dict(trainable_models=("motion_controller",))),
+    "expert": ("i2v_a14b", dict(max_timestep_boundary=0.358)),
+    "clean first frames, or none": ("ti2v_5b", dict(condition_dropout=0.5)),
 }
 SCHEDULE = dict(learning_rate=1e-3, lr_scheduler="cosine", warmup_steps=2, caption_dropout=0.3)
 

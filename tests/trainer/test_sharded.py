@@ -2,19 +2,16 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file
 
+from tests import fork_server
 from tests.programs import PATIENCE
 from tests.reference import relative_error
 from tests.trainer import material
-from tests.trainer.runs import ROOT, config, environment, events, free_port, losses, run, shared
-
-__all__ = ["shared"]
+from tests.trainer.runs import config, environment, events, free_port, losses, run
 
 LAUNCHERS = [
     "fsdp",
@@ -37,10 +34,8 @@ def launch(launcher, runs, place, processes=2):
     file.write_text(json.dumps([material.flags(settings) for settings in runs]), encoding="utf-8")
     words = ["--config_file", f"trainer/accelerate/{launcher}.yaml", "--num_processes", str(processes)]
     words += ["--main_process_port", free_port()]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "tests.trainer.sharded", str(file)],
-        cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
+    command = ["-m", "accelerate.commands.launch", *words, "-m", "tests.trainer.sharded", file]
+    done = fork_server.run(command, timeout=PATIENCE, env=environment())
     return done.returncode, done.stdout + done.stderr
 
 
@@ -67,10 +62,12 @@ def test_shared_weights_train_as_whole_ones_and_continue_exactly(shared, tmp_pat
         one, whole, parts = (tmp_path / f"{mode}-{name}" for name in ("one", "whole", "parts"))
         exact = more[mode].get("mixed_precision") != "bf16"
         assert losses(whole) == pytest.approx(losses(one), rel=1e-4 if exact else 1e-2), mode
-        assert last_weights(whole).keys() == last_weights(one).keys()
-        for name, tensor in last_weights(one).items():
-            assert relative_error(last_weights(whole)[name].float(), tensor.float()) < (1e-2 if exact else 0.2), name
+        expected, found = last_weights(one), last_weights(whole)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert relative_error(found[name].float(), tensor.float()) < (1e-2 if exact else 0.2), name
         if mode in CONTINUED:
             assert len(events(parts, "resume")) == 1
             assert losses(parts) == losses(whole), mode
-            assert all(last_weights(parts)[name].equal(tensor) for name, tensor in last_weights(whole).items()), mode
+            continued = last_weights(parts)
+            assert all(continued[name].equal(tensor) for name, tensor in found.items()), mode

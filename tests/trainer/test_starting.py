@@ -7,15 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer import material
-from tests.trainer.runs import config, losses, run, shared
+from tests.trainer.runs import config, losses, run
 from wan_core.offload.quant import QuantisedLinear
 from wancore.trainer.check import main as check
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.flags import ConfigError
 from wancore.trainer.model import load
 from wancore.trainer.run.output import RECORD
-
-__all__ = ["shared"]
 
 
 @pytest.fixture(scope="module")
