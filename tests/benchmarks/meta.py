@@ -22,6 +22,7 @@ from wan_core.offload.blocks import weights_of
 from wan_core.offload.quant import quantise
 from wan_core.offload.streaming import Placement
 from wan_core.offload.weights import WeightProvider
+from wan_core.planning.estimate import LiveBytes
 from wan_core.planning.modules import VAE_22
 from wan_core.runtime import GIB, Runtime
 from wan_core.types import Conditioning, LatentSize, VideoSize
@@ -165,7 +166,8 @@ def copied(case: memory_table.Case, steps: int) -> int:
     placement = Placement(memory_table.dit_inventory(module, cond), plan.placement.streamed)
     settings = replace(memory_table.settings(plan.settings.guidance.mode), steps=steps)
     copies = memory_table.MetaCopies()
-    with memory_table.results_stay_there(), WeightProvider.of(module).working(META, placement, copies=copies) as stream:
+    working = WeightProvider.of(module).working(META, placement, copies=copies)
+    with memory_table.results_stay_there(), LiveBytes(META), working as stream:  # the count for its speed
         runtime = Runtime(device=META, dtype=torch.bfloat16)
         sample(module, cond, memory_table.SIZES[case.size].latent, settings, runtime)
         return stream.copied

@@ -27,5 +27,6 @@ def test_a_device_that_is_too_small_is_a_row_too(one_thread, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("wancore.trainer.run.loop.weighted", full)
+    monkeypatch.setattr(training, "OPTIONS", {"checkpointing": training.OPTIONS["checkpointing"]})
     rows = training.training_rows("cpu", quick=True)
     assert {row["seconds"] for row in rows} == {None}

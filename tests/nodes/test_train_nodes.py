@@ -52,7 +52,9 @@ def configured(place, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def data(place):
     host.configure(device="cpu", models_dir=place / "models", input_dir=place)
-    return run("WanCoreTrainingData", folder="data 数据", dataset_repeat=50, **SMALL)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", fork_server.python())
+        return run("WanCoreTrainingData", folder="data 数据", dataset_repeat=50, **SMALL)[0]
 
 
 def lora(data, **changes):
