@@ -14,7 +14,7 @@ from tests.lora.fixtures import RANK, factors, linear_paths
 from tests.reference import HIGH, LOW, relative_error, tiny_dit
 from wan_core import ModelConfig, WanVideoPipeline, bundled, catalog
 from wan_core.catalog import tiny_id
-from wan_core.loading.names import diffusers_name
+from wan_core.loading.foreign_names import diffusers_name
 from wan_core.model_files import DiTSettings, Offload, experts_of, inspect_experts, load_dit
 from wan_core.offload.read_ahead import PIECE, ReadAhead, read_ahead
 from wan_core.offload.weights import WeightProvider
