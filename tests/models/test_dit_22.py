@@ -158,3 +158,11 @@ def test_an_index_that_does_not_fit_is_named(dit, shape):
     )
     with pytest.raises(ValueError, match="timestep_index should be"):
         dit(x, torch.tensor([1.0]), cond)
+
+
+@pytest.mark.parametrize("name", ["ti2v_5b_per_token", "fun_5b_control"])
+@torch.no_grad()
+def test_compiled_steps_read_the_same_rows(name):
+    dit, latents, time, cond, expected = case_inputs(name)
+    dit.fused = fused.compiled("aot_eager")
+    assert relative_error(dit(latents, time, cond), expected) < 1e-5

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.reference import DITS, tiny_dit
+from tests.reference import ALL_DITS, tiny_dit
 from tests.sampling.runs import sample
 from wan_core.models.config import MotionControllerConfig
 from wan_core.models.dit import WanDiT
@@ -57,7 +57,7 @@ class NoWaiting(TorchDispatchMode):
 
 def meta_dit(variant: str) -> WanDiT:
     with on_meta():
-        dit = WanDiT(replace(DITS[variant], num_layers=3)).requires_grad_(False)
+        dit = WanDiT(replace(ALL_DITS[variant], num_layers=3)).requires_grad_(False)
     return dit
 
 
@@ -113,6 +113,14 @@ def test_no_step_waits(name, device, monkeypatch):
             run(meta_dit("t2v"), texts(META), RUNS[name], META)
     else:
         run(tiny_dit(), texts(device), RUNS[name], device)
+
+
+@pytest.mark.parametrize("name", ["plain", "batched", "teacache", "windows"])
+@pytest.mark.parametrize("variant", ["ti2v_5b", "fun_5b_control"])
+def test_clean_frames_make_no_step_wait(variant, name, monkeypatch):
+    clean = torch.zeros(1, 48, 1, *SIZE.shape[1:], device=META)
+    with nothing_is_given_back(monkeypatch):
+        run(meta_dit(variant), texts(META).with_clean_frames(clean, SIZE.frames), RUNS[name], META)
 
 
 @pytest.mark.parametrize("variant", ["i2v", "fun_v1_1_control", "fun_camera"])

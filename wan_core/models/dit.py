@@ -140,11 +140,13 @@ class WanDiT(nn.Module):
         size: tuple[int, int, int],
         motion: Tensor | None = None,
         rope: RotaryTable | None = None,
+        rows: tuple[TokenRows, TokenRows] | None = None,
         *,
         keep: bool = False,
     ) -> Prepared:
         """Project `cond` once for latents of `size` = (R + F, h, w); `motion` (B, 6, D) is the motion controller's
-        output, `rope` the rotation of an earlier preparation of this size.
+        output, `rope` the rotation of an earlier preparation of this size, `rows` the timesteps of all tokens and of
+        those of the video of an earlier one with this `timestep_index`.
 
         With `keep` the first step leaves the keys and values of cross-attention to the others; weights must not change.
 
@@ -177,15 +179,15 @@ class WanDiT(nn.Module):
         if rope is None:
             # The reference's tokens take the first frame position, and the video's follow (Fun control models).
             rope = rotary_table((frames + (reference is not None), height, width), HEAD_DIM, device)
-        rows = all_rows = None
-        if cond.timestep_index is not None:
+        if rows is None and cond.timestep_index is not None:
             index = cond.timestep_index[0].expand(frames, height, width).flatten()
-            rows = all_rows = TokenRows.of(index, device)
-            if reference is not None:
-                # The reference's tokens have the timestep of the last one (VideoX-Fun `Wan2_2Transformer3DModel`).
-                all_rows = TokenRows.of(torch.cat((index[-1:].expand(reference.shape[1]), index)), device)
+            # The reference's tokens have the timestep of the last one (VideoX-Fun `Wan2_2Transformer3DModel`).
+            before = 0 if reference is None else reference.shape[1]
+            whole = torch.cat((index[-1:].expand(before), index))
+            rows = TokenRows.of(whole, device), TokenRows.of(index, device)
+        all_rows, video_rows = rows or (None, None)
         context = Context(text, image, rope, self.attend, self.fused, {} if keep else None, all_rows)
-        return Prepared(context, size, concat, camera, reference, motion, vace, rows)
+        return Prepared(context, size, concat, camera, reference, motion, vace, video_rows)
 
     def embed(
         self, x: Tensor, time: TimeEmbedding, prepared: Prepared, vace_strengths: Sequence[float] = ()

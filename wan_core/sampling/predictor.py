@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..models.attention import RotaryTable
 from ..models.dit import Prepared, TimeEmbedding, TokenState, WanDiT, check_shapes, vace_strengths
+from ..models.fused import TokenRows
 from ..models.layers import MotionController
 from ..runtime import Runtime
 from ..types import Conditioning, StepInfo, tensors_in
@@ -188,6 +189,7 @@ class ModelPredictor:
         self._window = 0
         self._prepared: dict[str, Prepared] = {}
         self._rotations: dict[tuple[int, int, int], RotaryTable] = {}
+        self._rows: dict[int, tuple[TokenRows, TokenRows]] = {}
 
     def __call__(self, x: Tensor, t: float, branches: Mapping[str, Conditioning], info: StepInfo) -> list[Tensor]:
         """Raises:
@@ -212,20 +214,26 @@ class ModelPredictor:
             self._window = info.window
         return [
             self._dit.embed(
-                x, self._time[info], self._prepare(name, cond, x), vace_strengths(cond, info.index, info.total)
+                x,
+                self._time[info],
+                self._prepare(name, cond, x, info.window),
+                vace_strengths(cond, info.index, info.total),
             )
             for name, cond in branches.items()
         ]
 
-    def _prepare(self, branch: str, cond: Conditioning, x: Tensor) -> Prepared:
+    def _prepare(self, branch: str, cond: Conditioning, x: Tensor, window: int) -> Prepared:
         if branch not in self._prepared:
             check_shapes(self._dit.config, x, cond)
             frames, height, width = x.shape[2:]
             size = (frames, height, width)  # of the window, R reference frames included
             motion = motion_offset(self._motion_controller, cond)
             motion = None if motion is None else motion.to(x.device)
-            prepared = self._dit.prepare(cond, size, motion, self._rotations.get(size), keep=self._keep)
+            known = self._rotations.get(size), self._rows.get(window)
+            prepared = self._dit.prepare(cond, size, motion, *known, keep=self._keep)
             self._prepared[branch] = prepared
+            if prepared.context.rows is not None and prepared.rows is not None:
+                self._rows[window] = prepared.context.rows, prepared.rows
             self._rotations[size] = prepared.context.rope
         return self._prepared[branch]
 
