@@ -108,6 +108,16 @@ def test_weights_may_rest_anywhere(models, expected, changes, streamed):
     assert torch.equal(latents(pipe), expected)
 
 
+def test_experts_that_host_memory_has_no_room_for_stay_in_their_files(models, expected, monkeypatch, caplog):
+    monkeypatch.setattr("wan_core.model_files.available_ram", lambda: 1000)
+    pipe = load(models)
+    assert torch.equal(latents(pipe), expected) and "their weights stay in their files" in caplog.text
+    assert all(WeightProvider.of(expert.dit).mapped for expert in pipe.models.video.experts)
+    experts = experts_of(inspect_experts(models / tiny_id("t2v", is_pair=True)))
+    made = load_dit(experts, DiTSettings(dtype=torch.float32), Offload(weights="fp8"))
+    assert not WeightProvider.of(made.expert_dit(0)).mapped, "quantised weights are in no file"
+
+
 def test_fp8_experts_are_those_of_fp8_files(models):
     experts = experts_of(inspect_experts(models / tiny_id("t2v", is_pair=True)))
     pair = load_dit(experts, DiTSettings(dtype=torch.float32), Offload(weights="fp8"))

@@ -13,11 +13,11 @@ from torch import nn
 from . import bundled, catalog
 from .conditioning.text import TextCache, TextEncoder, Tokenizer, fingerprint
 from .loading import load
-from .loading.detect import Component, join_vace, require_kind
+from .loading.detect import Component, require_kind
 from .loading.download import OnProgress, fetch, redirect
-from .loading.load import build, has_spiece_model, spiece_model
+from .loading.load import build, can_map_all, has_spiece_model, spiece_model
 from .loading.names import ModelKind
-from .loading.pairs import check_pair, check_same_structure, pair_name, resolve_experts, stored_boundary
+from .loading.pairs import check_pair, check_same_structure, pair_name, resolve_experts, stored_boundary, with_branches
 from .model import VideoModel
 from .models.attention import load_backend
 from .models.config import DiTConfig, MotionControllerConfig, TextEncoderConfig
@@ -28,9 +28,11 @@ from .models.layers import MotionController
 from .models.preview_decoder import PreviewDecoder
 from .models.text_encoder import UMT5Encoder
 from .models.vae import WanVAE
+from .offload.blocks import available_ram, weight_bytes
 from .offload.formats import WEIGHT_CHOICES, WeightChoice, choice_for_dtype
 from .offload.quant import require_fp8_matmul, use_fp8_matmul
 from .offload.weights import WeightProvider
+from .runtime import gigabytes
 from .sampling.experts import Expert
 from .sampling.solvers import NUM_TRAIN_TIMESTEPS
 from .settings import check_choice
@@ -93,6 +95,16 @@ class Offload:
         if self.dtype not in (None, dtype):
             WeightProvider.of(module).offload_as(self.dtype, dtype)
         return module
+
+    def for_several(self, components: Sequence[Component], dtype: torch.dtype) -> "Offload":
+        """How the experts of a model are kept: on the CPU, or in their files where host memory has no room for all."""
+        rests = replace(self, device=torch.device("cpu"))
+        size = sum(weight_bytes(rests.load(component, dtype, read=False)) for component in components)
+        if rests.mapped or size < (free := available_ram()) or not can_map_all(components, self.weights):
+            return rests
+        log.warning("The experts take %s of host memory and %s is free, so their weights stay in their files.",
+                    gigabytes(size), gigabytes(free))  # fmt: skip
+        return replace(rests, mapped=True, dtype=None)
 
 
 log = logging.getLogger("wancore")
@@ -249,14 +261,16 @@ def load_dit(
         ValueError: keys are missing, unexpected or misshapen, the experts differ in structure or leave noise levels
             out, the branch is of another size, or the attention backend, FP8 products or torch.compile are not usable.
     """
-    experts = _with_branches([ExpertFile(files)] if isinstance(files, Component) else list(files), vace)
+    experts = [ExpertFile(files)] if isinstance(files, Component) else list(files)
+    parts = with_branches([expert.component for expert in experts], vace)
+    experts = [replace(expert, component=part) for expert, part in zip(experts, parts, strict=True)]
     _check_experts(experts)
     component = experts[0].component
     variant = match_variant(component.config_of(DiTConfig))
     rests = Offload.on(offload)
     computes_on = torch.device(compute_device or rests.device)
     if len(experts) > 1:
-        rests = replace(rests, device=torch.device("cpu"))
+        rests = rests.for_several(parts, settings.dtype)
     # Before any weight is read: a missing kernel should not cost minutes of loading.
     attend = load_backend(settings.attention, computes_on, settings.dtype)
     fused = load_fused(settings.torch_compile, computes_on, settings.dtype)
@@ -278,24 +292,11 @@ def load_dit(
             origin = fingerprint(expert.component.header.files, str(settings.dtype), repr(rests))
             WeightProvider.of(dit).defer(partial(load_one, expert.component), origin)
         loaded.append(Expert(dit, expert.lowest, files=tuple(expert.component.header.files)))
-    is_pair = True if len(experts) > 1 else None
-    row = catalog.find_row(preset) if preset else recommended_row(component, variant, is_pair)
-    is_named = row is not None and row.model_id.lower() in _place(component).lower()
+    row = catalog.find_row(preset) if preset else recommended_row(component, variant, len(experts) > 1 or None)
     own_name = component.name if len(experts) == 1 else pair_name(component, experts[-1].component)
-    name = row.model_id if row is not None and is_named else own_name
+    name = row.model_id if row is not None and row.model_id.lower() in _place(component).lower() else own_name
     log.info("%s: %s; recommended settings of %s.", name, variant.label, row.model_id if row else "no published model")
     return VideoModel(tuple(loaded), variant, row, name, deterministic=settings.deterministic)
-
-
-def _with_branches(experts: list[ExpertFile], vace: Component | Sequence[Component] | None) -> list[ExpertFile]:
-    """The experts with VACE branches from files of their own: one for all, or one for each."""
-    branches = [vace] * len(experts) if isinstance(vace, Component) else list(vace or ())
-    if not branches:
-        return experts
-    if len(branches) != len(experts):
-        raise ValueError(f"There are {len(branches)} VACE branches for {len(experts)} transformers; give as many.")
-    pairs = zip(experts, branches, strict=True)
-    return [replace(expert, component=join_vace(expert.component, branch)) for expert, branch in pairs]
 
 
 def _check_experts(experts: Sequence[ExpertFile]) -> None:

@@ -152,6 +152,16 @@ def has_spiece_model(header: Header) -> bool:
     return has_vocabulary(header.metadata) or _spiece_name(header) is not None
 
 
+def can_map_all(components: Sequence[Component], weights: WeightChoice) -> bool:
+    """Whether the weights of blocks can stay in the files, see `load_into`."""
+    try:
+        for component in components:
+            build(component, dtype=None, device="meta", weights=weights, mapped=True)
+    except ValueError:
+        return False
+    return True
+
+
 def spiece_model(header: Header) -> bytes | None:
     """The SentencePiece model that a ComfyUI text encoder pack carries, or that the vocabulary of a GGUF file is; None
     when there is none.

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Literal
 
 from ..files import is_there, read_json
-from .detect import Component
+from .detect import Component, join_vace
 from .paths import SHARD, WEIGHT_SUFFIXES, PathLike, resolve_files, resolve_model
 from .tensor_files import CheckpointError
 
@@ -209,6 +209,18 @@ def _names(high: Component, low: Component) -> list[str]:
     if high.name != low.name:
         return [high.name, low.name]
     return [f"{component.header.files[0].parent.name}/{component.name}" for component in (high, low)]
+
+
+def with_branches(dits: Sequence[Component], vace: Component | Sequence[Component] | None) -> list[Component]:
+    """The experts with VACE branches from files of their own: one for all, or one for each.
+
+    Raises:
+        CheckpointError: there is another number of branches, or as of `join_vace`.
+    """
+    branches = [vace] * len(dits) if isinstance(vace, Component) else list(vace or ())
+    if branches and len(branches) != len(dits):
+        raise CheckpointError(f"There are {len(branches)} VACE branches for {len(dits)} transformers; give as many.")
+    return [join_vace(dit, branch) for dit, branch in zip(dits, branches, strict=True)] if branches else list(dits)
 
 
 def stored_boundary(component: Component) -> float | None:
