@@ -3,15 +3,16 @@
 from typing import Any
 
 from .camera import CameraEncode, MovePath, RowsPath, SpeedControl
-from .conditioning import ControlEncode, ImageEncode, TextEncode, VaceEncode, VaceReferences
+from .conditioning import ControlEncode, ImageEncode, StartFrames, VaceEncode, VaceReferences
 from .loaders import ImageEncoderLoader, TextEncoderLoader, VAELoader
 from .lora import LoraInfo, LoraLoader, LoraSave
 from .memory import CheckpointInfo, Memory, MemoryPlan
 from .model_loader import ModelLoader
 from .native import FromConditioning, ToConditioning
-from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, WindowPrompts, Windows
+from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, Windows
+from .prompts import TextEncode, WindowPrompts
 from .sampler import LoadLatents, Sampler
-from .sockets import guard_sockets
+from .sockets import guard_sockets, mark_advanced
 from .train import LossPlot, TrainedWeights, TrainLora, TrainModel
 from .training_inputs import TrainingDataNode
 from .vae import FromVAE, VAEDecode, VAEEncode
@@ -24,6 +25,7 @@ NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {
     "WanCoreCheckpointInfo": CheckpointInfo,
     "WanCoreTextEncode": TextEncode,
     "WanCoreImageEncode": ImageEncode,
+    "WanCoreStartFrames": StartFrames,
     "WanCoreControlEncode": ControlEncode,
     "WanCoreCameraPath": MovePath,
     "WanCoreCameraPathFile": RowsPath,
@@ -65,6 +67,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreCheckpointInfo": "Checkpoint Info (WanCore)",
     "WanCoreTextEncode": "Prompt (WanCore)",
     "WanCoreImageEncode": "Image Encode (WanCore)",
+    "WanCoreStartFrames": "Start Frames (WanCore)",
     "WanCoreControlEncode": "Control Encode (WanCore)",
     "WanCoreCameraPath": "Camera Path (WanCore)",
     "WanCoreCameraPathFile": "Camera Path from Poses (WanCore)",
@@ -109,6 +112,7 @@ SEARCH_ALIASES: dict[str, tuple[str, ...]] = {
         "image to video", "i2v", "first last frame", "flf2v", "inpaint video", "inp", "WanImageToVideo",
         "WanFirstLastFrameToVideo", "WanFunInpaintToVideo", "WanVideoImageToVideoEncode",
     ),
+    "WanCoreStartFrames": ("ti2v", "image to video", "continue video", "first frame", "Wan22ImageToVideoLatent"),
     "WanCoreControlEncode": (
         "fun control", "control video", "depth", "canny", "pose", "reference image", "WanFunControlToVideo",
     ),
@@ -145,6 +149,45 @@ SEARCH_ALIASES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Other words that a node is looked for by: the field's, and the names of nodes of other packs that do the same."""
 
+_FIT = ("aspect", "too_short")
+_TILES = ("tiled", "tile_height", "tile_width", "stride_height", "stride_width")
+_STORAGE = ("dtype", "weights", "rest")
+_TRAINING = (
+    "adapter", "image_encoder", "batch_size", "gradient_accumulation_steps", "lr_scheduler", "warmup_steps",
+    "mixed_precision", "use_gradient_checkpointing_offload", "save_steps", "validation_clips", "gpus", "flags",
+)  # fmt: skip
+
+ADVANCED: dict[str, tuple[str, ...]] = {
+    "WanCoreModelLoader": (
+        *_STORAGE, "attention", "precision", "vace_module", "preset", "fp8_matmul", "torch_compile", "deterministic",
+        "boundary",
+    ),
+    "WanCoreTextEncoderLoader": _STORAGE,
+    "WanCoreVAELoader": ("dtype",),
+    "WanCoreImageEncoderLoader": _STORAGE,
+    "WanCoreTextEncode": ("cache_on_disk",),
+    "WanCoreImageEncode": (*_FIT, *_TILES, "size_rule"),
+    "WanCoreStartFrames": ("aspect", *_TILES, "size_rule"),
+    "WanCoreControlEncode": (*_FIT, *_TILES),
+    "WanCoreVaceEncode": ("start", "end", "end_strength", *_FIT, *_TILES),
+    "WanCoreCameraPath": ("origin", "mode"),
+    "WanCoreLoraLoader": ("strength_curve", "blocks", "mode", "strength_low"),
+    "WanCoreTeaCache": ("template", "start_step", "residual_on_cpu"),
+    "WanCoreEasyCache": ("residual_on_cpu",),
+    "WanCoreWindows": ("colour_limit",),
+    "WanCoreGuidance": ("cfg_low",),
+    "WanCoreSampler": ("solver", "denoise", "cfg_mode", "cfg_low"),
+    "WanCoreVAEEncode": _TILES,
+    "WanCoreVAEDecode": _TILES,
+    "WanCoreTrainingData": ("frame_pick", "short_clip", "on_bad_sample", "dataset_repeat"),
+    "WanCoreTrainLora": _TRAINING,
+    "WanCoreTrainModel": _TRAINING,
+    "WanCoreFromVAE": ("dtype",),
+}  # fmt: skip
+"""Widgets that most people never touch: the editor shows them when it is asked for a node's advanced inputs."""
+
 for _id, _words in SEARCH_ALIASES.items():
     # ComfyUI reads the attribute from the class.
     guard_sockets(NODE_CLASS_MAPPINGS[_id]).SEARCH_ALIASES = list(_words)
+for _id, _names in ADVANCED.items():
+    mark_advanced(NODE_CLASS_MAPPINGS[_id], _names)

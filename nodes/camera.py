@@ -190,14 +190,17 @@ class CameraEncode:
         cls, conditioning: Any, width: int, height: int, num_frames: int, **_: Any
     ) -> tuple[planning.PlannedConditioning]:
         before = planning.require(planning.PlannedConditioning, "conditioning", conditioning)
-        return (before.with_inputs(["camera"], VideoSize.rounded(width, height, num_frames), camera=True),)
+        size = VideoSize.rounded(width, height, num_frames, before.size.geometry if before.size else DEFAULT_GEOMETRY)
+        return (before.with_inputs(["camera"], size, camera=True),)
 
     def encode(
         self, conditioning: Conditioning, camera_path: CameraPath, width: int, height: int, num_frames: int
     ) -> tuple[Conditioning]:
-        return (
-            camera_conditioning(conditioning, camera_path, checked_size(width, height, num_frames, DEFAULT_GEOMETRY)),
-        )
+        known = conditioning.size
+        size = checked_size(width, height, num_frames, known.geometry if known else DEFAULT_GEOMETRY)
+        cond = camera_conditioning(conditioning, camera_path, size)
+        # Without a picture nothing says which latents the video will have.
+        return (cond if known else replace(cond, size=None),)
 
 
 def _move(direction: str, num_frames: int, speed: float, origin: str, mode: str) -> CameraPath:

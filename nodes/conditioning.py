@@ -1,32 +1,28 @@
-"""Nodes that make conditioning of prompts, pictures, control videos and VACE inputs."""
+"""Nodes that add pictures, control videos and VACE inputs to conditioning."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from wan_core.catalog import NEGATIVE_PROMPT
 from wan_core.conditioning.image import (
     Fit,
     LatentEncoder,
+    clean_start_conditioning,
     control_conditioning,
     first_frame_conditioning,
     image_conditioning,
     reference_conditioning,
 )
-from wan_core.conditioning.text import TextEncoder, text_conditioning
 from wan_core.conditioning.vace import vace_conditioning
-from wan_core.media.fitting import Aspect, LengthPolicy
+from wan_core.media.fitting import Aspect, LengthPolicy, SizeRule, size_by_rule
 from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.models.image_encoder import ImageEncoder
 from wan_core.models.vae import WanVAE
 from wan_core.planning.encoders import IMAGE_ENCODER_BYTES, checked_size, working_encoder
-from wan_core.planning.encoders import text_peak_bytes as text_bytes
-from wan_core.planning.modules import SizedModule
 from wan_core.tiling import Tiles
 from wan_core.types import Conditioning, Curve, VideoSize
 
@@ -41,11 +37,13 @@ class Encode(Tiled):
         MODEL_INPUTS: the model's name of each of its inputs.
         CLIP_INPUTS: those that the image encoder reads.
         FULL_LENGTH: those that the VAE encodes at the length of the video; the others are one frame.
+        TINY: what its tiny form changes besides the size.
     """
 
     MODEL_INPUTS: ClassVar[Mapping[str, str]]
     CLIP_INPUTS: ClassVar[tuple[str, ...]] = ()
     FULL_LENGTH: ClassVar[tuple[str, ...]] = ()
+    TINY: ClassVar[Mapping[str, Any]] = {}
 
     CATEGORY = "WanCore/conditioning"
     FUNCTION = "encode"
@@ -56,7 +54,7 @@ class Encode(Tiled):
     @classmethod
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
         """The size of every node's tiny form."""
-        return dict(host.TINY_SIZE)
+        return {**host.TINY_SIZE, **cls.TINY}
 
     @classmethod
     def plan_outputs(cls, **inputs: Any) -> tuple[planning.PlannedConditioning]:
@@ -84,14 +82,6 @@ class Encode(Tiled):
 
 
 @contextmanager
-def working_text_encoder(encoder: TextEncoder) -> Iterator[None]:
-    """The text encoder's weights on the device inside the block, streamed where they do not fit."""
-    activations = text_bytes(encoder.model.config, encoder.dtype)
-    with working_module(encoder.model, encoder.dtype, activations):
-        yield
-
-
-@contextmanager
 def working_module(module: nn.Module, dtype: torch.dtype, activations: int) -> Iterator[None]:
     """An encoder on the device inside the block. Its weights stay there afterwards if the host can evict them."""
     here = host.current
@@ -110,45 +100,6 @@ def encoders(vae: WanVAE, image_encoder: ImageEncoder | None, tiles: Tiles) -> I
         yield LatentEncoder(vae=vae, encode=handle.encode)
 
 
-class TextEncode:
-    """Both prompts through UMT5 in one pass."""
-
-    CATEGORY = "WanCore/conditioning"
-    FUNCTION = "encode"
-    DESCRIPTION = "Turn a prompt and a negative prompt into conditioning."
-    RETURN_TYPES = (sockets.CONDITIONING,)
-    RETURN_NAMES = ("conditioning",)
-    OUTPUT_TOOLTIPS = ("Conditioning with the text of both prompts, for the sampler.",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "text_encoder": sockets.socket(sockets.TEXT_ENCODER, "From the text encoder loader."),
-                "prompt": sockets.text("", "What the video shows, in English or Chinese."),
-            },
-            "optional": {
-                "negative_prompt": sockets.text(
-                    NEGATIVE_PROMPT, "What to avoid. The default is the authors' own. Unused at cfg 1."
-                ),
-                "cache_on_disk": sockets.flag(
-                    False, "Keep encoded prompts in ComfyUI's user folder (wancore/prompts), up to 4 MB each."
-                ),
-            },
-        }
-
-    @classmethod
-    def plan_outputs(cls, text_encoder: Any, **_: Any) -> tuple[planning.PlannedConditioning]:
-        return (planning.PlannedConditioning(planning.require(SizedModule, "text_encoder", text_encoder)),)
-
-    def encode(
-        self, text_encoder: TextEncoder, prompt: str, negative_prompt: str = "", cache_on_disk: bool = False
-    ) -> tuple[Conditioning]:
-        encoder = text_encoder.kept_in(host.current.prompts_dir() if cache_on_disk else None)
-        cond = text_conditioning(encoder, prompt, negative_prompt, partial(working_text_encoder, encoder))
-        return (cond.to(host.current.offload_device()),)
-
-
 class ImageEncode(Encode):
     """Known parts of the video: its first and last frame, or everything outside of a mask."""
 
@@ -157,6 +108,7 @@ class ImageEncode(Encode):
         "a video and a mask of the part to generate."
     )
     MODEL_INPUTS: ClassVar = {"start_image": "input_image", "end_image": "end_image", "video": "inpaint_video"}
+    TINY: ClassVar = {"size_rule": "exact"}
     CLIP_INPUTS = ("start_image", "end_image")
     FULL_LENGTH = ("start_image", "end_image", "video")
 
@@ -171,6 +123,7 @@ class ImageEncode(Encode):
                 "video": sockets.socket("IMAGE", "A video to change in part."),
                 "mask": sockets.socket("MASK", "White where the model generates; one mask, or one per frame."),
                 **sockets.encode_settings(),
+                "size_rule": sockets.size_rule(),
             },
         }
 
@@ -188,15 +141,72 @@ class ImageEncode(Encode):
         mask: Tensor | None = None,
         aspect: Aspect = "crop",
         too_short: LengthPolicy = "repeat last",
+        size_rule: SizeRule = "exact",
         **tiles: Any,
     ) -> tuple[Conditioning]:
-        size = checked_size(width, height, num_frames, vae.config.geometry)
+        size = _size_for(start_image, size_rule, width, height, num_frames, vae)
         pictures = {"start": start_image, "end": end_image, "video": video, "mask": mask}
         with encoders(vae, image_encoder, tile_settings(**tiles)) as encoder:
             cond = image_conditioning(
                 conditioning, size, encoder, image_encoder, **pictures, fit=Fit(aspect=aspect, length=too_short)
             )
         return (cond.to(host.current.offload_device()),)
+
+
+class StartFrames(Encode):
+    """Clean first frames."""
+
+    DESCRIPTION = (
+        "The first frames of a video by Wan 2.2 TI2V-5B: a picture, or the last frames of a clip that is to go on. "
+        "They come out as they are."
+    )
+    MODEL_INPUTS: ClassVar = {"start_image": "input_image"}
+    TINY: ClassVar = {"size_rule": "exact"}
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        pictures = "A picture; or a clip, of which as many frames are kept as fill whole latent frames (1, 5, 9, ...)."
+        return {
+            "required": {**sockets.encode_inputs(), "start_image": sockets.socket("IMAGE", pictures)},
+            "optional": {
+                "aspect": sockets.fit_inputs("crop")["aspect"],
+                **sockets.tile_inputs(),
+                "size_rule": sockets.size_rule(),
+            },
+        }
+
+    def encode(
+        self,
+        conditioning: Conditioning,
+        vae: WanVAE,
+        width: int,
+        height: int,
+        num_frames: int,
+        start_image: Tensor,
+        aspect: Aspect = "crop",
+        size_rule: SizeRule = "exact",
+        **tiles: Any,
+    ) -> tuple[Conditioning]:
+        size = _size_for(start_image, size_rule, width, height, num_frames, vae)
+        if not size.geometry.frame_times:
+            raise ValueError(
+                f"Start Frames is for Wan 2.2 TI2V-5B, and this VAE is that of {size.geometry.name}. Use Image Encode, "
+                "or the VAE of Wan 2.2."
+            )
+        with encoders(vae, None, tile_settings(**tiles)) as encoder:
+            cond = clean_start_conditioning(conditioning, size, encoder, start_image, Fit(aspect=aspect))
+        return (cond.to(host.current.offload_device()),)
+
+
+def _size_for(
+    start_image: Tensor | None, rule: SizeRule, width: int, height: int, num_frames: int, vae: WanVAE
+) -> VideoSize:
+    """The size of a video that starts with a picture (T, H, W, C), if with one."""
+    geometry = vae.config.geometry
+    if start_image is not None and rule != "exact":
+        picture = (start_image.shape[2], start_image.shape[1])
+        width, height = size_by_rule(rule, width, height, picture, geometry.side_multiple)
+    return checked_size(width, height, num_frames, geometry)
 
 
 class ControlEncode(Encode):

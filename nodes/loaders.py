@@ -232,7 +232,7 @@ class TextEncoderLoader(EncoderLoader):
     INPUT, KIND, FOLDER = "text_encoder", "text_encoder", "text_encoders"
     LABEL, OWN_INPUTS = "The text encoder", STORAGE_INPUTS
     ROWS = dict.fromkeys((catalog.T2V_BASE, catalog.TINY), (catalog.TEXT_ENCODER_PATTERN,))
-    DESCRIPTION = "Load the UMT5-XXL text encoder that all Wan 2.1 models share."
+    DESCRIPTION = "Load the UMT5-XXL text encoder that all Wan models share."
     RETURN_TYPES = (sockets.TEXT_ENCODER,)
     RETURN_NAMES = ("text_encoder",)
     OUTPUT_TOOLTIPS = ("The text encoder, for the prompt.",)
@@ -259,11 +259,25 @@ class VAELoader(EncoderLoader):
 
     INPUT, KIND, FOLDER = "vae", "vae", "vae"
     LABEL = "The VAE"
-    ROWS = dict.fromkeys((catalog.T2V_BASE, catalog.TINY), (catalog.VAE_PATTERN,))
-    DESCRIPTION = "Load the video autoencoder that all Wan 2.1 models share."
+    ROWS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        catalog.T2V_BASE: (catalog.VAE_PATTERN,),
+        catalog.TI2V_BASE: (catalog.VAE_22_PATTERN,),
+        catalog.TINY: (catalog.VAE_PATTERN,),
+        catalog.TINY_TI2V: (catalog.VAE_22_PATTERN,),
+    }
+    DESCRIPTION = (
+        "Load a video autoencoder: that of Wan 2.1, which the A14B models of Wan 2.2 share, or that of Wan 2.2 for its "
+        "5B models."
+    )
     RETURN_TYPES = (sockets.VAE,)
     RETURN_NAMES = ("vae",)
     OUTPUT_TOOLTIPS = ("The autoencoder, for encoding and decoding.",)
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The bundled VAE of the same latents."""
+        is_22 = "2.2" in str(inputs.get("vae", ""))
+        return {"vae": catalog.TINY_TI2V if is_22 else catalog.TINY, "download": False}
 
     @classmethod
     def VALIDATE_INPUTS(cls, vae: str, download: bool = False) -> bool | str:
@@ -280,7 +294,10 @@ class ImageEncoderLoader(EncoderLoader):
     INPUT, KIND, FOLDER = "image_encoder", "image_encoder", "clip_vision"
     LABEL, OWN_INPUTS = "The image encoder", STORAGE_INPUTS
     ROWS = dict.fromkeys((catalog.IMAGE_ENCODER_SOURCE, catalog.TINY), (catalog.IMAGE_ENCODER_PATTERN,))
-    DESCRIPTION = "Load the CLIP image encoder (ViT-H/14) that image, control and camera models read pictures with."
+    DESCRIPTION = (
+        "Load the CLIP image encoder (ViT-H/14) that image, control and camera models of Wan 2.1 read pictures with. "
+        "Models of Wan 2.2 need none."
+    )
     RETURN_TYPES = (sockets.IMAGE_ENCODER,)
     RETURN_NAMES = ("image_encoder",)
     OUTPUT_TOOLTIPS = ("The image encoder, for start, end and reference images.",)

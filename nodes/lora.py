@@ -4,9 +4,11 @@ import re
 from typing import Any
 
 from wan_core.atomic import numbered_paths
+from wan_core.loading.pairs import expand, find_pairs
 from wan_core.lora.apply import LORA_MODES, LoraMode
 from wan_core.lora.bind import BlockStrengths
 from wan_core.lora.convert import LoraFormat, convert
+from wan_core.lora.report import LoraReport
 from wan_core.lora.target import lora_file_report, lora_report, open_lora, use_lora
 from wan_core.lora.write import FORMATS
 from wan_core.model import VideoModel
@@ -14,12 +16,15 @@ from wan_core.runtime import DTYPES, log
 from wan_core.types import Curve
 
 from . import host, planning, sockets
+from .loaders import NONE
 from .places import model_file, plain_name
 
 FOLDER = "loras"
 NO_FILES = f"no files in models/{FOLDER}"
 LIMIT = 10.0
 """Largest strength of the widget; distilled LoRAs are used near 1, sliders up to 5."""
+SAME = -100.0
+"""`strength_low` that stands for `strength`."""
 
 
 def strength_curve(strength: float, text: str) -> Curve:
@@ -44,20 +49,22 @@ def strength_curve(strength: float, text: str) -> Curve:
     return Curve(values, float(bounds[1]), float(bounds[2]))
 
 
-def _lora_choice(tooltip: str) -> sockets.Declaration:
-    files = host.current.list_files(FOLDER) or [NO_FILES]
-    return sockets.choice(files, files[0], tooltip)
+def _lora_choice(tooltip: str, *, pairs: bool = False) -> sockets.Declaration:
+    files = host.current.list_files(FOLDER)
+    names = [*(find_pairs(files) if pairs else ()), *files] or [NO_FILES]
+    return sockets.choice([*names, NONE] if pairs else names, names[0], tooltip)
 
 
 def _fingerprint(*names: str) -> str:
     """Changes when one of the files does."""
     listed = host.current.list_files(FOLDER)
-    stats = [(name, host.current.model_path(FOLDER, name).stat()) for name in names if name in listed]
+    files = [file for name in names for file in expand(name) if file in listed]
+    stats = [(name, host.current.model_path(FOLDER, name).stat()) for name in files]
     return ";".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
 
 
 def _check(name: str) -> bool | str:
-    if name not in host.current.list_files(FOLDER):
+    if not set(expand(name)) <= set(host.current.list_files(FOLDER)):
         return f"Value not in list: lora: {name!r}. Put LoRA files into models/{FOLDER}."
     return True
 
@@ -80,7 +87,11 @@ class LoraLoader:
         return {
             "required": {
                 "model": sockets.socket(sockets.MODEL, "From the model loader or another LoRA loader."),
-                "lora": _lora_choice(f"A LoRA or a trained checkpoint in models/{FOLDER}."),
+                "lora": _lora_choice(
+                    f"A LoRA or a trained checkpoint in models/{FOLDER}; {{high,low}} stands for both files of a pair, "
+                    f"{NONE} for no LoRA.",
+                    pairs=True,
+                ),
                 "strength": sockets.number(1.0, -LIMIT, LIMIT, "Factor on the change; 0 leaves it out.", step=0.05),
             },
             "optional": {
@@ -97,23 +108,38 @@ class LoraLoader:
                     "auto",
                     "fold changes the weights during a run, side computes beside them (exact on FP8); auto chooses.",
                 ),
+                "strength_low": sockets.number(
+                    SAME,
+                    SAME,
+                    LIMIT,
+                    f"Of a pair, the strength of the LoRA for low noise. {SAME:g}: as strength.",
+                    step=0.05,
+                ),
             },
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora: str, strength_curve: str = "", blocks: str = "") -> bool | str:
         message = sockets.true_or_message(lambda: _parse(1.0, strength_curve, blocks))
-        return _check(lora) if message is True else message
+        return _check(lora) if message is True and lora != NONE else message
 
     @classmethod
     def IS_CHANGED(cls, lora: str, **_: Any) -> str:
         return _fingerprint(lora)
 
     @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """No LoRA: those that are published do not fit the bundled models."""
+        return {"lora": NONE}
+
+    @classmethod
     def plan_outputs(cls, model: Any, lora: str, strength: Any, **_: Any) -> tuple[planning.PlannedModel, None]:
         """Planned as if it changed every block during the whole run: an upper bound for any curve and blocks."""
         handle = planning.require(planning.PlannedModel, "model", model)
-        return handle.with_lora(model_file(FOLDER, lora), strength), None
+        paths = [] if lora == NONE else [model_file(FOLDER, file) for file in expand(lora)]
+        for number, path in enumerate(paths):
+            handle = handle.with_lora(path, strength, expert=number if len(paths) > 1 else None)
+        return handle, None
 
     def load(
         self,
@@ -123,12 +149,21 @@ class LoraLoader:
         strength_curve: str = "",
         blocks: str = "",
         mode: LoraMode = "auto",
+        strength_low: float = SAME,
     ) -> tuple[VideoModel, str]:
         curve, by_block = _parse(strength, strength_curve, blocks)
-        path = model_file(FOLDER, lora)
-        changed, report = model.with_lora(path, strength=curve, blocks=by_block, mode=mode)
-        log.info("%s", report.summary)
-        return changed, str(report)
+        if lora == NONE:
+            return model, "No LoRA."
+        paths = [model_file(FOLDER, file) for file in expand(lora)]
+        if len(paths) == 1:
+            changed, report = model.with_lora(paths[0], strength=curve, blocks=by_block, mode=mode)
+            reports: tuple[LoraReport, ...] = (report,)
+        else:
+            low, _ = _parse(strength if strength_low == SAME else strength_low, strength_curve, blocks)
+            changed, reports = model.with_lora_pair(paths, strengths=(curve, low), blocks=by_block, mode=mode)
+        for each in reports:
+            log.info("%s", each.summary)
+        return changed, "\n\n".join(map(str, reports))
 
 
 def _parse(strength: float, curve: str, blocks: str) -> tuple[Curve, BlockStrengths]:

@@ -25,10 +25,11 @@ class ModelLoader(Loader):
 
     INPUT, KIND, FOLDER = "model", "dit", "diffusion_models"
     ROWS: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        row.model_id: row.files for row in (*catalog.CATALOG, *catalog.TINY_ROWS) if not row.base
+        row.model_id: row.files for row in (*catalog.ALL_ROWS, *catalog.ALL_TINY_ROWS) if not row.base
     }
     DESCRIPTION = (
-        "Load a Wan 2.1 video model. Its inputs are read from its tensors; the name only chooses recommended settings."
+        "Load a Wan video model: one file, or both experts of a Wan 2.2 A14B model as one. Its inputs are read from "
+        "its tensors; the name only chooses recommended settings."
     )
     RETURN_TYPES = (sockets.MODEL,)
     RETURN_NAMES = ("model",)
@@ -71,6 +72,14 @@ class ModelLoader(Loader):
                 False,
                 "Compute with fixed kernels instead of those that were measured as fastest: the same bits on equal "
                 "machines. Otherwise only this machine repeats a video bit for bit.",
+            ),
+            "boundary": sockets.number(
+                -1.0,
+                -1.0,
+                1.0,
+                "Of a model of two experts: the fraction of the noise below which the second one works. -1: as its "
+                "authors recommend.",
+                step=0.005,
             ),
         }
         return {"required": listed, "optional": {**shared, **own}}
@@ -115,18 +124,18 @@ class ModelLoader(Loader):
 
     @classmethod
     def plan_outputs(
-        cls, model: str, vace_module: str = NONE, preset: str = AUTO, **inputs: Any
+        cls, model: str, vace_module: str = NONE, preset: str = AUTO, boundary: float = -1.0, **inputs: Any
     ) -> tuple[planning.PlannedModel]:
         found = cls.describe(model)
         if vace_module != NONE:
             branch = inspect(places.model_file(cls.FOLDER, vace_module), "vace")
             found = [(join_vace(component, branch), absent) for component, absent in found]
-        variant = match_variant(found[0][0].config_of(DiTConfig))
+        files = experts_of([component for component, _ in found], *_chosen(boundary, preset))
         experts = []
-        files = experts_of([component for component, _ in found], preset=None if preset == AUTO else preset)
-        for expert, (component, absent) in zip(files, found, strict=True):
+        for file, (component, absent) in zip(files, found, strict=True):
             dit = planning.plan_module(component, absent, **inputs)
-            experts.append(SizedExpert(dit.module, dit.absent, lowest=expert.lowest))
+            experts.append(SizedExpert(dit.module, dit.absent, lowest=file.lowest))
+        variant = match_variant(files[0].component.config_of(DiTConfig))
         return (planning.PlannedModel(model, variant, tuple(experts)),)
 
     def load(
@@ -143,6 +152,7 @@ class ModelLoader(Loader):
         rest: str = "memory",
         torch_compile: bool = False,
         deterministic: bool = False,
+        boundary: float = -1.0,
     ) -> tuple[VideoModel]:
         components = self.components(model, download)
         vace = None
@@ -156,6 +166,12 @@ class ModelLoader(Loader):
             torch_compile=torch_compile,
             deterministic=deterministic,
         )
-        chosen, device = None if preset == AUTO else preset, host.current.device()
-        experts, offload = experts_of(components, preset=chosen), offload_of(weights, rest)
-        return (load_dit(experts, settings, offload, vace=vace, preset=chosen, compute_device=device),)
+        boundary_or_none, row = _chosen(boundary, preset)
+        experts = experts_of(components, boundary_or_none, row)
+        offload, device = offload_of(weights, rest), host.current.device()
+        return (load_dit(experts, settings, offload, vace=vace, preset=row, compute_device=device),)
+
+
+def _chosen(boundary: float, preset: str) -> tuple[float | None, str | None]:
+    """The widgets as `experts_of` takes them: None where they leave a choice."""
+    return (None if boundary < 0 else boundary), (None if preset == AUTO else preset)

@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from wan_core.conditioning.text import TextEncoder, text_conditioning
-from wan_core.planning.modules import SizedModule
 from wan_core.settings import (
     TEACACHE_COEFFICIENTS,
     WINDOW_MODES,
@@ -21,10 +19,8 @@ from wan_core.settings import (
     WindowMode,
     WindowSettings,
 )
-from wan_core.types import Conditioning
 
-from . import host, planning, sockets
-from .conditioning import working_text_encoder
+from . import planning, sockets
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:
@@ -45,17 +41,15 @@ def _validate(build: Callable[..., Any], **values: Any) -> bool | str:
     return True if None in values.values() else sockets.true_or_message(partial(build, **values))
 
 
-def _row(index: int, tensor: Tensor, _: object) -> Tensor:
-    return tensor[index : index + 1]
+class Options(planning.Settings):
+    """The base of the nodes that make settings for one of the sampler's sockets."""
 
-
-class _Options(planning.Settings):
     CATEGORY = "WanCore/sampling"
     FUNCTION = "build"
     OUTPUT_TOOLTIPS: tuple[str, ...] = ("For the socket of that name on the sampler.",)
 
 
-class TeaCache(_Options):
+class TeaCache(Options):
     """Steps skipped by a plan."""
 
     CATEGORY = "WanCore/speed and memory"
@@ -100,7 +94,7 @@ class TeaCache(_Options):
         return (TeaCacheSettings(**wanted, template=template, start_step=start_step, residual_on_cpu=residual_on_cpu),)
 
 
-class EasyCache(_Options):
+class EasyCache(Options):
     """Steps skipped by a measure during the run."""
 
     CATEGORY = "WanCore/speed and memory"
@@ -124,7 +118,7 @@ class EasyCache(_Options):
         return (EasyCacheSettings(threshold=threshold, start_step=start_step, residual_on_cpu=residual_on_cpu),)
 
 
-class Windows(_Options):
+class Windows(Options):
     """A long video in pieces."""
 
     CATEGORY = "WanCore/long video"
@@ -182,46 +176,7 @@ class Windows(_Options):
         )
 
 
-class WindowPrompts(_Options):
-    """A prompt for every window."""
-
-    CATEGORY = "WanCore/long video"
-    DESCRIPTION = "One prompt per line, one line per window of a long video. Further windows use the last line."
-    RETURN_TYPES = (sockets.PROMPTS,)
-    RETURN_NAMES = ("prompts",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "text_encoder": sockets.socket(sockets.TEXT_ENCODER, "From the text encoder loader."),
-                "prompts": sockets.text("", "What each window shows, one line per window."),
-            },
-            "optional": {
-                "negative_prompt": sockets.text("", "What to avoid, the same in all windows."),
-            },
-        }
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, prompts: str | None = None) -> bool | str:
-        return True if prompts is None or prompts.strip() else "prompts needs at least one line."
-
-    @classmethod
-    def plan_outputs(cls, **inputs: Any) -> tuple[planning.PlannedConditioning]:
-        return (planning.PlannedConditioning(planning.require(SizedModule, "text_encoder", inputs["text_encoder"])),)
-
-    def build(
-        self, text_encoder: TextEncoder, prompts: str, negative_prompt: str = ""
-    ) -> tuple[tuple[Conditioning, ...]]:
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-        if not lines:
-            raise ValueError("prompts needs at least one line.")
-        cond = text_conditioning(text_encoder, lines, negative_prompt, partial(working_text_encoder, text_encoder))
-        cond = cond.to(host.current.offload_device())
-        return (tuple(cond.map(partial(_row, i)) for i in range(len(lines))),)
-
-
-class Guidance(_Options):
+class Guidance(Options):
     """Guidance that changes during the run."""
 
     DESCRIPTION = "Change the guidance over the steps, use it for a part of the run, or use CFG-Zero*. Replaces cfg."
@@ -248,24 +203,39 @@ class Guidance(_Options):
                 "zero_steps": sockets.whole(
                     0, 0, 100, "CFG-Zero*: first steps whose velocity is set to zero; its authors use 1."
                 ),
+                "cfg_low": sockets.line("", "Of a model of two experts, cfg of the one for low noise. Empty: as cfg."),
             },
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, cfg: str | None = None, start: float = 0.0, end: float = 1.0) -> bool | str:
-        return _validate(cls().build, cfg=cfg, start=start, end=end)
+    def VALIDATE_INPUTS(
+        cls, cfg: str | None = None, start: float = 0.0, end: float = 1.0, cfg_low: str = ""
+    ) -> bool | str:
+        return _validate(cls().build, cfg=cfg, start=start, end=end, cfg_low=cfg_low)
 
     def build(
-        self, cfg: str, start: float = 0.0, end: float = 1.0, zero_star: bool = False, zero_steps: int = 0
+        self,
+        cfg: str,
+        start: float = 0.0,
+        end: float = 1.0,
+        zero_star: bool = False,
+        zero_steps: int = 0,
+        cfg_low: str = "",
     ) -> tuple[GuidanceSettings]:
+        low = numbers("cfg_low", cfg_low) if cfg_low.strip() else None
         return (
             GuidanceSettings(
-                scale=numbers("cfg", cfg), start=start, end=end, zero_star=zero_star, zero_steps=zero_steps
+                scale=numbers("cfg", cfg),
+                scale_low=low,
+                start=start,
+                end=end,
+                zero_star=zero_star,
+                zero_steps=zero_steps,
             ),
         )
 
 
-class Schedule(_Options):
+class Schedule(Options):
     """The noise levels of a run."""
 
     DESCRIPTION = (
@@ -307,7 +277,7 @@ class Schedule(_Options):
         return (ScheduleSettings(sigmas=levels, start_step=start_step, end_step=end_step or None),)
 
 
-class LongRun(_Options):
+class LongRun(Options):
     """What a run saves to disk."""
 
     CATEGORY = "WanCore/long video"

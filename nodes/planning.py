@@ -90,12 +90,15 @@ class PlannedModel:
         """Of its videos and latents."""
         return self.experts[0].module.config.geometry
 
-    def with_lora(self, path: Path, strength: Any) -> "PlannedModel":
+    def with_lora(self, path: Path, strength: Any, expert: int | None = None) -> "PlannedModel":
         """The model with the LoRA of a file, as `VideoModel.with_lora`; a strength that is not known counts as 1."""
         modules = [part.module for part in (self.experts[0], self.motion_controller) if part is not None]
         factor = 1.0 if isinstance(strength, Unknown) else float(strength)
         use = use_lora(path, Target.of_modules(self.name, modules), strength=factor)
-        experts = tuple(replace(expert, loras=(*expert.loras, use)) for expert in self.experts)
+        experts = tuple(
+            replace(each, loras=(*each.loras, use)) if expert in (None, number) else each
+            for number, each in enumerate(self.experts)
+        )
         return replace(self, experts=experts)
 
 

@@ -39,6 +39,9 @@ from . import host, places, planning, sockets
 FOLDER = "wancore"
 """The subfolder of the output folder for saved latents and unfinished runs."""
 
+SAME = -1.0
+"""`cfg_low` that stands for `cfg`."""
+
 STATE = "wancore_state"
 """The key of a LATENT under which a sampler that ran a part of the steps passes its state to the next."""
 
@@ -55,7 +58,10 @@ class Sampler:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        rounded = f"In pixels; rounded up to a size that the model can make, for Wan 2.1 a multiple of {sockets.SIDE}."
+        rounded = (
+            f"In pixels; rounded up to a size that the model can make, for Wan 2.1 a multiple of {sockets.SIDE}. "
+            "Conditioning with pictures brings its own size, which counts."
+        )
         return {
             "required": {
                 "model": sockets.socket(sockets.MODEL, "From the model loader."),
@@ -104,18 +110,25 @@ class Sampler:
                 "memory": sockets.socket(
                     sockets.MEMORY, "How much of the card may be used. Not linked: all that is free."
                 ),
+                "cfg_low": sockets.number(
+                    SAME, SAME, 100.0, f"Of a model of two experts, cfg of the one for low noise. {SAME:g}: as cfg."
+                ),
             },
             "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"},
         }
 
     @classmethod
     def VALIDATE_INPUTS(
-        cls, cfg: float | None = None, shift: float | None = None, denoise: float | None = None
+        cls,
+        cfg: float | None = None,
+        shift: float | None = None,
+        denoise: float | None = None,
+        cfg_low: float | None = None,
     ) -> bool | str:
         """NaN passes the host's check of ranges, so it is refused here. Linked values are None, and checked later."""
         values: dict[str, Any] = {"shift": shift, "denoise": denoise}
         values = {name: value for name, value in values.items() if value is not None}
-        guidance = partial(GuidanceSettings, scale=1.0 if cfg is None else cfg)
+        guidance = partial(_guidance, 1.0 if cfg is None else cfg, SAME if cfg_low is None else cfg_low)
         return sockets.true_or_message(lambda: SamplerSettings(guidance=guidance(), **values))
 
     @classmethod
@@ -129,9 +142,7 @@ class Sampler:
     ) -> tuple[planning.PlannedRun]:
         handle = planning.require(planning.PlannedModel, "model", model)
         cond = planning.require(planning.PlannedConditioning, "conditioning", conditioning)
-        size = VideoSize.rounded(width, height, num_frames, handle.geometry)
-        if cond.size and cond.size != size:
-            raise planning.PlanError(f"{', '.join(cond.names)} is made for {cond.size}, but the video is {size}.")
+        size = cond.size or VideoSize.rounded(width, height, num_frames, handle.geometry)
         latent = inputs.get("latent")
         if isinstance(latent, planning.PlannedLatent) and inputs["denoise"] < 1:
             encoded = replace(cond.sizes, encoded_frames=size.latent.frames)
@@ -140,7 +151,8 @@ class Sampler:
         options = ("guidance", "schedule", "cache", "windows", "memory")
         known = {name: planning.or_none(inputs.get(name)) for name in options}
         settings = _settings(
-            inputs["cfg"], inputs["cfg_mode"], known["guidance"], known["schedule"],
+            _guidance(inputs["cfg"], inputs.get("cfg_low", SAME)), inputs["cfg_mode"], known["guidance"],
+            known["schedule"],
             seed=0 if isinstance(seed, planning.Unknown) else seed, steps=inputs["steps"], shift=inputs["shift"],
             denoise=inputs["denoise"], solver=inputs["solver"], cache=known["cache"], windows=known["windows"],
         )  # fmt: skip
@@ -174,14 +186,15 @@ class Sampler:
         schedule: ScheduleSettings | None = None,
         run: RunSettings | None = None,
         memory: MemorySettings | None = None,
+        cfg_low: float = SAME,
         extra_pnginfo: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any]]:
         settings = _settings(
-            cfg, cfg_mode, guidance, schedule, seed=seed, steps=steps, shift=shift, denoise=denoise, solver=solver,
-            cache=_with_template(cache, model), windows=windows,
+            _guidance(cfg, cfg_low), cfg_mode, guidance, schedule, seed=seed, steps=steps, shift=shift, denoise=denoise,
+            solver=solver, cache=_with_template(cache, model), windows=windows,
         )  # fmt: skip
         geometry = model.geometry
-        start, size = None, checked_size(width, height, num_frames, geometry)
+        start, size = None, _size(conditioning, checked_size(width, height, num_frames, geometry))
         # At full noise a latent has no effect, so it is ignored. Otherwise its size is that of the video.
         if latent is not None and (settings.starts_clean or settings.start_step):
             start = normalise(latent["samples"], geometry)
@@ -200,15 +213,27 @@ class Sampler:
         return (_latent_output(state, settings, size, run, checkpoint, extra_pnginfo),)
 
 
+def _size(conditioning: Conditioning, typed: VideoSize) -> VideoSize:
+    """The size of the video: that which the conditioning was made for, if it has one."""
+    size = conditioning.size or typed
+    if size != typed:
+        log.info("The video is %s, as the conditioning is; the sampler's own size is %s.", size, typed)
+    return size
+
+
+def _guidance(cfg: float, cfg_low: float) -> GuidanceSettings:
+    return GuidanceSettings(scale=cfg, scale_low=None if cfg_low == SAME else cfg_low)
+
+
 def _settings(
-    cfg: float,
+    own: GuidanceSettings,
     cfg_mode: GuidanceMode,
     guidance: GuidanceSettings | None,
     schedule: ScheduleSettings | None,
     **others: Any,
 ) -> SamplerSettings:
     """The settings of the widgets and of the sockets `guidance` and `schedule`, which replace some of them."""
-    guidance = replace(guidance or GuidanceSettings(scale=cfg), mode=cfg_mode)
+    guidance = replace(guidance or own, mode=cfg_mode)
     return SamplerSettings(guidance=guidance, **vars(schedule or ScheduleSettings()), **others)
 
 

@@ -6,12 +6,12 @@ un-normalised VAE latents (B, z, F, h, w) under "samples", as ComfyUI's own Wan 
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
-from wan_core.media.fitting import ASPECTS, LENGTH_POLICIES
+from wan_core.media.fitting import ASPECTS, LENGTH_POLICIES, SIZE_RULES
 from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.tiling import TileSettings
 
@@ -118,6 +118,28 @@ def guard_sockets(cls: type[Any]) -> type[Any]:
     return cls
 
 
+def mark_advanced(cls: type[Any], names: Collection[str]) -> None:
+    """Declare these inputs of a node class as advanced, an option that editors which do not know it ignore.
+
+    Raises:
+        ValueError: the class has no input of such a name.
+    """
+    declare = cls.INPUT_TYPES
+    known = {name for group in declare().values() for name in group}
+    if unknown := set(names) - known:
+        raise ValueError(f"{cls.__name__} has no inputs {', '.join(sorted(unknown))}.")
+
+    def declared(_: type[Any]) -> dict[str, Any]:
+        groups: dict[str, Any] = declare()
+        for group in groups.values():
+            for name in group.keys() & set(names):
+                kind, options = group[name]
+                group[name] = (kind, {**options, "advanced": True})
+        return groups
+
+    cls.INPUT_TYPES = classmethod(declared)
+
+
 def true_or_message(check: Callable[[], object]) -> bool | str:
     """What VALIDATE_INPUTS returns: True, or why `check` refuses."""
     try:
@@ -195,6 +217,16 @@ def fit_inputs(aspect: str) -> dict[str, Declaration]:
         "aspect": choice(list(ASPECTS), aspect, aspects),
         "too_short": choice(list(LENGTH_POLICIES), "repeat last", too_short),
     }
+
+
+def size_rule() -> Declaration:
+    """How the size of a video follows from that of its start image."""
+    return choice(
+        list(SIZE_RULES),
+        "exact",
+        "exact: width and height as typed. area, area and crop: about that area with the aspect of the start image, as "
+        "the authors of Wan 2.2 I2V-A14B and TI2V-5B choose it.",
+    )
 
 
 def encode_inputs() -> dict[str, Declaration]:

@@ -15,6 +15,7 @@ from tests.lora.fixtures import trained_weights
 from tools import workflows
 from tools.graph import inputs, is_widget
 from tools.training_workflows import VALIDATIONS
+from tools.workflow_texts import WORKFLOWS
 from wan_core.media import probe
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
@@ -61,8 +62,11 @@ LOADERS = {
     "WanCoreVAELoader": "vae",
     "WanCoreImageEncoderLoader": "clip_vision",
     "WanCoreSpeedControl": "diffusion_models",
+    "WanCoreLoraLoader": "loras",
 }
 """Where the files of a loader belong."""
+OWN_FILES = ("WanCoreSpeedControl", "WanCoreLoraLoader")
+"""Loaders whose first input is another node's, or whose lists hold no published files."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,7 +80,9 @@ def test_nodes_say_where_they_and_their_files_come_from(name):
         assert (node["properties"]["cnr_id"], node["properties"]["ver"]) == expected
         assert node["color"] != node["bgcolor"]
         links = node["properties"].get("models", [])
-        assert [link["directory"] for link in links] == [LOADERS[kind] for kind in LOADERS if kind == node["type"]]
+        assert {link["directory"] for link in links} == {LOADERS[kind] for kind in LOADERS if kind == node["type"]}
+        is_pair = "a14b" in name and node["type"] in ("WanCoreModelLoader", "WanCoreLoraLoader")
+        assert len(links) == (2 if is_pair else len({link["directory"] for link in links}))
         for link in links:
             assert link["name"].endswith((".safetensors", ".pth"))
             assert link["url"].startswith(("https://huggingface.co/", "https://modelscope.cn/"))
@@ -94,7 +100,7 @@ def test_loaders_name_what_they_list(name, tmp_path):
     """On a machine without any model, where a list holds what is published."""
     host.configure(models_dir=tmp_path, input_dir=tmp_path)
     try:
-        lists = {kind: next(inputs(CLASSES[kind])) for kind in LOADERS if kind != "WanCoreSpeedControl"}
+        lists = {kind: next(inputs(CLASSES[kind])) for kind in LOADERS if kind not in OWN_FILES}
     finally:
         host.configure()
     for node in load("api", f"{name}.json").values():
@@ -189,9 +195,9 @@ def test_the_command_runs_twice_into_numbered_videos(tmp_path):
     assert videos[0].read_bytes() != videos[1].read_bytes()
 
 
-def check_video(path: Path) -> None:
+def check_video(path: Path, fps: float = 16.0) -> None:
     info = probe(path)
-    assert (info.codec, info.fps, info.num_frames, info.width, info.height) == ("h264", 16.0, 17, 96, 64)
+    assert (info.codec, info.fps, info.num_frames, info.width, info.height) == ("h264", fps, 17, 96, 64)
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +225,8 @@ def run_tiny(models, weights, tmp_path, monkeypatch):
 
 # What each input of a workflow of a kind can be changed to.
 CHANGES = {
+    "t2v_a14b": [{"Prompt": {"prompt": "rain"}}, {"Sampler": {"cfg_low": 4.0}}],
+    "ti2v_5b": [{"Start image": {"image": "end.png"}}],
     "t2v_1.3b": [{"Prompt": {"prompt": "rain"}}, {"Prompt": {"negative_prompt": "snow"}}],
     "i2v_480p": [{"Start image": {"image": "end.png"}}],
     "flf2v_720p": [{"Start image": {"image": "end.png"}}, {"End image": {"image": "start.png"}}],
@@ -250,8 +258,8 @@ def latents_of(path: Path) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_to_a_playable_video_which_every_input_changes(name, run_tiny):
-    video = run_tiny(name)
-    check_video(video)
+    video, row = run_tiny(name), WORKFLOWS.get(name)
+    check_video(video, row.preset.fps if row else 16.0)
     if changes := CHANGES.get(name):
         before = latents_of(video)
         assert latents_of(run_tiny(name)) == before

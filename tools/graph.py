@@ -93,7 +93,7 @@ def _default(kind: Any, options: Mapping[str, Any]) -> Any:
 def _companion(options: Mapping[str, Any]) -> str | None:
     """The value of the second widget that the editor puts below some: what becomes of a seed, an upload button."""
     if options.get("control_after_generate"):
-        return "fixed"
+        return "randomize"
     return "image" if any(name.endswith("_upload") for name in options) else None
 
 

@@ -3,12 +3,12 @@
 `python -m tools.workflows` writes the JSON files. Names and settings come from the catalog."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tools.graph import Graph, Out, Stage, Step
 from wan_core.catalog import (
-    CATALOG,
+    ALL_ROWS,
     DIT_FILE,
     DIT_PATTERN,
     IMAGE_ENCODER_PATTERN,
@@ -17,11 +17,13 @@ from wan_core.catalog import (
     SPEED_CONTROL,
     T2V_BASE,
     TEXT_ENCODER_PATTERN,
+    TI2V_BASE,
     TOKENIZER_PATTERN,
     CatalogRow,
     Task,
     published,
 )
+from wan_core.loading.pairs import expand
 
 PROMPTS = {
     "t2v": "A small town at sunset, warm lights along a river, gentle camera movement, cinematic",
@@ -92,7 +94,10 @@ def _encode(row: CatalogRow, class_type: str, title: str, size: dict[str, Any], 
 
 def _start(row: CatalogRow, size: dict[str, Any]) -> list[Step]:
     links = {"start_image": ("Start image", 0)}
-    return [_image("Start image", "start.png"), _encode(row, "WanCoreImageEncode", "Image encode", size, links)]
+    # Models that take clean frames need no mask beside the noise.
+    kind = "WanCoreStartFrames" if row.variant == "ti2v_5b" else "WanCoreImageEncode"
+    rule = {} if row.preset.size_rule == "exact" else {"size_rule": row.preset.size_rule}
+    return [_image("Start image", "start.png"), _encode(row, kind, "Image encode", {**size, **rule}, links)]
 
 
 def _start_and_end(row: CatalogRow, size: dict[str, Any]) -> list[Step]:
@@ -191,8 +196,28 @@ TASKS: Mapping[Task, TaskGraph] = {
     ),
 }
 
-WORKFLOWS: dict[str, CatalogRow] = {"t2v": published(T2V_BASE), **{row.workflow: row for row in CATALOG}}
+
+def _distilled(workflow: str, model_id: str) -> CatalogRow:
+    """A row with the settings of a four-step LoRA (LightX2V: Euler, shift 5, no guidance)."""
+    row = published(model_id)
+    preset = replace(row.preset, steps=4, cfg=1.0, cfg_low=None, shift=5.0, solver="euler")
+    return replace(row, workflow=workflow, preset=preset)
+
+
+WORKFLOWS: dict[str, CatalogRow] = {
+    "t2v": published(T2V_BASE),
+    **{row.workflow: row for row in ALL_ROWS},
+    "ti2v_5b_text": replace(published(TI2V_BASE), task="text", workflow="ti2v_5b_text"),
+    "t2v_a14b_4step": _distilled("t2v_a14b_4step", "Wan-AI/Wan2.2-T2V-A14B"),
+    "i2v_a14b_4step": _distilled("i2v_a14b_4step", "Wan-AI/Wan2.2-I2V-A14B"),
+}
 """File name to checkpoint. `t2v` is the first workflow that a newcomer runs."""
+
+LORAS = {
+    "t2v_a14b_4step": "wan2.2_t2v_lightx2v_4steps_lora_v1.1_{high,low}_noise.safetensors",
+    "i2v_a14b_4step": "wan2.2_i2v_lightx2v_4steps_lora_v1_{high,low}_noise.safetensors",
+}
+"""The pair of LoRAs that a workflow adds, as Comfy-Org offers it."""
 
 
 def describe(name: str) -> Graph:
@@ -206,16 +231,25 @@ def describe(name: str) -> Graph:
     inputs = task.inputs(row, size)
     controlled = row.task == "speed"
     source = (inputs[-1].title, 1 if controlled else 0) if inputs else ("Prompt", 0)
-    links = {"model": ("Speed control", 0) if controlled else ("Load model", 0), "conditioning": source}
+    model = "Speed control" if controlled else "Load LoRA" if name in LORAS else "Load model"
+    links = {"model": (model, 0), "conditioning": source}
     settings = {**recommended(row), **size}
     stages = [
-        Stage("Models", loaders(row)),
+        Stage("Models", [*loaders(row), *_lora(name)]),
         Stage("Prompt", [encode]),
         *(Stage(title, steps) for title, steps in split_steps(inputs).items() if steps),
         Stage("Sampling", [Step("Sampler", "WanCoreSampler", {**links, **settings})]),
         Stage("Video", save_steps(name, preset.fps)),
     ]
-    return Graph(name, _note(row), stages)
+    return Graph(name, _note(name, row), stages)
+
+
+def _lora(name: str) -> list[Step]:
+    """The node that adds the LoRAs of a workflow, if it has some."""
+    if name not in LORAS:
+        return []
+    files = [repacked(file.removesuffix(".safetensors"), "loras", is_22=True) for file in expand(LORAS[name])]
+    return [Step("Load LoRA", "WanCoreLoraLoader", {"model": ("Load model", 0), "lora": LORAS[name]}, files)]
 
 
 def recommended(row: CatalogRow) -> dict[str, Any]:
@@ -261,11 +295,17 @@ def save_steps(name: str, fps: float) -> list[Step]:
     ]
 
 
-def _note(row: CatalogRow) -> str:
+def _authors(name: str, row: CatalogRow) -> str:
+    return f"the LoRAs `{LORAS[name]}`" if name in LORAS else f"`{row.model_id}`"
+
+
+def _note(name: str, row: CatalogRow) -> str:
     task = TASKS[row.task]
     files = [f"models/{row.model_id}/{pattern}" for pattern in row.files]
     if row.base:
         files.append(f"models/{row.base}/{DIT_PATTERN}")
+    if name in LORAS:
+        files += [f"models/loras/{file}" for file in expand(LORAS[name])]
     files += [f"models/{T2V_BASE}/{TEXT_ENCODER_PATTERN}", f"models/{'/'.join(row.vae)}"]
     files.append(f"models/{T2V_BASE}/{TOKENIZER_PATTERN}")
     if uses_image_encoder(row):
@@ -274,7 +314,7 @@ def _note(row: CatalogRow) -> str:
         [
             f"## {task.title}",
             "",
-            f"{task.what} The settings are those that the authors of `{row.model_id}` recommend.",
+            f"{task.what} The settings are those that the authors of {_authors(name, row)} recommend.",
             "",
             "**Files** (fetched when `download` is on in a loader, or put them there yourself):",
             *(f"- `{file}`" for file in files),

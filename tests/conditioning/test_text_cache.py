@@ -13,8 +13,7 @@ from wan_core import ModelConfig, WanVideoPipeline, bundled, catalog, model_file
 from wan_core.conditioning import text
 from wan_core.conditioning.text import MemoryStore, TextCache, TextEncoder, Tokenizer, fingerprint, text_conditioning
 from wancore.nodes import host
-from wancore.nodes.conditioning import TextEncode
-from wancore.nodes.options import WindowPrompts
+from wancore.nodes.prompts import TextEncode, WindowPrompts
 
 PROMPTS = ["a dog is running", "", "a cat sees the river and the mountain in the snow", "a dog"]
 FILE = catalog.TEXT_ENCODER_PATTERN

@@ -1,5 +1,6 @@
 """The camera nodes as ComfyUI calls them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_a_changed_pose_file_is_read_again(inputs):
 
 
 def test_encoding_gives_the_sampler_rays(caplog):
-    cond = Conditioning(text=torch.zeros(1, 4, 8))
+    cond = Conditioning(text=torch.zeros(1, 4, 8), size=VideoSize(48, 32, 5))
     path = CameraPath.from_direction("Left", 5)
     (encoded,) = ENCODE().encode(cond, path, width=33, height=32, num_frames=5)
     assert encoded.camera.shape == (1, 24, 2, 32, 48)
@@ -123,7 +124,8 @@ def test_encoding_gives_the_sampler_rays(caplog):
     assert encoded.inputs == ("camera",)
     assert encoded.size == VideoSize(48, 32, 5)
     assert cond.camera is None
-    ENCODE().encode(cond, path, width=48, height=32, num_frames=9)
+    (alone,) = ENCODE().encode(replace(cond, size=None), path, width=48, height=32, num_frames=9)
+    assert alone.size is None and alone.camera.shape == (1, 24, 3, 32, 48)
     assert "Stretching" in caplog.text
 
 

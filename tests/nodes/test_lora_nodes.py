@@ -123,7 +123,7 @@ def test_what_is_wrong_is_said_before_a_run(models, loaded):
 def test_without_any_lora_the_lists_say_so(tmp_path):
     host.configure(device="cpu", models_dir=tmp_path)
     files, options = NODES["WanCoreLoraLoader"].INPUT_TYPES()["required"]["lora"]
-    assert files == [options["default"]] == ["no files in models/loras"]
+    assert files == [options["default"], "none"] == ["no files in models/loras", "none"]
     assert "Put LoRA files into models/loras" in NODES["WanCoreLoraLoader"].VALIDATE_INPUTS(lora=files[0])
 
 

@@ -11,6 +11,7 @@ from tests.loading import ggufs
 from tests.nodes.running import outputs
 from tests.reference import arguments, load_case, relative_error
 from wan_core import bundled, catalog
+from wan_core.media.fitting import fit_size
 from wan_core.models.config import WAN_21
 from wan_core.models.vae import normalise
 from wan_core.types import Conditioning
@@ -278,3 +279,70 @@ def test_constants_in_sockets_are_refused_by_name(value):
     ):
         with pytest.raises(ValueError, match=f"^{name} takes a "):
             outputs(node_id, **{name: value, **others})
+
+
+def test_a_text_to_video_graph_shows_twenty_widgets():
+    """Those of the other nodes of the graph are two, and three that ComfyUI's Save Video has."""
+    ids = ("ModelLoader", "TextEncoderLoader", "VAELoader", "TextEncode", "Sampler", "VAEDecode")
+    shown = []
+    for node_id in ids:
+        for group in NODES[f"WanCore{node_id}"].INPUT_TYPES().values():
+            for name, (kind, *options) in group.items():
+                is_widget = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN")
+                if is_widget and not options[0].get("advanced"):
+                    shown += [name] * (2 if options[0].get("control_after_generate") else 1)
+    assert len(shown) <= 16, shown
+
+
+def test_the_sampler_takes_the_size_of_conditioning_that_has_one(loaded, caplog):
+    cond = prompt(loaded)
+    video = torch.rand(5, 32, 48, 3)
+    size = {"width": 48, "height": 32, "num_frames": 5}
+    made = run("WanCoreVaceEncode", conditioning=cond, vae=loaded["vae"], **size, strength=1.0, video=video)
+    (model,) = outputs("WanCoreModelLoader", model=catalog.tiny_id("vace"))
+    caplog.set_level("INFO", "wancore")
+    latent = sampled({**loaded, "model": model}, made, width=832, height=480, num_frames=81)
+    assert latent["samples"].shape == (1, 16, 2, 4, 6)
+    assert "as the conditioning is" in caplog.text
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_start_frames_come_out_as_they_are(loaded, frames):
+    (model,) = outputs("WanCoreModelLoader", model=catalog.TINY_TI2V)
+    (vae,) = outputs("WanCoreVAELoader", vae=catalog.TINY_TI2V)
+    pictures, size = torch.rand(frames, 64, 96, 3), {"width": 64, "height": 32, "num_frames": 13}
+    start = {"conditioning": prompt(loaded), "vae": vae, **size, "start_image": pictures}
+    cond = run("WanCoreStartFrames", **start)
+    latent = sampled({**loaded, "model": model}, cond)["samples"]
+    kept = run("WanCoreVAEEncode", vae=vae, images=fit_size(pictures, 64, 32, "crop"))["samples"]
+    assert latent.shape == (1, 48, 4, 2, 4)
+    assert relative_error(latent[:, :, : kept.shape[2]], kept) < 1e-5
+    ruled = run("WanCoreStartFrames", **{**start, "start_image": torch.rand(1, 96, 32, 3)}, size_rule="area and crop")
+    assert (ruled.size.width, ruled.size.height) == (32, 64)
+    with pytest.raises(ValueError, match=r"Start Frames is for Wan 2\.2 TI2V-5B"):
+        run("WanCoreStartFrames", **{**start, "vae": loaded["vae"]})
+
+
+def test_a_pair_of_loras_is_one_entry_and_one_for_each_expert(models, loaded):
+    folder = models / "loras"
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"few_steps_{noise}_noise.safetensors" for noise in ("high", "low")]
+    path = "diffusion_model.blocks.0.self_attn.q"
+    for file in files:
+        save_file({f"{path}.lora_A.weight": torch.ones(4, 256), f"{path}.lora_B.weight": torch.ones(256, 4)}, file)
+    name = "few_steps_{high,low}_noise.safetensors"
+    try:
+        assert name in NODES["WanCoreLoraLoader"].INPUT_TYPES()["required"]["lora"][0]
+        (pair,) = outputs("WanCoreModelLoader", model=catalog.tiny_id("t2v", is_pair=True))
+        changed, report = outputs("WanCoreLoraLoader", model=pair, lora=name, strength=1.0, strength_low=0.25)
+        high, low = (expert.loras for expert in changed.experts)
+        assert (len(high), len(low)) == (1, 1)
+        assert (high[0].strength.values, low[0].strength.values) == ((1.0,), (0.25,))
+        assert "few_steps_high_noise" in report and "few_steps_low_noise" in report
+        same, _ = outputs("WanCoreLoraLoader", model=pair, lora="none", strength=1.0)
+        assert same is pair
+        with pytest.raises(ValueError, match="two experts"):
+            run("WanCoreLoraLoader", model=loaded["model"], lora=name, strength=1.0)
+    finally:
+        for file in files:
+            file.unlink()

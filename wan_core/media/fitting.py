@@ -54,9 +54,7 @@ def as_frames(value: Pictures, name: str) -> Tensor:
     return frames
 
 
-def size_by_rule(
-    rule: SizeRule, width: int, height: int, picture: tuple[int, int], multiple: int
-) -> tuple[int, int]:
+def size_by_rule(rule: SizeRule, width: int, height: int, picture: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Width and height of the video that starts with a picture of size `picture` (width, height), where `width` and
     `height` are typed; multiples of `multiple` under any rule but `exact`.
 
