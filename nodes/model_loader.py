@@ -25,7 +25,7 @@ class ModelLoader(Loader):
 
     INPUT, KIND, FOLDER = "model", "dit", "diffusion_models"
     ROWS: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        row.model_id: row.files for row in (*catalog.ALL_ROWS, *catalog.ALL_TINY_ROWS) if not row.base
+        row.model_id: row.files for row in (*catalog.CATALOG, *catalog.TINY_ROWS) if not row.base
     }
     DESCRIPTION = (
         "Load a Wan video model: one file, or both experts of a Wan 2.2 A14B model as one. Its inputs are read from "

@@ -136,7 +136,7 @@ class Stage:
 
     def _lay_models(self) -> None:
         root = self.folder / "models"
-        for row in self.catalog.CATALOG:
+        for row in self.catalog.WAN_21:
             source = self.tiny.write_model(root, self.catalog.tiny_id(row.variant))
             target = root / row.model_id
             target.mkdir(parents=True, exist_ok=True)

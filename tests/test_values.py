@@ -151,7 +151,7 @@ def test_prompts_are_cleaned(prompt, clean):
 
 
 def test_rows_of_the_catalog_name_their_vae_and_each_repacked_file():
-    rows = {row.model_id: row for row in catalog.ALL_ROWS}
+    rows = {row.model_id: row for row in catalog.CATALOG}
     pair, small = rows["Wan-AI/Wan2.2-T2V-A14B"], rows[catalog.TI2V_BASE]
     assert pair.vae == (catalog.T2V_BASE, "Wan2.1_VAE.pth") and small.vae == (catalog.TI2V_BASE, "Wan2.2_VAE.pth")
     names = [f"wan2.2_t2v_{noise}_noise_14B_fp8_scaled" for noise in ("high", "low")]

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from pack import ROOT
-from wan_core.catalog import ALL_ROWS
+from wan_core.catalog import CATALOG
 from wancore.trainer.config import TrainConfig
 from wancore.trainer.data.clips import INPUTS
 from wancore.trainer.flags import REFERENCE_FLAGS, REFUSED_FLAGS, flag_type
@@ -75,7 +75,7 @@ def optimizers() -> Iterator[str]:
 def recipes() -> Iterator[str]:
     """Every published checkpoint: what is trained and with what."""
     yield from _head("Row", "Extra inputs", "Mode", "Trained", "Learning rate", "Epochs", "Frames", "Launched with")
-    for row in ALL_ROWS:
+    for row in CATALOG:
         names = ", ".join(f"`{name}`" for name in TASKS[row.task].inputs) or "none"
         for mode in MODES:
             found = recipes_of(row.model_id, mode)[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 from tools.graph import Graph, Out, Stage, Step
 from wan_core.catalog import (
-    ALL_ROWS,
+    CATALOG,
     DIT_FILE,
     DIT_PATTERN,
     IMAGE_ENCODER_PATTERN,
@@ -206,7 +206,7 @@ def _distilled(workflow: str, model_id: str) -> CatalogRow:
 
 WORKFLOWS: dict[str, CatalogRow] = {
     "t2v": published(T2V_BASE),
-    **{row.workflow: row for row in ALL_ROWS},
+    **{row.workflow: row for row in CATALOG},
     "ti2v_5b_text": replace(published(TI2V_BASE), task="text", workflow="ti2v_5b_text"),
     "t2v_a14b_4step": _distilled("t2v_a14b_4step", "Wan-AI/Wan2.2-T2V-A14B"),
     "i2v_a14b_4step": _distilled("i2v_a14b_4step", "Wan-AI/Wan2.2-I2V-A14B"),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from wan_core.catalog import (
-    ALL_ROWS,
+    CATALOG,
     DIT_PATTERN,
     IMAGE_ENCODER_PATTERN,
     TEXT_ENCODER_PATTERN,
@@ -146,12 +146,12 @@ def find_row(name: str) -> CatalogRow:
     Raises:
         ValueError: there is none; the nearest is named.
     """
-    known = {spelling.lower(): row for row in ALL_ROWS for spelling in (row.model_id, row.short_name)}
+    known = {spelling.lower(): row for row in CATALOG for spelling in (row.model_id, row.short_name)}
     row = known.get(name.lower())
     if row is None:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
         meant = f"Did you mean {known[near[0]].short_name}?" if near else "Known are:"
-        rows = "" if near else f" {', '.join(row.short_name for row in ALL_ROWS)}."
+        rows = "" if near else f" {', '.join(row.short_name for row in CATALOG)}."
         raise ValueError(f"There is no recipe for {name!r}. {meant}{rows}")
     return row
 
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.recip
     """The command, which its help calls `prog`: the exit code of the training, 2 when it could not begin."""
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="rows: " + ", ".join(row.short_name for row in ALL_ROWS), allow_abbrev=False,
+        epilog="rows: " + ", ".join(row.short_name for row in CATALOG), allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("row", help="a published checkpoint, with or without its organisation")
     parser.add_argument("mode", choices=MODES)

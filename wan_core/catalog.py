@@ -298,10 +298,8 @@ FINE_TUNES = (
 )
 """Models of known structures by others, for their authors' settings alone (SkyReels-V2's README, DiffSynth-Studio)."""
 
-CATALOG = WAN_21
+CATALOG = (*WAN_21, *WAN_22)
 """The rows that loaders, workflows and recipes offer."""
-
-ALL_ROWS = (*WAN_21, *WAN_22)
 
 
 def tiny_id(variant: str, is_pair: bool = False) -> str:
@@ -322,7 +320,6 @@ def _tiny_rows(rows: Sequence[CatalogRow]) -> tuple[CatalogRow, ...]:
 TINY_ROWS = _tiny_rows(CATALOG)
 """Models of random weights that this pack makes by itself, one of each structure, each in place of the first row
 of its variant. They draw abstract patterns, and let every workflow run anywhere."""
-ALL_TINY_ROWS = _tiny_rows(ALL_ROWS)
 
 SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B", 256: "tiny"}
 """Model width to size, of the published models and the bundled ones."""
@@ -359,12 +356,12 @@ def published_config(row: CatalogRow) -> DiTConfig:
 
 def find_row(model_id: str) -> CatalogRow | None:
     """The row of that id, or None."""
-    return next((row for row in (*ALL_ROWS, *FINE_TUNES, *ALL_TINY_ROWS) if row.model_id == model_id), None)
+    return next((row for row in (*CATALOG, *FINE_TUNES, *TINY_ROWS) if row.model_id == model_id), None)
 
 
 def published(model_id: str) -> CatalogRow:
     """The row of a published checkpoint, which must be one."""
-    return next(row for row in ALL_ROWS if row.model_id == model_id)
+    return next(row for row in CATALOG if row.model_id == model_id)
 
 
 HINTS = ("fun", "inp", "480", "540", "720", "v1.1", "preview", "krea", "skyreels")
@@ -387,7 +384,7 @@ def guess_row(name: str, variant: str, size: str, is_pair: bool | None = None) -
     found = _hints(name)
     rows = [
         row
-        for row in (*ALL_ROWS, *FINE_TUNES, *ALL_TINY_ROWS)
+        for row in (*CATALOG, *FINE_TUNES, *TINY_ROWS)
         if (row.variant, row.size) == (variant, size) and not row.base and is_pair in (None, row.is_pair)
     ]
     by_id = [row for row in rows if row.model_id.lower() in name]

@@ -114,7 +114,7 @@ Module = TypeVar("Module", bound=nn.Module)
 PathLike = str | Path
 OffloadPlace = Offload | torch.device | str
 """An `Offload`, or just the device: "cpu", "cuda", "disk"."""
-BUNDLED = frozenset(row.model_id for row in catalog.ALL_TINY_ROWS)
+BUNDLED = frozenset(row.model_id for row in catalog.TINY_ROWS)
 
 
 @dataclass(frozen=True, kw_only=True)

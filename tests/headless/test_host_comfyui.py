@@ -19,6 +19,7 @@ from tests.lora.fixtures import trained_weights
 from tests.programs import PATIENCE, wait_for
 from wan_core import bundled, catalog
 from wan_core.loading.detect import detect_files
+from wan_core.loading.pairs import find_pairs
 from wan_core.loading.save_gguf import save_gguf
 from wan_core.models.config import DiTConfig, VAEConfig
 from wan_core.models.dit import WanDiT
@@ -57,10 +58,12 @@ def placed(comfy_server, tmp_path_factory) -> Path:
     models, source = comfy_server.base / "models", tmp_path_factory.mktemp("tiny")
     for row in catalog.TINY_ROWS:
         folder = bundled.write_model(source, row.model_id)
-        _put(folder / catalog.DIT_FILE, models / "diffusion_models" / _file_of(row.model_id))
+        for pattern, name in zip(row.files, _files_of(row), strict=True):
+            _put(folder / pattern.replace("*", ""), models / "diffusion_models" / name)
     shared = source / catalog.TINY
     for folder, name in FILES.values():
         _put(shared / name, models / folder / Path(name).name)
+    _put(source / catalog.TINY_TI2V / catalog.VAE_22_PATTERN, models / "vae" / catalog.VAE_22_PATTERN)
     tokenizer = models / "text_encoders" / catalog.TOKENIZER_PATTERN
     _put(shared / catalog.TOKENIZER_PATTERN / bundled.TOKENIZER_FILE, tokenizer / bundled.TOKENIZER_FILE)
     trained_weights(comfy_server.base / "output")
@@ -72,8 +75,18 @@ def _put(source: Path, target: Path) -> None:
     shutil.copy(source, target)
 
 
-def _file_of(model_id: str) -> str:
-    return f"{model_id.rpartition('/')[2]}.safetensors"
+def _files_of(row: catalog.CatalogRow) -> list[str]:
+    """The names of a bundled model's files in ComfyUI's folder; of a pair two."""
+    name = row.model_id.rpartition("/")[2]
+    return (
+        [f"{name}_{noise}_noise.safetensors" for noise in ("high", "low")] if row.is_pair else [f"{name}.safetensors"]
+    )
+
+
+def _entry_of(model_id: str) -> str:
+    """Its entry in the loader's list."""
+    files = _files_of(catalog.find_row(model_id))
+    return files[0] if len(files) == 1 else next(iter(find_pairs(files)))
 
 
 def on_files(name: str, **changes) -> Workflow:
@@ -84,7 +97,9 @@ def on_files(name: str, **changes) -> Workflow:
         own = {key: value for key, value in {**SMALL, **changes}.items() if key in node.inputs}
         own |= {key: Path(file).name for key, (_, file) in FILES.items() if isinstance(node.inputs.get(key), str)}
         if isinstance(node.inputs.get("model"), str):
-            own["model"] = _file_of(node.inputs["model"])
+            own["model"] = _entry_of(node.inputs["model"])
+        if node.inputs.get("vae") == catalog.TINY_TI2V:
+            own["vae"] = catalog.VAE_22_PATTERN
         if node.class_type == "WanCoreTrainedWeights" and isinstance(node.inputs["weights"], str):
             own["weights"] = f"{name.removeprefix('validate_')}.safetensors"
         workflow = workflow.with_inputs(node.id, own)

@@ -17,7 +17,7 @@ from tests.sampling.runs import planned
 from tests.trainer import material
 from tests.trainer.models import SIZE, inputs
 from tests.trainer.runs import ROOT, environment, events, run
-from wan_core.catalog import CATALOG
+from wan_core.catalog import WAN_21
 from wan_core.model_files import DiTSettings, inspect, load_dit
 from wan_core.runtime import Runtime
 from wan_core.settings import GuidanceSettings, SamplerSettings
@@ -27,7 +27,7 @@ from wancore.trainer.model import load, trainable
 from wancore.trainer.objective import Objective, expert_range
 from wancore.trainer.recipe import LAUNCHERS, TRAIN, command, find_row, main, recipes
 
-ROWS = [row.short_name for row in CATALOG]
+ROWS = [row.short_name for row in WAN_21]
 
 EXPECTED = {
     "Wan2.1-T2V-1.3B": ("metadata.csv", (), ()),
