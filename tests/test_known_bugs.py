@@ -63,7 +63,7 @@ def test_the_head_modulates_each_sample_by_its_own_time():
     head = Head(8, 4)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter)
-    x, time = torch.randn(2, 3, 8), torch.randn(2, 8)
+    x, time = torch.randn(2, 3, 8), torch.randn(2, 1, 8)
     with torch.no_grad():
         both = head(x.clone(), time, torch.float32)
         single = [head(x[i : i + 1].clone(), time[i : i + 1], torch.float32) for i in range(2)]
