@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_core.models.config import CLIP_TOKENS, DEFAULT_GEOMETRY, TEXT_TOKENS, DiTConfig, Geometry
+from wan_core.models.config import CLIP_TOKENS, DEFAULT_GEOMETRY, GEOMETRIES, TEXT_TOKENS, DiTConfig, Geometry
 from wan_core.models.vae import denormalise, normalise
 from wan_core.planning.encoders import checked_size
 from wan_core.runtime import log
@@ -20,6 +20,7 @@ from wan_core.types import Conditioning, Curve, LatentSize, Slot, VaceInput, Vid
 from wan_core.variants import CONTROL, FIRST_FRAME, IMAGE, MASK, assemble_concat
 
 from . import host, sockets
+from .vae import latent_of
 
 Native = Sequence[tuple[Tensor, Mapping[str, Any]]]
 
@@ -49,13 +50,14 @@ ZERO = 1e-3
 
 
 def from_native(
-    positive: Native, negative: Native, clip_vision_output: Any = None, geometry: Geometry = DEFAULT_GEOMETRY
+    positive: Native, negative: Native, clip_vision_output: Any = None, geometry: Geometry | None = None
 ) -> Conditioning:
     """Conditioning with the text of both branches and everything else that `positive` holds.
 
     Args:
         clip_vision_output: image tokens, in place of those that `positive` holds.
-        geometry: of the model that the conditioning was made for; CONDITIONING does not contain it.
+        geometry: of the model that the conditioning was made for; None is that whose latents are in it, if there are
+            any, else Wan 2.1's.
 
     Raises:
         ValueError: there is not exactly one entry, it is limited to a part of the run or picture, the branches differ
@@ -66,6 +68,7 @@ def from_native(
     _require_same(values, other)
     text, negative_text = _pad_texts(text, negative_text)
     cond = Conditioning(text=text, negative_text=negative_text)
+    geometry = geometry or _geometry_of(values)
     tokens = clip_vision_output if clip_vision_output is not None else values.get("clip_vision_output")
     if tokens is not None:
         cond = cond.with_inputs(image_tokens=_tokens(tokens))
@@ -136,6 +139,14 @@ def _tokens(output: Any) -> Tensor:
     return tokens.float()
 
 
+def _geometry_of(values: Mapping[str, Any]) -> Geometry:
+    """That of the latents among `values`, by their channels; ComfyUI joins one or two of them."""
+    latents = [values.get("concat_latent_image"), *(values.get("reference_latents") or ())[-1:]]
+    counts = {latent.shape[1] for latent in latents if isinstance(latent, Tensor) and latent.ndim == 5}
+    found = (g for channels, g in GEOMETRIES.items() if counts & {channels, 2 * channels})
+    return next(found, DEFAULT_GEOMETRY)
+
+
 def _by_latents(convert: Callable[[Tensor, Geometry], Tensor], joined: Tensor, geometry: Geometry) -> Tensor:
     """`convert` on each of the latents that are joined on channels."""
     return torch.cat([convert(part, geometry) for part in joined.split(geometry.channels, 1)], 1)
@@ -151,13 +162,20 @@ def _with_concat(cond: Conditioning, values: Mapping[str, Any], geometry: Geomet
             f"{geometry.name}; got {tuple(raw.shape)}."
         )
     latents, size = _by_latents(normalise, raw, geometry), LatentSize.of(raw, geometry).video
+    slots, names = {}, []
     if latents.shape[1] > channels:
-        control, first = latents.split(channels, 1)
-        names = ["control_video"] + ["input_image"] * bool(first.abs().max() > ZERO)
-        return cond.with_inputs(*names, size=size, slots={CONTROL.name: control, FIRST_FRAME.name: first})
+        slots[CONTROL.name], latents = latents.split(channels, 1)
+        names = ["control_video"]
+        if values.get("concat_mask") is None:  # of Wan 2.1, which has the latent of one frame and no mask
+            names += ["input_image"] * bool(latents.abs().max() > ZERO)
+            return cond.with_inputs(*names, size=size, slots={**slots, FIRST_FRAME.name: latents})
     known = _known_frames(values.get("concat_mask"), latents, geometry.mask_channels)
-    slots = {MASK.name: known, IMAGE.name: latents, FIRST_FRAME.name: latents}
-    return cond.with_inputs(*_input_names(known), size=size, slots=slots)
+    slots |= {MASK.name: known, IMAGE.name: latents, FIRST_FRAME.name: latents}
+    if geometry.frame_times and bool((known[:, :, 0] > 0.5).all()):
+        cond = cond.with_clean_frames(latents[:, :, :1], latents.shape[2])
+    if not names or bool((known > 0.5).any()):
+        names += _input_names(known)
+    return cond.with_inputs(*names, size=size, slots=slots)
 
 
 def _known_frames(mask: Tensor | None, latents: Tensor, channels: int) -> Tensor:
@@ -255,9 +273,11 @@ def to_native(
         layout = _layout(cond.slots, has_camera=cond.camera is not None)
         concat = assemble_concat(cond.slots, layout, geometry)
         assert concat is not None, "a layout has at least one slot"
-        if layout[0] == MASK:
-            mask, concat = concat.tensor_split([geometry.mask_channels], 1)
-            values["concat_mask"] = 1 - mask.float()
+        if MASK in layout:
+            start = geometry.channels * layout.index(MASK)
+            before, mask, after = concat.tensor_split([start, start + geometry.mask_channels], 1)
+            values["concat_mask"], concat = 1 - mask.float(), torch.cat((before, after), 1)
+            values["concat_mask_index"] = start
         values["concat_latent_image"] = _by_latents(denormalise, concat, geometry)
         if clip is None:
             clip = text.new_zeros(1, CLIP_TOKENS, DiTConfig.image_dim)
@@ -279,7 +299,7 @@ def to_native(
 def _layout(slots: Mapping[str, Tensor], *, has_camera: bool) -> tuple[Slot, ...]:
     """The channel layout that the pictures in `slots` were encoded for."""
     if CONTROL.name in slots:
-        return (CONTROL, FIRST_FRAME)
+        return (CONTROL, MASK, IMAGE) if IMAGE.name in slots else (CONTROL, FIRST_FRAME)
     return (MASK, IMAGE) if IMAGE.name in slots and not has_camera else (FIRST_FRAME,)
 
 
@@ -361,6 +381,7 @@ class ToConditioning:
     def convert(
         self, conditioning: Conditioning, width: int, height: int, num_frames: int
     ) -> tuple[list[list[Any]], list[list[Any]], dict[str, Tensor], int]:
-        size = checked_size(width, height, num_frames, DEFAULT_GEOMETRY)
+        known = conditioning.size
+        size = checked_size(width, height, num_frames, known.geometry if known else DEFAULT_GEOMETRY)
         positive, negative, empty, trim = to_native(conditioning, size, host.current.clip_vision_output)
-        return positive, negative, {"samples": empty}, trim
+        return positive, negative, latent_of(conditioning, empty), trim

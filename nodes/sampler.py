@@ -35,6 +35,7 @@ from wan_core.types import Conditioning, LatentSize, VideoSize
 from wan_core.variants import check
 
 from . import host, places, planning, sockets
+from .vae import with_known_latents
 
 FOLDER = "wancore"
 """The subfolder of the output folder for saved latents and unfinished runs."""
@@ -194,6 +195,7 @@ class Sampler:
             solver=solver, cache=_with_template(cache, model), windows=windows,
         )  # fmt: skip
         geometry = model.geometry
+        conditioning = with_known_latents(conditioning, latent or {}, geometry)
         start, size = None, _size(conditioning, checked_size(width, height, num_frames, geometry))
         # At full noise a latent has no effect, so it is ignored. Otherwise its size is that of the video.
         if latent is not None and (settings.starts_clean or settings.start_step):

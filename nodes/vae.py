@@ -1,6 +1,6 @@
-"""Pixels to latents and back, and ComfyUI's VAE as ours."""
+"""Pixels to latents and back, frames that a LATENT marks as known, and ComfyUI's VAE as ours."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from wan_core.models.vae import WanVAE, denormalise, normalise
 from wan_core.planning.modules import SizedModule, published_component
 from wan_core.runtime import DTYPES, log
 from wan_core.tiling import AUTO, Tiles, TileSettings
+from wan_core.types import Conditioning, LatentSize
 
 from . import host, planning, sockets
 from .loaders import choose_dtype
@@ -194,3 +195,31 @@ class FromVAE:
         module = adopt(component, weights, choose_dtype(dtype, component), host.current.offload_device())
         assert isinstance(module, WanVAE)
         return (module.use_channels_last(),)
+
+
+def latent_of(cond: Conditioning, empty: Tensor) -> dict[str, Tensor]:
+    """The LATENT to begin with: an empty one (B, z, R + F, h, w), in which the clean frames of `cond` are marked as
+    known, as ComfyUI's Wan22ImageToVideoLatent marks them.
+    """
+    if cond.clean is None or cond.timestep_index is None or cond.size is None:
+        return {"samples": empty}
+    count = int((cond.timestep_index[0] == 0).all((1, 2)).sum())
+    samples, mask = empty.clone(), empty.new_ones(len(empty), 1, *empty.shape[2:])
+    samples[:, :, :count] = denormalise(cond.clean[:, :, :count], cond.size.geometry)
+    mask[:, :, :count] = 0
+    return {"samples": samples, "noise_mask": mask}
+
+
+def with_known_latents(cond: Conditioning, latent: Mapping[str, Any], geometry: Geometry) -> Conditioning:
+    """`cond` with the first frames of a LATENT that its noise mask marks as known (0), as clean frames."""
+    mask = latent.get("noise_mask")
+    if not isinstance(mask, Tensor) or not geometry.frame_times or mask.ndim != 5 or cond.clean is not None:
+        return cond
+    samples = latent["samples"]
+    known = (mask < 0.5).flatten(3).all(3)[0, 0].tolist()
+    count = known.index(False) if False in known else len(known)
+    if not count:
+        return cond
+    clean = normalise(samples[:, :, :count], geometry)
+    size = cond.size or LatentSize.of(samples, geometry).video
+    return cond.with_inputs("input_image", size=size).with_clean_frames(clean, samples.shape[2])

@@ -13,11 +13,13 @@ from tests.comfyui import comfyui
 from tests.programs import PATIENCE
 from tests.reference import tiny_dit, tiny_vae
 from wan_core.loading.tensor_files import CheckpointError
-from wan_core.models.config import WAN_21
-from wan_core.models.vae import denormalise
+from wan_core.models.config import WAN_21, WAN_22
+from wan_core.models.vae import denormalise, normalise
 from wan_core.types import Conditioning, Curve, VaceInput, VideoSize, tensors_in
+from wan_core.variants import CONTROL, IMAGE, MASK, assemble_concat
 from wancore.nodes import NODE_CLASS_MAPPINGS
 from wancore.nodes.native import from_native, to_native
+from wancore.nodes.vae import latent_of, with_known_latents
 
 NODES = NODE_CLASS_MAPPINGS
 ROOT = Path(__file__).parents[2]
@@ -130,7 +132,7 @@ REFUSED = {
     "range": (lambda: both(start_percent=0.2, end_percent=0.7), "a range of steps"),
     "controlnet": (lambda: both(control=object()), "a ControlNet"),
     "one branch": (lambda: (entry(**ONE), entry()), "differ in concat_latent_image"),
-    "other picture": (lambda: (entry(**ONE), entry(concat_latent_image=raw())), "differ in concat_latent_image"),
+    "another model": (lambda: both(concat_latent_image=torch.zeros(1, 20, F, H, W)), "concat_latent_image should be"),
     "Wan 2.2": (lambda: both(concat_latent_image=torch.zeros(1, 48, F, H, W)), "concat_latent_image should be"),
     "a picture": (lambda: both(concat_latent_image=torch.zeros(1, 16, H, W)), "concat_latent_image should be"),
     "mask": (lambda: both(**ONE, concat_mask=torch.zeros(F, H, W)), "concat_mask should be"),
@@ -218,3 +220,46 @@ def test_a_vae_is_copied():
 def test_another_vae_is_refused(weights, words):
     with pytest.raises(CheckpointError, match=words):
         NODES["WanCoreFromVAE"]().convert(SimpleNamespace(get_sd=weights))
+
+
+def values_of(frames: int, channels: int, known: int) -> dict[str, torch.Tensor]:
+    """What Wan22FunControlToVideo leaves: a mask beside the latents of a picture, 1 where the model draws."""
+    mask = torch.ones(1, 4, frames, 2, 4)
+    mask[:, :, :known] = 0
+    return {"concat_latent_image": torch.randn(1, channels, frames, 2, 4), "concat_mask": mask, "concat_mask_index": 16}
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_control_latents_with_a_mask_are_those_of_wan_22(known):
+    values = values_of(3, 32, known)
+    native = [[torch.zeros(1, 512, 8), values]]
+    cond = from_native(native, native)
+    assert cond.inputs == ("control_video", "input_image")[: 1 + known]
+    fitted = assemble_concat(cond.slots, (CONTROL, MASK, IMAGE), WAN_21)
+    latents = normalise(values["concat_latent_image"][:, :16], WAN_21)
+    assert torch.allclose(fitted[:, :16], latents) and torch.equal(fitted[:, 16:20], 1 - values["concat_mask"])
+    (back, *_), *_ = to_native(replace(cond, slots={k: v for k, v in cond.slots.items() if k != "first_frame"}),
+                               cond.size, lambda tokens: tokens)  # fmt: skip
+    assert torch.allclose(back[1]["concat_latent_image"], values["concat_latent_image"], atol=1e-5)
+    assert torch.equal(back[1]["concat_mask"], values["concat_mask"]) and back[1]["concat_mask_index"] == 16
+
+
+def test_latents_of_48_channels_are_those_of_wan_22():
+    native = [[torch.zeros(1, 512, 8), values_of(4, 48, 1)]]
+    cond = from_native(native, native)
+    assert cond.size == VideoSize(64, 32, 13, WAN_22)
+    assert torch.allclose(cond.clean[:, :, :1], normalise(native[0][1]["concat_latent_image"], WAN_22)[:, :, :1])
+
+
+def test_a_latent_with_known_frames_begins_a_video_by_ti2v():
+    """As Wan22ImageToVideoLatent makes it, and back."""
+    samples, mask = torch.randn(1, 48, 4, 2, 4), torch.ones(1, 1, 4, 2, 4)
+    mask[:, :, :2] = 0
+    cond = with_known_latents(Conditioning(), {"samples": samples, "noise_mask": mask}, WAN_22)
+    assert cond.inputs == ("input_image",) and cond.size == VideoSize(64, 32, 13, WAN_22)
+    assert cond.timestep_index.flatten().tolist() == [0, 0, 1, 1]
+    again = latent_of(cond, torch.zeros_like(samples))
+    assert torch.equal(again["noise_mask"], mask)
+    assert torch.allclose(again["samples"][:, :, :2], samples[:, :, :2], atol=1e-5)
+    assert with_known_latents(Conditioning(), {"samples": samples}, WAN_22) == Conditioning()
+    assert with_known_latents(Conditioning(), {"samples": samples, "noise_mask": mask}, WAN_21) == Conditioning()
