@@ -3,6 +3,7 @@
 They draw abstract patterns, not films. They exist so that every workflow can run on any machine without a download."""
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,16 @@ def state_dict(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     return {key: draw(key, tuple(tensor.shape), seed) for key, tensor in module.state_dict().items()}
 
 
-def write_tokenizer(path: Path) -> None:
-    """A tokenizer over a fixed word list, in the format of google/umt5-xxl's tokenizer.json."""
+def write_tokenizer(path: Path, words: Iterable[str] = WORDS.split(), others: Iterable[str] = ()) -> None:
+    """A tokenizer over a list of words and single letters, in the format of google/umt5-xxl's tokenizer.json; `others`
+    are pieces of languages that are written without spaces.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [("\u2581" + word, -2.0 - 0.01 * i) for i, word in enumerate(sorted(set(WORDS.split())))]
+    pieces += [("\u2581" + word, -2.0 - 0.01 * i) for i, word in enumerate(sorted(set(words)))]
     pieces += [(letter, -8.0) for letter in LETTERS]
+    pieces += [(piece, -2.0 if len(piece) > 1 else -8.0) for piece in others]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
