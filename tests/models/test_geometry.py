@@ -76,6 +76,8 @@ def config_of(geometry: Geometry, *names: str) -> DiTConfig:
         "camera": dict(in_channels=2 * z, has_image_input=True, camera_channels=geometry.camera_channels),
         "vace": dict(in_channels=z, vace_layers=(0,), vace_channels=geometry.vace_channels),
     }
+    if geometry.frame_times:  # as the Fun 5B models: a mask beside the control video, and no image tokens
+        changes["control"] = dict(in_channels=3 * z + mask, has_reference=True)
     (name,) = names
     return DiTConfig(**BASE, geometry=geometry, **changes[name])
 

@@ -226,10 +226,10 @@ def placeholder_conditioning(config: DiTConfig, size: LatentSize, given: InputSi
         ) or None,
         motion_bucket=tensor(),
     )  # fmt: skip
-    # A clean frame is the most that such a model is given: it brings a second timestep.
+    # A clean frame is the most that such a model is given: it brings a second timestep. VACE has frames of its own.
     return (
         cond.with_clean_frames(tensor(config.out_channels, 1, *grid), size.frames)
-        if config.geometry.frame_times
+        if config.geometry.frame_times and not config.vace_layers
         else cond
     )
 
