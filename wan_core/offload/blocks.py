@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -36,18 +36,18 @@ def available_ram() -> int:
 def blocks_of(module: nn.Module) -> dict[str, nn.Module]:
     """The repeated parts of `module` by path: the outermost lists and sequences of several parts of one
     class that have weights."""
-    found: dict[str, nn.Module] = {}
+    return dict(_blocks_below(module, ""))
 
-    def walk(owner: nn.Module, path: str) -> None:
-        for name, child in owner.named_children():
-            inner = f"{path}{name}"
-            if _repeats(child):
-                found.update({f"{inner}.{index}": block for index, block in child.named_children()})
-            else:
-                walk(child, f"{inner}.")
 
-    walk(module, "")
-    return found
+def _blocks_below(owner: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    # Not a function within `blocks_of`: one that calls itself is a cycle, which keeps all weights that it has found
+    # until the garbage collector runs.
+    for name, child in owner.named_children():
+        inner = f"{path}{name}"
+        if _repeats(child):
+            yield from ((f"{inner}.{index}", block) for index, block in child.named_children())
+        else:
+            yield from _blocks_below(child, f"{inner}.")
 
 
 def _repeats(module: nn.Module) -> bool:
