@@ -1,4 +1,4 @@
-"""WanCore: the Wan 2.1 video family as ComfyUI nodes."""
+"""WanCore: the Wan video family as ComfyUI nodes."""
 
 from .pack import NAME, register
 

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in TRAINING_COMMANDS:
         return _run_trainer(words[0], words[1:])
-    parser = argparse.ArgumentParser(prog=_program(), description="Wan 2.1 models without an editor.")
+    parser = argparse.ArgumentParser(prog=_program(), description="Wan models without an editor.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.help, description=command.help)

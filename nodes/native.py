@@ -43,7 +43,7 @@ READ = frozenset(
 UNUSED = frozenset(
     {"pooled_output", "concat_mask_index", "guidance", "attention_mask", "strength", "set_area_to_bounds"}
 )
-"""Values that no Wan 2.1 model reads."""
+"""Values that no Wan model reads."""
 
 ZERO = 1e-3
 """Normalised latents up to this are zeros that were converted to raw latents and back in any dtype."""
@@ -100,7 +100,7 @@ def _entry(native: Native, which: str) -> tuple[Tensor, Mapping[str, Any]]:
             "the node that set it."
         )
     if unknown := sorted(values.keys() - READ):
-        log.warning("Left out of the %s conditioning, as Wan 2.1 models do not read it: %s.", which, ", ".join(unknown))
+        log.warning("Left out of the %s conditioning, as Wan models do not read it: %s.", which, ", ".join(unknown))
     return text.float(), {name: value for name, value in values.items() if name in READ}
 
 

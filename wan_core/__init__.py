@@ -1,4 +1,4 @@
-"""Wan 2.1 video models, their sampling and their memory, without ComfyUI."""
+"""Wan video models, their sampling and their memory, without ComfyUI."""
 
 from .loading.state_dict import load_state_dict
 from .media import VideoData, load_video, save_frames, save_video

@@ -53,7 +53,7 @@ DEVICE = default_device().type
 
 @dataclass(eq=False)
 class WanVideoPipeline(PipelineModels):
-    """Every Wan 2.1 model in one object. Build it with `from_pretrained`, then call it.
+    """Every Wan model in one object. Build it with `from_pretrained`, then call it.
 
     Models whose `offload_device` differs from `device` are on `device` only while they work; blocks that do not fit are
     streamed.
