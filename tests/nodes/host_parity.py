@@ -39,6 +39,7 @@ from wan_core.models.vae import WanVAE, denormalise  # noqa: E402
 from wan_core.types import Conditioning, Curve, VaceInput, VideoSize  # noqa: E402
 from wan_core.variants import fit, match_variant  # noqa: E402
 from wancore.nodes import native  # noqa: E402
+from wancore.nodes.vae import FromVAE  # noqa: E402
 
 SIZE = VideoSize(64, 48, 9)
 F, H, W = SIZE.latent.shape
@@ -217,7 +218,7 @@ def vae() -> dict[str, float]:
         dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]
     )
     theirs.load_state_dict(mine.state_dict())
-    (adopted,) = native.FromVAE().convert(SimpleNamespace(get_sd=theirs.state_dict))
+    (adopted,) = FromVAE().convert(SimpleNamespace(get_sd=theirs.state_dict))
     pixels, latents = torch.rand(1, 3, 9, 48, 64) * 2 - 1, normal(1, 16, 3, 6, 8)
     pairs = {}
     for name, own in (("vae", mine), ("adopted_vae", adopted)):
