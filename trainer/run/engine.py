@@ -16,7 +16,7 @@ from wan_core.offload.streaming import BlockStream
 
 from .. import optimizers
 from ..config import TrainConfig
-from ..model import memory
+from ..model import sharding
 from ..model.memory import frozen_weights_on
 from ..model.trainable import Trainables
 from .state import StateError, read_weights_and_optimizer, write_weights_and_optimizer
@@ -43,7 +43,7 @@ def start(config: TrainConfig) -> Accelerator:
             AutocastKwargs(cache_enabled=False),
         ],
     )
-    memory.check(accelerator, config)
+    sharding.check(accelerator, config)
     return accelerator
 
 
@@ -77,12 +77,12 @@ class Engine:
         for tensor in moved:
             tensor.data = tensor.data.to(accelerator.device)
         trainables.module.train()
-        memory.set_up(accelerator, trainables, config)
+        sharding.set_up(accelerator, trainables, config)
         optimizer = build_optimizer(config, trainables)
         self.model, self.optimizer = accelerator.prepare(
             trainables.module, optimizer, device_placement=[False, True] if config.streams else None
         )
-        self._sharded = memory.sharded_model(accelerator, self.model, self.optimizer)
+        self._sharded = sharding.sharded_model(accelerator, self.model, self.optimizer)
         self._checked = False
 
     @contextmanager
