@@ -61,6 +61,17 @@ Changes = Mapping[str, Callable[[Tensor], Tensor]]
 NO_CHANGES: Changes = MappingProxyType({})
 
 
+def linear_weights(component: Component) -> set[str]:
+    """Original names of the weights that quantised files quantise: the linear layers of the blocks.
+
+    Raises:
+        CheckpointError: the model is incomplete.
+    """
+    module = empty_module(component)
+    check_against(component, module)
+    return {f"{name}.weight" for name in big_linears(module)}
+
+
 def save_quantised(
     component: Component,
     path: Path,
@@ -81,9 +92,7 @@ def save_quantised(
             f"{component.name} is not written in {OUTPUT_FORMAT.format.name}: only video models and text encoders are "
             "read that way. Write it with --dtype bf16."
         )
-    module = empty_module(component)
-    check_against(component, module)
-    linears = {f"{name}.weight" for name in big_linears(module)}
+    linears = linear_weights(component)
     mark = torch.zeros(2, dtype=OUTPUT_FORMAT.dtype)
     entries = [_Entry(OUTPUT_FORMAT.mark, (2,), mark.dtype, lambda files: mark), *_extra(component)]
     for name in component.sources:

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from ..offload.formats import PACKED
 from ..offload.packed import PACKINGS
-from ..offload.quant import big_linears
-from .detect import Component, check_against
+from .detect import Component
 from .foreign_names import LLAMA_CPP_NAMES, foreign_name
-from .load import combine, empty_module
+from .load import combine
 from .names import ModelKind, Source
-from .save import NO_CHANGES, Change, Changes, Progress, new_file, spiece_to_write
+from .save import NO_CHANGES, Change, Changes, Progress, linear_weights, new_file, spiece_to_write
 from .tensor_files import TensorFiles
 from .vocabulary import MODEL, Vocabulary
 
@@ -81,9 +80,7 @@ def save_gguf(
             f"{component.name} is not written as GGUF: only video models and text encoders are read that way. Write it "
             "with --dtype bf16."
         )
-    module = empty_module(component)
-    check_against(component, module)
-    linears = {f"{name}.weight" for name in big_linears(module)}
+    linears = linear_weights(component)
     entries = [_entry(component, name, kind if name in linears else None, changes) for name in component.sources]
     path = path.expanduser()
     with (
