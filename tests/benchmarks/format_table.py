@@ -5,8 +5,6 @@
 quantiser for the K and IQ types, so these have times, measured on blocks of the reference values, and no errors.
 """
 
-import argparse
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ pack.register()
 
 from gguf import GGMLQuantizationType  # noqa: E402
 
-from tests.benchmarks.report import line, machine  # noqa: E402
+from tests.benchmarks.report import line, machine, print_or_write, replaced  # noqa: E402
 from tests.loading import ggufs  # noqa: E402
 from tests.loading.test_formats import blocks, per_row, velocity  # noqa: E402
 from tests.reference import relative_error, tiny_dit  # noqa: E402
@@ -158,19 +156,8 @@ def table() -> str:
 
 def filled(document: str) -> str:
     """`document` with the table in its marked part."""
-    before, _, rest = document.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"fill the marked part of {DOCUMENT.name}")
-    if parser.parse_args().write:
-        DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        sys.stdout.write(table() + "\n")
+    return replaced(document, BEGIN, END, table())
 
 
 if __name__ == "__main__":
-    main()
+    print_or_write(__doc__, DOCUMENT, table, filled)

@@ -5,8 +5,6 @@
 there when it runs a step, plus the allowance of the plan for what cannot be counted.
 """
 
-import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ import pack
 
 pack.register()
 
+from tests.benchmarks.report import line, print_or_write, replaced  # noqa: E402
 from tests.sampling.runs import sample  # noqa: E402
 from wan_core import catalog  # noqa: E402
 from wan_core.models.dit import WanDiT  # noqa: E402
@@ -172,10 +171,6 @@ def row(case: Case) -> tuple[str, ...]:
     return (*named, *peaks, f"{stay} of {blocks}", copied, hidden)
 
 
-def line(cells: tuple[str, ...]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def table() -> str:
     """The whole table in Markdown."""
     return "\n".join([line(HEADER), line(("-",) * len(HEADER)), *(line(row(case)) for case in cases())])
@@ -183,19 +178,8 @@ def table() -> str:
 
 def filled(document: str) -> str:
     """`document` with the table in its marked part."""
-    before, _, rest = document.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"fill the marked part of {DOCUMENT.name}")
-    if parser.parse_args().write:
-        DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        sys.stdout.write(table() + "\n")
+    return replaced(document, BEGIN, END, table())
 
 
 if __name__ == "__main__":
-    main()
+    print_or_write(__doc__, DOCUMENT, table, filled)

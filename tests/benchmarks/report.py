@@ -1,9 +1,11 @@
 """Rows that compare a figure of ours with a peer's or with a limit, and the document that keeps them."""
 
+import argparse
 import json
 import math
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -69,6 +71,23 @@ def _number(value: float) -> str:
 
 def line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def replaced(document: str, begin: str, end: str, text: str) -> str:
+    """`document` with `text` between the marks `begin` and `end`."""
+    before, _, rest = document.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def print_or_write(doc: str, document: Path, table: Callable[[], str], filled: Callable[[str], str]) -> None:
+    """The command line of a script, documented by `doc`, that prints its table or, with `--write`, fills `document`."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"fill the marked part of {document.name}")
+    if parser.parse_args().write:
+        document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        sys.stdout.write(table() + "\n")
 
 
 def table(rows: Sequence[Row]) -> str:
