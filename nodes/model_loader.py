@@ -92,7 +92,7 @@ class ModelLoader(Loader):
 
     @classmethod
     def files(cls, name: str, download: bool, on_download: OnProgress | None = None) -> list[list[Path]]:
-        pair = find_pairs(host.current.list_files(cls.FOLDER)).get(name, ())
+        pair = () if name in cls.ROWS else find_pairs(host.current.list_files(cls.FOLDER)).get(name, ())
         return [[places.model_file(cls.FOLDER, part)] for part in pair] or super().files(name, download, on_download)
 
     @classmethod
