@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wan_core import catalog, model_files
-from wan_core.loading.pairs import Side, expand, side_of
+from wan_core.loading.pairs import EXPERTS, expand, side_of
 from wan_core.model import VideoModel
 from wan_core.models.config import DiTConfig
 from wan_core.runtime import log
@@ -144,7 +144,6 @@ class TrainedWeights:
 
 
 TINY = {"max_steps": 2, "sample_steps": 0, "validation_clips": 0, "mixed_precision": "no", "download": False}
-EXPERTS = get_args(Side)
 BOUNDARIES = {"min_timestep_boundary", "max_timestep_boundary"}
 MODEL_LABELS = ("The model to train", "The text encoder", "The VAE")
 

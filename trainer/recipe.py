@@ -14,7 +14,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from wan_core.catalog import (
     CATALOG,
@@ -24,14 +24,12 @@ from wan_core.catalog import (
     CatalogRow,
     Task,
 )
-from wan_core.loading.pairs import Side
+from wan_core.loading.pairs import EXPERTS
 
 from .config import TrainConfig, parse
 from .objective import expert_range
 
 MODES = ("lora", "full")
-EXPERTS = get_args(Side)
-"""The transformers of a pair by the noise that each works on, in the order of a row's files."""
 DATA_FOLDER = "data/example_video_dataset"
 LARGE_LAUNCHER = "zero2_offload"
 """The configuration of `trainer/accelerate` by which whole 14B models are trained."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import catalog
-from .loading.pairs import resolve_pair, side_of
+from .loading.pairs import EXPERTS, resolve_pair, side_of
 from .lora.apply import LoraMode, LoraRun, LoraUse, apply_loras
 from .lora.bind import EVERYWHERE, BlockStrengths
 from .lora.read import Lora
@@ -189,7 +189,7 @@ class VideoModel:
     def _side_notes(self, source: PathLike | Lora, expert: int | None) -> list[str]:
         """What the user may have mixed up, by the name of a LoRA."""
         side = side_of(source.name if isinstance(source, Lora) else source)
-        own = None if expert is None else ("high", "low")[expert]
+        own = None if expert is None else EXPERTS[expert]
         if len(self.experts) != 2 or side in (None, own):
             return []
         used = "both experts" if own is None else f"the expert for {own} noise"

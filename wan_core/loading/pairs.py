@@ -6,7 +6,7 @@ Their tensors have the same names and shapes, so only the names of files and fol
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
-from typing import Literal
+from typing import Literal, get_args
 
 from ..files import is_there, read_json
 from .detect import Component, join_vace
@@ -15,6 +15,9 @@ from .tensor_files import CheckpointError
 
 Side = Literal["high", "low"]
 """The expert of the noisy timesteps, or that of the others."""
+
+EXPERTS: tuple[Side, ...] = get_args(Side)
+"""The experts of a pair in the order of its files."""
 
 _OTHER_WORDS = r"(?![-_ ]?(?:v?ram|mem|rank|res|quality|poly|cfg|step))"
 _PLAIN = rf"(?<![a-zA-Z])(?i:(high|low))(?=(?i:[-_ ]?noise)|[^a-zA-Z]|$){_OTHER_WORDS}"
