@@ -5,11 +5,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from wan_core.checks import check_number
 from wan_core.model import VideoModel
 from wan_core.planning.fit import FittedPlan, data_of, fit_plan, suggestions, text_of
 from wan_core.planning.job import Job, plan_whole
 from wan_core.runtime import GIB, free_bytes
-from wan_core.settings import check_number
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
 from ..nodes.planning import PlanError, PlannedRun, PlannedTraining, Unknown

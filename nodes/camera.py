@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from wan_core import catalog
+from wan_core.checks import check_choice
 from wan_core.conditioning.camera import DEFAULT_SPEED, MODES, MOVES, CameraPath, camera_conditioning
 from wan_core.conditioning.camera_picture import trajectory_picture
 from wan_core.conditioning.inputs import FASTEST, SLOWEST, speed_conditioning
@@ -16,7 +17,6 @@ from wan_core.model import VideoModel
 from wan_core.model_files import with_speed_control
 from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.planning.encoders import checked_size
-from wan_core.settings import check_choice
 from wan_core.types import Conditioning, VideoSize
 from wan_core.variants import SPEED
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from wan_core.cache_settings import CacheSettings
 from wan_core.conditioning.text import TextEncoder
 from wan_core.inspection import report
 from wan_core.model import VideoModel
@@ -10,7 +11,7 @@ from wan_core.planning.fit import fit_plan, text_of
 from wan_core.planning.job import InputSizes, Job
 from wan_core.planning.modules import SizedExpert, SizedModule
 from wan_core.runtime import GIB
-from wan_core.settings import CacheSettings, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
+from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, VideoSize
 
 from . import host, places, planning, sockets

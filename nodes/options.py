@@ -7,18 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from wan_core.settings import (
-    TEACACHE_COEFFICIENTS,
-    WINDOW_MODES,
-    CacheSettings,
-    EasyCacheSettings,
-    GuidanceSettings,
-    RunSettings,
-    ScheduleSettings,
-    TeaCacheSettings,
-    WindowMode,
-    WindowSettings,
-)
+from wan_core.cache_settings import CacheSettings, EasyCacheSettings, TeaCacheSettings
+from wan_core.sampling.cache_tables import TEACACHE_COEFFICIENTS
+from wan_core.settings import WINDOW_MODES, GuidanceSettings, RunSettings, ScheduleSettings, WindowMode, WindowSettings
 
 from . import planning, sockets
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wan_core.cache_settings import CacheSettings, TeaCacheSettings
 from wan_core.model import VideoModel
 from wan_core.models.config import Geometry
 from wan_core.models.vae import denormalise, normalise
@@ -20,14 +21,12 @@ from wan_core.sampling.solvers import SOLVERS
 from wan_core.settings import (
     CFG_MODES,
     MAX_SEED,
-    CacheSettings,
     GuidanceMode,
     GuidanceSettings,
     MemorySettings,
     RunSettings,
     SamplerSettings,
     ScheduleSettings,
-    TeaCacheSettings,
     WindowSettings,
 )
 from wan_core.tiling import AUTO

@@ -11,10 +11,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from wan_core.checks import check_number
 from wan_core.media import frames_to_tensor, load_video
 from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.runtime import log
-from wan_core.settings import check_number
 
 from ..trainer.config import TrainConfig, parser
 from ..trainer.data.clips import INPUTS

@@ -49,6 +49,7 @@ from tests.sampling.runs import sample
 from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
 from tests.trainer.models import config as train_config
 from wan_core import ModelConfig, WanVideoPipeline
+from wan_core.cache_settings import EasyCacheSettings, TeaCacheSettings
 from wan_core.catalog import tiny_id
 from wan_core.decode import decode, encode
 from wan_core.loading.detect import detect_files
@@ -62,7 +63,7 @@ from wan_core.models.preview_decoder import PreviewDecoder
 from wan_core.models.vae import WanVAE
 from wan_core.offload.quant import big_linears
 from wan_core.runtime import Runtime
-from wan_core.settings import EasyCacheSettings, GuidanceSettings, SamplerSettings, TeaCacheSettings, WindowSettings
+from wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
 from wan_core.tiling import TileSettings
 from wan_core.types import Conditioning, LatentSize
 from wan_core.variants import match_variant

@@ -29,7 +29,8 @@ SHOWN = {"config", "flags", "data.clips", "run.events", "run.chart"}
 
 # Inside wan_core a room imports from itself and from rooms of lower levels; rooms of one level do not know each other.
 LIBRARY = {
-    "files": -1, "offload.packed": -1, "models.config": -1, "sampling.solvers": -1,
+    "checks": -2, "sampling.cache_tables": -2,
+    "files": -1, "offload.packed": -1, "models.config": -1, "sampling.solvers": -1, "cache_settings": -1,
     "types": 0, "settings": 0, "runtime": 0, "atomic": 0, "tiling": 0, "offload.formats": 0,
     "media": 1, "models": 1, "offload": 1,
     "lora": 2,

@@ -6,6 +6,7 @@ import torch
 from tests.reference import relative_error, tiny_dit, tiny_image_encoder, tiny_text_encoder, tiny_vae
 from tests.sampling.runs import sample
 from wan_core import catalog
+from wan_core.cache_settings import TeaCacheSettings
 from wan_core.conditioning.camera import CameraPath
 from wan_core.conditioning.image import LatentEncoder, fold_frames, image_conditioning
 from wan_core.conditioning.vace import vace_conditioning
@@ -13,7 +14,7 @@ from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
 from wan_core.models.dit import Head
 from wan_core.runtime import Runtime
-from wan_core.settings import GuidanceSettings, SamplerSettings, TeaCacheSettings
+from wan_core.settings import GuidanceSettings, SamplerSettings
 from wan_core.tiling import TileSettings
 from wan_core.types import Conditioning, LatentSize, VideoSize
 

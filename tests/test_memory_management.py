@@ -8,13 +8,14 @@ from safetensors.torch import save_file
 
 from tests.reference import tiny_dit
 from tests.sampling.runs import planned, sample
+from wan_core.cache_settings import TeaCacheSettings
 from wan_core.model import VideoModel
 from wan_core.model_files import DiTSettings, ExpertFile, Offload, inspect, load_dit
 from wan_core.offload.blocks import blocks_of, weights_of
 from wan_core.offload.weights import WeightProvider
 from wan_core.runtime import Runtime
 from wan_core.sampling.experts import RunInputs
-from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, TeaCacheSettings, WindowSettings
+from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, Curve, LatentSize, VaceInput
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from wan_core import files
 from wan_core.catalog import IMAGE_ENCODER_PATTERN, TEXT_ENCODER_PATTERN, VAE_PATTERN
-from wan_core.settings import check_choice, check_number, check_whole
+from wan_core.checks import check_choice, check_number, check_whole
 
 ENCODER_FILES = (TEXT_ENCODER_PATTERN, VAE_PATTERN, IMAGE_ENCODER_PATTERN)
 

@@ -7,20 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from .cache_settings import CacheSettings, TeaCacheSettings
+from .checks import check_choice, check_number, check_whole
 from .runtime import usable_device
+from .sampling.cache_tables import TEACACHE_COEFFICIENTS
 from .sampling.solvers import SOLVERS
-from .settings import (
-    MAX_SEED,
-    TEACACHE_COEFFICIENTS,
-    CacheSettings,
-    GuidanceSettings,
-    SamplerSettings,
-    TeaCacheSettings,
-    WindowSettings,
-    check_choice,
-    check_number,
-    check_whole,
-)
+from .settings import MAX_SEED, GuidanceSettings, SamplerSettings, WindowSettings
 from .tiling import TileSettings
 from .types import Curve
 

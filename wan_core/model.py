@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import catalog
+from .checks import check_number
 from .loading.pairs import EXPERTS, resolve_pair, side_of
 from .lora.apply import LoraMode, LoraRun, LoraUse, apply_loras
 from .lora.bind import EVERYWHERE, BlockStrengths
@@ -31,7 +32,7 @@ from .sampling.checkpoint import Checkpoint, RunState
 from .sampling.experts import Active, Expert, RunInputs, RunModel
 from .sampling.run import sample
 from .sampling.solvers import NUM_TRAIN_TIMESTEPS
-from .settings import MemorySettings, SamplerSettings, check_number
+from .settings import MemorySettings, SamplerSettings
 from .types import Conditioning, Curve, VideoSize, tensors_in
 from .variants import Variant, fit
 

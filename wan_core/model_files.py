@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import bundled, catalog
+from .checks import check_choice
 from .conditioning.text import TextCache, TextEncoder, Tokenizer, fingerprint
 from .loading import load
 from .loading.detect import Component, require_kind
@@ -35,7 +36,6 @@ from .offload.weights import WeightProvider
 from .runtime import gigabytes
 from .sampling.experts import Expert
 from .sampling.solvers import NUM_TRAIN_TIMESTEPS
-from .settings import check_choice
 from .variants import Variant, match_variant
 
 DISK = "disk"

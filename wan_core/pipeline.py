@@ -23,6 +23,7 @@ from .call_arguments import (
     truth,
     windows_of_call,
 )
+from .checks import check_choice
 from .conditioning.camera import CameraPath
 from .conditioning.image import Fit, LatentEncoder
 from .conditioning.inputs import VideoInputs, condition
@@ -38,7 +39,7 @@ from .planning.encoders import IMAGE_ENCODER_BYTES, checked_size, working_encode
 from .planning.encoders import text_peak_bytes as text_bytes
 from .runtime import Runtime, default_device, usable_device
 from .sampling.experts import RunInputs
-from .settings import MemorySettings, SamplerSettings, check_choice
+from .settings import MemorySettings, SamplerSettings
 from .tiling import AUTO, Tiles, TileSettings
 from .types import Conditioning, Curve, VideoSize
 from .variants import READ_BY_CLIP, check

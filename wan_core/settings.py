@@ -1,11 +1,11 @@
 """Settings of a run as frozen dataclasses, which check their values when they are made."""
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
+from .cache_settings import CacheSettings
+from .checks import check_choice, check_number, check_whole
 from .files import check_name
 from .sampling.solvers import SOLVERS
 
@@ -13,16 +13,6 @@ CFG_MODES = ("sequential", "interleaved", "batched")
 GuidanceMode = Literal["sequential", "interleaved", "batched"]
 WindowMode = Literal["blend", "chain"]
 WINDOW_MODES = ("blend", "chain")
-
-TEACACHE_COEFFICIENTS: dict[str, tuple[float, ...]] = {
-    "Wan2.1-T2V-1.3B": (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02),
-    "Wan2.1-T2V-14B": (-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01),
-    "Wan2.1-I2V-14B-480P": (2.57151496e05, -3.54229917e04, 1.40286849e03, -1.35890334e01, 1.32517977e-01),
-    "Wan2.1-I2V-14B-720P": (8.10705460e03, 2.13393892e03, -3.72934672e02, 1.66203073e01, -4.17769401e-02),
-}
-"""Polynomials by template, highest power first, from the change of the time embedding to that of the model's output;
-fitted by the authors of TeaCache (ali-vilab/TeaCache TeaCache4Wan2.1).
-"""
 
 MAX_SEED = 2**64 - 1
 
@@ -85,73 +75,6 @@ class GuidanceSettings:
 
 def _numbers(scale: float | tuple[float, ...] | None) -> tuple[float, ...]:
     return () if scale is None else scale if isinstance(scale, tuple) else (scale,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeaCacheSettings:
-    """Steps are skipped by a plan that is made before the first one (TeaCache, Liu et al. 2024).
-
-    Attributes:
-        threshold: the blocks run again when the estimated changes add up to it; no upper bound; 0 skips nothing.
-        speedup: in place of a threshold, find the one that makes the run so many times faster.
-        template: a key of `TEACACHE_COEFFICIENTS`, or `auto` for what the catalog recommends.
-        start_step: so many first steps always run; the authors advise 5.
-        residual_on_cpu: keep the residuals of steps in host memory.
-    """
-
-    threshold: float | None = 0.1
-    speedup: float | None = None
-    template: str = "auto"
-    start_step: int = 0
-    residual_on_cpu: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.threshold is None) == (self.speedup is None):
-            raise ValueError("TeaCache needs a threshold or a speed-up, and not both.")
-        if self.threshold is not None:
-            check_number("TeaCache threshold", self.threshold, low=0, high=math.inf)
-        if self.speedup is not None:
-            check_number("TeaCache speed-up", self.speedup, low=1, high=1000)
-        check_choice("TeaCache template", self.template, ("auto", *TEACACHE_COEFFICIENTS))
-        check_whole("TeaCache start_step", self.start_step, low=0, high=10000)
-
-    def with_template(self, recommended: str | None) -> "TeaCacheSettings":
-        """A copy in which `auto` is the template that the model's catalog row recommends.
-
-        Raises:
-            ValueError: the template is `auto` and none is recommended.
-        """
-        if self.template != "auto":
-            return self
-        if recommended is None:
-            raise ValueError(
-                "TeaCache has no coefficients for this model; choose the template of the most similar published one: "
-                f"{', '.join(TEACACHE_COEFFICIENTS)}."
-            )
-        return replace(self, template=recommended)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EasyCacheSettings:
-    """Steps are skipped during the run, while the model's output changes at a steady rate (EasyCache, Zhou et al.
-    2025). It needs no coefficients.
-
-    Attributes:
-        threshold: the blocks run again when the estimated changes, relative to the output, add up to it.
-        start_step: so many first steps always run.
-        residual_on_cpu: as for `TeaCacheSettings`.
-    """
-
-    threshold: float = 0.05
-    start_step: int = 10
-    residual_on_cpu: bool = False
-
-    def __post_init__(self) -> None:
-        check_number("EasyCache threshold", self.threshold, low=0, high=1000)
-        check_whole("EasyCache start_step", self.start_step, low=0, high=10000)
-
-
-CacheSettings = TeaCacheSettings | EasyCacheSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,32 +255,3 @@ class SamplerSettings(ScheduleSettings):
         """How many of a video's `frames` latent frames pass through the model at once."""
         windows = self.windows_over(frames)
         return frames if windows is None else windows.size
-
-
-def check_number(name: str, value: Any, *, low: float, high: float) -> None:
-    """Raise ValueError unless `value` is a finite number from `low` to `high`, which may be infinite."""
-    allowed = f"from {low:g} to {high:g}" if math.isfinite(high) else f"from {low:g} up"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
-        raise ValueError(f"{name} must be a number {allowed}; got {value!r:.100}.")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be {allowed}; got {value:g}.")
-
-
-def _is_finite(value: int | float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def check_whole(name: str, value: Any, *, low: int, high: int) -> None:
-    """Raise ValueError unless `value` is a whole number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low} to {high}; got {value!r}.")
-
-
-def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    choices = tuple(choices)
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")

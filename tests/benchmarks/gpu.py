@@ -34,6 +34,7 @@ from tests.benchmarks.bench import (
     unavailable,
 )
 from tests.benchmarks.report import Row
+from wan_core.cache_settings import TeaCacheSettings
 from wan_core.model import VideoModel
 from wan_core.model_files import DiTSettings, Offload, inspect, load_dit
 from wan_core.models.attention import FastestAttention, load_backend
@@ -44,7 +45,7 @@ from wan_core.planning.encoders import limit_memory
 from wan_core.planning.estimate import pass_flops
 from wan_core.runtime import GIB, Runtime
 from wan_core.sampling.experts import RunInputs
-from wan_core.settings import MemorySettings, SamplerSettings, TeaCacheSettings
+from wan_core.settings import MemorySettings, SamplerSettings
 from wan_core.variants import match_variant
 
 log = logging.getLogger("wancore")

@@ -14,19 +14,13 @@ from tests import fork_server
 from tests.disks import full_disk
 from tests.nodes.running import outputs
 from wan_core import bundled, catalog
+from wan_core.cache_settings import EasyCacheSettings, TeaCacheSettings
 from wan_core.media import probe
 from wan_core.models.config import PreviewDecoderConfig
 from wan_core.models.preview_decoder import PreviewDecoder
 from wan_core.sampling.checkpoint import load_latents
 from wan_core.sampling.preview import Previewer
-from wan_core.settings import (
-    EasyCacheSettings,
-    GuidanceSettings,
-    RunSettings,
-    ScheduleSettings,
-    TeaCacheSettings,
-    WindowSettings,
-)
+from wan_core.settings import GuidanceSettings, RunSettings, ScheduleSettings, WindowSettings
 from wancore.nodes import NODE_CLASS_MAPPINGS, host
 from wancore.nodes.previews import find_decoder, for_editor
 from wancore.nodes.sampler import STATE

@@ -8,6 +8,7 @@ import torch
 from tests.models.test_real_shapes import STRUCTURES
 from tests.reference import tiny_dit
 from wan_core import bundled, catalog
+from wan_core.cache_settings import EasyCacheSettings
 from wan_core.loading.detect import detect_files
 from wan_core.loading.load import build
 from wan_core.model import VideoModel
@@ -22,7 +23,7 @@ from wan_core.planning.modules import SizedExpert, SizedModule, published_compon
 from wan_core.planning.run import RunPlan
 from wan_core.runtime import Runtime
 from wan_core.sampling.experts import RunInputs
-from wan_core.settings import EasyCacheSettings, GuidanceSettings, MemorySettings, SamplerSettings
+from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings
 from wan_core.types import VideoSize
 from wan_core.variants import match_variant
 

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from tests.reference import tiny_dit
 from tests.sampling.runs import sample
 from tests.sampling.variants import conditioning
+from wan_core.cache_settings import EasyCacheSettings, TeaCacheSettings
 from wan_core.runtime import Runtime
 from wan_core.sampling.checkpoint import Checkpoint
-from wan_core.settings import EasyCacheSettings, SamplerSettings, TeaCacheSettings, WindowSettings
+from wan_core.settings import SamplerSettings, WindowSettings
 from wan_core.types import LatentSize
 
 SIZE = LatentSize(5, 2, 4)

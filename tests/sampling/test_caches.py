@@ -8,19 +8,14 @@ import torch
 
 from tests.reference import load_case, relative_error, tiny_dit
 from tests.sampling.runs import sample
+from wan_core.cache_settings import EasyCacheSettings, TeaCacheSettings
 from wan_core.catalog import CATALOG
 from wan_core.runtime import Runtime
 from wan_core.sampling import step_cache
+from wan_core.sampling.cache_tables import TEACACHE_COEFFICIENTS
 from wan_core.sampling.compose import build_solver, compose
 from wan_core.sampling.run import denoise
-from wan_core.settings import (
-    TEACACHE_COEFFICIENTS,
-    EasyCacheSettings,
-    GuidanceSettings,
-    SamplerSettings,
-    TeaCacheSettings,
-    WindowSettings,
-)
+from wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, LatentSize, VaceInput
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)

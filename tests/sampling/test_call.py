@@ -2,8 +2,9 @@
 
 import pytest
 
+from wan_core.cache_settings import TeaCacheSettings
 from wan_core.call_arguments import cache_of_call, windows_of_call
-from wan_core.settings import TeaCacheSettings, WindowSettings
+from wan_core.settings import WindowSettings
 
 LARGE, SMALL = "Wan2.1-T2V-14B", "Wan2.1-T2V-1.3B"
 

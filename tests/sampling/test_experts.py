@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tests.lora.fixtures import WRITERS, factors, linear_paths
 from tests.reference import arguments, load_case
 from tests.sampling.variants import SMALL, conditioning, small_dit
+from wan_core.cache_settings import TeaCacheSettings
 from wan_core.model import VideoModel
 from wan_core.offload import weights as offload
 from wan_core.offload.blocks import weights_of
@@ -20,7 +21,7 @@ from wan_core.runtime import Cancelled, Runtime
 from wan_core.sampling.checkpoint import Checkpoint, RunState
 from wan_core.sampling.compose import build_solver, compose
 from wan_core.sampling.experts import Expert, RunInputs, RunModel, expert_at
-from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, TeaCacheSettings, WindowSettings
+from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import LatentSize, StepInfo
 from wan_core.variants import match_variant
 

@@ -8,10 +8,11 @@ import torch
 from tests.reference import relative_error
 from tests.sampling.runs import planned
 from tests.sampling.variants import SMALL, conditioning, small_dit
+from wan_core.cache_settings import EasyCacheSettings
 from wan_core.model import VideoModel
 from wan_core.runtime import Runtime
 from wan_core.sampling import compose
-from wan_core.settings import EasyCacheSettings, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
+from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import LatentSize
 from wan_core.variants import match_variant
 

@@ -15,19 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.reference import DITS, relative_error, tiny_dit, tiny_motion_controller
 from tests.sampling.runs import sample, sample_state
 from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
+from wan_core.cache_settings import EasyCacheSettings, TeaCacheSettings
 from wan_core.models.dit import WanDiT
 from wan_core.runtime import Cancelled, OutOfMemoryError, Runtime
 from wan_core.sampling.checkpoint import Checkpoint
 from wan_core.sampling.predictor import NonFiniteError
 from wan_core.sampling.solvers import SOLVERS
-from wan_core.settings import (
-    CFG_MODES,
-    EasyCacheSettings,
-    GuidanceSettings,
-    SamplerSettings,
-    TeaCacheSettings,
-    WindowSettings,
-)
+from wan_core.settings import CFG_MODES, GuidanceSettings, SamplerSettings, WindowSettings
 from wan_core.types import LatentSize
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.reference import ALL_DITS, tiny_dit
 from tests.sampling.runs import sample
+from wan_core.cache_settings import TeaCacheSettings
 from wan_core.models.config import MotionControllerConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.layers import MotionController
@@ -23,8 +24,9 @@ from wan_core.planning.estimate import compute
 from wan_core.runtime import Runtime
 from wan_core.sampling import compose
 from wan_core.sampling import run as loop
+from wan_core.sampling.cache_tables import TEACACHE_COEFFICIENTS
 from wan_core.sampling.step_cache import SkipPlan
-from wan_core.settings import TEACACHE_COEFFICIENTS, GuidanceSettings, SamplerSettings, TeaCacheSettings, WindowSettings
+from wan_core.settings import GuidanceSettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, LatentSize, VaceInput
 
 META = torch.device("meta")

@@ -10,11 +10,12 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from tests.reference import load_case, relative_error
 from tests.sampling.runs import sample
 from tests.sampling.variants import SMALL, conditioning, small_dit
+from wan_core.cache_settings import TeaCacheSettings
 from wan_core.runtime import Runtime
 from wan_core.sampling.compose import build_solver
 from wan_core.sampling.run import denoise
 from wan_core.sampling.solvers import SOLVERS, Euler, Heun
-from wan_core.settings import GuidanceSettings, SamplerSettings, TeaCacheSettings
+from wan_core.settings import GuidanceSettings, SamplerSettings
 from wan_core.types import Conditioning, LatentSize
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)

@@ -19,6 +19,7 @@ from tests.reference import (
 )
 from tests.sampling.runs import planned, sample, sample_state
 from wan_core import ModelConfig, bundled, catalog
+from wan_core.cache_settings import EasyCacheSettings, TeaCacheSettings
 from wan_core.conditioning.image import LatentEncoder, clean_start_conditioning, image_conditioning
 from wan_core.conditioning.inputs import VideoInputs, condition
 from wan_core.conditioning.text import TextEncoder, Tokenizer
@@ -33,14 +34,7 @@ from wan_core.runtime import Runtime
 from wan_core.sampling import run
 from wan_core.sampling.checkpoint import Checkpoint
 from wan_core.sampling.predictor import TimeTable
-from wan_core.settings import (
-    EasyCacheSettings,
-    GuidanceSettings,
-    MemorySettings,
-    SamplerSettings,
-    TeaCacheSettings,
-    WindowSettings,
-)
+from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import Conditioning, VideoSize
 from wan_core.variants import fit, match_variant
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from wan_core.atomic import sync_file, sync_folder
+from wan_core.checks import check_whole
 from wan_core.files import errors_from, read_json
 from wan_core.loading.detect import Component
 from wan_core.loading.paths import resolve_model
 from wan_core.loading.pickles import require_plain
 from wan_core.loading.tensor_files import read_whole, write_safetensors
 from wan_core.runtime import GIB, gigabytes
-from wan_core.settings import check_whole
 
 from ..config import TrainConfig
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..checks import check_choice
 from ..media import frames_to_pixels
 from ..media.fitting import ASPECTS, LENGTH_POLICIES, Aspect, LengthPolicy, fit_length, fit_size
 from ..models.image_encoder import ImageEncoder
 from ..models.vae import WanVAE
-from ..settings import check_choice
 from ..types import Conditioning, VideoSize
 from ..variants import CONTROL, FIRST_FRAME, IMAGE, MASK, first_frame
 

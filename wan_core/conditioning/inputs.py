@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_number
 from ..media.fitting import Pictures, as_frames, as_masks, as_references
 from ..models.image_encoder import ImageEncoder
-from ..settings import check_choice, check_number
 from ..types import Conditioning, Curve, VideoSize
 from ..variants import CONTROL, FIRST_FRAME, Variant
 from .camera import MOVES, CameraPath, camera_conditioning

@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..files import errors_from
 from ..models.dit import WanDiT
 from ..models.image_encoder import ImageEncoder
@@ -22,7 +23,6 @@ from ..offload.blocks import blocks_of
 from ..offload.formats import MADE_FORMATS, WEIGHT_CHOICES, WeightChoice
 from ..offload.quant import QuantisedLinear, big_linears, replace_layer
 from ..offload.weights import WeightProvider
-from ..settings import check_choice
 from .detect import KINDS, Component, check_against, detect, detect_files, require_kind
 from .names import SPIECE_MODEL, ModelKind, Source
 from .stored_weights import StoredWeight

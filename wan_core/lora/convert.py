@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import creating_first, partial_path, replacing
+from ..checks import check_choice, check_whole
 from ..files import errors_from
 from ..loading.detect import detect_files, require_kind
 from ..loading.foreign_names import diffusers_name
@@ -20,7 +21,6 @@ from ..loading.names import ModelKind
 from ..loading.save import save_plain, save_quantised
 from ..loading.tensor_files import write_safetensors
 from ..runtime import DTYPES
-from ..settings import check_choice, check_whole
 from .apply import fold_patches
 from .patches import LowRank, Patch
 from .read import ADAPTER_METADATA, Skipped

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..files import errors_from, read_json
 from ..loading.detect import Component, detect
 from ..loading.foreign_names import diffusers_name
@@ -22,7 +23,6 @@ from ..models.dit import WanDiT
 from ..models.layers import MotionController
 from ..models.ops import on_meta
 from ..offload.quant import quantised_layers
-from ..settings import check_choice
 from ..types import Curve
 from .apply import LORA_MODES, LoraMode, LoraUse, ModelBlocks
 from .bind import EVERYWHERE, NO_SUCH_PART, BlockStrengths, Bound, Shapes, bind, module_names, parameter_shapes

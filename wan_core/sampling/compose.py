@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..cache_settings import EasyCacheSettings, TeaCacheSettings
 from ..models.dit import WanDiT
 from ..models.layers import MotionController
 from ..runtime import Runtime, log
-from ..settings import EasyCacheSettings, SamplerSettings, TeaCacheSettings
+from ..settings import SamplerSettings
 from ..types import Conditioning
 from . import step_cache
 from .checkpoint import HasMemory

@@ -9,10 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..cache_settings import EasyCacheSettings, TeaCacheSettings
+from ..checks import check_choice
 from ..models.dit import TokenState
 from ..models.ops import add_
-from ..settings import TEACACHE_COEFFICIENTS, EasyCacheSettings, TeaCacheSettings, check_choice
 from ..types import StepInfo
+from .cache_tables import TEACACHE_COEFFICIENTS
 from .predictor import BlockRunner, Key, branches_of
 
 
