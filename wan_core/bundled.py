@@ -3,7 +3,7 @@
 They draw abstract patterns, not films. They exist so that every workflow can run on any machine without a download."""
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,43 @@ EXPERT_SEEDS = (1, 2)
 def state_dict(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     """Weights by the recipe for a module built on the meta device."""
     return {key: draw(key, tuple(tensor.shape), seed) for key, tensor in module.state_dict().items()}
+
+
+def widened(base: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
+    """The float32 weights of a model of structure `config` that begins as the text-to-video model `base`: it draws what
+    `base` draws, whatever its further inputs hold.
+
+    Further input channels and image tokens begin without effect, VACE's blocks as copies of the base's. What no weight
+    of the base stands for is drawn by `draw`.
+    """
+    with on_meta():
+        shapes = {key: tuple(tensor.shape) for key, tensor in WanDiT(config).state_dict().items()}
+    out = {}
+    for key, shape in shapes.items():
+        part, _, rest = key.partition(".")
+        source = key
+        if part == "vace_blocks":
+            index, _, name = rest.partition(".")
+            source = f"blocks.{config.vace_layers[int(index)]}.{name}"
+        elif part in ("ref_conv", "vace_patch_embedding"):
+            source = f"patch_embedding.{rest}"
+        elif "_img." in key:
+            source = key.replace("_img.", ".")
+        begin = base.get(source)
+        silent = key.endswith(("v_img.weight", "v_img.bias", "after_proj.weight", "after_proj.bias"))
+        silent |= key.startswith(("control_adapter.conv.", "ref_conv.")) or key.endswith("emb_pos")
+        if silent:
+            out[key] = torch.zeros(shape)
+        elif key.endswith("before_proj.weight"):
+            out[key] = torch.eye(shape[0])
+        elif begin is None:
+            out[key] = draw(key, shape)
+        elif begin.shape != shape:
+            out[key] = torch.zeros(shape)
+            out[key][:, : begin.shape[1]] = begin.float()
+        else:
+            out[key] = begin.float().clone()
+    return out
 
 
 def write_tokenizer(path: Path, words: Iterable[str] = WORDS.split(), others: Iterable[str] = ()) -> None:

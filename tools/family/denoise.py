@@ -1,8 +1,7 @@
 """Train the bundled text-to-video model on latents of the drawn world."""
 
 import random
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +20,9 @@ from wan_core.runtime import log
 from wancore.trainer.data.synthetic import LANGUAGES, Scene
 from wancore.trainer.objective import Objective, errors, noisy, weighted
 
-from .muon import Both
+from .muon import Both, rank, world
 from .text import MAX_TOKENS, encode
-from .vae import HEIGHT, NUM_FRAMES, WIDTH, pixels_of, training_scene
+from .vae import NUM_FRAMES, pixels_of, training_scene
 
 BATCH = 24
 LR = 2e-3
@@ -43,17 +42,22 @@ class Data:
 
 
 @torch.no_grad()
-def prepare(vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, count: int) -> Data:
-    """Latents and captions of `count` training clips."""
-    scenes = [training_scene(number) for number in range(count)]
+def prepare(
+    vae: WanVAE, encoder: UMT5Encoder, tokenizer: Tokenizer, width: int, height: int, count: int, first: int = 0
+) -> Data:
+    """Latents and captions of `count` training clips of a size, from scene number `first` on.
+
+    Of several processes each prepares a share of them.
+    """
+    scenes = [training_scene(number) for number in range(first + rank(), first + count, world())]
     latents = []
-    for start in range(0, count, 16):
-        clips = [scene.drawn(WIDTH, HEIGHT, NUM_FRAMES).video for scene in scenes[start : start + 16]]
+    for start in range(0, len(scenes), 8):
+        clips = [scene.drawn(width, height, NUM_FRAMES).video for scene in scenes[start : start + 8]]
         latents.append(vae.encode(pixels_of(clips)))
-    r = random.Random(0)
+    r = random.Random(first + rank())
     texts = [captions(scene, r) for scene in scenes]
     rows, lengths = text_rows(encoder, tokenizer, [text for several in texts for text in several])
-    shape = (count, CAPTIONS)
+    shape = (len(scenes), CAPTIONS)
     return Data(torch.cat(latents), rows.unflatten(0, shape), lengths.view(shape))
 
 
@@ -122,32 +126,44 @@ def velocity(dit: WanDiT, x: Tensor, timesteps: Tensor, text: Tensor, lengths: T
 
 
 def train(
-    config: DiTConfig, data: Data, empty: tuple[Tensor, Tensor], minutes: float, seed: int = 0
+    config: DiTConfig,
+    stages: Sequence[tuple[Data, int]],
+    empty: tuple[Tensor, Tensor],
+    seed: int = 0,
+    save: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> Mapping[str, Tensor]:
-    """The weights of a text-to-video model; `empty` are the rows and length of the empty caption."""
+    """The weights of a text-to-video model that learns from each of `stages`, data for so many steps, in turn.
+
+    Small pictures come first: a step on them costs half as much. `empty` are the rows and length of the empty caption;
+    `save` gets the weights on the way, every 500 steps.
+    """
     torch.manual_seed(seed)
-    r = np.random.default_rng(seed)
     dit = WanDiT(config)
     initialise(dit)
+    torch.manual_seed(seed + rank())
+    r = np.random.default_rng([seed, rank()])
     optimizer = Both(dit, LR, by_adam=("text_embedding", "time_", "patch_embedding", "head"))
     objective = Objective()
-    start, step, total = time.monotonic(), 0, 0.0
-    while (share := (time.monotonic() - start) / (60 * minutes)) < 1:
-        step += 1
-        pick = torch.from_numpy(r.integers(len(data.latents), size=BATCH))
-        which = torch.from_numpy(r.integers(CAPTIONS, size=BATCH))
-        text, lengths = data.text[pick, which].clone(), data.lengths[pick, which].clone()
-        dropped = torch.from_numpy(r.random(BATCH) < DROPPED)
-        text[dropped] = 0
-        text[dropped, : empty[0].shape[1]] = empty[0][0]
-        lengths[dropped] = empty[1][0]
-        latents = data.latents[pick]
-        noising = objective.at(torch.randn_like(latents), torch.from_numpy(r.integers(1000, size=BATCH)))
-        predicted = velocity(dit, noisy(latents, noising), noising.timesteps, text, lengths)
-        loss = weighted(errors(predicted, latents, noising), noising).mean()
-        optimizer.step(loss, share)
-        total += loss.item()
-        if step % 100 == 0:
-            log.info("Text to video: step %d, %.0f %%, loss %.4f", step, 100 * share, total / 100)
-            total = 0.0
+    steps, step, total = sum(steps for _, steps in stages), 0, 0.0
+    for data, count in stages:
+        for _ in range(count):
+            step += 1
+            pick = torch.from_numpy(r.integers(len(data.latents), size=BATCH))
+            which = torch.from_numpy(r.integers(CAPTIONS, size=BATCH))
+            text, lengths = data.text[pick, which].clone(), data.lengths[pick, which].clone()
+            dropped = torch.from_numpy(r.random(BATCH) < DROPPED)
+            text[dropped] = 0
+            text[dropped, : empty[0].shape[1]] = empty[0][0]
+            lengths[dropped] = empty[1][0]
+            latents = data.latents[pick]
+            noising = objective.at(torch.randn_like(latents), torch.from_numpy(r.integers(1000, size=BATCH)))
+            predicted = velocity(dit, noisy(latents, noising), noising.timesteps, text, lengths)
+            loss = weighted(errors(predicted, latents, noising), noising).mean()
+            optimizer.step(loss, step / steps)
+            total += loss.item()
+            if step % 100 == 0 and rank() == 0:
+                log.info("Text to video: step %d of %d, loss %.4f", step, steps, total / 100)
+                total = 0.0
+            if step % 500 == 0 and rank() == 0 and save is not None:
+                save(optimizer.averaged(dit))
     return optimizer.averaged(dit)

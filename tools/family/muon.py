@@ -1,8 +1,9 @@
 """The optimizer of the bundled models: Muon for matrices and convolutions, AdamW for everything else."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 NEWTON = (3.4445, -4.775, 2.0315)
@@ -21,15 +22,38 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is needed
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            changes = []
+            for index, weight in enumerate(weights):
                 memory = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
                 memory.lerp_(weight.grad, 1 - group["momentum"])
-                change = orthogonal(weight.grad.lerp(memory, group["momentum"]).flatten(1))
-                # An update as large as Adam's, whatever the shape (Liu et al. 2025, Moonlight).
-                scale = 0.2 * max(change.shape) ** 0.5
-                weight.add_(change.reshape(weight.shape), alpha=-group["lr"] * scale)
+                if index % world() == rank():
+                    change = orthogonal(weight.grad.lerp(memory, group["momentum"]).flatten(1))
+                    # An update as large as Adam's, whatever the shape (Liu et al. 2025, Moonlight).
+                    changes.append(change.mul_(0.2 * max(change.shape) ** 0.5).reshape(weight.shape))
+                else:
+                    changes.append(torch.zeros_like(weight))
+            add_up(changes)
+            torch._foreach_add_(weights, changes, alpha=-group["lr"])
+
+
+def rank() -> int:
+    """Of this process among those that train together."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes."""
+    if world() > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -68,7 +92,8 @@ class Both:
             part.zero_grad()
             for group in part.param_groups:
                 group["lr"] = self.lr * factor
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss / world()).backward()  # type: ignore[no-untyped-call]
+        add_up([weight.grad for weight in self.weights if weight.grad is not None])
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         for part in self._parts:
             part.step()

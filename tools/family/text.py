@@ -1,7 +1,6 @@
 """The text path of the bundled models: a small tokenizer, and a UMT5 whose every token says what its caption says."""
 
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -95,7 +94,7 @@ def _shortened(text: str, scene: Scene, r: random.Random) -> tuple[str, list[str
     return text, []
 
 
-def train(config: TextEncoderConfig, tokenizer: Tokenizer, minutes: float, seed: int = 0) -> Mapping[str, Tensor]:
+def train(config: TextEncoderConfig, tokenizer: Tokenizer, steps: int, seed: int = 0) -> Mapping[str, Tensor]:
     """The weights of a text encoder from whose every token all attributes can be read."""
     torch.manual_seed(seed)
     r = random.Random(seed)
@@ -106,9 +105,7 @@ def train(config: TextEncoderConfig, tokenizer: Tokenizer, minutes: float, seed:
     optimizer = torch.optim.AdamW(weights, 2e-3, weight_decay=1e-3)
     pool = _by_length(tokenizer, [draw_caption(r) for _ in range(20000)])
     sizes = {length: len(ids) for length, (ids, _) in pool.items()}
-    start, step = time.monotonic(), 0
-    while (share := (time.monotonic() - start) / (60 * minutes)) < 1:
-        step += 1
+    for step in range(1, steps + 1):
         ids, labels = pool[r.choices(list(sizes), list(sizes.values()))[0]]
         pick = torch.randint(len(ids), (BATCH,))
         rows = encode(encoder, ids[pick])
@@ -120,7 +117,7 @@ def train(config: TextEncoderConfig, tokenizer: Tokenizer, minutes: float, seed:
         ]
         loss = torch.stack(losses).sum()
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, step / 30) * max(0.03, 1 - share)
+            group["lr"] = 2e-3 * min(1.0, step / 30) * max(0.03, 1 - step / steps)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(weights, 1.0)

@@ -1,6 +1,5 @@
 """Train a bundled VAE on the drawn world."""
 
-import time
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -14,7 +13,7 @@ from wan_core.runtime import log
 from wancore.trainer.data.judge import psnr
 from wancore.trainer.data.synthetic import CAMERAS, Scene
 
-from .muon import Both
+from .muon import Both, rank
 
 CLIPS = 512
 """How many clips are drawn; crops, flips and exchanged colours make many more of them."""
@@ -103,18 +102,18 @@ def _copy_in_time(weight: Tensor) -> None:
         weight[:inputs, :, 2, 0, 0] = weight[inputs:, :, 2, 0, 0] = identity
 
 
-def train(config: VAEConfig, minutes: float, seed: int = 0) -> Mapping[str, Tensor]:
-    """The weights of a VAE of that configuration after so many minutes on this machine."""
+def train(config: VAEConfig, steps: int, seed: int = 0) -> Mapping[str, Tensor]:
+    """The weights of a VAE of that configuration after so many steps."""
     torch.manual_seed(seed)
-    r = np.random.default_rng(seed)
+    r = np.random.default_rng([seed, rank()])
     clips = [training_scene(number).drawn(WIDTH, HEIGHT, NUM_FRAMES).video for number in range(CLIPS)]
     test = [Scene.random(2**31 + i).drawn(WIDTH, HEIGHT, NUM_FRAMES).video for i in range(8)]
     vae = WanVAE(config)
     initialise(vae)
     optimizer = Both(vae, LR)
-    start, step = time.monotonic(), 0
-    while (share := (time.monotonic() - start) / (60 * minutes)) < 1:
-        step += 1
+    torch.manual_seed(seed + rank())
+    for step in range(1, steps + 1):
+        share = step / steps
         pixels = pixels_of(list(_batch(clips, r, still=share < 0.1)))
         latents = encode(vae, pixels)
         rows = latents.transpose(0, 1).flatten(1)
@@ -123,7 +122,7 @@ def train(config: VAEConfig, minutes: float, seed: int = 0) -> Mapping[str, Tens
         error = decode(vae, latents + 0.05 * torch.randn_like(latents)) - pixels
         loss = error.abs().mean() + 0.5 * _edges(error) + 2 * error.square().mean() + 0.01 * spread
         optimizer.step(loss, share)
-        if step % 200 == 0:
+        if step % 200 == 0 and rank() == 0:
             log.info("VAE: step %d, loss %.4f, %.2f dB", step, loss.item(), quality(vae, optimizer, test))
     weights = dict(optimizer.averaged(vae))
     vae.load_state_dict(weights)
