@@ -1,10 +1,11 @@
-"""Noise schedules of rectified flow and the solvers that step along them: Euler, Heun, LCM, UniPC, DPM-Solver++.
+"""Noise schedules of rectified flow and the solvers that step along them.
 
 `x = (1 - sigma) * clean + sigma * noise`; the model predicts the velocity `noise - clean`; its timestep is `1000 *
 sigma`."""
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,6 +107,11 @@ class Solver:
         """The estimate of the clean latents: `x - sigma * velocity`."""
         return x.sub(velocity, alpha=self.sigmas[index])
 
+    def noise(self, index: int, x: Tensor) -> Tensor:
+        """Fresh standard normal noise for step `index`, that of seed + index + 1, so a continued run draws the same."""
+        seed = (self._seed + index + 1) % 2**64
+        return initial_noise(tuple(x.shape), seed, self._rand_device, x.device)
+
 
 class Euler(Solver):
     """First order: straight along the velocity. The reference's solver."""
@@ -130,18 +136,28 @@ class Heun(Euler):
 
 
 class LCM(Solver):
-    """For models distilled to a few steps: jump to the clean latents, then add fresh noise down to the next level.
-
-    The noise of step k is that of seed + k + 1, so a continued run draws the same.
-    """
+    """For models distilled to a few steps: jump to the clean latents, then add fresh noise down to the next level."""
 
     def step(self, velocity: Tensor, index: int, x: Tensor) -> Tensor:
         clean, sigma = self.clean(velocity, index, x), self.sigmas[index + 1]
         if sigma == 0:
             return clean
-        seed = (self._seed + index + 1) % 2**64
-        noise = initial_noise(tuple(x.shape), seed, self._rand_device, x.device)
-        return torch.lerp(clean, noise, sigma)
+        return torch.lerp(clean, self.noise(index, x), sigma)
+
+
+class EulerAncestral(Solver):
+    """First order with fresh noise: a step of Euler to below the next level, then noise up to it (ComfyUI
+    comfy/k_diffusion/sampling.py `sample_euler_ancestral_RF` with eta 1).
+    """
+
+    def step(self, velocity: Tensor, index: int, x: Tensor) -> Tensor:
+        start, end = self.sigmas[index], self.sigmas[index + 1]
+        down = end * end / start
+        out = x.add(velocity, alpha=down - start)
+        if end == 0:
+            return out
+        scale = (1 - end) / (1 - down)
+        return out.mul_(scale).add_(self.noise(index, x), alpha=math.sqrt(max(0.0, end**2 - (down * scale) ** 2)))
 
 
 def log_snr(sigma: float) -> float:
@@ -225,5 +241,104 @@ class DPMpp2M(Solver):
         return out
 
 
-SOLVERS: dict[str, type[Solver]] = {"euler": Euler, "unipc": UniPC, "dpm++": DPMpp2M, "lcm": LCM, "heun": Heun}
+class DPMpp2MSDE(Solver):
+    """DPM-Solver++ of second order with fresh noise, "sde-dpmsolver++" of the scheduler that `DPMpp2M` follows, first
+    order in the first and the last step. `memory`: before, the clean latents that the last step estimated.
+    """
+
+    WHOLE_TIMESTEPS = True
+
+    def step(self, velocity: Tensor, index: int, x: Tensor) -> Tensor:
+        clean, before = self.clean(velocity, index, x), self.memory.get("before")
+        self.memory = {"before": clean}
+        start, end = self.sigmas[index], self.sigmas[index + 1]
+        h = log_snr(end) - log_snr(start)
+        part = -math.expm1(-2 * h)  # of the noise that is replaced
+        out = x.mul(end / start * math.exp(-h)).add_(clean, alpha=(1 - end) * part)
+        if before is not None and index < len(self.sigmas) - 2:
+            ratio = (log_snr(start) - log_snr(self.sigmas[index - 1])) / h
+            out.add_(clean.sub(before), alpha=(1 - end) * part / 2 / ratio)
+        return out if end == 0 else out.add_(self.noise(index, x), alpha=end * math.sqrt(part))
+
+
+class ResMultistep(Solver):
+    """Second order from two model evaluations, exponential in the logarithm of sigma; first order in the first step and
+    in that to 0 (ComfyUI comfy/k_diffusion/sampling.py `sample_res_multistep`; Zhang et al. 2023, arXiv 2308.02157).
+    `memory`: before, the clean latents that the last step estimated.
+    """
+
+    def step(self, velocity: Tensor, index: int, x: Tensor) -> Tensor:
+        clean, before = self.clean(velocity, index, x), self.memory.get("before")
+        self.memory = {"before": clean}
+        start, end = self.sigmas[index], self.sigmas[index + 1]
+        out = x.mul(end / start).add_(clean, alpha=1 - end / start)
+        if before is None or end == 0:
+            return out
+        h, last = math.log(start / end), math.log(self.sigmas[index - 1] / start)
+        # h * phi_2(-h) over the distance of both estimates, in steps
+        return out.add_(clean.sub(before), alpha=(1 + math.expm1(-h) / h) * h / last)
+
+
+class ErSde(Solver):
+    """Third order from three model evaluations, with fresh noise: a solver of extended reverse-time SDEs (Cui et al.
+    2023, arXiv 2309.06169; ComfyUI comfy/k_diffusion/sampling.py `sample_er_sde`). First order in the first step and in
+    that to 0, second order in the second.
+
+    `memory`: before, the clean latents that the last step estimated; slope, how fast they changed in it.
+    """
+
+    LARGEST = 1 - 1e-4
+    """Where a schedule from 1 begins, because sigma / (1 - sigma) is infinite at 1."""
+    POINTS = 200
+    """Points of the rectangle rule, as in the published code."""
+
+    def __init__(self, sigmas: Sequence[float] | Tensor, *, seed: int = 0, rand_device: str = "cpu") -> None:
+        first, *others = (float(sigma) for sigma in sigmas)
+        first = first if first < 1 else max(self.LARGEST, (1 + others[0]) / 2)
+        super().__init__([first, *others], seed=seed, rand_device=rand_device)
+
+    def step(self, velocity: Tensor, index: int, x: Tensor) -> Tensor:
+        clean, before, slope = self.clean(velocity, index, x), self.memory.get("before"), self.memory.get("slope")
+        self.memory = {"before": clean}
+        end = self.sigmas[index + 1]
+        if end == 0:
+            return clean
+        start, alpha = self.sigmas[index], 1 - end
+        high, low = self._ratio(index), self._ratio(index + 1)
+        kept = float(_er_scale(low) / _er_scale(high))
+        out = x.mul(alpha / (1 - start) * kept).add_(clean, alpha=alpha * (1 - kept))
+        if before is not None:
+            width = (high - low) / self.POINTS
+            places = low + np.arange(self.POINTS) * width
+            weights = width * float(_er_scale(low)) / _er_scale(places)
+            change = clean.sub(before).div_(high - self._ratio(index - 1))
+            self.memory["slope"] = change
+            out.add_(change, alpha=alpha * (low - high + float(weights.sum())))
+            if slope is not None:
+                bend = change.sub(slope).div_((high - self._ratio(index - 2)) / 2)
+                second = (low - high) ** 2 / 2 + float((weights * (places - high)).sum())
+                out.add_(bend, alpha=alpha * second)
+        return out.add_(self.noise(index, x), alpha=alpha * math.sqrt(max(0.0, low**2 - (high * kept) ** 2)))
+
+    def _ratio(self, index: int) -> float:
+        """Noise over signal, lambda in the paper."""
+        return self.sigmas[index] / (1 - self.sigmas[index])
+
+
+def _er_scale(ratio: Any) -> Any:
+    """The paper's noise scale function "ER-SDE 5" of numbers or arrays."""
+    return ratio * (np.exp(ratio**0.3) + 10)
+
+
+SOLVERS: dict[str, type[Solver]] = {
+    "euler": Euler,
+    "unipc": UniPC,
+    "dpm++": DPMpp2M,
+    "lcm": LCM,
+    "heun": Heun,
+    "euler_ancestral": EulerAncestral,
+    "dpm++_sde": DPMpp2MSDE,
+    "res_multistep": ResMultistep,
+    "er_sde": ErSde,
+}
 """By name. A solver is a class and its row here."""
