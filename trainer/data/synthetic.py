@@ -317,11 +317,17 @@ COLUMNS = (
 
 
 def write_dataset(
-    folder: str | Path, count: int = 4, width: int = 64, height: int = 48, num_frames: int = 17, fps: float = 16
+    folder: str | Path,
+    count: int = 4,
+    width: int = 64,
+    height: int = 48,
+    num_frames: int = 17,
+    fps: float = 16,
+    scenes: Sequence[Scene] | None = None,
 ) -> Path:
     """Write `count` rows into `folder`: metadata.csv and a folder of clips and pictures. Returns the metadata file.
 
-    Every other row has a camera that moves.
+    Every other row has a camera that moves; or the rows show `scenes`, one each, whatever `count` is.
 
     Raises:
         ValueError: `folder` holds metadata.csv already, or a size is too small to draw on.
@@ -330,14 +336,18 @@ def write_dataset(
     metadata = folder / "metadata.csv"
     if metadata.exists():
         raise ValueError(f"{metadata} is there already; name another folder.")
-    if count < 1 or min(width, height) < 16 or num_frames < 1:
+    if scenes is None:
+        still = {"motion": "still"}
+        scenes = [
+            Scene.random(index, **(still | {"camera": list(CAMERAS)[index // 2 % len(CAMERAS)]} if index % 2 else {}))
+            for index in range(count)
+        ]
+    if not scenes or min(width, height) < 16 or num_frames < 1:
         raise ValueError(
-            f"A data set needs rows, sides of 16 and frames; got {count} of {width}x{height}x{num_frames}."
+            f"A data set needs rows, sides of 16 and frames; got {len(scenes)} of {width}x{height}x{num_frames}."
         )
     rows = []
-    for index in range(count):
-        moves = {"camera": list(CAMERAS)[index // 2 % len(CAMERAS)], "motion": "still"} if index % 2 else {}
-        scene = Scene.random(index, **moves)
+    for index, scene in enumerate(scenes):
         language = LANGUAGES[index % 5 == 4]
         files = _write_files(scene.drawn(width, height, num_frames), folder, f"media/{index:03d}", fps)
         rows.append({"prompt": scene.caption(index, language), **files, **_numbers(scene)})
