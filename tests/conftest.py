@@ -40,3 +40,14 @@ def pytest_collection_finish() -> None:
     whatever frees memory asks for one."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def one_thread():
+    """Several threads share out a matrix product by where its numbers lie in memory, so that bits may differ."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

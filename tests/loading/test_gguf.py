@@ -232,7 +232,7 @@ def llama_cpp(name):
     return f"enc.blk.{parts[1]}.{inner}.weight" if parts[0] == "blocks" else f"{inner}.weight"
 
 
-def test_umt5_in_llama_cpps_names(tmp_path):
+def test_umt5_in_llama_cpps_names(tmp_path, one_thread):
     module = tiny_text_encoder()
     tensors = {llama_cpp(name): tensor for name, tensor in module.state_dict().items()}
     values = ggufs.write(tmp_path / "umt5.gguf", tensors, ggufs.types(Type.Q8_0), "t5encoder")
