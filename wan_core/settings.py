@@ -18,8 +18,70 @@ MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
+class NagSettings:
+    """Normalised attention guidance (NAG, Chen et al. 2025, arXiv 2505.21179): each cross-attention of the conditional
+    branch is led away from what it would be with the negative text, so that a negative prompt works at a scale of 1.
+
+    Attributes:
+        scale: how far; 1 or less is off. The authors use 11 for few-step Wan (ChenDarYen/ComfyUI-NAG).
+        tau: the most by which a token's attention may grow in size (L1 norm), at least 1.
+        alpha: the share of the result, the rest is the plain attention. The authors advise a lower tau and alpha for
+            image to video and for many steps; these are WanVideoWrapper's, theirs for text are 3.5 and 0.5.
+        end: off from this fraction of the run on.
+    """
+
+    scale: float = 1.0
+    tau: float = 2.5
+    alpha: float = 0.25
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("nag_scale", self.scale, low=0, high=100)
+        check_number("nag_tau", self.tau, low=1, high=100)
+        check_number("nag_alpha", self.alpha, low=0, high=1)
+        check_number("nag_end", self.end, low=0, high=1)
+
+    @property
+    def is_on(self) -> bool:
+        return self.scale > 1 and self.alpha > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipSettings:
+    """Skip-layer guidance (Stability AI's for SD 3.5; Hyung et al. 2024, arXiv 2411.18664): the velocity is led away
+    from what the model gives without some of its blocks.
+
+    Attributes:
+        blocks: numbers of the blocks, from 0; none is off.
+        scale: how far, in a branch of its own with the positive text (ComfyUI's SkipLayerGuidanceDiT); 0 is off. None
+            leaves the blocks out of the unconditional branch instead, which costs nothing (ComfyUI's
+            SkipLayerGuidanceDiTSimple, WanVideoWrapper).
+        start, end: from here to there, in fractions of the run.
+    """
+
+    blocks: tuple[int, ...] = ()
+    scale: float | None = None
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        for block in self.blocks:
+            check_whole("skip_blocks", block, low=0, high=1000)
+        if self.scale is not None:
+            check_number("skip_scale", self.scale, low=0, high=100)
+        check_number("skip_start", self.start, low=0, high=1)
+        check_number("skip_end", self.end, low=0, high=1)
+        if self.start > self.end:
+            raise ValueError(f"skip_start must not be after skip_end; got {self.start:g} to {self.end:g}.")
+
+    @property
+    def is_own_branch(self) -> bool:
+        return bool(self.blocks and self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuidanceSettings:
-    """Classifier-free guidance.
+    """Classifier-free guidance, and what goes with it or in its place.
 
     Attributes:
         scale: with 1 only the conditional branch runs; larger values follow the prompt more closely. Several numbers
@@ -32,6 +94,8 @@ class GuidanceSettings:
         zero_star: project the unconditional velocity onto the conditional one before they are combined (CFG-Zero*, Fan
             et al. 2025).
         zero_steps: so many first steps have velocity zero, the other half of CFG-Zero*.
+        nag: normalised attention guidance.
+        skip: skip-layer guidance.
     """
 
     scale: float | tuple[float, ...] = 5.0
@@ -41,6 +105,8 @@ class GuidanceSettings:
     end: float = 1.0
     zero_star: bool = False
     zero_steps: int = 0
+    nag: NagSettings = field(default_factory=NagSettings)
+    skip: SkipSettings = field(default_factory=SkipSettings)
 
     def __post_init__(self) -> None:
         for name, scale in (("cfg_scale", self.scale), ("cfg_scale_low", self.scale_low)):
@@ -55,6 +121,11 @@ class GuidanceSettings:
         if self.start > self.end:
             raise ValueError(f"guidance must not start after its end; got {self.start:g} to {self.end:g}.")
         check_whole("zero_steps", self.zero_steps, low=0, high=10000)
+        if self.skip.blocks and self.skip.scale is None and not self.has_negative:
+            raise ValueError(
+                "skip_blocks leave blocks out of the negative branch, which cfg 1 does not run; set skip_scale to run "
+                "a branch of their own, or cfg above 1."
+            )
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -63,8 +134,15 @@ class GuidanceSettings:
 
     @property
     def branches(self) -> int:
-        """The most branches that a step of the run needs: 1 when the scale is always 1, else 2."""
-        return 1 if all(scale == 1 for scale in (*self.scales, *_numbers(self.scale_low))) else 2
+        """The most branches that a step of the run needs: 1 when the scale is always 1, else 2; skip-layer guidance may
+        have a further one.
+        """
+        return 1 + self.has_negative + self.skip.is_own_branch
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether a step of the run needs the unconditional branch."""
+        return any(scale != 1 for scale in (*self.scales, *_numbers(self.scale_low)))
 
     def of_expert(self, number: int) -> "GuidanceSettings":
         """The guidance of a run's expert, numbered from 0."""

@@ -7,6 +7,7 @@ Shapes: B batch, S tokens, D model width, z latent channels, F latent frames wit
 latent cells. Attribute names are the published keys (Wan-Video/Wan2.1 wan/modules/model.py).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..settings import NagSettings
 from ..types import Conditioning
 from .attention import AttentionFn, RotaryTable, rotary_table, sdpa
 from .config import HEAD_DIM, DiTConfig
@@ -60,13 +62,14 @@ class TokenState:
     """The tokens (B, S, D) of one branch in one step, which `run_blocks` advances in place.
 
     `vace` holds the hidden state (B, S, D) of each VACE input with a strength other than 0 in this step, and the
-    strength.
+    strength. The blocks of the numbers `skipped` leave the tokens as they are.
     """
 
     tokens: Tensor
     time: TimeEmbedding
     prepared: Prepared
     vace: list[tuple[Tensor, float]]
+    skipped: frozenset[int] = frozenset()
 
 
 class Head(nn.Module):
@@ -143,12 +146,14 @@ class WanDiT(nn.Module):
         rows: tuple[TokenRows, TokenRows] | None = None,
         *,
         keep: bool = False,
+        nag: NagSettings | None = None,
     ) -> Prepared:
         """Project `cond` once for latents of `size` = (R + F, h, w); `motion` (B, 6, D) is the motion controller's
         output, `rope` the rotation of an earlier preparation of this size, `rows` the timesteps of all tokens and of
         those of the video of an earlier one with this `timestep_index`.
 
         With `keep` the first step leaves the keys and values of cross-attention to the others; weights must not change.
+        With `nag`, attention to the text is led away from that to the negative text, if there is one.
 
         Inputs that the model has a place for and `cond` lacks are zeros: the image tokens and channels of an inpainting
         model without an image, and the reference of a control model without one, were trained that way (VideoX-Fun).
@@ -187,6 +192,9 @@ class WanDiT(nn.Module):
             rows = TokenRows.of(whole, device), TokenRows.of(index, device)
         all_rows, video_rows = rows or (None, None)
         context = Context(text, image, rope, self.attend, self.fused, {} if keep else None, all_rows)
+        if nag is not None and cond.negative_text is not None:
+            negative = self.text_embedding(cond.negative_text.to(device, dtype))
+            context = dataclasses.replace(context, negative=negative, nag=nag)
         return Prepared(context, size, concat, camera, reference, motion, vace, video_rows)
 
     def embed(
@@ -227,11 +235,14 @@ class WanDiT(nn.Module):
             block = self.blocks[index]
             if on_block is not None:
                 on_block(index)
+            if all(index in state.skipped and index not in hints for state in states):
+                continue
             # The first VACE block reads the tokens before block 0, the others only their own hidden state. A hint is
-            # added after the block of its layer.
+            # added after the block of its layer, also of a skipped one.
             found = [self._hints(hints[index], state) if index in hints else [] for state in states]
             for state, updates in zip(states, found, strict=True):
-                state.tokens = block(state.tokens, state.time.blocks, state.prepared.context)
+                if index not in state.skipped:
+                    state.tokens = block(state.tokens, state.time.blocks, state.prepared.context)
                 while updates:  # popped, so that each hint's memory is free before the next is added
                     state.tokens = add_(state.tokens, *updates.pop(0))
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..settings import NagSettings
 from .attention import AttentionFn, RotaryTable
 from .config import HEAD_DIM, MotionControllerConfig
 from .fused import EAGER, FusedSteps, TokenRows
@@ -108,7 +109,7 @@ class MotionController(nn.Module):
 EPS = 1e-6
 FEED_FORWARD_TOKENS = 8192
 """Tokens per pass through the feed-forward layers. Their hidden tensor, 13824 wide where the 14B models are 5120, would
-be the largest of the run.
+be the largest of the run. Also per pass of attention guidance, which computes in float32.
 """
 
 
@@ -117,8 +118,9 @@ class Context:
     """The inputs of every block of one branch that stay the same over the steps of a run.
 
     `text` (B, L, D) and `image` (B, N, D) are projected to the model width; `rope` rotates the video tokens. `kept`
-    holds the keys and values of each cross-attention, filled by the first step for the others; None keeps nothing.
-    `rows` says which of several timesteps each token has; None where there is one.
+    holds the keys and values of each cross-attention, of the text and of the negative text, filled by the first step
+    for the others; None keeps nothing. `rows` says which of several timesteps each token has; None where there is one.
+    With attention guidance, `negative` (at most B, L, D) leads the first videos of the batch away, as `nag` says.
     """
 
     text: Tensor
@@ -126,8 +128,10 @@ class Context:
     rope: RotaryTable
     attend: AttentionFn
     fused: FusedSteps = EAGER
-    kept: dict[nn.Module, tuple[Tensor, ...]] | None = None
+    kept: dict[tuple[nn.Module, str], tuple[Tensor, ...]] | None = None
     rows: TokenRows | None = None
+    negative: Tensor | None = None
+    nag: NagSettings = NagSettings()
 
 
 class SelfAttention(nn.Module):
@@ -159,24 +163,47 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q = _heads(rms_norm_(self.q(x), self.norm_q.weight, EPS))
-        k, v, *image = self._projected(context)
+        k, v, *image = self._projected("text", context)
         out = context.attend(q, k, v)
+        if context.negative is not None:
+            led = q[: len(context.negative)]
+            away = context.attend(led, *self._projected("negative", context))
+            guided = attention_guidance(out[: len(led)].flatten(2), away.flatten(2), context.nag).view_as(led)
+            out = guided if len(led) == len(out) else torch.cat((guided, out[len(led) :]))
         if image:
             # Two softmaxes that are added, not one over the text and image tokens together.
             out = add_(out, context.attend(q, *image))
         return self.o(out.flatten(2))
 
-    def _projected(self, context: Context) -> tuple[Tensor, ...]:
-        """Keys and values (B, L, heads, 128) of the text, and those of the image if there is one."""
-        if context.kept is not None and self in context.kept:
-            return context.kept[self]
-        projected = [rms_norm_(self.k(context.text), self.norm_k.weight, EPS), self.v(context.text)]
-        if context.image is not None:
+    def _projected(self, which: str, context: Context) -> tuple[Tensor, ...]:
+        """Keys and values (B, L, heads, 128) of the text, and those of the image if there is one; or of the negative
+        text.
+        """
+        if context.kept is not None and (self, which) in context.kept:
+            return context.kept[self, which]
+        text = context.text if which == "text" else context.negative
+        assert text is not None, "asked for where it is"
+        projected = [rms_norm_(self.k(text), self.norm_k.weight, EPS), self.v(text)]
+        if context.image is not None and which == "text":
             projected += [rms_norm_(self.k_img(context.image), self.norm_k_img.weight, EPS), self.v_img(context.image)]
         found = tuple(map(_heads, projected))
         if context.kept is not None:
-            context.kept[self] = found
+            context.kept[self, which] = found
         return found
+
+
+def attention_guidance(positive: Tensor, negative: Tensor, settings: NagSettings) -> Tensor:
+    """The attention to a text (B, S, D), led away from that to the negative text (NAG; Chen et al. 2025,
+    ChenDarYen/ComfyUI-NAG `utils.nag`). Computed in float32, a few tokens at a time.
+    """
+    out = torch.empty_like(positive)
+    pieces = (tensor.split(FEED_FORWARD_TOKENS, 1) for tensor in (positive, negative, out))
+    for plain, away, place in zip(*pieces, strict=True):
+        plain, guided = plain.float(), torch.lerp(away.float(), plain.float(), settings.scale)
+        before, after = (x.abs().sum(-1, keepdim=True).clamp_min(1e-6) for x in (plain, guided))
+        guided.mul_((settings.tau * before / after).clamp_max(1))
+        place.copy_(torch.lerp(plain, guided, settings.alpha))
+    return out
 
 
 class WanBlock(nn.Module):

@@ -268,7 +268,10 @@ def _counted_bytes(
         # Guidance at every step, so that all its branches are counted.
         scale = next((scale for scale in guidance.scales if scale != 1), 1.0)
         always = dataclasses.replace(guidance, scale=scale, start=0.0, end=1.0, zero_steps=0)
-        predict = Guided(ModelPredictor(twin, time, blocks, controller), always)
+        if guidance.skip.blocks:
+            # One of the two blocks: a branch that leaves blocks out keeps as much as any other.
+            always = dataclasses.replace(always, skip=dataclasses.replace(guidance.skip, blocks=(1,), start=0, end=1))
+        predict = Guided(ModelPredictor(twin, time, blocks, controller, guidance=always), always)
         # The second step has what a cache kept of the first.
         for index in (1, 2):
             predict(x, 0.0, cond, StepInfo(index, 4))
@@ -307,10 +310,16 @@ class _Comparing:
 def kept_bytes(config: DiTConfig, cond: Conditioning, dtype: torch.dtype, guidance: GuidanceSettings) -> int:
     """Bytes of the keys and values of cross-attention in all blocks, of every branch that a run has."""
     # A batch of both branches keeps its own beside those of the one branch at steps without guidance.
-    branches = 3 if guidance.branches == 2 and guidance.mode == "batched" else guidance.branches
+    branches = guidance.branches + (guidance.has_negative and guidance.mode == "batched")
+    if guidance.skip.blocks and guidance.mode == "batched":
+        branches += 1  # the branch that left blocks out runs by itself
     blocks = config.num_layers + (len(config.vace_layers) if cond.vace else 0)
     batch, text_tokens, _ = cond.encoded_text.shape
-    return branches * blocks * 2 * batch * _context_tokens(config, text_tokens) * config.dim * dtype.itemsize
+    tokens = branches * _context_tokens(config, text_tokens)
+    if guidance.nag.is_on:
+        # Beside the negative text's own branch: it leads the conditional one, alone, in a batch and without blocks.
+        tokens += (branches - guidance.has_negative) * text_tokens
+    return blocks * 2 * batch * tokens * config.dim * dtype.itemsize
 
 
 def kept_share(config: DiTConfig, size: tuple[int, int, int], text_tokens: int) -> float:
@@ -323,12 +332,14 @@ def _context_tokens(config: DiTConfig, text_tokens: int) -> int:
     return text_tokens + config.num_image_tokens
 
 
-def pass_flops(config: DiTConfig, size: tuple[int, int, int], text_tokens: int = 512, vace_inputs: int = 0) -> float:
-    """Floating-point operations of the blocks in one forward of one branch."""
+def pass_flops(
+    config: DiTConfig, size: tuple[int, int, int], text_tokens: int = 512, vace_inputs: int = 0, texts: int = 1
+) -> float:
+    """Floating-point operations of the blocks in one forward of one branch, which attends to as many `texts`."""
     _, ph, pw = config.patch_size
     tokens = size[0] * (size[1] // ph) * (size[2] // pw)
     dim = config.dim
-    context = _context_tokens(config, text_tokens)
+    context = _context_tokens(config, text_tokens) + (texts - 1) * text_tokens
     # Per token: q, k, v and o of self-attention, q and o of cross-attention, two matrices of the feed-forward; the
     # context gives k and v. A multiply-add counts as two operations, and attention has two products.
     linear = 2 * tokens * (6 * dim * dim + 2 * dim * config.ffn_dim) + 4 * context * dim * dim

@@ -274,7 +274,7 @@ def _encoder_phase(
 def _sampling_phase(name: str, plan: RunPlan, limit: float | None) -> Phase:
     asked = plan.settings.guidance
     note = f"{len(plan.placement.resident)} of {len(plan.placement.inventory.blocks)} blocks stay"
-    if plan.placement.streamed and asked.branches == 2:
+    if plan.placement.streamed and asked.branches > 1:
         note += f", guidance {asked.mode}"
     return _phase(
         name, plan.placement, plan.peak_bytes, limit, copied=plan.copied_per_step, hidden=plan.hidden, note=note

@@ -77,7 +77,8 @@ class RunPlan:
     def passes_per_step(self) -> int:
         """How often the blocks are copied for one step."""
         guidance = self.settings.guidance
-        return self.evaluations * (guidance.branches if guidance.mode == "sequential" else 1)
+        alone = {"sequential": guidance.branches, "interleaved": 1, "batched": 1 + bool(guidance.skip.blocks)}
+        return self.evaluations * alone[guidance.mode]
 
     @property
     def copied_per_step(self) -> int:
@@ -141,7 +142,7 @@ def placed_run(
 ) -> RunPlan:
     """The plan of a run that nothing but `memory.persistent_params` bounds; its activations are not counted."""
     placement = place(dit_inventory(dit, cond), None, memory.persistent_params)
-    sequential = settings.guidance.mode == "sequential" and settings.guidance.branches == 2
+    sequential = settings.guidance.mode == "sequential" and settings.guidance.branches > 1
     settings = interleaved(settings) if placement.streamed and sequential else settings
     plan = RunPlan(settings, placement, 0, 0, None, 0.0)
     return plan if memory.persistent_params is not None else _keeping(plan, dit, cond, size, memory, loras)
@@ -200,7 +201,11 @@ def _counted(
     # Between its evaluations a solver holds the first velocity and the latents that it led to, in float32.
     held = 2 * (evaluations - 1) * prod((len(cond.encoded_text), dit.config.out_channels, prefix + size.frames))
     activations += beside + held * size.height * size.width * torch.float32.itemsize
-    flops = evaluations * settings.guidance.branches * pass_flops(dit.config, window, vace_inputs=len(cond.vace or ()))
+    guidance, vace_inputs = settings.guidance, len(cond.vace or ())
+    led = guidance.branches - guidance.has_negative if guidance.nag.is_on else 0
+    flops = (guidance.branches - led) * pass_flops(dit.config, window, vace_inputs=vace_inputs)
+    flops += led * pass_flops(dit.config, window, vace_inputs=vace_inputs, texts=2)
+    flops *= evaluations
     return RunPlan(settings, Placement(inventory), activations, allowance_for(activations), None, flops, evaluations)
 
 

@@ -65,7 +65,8 @@ def compose(
         on_cpu = settings.cache.residual_on_cpu or windows is not None
         blocks = memories["cache"] = CachedBlocks(blocks, rule, dit.dtype, on_cpu=on_cpu)
     # A projection is kept for one window only, so with several windows none would ever be used again.
-    model = ModelPredictor(dit, time, blocks, motion_controller, keep=settings.keep_projections and windows is None)
+    keep = settings.keep_projections and windows is None
+    model = ModelPredictor(dit, time, blocks, motion_controller, guidance=settings.guidance, keep=keep)
     # Guidance is the innermost wrapper because it needs the branches apart; it commutes with the mean over windows.
     predict: Predictor = Guided(model, settings.guidance)
     if windows is not None:

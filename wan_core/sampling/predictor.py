@@ -1,5 +1,6 @@
 """The interface between a model and everything that samples from it, and the check that its velocities are finite."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Protocol
@@ -12,7 +13,8 @@ from ..models.dit import Prepared, TimeEmbedding, TokenState, WanDiT, check_shap
 from ..models.fused import TokenRows
 from ..models.layers import MotionController
 from ..runtime import Runtime
-from ..types import Conditioning, StepInfo, tensors_in
+from ..settings import GuidanceSettings
+from ..types import Conditioning, Curve, StepInfo, tensors_in
 
 
 class NonFiniteError(ValueError):
@@ -98,6 +100,26 @@ Key = tuple[str, int]
 """
 
 
+SKIPPING = "skipping"
+"""The branch of skip-layer guidance: the conditional one without some blocks."""
+
+
+def skip_scale(guidance: GuidanceSettings, index: int, total: int) -> float:
+    """How far step `index` of `total` is led away from the branch `SKIPPING`; 0 does not run it."""
+    skip = guidance.skip
+    return Curve((skip.scale,), skip.start, skip.end, 0.0).at(index, total) if skip.blocks and skip.scale else 0.0
+
+
+def skipped_blocks(guidance: GuidanceSettings, branch: str, index: int, total: int) -> frozenset[int]:
+    """The blocks that `branch` leaves out at step `index` of `total`."""
+    skip, without = guidance.skip, frozenset[int]()
+    if branch == SKIPPING:
+        return frozenset(skip.blocks)
+    if branch == "negative" and skip.blocks and skip.scale is None:
+        return frozenset(skip.blocks) if Curve((1.0,), skip.start, skip.end, 0.0).at(index, total) else without
+    return without
+
+
 class BlockRunner(Protocol):
     """Takes token states through the blocks of a model; step caches are built on this seam.
 
@@ -178,10 +200,14 @@ class ModelPredictor:
         run_blocks: BlockRunner,
         motion_controller: MotionController | None = None,
         *,
+        guidance: GuidanceSettings | None = None,
         keep: bool = False,
     ) -> None:
-        """With `keep`, the keys and values of cross-attention are kept between steps too."""
+        """With `keep`, the keys and values of cross-attention are kept between steps too. Of `guidance`, what happens
+        inside of a branch is done here: attention guidance, and the blocks that a branch leaves out.
+        """
         self._dit, self._keep = dit, keep
+        self._guidance = guidance or GuidanceSettings()
         self._time = time
         self._run_blocks = run_blocks
         self._motion_controller = motion_controller
@@ -212,15 +238,15 @@ class ModelPredictor:
         if info.window != self._window:
             self._prepared.clear()
             self._window = info.window
-        return [
-            self._dit.embed(
-                x,
-                self._time[info],
-                self._prepare(name, cond, x, info.window),
-                vace_strengths(cond, info.index, info.total),
-            )
-            for name, cond in branches.items()
-        ]
+        states = []
+        for name, cond in branches.items():
+            prepared = self._prepare(name, cond, x, info.window)
+            if not Curve((1.0,), 0.0, self._guidance.nag.end, 0.0).at(info.index, info.total):
+                prepared = dataclasses.replace(prepared, context=dataclasses.replace(prepared.context, negative=None))
+            state = self._dit.embed(x, self._time[info], prepared, vace_strengths(cond, info.index, info.total))
+            state.skipped = skipped_blocks(self._guidance, name, info.index, info.total)
+            states.append(state)
+        return states
 
     def _prepare(self, branch: str, cond: Conditioning, x: Tensor, window: int) -> Prepared:
         if branch not in self._prepared:
@@ -230,7 +256,8 @@ class ModelPredictor:
             motion = motion_offset(self._motion_controller, cond)
             motion = None if motion is None else motion.to(x.device)
             known = self._rotations.get(size), self._rows.get(window)
-            prepared = self._dit.prepare(cond, size, motion, *known, keep=self._keep)
+            nag = self._guidance.nag if self._guidance.nag.is_on else None
+            prepared = self._dit.prepare(cond, size, motion, *known, keep=self._keep, nag=nag)
             self._prepared[branch] = prepared
             if prepared.context.rows is not None and prepared.rows is not None:
                 self._rows[window] = prepared.context.rows, prepared.rows

@@ -126,6 +126,11 @@ class _Run:
             raise ValueError(f"The latents to start from are {tuple(start.shape)}; this run needs {self.shape}.")
         if earlier is not None and tuple(earlier.video.shape) != self.shape:
             raise ValueError(f"The earlier run has latents {tuple(earlier.video.shape)}; this one needs {self.shape}.")
+        skipped, count = settings.guidance.skip.blocks, self.model.first.config.num_layers
+        if skipped and max(skipped) >= count:
+            raise ValueError(f"skip_blocks has block {max(skipped)}; this model has blocks 0 to {count - 1}.")
+        if settings.guidance.nag.is_on and self.cond.negative_text is None:
+            raise ValueError("nag_scale needs a negative prompt; this conditioning has none.")
         if start is None and earlier is None and settings.start_step:
             raise ValueError(f"start_step {settings.start_step} continues an earlier sampler; connect its latents.")
         if start is None and settings.starts_clean:
