@@ -130,20 +130,24 @@ def train(
     stages: Sequence[tuple[Data, int]],
     empty: tuple[Tensor, Tensor],
     seed: int = 0,
+    begin: Mapping[str, Tensor] | None = None,
     save: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> Mapping[str, Tensor]:
     """The weights of a text-to-video model that learns from each of `stages`, data for so many steps, in turn.
 
     Small pictures come first: a step on them costs half as much. `empty` are the rows and length of the empty caption;
-    `save` gets the weights on the way, every 500 steps.
+    `begin` are weights to start from; `save` gets the weights on the way, every 500 steps.
     """
     torch.manual_seed(seed)
     dit = WanDiT(config)
     initialise(dit)
+    if begin is not None:
+        dit.load_state_dict(begin)
     torch.manual_seed(seed + rank())
     r = np.random.default_rng([seed, rank()])
     optimizer = Both(dit, LR, by_adam=("text_embedding", "time_", "patch_embedding", "head"))
-    objective = Objective()
+    # Where a shape is and how it moves is decided in the most noise, which the reference's weights leave out.
+    objective = Objective(weighting="none")
     steps, step, total = sum(steps for _, steps in stages), 0, 0.0
     for data, count in stages:
         for _ in range(count):
