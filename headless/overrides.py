@@ -31,6 +31,23 @@ def apply_tiny(workflow: Workflow, nodes: Mapping[str, type[Any]]) -> Workflow:
     return workflow.with_all({node.id: nodes[node.class_type].tiny(prompt[node.id]["inputs"]) for node in changed})
 
 
+def apply_to_samplers(workflow: Workflow, values: Mapping[str, Any], nodes: Mapping[str, type[Any]]) -> Workflow:
+    """The workflow with these inputs of every node that declares them all, which are its samplers.
+
+    Raises:
+        WorkflowError: no node does.
+    """
+
+    def declares(node: NodeSpec) -> bool:
+        cls = nodes.get(node.class_type)
+        return cls is not None and values.keys() <= {name for group in cls.INPUT_TYPES().values() for name in group}
+
+    changed = [node for node in workflow.nodes.values() if declares(node)]
+    if not changed:
+        raise WorkflowError("--recommended: this workflow has no sampler that takes recommended settings.")
+    return workflow.with_all({node.id: dict(values) for node in changed})
+
+
 def apply_sets(workflow: Workflow, sets: Iterable[str], schemas: Mapping[str, NodeSchema]) -> Workflow:
     """The workflow with each `<node title or id>.<input>=<value>` applied, later ones over earlier ones.
 

@@ -9,7 +9,7 @@ from wan_core.loading.detect import Component, join_vace
 from wan_core.loading.download import OnProgress
 from wan_core.loading.pairs import check_pair, find_pairs
 from wan_core.model import VideoModel
-from wan_core.model_files import DiTSettings, experts_of, inspect, load_dit
+from wan_core.model_files import DiTSettings, experts_of, inspect, load_dit, recommended_row
 from wan_core.models.attention import BACKENDS
 from wan_core.models.config import DiTConfig
 from wan_core.offload.formats import WeightChoice
@@ -135,8 +135,10 @@ class ModelLoader(Loader):
         for file, (component, absent) in zip(files, found, strict=True):
             dit = planning.plan_module(component, absent, **inputs)
             experts.append(SizedExpert(dit.module, dit.absent, lowest=file.lowest))
-        variant = match_variant(files[0].component.config_of(DiTConfig))
-        return (planning.PlannedModel(model, variant, tuple(experts)),)
+        first, chosen = files[0].component, _chosen(boundary, preset)[1]
+        variant = match_variant(first.config_of(DiTConfig))
+        row = catalog.find_row(chosen or model) or recommended_row(first, variant, len(files) > 1 or None)
+        return (planning.PlannedModel(model, variant, tuple(experts), row=row),)
 
     def load(
         self,

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from wan_core.cache_settings import CacheSettings, EasyCacheSettings, TeaCacheSettings
 from wan_core.sampling.cache_tables import TEACACHE_COEFFICIENTS
-from wan_core.settings import WINDOW_MODES, GuidanceSettings, RunSettings, ScheduleSettings, WindowMode, WindowSettings
+from wan_core.settings import (
+    WINDOW_MODES,
+    GuidanceSettings,
+    NagSettings,
+    RunSettings,
+    ScheduleSettings,
+    SkipSettings,
+    WindowMode,
+    WindowSettings,
+)
 
 from . import planning, sockets
 
@@ -25,6 +34,14 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
     except ValueError as error:
         raise ValueError(f"{name} is a list of numbers such as '7, 5, 3'; got {text!r}.") from error
     return found
+
+
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """The whole numbers in a text, as of `numbers`."""
+    found = numbers(name, text)
+    if not all(number.is_integer() for number in found):
+        raise ValueError(f"{name} is a list of whole numbers such as '8, 9'; got {text!r}.")
+    return tuple(map(int, found))
 
 
 def _validate(build: Callable[..., Any], **values: Any) -> bool | str:
@@ -170,7 +187,10 @@ class Windows(Options):
 class Guidance(Options):
     """Guidance that changes during the run."""
 
-    DESCRIPTION = "Change the guidance over the steps, use it for a part of the run, or use CFG-Zero*. Replaces cfg."
+    DESCRIPTION = (
+        "Change the guidance over the steps, use it for a part of the run, or use CFG-Zero*, attention guidance (NAG) "
+        "or skip-layer guidance. Replaces cfg."
+    )
     RETURN_TYPES = (sockets.GUIDANCE,)
     RETURN_NAMES = ("guidance",)
 
@@ -195,14 +215,49 @@ class Guidance(Options):
                     0, 0, 100, "CFG-Zero*: first steps whose velocity is set to zero; its authors use 1."
                 ),
                 "cfg_low": sockets.line("", "Of a model of two experts, cfg of the one for low noise. Empty: as cfg."),
+                "nag_scale": sockets.number(
+                    1.0,
+                    0.0,
+                    100.0,
+                    "Attention guidance (NAG): the negative prompt works at cfg 1 too, for a few percent more time. "
+                    "1: off; its authors use 11 for few-step Wan.",
+                ),
+                "nag_tau": sockets.number(
+                    2.5, 1.0, 100.0, "NAG: the most by which a token's attention may grow; 3.5 for text to video."
+                ),
+                "nag_alpha": sockets.number(
+                    0.25, 0.0, 1.0, "NAG: its share of the attention; 0.5 for text to video.", step=0.01
+                ),
+                "nag_end": sockets.number(1.0, 0.0, 1.0, "NAG: fraction of the run after which it is off.", step=0.01),
+                "skip_blocks": sockets.line(
+                    "", "Skip-layer guidance: blocks to leave out, such as 9 or '8, 9'. Empty: off."
+                ),
+                "skip_scale": sockets.number(
+                    -1.0,
+                    -1.0,
+                    100.0,
+                    "-1: the negative branch leaves these blocks out, which costs nothing. Above 0: a branch of its "
+                    "own does, and the result is led away from it so far. 0: off.",
+                ),
+                "skip_start": sockets.number(0.0, 0.0, 1.0, "Fraction of the run where blocks are left out from."),
+                "skip_end": sockets.number(1.0, 0.0, 1.0, "Fraction of the run where blocks are left out to."),
             },
         }
 
     @classmethod
     def VALIDATE_INPUTS(
-        cls, cfg: str | None = None, start: float = 0.0, end: float = 1.0, cfg_low: str = ""
+        cls,
+        cfg: str | None = None,
+        start: float = 0.0,
+        end: float = 1.0,
+        cfg_low: str = "",
+        skip_blocks: str = "",
+        skip_scale: float = -1.0,
+        skip_start: float = 0.0,
+        skip_end: float = 1.0,
     ) -> bool | str:
-        return _validate(cls().build, cfg=cfg, start=start, end=end, cfg_low=cfg_low)
+        skip = {"skip_blocks": skip_blocks, "skip_scale": skip_scale, "skip_start": skip_start, "skip_end": skip_end}
+        return _validate(cls().build, cfg=cfg, start=start, end=end, cfg_low=cfg_low, **skip)
 
     def build(
         self,
@@ -212,8 +267,18 @@ class Guidance(Options):
         zero_star: bool = False,
         zero_steps: int = 0,
         cfg_low: str = "",
+        nag_scale: float = 1.0,
+        nag_tau: float = 2.5,
+        nag_alpha: float = 0.25,
+        nag_end: float = 1.0,
+        skip_blocks: str = "",
+        skip_scale: float = -1.0,
+        skip_start: float = 0.0,
+        skip_end: float = 1.0,
     ) -> tuple[GuidanceSettings]:
         low = numbers("cfg_low", cfg_low) if cfg_low.strip() else None
+        blocks = whole_numbers("skip_blocks", skip_blocks) if skip_blocks.strip() else ()
+        own_scale = None if skip_scale < 0 else skip_scale
         return (
             GuidanceSettings(
                 scale=numbers("cfg", cfg),
@@ -222,6 +287,8 @@ class Guidance(Options):
                 end=end,
                 zero_star=zero_star,
                 zero_steps=zero_steps,
+                nag=NagSettings(scale=nag_scale, tau=nag_tau, alpha=nag_alpha, end=nag_end),
+                skip=SkipSettings(blocks=blocks, scale=own_scale, start=skip_start, end=skip_end),
             ),
         )
 

@@ -17,13 +17,16 @@ from typing import Any, TypeVar
 
 import torch
 
+from wan_core.catalog import CatalogRow
 from wan_core.loading.detect import Component
 from wan_core.lora.target import Target, use_lora
 from wan_core.models.config import Geometry
 from wan_core.offload.formats import WeightChoice
 from wan_core.planning.job import InputSizes, Job
 from wan_core.planning.modules import SizedExpert, SizedModule
+from wan_core.recommend import few_steps_for, few_steps_of, recommended_settings
 from wan_core.runtime import DTYPES
+from wan_core.settings import SamplerSettings
 from wan_core.tiling import Tiles
 from wan_core.types import VideoSize
 from wan_core.variants import Variant
@@ -84,11 +87,20 @@ class PlannedModel:
     variant: Variant
     experts: tuple[SizedExpert, ...]
     motion_controller: SizedModule | None = None
+    row: CatalogRow | None = None
 
     @property
     def geometry(self) -> Geometry:
         """Of its videos and latents."""
         return self.experts[0].module.config.geometry
+
+    def recommended(self, choice: Any, settings: SamplerSettings, more_motion: Any) -> SamplerSettings:
+        """As `VideoModel.recommended`, without the change of LoRAs, which takes no memory."""
+        if isinstance(choice, Unknown) or isinstance(more_motion, Unknown):
+            return settings
+        loras = [use for expert in self.experts for use in expert.loras]
+        few_steps = few_steps_for(choice, few_steps_of(loras, [self.name]))
+        return recommended_settings(choice, settings, few_steps, self.row, self.name, more_motion)
 
     def with_lora(self, path: Path, strength: Any, expert: int | None = None) -> "PlannedModel":
         """The model with the LoRA of a file, as `VideoModel.with_lora`; a strength that is not known counts as 1."""

@@ -14,6 +14,7 @@ from wan_core.models.config import Geometry
 from wan_core.models.vae import denormalise, normalise
 from wan_core.planning.encoders import checked_size
 from wan_core.planning.job import Job
+from wan_core.recommend import CHOICES, OFF
 from wan_core.runtime import log
 from wan_core.sampling.checkpoint import Checkpoint, RunState, find_latents, load_latents, manifest, save_latents
 from wan_core.sampling.experts import RunInputs
@@ -90,31 +91,44 @@ class Sampler:
                     step=sockets.FRAMES,
                 ),
             },
-            "optional": {
-                "denoise": sockets.number(
-                    1.0, 0.0, 1.0, "Below 1 starts from the latent input with that much noise.", step=0.01
-                ),
-                "cfg_mode": sockets.choice(
-                    list(CFG_MODES), "sequential", "How the two branches of guidance run; the result is the same."
-                ),
-                "latent": sockets.socket(
-                    "LATENT",
-                    "A video to start from when denoise is below 1; its size replaces width, height and num_frames.",
-                ),
-                "cache": sockets.socket(sockets.CACHE, "Steps to skip, from TeaCache or EasyCache."),
-                "windows": sockets.socket(sockets.WINDOWS, "A long video in pieces."),
-                "prompts": sockets.socket(sockets.PROMPTS, "A prompt for each window, in place of the conditioning's."),
-                "guidance": sockets.socket(sockets.GUIDANCE, "Guidance that changes over the steps, in place of cfg."),
-                "schedule": sockets.socket(sockets.SCHEDULE, "Your own noise levels, or a part of the steps."),
-                "run": sockets.socket(sockets.RUN, "What a long run saves to disk."),
-                "memory": sockets.socket(
-                    sockets.MEMORY, "How much of the card may be used. Not linked: all that is free."
-                ),
-                "cfg_low": sockets.number(
-                    SAME, SAME, 100.0, f"Of a model of two experts, cfg of the one for low noise. {SAME:g}: as cfg."
-                ),
-            },
+            "optional": cls._optional(),
             "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"},
+        }
+
+    @classmethod
+    def _optional(cls) -> dict[str, Any]:
+        return {
+            "denoise": sockets.number(
+                1.0, 0.0, 1.0, "Below 1 starts from the latent input with that much noise.", step=0.01
+            ),
+            "cfg_mode": sockets.choice(
+                list(CFG_MODES), "sequential", "How the two branches of guidance run; the result is the same."
+            ),
+            "latent": sockets.socket(
+                "LATENT",
+                "A video to start from when denoise is below 1; its size replaces width, height and num_frames.",
+            ),
+            "cache": sockets.socket(sockets.CACHE, "Steps to skip, from TeaCache or EasyCache."),
+            "windows": sockets.socket(sockets.WINDOWS, "A long video in pieces."),
+            "prompts": sockets.socket(sockets.PROMPTS, "A prompt for each window, in place of the conditioning's."),
+            "guidance": sockets.socket(sockets.GUIDANCE, "Guidance that changes over the steps, in place of cfg."),
+            "schedule": sockets.socket(sockets.SCHEDULE, "Your own noise levels, or a part of the steps."),
+            "run": sockets.socket(sockets.RUN, "What a long run saves to disk."),
+            "memory": sockets.socket(sockets.MEMORY, "How much of the card may be used. Not linked: all that is free."),
+            "cfg_low": sockets.number(
+                SAME, SAME, 100.0, f"Of a model of two experts, cfg of the one for low noise. {SAME:g}: as cfg."
+            ),
+            "recommended": sockets.choice(
+                list(CHOICES),
+                OFF,
+                "auto: the authors' steps, cfg, shift, solver and noise levels for the distilled LoRA on the "
+                "model, or else for the model, in place of the widgets. Or those of the named few-step weights.",
+            ),
+            "more_motion": sockets.flag(
+                False,
+                "With recommended few-step settings: the first step has cfg 3.5 and no distilled LoRA, and there "
+                "are two steps more. Users found that this brings back motion.",
+            ),
         }
 
     @classmethod
@@ -156,6 +170,7 @@ class Sampler:
             seed=0 if isinstance(seed, planning.Unknown) else seed, steps=inputs["steps"], shift=inputs["shift"],
             denoise=inputs["denoise"], solver=inputs["solver"], cache=known["cache"], windows=known["windows"],
         )  # fmt: skip
+        settings = handle.recommended(inputs.get("recommended", OFF), settings, inputs.get("more_motion", False))
         job = Job(
             name=handle.name, experts=handle.experts, size=size, settings=settings, given=cond.sizes,
             motion_controller=handle.motion_controller, text_encoder=cond.text_encoder,
@@ -187,12 +202,15 @@ class Sampler:
         run: RunSettings | None = None,
         memory: MemorySettings | None = None,
         cfg_low: float = SAME,
+        recommended: str = OFF,
+        more_motion: bool = False,
         extra_pnginfo: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any]]:
         settings = _settings(
             _guidance(cfg, cfg_low), cfg_mode, guidance, schedule, seed=seed, steps=steps, shift=shift, denoise=denoise,
             solver=solver, cache=_with_template(cache, model), windows=windows,
         )  # fmt: skip
+        model, settings = model.recommended(recommended, settings, more_motion=more_motion)
         geometry = model.geometry
         conditioning = with_known_latents(conditioning, latent or {}, geometry)
         start, size = None, _size(conditioning, checked_size(width, height, num_frames, geometry))

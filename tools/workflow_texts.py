@@ -23,6 +23,7 @@ from wan_core.catalog import (
     Task,
     published,
 )
+from wan_core.distilled import recognise
 from wan_core.loading.pairs import expand
 
 PROMPTS = {
@@ -197,27 +198,52 @@ TASKS: Mapping[Task, TaskGraph] = {
 }
 
 
-def _distilled(workflow: str, model_id: str) -> CatalogRow:
-    """A row with the settings of a four-step LoRA (LightX2V: Euler, shift 5, no guidance)."""
-    row = published(model_id)
-    preset = replace(row.preset, steps=4, cfg=1.0, cfg_low=None, shift=5.0, solver="euler")
-    return replace(row, workflow=workflow, preset=preset)
+LIGHTNING_T2V = link(
+    "Comfy-Org/Wan_2.2_ComfyUI_Repackaged",
+    "split_files/loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_{high,low}_noise.safetensors",
+    "loras",
+)
+LIGHTNING_I2V = link(
+    "Comfy-Org/Wan_2.2_ComfyUI_Repackaged",
+    "split_files/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_{high,low}_noise.safetensors",
+    "loras",
+)
+LIGHTX2V_T2V = link("lightx2v/Wan2.1-Distill-Loras", "wan2.1_t2v_14b_lora_rank64_lightx2v_4step.safetensors", "loras")
+LIGHTX2V_I2V = link(
+    "Kijai/WanVideo_comfy", "Lightx2v/lightx2v_I2V_14B_480p_cfg_step_distill_rank128_bf16.safetensors", "loras"
+)
+FOUR_STEP = {
+    "t2v_14b": LIGHTX2V_T2V,
+    "i2v_480p": LIGHTX2V_I2V,
+    "vace_14b": LIGHTX2V_T2V,
+    "t2v_a14b": LIGHTNING_T2V,
+    "i2v_a14b": LIGHTNING_I2V,
+    "fun_a14b_inp": LIGHTNING_I2V,
+    "fun_a14b_control": LIGHTNING_I2V,
+    "fun_a14b_camera": LIGHTNING_I2V,
+}
+"""The workflows that are also offered with a four-step LoRA, or a pair of them, of the same base and kind."""
 
 
+def _four_step(row: CatalogRow, lora: str) -> CatalogRow:
+    """A row with the settings of its distilled LoRA."""
+    few = recognise([lora])
+    assert few is not None, f"{lora} is a row of `distilled.FEW_STEPS`"
+    preset = replace(row.preset, steps=few.steps, cfg=few.cfg, cfg_low=None, shift=few.shift, solver=few.solver)
+    return replace(row, workflow=f"{row.workflow}_4step", preset=preset)
+
+
+_BY_WORKFLOW = {row.workflow: row for row in CATALOG}
 WORKFLOWS: dict[str, CatalogRow] = {
     "t2v": published(T2V_BASE),
-    **{row.workflow: row for row in CATALOG},
+    **_BY_WORKFLOW,
     "ti2v_5b_text": replace(published(TI2V_BASE), task="text", workflow="ti2v_5b_text"),
-    "t2v_a14b_4step": _distilled("t2v_a14b_4step", "Wan-AI/Wan2.2-T2V-A14B"),
-    "i2v_a14b_4step": _distilled("i2v_a14b_4step", "Wan-AI/Wan2.2-I2V-A14B"),
+    **{f"{name}_4step": _four_step(_BY_WORKFLOW[name], lora["url"]) for name, lora in FOUR_STEP.items()},
 }
 """File name to checkpoint. `t2v` is the first workflow that a newcomer runs."""
 
-LORAS = {
-    "t2v_a14b_4step": "wan2.2_t2v_lightx2v_4steps_lora_v1.1_{high,low}_noise.safetensors",
-    "i2v_a14b_4step": "wan2.2_i2v_lightx2v_4steps_lora_v1_{high,low}_noise.safetensors",
-}
-"""The pair of LoRAs that a workflow adds, as Comfy-Org offers it."""
+LORAS = {f"{name}_4step": lora["name"].rpartition("/")[2] for name, lora in FOUR_STEP.items()}
+"""The LoRA, or the pair, that a workflow adds, as Load LoRA lists it."""
 
 
 def describe(name: str) -> Graph:
@@ -248,7 +274,8 @@ def _lora(name: str) -> list[Step]:
     """The node that adds the LoRAs of a workflow, if it has some."""
     if name not in LORAS:
         return []
-    files = [repacked(file.removesuffix(".safetensors"), "loras", is_22=True) for file in expand(LORAS[name])]
+    urls = expand(FOUR_STEP[name.removesuffix("_4step")]["url"])
+    files = [{"name": url.rpartition("/")[2], "url": url, "directory": "loras"} for url in urls]
     return [Step("Load LoRA", "WanCoreLoraLoader", {"model": ("Load model", 0), "lora": LORAS[name]}, files)]
 
 
@@ -296,7 +323,7 @@ def save_steps(name: str, fps: float) -> list[Step]:
 
 
 def _authors(name: str, row: CatalogRow) -> str:
-    return f"the LoRAs `{LORAS[name]}`" if name in LORAS else f"`{row.model_id}`"
+    return f"the LoRA `{LORAS[name]}`" if name in LORAS else f"`{row.model_id}`"
 
 
 def _note(name: str, row: CatalogRow) -> str:

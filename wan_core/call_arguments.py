@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from .checks import check_choice, check_number, check_whole
 from .runtime import usable_device
 from .sampling.cache_tables import TEACACHE_COEFFICIENTS
 from .sampling.solvers import SOLVERS
-from .settings import MAX_SEED, GuidanceSettings, SamplerSettings, WindowSettings
+from .settings import MAX_SEED, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from .tiling import TileSettings
 from .types import Curve
 
@@ -153,6 +154,27 @@ def settings_of_call(
     )
 
 
+def with_own(
+    settings: SamplerSettings, guidance: GuidanceSettings | None, sigmas: Sequence[float] | None
+) -> SamplerSettings:
+    """`settings` with this guidance and these noise levels in place of their own, where they are given.
+
+    Raises:
+        ValueError: one of them is something else, or out of range.
+    """
+    if guidance is not None and not isinstance(guidance, GuidanceSettings):
+        raise ValueError(f"guidance must be a GuidanceSettings (wan_core.settings); got {guidance!r:.100}.")
+    if sigmas is not None:
+        levels = _members(sigmas)
+        if levels is None:
+            raise ValueError(f"sigmas must be a list of numbers; got {sigmas!r:.100}.")
+        settings = replace(settings, sigmas=tuple(plain_number(level) for level in levels))
+    if guidance is None:
+        return settings
+    batched = settings.guidance.mode == "batched"
+    return replace(settings, guidance=replace(guidance, mode="batched") if batched else guidance)
+
+
 def _needed(name: str, value: Any) -> Any:
     if value is None:
         raise ValueError(f"{name} must be a number; got None.")
@@ -207,3 +229,21 @@ def tiles_of_call(tile_size: Sequence[int], tile_stride: Sequence[int]) -> TileS
     if any(stride > size for size, stride in zip(pairs["tile_size"], pairs["tile_stride"], strict=True)):
         raise ValueError(f"tile_stride must not be above tile_size; got {tile_stride!r} and {tile_size!r}.")
     return TileSettings(size=pairs["tile_size"], stride=pairs["tile_stride"])
+
+
+def memory_of_call(
+    num_persistent_param_in_dit: int | None = None, vram_limit: float | None = None, vram_buffer: float | None = None
+) -> MemorySettings:
+    """What a call may use of the device, in GiB, and how many parameters stay there.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    numbers = check_parameters(
+        num_persistent_param_in_dit=num_persistent_param_in_dit, vram_limit=vram_limit, vram_buffer=vram_buffer
+    )
+    return MemorySettings(
+        vram_limit=numbers["vram_limit"],
+        vram_buffer=numbers["vram_buffer"],
+        persistent_params=numbers["num_persistent_param_in_dit"],
+    )

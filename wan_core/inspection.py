@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from . import catalog
+from . import catalog, distilled
 from .loading.detect import Component, detect_all
 from .loading.load import check_fits
 from .loading.pairs import resolve_experts, side_of
@@ -68,6 +68,9 @@ def _lines(component: Component) -> list[tuple[str, str]]:
     ]
     if component.quantised:
         lines.append(("weights", component.quantised))
+    path = component.header.files[0].resolve()
+    if few_steps := distilled.recognise(distilled.names_of(path), component.header.metadata, component.header):
+        lines.append(("distilled", few_steps.summary))
     if component.kind == "dit":
         lines += _model_lines(component)
     if isinstance(component.config, VAEConfig) and component.config.upscale > 1:

@@ -11,6 +11,7 @@ from torch import nn
 
 from . import catalog
 from .checks import check_number
+from .distilled import FewSteps, names_of
 from .loading.pairs import EXPERTS, resolve_pair, side_of
 from .lora.apply import LoraMode, LoraRun, LoraUse, apply_loras
 from .lora.bind import EVERYWHERE, BlockStrengths
@@ -27,6 +28,7 @@ from .offload.streaming import Placement
 from .offload.weights import WeightProvider
 from .planning.encoders import limit_memory, memory_for
 from .planning.run import RunPlan, placed_run, plan_run
+from .recommend import after_first_step, few_steps_for, few_steps_of, recommended_settings
 from .runtime import Runtime
 from .sampling.checkpoint import Checkpoint, RunState
 from .sampling.experts import Active, Expert, RunInputs, RunModel
@@ -124,6 +126,33 @@ class VideoModel:
     def geometry(self) -> Geometry:
         """Of its videos and latents."""
         return self.config.geometry
+
+    @property
+    def few_steps(self) -> FewSteps | None:
+        """What the authors of the distilled LoRA on it, or else of the checkpoint, recommend; None if neither is known
+        as distilled.
+        """
+        files = self.experts[0].files[:1]
+        return few_steps_of(self.loras, names_of(files[0].resolve()) if files else [self.name])
+
+    def recommended(
+        self, choice: str, settings: SamplerSettings, *, more_motion: bool = False
+    ) -> tuple["VideoModel", SamplerSettings]:
+        """The model and the settings for a run as `choice` says: `off` as they are, `auto` with the recommended steps,
+        shift, cfg, solver and noise levels, or with those of a row of `distilled.FEW_STEPS`, by its name.
+
+        Args:
+            more_motion: of few-step settings, guidance and no distilled LoRA in the first step.
+
+        Raises:
+            ValueError: nothing is known to recommend, or `more_motion` has no few-step settings to change.
+        """
+        row = few_steps_for(choice, self.few_steps)
+        settings = recommended_settings(choice, settings, row, self.row, self.name, more_motion)
+        if not more_motion:
+            return self, settings
+        experts = tuple(after_first_step(each, settings.total_steps) for each in self.experts)
+        return replace(self, experts=experts), settings
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

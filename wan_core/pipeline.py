@@ -16,12 +16,14 @@ from tqdm import tqdm
 from .call_arguments import (
     cache_of_call,
     check_parameters,
+    memory_of_call,
     plain_number,
     settings_of_call,
     strength,
     tiles_of_call,
     truth,
     windows_of_call,
+    with_own,
 )
 from .checks import check_choice
 from .conditioning.camera import CameraPath
@@ -37,9 +39,10 @@ from .offload.weights import WeightProvider
 from .pipeline_models import LoadedModels, PipelineModels, load_models
 from .planning.encoders import IMAGE_ENCODER_BYTES, checked_size, working_encoder
 from .planning.encoders import text_peak_bytes as text_bytes
+from .recommend import OFF
 from .runtime import Runtime, default_device, usable_device
 from .sampling.experts import RunInputs
-from .settings import MemorySettings, SamplerSettings
+from .settings import GuidanceSettings, MemorySettings, SamplerSettings
 from .tiling import AUTO, Tiles, TileSettings
 from .types import Conditioning, Curve, VideoSize
 from .variants import READ_BY_CLIP, check
@@ -107,7 +110,7 @@ class WanVideoPipeline(PipelineModels):
         """
         torch_dtype = compute_dtype("torch_dtype", torch_dtype)
         device = usable_device("device", device)
-        memory = _memory(vram_limit=vram_limit)
+        memory = memory_of_call(vram_limit=vram_limit)
         if use_usp is not False:
             raise ValueError("use_usp is not available: a pipeline computes on one device. Leave it out.")
         defaults = ModelConfig(local_model_path=local_model_path, skip_download=skip_download)
@@ -139,7 +142,7 @@ class WanVideoPipeline(PipelineModels):
         Raises:
             ValueError: a number is out of range.
         """
-        self.memory = _memory(num_persistent_param_in_dit, vram_limit, vram_buffer)
+        self.memory = memory_of_call(num_persistent_param_in_dit, vram_limit, vram_buffer)
         for module in self.models:
             if self.device.type != "cpu":
                 WeightProvider.of(module).offload_to(torch.device("cpu"))
@@ -190,6 +193,10 @@ class WanVideoPipeline(PipelineModels):
         cfg_scale_low: float | Sequence[float] | None = None,
         size_rule: SizeRule = "exact",
         window_prompts: Sequence[Prompt] = (),
+        guidance: GuidanceSettings | None = None,
+        sigmas: Sequence[float] | None = None,
+        recommended: str = OFF,
+        more_motion: bool = False,
     ) -> list[Image.Image] | list[list[Image.Image]] | Iterator[Image.Image] | Tensor:
         """Generate a video.
 
@@ -235,6 +242,11 @@ class WanVideoPipeline(PipelineModels):
             size_rule: how `input_image` decides the size: `exact` is `width` x `height`; `area` and `area and crop`
                 keep the picture's aspect at that area, as the authors do for I2V-A14B and for TI2V-5B.
             window_prompts: what each window shows in place of `prompt`; the last one also serves all windows after it.
+            guidance: with NAG, skip-layer guidance and CFG-Zero* (`settings`), in place of cfg_scale and cfg_scale_low.
+            sigmas: the noise levels, from at most 1 down, in place of the steps, their shift and the strength.
+            recommended: `auto` takes the steps, shift, cfg, solver and noise levels that the authors of the distilled
+                LoRA or of the model publish; a name of `distilled.FEW_STEPS` takes those.
+            more_motion: changes recommended few-step settings against slow motion, see docs/few-steps.md.
 
         Raises:
             ValueError: an argument is out of range, or is not one that this model can use.
@@ -272,6 +284,8 @@ class WanVideoPipeline(PipelineModels):
             windows=windows_of_call(sliding_window_size, sliding_window_stride),
             cache=cache_of_call(tea_cache_l1_thresh, tea_cache_model_id, template),
         )  # fmt: skip
+        settings = with_own(settings, guidance, sigmas)
+        model, settings = model.recommended(recommended, settings, more_motion=truth("more_motion", more_motion))
         tile_settings = tiles_of_call(tile_size, tile_stride)
         tiles: Tiles = tile_settings if truth("tiled", tiled) else AUTO
         start = None if input_video is None else as_frames(input_video, "input_video")
@@ -284,7 +298,7 @@ class WanVideoPipeline(PipelineModels):
         prompts = [text_conditioning(encoder, text, negative_prompt, at_work) for text in window_texts]
         cond, latents = self._encode(cond, inputs, start, size, tiles, fit)
         cond = model.fit(cond.to(self.device), size)
-        runtime = self._runtime(progress_bar_cmd, settings.steps)
+        runtime = self._runtime(progress_bar_cmd, settings.total_steps)
         run_inputs = RunInputs(cond, size.latent, latents, tuple(prompts))
         state = model.sample(run_inputs, settings, self.memory, runtime)
         return self._output(state.video, self._vae(tiles, runtime), output_type)
@@ -354,19 +368,6 @@ class WanVideoPipeline(PipelineModels):
             next(bar, None)
 
         return Runtime(device=self.device, dtype=self.torch_dtype, on_progress=advance)
-
-
-def _memory(
-    num_persistent_param_in_dit: int | None = None, vram_limit: float | None = None, vram_buffer: float | None = None
-) -> MemorySettings:
-    numbers = check_parameters(
-        num_persistent_param_in_dit=num_persistent_param_in_dit, vram_limit=vram_limit, vram_buffer=vram_buffer
-    )
-    return MemorySettings(
-        vram_limit=numbers["vram_limit"],
-        vram_buffer=numbers["vram_buffer"],
-        persistent_params=numbers["num_persistent_param_in_dit"],
-    )
 
 
 def _sized(size: VideoSize, rule: SizeRule, inputs: VideoInputs) -> VideoSize:

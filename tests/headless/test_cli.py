@@ -14,7 +14,9 @@ from tests import fork_server
 from tests.programs import PATIENCE
 from wancore.headless import cli
 from wancore.headless.cli import main
-from wancore.nodes import host
+from wancore.headless.overrides import apply_to_samplers
+from wancore.headless.workflow import Workflow
+from wancore.nodes import NODE_CLASS_MAPPINGS, host
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,6 +139,16 @@ def test_tiny_and_set_reach_the_nodes_with_set_on_top(place, capsys, monkeypatch
     assert exit_code(place, "--tiny", "--set", "Picture.height=24", "--quiet") == 0
     with Image.open(capsys.readouterr().out.strip()) as image:
         assert image.size == (16, 24)
+
+
+def test_recommended_settings_reach_every_sampler_and_nothing_else(place, capsys):
+    workflow = Workflow.load(ROOT / "workflows" / "api" / "t2v.json")
+    changed = apply_to_samplers(workflow, {"recommended": "auto", "more_motion": True}, NODE_CLASS_MAPPINGS)
+    differing = [id for id, node in changed.nodes.items() if node != workflow.nodes[id]]
+    assert [changed.nodes[id].class_type for id in differing] == ["WanCoreSampler"]
+    assert changed.nodes[differing[0]].inputs["recommended"] == "auto"
+    assert exit_code(place, "--recommended", "auto") == 2
+    assert "no sampler that takes recommended settings" in capsys.readouterr().err
 
 
 def test_a_node_may_report_progress(place, capsys, monkeypatch, pack):

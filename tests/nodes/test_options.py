@@ -20,7 +20,14 @@ from wan_core.models.config import PreviewDecoderConfig
 from wan_core.models.preview_decoder import PreviewDecoder
 from wan_core.sampling.checkpoint import load_latents
 from wan_core.sampling.preview import Previewer
-from wan_core.settings import GuidanceSettings, RunSettings, ScheduleSettings, WindowSettings
+from wan_core.settings import (
+    GuidanceSettings,
+    NagSettings,
+    RunSettings,
+    ScheduleSettings,
+    SkipSettings,
+    WindowSettings,
+)
 from wancore.nodes import NODE_CLASS_MAPPINGS, host
 from wancore.nodes.previews import find_decoder, for_editor
 from wancore.nodes.sampler import STATE
@@ -79,6 +86,16 @@ def sampled(loaded, **changes):
             WindowSettings(size=9, stride=6, mode="chain"),
         ),
         ("Guidance", {"cfg": "6, 4 2", "end": 0.8}, GuidanceSettings(scale=(6.0, 4.0, 2.0), end=0.8)),
+        (
+            "Guidance",
+            {"cfg": "1", "nag_scale": 11.0, "nag_end": 0.7, "skip_blocks": "8, 9", "skip_scale": 2.0, "skip_end": 0.5},
+            GuidanceSettings(
+                scale=(1.0,),
+                nag=NagSettings(scale=11.0, end=0.7),
+                skip=SkipSettings(blocks=(8, 9), scale=2.0, end=0.5),
+            ),
+        ),
+        ("Guidance", {"cfg": "4", "skip_blocks": "9"}, GuidanceSettings(scale=(4.0,), skip=SkipSettings(blocks=(9,)))),
         ("Schedule", {"start_step": 0, "end_step": 0}, ScheduleSettings()),
         ("Schedule", {"start_step": 2, "end_step": 4}, ScheduleSettings(start_step=2, end_step=4)),
         (
@@ -108,6 +125,9 @@ def test_option_nodes_give_frozen_settings(node, inputs, expected):
         ("Windows", {"sliding_window_size": 4, "sliding_window_stride": 5}, "from 1 to 4"),
         ("Guidance", {"cfg": "six"}, "list of numbers"),
         ("Guidance", {"cfg": "6", "start": 0.8, "end": 0.2}, "not start after its end"),
+        ("Guidance", {"cfg": "4", "skip_blocks": "nine"}, "list of numbers"),
+        ("Guidance", {"cfg": "4", "skip_blocks": "1.5"}, "list of whole numbers"),
+        ("Guidance", {"cfg": "1", "skip_blocks": "1"}, "set skip_scale"),
         ("Schedule", {"sigma_list": "0, 1"}, "falling"),
         ("LongRun", {"name": "../mine"}, "plain file name"),
         ("WindowPrompts", {"prompts": " \n "}, "at least one line"),
@@ -134,6 +154,8 @@ def test_nothing_connected_is_the_default(loaded):
         {"windows": WindowSettings(size=2, stride=1)},
         {"guidance": GuidanceSettings(scale=(8.0, 2.0))},
         {"schedule": ScheduleSettings(sigmas=(1.0, 0.5, 0.0))},
+        {"guidance": GuidanceSettings(scale=5.0, nag=NagSettings(scale=11.0))},
+        {"recommended": "FastWan"},
     ],
     ids=lambda option: type(*option.values()).__name__,
 )
@@ -145,6 +167,13 @@ def test_auto_needs_a_published_model(loaded):
     unknown = dataclasses.replace(loaded["model"], row=None)
     with pytest.raises(ValueError, match="TeaCache has no coefficients for this model"):
         sampled({**loaded, "model": unknown}, cache=TeaCacheSettings())
+
+
+def test_recommended_settings_take_the_place_of_the_widgets(loaded):
+    typed = sampled(loaded, steps=4, cfg=1.0, shift=5.0, solver="lcm")
+    assert torch.equal(sampled(loaded, recommended="LightX2V 2.1")["samples"], typed["samples"])
+    with pytest.raises(ValueError, match="more_motion changes the recommended settings"):
+        sampled(loaded, more_motion=True)
 
 
 def test_two_samplers_give_what_one_gives(loaded):

@@ -15,12 +15,13 @@ import regex
 import torch
 from torch import Tensor
 
+from ..distilled import FewSteps
 from ..files import errors_from
 from .naming import Dialect, parse_key
 from .patches import Decomposed, Difference, Hadamard, Kronecker, LowRank, Patch, Replacement
 
 ADAPTER_METADATA = "lora_adapter_metadata"
-"""Metadata key under which diffusers keeps the PEFT configuration as JSON, each name behind its component's."""
+"""Metadata key of diffusers for the PEFT configuration as JSON, each name behind its component's."""
 
 MATCH_SECONDS = 2.0
 """How long the patterns of a configuration may take; those of a thousand modules take a few tenths of a second."""
@@ -66,7 +67,7 @@ class Lora:
         skipped: keys that could not be used, whatever the model.
         dialects: how many keys each dialect has.
         alpha: the rule that gave the scales, in words.
-        metadata: the file's own.
+        metadata, few_steps: the file's own, and the settings that its authors recommend if it is known as distilled.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Lora:
     dialects: Mapping[str, int] = field(default_factory=dict)
     alpha: str = "none"
     metadata: Mapping[str, str] = field(default_factory=dict)
+    few_steps: FewSteps | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:

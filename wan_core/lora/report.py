@@ -219,6 +219,8 @@ def describe(
     base_norm: BaseNorm = lambda name: None,
 ) -> LoraReport:
     """The report of `lora`, with `patches` as what is applied."""
+    if lora.few_steps is not None:
+        notes = (*notes, f"Recommended with it: {lora.few_steps.summary}.")
     with torch.no_grad():
         return LoraReport(
             name=lora.name,

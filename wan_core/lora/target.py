@@ -4,13 +4,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ..checks import check_choice
+from ..distilled import names_of, recognise
 from ..files import errors_from, read_json
 from ..loading.detect import Component, detect
 from ..loading.foreign_names import diffusers_name
@@ -49,10 +50,12 @@ def open_lora(path: PathLike) -> Lora:
     files = resolve_model(path)
     header = read_header(files)
     name = describe_files(files)
+    few_steps = recognise(names_of(files[0].resolve()), header.metadata, header)
     if not is_lora(header):
-        return replacing(detect(header, REPLACING_KINDS))
+        return replace(replacing(detect(header, REPLACING_KINDS)), few_steps=few_steps)
     with TensorFiles(header) as tensors:
-        return read_lora(name, header, tensors.read, header.metadata, peft_config(files[0]))
+        lora = read_lora(name, header, tensors.read, header.metadata, peft_config(files[0]))
+    return replace(lora, few_steps=few_steps)
 
 
 def lora_from_tensors(tensors: Mapping[str, Tensor], name: str = "state_dict") -> Lora:
