@@ -18,7 +18,7 @@ from wan_core.conditioning.image import (
     reference_conditioning,
 )
 from wan_core.conditioning.vace import vace_conditioning
-from wan_core.media.fitting import Aspect, LengthPolicy, SizeRule, size_by_rule
+from wan_core.media.fitting import Aspect, LengthPolicy, SizeRule
 from wan_core.models.config import DEFAULT_GEOMETRY
 from wan_core.models.image_encoder import ImageEncoder
 from wan_core.models.vae import WanVAE
@@ -144,7 +144,7 @@ class ImageEncode(Encode):
         size_rule: SizeRule = "exact",
         **tiles: Any,
     ) -> tuple[Conditioning]:
-        size = _size_for(start_image, size_rule, width, height, num_frames, vae)
+        size = checked_size(width, height, num_frames, vae.config.geometry, size_rule, start_image)
         pictures = {"start": start_image, "end": end_image, "video": video, "mask": mask}
         with encoders(vae, image_encoder, tile_settings(**tiles)) as encoder:
             cond = image_conditioning(
@@ -187,7 +187,7 @@ class StartFrames(Encode):
         size_rule: SizeRule = "exact",
         **tiles: Any,
     ) -> tuple[Conditioning]:
-        size = _size_for(start_image, size_rule, width, height, num_frames, vae)
+        size = checked_size(width, height, num_frames, vae.config.geometry, size_rule, start_image)
         if not size.geometry.frame_times:
             raise ValueError(
                 f"Start Frames is for Wan 2.2 TI2V-5B, and this VAE is that of {size.geometry.name}. Use Image Encode, "
@@ -196,17 +196,6 @@ class StartFrames(Encode):
         with encoders(vae, None, tile_settings(**tiles)) as encoder:
             cond = clean_start_conditioning(conditioning, size, encoder, start_image, Fit(aspect=aspect))
         return (cond.to(host.current.offload_device()),)
-
-
-def _size_for(
-    start_image: Tensor | None, rule: SizeRule, width: int, height: int, num_frames: int, vae: WanVAE
-) -> VideoSize:
-    """The size of a video that starts with a picture (T, H, W, C), if with one."""
-    geometry = vae.config.geometry
-    if start_image is not None and rule != "exact":
-        picture = (start_image.shape[2], start_image.shape[1])
-        width, height = size_by_rule(rule, width, height, picture, geometry.side_multiple)
-    return checked_size(width, height, num_frames, geometry)
 
 
 class ControlEncode(Encode):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -33,7 +33,7 @@ from .conditioning.pose_rows import DEFAULT_ORIGIN
 from .conditioning.text import Prompt, as_prompts, text_conditioning
 from .decode import VaeHandle
 from .media import pixels_to_images
-from .media.fitting import SIZE_RULES, Pictures, SizeRule, as_frames, size_by_rule
+from .media.fitting import Pictures, SizeRule, as_frames
 from .model_config import TOKENIZER_CONFIG, ModelConfig, compute_dtype
 from .offload.weights import WeightProvider
 from .pipeline_models import LoadedModels, PipelineModels, load_models
@@ -265,17 +265,17 @@ class WanVideoPipeline(PipelineModels):
         if cfg_scale_low is not None and len(model.experts) == 1:
             raise ValueError(f"cfg_scale_low is for models of two experts; {model.name} has one. Give cfg_scale.")
         sides = check_parameters(width=width, height=height, num_frames=num_frames)
-        size = checked_size(**sides, geometry=model.geometry)
+        first = None if input_image is None else as_frames(input_image, "input_image")
+        size = checked_size(**sides, geometry=model.geometry, rule=size_rule, start_image=first)
         inputs = VideoInputs.of_call(
             num_frames=size.num_frames, camera_control_direction=camera_control_direction,
             camera_control_speed=camera_control_speed, camera_control_origin=camera_control_origin,
             camera_path=camera_path, vace_scale=strength("vace_scale", vace_scale),
-            vace_reference_image=vace_reference_image, input_image=input_image, end_image=end_image,
+            vace_reference_image=vace_reference_image, input_image=first, end_image=end_image,
             inpaint_video=inpaint_video, inpaint_mask=inpaint_mask, control_video=control_video,
             reference_image=reference_image, vace_video=vace_video, vace_video_mask=vace_video_mask,
             **check_parameters(motion_bucket_id=motion_bucket_id),
         )  # fmt: skip
-        size = _sized(size, size_rule, inputs)
         template = model.row.preset.teacache if model.row else None
         settings = settings_of_call(
             seed=seed, rand_device=rand_device, num_inference_steps=num_inference_steps, sigma_shift=sigma_shift,
@@ -368,16 +368,6 @@ class WanVideoPipeline(PipelineModels):
             next(bar, None)
 
         return Runtime(device=self.device, dtype=self.torch_dtype, on_progress=advance)
-
-
-def _sized(size: VideoSize, rule: SizeRule, inputs: VideoInputs) -> VideoSize:
-    """`size` with the sides that `rule` gives for the start image."""
-    check_choice("size_rule", rule, SIZE_RULES)
-    if inputs.input_image is None:
-        return size
-    height, width = inputs.input_image.shape[1:3]
-    sides = size_by_rule(rule, size.width, size.height, (width, height), size.geometry.side_multiple)
-    return replace(size, width=sides[0], height=sides[1])
 
 
 def _prompts_of_windows(window_prompts: Sequence[Prompt], prompt: Prompt, settings: SamplerSettings) -> list[list[str]]:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..media.fitting import SIZE_RULES, SizeRule, size_by_rule
 from ..models.config import Geometry, TextEncoderConfig, VAEConfig
 from ..models.ops import on_meta
 from ..models.text_encoder import UMT5Encoder
@@ -17,7 +18,7 @@ from ..offload.blocks import installed_ram, used_bytes
 from ..offload.streaming import place
 from ..offload.weights import WeightProvider
 from ..runtime import GIB, OutOfMemoryError, Runtime, gigabytes
-from ..settings import MemorySettings
+from ..settings import MemorySettings, check_choice
 from ..tiling import TileSettings
 from ..types import LatentSize, VideoSize
 from .estimate import count_bytes
@@ -185,13 +186,29 @@ IMAGE_ENCODER_BYTES = 64 * 2**20
 """Activations of CLIP ViT-H/14 for one picture of 257 tokens: its widest tensor, 257 x 5120, is 5 MiB in float32."""
 
 
-def checked_size(width: int, height: int, num_frames: int, geometry: Geometry) -> VideoSize:
+def checked_size(
+    width: int,
+    height: int,
+    num_frames: int,
+    geometry: Geometry,
+    rule: SizeRule = "exact",
+    start_image: Tensor | None = None,
+) -> VideoSize:
     """`VideoSize.rounded`, for a video that fits into the memory of this machine at one byte per colour.
 
+    Args:
+        rule: how the first frame `start_image` (T, H, W, C), if there is one, decides the sides (`size_by_rule`); the
+            area is that of the typed sides, before they are rounded.
+
     Raises:
-        ValueError: it does not fit, or `VideoSize.rounded` refuses a number.
+        ValueError: it does not fit, there is no such rule, or `VideoSize.rounded` refuses a number.
     """
+    check_choice("size_rule", rule, SIZE_RULES)
     size = VideoSize.rounded(width, height, num_frames, geometry)
+    if start_image is not None and rule != "exact":
+        picture = (start_image.shape[2], start_image.shape[1])
+        sides = size_by_rule(rule, int(width), int(height), picture, geometry.side_multiple)
+        size = replace(size, width=sides[0], height=sides[1])
     held, memory = 3 * size.width * size.height * size.num_frames, installed_ram()
     if held > memory:
         raise ValueError(
