@@ -142,6 +142,21 @@ def test_an_expert_is_read_when_its_first_step_comes(models):
     assert unread(pipe) == [False, False]
 
 
+def test_host_memory_holds_one_expert_where_it_has_no_room_for_two(models, expected, monkeypatch):
+    """The expert before is dropped and read again in the next run, unless a script has its weights in hand."""
+    pipe, taken = load(models, offload_dtype=torch.float64), load(models)
+    assert not torch.equal(latents(pipe, seed=2), expected) and unread(pipe) == [False, False]
+    monkeypatch.setattr("wan_core.model.available_ram", lambda: 1000)
+    pipe = load(models, offload_dtype=torch.float64)
+    for left in ([True, False], [True, False]):
+        assert torch.equal(latents(pipe), expected) and unread(pipe) == left
+    latents(pipe, switch_DiT_boundary=0)
+    assert unread(pipe) == [False, True]
+    weights = taken.dit.state_dict()
+    assert torch.equal(latents(taken), expected) and unread(taken) == [False, False]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in taken.dit.state_dict().items())
+
+
 def test_the_parts_of_a_pair_have_the_names_of_the_reference(models, pipe):
     assert pipe.vace is None and pipe.vace2 is None
     for part, seed in ((pipe.dit, HIGH), (pipe.dit2, LOW)):

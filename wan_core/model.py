@@ -22,7 +22,7 @@ from .models import kernels
 from .models.config import DiTConfig, Geometry
 from .models.dit import WanDiT
 from .models.layers import MotionController
-from .offload.blocks import used_bytes
+from .offload.blocks import available_ram, used_bytes, weight_bytes
 from .offload.read_ahead import ReadAhead
 from .offload.streaming import Placement
 from .offload.weights import WeightProvider
@@ -84,9 +84,10 @@ class VideoModel:
         return self.expert_dit(0)
 
     def expert_dit(self, number: int) -> WanDiT:
-        """The transformer of that expert with its weights, which are read first if no run has needed them yet."""
+        """The transformer of that expert with its weights, which are read first if no run has needed them yet, and stay
+        in memory from then on."""
         dit = self.experts[number].dit
-        WeightProvider.of(dit).read()
+        WeightProvider.of(dit).read(keep=True)
         return dit
 
     @property
@@ -288,7 +289,8 @@ class VideoModel:
             keep: leave them there for the next run.
         """
         # Reading puts new layers in the place of those on the meta device, so it comes before a LoRA's hooks.
-        dit, loras = self.expert_dit(expert), self.experts[expert].loras
+        dit, loras = self.experts[expert].dit, self.experts[expert].loras
+        WeightProvider.of(dit).read()
         streamed = placement is not None and bool(placement.streamed)
         # LoRAs first: folded weights have to move to the device with the others.
         with ExitStack() as stack:
@@ -332,6 +334,7 @@ class VideoModel:
             for other in self.experts:
                 if other.dit is not dit:
                     WeightProvider.of(other.dit).evict()
+            self._make_room(number)
             plan = self.plan(inputs, settings, memory, runtime, number)
             total, device = settings.total_steps, runtime.device
             with self.working(total, device, plan.placement, expert=number, keep=keep) as run:
@@ -346,6 +349,14 @@ class VideoModel:
         with kernels.run(deterministic=self.deterministic), ReadAhead() as ahead:
             model = RunModel(self.experts, self.motion_controller, activate, announce)
             return sample(model, inputs, settings, runtime, checkpoint=checkpoint, earlier=earlier)
+
+    def _make_room(self, number: int) -> None:
+        """Drop the weights of other experts where host memory has no room to read those of this one beside them."""
+        dit = self.experts[number].dit
+        if not next(dit.parameters()).is_meta or weight_bytes(dit) < available_ram():
+            return
+        for other in self.experts:
+            WeightProvider.of(other.dit).drop()
 
     def fit(self, cond: Conditioning, size: VideoSize | None = None) -> Conditioning:
         """`cond` as this model takes it, for a video of `size`.

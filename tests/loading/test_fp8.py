@@ -18,7 +18,7 @@ from wan_core.offload import formats
 from wan_core.offload.blocks import weight_bytes
 from wan_core.offload.formats import FP8_MADE as FP8
 from wan_core.offload.quant import QuantisedLinear, big_linears, quantise
-from wan_core.offload.weights import WeightProvider, on_device
+from wan_core.offload.weights import WeightProvider
 from wan_core.types import Conditioning
 
 MODULES = {"dit": tiny_dit, "umt5": tiny_text_encoder, "clip": tiny_image_encoder}
@@ -162,7 +162,7 @@ def test_mapped_weights_compute_what_loaded_ones_do(tmp_path, case, kind):
         assert parameter.dtype == (source.dtype if inside else loaded.get_parameter(name).dtype)
         expected = loaded.get_parameter(name).dtype
         assert work.get(name, parameter.dtype) == expected and (name in work) == (parameter.dtype != expected)
-    with on_device(mapped, torch.device("cpu")):
+    with WeightProvider.of(mapped).working(torch.device("cpu")):
         assert torch.equal(velocity(mapped, torch.bfloat16), velocity(loaded, torch.bfloat16))
     assert mapped.blocks[0].ffn[0].weight.dtype == component.sources["blocks.0.ffn.0.weight"].dtype
 

@@ -12,7 +12,7 @@ from tests.lora.fixtures import DEFAULT, RANK, WRITERS, factors, joined, linear_
 from tests.reference import relative_error, tiny_dit, tiny_motion_controller
 from wan_core.lora.apply import apply_loras
 from wan_core.lora.target import MODEL_BLOCKS, Target, lora_file_report, lora_report, open_lora, use_lora
-from wan_core.offload.weights import on_device
+from wan_core.offload.weights import WeightProvider
 from wan_core.types import Conditioning
 
 TOLERANCE = 1e-6
@@ -119,7 +119,8 @@ def test_moving_the_model_moves_the_lora(tmp_path, cases, mode):
         for p, data in copies:
             p.data = data
     assert relative_error(got, expected) < TOLERANCE
-    with apply_loras([dit], [use], MODEL_BLOCKS, device=torch.device("cpu")), on_device(dit, torch.device("cpu")):
+    cpu = torch.device("cpu")
+    with apply_loras([dit], [use], MODEL_BLOCKS, device=cpu), WeightProvider.of(dit).working(cpu):
         assert relative_error(output(dit), expected) < TOLERANCE
     assert {name: p.data_ptr() for name, p in dit.named_parameters()} == resting
     assert torch.equal(output(dit), base)

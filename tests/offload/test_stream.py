@@ -11,7 +11,7 @@ from torch import nn
 
 from wan_core.offload.blocks import blocks_of, weights_of
 from wan_core.offload.streaming import PlainCopies, place
-from wan_core.offload.weights import WeightProvider, on_device
+from wan_core.offload.weights import WeightProvider
 
 CPU = torch.device("cpu")
 
@@ -226,7 +226,7 @@ def test_a_copied_or_pickled_module_has_a_provider_of_its_own(net):
     assert copied.weight_provider.work_dtypes == provider.work_dtypes
     assert WeightProvider.of(loaded) is not provider
     for module in (copied, loaded):
-        with on_device(module, CPU):
+        with WeightProvider.of(module).working(CPU):
             pass
 
 

@@ -33,6 +33,11 @@ def available_ram() -> int:
     return psutil.virtual_memory().available
 
 
+def contents_of(module: nn.Module) -> dict[str, object]:
+    """The attributes that hold a module's parts and weights."""
+    return {name: vars(module)[name] for name in ("_modules", "_parameters", "_buffers")}
+
+
 def blocks_of(module: nn.Module) -> dict[str, nn.Module]:
     """The repeated parts of `module` by path: the outermost lists and sequences of several parts of one
     class that have weights."""

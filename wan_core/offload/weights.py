@@ -8,8 +8,6 @@ A weight passes through stages, and `blocks.Weight` shows the last one that it h
 3. *arrived* on the device: as a whole copy, which may be cached for the next use, or in a slot of a `BlockStream`;
 4. *changed* while its block runs, by a LoRA on a weight that can be neither folded nor left alone: norms, biases and
    modulation of a model that streams blocks or has a strength that follows a curve.
-
-What a LoRA computes beside a linear layer needs none of this: it leaves the weight alone.
 """
 
 import weakref
@@ -19,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from .blocks import FlatBuffer, FlatLayout, Weight, blocks_of, tables_of, used_bytes, weights_of
+from .blocks import FlatBuffer, FlatLayout, Weight, blocks_of, contents_of, tables_of, used_bytes, weights_of
 from .quant import quantised_layers
 from .streaming import BlockStream, Copies, Inventory, Placement, StreamedBlock, copies_for, place
 
@@ -50,6 +48,7 @@ class WeightProvider:
         self._hooked: set[str] = set()
         self._at_work, self._users = False, 0
         self._load: Callable[[], nn.Module] | None = None
+        self._unread: tuple[Callable[[], nn.Module], dict[str, object]] | None = None
         self.origin = ""
 
     @classmethod
@@ -91,13 +90,22 @@ class WeightProvider:
         """
         self._load, self.origin = load, origin
 
-    def read(self) -> None:
-        """Read weights that were deferred; loading them may raise ValueError."""
-        if self._load is None:
+    def read(self, *, keep: bool = False) -> None:
+        """Read weights that were deferred; loading them may raise ValueError. With `keep` they are never dropped."""
+        if self._load is not None:
+            unread, made = contents_of(self._module), self._load()
+            self._module.__dict__.update(contents_of(made))
+            self.mapped, self.work_dtypes = WeightProvider.of(made).mapped, WeightProvider.of(made).work_dtypes
+            self._unread, self._load = (self._load, unread), None
+        self._unread = None if keep else self._unread
+
+    def drop(self) -> None:
+        """Let go of deferred weights until they are read again, unless they are in use or differ from those by now."""
+        if self._unread is None or self._users or self._at_work or not self.origin:
             return
-        made, self._load = self._load(), None
-        self._module.__dict__.update({name: vars(made)[name] for name in ("_modules", "_parameters", "_buffers")})
-        self.mapped, self.work_dtypes = WeightProvider.of(made).mapped, WeightProvider.of(made).work_dtypes
+        (self._load, unread), self._unread = self._unread, None
+        self._module.__dict__.update(unread)
+        self._weights = {}
 
     @property
     def cached_bytes(self) -> int:
@@ -390,10 +398,3 @@ def _after_load_state_dict(module: nn.Module, _: object) -> None:
     provider.origin = ""
     for weight in provider._weights.values():
         weight.cached = None
-
-
-@contextmanager
-def on_device(module: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """`module` with its weights on `device` inside the block, and back where they are offloaded after it."""
-    with WeightProvider.of(module).working(device):
-        yield module

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..models.config import Geometry
 from ..models.preview_decoder import PreviewDecoder
-from ..offload.weights import on_device
+from ..offload.weights import WeightProvider
 from ..runtime import log
 
 
@@ -77,7 +77,7 @@ class Previewer:
         frames = latents[0].float().cpu()
         started = time.monotonic()
         try:
-            with on_device(self._decoder, self._device):
+            with WeightProvider.of(self._decoder).working(self._device):
                 pictures = to_images(self._decoder(frames.to(self._device), context).movedim(1, -1))
         except Exception as error:
             log.warning("Previews are latent-to-RGB from here on; the tiny autoencoder failed: %s", error)
