@@ -17,6 +17,7 @@ from wan_core.planning.job import Job
 from wan_core.recommend import CHOICES, OFF
 from wan_core.runtime import log
 from wan_core.sampling.checkpoint import Checkpoint, RunState, find_latents, load_latents, manifest, save_latents
+from wan_core.sampling.compose import build_solver
 from wan_core.sampling.experts import RunInputs
 from wan_core.sampling.solvers import SOLVERS
 from wan_core.settings import (
@@ -217,6 +218,8 @@ class Sampler:
         # At full noise a latent has no effect, so it is ignored. Otherwise its size is that of the video.
         if latent is not None and (settings.starts_clean or settings.start_step):
             start = normalise(latent["samples"], geometry)
+            if settings.start_step:
+                start = start * _signal(settings, settings.start_step)
             size = LatentSize.of(start, geometry).video
         run = run or RunSettings(checkpoint_every=0, keep_latents=False)
         here = host.current
@@ -273,7 +276,20 @@ def _earlier_state(latent: dict[str, Any] | None, settings: SamplerSettings, geo
             f"start_step is {settings.start_step}, but the sampler before ended at step {state.step}; make them equal."
         )
     # A node between both samplers may have changed the latents: then a multistep solver's history is wrong for them.
-    return state if torch.equal(denormalise(state.video, geometry), latent["samples"]) else None
+    return state if torch.equal(_raw(state, settings, geometry), latent["samples"]) else None
+
+
+def _signal(settings: SamplerSettings, step: int) -> float:
+    """The share of the video in latents after `step` steps. ComfyUI's samplers divide latents with leftover noise by
+    it, and multiply those that they continue (`comfy.model_sampling.CONST`).
+    """
+    return 1 - build_solver(settings).sigmas[step]
+
+
+def _raw(state: RunState, settings: SamplerSettings, geometry: Geometry) -> Tensor:
+    """The latents of a state as ComfyUI's samplers pass them on."""
+    signal = _signal(settings, state.step)
+    return denormalise(state.video if signal == 1 else state.video / signal, geometry)
 
 
 def _latent_output(
@@ -285,7 +301,7 @@ def _latent_output(
     extra_pnginfo: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The LATENT of a state, with its settings added to the metadata of the files that the host saves."""
-    raw = denormalise(state.video, size.geometry)
+    raw = _raw(state, settings, size.geometry)
     record = manifest(settings, size, state.video, state.kernels)
     if run.keep_latents:
         _save_latents(host.current.output_dir() / FOLDER, run.name, raw, record, checkpoint.resumed)

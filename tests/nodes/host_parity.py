@@ -6,6 +6,7 @@ Arguments: the ComfyUI checkout, the pack's folder.
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,10 @@ import comfy.sd1_clip  # noqa: E402
 import comfy.text_encoders.t5  # noqa: E402
 import torch  # noqa: E402
 from comfy_extras import nodes_camera_trajectory, nodes_wan  # noqa: E402
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # noqa: E402
 from torch import Tensor  # noqa: E402
+
+import nodes as comfy_nodes  # noqa: E402
 
 sys.path.append(ROOT)
 import pack  # noqa: E402
@@ -32,13 +36,17 @@ pack.register()
 from wan_core import bundled  # noqa: E402
 from wan_core.conditioning.text import TextEncoder  # noqa: E402
 from wan_core.conditioning.vace import append_input  # noqa: E402
+from wan_core.model import VideoModel  # noqa: E402
 from wan_core.models.config import WAN_21, DiTConfig, TextEncoderConfig  # noqa: E402
 from wan_core.models.dit import WanDiT  # noqa: E402
 from wan_core.models.text_encoder import UMT5Encoder  # noqa: E402
 from wan_core.models.vae import WanVAE, denormalise  # noqa: E402
+from wan_core.sampling.experts import Expert  # noqa: E402
+from wan_core.settings import ScheduleSettings  # noqa: E402
 from wan_core.types import Conditioning, Curve, VaceInput, VideoSize  # noqa: E402
 from wan_core.variants import fit, match_variant  # noqa: E402
 from wancore.nodes import native  # noqa: E402
+from wancore.nodes.sampler import Sampler  # noqa: E402
 from wancore.nodes.vae import FromVAE  # noqa: E402
 
 SIZE = VideoSize(64, 48, 9)
@@ -51,6 +59,7 @@ DITS = {
     "flf2v": DiTConfig(**BASE, in_channels=36, has_image_input=True, image_positions=514),
     "control": DiTConfig(**BASE, in_channels=48, has_image_input=True),
     "control_ref": DiTConfig(**BASE, in_channels=48, has_image_input=True, has_reference=True),
+    "i2v_a14b": DiTConfig(**BASE, in_channels=36),
     "camera": DiTConfig(**BASE, in_channels=32, has_image_input=True, camera_channels=24),
     "vace": DiTConfig(**BASE, vace_layers=(0, 2), vace_channels=96),
 }
@@ -80,7 +89,8 @@ class Pair:
     def __init__(self, config: DiTConfig) -> None:
         self.config, self.dit = config, filled(WanDiT, config)
         copy = {name: tensor.clone() for name, tensor in self.dit.state_dict().items()}
-        self.model = comfy.sd.load_diffusion_model_state_dict(copy, model_options={"dtype": torch.float32}).model
+        self.patcher = comfy.sd.load_diffusion_model_state_dict(copy, model_options={"dtype": torch.float32})
+        self.model = self.patcher.model
 
     def ours(self, cond: Conditioning, x: Tensor) -> Tensor:
         fitted = fit(cond, match_variant(self.config), self.config, "the model", SIZE)
@@ -108,6 +118,8 @@ def conditioning_of(kind: str) -> Conditioning:
     first = latents()
     first[:, :, 1:] = 0
     pictures = {"mask": known, "image": latents()}
+    if kind == "i2v_a14b":
+        return cond.with_inputs("input_image", size=SIZE, slots=pictures)
     if kind == "i2v":
         return cond.with_inputs("input_image", size=SIZE, slots=pictures, image_tokens=tokens)
     if kind == "flf2v":
@@ -270,5 +282,62 @@ def umt5() -> dict[str, float]:
     return {"umt5": difference(encoder.encode([prompt]), embedded)}
 
 
+STEPS, SPLIT, SHIFT, CFG = 4, 2, 5.0, 3.0  # 4 steps at this shift: two of each expert
+
+
+class Experts:
+    """A pair, and its runs by either side's samplers: our one sampler, and two KSampler (Advanced)."""
+
+    def __init__(self, kind: str) -> None:
+        self.pairs = [Pair(DITS[kind]), Pair(DITS[kind])]
+        low = self.pairs[1]
+        for parameter in (*low.dit.parameters(), *low.model.diffusion_model.parameters()):
+            parameter.data.mul_(1.05)
+        experts = tuple(Expert(pair.dit, lowest) for pair, lowest in zip(self.pairs, (875.0, 0.0), strict=True))
+        self.whole = VideoModel(experts, match_variant(DITS[kind]), None, "the pair", deterministic=True)
+        self.cond = conditioning_of(kind)
+        self.native = native.ToConditioning().convert(self.cond, SIZE.width, SIZE.height, 9)
+
+    def ours(
+        self, steps: range, latent: dict[str, Tensor] | None = None, expert: int | None = None
+    ) -> dict[str, Tensor]:
+        model = self.whole if expert is None else replace(self.whole, experts=(Expert(self.pairs[expert].dit),))
+        end = None if steps.stop == STEPS else steps.stop
+        schedule = ScheduleSettings(start_step=steps.start, end_step=end)
+        sizes = dict(width=SIZE.width, height=SIZE.height, num_frames=9)
+        return Sampler().sample(
+            model, self.cond, 3, STEPS, CFG, SHIFT, "euler", **sizes, latent=latent, schedule=schedule
+        )[0]  # fmt: skip
+
+    def theirs(self, expert: int, steps: range, latent: dict[str, Tensor]) -> dict[str, Tensor]:
+        (shifted,) = ModelSamplingSD3().patch(self.pairs[expert].patcher, SHIFT)
+        positive, negative, *_ = self.native
+        is_first, is_last = steps.start == 0, steps.stop == STEPS
+        return comfy_nodes.KSamplerAdvanced().sample(
+            shifted, "enable" if is_first else "disable", 3, STEPS, CFG, "euler", "simple", positive, negative, latent,
+            steps.start, steps.stop, "disable" if is_last else "enable",
+        )[0]  # fmt: skip
+
+
+def leftover_noise() -> dict[str, float]:
+    """Runs whose first steps one side takes and whose last steps the other, beside an unbroken one of ours."""
+    found = {}
+    for kind in ("t2v", "i2v_a14b"):
+        pair, high, low = Experts(kind), range(SPLIT), range(SPLIT, STEPS)
+        empty = {"samples": torch.zeros(1, 16, F, H, W)}
+        expected = pair.ours(range(STEPS))["samples"]
+        native_high, our_high = pair.theirs(0, high, empty), pair.ours(high, expert=0)
+        plain = {"samples": our_high["samples"]}  # as it is after a save, or a node that copies the latents alone
+        runs = {
+            "native": pair.theirs(1, low, native_high),
+            "native_then_ours": pair.ours(low, native_high, expert=1),
+            "native_then_pair": pair.ours(low, native_high),
+            "ours_then_native": pair.theirs(1, low, our_high),
+            "ours_then_ours": pair.ours(low, plain, expert=1),
+        }
+        found |= {f"{name}_{kind}": difference(run["samples"], expected) for name, run in runs.items()}
+    return found
+
+
 with torch.no_grad():
-    print(json.dumps(models() | native_nodes() | vae() | umt5()))
+    print(json.dumps(models() | native_nodes() | vae() | umt5() | leftover_noise()))

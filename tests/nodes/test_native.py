@@ -30,13 +30,19 @@ CLOSE = 1e-4
 PARITY = [
     f"{way}_{kind}"
     for way, kinds in {
-        "to": ("t2v", "i2v", "flf2v", "control", "control_ref", "control_ref_without", "camera", "vace"),
-        "back": ("t2v", "i2v", "flf2v", "control", "control_ref", "control_ref_without", "camera", "vace"),
+        "to": ("t2v", "i2v", "flf2v", "control", "control_ref", "control_ref_without", "i2v_a14b", "camera", "vace"),
+        "back": ("t2v", "i2v", "flf2v", "control", "control_ref", "control_ref_without", "i2v_a14b", "camera", "vace"),
         "from": ("i2v", "flf2v", "control", "control_ref", "camera", "vace", "vace_plain", "vace_kept"),
     }.items()
     for kind in kinds
 ] + ["vae_encode", "vae_decode", "adopted_vae_encode", "adopted_vae_decode", "umt5"]
 PARITY += [f"{name}_negative" for name in PARITY if name.startswith("to_")]
+# Runs of a pair whose steps with leftover noise pass from one side's samplers to the other's.
+PARITY += [
+    f"{run}_{kind}"
+    for run in ("native", "native_then_ours", "native_then_pair", "ours_then_native", "ours_then_ours")
+    for kind in ("t2v", "i2v_a14b")
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,17 +13,21 @@ from safetensors.torch import save_file
 from tests import fork_server
 from tests.disks import full_disk
 from tests.nodes.running import outputs
+from tests.reference import relative_error
 from wan_core import bundled, catalog
 from wan_core.cache_settings import EasyCacheSettings, TeaCacheSettings
 from wan_core.media import probe
-from wan_core.models.config import PreviewDecoderConfig
+from wan_core.models.config import WAN_21, PreviewDecoderConfig
 from wan_core.models.preview_decoder import PreviewDecoder
+from wan_core.models.vae import denormalise
 from wan_core.sampling.checkpoint import load_latents
+from wan_core.sampling.compose import build_solver
 from wan_core.sampling.preview import Previewer
 from wan_core.settings import (
     GuidanceSettings,
     NagSettings,
     RunSettings,
+    SamplerSettings,
     ScheduleSettings,
     SkipSettings,
     WindowSettings,
@@ -186,6 +190,17 @@ def test_two_samplers_give_what_one_gives(loaded):
     changed = {**first, "samples": first["samples"] + 0.5}
     assert not torch.equal(sampled(loaded, schedule=rest, latent=changed)["samples"], whole)
     assert STATE in first
+
+
+def test_leftover_noise_is_passed_on_as_comfyui_does(loaded):
+    """Latents at noise level sigma are divided by 1 - sigma, and what comes without our own state is multiplied."""
+    whole = sampled(loaded, solver="euler")["samples"]
+    first = sampled(loaded, solver="euler", schedule=ScheduleSettings(end_step=2))
+    signal = 1 - build_solver(SamplerSettings(steps=4, shift=5.0)).sigmas[2]
+    assert torch.equal(first["samples"], denormalise(first[STATE].video / signal, WAN_21))
+    without = {"samples": first["samples"]}
+    ours = sampled(loaded, solver="euler", schedule=ScheduleSettings(start_step=2), latent=without)["samples"]
+    assert relative_error(ours, whole) < 1e-5
 
 
 def test_windows_take_a_prompt_each(loaded):
