@@ -1,6 +1,7 @@
 """A model of two experts takes its steps with one after the other, and only one of them is ever on the device."""
 
 import copy
+import functools
 import json
 import weakref
 from dataclasses import replace
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.lora.fixtures import WRITERS, factors, linear_paths
-from tests.reference import arguments, load_case
+from tests.reference import arguments, load_case, relative_error
+from tests.sampling.test_identities import CACHES, WINDOWS, in_pairs
 from tests.sampling.variants import SMALL, conditioning, small_dit
 from wan_core.cache_settings import TeaCacheSettings
 from wan_core.model import VideoModel
@@ -21,7 +23,7 @@ from wan_core.runtime import Cancelled, Runtime
 from wan_core.sampling.checkpoint import Checkpoint, RunState
 from wan_core.sampling.compose import build_solver, compose
 from wan_core.sampling.experts import Expert, RunInputs, RunModel, expert_at
-from wan_core.settings import GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
+from wan_core.settings import CFG_MODES, GuidanceSettings, MemorySettings, SamplerSettings, WindowSettings
 from wan_core.types import LatentSize, StepInfo
 from wan_core.variants import match_variant
 
@@ -163,7 +165,7 @@ def test_an_expert_without_a_step_is_never_brought(dits, monkeypatch, split, at_
     assert torch.equal(got.video, alone(dits[at_work[0]]).sample(INPUTS, settings, ALL, RUNTIME).video)
 
 
-@pytest.mark.parametrize("done", [1, SPLIT, SPLIT + 1])
+@pytest.mark.parametrize("done", range(1, STEPS))
 def test_a_run_that_was_cut_off_goes_on_with_the_expert_at_work(dits, tmp_path, done):
     settings = settings_of(**RUNS["TeaCache"], solver="unipc")
     model = pair(dits, settings)
@@ -232,6 +234,22 @@ def test_equal_experts_are_one_model(dits, name):
     twins = pair((dits[0], copy.deepcopy(dits[0])), settings)
     expected = alone(dits[0]).sample(INPUTS, settings, ALL, RUNTIME)
     assert torch.equal(twins.sample(INPUTS, settings, ALL, RUNTIME).video, expected.video)
+
+
+@pytest.mark.parametrize(("cache", "windows", "mode"), in_pairs(CACHES, WINDOWS, CFG_MODES), ids=str)
+def test_caches_windows_and_guidance_go_together_over_the_switch(dits, cache, windows, mode):
+    (cached, uncached), (cut, whole) = CACHES[cache], WINDOWS[windows]
+
+    @functools.cache
+    def result(cache, windows, mode="sequential"):
+        settings = settings_of(cache=cache, windows=windows, guidance=replace(GUIDED, mode=mode))
+        return pair(dits, settings).sample(INPUTS, settings, ALL, RUNTIME).video
+
+    assert relative_error(result(cached, cut, mode), result(cached, cut)) < 1e-5
+    if cut is not None:
+        assert torch.equal(result(cached, whole), result(cached, None))
+    if cached is not None:
+        assert torch.equal(result(uncached, cut), result(None, cut))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.reference import DITS, relative_error, tiny_dit, tiny_motion_controller
+from tests.reference import ALL_DITS, relative_error, tiny_dit, tiny_motion_controller
 from tests.sampling.runs import sample, sample_state
 from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
 from wan_core.cache_settings import EasyCacheSettings, TeaCacheSettings
@@ -71,10 +71,7 @@ def guided(variant: str, cache: object, windows: WindowSettings | None, mode: st
     return sample(shared_dit(variant), cond, size, settings, RUNTIME, motion_controller=controller)
 
 
-STRUCTURES = [*DITS, "ti2v_5b", "fun_5b_control"]
-
-
-@pytest.mark.parametrize(("variant", "cache", "windows"), in_pairs(STRUCTURES, CACHES, WINDOWS), ids=str)
+@pytest.mark.parametrize(("variant", "cache", "windows"), in_pairs(ALL_DITS, CACHES, WINDOWS), ids=str)
 def test_caches_windows_and_guidance_go_together(variant, cache, windows):
     (cached, uncached), (cut, whole) = CACHES[cache], WINDOWS[windows]
     result = functools.partial(guided, variant)

@@ -8,10 +8,16 @@ import pytest
 
 from tests.programs import wait_for
 from tools import pages
+from wan_core import catalog
+from wancore.headless.core_nodes import core_nodes
+from wancore.headless.folders import Folders
+from wancore.headless.overrides import apply_tiny
+from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+OF_22 = [name for name in NAMES if any(row.is_22 and name.startswith(row.workflow) for row in catalog.CATALOG)]
 TITLES = {"Load model": "model", "Load text encoder": "text_encoder", "Load VAE": "vae"}
 pytestmark = pytest.mark.comfyui
 
@@ -81,6 +87,35 @@ def test_a_workflow_runs_by_a_click_and_shows_its_video(editor):
     size = f"() => {{ const video = {shown}; return video && [video.videoWidth, video.videoHeight] }}"
     assert wait_for(lambda: editor.page.evaluate(size)) == [96, 64]
     editor.picture("t2v_graph")
+
+
+@pytest.mark.parametrize("name", OF_22)
+def test_a_workflow_of_wan_22_runs_in_its_tiny_form(name, editor, comfy_server):
+    """The graph as it is shipped, with the values of `--tiny` in its widgets, run by a click."""
+    classes = {**core_nodes(Folders()), **NODE_CLASS_MAPPINGS}
+    tiny = apply_tiny(Workflow.load(ROOT / "workflows" / "api" / f"{name}.json"), classes)
+    values = {
+        number: {key: value for key, value in node.inputs.items() if not isinstance(value, list)}
+        for number, node in tiny.nodes.items()
+    }
+    editor.open(load(f"{name}.json"))
+    before = set(comfy_server.base.rglob("output/**/*.mp4"))
+    editor.page.evaluate(
+        """(values) => {
+            for (const node of window.app.graph.nodes) {
+                for (const [name, value] of Object.entries(values[node.id] ?? {})) {
+                    const widget = node.widgets?.find(w => w.name === name)
+                    if (widget) widget.value = value
+                }
+            }
+        }""",
+        values,
+    )
+    editor.page.get_by_role("button", name="Run", exact=True).first.click()
+    wait_for(lambda: set(comfy_server.base.rglob("output/**/*.mp4")) - before)
+    running = "async () => (await (await fetch('/queue')).json()).queue_running.length"
+    wait_for(lambda: editor.page.evaluate(running) == 0)
+    assert editor.new_errors() == []
 
 
 def widget_texts(editor) -> dict:
