@@ -10,6 +10,7 @@ from wan_core.model import VideoModel
 from wan_core.planning.fit import FittedPlan, data_of, fit_plan, suggestions, text_of
 from wan_core.planning.job import Job, plan_whole
 from wan_core.runtime import GIB, free_bytes
+from wan_core.sampling.experts import Expert
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
 from ..nodes.planning import PlanError, PlannedRun, PlannedTraining, Unknown
@@ -83,8 +84,8 @@ def _training(training: PlannedTraining, limit: float | None) -> tuple[dict[str,
 
     config, model = training.config, training.model
     controller = None if model.motion_controller is None else model.motion_controller.module
-    dit = model.experts[0].module
-    handle = VideoModel.of(dit, model.variant, None, model.name, controller)
+    experts = tuple(Expert(each.module, each.lowest) for each in model.experts)
+    handle = VideoModel(experts, model.variant, None, model.name, controller)
     data = dataset.load(config)
     checked = report.fit_to_geometry(report.check(data, config), data, config, model.geometry)
     rows = checked.require(config.on_bad_sample)

@@ -13,8 +13,9 @@ from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, Windows
 from .prompts import TextEncode, WindowPrompts
 from .sampler import LoadLatents, Sampler
 from .sockets import guard_sockets, mark_advanced
-from .train import LossPlot, TrainedWeights, TrainLora, TrainModel
+from .train import TrainLora, TrainModel
 from .training_inputs import TrainingDataNode
+from .training_results import LossPlot, TrainedWeights
 from .vae import FromVAE, VAEDecode, VAEEncode
 
 NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {

@@ -1,26 +1,21 @@
-"""Nodes that train, plot the loss of a run, and load trained weights."""
+"""Nodes that train."""
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from wan_core import catalog, model_files
-from wan_core.loading.pairs import EXPERTS, expand, side_of
-from wan_core.model import VideoModel
+from wan_core.loading.pairs import BOTH, EXPERTS, expand, find_pairs
 from wan_core.models.config import DiTConfig
 from wan_core.runtime import log
 
 from ..trainer.config import TrainConfig
-from ..trainer.run.events import latest_steps
-from . import host, places, planning, sockets
+from . import host, planning, sockets
 from .camera import SpeedControl
 from .loaders import AUTO, NONE, ImageEncoderLoader, Loader, TextEncoderLoader, VAELoader, tokenizer_folder
-from .lora import LIMIT
 from .model_loader import ModelLoader
 from .training_inputs import (
     RUNS,
@@ -35,112 +30,7 @@ from .training_inputs import (
 )
 from .training_run import Run, chart, files_mark, load_settings, require_packages, samples
 
-
-class LossPlot:
-    """The loss of a run."""
-
-    CATEGORY = "WanCore/training"
-    FUNCTION = "plot"
-    DESCRIPTION = "Draw the loss of a training run, also of one that is still running or was started in a shell."
-    RETURN_TYPES = ("IMAGE", "STRING")
-    RETURN_NAMES = ("loss_chart", "report")
-    OUTPUT_TOOLTIPS = ("The loss over the steps and by timestep.", "How many steps are done.")
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "run": sockets.line(
-                    "my_training", f"Name of a run below {RUNS} of the output folder, or a path in a folder of ComfyUI."
-                )
-            }
-        }
-
-    @classmethod
-    def events(cls, run: str) -> Path:
-        """The event file of a run.
-
-        Raises:
-            ValueError: there is none.
-        """
-        name = run.strip()
-        path = places.trained_folder(name) if Path(name).is_absolute() else run_folder(name)
-        if path is None:
-            raise ValueError(
-                f"{name!r} is not where a workflow may read; write the name of a run in the output folder."
-            )
-        if not (path / "events.jsonl").is_file():
-            raise ValueError(f"{path} holds no training run (there is no events.jsonl in it).")
-        return path / "events.jsonl"
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, run: str | None = None) -> bool | str:
-        return True if run is None else sockets.true_or_message(lambda: cls.events(run))
-
-    @classmethod
-    def IS_CHANGED(cls, run: str | None = None) -> str:
-        return files_mark([cls.events(run)]) if run else ""
-
-    def plot(self, run: str) -> tuple[Tensor, str]:
-        file = self.events(run)
-        require_packages(("matplotlib",))
-        try:
-            steps, picture = latest_steps(file), chart(file.parent)
-        except (AttributeError, KeyError, OverflowError, TypeError) as error:
-            raise ValueError(f"{file} is damaged: its events lack numbers that every run writes.") from error
-        return image([picture]), f"{len(steps)} of {steps[-1]['total']} steps" if steps else "no steps yet"
-
-
-class TrainedWeights:
-    """Trained weights on a model."""
-
-    CATEGORY = "WanCore/training"
-    FUNCTION = "load"
-    DESCRIPTION = (
-        "Apply trained weights to a model: a LoRA, a whole model, a VACE branch or a speed-control adapter. The "
-        "loaded model is not changed. Of two experts the one is changed that the name of the file or its folder says."
-    )
-    RETURN_TYPES = (sockets.MODEL, "STRING")
-    RETURN_NAMES = ("model", "report")
-    OUTPUT_TOOLTIPS = (
-        "The model with the weights, for the sampler.",
-        "What was found in the file and what it changes.",
-    )
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "model": sockets.socket(sockets.MODEL, "The model that was trained, from the loader or Speed Control."),
-                "weights": sockets.line("", "From a training node, or a path below the output or the models folder."),
-                "strength": sockets.number(1.0, -LIMIT, LIMIT, "Factor on the change; 0 leaves it out.", step=0.05),
-            }
-        }
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, weights: str | None = None) -> bool | str:
-        return True if weights is None else sockets.true_or_message(lambda: places.trained_file(weights))
-
-    @classmethod
-    def IS_CHANGED(cls, weights: str | None = None, **_: Any) -> str:
-        return files_mark([places.trained_file(weights)]) if weights else ""
-
-    @classmethod
-    def plan_outputs(cls, model: Any, weights: Any, strength: Any, **_: Any) -> tuple[planning.PlannedModel, None]:
-        """Weights that are still to be trained are left out: beside the model they are small."""
-        handle = planning.require(planning.PlannedModel, "model", model)
-        with suppress(ValueError):
-            if isinstance(weights, str):
-                handle = handle.with_lora(places.trained_file(weights), strength)
-        return handle, None
-
-    def load(self, model: VideoModel, weights: str, strength: float = 1.0) -> tuple[VideoModel, str]:
-        file = places.trained_file(weights)
-        side = side_of(file) if len(model.experts) == len(EXPERTS) else None
-        expert = None if side is None else EXPERTS.index(side)
-        changed, report = model.with_lora(file, strength=strength, expert=expert)
-        log.info("%s", report.summary)
-        return changed, str(report)
+T = TypeVar("T")
 
 
 TINY = {"max_steps": 2, "sample_steps": 0, "validation_clips": 0, "mixed_precision": "no", "download": False}
@@ -224,10 +114,11 @@ class Train:
                     prompt=False,
                 ),
                 "expert": sockets.choice(
-                    list(EXPERTS),
+                    [*EXPERTS, BOTH],
                     EXPERTS[0],
                     "Of a model of two experts (Wan 2.2 A14B) the one that is trained, on the timesteps at which it "
-                    "works: high or low noise. Each is a run of its own, with the expert at the end of its name.",
+                    "works: high or low noise, in a run of its own with the expert at the end of its name. Or both in "
+                    "one run: each gets a file, or --expert_loras shared in flags makes one LoRA for both.",
                 ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
@@ -245,14 +136,21 @@ class Train:
 
     @classmethod
     def folder(cls, values: Mapping[str, Any]) -> Path:
-        """The folder of the run: of a model of two experts one for each.
+        """The folder of the run: of a model of two experts one for each that is trained alone.
 
         Raises:
             ValueError: the name cannot be that of a folder.
         """
         model = values["model"]
         is_pair = len(ModelLoader.ROWS.get(model, expand(model))) == len(EXPERTS)
-        return run_folder(f"{values['name']}_{values['expert']}_noise" if is_pair else values["name"])
+        is_alone = is_pair and values["expert"] != BOTH
+        return run_folder(f"{values['name']}_{values['expert']}_noise" if is_alone else values["name"])
+
+    @classmethod
+    def trained(cls, experts: Sequence[T], values: Mapping[str, Any]) -> tuple[T, ...]:
+        """Those of a model's `experts` that are trained."""
+        expert = values["expert"]
+        return tuple(experts) if len(experts) == 1 or expert == BOTH else (experts[EXPERTS.index(expert)],)
 
     @classmethod
     def settings(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -277,8 +175,7 @@ class Train:
         config = cls._complete(found, values, {})
         dtype = "fp32" if config.mixed_precision == "no" else "bf16"
         model, *_ = ModelLoader.plan_outputs(values["model"], dtype=dtype, weights="fp8" if config.fp8_base else "auto")
-        number = EXPERTS.index(values["expert"]) if len(model.experts) > 1 else 0
-        model = replace(model, experts=(model.experts[number],))
+        model = replace(model, experts=cls.trained(model.experts, values))
         if values["adapter"] != NONE:
             ((component, absent),) = SpeedControl.describe(values["adapter"])
             adapter = planning.plan_module(component, absent, dtype)
@@ -307,7 +204,8 @@ class Train:
         run = self._run(data, values)
         outcome = run.finished() or run.execute(unique_id)
         log.info("%s", outcome.summary)
-        weights = str(outcome.files[0]) if outcome.files else ""
+        pair = next(iter(find_pairs(file.name for file in outcome.files)), None)
+        weights = str(outcome.files[0].with_name(pair or outcome.files[0].name)) if outcome.files else ""
         result = (weights, image([chart(run.folder)]), image(samples(run.folder)), outcome.steps, outcome.summary)
         return {"ui": {"text": [outcome.summary]}, "result": result}
 
@@ -332,13 +230,13 @@ class Train:
 
     def _models(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
         """The files of every model that the run needs, downloaded where that is allowed, as settings; and where a pair
-        is split.
+        is split of which one expert is trained.
         """
         download = values["download"]
         experts, (text,), (vae,) = (loader().components(values[loader.INPUT], download) for loader in self.LOADERS)
-        is_pair = len(experts) == len(EXPERTS)
-        dit = experts[EXPERTS.index(values["expert"])] if is_pair else experts[0]
-        components = [dit, text, vae]
+        dits = self.trained(experts, values)
+        dit = dits[0]
+        components = [*dits, text, vae]
         if dit.config_of(DiTConfig).has_image_input:
             bundled = values["model"] in model_files.BUNDLED
             name = values["image_encoder"]
@@ -352,7 +250,7 @@ class Train:
         found = {"model_paths": paths, "skip_download": True}
         if tokenizer := tokenizer_folder(text, download):
             found["tokenizer_path"] = str(tokenizer)
-        return found, model_files.boundary_of(dit) if is_pair else None
+        return found, model_files.boundary_of(dit) if len(dits) < len(experts) else None
 
 
 class TrainLora(Train):

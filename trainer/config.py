@@ -104,9 +104,7 @@ class TrainConfig:
         False, "train inpainting models with random masks over the clip, in place of start and end image"
     )
     num_workers: int = option(0, "threads that load samples ahead", low=0, high=256, aliases=("dataset_num_workers",))
-    cache: str = option(
-        "disk", "keep encoded samples on disk, or encode them again at every step", choices=("disk", "off")
-    )
+    cache: str = option("disk", "keep encoded samples on disk, or encode them at every step", choices=("disk", "off"))
     cache_dir: str | None = option(None, "where encoded samples are kept; none is <output_path>/cache")
     task: str = option(
         "sft",
@@ -117,9 +115,7 @@ class TrainConfig:
     model_paths: tuple[tuple[str, ...], ...] = option(
         (), "JSON list of model files; an inner list holds the shards of one model"
     )
-    model_id_with_origin_paths: tuple[str, ...] = option(
-        (), "comma list of published models, each as model_id:file_pattern"
-    )
+    model_id_with_origin_paths: tuple[str, ...] = option((), "comma list of published models: model_id:file_pattern")
     local_model_path: str | None = option(None, "root of the published models; none is ./models")
     tokenizer_path: str | None = option(None, "folder of the tokenizer, where the text encoder does not bring one")
     skip_download: bool = option(False, "use only files that are here")
@@ -137,7 +133,10 @@ class TrainConfig:
     lora_rank: int = option(32, "rank of the LoRA", low=1, high=MAX_RANK)
     lora_alpha: float | None = option(None, "scale of the LoRA is alpha / rank; none is the rank", low=1e-6)
     lora_dropout: float = option(0.0, "dropout before the LoRA", low=0, high=0.999)
-    lora_checkpoint: str | None = option(None, "LoRA file to start from")
+    lora_checkpoint: str | None = option(None, "LoRA file to start from; of a pair also a name with braces for both")
+    expert_loras: str = option(
+        "own", "where both experts of a pair are trained: a LoRA for each, or one for both", choices=("own", "shared")
+    )
     lora_format: str = option(
         "comfyui", "key names of the saved LoRA", choices=("comfyui", "diffsynth", "kohya", "diffusers")
     )

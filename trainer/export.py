@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wan_core.atomic import replacing, sync_folder
 from wan_core.loading.detect import detect_files
+from wan_core.loading.pairs import Side
 from wan_core.loading.tensor_files import read_header, write_safetensors
 from wan_core.lora.convert import LoraFormat, lora_metadata, write_lora
 from wan_core.lora.target import Target, bind_to, open_lora
@@ -26,7 +27,7 @@ from .model.trainable import Trainable, Trainables, lora_patches
 
 log = logging.getLogger("wancore")
 
-WEIGHTS = re.compile(r"(epoch|step)-\d+(\.\w+)?\.safetensors")
+WEIGHTS = re.compile(r"(epoch|step)-\d+(\.\w+)*\.safetensors")
 """The names of files of weights."""
 
 STEP = "ss_steps"
@@ -62,13 +63,19 @@ class Exporter:
         """The files of a save, and the parts in each.
 
         One file for each part, because other programs load one thing from a file. One file for all parts with
-        `--lora_format diffsynth`, as the reference does. A single file has the plain name `stem`.
+        `--lora_format diffsynth`, as the reference does. A single file has the plain name `stem`. The two files of a
+        pair end with the expert that each is for, by which they are read as a pair again.
         """
         parts = self.trainables.parts
         together = self.config.lora_format == "diffsynth" and any(part.is_lora for part in parts)
-        if len(parts) == 1 or together:
-            return {self.folder / f"{stem}.safetensors": parts}
-        return {self.folder / f"{stem}.{'lora' if p.is_lora else p.name}.safetensors": (p,) for p in parts}
+        kinds = {(part.name, part.is_lora) for part in parts}
+        files: dict[Path, tuple[Trainable, ...]] = {}
+        for part in parts:
+            kind = "" if len(kinds) == 1 or together else ".lora" if part.is_lora else f".{part.name}"
+            side = f".{part.expert}_noise" if part.expert else ""
+            path = self.folder / f"{stem}{kind}{side}.safetensors"
+            files[path] = (*files.get(path, ()), part)
+        return files
 
     def write(self, stem: str, tensors: Mapping[str, Tensor], more: Mapping[str, str]) -> list[Path]:
         """Write every part under `stem` and return the files.
@@ -86,8 +93,8 @@ class Exporter:
         for path in paths:
             self.require_own(path, self.run)
         self.folder.mkdir(parents=True, exist_ok=True)
-        metadata = {**self._metadata(), **more}
         for path, parts in paths.items():
+            metadata = {**self._metadata(parts[0].expert), **more}
             with replacing(path, sync=True) as partial:
                 self._write(parts, partial, path.stem, tensors, metadata)
         sync_folder(self.folder)
@@ -114,8 +121,9 @@ class Exporter:
                 "or move it away."
             )
 
-    def _metadata(self) -> dict[str, str]:
-        config = self.config
+    def _metadata(self, expert: Side | None) -> dict[str, str]:
+        boundary = self.trainables.model.boundary
+        config = self.config if expert is None or boundary is None else self.config.for_expert(expert, boundary)
         metadata = {
             RUN: self.run,
             "ss_learning_rate": str(config.learning_rate),

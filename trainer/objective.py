@@ -8,10 +8,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from wan_core.sampling.experts import ROUNDING
 from wan_core.sampling.solvers import NUM_TRAIN_TIMESTEPS, shifted_sigmas, training_weights
 
 
@@ -38,6 +40,7 @@ class Objective:
         shift: moves the points towards high noise.
         weighting: `bell` is the reference's weight around timestep 500, `none` weighs all timesteps equally.
         low, high: the part of the index range that is drawn, in fractions; `expert_range` has those of an expert.
+        boundary: where both experts of a pair are trained, the fraction of the noise from which on the first one works.
     """
 
     sampling: str = "uniform"
@@ -45,6 +48,7 @@ class Objective:
     weighting: str = "bell"
     low: float = 0.0
     high: float = 1.0
+    boundary: float | None = None
 
     @cached_property
     def sigmas(self) -> Tensor:
@@ -71,6 +75,17 @@ class Objective:
         """The noising with this noise and these schedule indices (B,)."""
         sigmas = self.sigmas[indices]
         return Noising(noise, sigmas, sigmas * NUM_TRAIN_TIMESTEPS, self.weights[indices])
+
+    def expert_of(self, timestep: float) -> int:
+        """The number of the expert that is trained at `timestep`, 0 to 1000, as a run of the model chooses it."""
+        return 0 if self.boundary is None or bool(_works_high(timestep, self.boundary)) else 1
+
+    def experts(self, seed: int, epoch: int, positions: Sequence[int]) -> list[int]:
+        """The expert that each sample at `positions` of `epoch` trains, by the timestep that `draw` gives it."""
+        if self.boundary is None:
+            return [0] * len(positions)
+        indices = (self._index(generator_for("noise", seed, epoch, position)) for position in positions)
+        return [self.expert_of(self.sigmas[index].item() * NUM_TRAIN_TIMESTEPS) for index in indices]
 
     @property
     def _indices(self) -> tuple[int, int]:
@@ -103,8 +118,13 @@ def expert_range(is_high: bool, boundary: float, shift: float) -> tuple[float, f
         boundary: 0 to 1.
         shift: of the objective.
     """
-    split = int((Objective(shift=shift).sigmas >= boundary).sum()) / NUM_TRAIN_TIMESTEPS
+    split = int(_works_high(Objective(shift=shift).sigmas * NUM_TRAIN_TIMESTEPS, boundary).sum()) / NUM_TRAIN_TIMESTEPS
     return (0.0, split) if is_high else (split, 1.0)
+
+
+def _works_high(timesteps: Any, boundary: float) -> Any:
+    """Whether the first expert of a pair works at `timesteps`, a number or a tensor."""
+    return timesteps >= NUM_TRAIN_TIMESTEPS * boundary - ROUNDING
 
 
 def generator_for(purpose: str, *numbers: int) -> torch.Generator:

@@ -24,7 +24,7 @@ from wan_core.catalog import (
     CatalogRow,
     Task,
 )
-from wan_core.loading.pairs import EXPERTS
+from wan_core.loading.pairs import BOTH, EXPERTS
 
 from .config import TrainConfig, parse
 from .objective import expert_range
@@ -117,7 +117,7 @@ class Recipe:
     Attributes:
         row: the checkpoint.
         mode: "lora" or "full".
-        expert: of a pair, the one that is trained, of `EXPERTS`; else None.
+        expert: of a pair, the one that is trained, of `EXPERTS`, or both; else None.
         flags: settings of `config.TrainConfig` by name; what is left out has its default.
         launcher: configuration of `trainer/accelerate` that it is launched with; None is one process.
     """
@@ -156,7 +156,7 @@ def find_row(name: str) -> CatalogRow:
 
 def recipes(name: str, mode: str, expert: str | None = None) -> tuple[Recipe, ...]:
     """How the checkpoint called `name` is trained as `mode`, "lora" or "full": of a pair one recipe for each expert,
-    that for high noise first, or only that for `expert`.
+    that for high noise first, or only that for `expert`, or one for both in a single run.
 
     Raises:
         ValueError: there is no such checkpoint, mode or expert.
@@ -166,16 +166,16 @@ def recipes(name: str, mode: str, expert: str | None = None) -> tuple[Recipe, ..
     row = find_row(name)
     if expert is not None and not row.is_pair:
         raise ValueError(f"{row.short_name} is one model, not a pair of experts; leave --expert out.")
-    if expert not in (None, *EXPERTS):
-        raise ValueError(f"An expert is one of {', '.join(EXPERTS)}; got {expert!r}.")
-    if not row.is_pair:
-        return (_recipe(row, mode, None),)
+    if expert not in (None, *EXPERTS, BOTH):
+        raise ValueError(f"An expert is one of {', '.join((*EXPERTS, BOTH))}; got {expert!r}.")
+    if not row.is_pair or expert == BOTH:
+        return (_recipe(row, mode, expert),)
     return tuple(_recipe(row, mode, one) for one in EXPERTS if expert in (None, one))
 
 
 def _recipe(row: CatalogRow, mode: str, expert: str | None) -> Recipe:
     task = TASKS[row.task]
-    kind = mode if expert is None else f"{expert}_noise_{mode}"
+    kind = f"{expert}_noise_{mode}" if expert in EXPERTS else mode
     flags = {
         **SHARED,
         "dataset_metadata_path": f"{DATA_FOLDER}/{task.metadata}",
@@ -194,19 +194,19 @@ def _recipe(row: CatalogRow, mode: str, expert: str | None) -> Recipe:
 
 def _range(row: CatalogRow, expert: str | None) -> Flags:
     """The timesteps of one expert, split where its authors do when they sample."""
-    if row.boundary is None:
+    if row.boundary is None or expert == BOTH:
         return {}
     low, high = expert_range(expert == EXPERTS[0], row.boundary, TrainConfig.timestep_shift)
     return {"min_timestep_boundary": low, "max_timestep_boundary": high}
 
 
 def _files(row: CatalogRow, expert: str | None) -> tuple[str, ...]:
-    """`--model_id_with_origin_paths`: the row's own files, of a pair those of one expert, after those of the model that
-    it is an adapter for.
+    """`--model_id_with_origin_paths`: the row's own files, of a pair those of the experts that are trained, after those
+    of the model that it is an adapter for.
     """
     home = row.base or row.model_id
-    dit = DIT_PATTERN if expert is None else row.files[EXPERTS.index(expert)]
-    patterns = [dit, TEXT_ENCODER_PATTERN, row.vae[1]]
+    dits = [row.files[number] for number, one in enumerate(EXPERTS) if expert in (one, BOTH)] or [DIT_PATTERN]
+    patterns = [*dits, TEXT_ENCODER_PATTERN, row.vae[1]]
     patterns += [IMAGE_ENCODER_PATTERN] * row.needs_image_encoder
     own = [f"{row.model_id}:{pattern}" for pattern in row.files] if row.base else []
     return (*(f"{home}:{pattern}" for pattern in patterns), *own)
@@ -271,7 +271,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trainer.recip
     parser.add_argument("row", help="a published checkpoint, with or without its organisation")
     parser.add_argument("mode", choices=MODES)
     parser.add_argument(
-        "--expert", choices=EXPERTS, help="of a pair, train this one only; without it both, one after the other"
+        "--expert",
+        choices=(*EXPERTS, BOTH),
+        help="of a pair, train this one only, or both in one run; without it both, one after the other",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and do not run it")
     parser.add_argument(

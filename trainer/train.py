@@ -165,7 +165,7 @@ class Run:
         if self.is_main:
             self.states.tidy()
         examples = Examples(rows, found, encoders, config, cache)
-        plan = Plan(config, examples.shapes, self.accelerator.process_index, world)
+        plan = Plan(config, examples.shapes, self.accelerator.process_index, world, examples.shapes_change)
         if earlier is not None and done >= plan.total:
             return self._nothing_left(earlier[1], plan.total)
 
@@ -194,7 +194,7 @@ class Run:
         # Train. Saves, validation and samples happen between steps.
         exporter = Exporter(config, trainables, run_id(identity))
         saver = Saver(config, trained, exporter, self.states, self.events, needs.saved, identity, done)
-        loop = Loop(settings, trained, examples, plan, config.objective, saver, evaluator, self.events, self.stop)
+        loop = Loop(settings, trained, examples, plan, evaluator.objective, saver, evaluator, self.events, self.stop)
         with trained.weights_on_device():
             result = Result(loop.run(done), plan.total)
         return self._end(result, saver.saved)
@@ -262,7 +262,8 @@ class Run:
                 log.warning("The first samples cannot be written to %s (%s).", self.folder / FIRST_SAMPLES, error)
         validation = [clips.encode(clips.fixed(index), index) for index in range(len(clips.rows))]
         requests = sample_requests(examples, self.config)
-        return Evaluator(self.config, examples.encoders, self.events, validation, requests)
+        objective = examples.models.objective(self.config)
+        return Evaluator(self.config, examples.encoders, self.events, objective, validation, requests)
 
     def _trainables(self, found: load.FoundModels, encoders: Encoders) -> Trainables:
         trained = self.config.trainable_models

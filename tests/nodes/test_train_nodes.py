@@ -235,6 +235,22 @@ def test_each_expert_is_a_run_of_its_own_on_its_timesteps(data, place, tmp_path,
     assert [len(each.loras) for each in changed.experts] == [0, 1]
 
 
+def test_both_experts_are_one_run_whose_weights_are_one_name(data, place, tmp_path, monkeypatch):
+    pair = catalog.tiny_id("t2v", is_pair=True)
+    monkeypatch.setitem(ModelLoader.ROWS, pair, catalog.PAIR_PATTERNS)
+    weights = lora(data, model=pair, expert="both")[0]
+    assert weights == str(out(tmp_path, "风格 1") / "step-2.{high,low}_noise.safetensors")
+    model = load_dit(experts_of(inspect_experts(place / "models" / pair)), DiTSettings(dtype=torch.float32), "cpu")
+    changed, report = run("WanCoreTrainedWeights", model=model, weights=weights, strength=1.0)
+    assert [len(each.loras) for each in changed.experts] == [1, 1] and report.count("LoRA") >= 2
+    single = run("WanCoreModelLoader", model=catalog.TINY)[0]
+    with pytest.raises(ValueError, match=r"is a pair of files, but .* has one expert"):
+        run("WanCoreTrainedWeights", model=single, weights=weights, strength=1.0)
+    node = NODES["WanCoreTrainLora"]
+    (planned, *_) = node.plan_outputs(data, **{**defaults(node), "model": pair, "expert": "both"})
+    assert len(planned.model.experts) == 2
+
+
 def test_what_a_run_cannot_do_is_told_by_the_trainer(data, tmp_path):
     with pytest.raises(ChildError, match="motion_controller") as error:
         run(

@@ -35,8 +35,13 @@ INPUTS = {
     "fun_5b_inp": ("input_image", "end_image"),
     "fun_5b_control": ("control_video", "input_image", "reference_image"),
     "fun_5b_camera": ("end_image", "camera_control_direction", "camera_control_speed"),
+    "i2v_pair": ("input_image",),
+    "vace_pair": ("vace_video",),
 }
-"""What each kind of model is trained with; `speed` is the text-to-video model with the speed-control adapter."""
+"""What each kind of model is trained with; `speed` is the text-to-video model with the speed-control adapter, and a
+pair is trained with both experts."""
+
+PAIRS = {"i2v_pair": tiny_id("i2v_a14b"), "vace_pair": tiny_id("vace", is_pair=True)}
 
 
 SMALL = {
@@ -51,18 +56,24 @@ def _write_models(root: Path) -> None:
     """The bundled models with these transformers."""
     controller = replace(bundled.MOTION_CONTROLLER, dim=SMALL["t2v"].dim)
     with mock.patch.multiple(bundled, DITS=SMALL, MOTION_CONTROLLER=controller):
-        for variant in SMALL:
-            bundled.write_model(root, tiny_id(variant))
+        for name in {*map(tiny_id, SMALL), *PAIRS.values()}:
+            bundled.write_model(root, name)
 
 
 def model_names(variant: str) -> tuple[str, ...]:
-    """`--model_id_with_origin_paths` for a tiny model with its encoders; of a pair for the expert of high noise."""
-    dit = tiny_id("t2v" if variant == "speed" else variant)
+    """`--model_id_with_origin_paths` for a tiny model with its encoders; for the high-noise expert of a pair, unless it
+    is one of `PAIRS`."""
+    dit = PAIRS.get(variant) or tiny_id("t2v" if variant == "speed" else variant)
     row = catalog.find_row(dit)
     vae = catalog.TINY if row.vae[1] == catalog.VAE_PATTERN else tiny_id("ti2v_5b")
     shared = [catalog.TEXT_ENCODER_PATTERN, *[catalog.IMAGE_ENCODER_PATTERN] * row.needs_image_encoder]
     shared += [catalog.MOTION_CONTROLLER_PATTERN] * (variant == "speed")
-    return (f"{dit}:{row.files[0]}", f"{vae}:{row.vae[1]}", *(f"{catalog.TINY}:{pattern}" for pattern in shared))
+    dits = row.files if variant in PAIRS else row.files[:1]
+    return (
+        *(f"{dit}:{file}" for file in dits),
+        f"{vae}:{row.vae[1]}",
+        *(f"{catalog.TINY}:{pattern}" for pattern in shared),
+    )
 
 
 def config(root: Path, variant: str = "t2v", **changes: Any) -> TrainConfig:

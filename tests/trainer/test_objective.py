@@ -101,7 +101,7 @@ def test_the_loss_on_held_out_clips_is_measured_where_is_trained(low, high, expe
         latents=torch.zeros(SHAPE), cond=Conditioning(text=torch.zeros(1, 2, 8)), caption="", position=0, name="a"
     )
     seen = held_out_errors(
-        lambda latents, noising, *_: noising.timesteps, [sample], torch.device("cpu"), objective.timestep_range
+        lambda latents, noising, *_, expert: noising.timesteps, [sample], torch.device("cpu"), objective
     )
     assert list(seen) == pytest.approx(list(seen.values()), abs=1e-3)
     bottom, top = objective.timestep_range

@@ -20,8 +20,12 @@ def finish(process):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(num_epochs=2), dict(trainable_models=("dit",), gradient_accumulation_steps=3, dataset_repeat=5)],
-    ids=["lora", "full, accumulated"],
+    [
+        dict(num_epochs=2),
+        dict(trainable_models=("dit",), gradient_accumulation_steps=3, dataset_repeat=5),
+        dict(variant="i2v_pair", gradient_accumulation_steps=2, dataset_repeat=4),
+    ],
+    ids=["lora", "full, accumulated", "both experts"],
 )
 def test_two_processes_train_as_one_with_the_same_global_batch(shared, tmp_path, changes):
     one, two = tmp_path / "one", tmp_path / "two"

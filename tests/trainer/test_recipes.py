@@ -181,6 +181,7 @@ def test_the_ranges_of_two_experts_are_all_timesteps_once(boundary, shift):
         (["Wan2.2-T2V-A14B", "lora", "--max_timestep_boundary=0.5"], "--max_timestep_boundary would be"),
         (["Wan2.1-T2V-14B", "lora", "--expert", "low"], "not a pair of experts"),
         (["Wan2.2-TI2V-5B", "lora", "--expert", "high"], "not a pair of experts"),
+        (["Wan2.1-T2V-14B", "lora", "--expert", "both"], "not a pair of experts"),
     ],
 )
 def test_flags_of_one_expert_are_not_those_of_both(words, message, capsys):
@@ -195,6 +196,16 @@ def test_both_experts_are_trained_in_turn_or_one_that_is_named(capsys):
         assert [f"{expert}_noise_model" in line for expert, line in zip(experts, printed, strict=True)] == [True] * len(
             experts
         )
+
+
+@pytest.mark.parametrize("name", ["Wan2.2-T2V-A14B", "Wan2.2-VACE-Fun-A14B"])
+def test_one_recipe_trains_both_experts(name):
+    (found,) = recipes(name, "lora", "both")
+    config = parse(found.words())
+    files = [each.rpartition(":")[2] for each in config.model_id_with_origin_paths]
+    assert [file.partition("/")[0] for file in files[:2]] == ["high_noise_model", "low_noise_model"]
+    assert (config.min_timestep_boundary, config.max_timestep_boundary) == (0.0, 1.0)
+    assert config.output_path == f"./models/train/{name}_lora"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ MODES = {
     "full": ("t2v", dict(trainable_models=("dit",))),
     "controller": ("speed", dict(trainable_models=("motion_controller",))),
     "expert": ("i2v_a14b", dict(max_timestep_boundary=0.358)),
+    "both experts": ("i2v_pair", dict(lora_dropout=0.3)),
     "clean first frames, or none": ("ti2v_5b", dict(condition_dropout=0.5)),
 }
 SCHEDULE = dict(learning_rate=1e-3, lr_scheduler="cosine", warmup_steps=2, caption_dropout=0.3)

@@ -237,17 +237,19 @@ class Plan:
         config: its settings.
         shapes: what must be equal within a batch, by position, for an epoch.
         rank, world: which of how many processes.
+        shapes_change: whether `shapes` differ from epoch to epoch.
     """
 
     config: TrainConfig
     shapes: Callable[[int], Sequence[Hashable]]
     rank: int = 0
     world: int = 1
+    shapes_change: bool = False
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Steps of each epoch. They differ only where inputs are drawn at random, which changes shapes."""
-        if not self.config.condition_dropout and not self.config.random_mask:
+        """Steps of each epoch."""
+        if not self.shapes_change:
             return (len(self._groups(0)),) * self.config.num_epochs
         return tuple(len(self._groups(epoch)) for epoch in range(self.config.num_epochs))
 

@@ -1,7 +1,7 @@
 """Rows of a data set as what a model is trained on: latents and conditioning, made by the functions of inference."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
@@ -124,16 +124,22 @@ class Examples:
         """The row of a position."""
         return self.rows[position % len(self.rows)]
 
-    def shapes(self, epoch: int) -> list[Shape]:
-        """What must be equal within a batch, per position."""
-        if not self.shapes_change:
-            shapes = [self._shape(self.fixed(position)) for position in range(len(self.rows))]
-            return shapes * self.config.dataset_repeat
-        return [self._shape(self.choose(position, epoch)) for position in range(len(self))]
+    def shapes(self, epoch: int) -> Sequence[Hashable]:
+        """What must be equal within a batch, per position: the shape, and the expert of a pair that is trained."""
+        if self._draws_inputs:
+            shapes = [self._shape(self.choose(position, epoch)) for position in range(len(self))]
+        else:
+            shapes = self.config.dataset_repeat * [self._shape(self.fixed(row)) for row in range(len(self.rows))]
+        experts = self.models.objective(self.config).experts(self.config.seed, epoch, range(len(self)))
+        return shapes if self.models.boundary is None else list(zip(shapes, experts, strict=True))
 
     @property
     def shapes_change(self) -> bool:
-        """Whether `shapes` differ from epoch to epoch, because inputs are drawn."""
+        """Whether `shapes` differ from epoch to epoch, because inputs or experts are drawn."""
+        return self._draws_inputs or self.models.boundary is not None
+
+    @property
+    def _draws_inputs(self) -> bool:
         return self.config.random_mask or self.config.condition_dropout > 0
 
     def _shape(self, choice: Choice) -> Shape:

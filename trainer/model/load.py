@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from wan_core import model_files as prepare
 from wan_core import variants
 from wan_core.files import is_nameable
 from wan_core.loading.detect import Component, detect_files, join_vace
-from wan_core.loading.pairs import side_of
+from wan_core.loading.pairs import expert_files, resolve_experts, side_of
 from wan_core.lora.apply import LoraUse, fuse
 from wan_core.lora.target import Target, bind_to, lora_report, open_lora, use_lora
 from wan_core.model import VideoModel
@@ -22,13 +22,14 @@ from wan_core.model_files import Offload
 from wan_core.models.config import DiTConfig
 from wan_core.offload.formats import WeightChoice
 from wan_core.planning.modules import SizedModule
+from wan_core.sampling.experts import Expert
 from wan_core.types import Conditioning, VideoSize
 from wan_core.variants import IMAGE, Variant, fit
 
 from ..config import TrainConfig
 from ..data.clips import INPUTS, input_names
 from ..flags import ConfigError
-from ..objective import expert_range
+from ..objective import Objective, expert_range
 
 log = logging.getLogger("wancore")
 
@@ -45,7 +46,7 @@ def trained_encoder(config: TrainConfig) -> Component | None:
     if config.resume_from_checkpoint is None:
         return None
     with _named("resume_from_checkpoint"):
-        found = detect_files(Path(config.resume_from_checkpoint).expanduser())
+        found = detect_files(resolve_experts(Path(config.resume_from_checkpoint).expanduser())[0])
     if found.kind == "lora":
         raise ValueError(f"--resume_from_checkpoint: {found.name} is a LoRA; name it in --lora_checkpoint.")
     return found if found.kind in ENCODERS else None
@@ -60,9 +61,9 @@ def check(components: Mapping[str, Component], config: TrainConfig) -> None:
     """Raise ValueError when a file that the run starts from cannot be read or does not fit the models `components`."""
     parts = [components[kind] for kind in ("dit", "vace", "motion_controller") if kind in components]
     shapes = {name: source.shape for part in parts for name, source in part.sources.items()}
-    target = Target(parts[0].name, shapes)
-    if (file := _trained_weights(config)) is not None:
-        trained = detect_files(Path(file).expanduser())
+    target, count = Target(parts[0].name, shapes), len(_named_in(components, "dit", "dit2"))
+    for file in _files_of(_trained_weights(config), count):
+        trained = detect_files(file)
         strange = [name for name, source in trained.sources.items() if shapes.get(name) != source.shape]
         if strange:
             raise ValueError(
@@ -70,10 +71,9 @@ def check(components: Mapping[str, Component], config: TrainConfig) -> None:
                 f"{shapes.get(strange[0], 'not there')}."
             )
     for flag in ("preset_lora_path", "lora_checkpoint"):
-        path = getattr(config, flag)
-        if path is not None:
-            with _named(flag):
-                bind_to(open_lora(Path(path).expanduser()), target)
+        with _named(flag):
+            for file in _files_of(getattr(config, flag), count):
+                bind_to(open_lora(file), target)
 
 
 def change_weights(model: VideoModel, config: TrainConfig) -> None:
@@ -82,14 +82,15 @@ def change_weights(model: VideoModel, config: TrainConfig) -> None:
     Raises:
         ValueError: a file cannot be read or was made for another model.
     """
-    if (file := _trained_weights(config)) is not None:
-        with _named("resume_from_checkpoint"):
-            use = _fused(model, file)
-        log.info("Starting from %s: %d weights.", use.bound.lora.name, len(use.bound.patches))
-    if config.preset_lora_path is not None:
-        with _named("preset_lora_path"):
-            use = _fused(model, config.preset_lora_path)
-        log.info("Made part of the model: %s", lora_report(use, Target.of_modules(model.name, model.modules)).summary)
+    count = len(model.experts)
+    with _named("resume_from_checkpoint"):
+        for number, file in enumerate(_files_of(_trained_weights(config), count)):
+            use = _fused(model, number, file)
+            log.info("Starting from %s: %d weights.", use.bound.lora.name, len(use.bound.patches))
+    with _named("preset_lora_path"):
+        for number, file in enumerate(_files_of(config.preset_lora_path, count)):
+            use = _fused(model, number, file)
+            log.info("Made part of the model: %s", lora_report(use, model.target(number)).summary)
 
 
 def _trained_weights(config: TrainConfig) -> str | None:
@@ -97,9 +98,15 @@ def _trained_weights(config: TrainConfig) -> str | None:
     return config.resume_from_checkpoint if trained_encoder(config) is None else None
 
 
-def _fused(model: VideoModel, path: str) -> LoraUse:
-    use = use_lora(Path(path).expanduser(), Target.of_modules(model.name, model.modules))
-    fuse(model.modules, use)
+def _files_of(path: str | None, count: int) -> list[Path]:
+    """The file at `path` for each of `count` experts; none without a path."""
+    return [] if path is None else expert_files(path, count)
+
+
+def _fused(model: VideoModel, expert: int, file: Path) -> LoraUse:
+    use = use_lora(file, model.target(expert))
+    beside = () if model.motion_controller is None else (model.motion_controller,)
+    fuse((model.expert_dit(expert), *beside), use)
     return use
 
 
@@ -140,11 +147,25 @@ class FoundModels:
     def has_motion_controller(self) -> bool:
         return "motion_controller" in self.components
 
+    @property
+    def boundary(self) -> float | None:
+        """Where both experts of a pair are trained, the fraction of the noise from which on the first one works."""
+        return prepare.boundary_of(self.components["dit"]) if "dit2" in self.components else None
+
+    @property
+    def _experts(self) -> tuple[prepare.ExpertFile, ...]:
+        return prepare.experts_of(_named_in(self.components, "dit", "dit2"))
+
+    def objective(self, config: TrainConfig) -> Objective:
+        """What these models learn from."""
+        return replace(config.objective, boundary=self.boundary)
+
     def load_dit(self, dtype: torch.dtype, place: prepare.OffloadPlace) -> prepare.VideoModel:
         """The DiT with what belongs beside it."""
         parts, offload = self.components, Offload.on(place)
         settings = prepare.DiTSettings(dtype=dtype)
-        model = prepare.load_dit(parts["dit"], settings, offload, vace=parts.get("vace"))
+        vace = _named_in(parts, "vace", "vace2")
+        model = prepare.load_dit(self._experts, settings, offload, vace=vace[0] if len(vace) == 1 else vace)
         if self.has_motion_controller:
             model = prepare.with_speed_control(model, parts["motion_controller"], offload.device)
         return model
@@ -158,11 +179,12 @@ class FoundModels:
         parts, dtype = self.components, config.compute_dtype
         weights: WeightChoice = "fp8" if config.fp8_base else "plain" if changes_weights(config) else "auto"
         component = join_vace(parts["dit"], parts["vace"]) if "vace" in parts else parts["dit"]
-        dit: Any = SizedModule.planned(component, dtype, weights=weights).module
+        dits: Any = [SizedModule.planned(component, dtype, weights=weights).module for _ in self._experts]
         controller: Any = None
         if self.has_motion_controller:
             controller = SizedModule.planned(parts["motion_controller"], dtype).module
-        return VideoModel.of(dit, self.variant, None, self.name, controller)
+        experts = tuple(Expert(dit, file.lowest) for dit, file in zip(dits, self._experts, strict=True))
+        return VideoModel(experts, self.variant, None, self.name, controller)
 
     def fit(self, cond: Conditioning, size: VideoSize) -> Conditioning:
         """`cond` as the DiT takes it, by the function that inference uses.
@@ -219,22 +241,34 @@ def find(config: TrainConfig) -> FoundModels:
     return models
 
 
+def _named_in(components: Mapping[str, Component], *kinds: str) -> list[Component]:
+    return [components[kind] for kind in kinds if kind in components]
+
+
 def _check_expert(components: Mapping[str, Component], config: TrainConfig) -> None:
     """Log a warning when an expert of a pair is trained on all timesteps.
 
     Raises:
-        ConfigError: both experts are named.
+        ConfigError: both experts are named, and one would not be trained; or one, which is to share its LoRA.
     """
-    dit = components["dit"]
+    dit, low, high = components["dit"], config.min_timestep_boundary, config.max_timestep_boundary
     _, split = expert_range(True, prepare.boundary_of(dit), config.timestep_shift)
     flags = {"high": f"--max_timestep_boundary {split:g}", "low": f"--min_timestep_boundary {split:g}"}
-    if "dit2" in components or "vace2" in components:
+    if "dit2" in components:
+        if not low < split < high:
+            raise ConfigError(
+                f"{dit.name} and {components['dit2'].name} are the two experts of one model, split at {split:g} of the "
+                f"schedule, but --min_timestep_boundary {low:g} and --max_timestep_boundary {high:g} leave one of them "
+                "out; name only the file of the other, or leave these flags out."
+            )
+        return
+    if config.expert_loras == "shared":
         raise ConfigError(
-            f"{dit.name} and {components.get('dit2', dit).name} are the two experts of one model: train each in a run "
-            f"of its own, that for high noise with {flags['high']}, that for low noise with {flags['low']}."
+            f"--expert_loras shared is for both experts of a pair, but {dit.name} is one model; name both files, or "
+            "leave it out."
         )
     side = side_of(dit.header.files[0])
-    if side is not None and (config.min_timestep_boundary, config.max_timestep_boundary) == (0.0, 1.0):
+    if side is not None and (low, high) == (0.0, 1.0):
         log.warning("%s is by its name the expert for %s noise, but is trained on all timesteps; %s trains it on its "
                     "own.", dit.name, side, flags[side])  # fmt: skip
 

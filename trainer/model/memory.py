@@ -126,16 +126,43 @@ def placement_within(inventory: Inventory, config: TrainConfig) -> Placement:
     return place(inventory, (config.vram_limit or 0) * GIB)
 
 
-@contextmanager
-def frozen_weights_on(module: Denoiser, config: TrainConfig, device: torch.device) -> Iterator[BlockStream | None]:
-    """All frozen weights of `module` able to work on `device` inside the block; blocks of the DiT beyond the limit are
-    brought there by what this gives.
+class FrozenWeights:
+    """The frozen weights of `module`, able to work on `device` inside a `with` statement: those of one transformer at a
+    time, of which blocks beyond the limit are brought there by a stream.
     """
-    parts = dict(module.named_children())
-    dit = WeightProvider.of(parts.pop("dit"))
-    placement = placement_within(dit.inventory(module.dit.block_order()), config)
-    log.info("Frozen weights: %s.", placement.summary())
-    with ExitStack() as stack:
-        for part in parts.values():
-            stack.enter_context(WeightProvider.of(part).working(device))
-        yield stack.enter_context(dit.working(device, placement))
+
+    def __init__(self, module: Denoiser, config: TrainConfig, device: torch.device) -> None:
+        self._dits, self._device = module.experts, device
+        self._beside = [part for part in module.children() if part not in module.experts]
+        providers = [WeightProvider.of(dit) for dit in self._dits]
+        self._placements = [
+            placement_within(provider.inventory(dit.block_order()), config)
+            for dit, provider in zip(self._dits, providers, strict=True)
+        ]
+        self._all, self._one = ExitStack(), ExitStack()
+        self._there: int | None = None
+        self._stream: BlockStream | None = None
+
+    def bring(self, expert: int) -> BlockStream | None:
+        """The transformer of that number, in place of the one that is there; what brings its blocks."""
+        if self._there != expert:
+            self.leave()
+            working = WeightProvider.of(self._dits[expert]).working(self._device, self._placements[expert])
+            self._stream = self._one.enter_context(working)
+            self._there = expert
+        return self._stream
+
+    def leave(self) -> None:
+        """Take the transformer that is there off the device, before another program part brings one."""
+        self._there = self._stream = None
+        self._one.close()
+
+    def __enter__(self) -> "FrozenWeights":
+        log.info("Frozen weights: %s.", self._placements[0].summary())
+        for part in self._beside:
+            self._all.enter_context(WeightProvider.of(part).working(self._device))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+        self._all.close()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_core.conditioning.text import TextEncoder, clean_prompt
+from wan_core.loading.pairs import EXPERTS, Side, expert_files
 from wan_core.lora.patches import LowRank
 from wan_core.lora.target import Target, bind_to, open_lora
 from wan_core.model import VideoModel
@@ -53,18 +55,19 @@ NO_DECAY = re.compile(r"(.*[._])?(bias|modulation|emb_pos|gamma)")
 class Denoiser(nn.Module):
     """Everything that a training step runs, as one module: the DiT, and what else of the model is trained with it.
 
+    `dit2` is the expert for low noise where both of a pair are trained; `dit` is then that for high noise.
     `text_encoder` and `vae` are None unless they are trained; else their outputs are in the batch already.
     """
 
     def __init__(
         self,
-        dit: WanDiT,
+        dits: Sequence[WanDiT],
         motion_controller: MotionController | None = None,
         text_encoder: TextEncoder | None = None,
         vae: WanVAE | None = None,
     ) -> None:
         super().__init__()
-        self.dit = dit
+        self.dit, self.dit2 = dits[0], dits[1] if len(dits) > 1 else None
         self.motion_controller = motion_controller
         self.text_encoder = None if text_encoder is None else text_encoder.model
         self.vae = vae
@@ -77,6 +80,7 @@ class Denoiser(nn.Module):
         cond: Conditioning,
         captions: Sequence[str] = (),
         pixels: Tensor | None = None,
+        expert: int = 0,
     ) -> Tensor:
         """The error of each sample (B,) in float32, without its weight: how far the velocity at the drawn noise level
         is from the one that leads from the clean latents (B, z, R + F, h, w) to the noise. Frames that `cond` gives as
@@ -85,6 +89,7 @@ class Denoiser(nn.Module):
         Args:
             captions: of each sample; read where the text encoder is trained.
             pixels: (B, 3, T, H, W), encoded again to the last F latent frames where the VAE is trained.
+            expert: the number of the transformer that computes it.
 
         Raises:
             ValueError: a tensor does not fit the model.
@@ -96,14 +101,16 @@ class Denoiser(nn.Module):
         if cond.clean is not None:
             # Models with clean frames have no reference frames in front of the video's.
             x[:, :, places] = cond.clean[:, :, places].to(x.dtype)
-        velocity = self.velocity(x, noising.timesteps.to(latents.device), cond, captions)
+        velocity = self.velocity(x, noising.timesteps.to(latents.device), cond, captions, expert)
         return errors(velocity, latents, noising, places)
 
-    def velocity(self, x: Tensor, timesteps: Tensor, cond: Conditioning, captions: Sequence[str] = ()) -> Tensor:
+    def velocity(
+        self, x: Tensor, timesteps: Tensor, cond: Conditioning, captions: Sequence[str] = (), expert: int = 0
+    ) -> Tensor:
         """Velocity (B, z, R + F, h, w) in float32 for noisy latents `x` at `timesteps` (B,) in 0..1000, or at the
         fractions of them that `cond` has for each frame.
         """
-        dit = self.dit
+        dit = self.experts[expert]
         if self.text_encoder is not None and captions:
             cond = dataclasses.replace(cond, text=self.embed_text(captions))
         check_shapes(dit.config, x, cond)
@@ -124,9 +131,14 @@ class Denoiser(nn.Module):
         return F.pad(embeddings, (0, 0, 0, TEXT_TOKENS - embeddings.shape[1]))
 
     @property
+    def experts(self) -> tuple[WanDiT, ...]:
+        """The transformers, that for high noise first."""
+        return (self.dit,) if self.dit2 is None else (self.dit, self.dit2)
+
+    @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks that gradient checkpointing is put around."""
-        return [*self.dit.blocks, *getattr(self.dit, "vace_blocks", ())]
+        """The blocks of all transformers, which gradient checkpointing is put around."""
+        return [block for dit in self.experts for block in (*dit.blocks, *getattr(dit, "vace_blocks", ()))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +150,14 @@ class Trainable:
         owner: the module of `Denoiser` that holds it.
         names: original names of its parameters; for a LoRA, of the layers that it is on.
         is_lora: whether it is a LoRA.
+        expert: of a pair, the expert that it belongs to; None for other models, and for what both share.
     """
 
     name: str
     owner: str
     names: tuple[str, ...]
     is_lora: bool
+    expert: Side | None = None
 
     def parameter_names(self) -> list[str]:
         """The names of its parameters in `Denoiser`."""
@@ -199,16 +213,17 @@ def prepare(
     """
     check(config)
     wanted = {*config.trainable_models, config.lora_base_model}
+    dits = [model.expert_dit(number) for number in range(len(model.experts))]
     module = Denoiser(
-        model.dit,
+        dits,
         model.motion_controller,
         text_encoder if "text_encoder" in wanted else None,
         vae if "vae" in wanted else None,
     )
     module.requires_grad_(False)
-    parts = [_whole(module, name, model.name) for name in config.trainable_models]
+    parts = [part for name in config.trainable_models for part in _whole(module, name, model.name)]
     if config.lora_base_model:
-        parts.append(_inject(module, config.lora_base_model, config, model.name))
+        parts += _inject(module, config.lora_base_model, config, model.name)
     for part in parts:
         for name in part.parameter_names():
             parameter = module.get_parameter(name)
@@ -236,15 +251,17 @@ def check(config: TrainConfig) -> None:
         raise ValueError("--stream_base needs gradient checkpointing: a block that is gone has to run again.")
 
 
-def _module_of(module: Denoiser, name: str, label: str) -> tuple[str, nn.Module]:
-    """The module of `Denoiser` that holds the model `name`, with its attribute."""
-    owner = "dit" if name == "vace" else name
-    found = getattr(module, owner)
-    if found is None:
-        raise ValueError(f"{name} is to be trained, but none was loaded; add its file to the models.")
+def _modules_of(module: Denoiser, name: str, label: str) -> list[tuple[str, nn.Module, Side | None]]:
+    """The modules of `Denoiser` that hold the model `name`, with their attributes; of a pair two, with their expert."""
     if name == "vace" and not module.dit.config.vace_layers:
         raise ValueError(f"vace is to be trained, but {label} has no VACE branch; load a VACE model.")
-    return owner, found
+    if name in ("dit", "vace"):
+        sides = EXPERTS if module.dit2 is not None else (None,)
+        return list(zip(("dit", "dit2"), module.experts, sides, strict=False))
+    found = getattr(module, name)
+    if found is None:
+        raise ValueError(f"{name} is to be trained, but none was loaded; add its file to the models.")
+    return [(name, found, None)]
 
 
 def _belongs(name: str, part: str) -> bool:
@@ -252,18 +269,36 @@ def _belongs(name: str, part: str) -> bool:
     return part not in ("dit", "vace") or name.startswith(VACE) == (part == "vace")
 
 
-def _whole(module: Denoiser, name: str, label: str) -> Trainable:
-    owner, found = _module_of(module, name, label)
-    names = tuple(n for n, _ in found.named_parameters() if _belongs(n, name))
-    return Trainable(name, owner, names, is_lora=False)
+def _whole(module: Denoiser, name: str, label: str) -> list[Trainable]:
+    return [
+        Trainable(name, owner, tuple(n for n, _ in found.named_parameters() if _belongs(n, name)), False, expert)
+        for owner, found, expert in _modules_of(module, name, label)
+    ]
 
 
-def _inject(module: Denoiser, name: str, config: TrainConfig, label: str) -> Trainable:
-    """Put the LoRA that `config` describes on the layers of the model `name` that it names."""
+def _inject(module: Denoiser, name: str, config: TrainConfig, label: str) -> list[Trainable]:
+    """Put the LoRA that `config` describes on the layers of the model `name` that it names: of a pair on those of each
+    expert, or one LoRA on those of both.
+    """
+    found = _modules_of(module, name, label)
+    layers = tuple(_target_layers(found[0][1], name, config.lora_target_modules))
+    for number, (_, base, _) in enumerate(found):
+        _inject_one(base, layers, config)
+        if config.lora_checkpoint:
+            _start_from(base, layers, expert_files(config.lora_checkpoint, len(found))[number], config.lora_rank)
+    if config.expert_loras == "shared" and len(found) > 1:
+        (owner, first, _), (_, second, _) = found
+        for layer in layers:
+            own, other = _lora_layer(first, layer), _lora_layer(second, layer)
+            other.lora_A[ADAPTER], other.lora_B[ADAPTER] = own.lora_A[ADAPTER], own.lora_B[ADAPTER]
+        return [Trainable(name, owner, layers, is_lora=True)]
+    return [Trainable(name, owner, layers, True, expert) for owner, _, expert in found]
+
+
+def _inject_one(base: nn.Module, layers: Sequence[str], config: TrainConfig) -> None:
+    """Put a LoRA on `layers` of `base`."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    owner, base = _module_of(module, name, label)
-    layers = _target_layers(base, name, config.lora_target_modules)
     settings = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]  # PEFT divides any number
@@ -278,9 +313,6 @@ def _inject(module: Denoiser, name: str, config: TrainConfig, label: str) -> Tra
     for layer in layers:
         # Matrix products run in the dtype of the layer's input, by autocast; a float32 copy of it would only cost.
         _lora_layer(base, layer).cast_input_dtype_enabled = config.mixed_precision == "no"
-    if config.lora_checkpoint:
-        _start_from(base, layers, config.lora_checkpoint, config.lora_rank)
-    return Trainable(name, owner, tuple(layers), is_lora=True)
 
 
 def _lora_layer(base: nn.Module, name: str) -> "LoraLayer":
@@ -317,7 +349,7 @@ def _target_layers(base: nn.Module, part: str, targets: Sequence[str]) -> list[s
     return list(dict.fromkeys(n for names in found.values() for n in names))
 
 
-def _start_from(base: nn.Module, layers: Sequence[str], file: str, rank: int) -> None:
+def _start_from(base: nn.Module, layers: Sequence[str], file: Path, rank: int) -> None:
     """Give the injected LoRA the factors of `--lora_checkpoint`; layers that it lacks keep their start."""
     lora = open_lora(file)
     shapes = {f"{n}.weight": tuple(_lora_layer(base, n).weight.shape) for n in layers}

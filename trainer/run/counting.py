@@ -107,7 +107,7 @@ def _twin(module: Denoiser, blocks: int, vace_blocks: int) -> Denoiser:
     if dit.config.vace_layers:
         lists[id(dit.vace_blocks)] = (dit.vace_blocks, vace_blocks)
     left_out = {id(t) for every, count in lists.values() for block in every[count:] for t in weights_of(block).values()}
-    known: dict[int, Any] = {}
+    known: dict[int, Any] = {id(module.dit2): None}  # a pass is that of one expert
     for tensor in weights_of(module).values():
         if id(tensor) not in left_out:
             twin = torch.empty_like(tensor, device=META)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -17,7 +18,7 @@ from wan_core.offload.streaming import BlockStream
 from .. import optimizers
 from ..config import TrainConfig
 from ..model import sharding
-from ..model.memory import frozen_weights_on
+from ..model.memory import FrozenWeights
 from ..model.trainable import Trainables
 from .state import StateError, read_weights_and_optimizer, write_weights_and_optimizer
 
@@ -70,7 +71,7 @@ class Engine:
             ValueError: the optimizer cannot be built.
         """
         self.accelerator, self.trainables, self.config = accelerator, trainables, config
-        self.stream: BlockStream | None = None
+        self._frozen: FrozenWeights | None = None
         # Streamed frozen weights stay in host memory, see `weights_on_device`.
         module = trainables.module
         moved = trainables.parameters().values() if config.streams else (*module.parameters(), *module.buffers())
@@ -78,6 +79,9 @@ class Engine:
             tensor.data = tensor.data.to(accelerator.device)
         trainables.module.train()
         sharding.set_up(accelerator, trainables, config)
+        if trainables.module.dit2 is not None and accelerator.ddp_handler is not None:
+            # A step trains one expert or both.
+            accelerator.ddp_handler.find_unused_parameters = True
         optimizer = build_optimizer(config, trainables)
         self.model, self.optimizer = accelerator.prepare(
             trainables.module, optimizer, device_placement=[False, True] if config.streams else None
@@ -93,9 +97,26 @@ class Engine:
             with self.trainables.model.in_place():
                 yield
             return
-        with frozen_weights_on(self.trainables.module, self.config, self.device) as self.stream:
+        with FrozenWeights(self.trainables.module, self.config, self.device) as self._frozen:
             yield
-        self.stream = None
+        self._frozen = None
+
+    def bring(self, expert: int) -> BlockStream | None:
+        """Have the frozen weights of that expert on the device; what brings its blocks, if they are streamed."""
+        return None if self._frozen is None else self._frozen.bring(expert)
+
+    def evaluate(self, *inputs: Any, expert: int) -> Tensor:
+        """`Denoiser` with the weights of that expert on the device."""
+        self.bring(expert)
+        return self.model(*inputs, expert=expert)
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Around sampling: a pair's streamed weights leave the device, for the sampler to plan anew."""
+        if self._frozen is not None and self.trainables.module.dit2 is not None:
+            self._frozen.leave()
+        with self.evaluating():
+            yield
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +154,11 @@ class Engine:
     def clip_gradients(self) -> float:
         """Limit the gradient's norm to `--clip_norm` and return the norm before."""
         if not self._checked and not self.is_sharded:
-            unused = [name for name, p in self.trainables.parameters().items() if p.grad is None]
+            # An expert of which no sample of the step was gets no gradient.
+            trained = self.trainables.parameters().items()
+            reached = {name.partition(".")[0] for name, p in trained if p.grad is not None}
+            idle = {"dit", "dit2"} - reached if reached & {"dit", "dit2"} else set()
+            unused = [n for n, p in trained if p.grad is None and n.partition(".")[0] not in idle]
             if unused:
                 log.warning("%d parameters got no gradient in the first step, such as %s.", len(unused), unused[0])
         self._checked = True

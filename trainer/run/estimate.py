@@ -109,12 +109,15 @@ class Estimator:
         activations = None
         if whole and first:
             # Gradients appear on the way back: in the last block, where the most is kept, the others have none yet.
-            others = {id(p) for block in self._module.dit.blocks[:-1] for p in block.parameters()}
-            missing = 4 * sum(p.numel() for p in self._trained if id(p) in others)
+            early = {id(p) for block in self._module.dit.blocks[:-1] for p in block.parameters()}
+            missing = 4 * sum(p.numel() for p in self._trained if id(p) in early)
             activations = max(whole.peak - missing, first.peak)
         inventory = WeightProvider.of(self._module.dit).inventory()
         placement = placement_within(inventory, config) if config.streams else None
-        frozen = sum(p.nbytes for p in self._module.parameters() if not p.requires_grad)
+        # Experts are alike, and where weights are streamed one at a time is on the device.
+        others = self._module.experts[1:] if placement else ()
+        absent = {id(p) for dit in others for p in dit.parameters()}
+        frozen = sum(p.nbytes for p in self._module.parameters() if not p.requires_grad and id(p) not in absent)
         host = whole.host if whole else 0
         return Estimate(
             frozen=frozen + (placement.device_bytes - inventory.bytes if placement else 0),

@@ -273,6 +273,8 @@ class Loop:
     def _step(self, step: Step, batches: list[Batch]) -> StepResult:
         engine, errors, timesteps = self.engine, [], []
         loss = torch.zeros((), device=engine.device)
+        # Each expert of a pair is brought to the device once.
+        batches = sorted(batches, key=lambda batch: self._expert(step, batch))
         engine.set_learning_rate(learning_rate(self.config, step.number, self.plan.total))
         try:
             for index, batch in enumerate(batches):
@@ -301,16 +303,23 @@ class Loop:
         engine.update()
         return outcome
 
+    def _expert(self, step: Step, batch: Batch) -> int:
+        """The expert that the samples of a batch train."""
+        return self.objective.experts(self.config.seed, step.epoch, batch.positions[:1])[0]
+
     def _forward_backward(self, step: Step, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Errors, weights and timesteps of a batch, each (B,). Adds its gradients to those of the step."""
         config, engine, device = self.config, self.engine, self.engine.device
         # Seeded by step, so that dropout is the same in a run that was stopped and resumed.
         torch.manual_seed(seed_for("step", config.seed, step.epoch, batch.positions[0]))
         noising = self.objective.draw(batch.latents.shape[1:], config.seed, step.epoch, batch.positions)
-        around = checkpointing_of(config, engine.trainables.module.blocks, in_host_memory, engine.stream)
+        expert = self._expert(step, batch)
+        around = checkpointing_of(config, engine.trainables.module.blocks, in_host_memory, engine.bring(expert))
         pixels = None if batch.pixels is None else batch.pixels.to(device)
         with around:
-            error = engine.model(batch.latents.to(device), noising, batch.cond.to(device), batch.captions, pixels)
+            error = engine.model(
+                batch.latents.to(device), noising, batch.cond.to(device), batch.captions, pixels, expert
+            )
             # A share of the mean over all samples of the step, so that every sample counts the same in uneven batches.
             # Inside of `around`: activation checkpointing runs the blocks again in the backward pass.
             engine.backward(weighted(error, noising).sum() / step.samples)

@@ -21,7 +21,7 @@ from wan_core.atomic import sync_file, sync_folder
 from wan_core.checks import check_whole
 from wan_core.files import errors_from, read_json
 from wan_core.loading.detect import Component
-from wan_core.loading.paths import resolve_model
+from wan_core.loading.pairs import resolve_experts
 from wan_core.loading.pickles import require_plain
 from wan_core.loading.tensor_files import read_whole, write_safetensors
 from wan_core.runtime import GIB, gigabytes
@@ -220,7 +220,7 @@ def run_identity(config: TrainConfig, fingerprint: str, components: Mapping[str,
     for name in ("resume_from_checkpoint", "preset_lora_path"):
         path = getattr(config, name)
         if path is not None:
-            files[name] = _sizes(resolve_model(Path(path).expanduser()))
+            files[name] = _sizes(file for model in resolve_experts(Path(path).expanduser()) for file in model)
     return {**kept, "data": fingerprint, "models": files}
 
 

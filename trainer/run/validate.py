@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from wan_core.types import Conditioning, VideoSize
 from ..config import TrainConfig
 from ..data.cache import Encoders
 from ..data.conditions import EncodedSample, Examples, collate
-from ..objective import Noising, generator_for
+from ..objective import Noising, Objective, generator_for
 from .chart import save_chart
 from .engine import Engine
 from .events import Events, latest_steps, validation_points
@@ -36,28 +36,31 @@ FIRST_SAMPLES = 3
 """Training samples that are decoded at the start, to be looked at."""
 
 Step = Callable[..., Tensor]
-"""`trainable.Denoiser`, perhaps wrapped: latents, noising, conditioning and captions to errors (B,)."""
+"""As of `Engine.evaluate`: latents, noising, conditioning, captions, pixels and an expert to errors (B,)."""
 
 
 @torch.no_grad()
 def held_out_errors(
-    model: Step, clips: Iterable[EncodedSample], device: torch.device, between: tuple[float, float] = (0.0, 1000.0)
+    model: Step, clips: Sequence[EncodedSample], device: torch.device, objective: Objective
 ) -> dict[float, float]:
-    """The mean error, without weights, over `clips` at five timesteps `between` two; the noise of a clip is always the
-    same.
+    """The mean error, without weights, over `clips` at five timesteps of those that are trained; the noise of a clip is
+    always the same.
     """
-    low, high = between
+    low, high = objective.timestep_range
     found: dict[float, list[float]] = {low + place * (high - low): [] for place in PLACES}
-    for clip in clips:
-        batch = collate([clip])
-        latents, cond = batch.latents.to(device), batch.cond.to(device)
-        for timestep in found:
+    # By timestep, so that each expert of a pair is brought to the device once.
+    for timestep in found:
+        expert = objective.expert_of(timestep)
+        for clip in clips:
+            batch = collate([clip])
+            latents, cond = batch.latents.to(device), batch.cond.to(device)
             noise = torch.randn(
                 batch.latents.shape, generator=generator_for("validation", clip.position, int(timestep))
             )
             at = torch.tensor([timestep])
             noising = Noising(noise, at / 1000, at, torch.ones(1))
-            found[timestep].append(model(latents, noising, cond, batch.captions, batch.pixels).item())
+            error = model(latents, noising, cond, batch.captions, batch.pixels, expert=expert)
+            found[timestep].append(error.item())
     return {timestep: sum(errors) / len(errors) for timestep, errors in found.items()}
 
 
@@ -140,6 +143,7 @@ class Evaluator:
     """Validates, samples and draws where the settings say so.
 
     Attributes:
+        objective: what is trained, and where.
         engine: what computes; it is set before the first step.
         clips: held-out clips.
         requests: samples to be drawn.
@@ -149,6 +153,7 @@ class Evaluator:
     config: TrainConfig
     encoders: Encoders
     events: Events
+    objective: Objective
     clips: Sequence[EncodedSample] = ()
     requests: Sequence[SampleRequest] = field(default_factory=tuple)
     engine: Engine = field(init=False)
@@ -170,8 +175,7 @@ class Evaluator:
     def validate(self, step: int) -> None:
         """Measure the held-out loss."""
         with self.engine.evaluating():
-            between = self.config.objective.timestep_range
-            errors = held_out_errors(self.engine.model, self.clips, self.engine.device, between)
+            errors = held_out_errors(self.engine.evaluate, self.clips, self.engine.device, self.objective)
         mean = sum(errors.values()) / len(errors)
         by_timestep = {f"{timestep:.0f}": error for timestep, error in errors.items()}
         self.events.emit("validation", step=step, loss=mean, by_timestep=by_timestep)
@@ -185,7 +189,7 @@ class Evaluator:
         """
         runtime = Runtime.default(self.engine.device, self.encoders.dtype)
         try:
-            with self.engine.evaluating():
+            with self.engine.sampling():
                 latents = draw_samples(self.engine.trainables.model, self.requests, self.config, runtime)
             if self.engine.is_main:
                 names = [f"step-{step:07}_{request.name}" for request in self.requests]

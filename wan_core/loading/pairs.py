@@ -19,6 +19,9 @@ Side = Literal["high", "low"]
 EXPERTS: tuple[Side, ...] = get_args(Side)
 """The experts of a pair in the order of its files."""
 
+BOTH = "both"
+"""The choice of both experts, where one of them may be chosen."""
+
 _OTHER_WORDS = r"(?![-_ ]?(?:v?ram|mem|rank|res|quality|poly|cfg|step))"
 _PLAIN = rf"(?<![a-zA-Z])(?i:(high|low))(?=(?i:[-_ ]?noise)|[^a-zA-Z]|$){_OTHER_WORDS}"
 _IN_CAMEL_CASE = rf"(?<=[a-zA-Z0-9])(High|Low)(?=Noise|[^a-z]|$){_OTHER_WORDS}"
@@ -114,6 +117,19 @@ def resolve_experts(path: PathLike | Sequence[PathLike]) -> list[tuple[Path, ...
         return [resolve_model(path)]
     swapped = [side_of(files[0]) for files in models] == ["low", "high"]
     return [tuple(files) for files in (reversed(models) if swapped else models)]
+
+
+def expert_files(path: PathLike, count: int) -> list[Path]:
+    """The file of trained weights of each of `count` experts: a pair is named by its folder or with braces; one file is
+    that of all.
+
+    Raises:
+        CheckpointError: as of `resolve_experts`, or there is a pair for a model that is none.
+    """
+    found = [files[0] for files in resolve_experts(Path(path).expanduser())]
+    if len(found) > count:
+        raise CheckpointError(f"{path} is a pair of files, but the model has one expert; name one of them.")
+    return found * (count // len(found))
 
 
 def _pair_in(folder: Path) -> tuple[str, ...]:
