@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.loading.test_fp8 import stored
 from tests.lora.fixtures import RANK, factors, linear_paths
 from tests.reference import HIGH, LOW, relative_error, tiny_dit
 from wan_core import ModelConfig, WanVideoPipeline, bundled, catalog
 from wan_core.catalog import tiny_id
 from wan_core.loading.foreign_names import diffusers_name
 from wan_core.model_files import DiTSettings, Offload, experts_of, inspect_experts, load_dit
+from wan_core.offload.quant import QuantisedLinear
 from wan_core.offload.read_ahead import PIECE, ReadAhead, read_ahead
 from wan_core.offload.weights import WeightProvider
 from wan_core.runtime import Cancelled, Runtime
@@ -91,6 +93,18 @@ def test_every_layout_gives_the_same_video(models, expected, tmp_path, write):
         found = load(models, *(ModelConfig(path=path) for path in paths))
         assert torch.equal(latents(found), expected)
     assert "{" in found.models.video.name
+
+
+@pytest.mark.parametrize(("kind", "far"), [("fp16", 0.01), ("fp8_scaled", 0.3)])
+def test_comfyuis_repacks_in_half_and_in_eight_bits_are_pairs(models, expected, tmp_path, kind, far):
+    for expert, seed in zip(EXPERTS, (HIGH, LOW), strict=True):
+        dit = tiny_dit("t2v", seed)
+        tensors = stored(dit, "old") if kind == "fp8_scaled" else dit.state_dict()
+        as_repack({name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()}, tmp_path, expert)
+    pipe = load(models, ModelConfig(path=tmp_path / "wan2.2_t2v_{high,low}_noise_14B.safetensors"))
+    assert 0 < relative_error(latents(pipe), expected) < far
+    layers = [pipe.models.video.expert_dit(number).blocks[0].ffn[0] for number in (0, 1)]
+    assert all(isinstance(layer, QuantisedLinear) == (kind == "fp8_scaled") for layer in layers)
 
 
 def test_the_authors_folder_is_one_model(models, expected):
