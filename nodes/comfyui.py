@@ -29,8 +29,10 @@ from wan_core.sampling.preview import Previewer
 from wan_core.settings import MemorySettings
 
 from . import previews
+from .notices import OnNode
 
-SECONDS_BETWEEN_NOTICES = 30
+SECONDS_BETWEEN_NOTICES = 10
+"""Of the time left, on the node and in the log."""
 
 POLL = 0.25
 """Seconds between two looks at ComfyUI's history."""
@@ -72,10 +74,8 @@ class ComfyUI:
         comfy.utils.ProgressBar(total).update_absolute(done, total, preview)
 
     def show_text(self, line: str, node_id: str | None) -> None:
-        server = _prompt_server()
-        if server and node_id:
-            with previews.never_fail():
-                server.send_progress_text(line, node_id)
+        if node_id:
+            _show(line, node_id)
 
     def workflow(self) -> contextlib.AbstractContextManager[None]:
         """Nothing around it: ComfyUI's executor runs workflows."""
@@ -167,12 +167,37 @@ class ComfyUI:
         """ComfyUI's list, and in the folders of `GGUF_FOLDERS` the GGUF files, which it leaves out."""
         with contextlib.suppress(KeyError):
             listed = folder_paths.get_filename_list(folder)
-            roots = self.model_folders(folder) if folder in GGUF_FOLDERS else []
-            return sorted({*listed, *names_below(roots, [".gguf"])})
+            return sorted({*listed, *_gguf_names(folder, self.model_folders(folder))})
         return []
 
     def model_path(self, folder: str, name: str) -> Path:
         return Path(folder_paths.get_full_path(folder, name))
+
+
+_gguf_listed: dict[str, tuple[dict[Path, float], list[str]]] = {}
+
+
+def _gguf_names(folder: str, roots: list[Path]) -> list[str]:
+    """The GGUF files below the roots of a folder of `GGUF_FOLDERS`; walked again only when a folder has changed, as
+    ComfyUI keeps its own list.
+    """
+    if folder not in GGUF_FOLDERS:
+        return []
+    known, names = _gguf_listed.get(folder, ({}, []))
+    if known.keys() >= set(roots) and all(_changed(place) == when for place, when in known.items()):
+        return names
+    places = {place: _changed(place) for root in roots for place in (root, *root.rglob("*/"))}
+    names = names_below(roots, [".gguf"])
+    _gguf_listed[folder] = places, names
+    return names
+
+
+def _changed(place: Path) -> float:
+    """When a folder's entries changed last; 0 where it is gone."""
+    try:
+        return place.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def unreserved_memory(device: torch.device) -> int | None:
@@ -186,6 +211,21 @@ def _prompt_server() -> Any | None:
     # ComfyUI loads it before any node runs. Only a script that uses ComfyUI's parts has none, and importing it there
     # would start one.
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
+def _running() -> tuple[str, str] | None:
+    context = get_executing_context()
+    return None if context is None else (context.prompt_id, context.node_id)
+
+
+def _show(text: str, node_id: str) -> None:
+    server = _prompt_server()
+    if server is not None:
+        with previews.never_fail():
+            server.send_progress_text(text, node_id)
+
+
+log.addHandler(OnNode(_running, _show))
 
 
 def _run_after(server: Any, prompt_id: str, node_id: str, action: Callable[[], None]) -> None:
@@ -244,7 +284,7 @@ def _progress_bars(host: ComfyUI, device: torch.device, geometry: Geometry) -> C
         left = pace.left(phase, done, total)
         if left and time.monotonic() - noticed > SECONDS_BETWEEN_NOTICES:
             noticed = time.monotonic()
-            log.info("%s %d/%d%s", phase, done, total, left)
+            log.info("%s %d/%d%s", phase, done, total, left, extra={"passing": True})
 
     return report
 

@@ -27,11 +27,12 @@ from wan_core.tiling import Tiles
 from wan_core.types import Conditioning, Curve, VideoSize
 
 from . import host, planning, sockets
+from .reuse import HIDDEN, apart_from_text
 from .vae import Tiled, tile_settings, working_vae
 
 
 class Encode(Tiled):
-    """A node that adds pictures or videos to conditioning.
+    """A node that adds pictures or videos to conditioning, by a method `encode` that is `apart_from_text`.
 
     Attributes:
         MODEL_INPUTS: the model's name of each of its inputs.
@@ -125,8 +126,10 @@ class ImageEncode(Encode):
                 **sockets.encode_settings(),
                 "size_rule": sockets.size_rule(),
             },
+            "hidden": HIDDEN,
         }
 
+    @apart_from_text
     def encode(
         self,
         conditioning: Conditioning,
@@ -173,8 +176,10 @@ class StartFrames(Encode):
                 **sockets.tile_inputs(),
                 "size_rule": sockets.size_rule(),
             },
+            "hidden": HIDDEN,
         }
 
+    @apart_from_text
     def encode(
         self,
         conditioning: Conditioning,
@@ -224,8 +229,10 @@ class ControlEncode(Encode):
                 "reference_image": sockets.socket("IMAGE", "What the subject looks like (V1.1 control models)."),
                 **sockets.encode_settings("stretch"),
             },
+            "hidden": HIDDEN,
         }
 
+    @apart_from_text
     def encode(
         self,
         conditioning: Conditioning,
@@ -321,6 +328,7 @@ class VaceEncode(Encode):
                 "references": sockets.socket(sockets.REFERENCES, "More references, of other sizes."),
                 **sockets.encode_settings(),
             },
+            "hidden": HIDDEN,
         }
 
     @classmethod
@@ -332,6 +340,7 @@ class VaceEncode(Encode):
         sizes = replace(cond.sizes, vace=(*cond.sizes.vace, references), encoded_frames=frames)
         return (replace(cond, names=names, sizes=sizes),)
 
+    @apart_from_text
     def encode(
         self,
         conditioning: Conditioning,

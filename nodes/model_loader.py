@@ -14,6 +14,7 @@ from wan_core.models.attention import BACKENDS
 from wan_core.models.config import DiTConfig
 from wan_core.offload.formats import WeightChoice
 from wan_core.planning.modules import SizedExpert, published_dit
+from wan_core.runtime import log
 from wan_core.variants import match_variant
 
 from . import host, places, planning, sockets
@@ -171,7 +172,17 @@ class ModelLoader(Loader):
         boundary_or_none, row = _chosen(boundary, preset)
         experts = experts_of(components, boundary_or_none, row)
         offload, device = offload_of(weights, rest), host.current.device()
-        return (load_dit(experts, settings, offload, vace=vace, preset=row, compute_device=device),)
+        made = load_dit(experts, settings, offload, vace=vace, preset=row, compute_device=device)
+        if made.row is not None:
+            log.info("%s recommends %s.", made.row.model_id, recommended(made.row.preset))
+        return (made,)
+
+
+def recommended(preset: catalog.Preset) -> str:
+    """The authors' settings in one line."""
+    low = "" if preset.cfg_low is None else f" (low noise {preset.cfg_low:g})"
+    size = f"{preset.width}x{preset.height}, {preset.num_frames} frames"
+    return f"{preset.steps} steps, cfg {preset.cfg:g}{low}, shift {preset.shift:g}, {preset.solver}, {size}"
 
 
 def _chosen(boundary: float, preset: str) -> tuple[float | None, str | None]:

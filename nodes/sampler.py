@@ -11,7 +11,7 @@ from torch import Tensor
 from wan_core.cache_settings import CacheSettings, TeaCacheSettings
 from wan_core.model import VideoModel
 from wan_core.models.config import Geometry
-from wan_core.models.vae import denormalise, normalise
+from wan_core.models.vae import denormalise
 from wan_core.planning.encoders import checked_size
 from wan_core.planning.job import Job
 from wan_core.recommend import CHOICES, OFF
@@ -36,7 +36,7 @@ from wan_core.types import Conditioning, LatentSize, VideoSize
 from wan_core.variants import check
 
 from . import host, places, planning, sockets
-from .vae import with_known_latents
+from .vae import normalised_latents, with_known_latents
 
 FOLDER = "wancore"
 """The subfolder of the output folder for saved latents and unfinished runs."""
@@ -213,14 +213,17 @@ class Sampler:
         )  # fmt: skip
         model, settings = model.recommended(recommended, settings, more_motion=more_motion)
         geometry = model.geometry
-        conditioning = with_known_latents(conditioning, latent or {}, geometry)
+        given = conditioning
+        conditioning = with_known_latents(given, latent or {}, geometry)
         start, size = None, _size(conditioning, checked_size(width, height, num_frames, geometry))
         # At full noise a latent has no effect, so it is ignored. Otherwise its size is that of the video.
         if latent is not None and (settings.starts_clean or settings.start_step):
-            start = normalise(latent["samples"], geometry)
+            start = normalised_latents(latent, geometry)
             if settings.start_step:
                 start = start * _signal(settings, settings.start_step)
             size = LatentSize.of(start, geometry).video
+        elif latent is not None and conditioning is given:
+            log.warning("The latent has no effect at denoise 1: lower denoise to start from it, or remove its link.")
         run = run or RunSettings(checkpoint_every=0, keep_latents=False)
         here = host.current
         checkpoint = Checkpoint(here.output_dir() / FOLDER, run.checkpoint_every)
@@ -239,7 +242,7 @@ def _size(conditioning: Conditioning, typed: VideoSize) -> VideoSize:
     """The size of the video: that which the conditioning was made for, if it has one."""
     size = conditioning.size or typed
     if size != typed:
-        log.info("The video is %s, as the conditioning is; the sampler's own size is %s.", size, typed)
+        log.info("The size is that of the pictures: %s, not %s as typed here.", size, typed)
     return size
 
 

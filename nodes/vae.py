@@ -31,7 +31,7 @@ def _crop(frames: Tensor, geometry: Geometry) -> Tensor:
     if height < multiple or width < multiple:
         raise ValueError(f"Images must be at least {multiple}x{multiple} pixels; got {width}x{height}.")
     if top or left or spare:
-        log.warning(
+        log.info(
             "Encoding %dx%d, %d frames of a video of %dx%d, %d frames: sides are multiples of %d, lengths are %s.",
             width - left, height - top, length - spare, width, height, length, multiple, geometry.length_rule,
         )  # fmt: skip
@@ -70,6 +70,22 @@ def tile_settings(
 ) -> Tiles:
     """The tile widgets (`sockets.tile_inputs`) as settings; off means tiles only where memory is short."""
     return TileSettings(size=(tile_height, tile_width), stride=(stride_height, stride_width)) if tiled else AUTO
+
+
+def normalised_latents(latent: Mapping[str, Any], geometry: Geometry) -> Tensor:
+    """The normalised latents (B, z, F, h, w) of a LATENT.
+
+    Raises:
+        ValueError: they are of an image, or of another kind of model.
+    """
+    samples: Tensor = latent["samples"]
+    if samples.ndim != 5:
+        raise ValueError(
+            f"The latent is {tuple(samples.shape)}, of images; a video's is (B, {geometry.channels}, frames, height / "
+            f"{geometry.spatial_stride}, width / {geometry.spatial_stride}). Use VAE Encode (WanCore), a sampler of "
+            "videos, or ComfyUI's empty latent for Wan."
+        )
+    return normalise(samples, geometry)
 
 
 @contextmanager
@@ -118,9 +134,8 @@ class VAEDecode(Tiled):
         **tiles: Any,
     ) -> tuple[Tensor]:
         settings = tile_settings(**tiles)
-        samples = latent["samples"]
         geometry = vae.config.geometry
-        latents = normalise(samples, geometry)
+        latents = normalised_latents(latent, geometry)
         with working_vae(vae, settings) as handle:
             return (pixels_to_frames(handle.decode_pieces(latents), geometry.video_frames(latents.shape[2])),)
 

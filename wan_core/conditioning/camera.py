@@ -263,7 +263,7 @@ def camera_embedding(path: CameraPath, size: VideoSize, dtype: torch.dtype = tor
     k-th frame.
     """
     if path.num_frames != size.num_frames:
-        log.warning("Stretching a camera path of %d frames over the video's %d.", path.num_frames, size.num_frames)
+        log.info("Stretching a camera path of %d frames over the video's %d.", path.num_frames, size.num_frames)
         path = path.resampled(size.num_frames)
     group = size.geometry.temporal_stride
     folded = torch.empty(RAY_CHANNELS, group, size.latent.frames, size.height, size.width, dtype=dtype)

@@ -201,7 +201,7 @@ def resized(frames: Tensor, width: int, height: int, aspect: Aspect) -> Tensor:
 
 
 def fit_length(frames: Tensor, num_frames: int, policy: LengthPolicy, name: str) -> Tensor:
-    """`frames` (T, ...) as (num_frames, ...): cut, or extended by `policy`, each with a warning.
+    """`frames` (T, ...) as (num_frames, ...): cut, or extended by `policy`, each with a notice.
 
     Raises:
         ValueError: there are too few frames and the policy is `error`.
@@ -209,7 +209,7 @@ def fit_length(frames: Tensor, num_frames: int, policy: LengthPolicy, name: str)
     count = len(frames)
     if count >= num_frames:
         if count > num_frames:
-            log.warning("%s has %d frames; the first %d are used.", name, count, num_frames)
+            log.info("%s has %d frames; the first %d are used.", name, count, num_frames)
         return frames[:num_frames]
     if policy == "error":
         raise ValueError(
@@ -218,5 +218,5 @@ def fit_length(frames: Tensor, num_frames: int, policy: LengthPolicy, name: str)
     index = torch.arange(num_frames)
     index = index % count if policy == "loop" else index.clamp(max=count - 1)
     what = "it is repeated from the start" if policy == "loop" else "its last frame is repeated"
-    log.warning("%s has %d frames, the video %d: %s.", name, count, num_frames, what)
+    log.info("%s has %d frames, the video %d: %s.", name, count, num_frames, what)
     return frames[index]
