@@ -24,10 +24,14 @@ SHOWN, SPARE_DIGITS = 60, 4
 
 
 def workflow_file(text: str) -> Path:
-    """The file of a workflow that was typed: its path, or a name in the pack's `workflows/api` such as `t2v`."""
+    """The file of a workflow that was typed: its path, or a name in the pack's `workflows/api` such as `t2v`.
+
+    Of a file of the editor that the pack shipped under such a name, as `workflows/t2v.json`, it is the one in `api`.
+    """
     file = Path(text)
-    shipped = host.PACK_FOLDER / "workflows" / "api" / f"{text}.json"
-    return shipped if file.name == text and not is_there(file) and shipped.is_file() else file
+    shipped = host.PACK_FOLDER / "workflows" / "api" / f"{file.name.removesuffix('.json')}.json"
+    is_name = file.name == text or file.parent.name == shipped.parents[1].name
+    return shipped if is_name and not is_there(file) and shipped.is_file() else file
 
 
 @dataclass(frozen=True)

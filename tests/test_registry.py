@@ -82,7 +82,7 @@ def test_the_archive_holds_what_runs_and_what_the_editor_shows(tmp_path):
     includes = re.findall(r'"(.+?)"', re.search(r"^includes = \[(.*)\]", PROJECT, re.MULTILINE)[1])
     kept = {path for path in tracked if not ignored.match_file(path)} | set(includes)
     needed = ("__init__.py", "nodes/__init__.py", "wan_core/__init__.py", "web/docs/WanCoreSampler.md", "LICENSE")
-    needed += ("locales/zh/nodeDefs.json", "workflows/t2v.json", "workflows/t2v.jpg", "requirements.txt")
+    needed += ("locales/zh/nodeDefs.json", "workflows/api/t2v.json", "requirements.txt")
     assert kept.issuperset(needed)
     assert not [path for path in kept if path.startswith(("tests/", "tools/", ".ci/", "quickstart"))]
     assert all((ROOT / path).is_file() for path in includes)

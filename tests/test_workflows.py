@@ -14,6 +14,7 @@ from tests import fork_server
 from tests.lora.fixtures import trained_weights
 from tools import workflows
 from tools.graph import inputs, is_widget
+from tools.templates import TEMPLATES, template
 from tools.training_workflows import VALIDATIONS
 from tools.workflow_texts import WORKFLOWS
 from wan_core.media import probe
@@ -28,7 +29,7 @@ from wancore.nodes.places import OWNERS_FOLDERS
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "workflows"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+NAMES = sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
 CLASSES = {**core_nodes(Folders()), **NODE_CLASS_MAPPINGS}
 
 
@@ -36,17 +37,23 @@ def load(*parts: str) -> dict:
     return json.loads(FOLDER.joinpath(*parts).read_text(encoding="utf-8"))
 
 
+def editor_form(name: str) -> dict:
+    return load(f"{template(name)}.json")
+
+
 def test_files_are_what_their_descriptions_say(tmp_path):
     workflows.write(tmp_path)
     built = {p.relative_to(tmp_path): p.read_text(encoding="utf-8") for p in tmp_path.rglob("*.json")}
     shipped = {p.relative_to(FOLDER): p.read_text(encoding="utf-8") for p in FOLDER.rglob("*.json")}
     assert built == shipped
-    assert NAMES
+    assert set(NAMES) == set(TEMPLATES), "each has a name in the template browser"
+    pictures = {path.stem for path in FOLDER.glob("*.jpg")}
+    assert pictures == {template(name) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_editor_links_join_matching_slots(name):
-    workflow = load(f"{name}.json")
+    workflow = editor_form(name)
     nodes = {node["id"]: node for node in workflow["nodes"]}
     assert workflow["last_node_id"] == max(nodes)
     assert workflow["last_link_id"] == max(link[0] for link in workflow["links"])
@@ -71,7 +78,7 @@ OWN_FILES = ("WanCoreSpeedControl", "WanCoreLoraLoader")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nodes_say_where_they_and_their_files_come_from(name):
-    workflow = load(f"{name}.json")
+    workflow = editor_form(name)
     note, *nodes = workflow["nodes"]
     assert note["type"] == "MarkdownNote" and note["widgets_values"][0].startswith("## ")
     for node in nodes:
@@ -111,7 +118,7 @@ def test_loaders_name_what_they_list(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_has_a_picture(name):
-    path = FOLDER / f"{name}.jpg"
+    path = FOLDER / f"{template(name)}.jpg"
     assert path.is_file(), "run python -m tools.workflows --thumbnails"
     assert path.stat().st_size < 40_000
     with Image.open(path) as picture:
@@ -121,9 +128,10 @@ def test_a_workflow_has_a_picture(name):
 def test_the_picture_is_of_the_workflows_own_run(tmp_path):
     workflows.thumbnail("speed_1.3b", tmp_path / "again.jpg")
     shown = [
-        np.asarray(Image.open(folder), np.float32) for folder in (tmp_path / "again.jpg", FOLDER / "speed_1.3b.jpg")
+        np.asarray(Image.open(path), np.float32)
+        for path in (tmp_path / "again.jpg", FOLDER / f"{template('speed_1.3b')}.jpg")
     ]
-    other = np.asarray(Image.open(FOLDER / "i2v_480p.jpg"), np.float32)
+    other = np.asarray(Image.open(FOLDER / f"{template('i2v_480p')}.jpg"), np.float32)
     assert np.abs(shown[0] - shown[1]).mean() < 5 < np.abs(shown[0] - other).mean()
 
 
@@ -146,13 +154,16 @@ def as_api(workflow: dict) -> dict:
             if slots[name]["link"] is not None:
                 given[name] = sources[slots[name]["link"]]
         assert next(values, None) is None
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": given, "_meta": {"title": node["title"]}}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": given}
     return prompt
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_forms_are_the_same_workflow(name):
-    assert as_api(load(f"{name}.json")) == load("api", f"{name}.json")
+    twin = load("api", f"{name}.json")
+    titles = {key: node.pop("_meta")["title"] for key, node in twin.items()}
+    assert as_api(editor_form(name)) == twin
+    assert len(set(titles.values())) == len(titles), "a shell names nodes by them"
 
 
 def loaded(name: str, classes: dict[str, type], weights: Path) -> Workflow:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tools.templates import both
+
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN")
 NODE_WIDTH, SOCKET_HEIGHT, WIDGET_HEIGHT, TEXT_HEIGHT = 320, 20, 24, 120
 TITLE_HEIGHT, PADDING = 30, 16
@@ -30,6 +32,8 @@ COLOURS = {
 }
 """Title bar and body of a stage's nodes, from the editor's own palette; the body's colour is also the group's."""
 COLUMN_STEP, ROW_GAP, GROUP_MARGIN, GROUP_TITLE = 380, 40, 20, 50
+TITLED = ("LoadImage", "LoadVideo", "PreviewImage")
+"""Nodes whose title says what they load or show, as there may be several."""
 TOP_BAR = 190
 """Room for the editor's own bar above the graph, in graph units at the first scale."""
 
@@ -146,7 +150,7 @@ class _Layout:
         return {
             "id": node_id,
             "type": "MarkdownNote",
-            "title": "About this workflow",
+            "title": both("About this workflow"),
             "pos": [-COLUMN_STEP, 0],
             "size": [NODE_WIDTH, 320],
             "flags": {},
@@ -169,7 +173,7 @@ class _Layout:
         top, width = -GROUP_TITLE - TITLE_HEIGHT, NODE_WIDTH + 2 * GROUP_MARGIN
         return {
             "id": index + 1,
-            "title": stage.title,
+            "title": both(stage.title),
             "bounding": [x - GROUP_MARGIN, top, width, y - top],
             "color": COLOURS[stage.title][1],
             "flags": {},
@@ -206,7 +210,8 @@ class _Layout:
         return {
             "id": self.ids[step.title],
             "type": step.class_type,
-            "title": step.title,
+            # A node without a title of its own has its name in the user's language.
+            **({"title": both(step.title)} if step.class_type in TITLED else {}),
             "pos": position,
             "size": [NODE_WIDTH, height],
             "flags": {},

@@ -14,6 +14,7 @@ from pack import ROOT
 from tools import pictures
 from tools import workflows as workflows_build
 from tools.graph import inputs, outputs
+from tools.templates import CATEGORY, FOLDERS, template
 from tools.workflow_texts import WORKFLOWS
 from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, host
 
@@ -96,8 +97,8 @@ def _node_def(node_id: str, cls: type, title: str, say: Say) -> dict[str, Any]:
     }
 
 
-def main_texts(classes: Mapping[str, type], say: Say) -> dict[str, Any]:
-    """ComfyUI's main.json: the categories and the socket types that are the pack's own."""
+def main_texts(classes: Mapping[str, type], say: Say, language: str) -> dict[str, Any]:
+    """ComfyUI's main.json: the categories and the socket types that are the pack's own, its templates' category."""
     categories: dict[str, str] = {}
     types: dict[str, str] = {}
     for node_id, cls in classes.items():
@@ -108,7 +109,8 @@ def main_texts(classes: Mapping[str, type], say: Say) -> dict[str, Any]:
         for kind in kinds:
             if isinstance(kind, str) and kind.startswith("WANCORE_"):
                 types[kind] = say(Text("types", kind, f"a socket of {node_id}"))
-    return {"nodeCategories": categories, "dataTypes": types}
+    category = dict.fromkeys(FOLDERS, CATEGORY[language])
+    return {"nodeCategories": categories, "dataTypes": types, "templateWorkflows": {"category": category}}
 
 
 def escape(text: str) -> str:
@@ -238,7 +240,7 @@ def files() -> dict[Path, str]:
         built: dict[Path, str] = {}
         for language, say in (("en", english), ("zh", catalogue.say)):
             built[Path("locales", language, "nodeDefs.json")] = _json(node_defs(ours, titles, say))
-            built[Path("locales", language, "main.json")] = _json(main_texts(ours, say))
+            built[Path("locales", language, "main.json")] = _json(main_texts(ours, say, language))
             prose = read_prose(language)
             shown_titles = {
                 key: say(node_text(key, cls, titles[key])[0]).removesuffix(" (WanCore)") for key, cls in ours.items()
@@ -247,7 +249,11 @@ def files() -> dict[Path, str]:
             for node_id, cls in ours.items():
                 if node_id not in prose:
                     raise ValueError(f"{node_id} has no help: add a section to tools/texts/help/{language}.md.")
-                used = [w for w, nodes in workflows.items() if any(n["class_type"] == node_id for n in nodes.values())]
+                used = [
+                    template(w)
+                    for w, nodes in workflows.items()
+                    if any(n["class_type"] == node_id for n in nodes.values())
+                ]
                 make = partial(page, node_id, cls, titles[node_id], prose[node_id], used, language)
                 # ComfyUI asks for the page in the user's language, then for the one without a language.
                 path = Path(f"{node_id}.md") if language == "en" else Path(node_id, f"{language}.md")

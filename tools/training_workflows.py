@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tools.graph import Graph, Stage, Step
+from tools.templates import both, chinese
 from tools.workflow_texts import TASKS, loaders, recommended, save_steps, split_steps
 from wan_core.catalog import SPEED_CONTROL, T2V_BASE, CatalogRow, published
 
@@ -129,29 +130,36 @@ def _video(
 def _training_note(training: Training) -> str:
     return "\n".join(
         [
-            f"## {training.title}",
+            f"## {both(training.title)}",
             "",
-            f"{training.what} Then a video is made with it.",
+            f"{training.what} Then a video is made with it. {chinese(training.what)}随后用它生成一段视频。",
             "",
-            "The data is an example of moving shapes; write the folder of your own into *Training data*. Queue the "
+            "The data is an example of moving shapes; write the folder of your own into *Training Data*. Queue the "
             "workflow again after a stop, and the training goes on where it was; raise *num_epochs* to train longer. "
             "Another *name* begins a new run. Everything that a run writes is in `output/training/<name>`.",
             "",
-            "All settings are in `docs/training.md` of the pack.",
+            "数据是移动图形的示例；在“训练数据”中写入自己的文件夹。中断后再次运行工作流，训练会从断点继续；"
+            "调大 *num_epochs* 可训练更久。换一个 *name* 即开始新的训练。"
+            "一次训练写出的所有内容都在 `output/training/<name>`。",
+            "",
+            "All settings are in `docs/training.md` of the pack. 全部设置见本节点包的 `docs/training.md`。",
         ]
     )
 
 
 def _validation_note(name: str) -> str:
-    what = "a LoRA" if name == "validate_lora" else "a whole model"
+    what, zh = ("a LoRA", "LoRA") if name == "validate_lora" else ("a whole model", "整个模型")
     return "\n".join(
         [
-            f"## {TITLES[name]}",
+            f"## {both(TITLES[name])}",
             "",
             f"A video with {what} that `python -m trainer.recipe` has trained, from the prompt that it was trained "
-            "with. Choose the model that was trained in *Load model*, and the file in *Trained weights*.",
+            "with. Choose the model that was trained in *Load Model*, and the file in *Trained Weights*.",
+            "",
+            f"用 `python -m trainer.recipe` 训练好的{zh}，按训练时的提示词生成视频。"
+            "在“加载模型”中选择所训练的模型，在“训练好的权重”中选择文件。",
             "",
             "For models with further inputs put *Trained Weights* between the model and the sampler of their own "
-            "workflow.",
+            "workflow. 有其他输入的模型：把“训练好的权重”接在该模型自己的工作流中模型与采样器之间。",
         ]
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tools.graph import Graph, Out, Stage, Step
+from tools.templates import both, chinese
 from wan_core.catalog import (
     CATALOG,
     DIT_FILE,
@@ -322,8 +323,9 @@ def save_steps(name: str, fps: float) -> list[Step]:
     ]
 
 
-def _authors(name: str, row: CatalogRow) -> str:
-    return f"the LoRA `{LORAS[name]}`" if name in LORAS else f"`{row.model_id}`"
+def _authors(name: str, row: CatalogRow, zh: bool = False) -> str:
+    loras = "LoRA" if zh else "the LoRA"
+    return f"{loras} `{LORAS[name]}`" if name in LORAS else f"`{row.model_id}`"
 
 
 def _note(name: str, row: CatalogRow) -> str:
@@ -337,17 +339,26 @@ def _note(name: str, row: CatalogRow) -> str:
     files.append(f"models/{T2V_BASE}/{TOKENIZER_PATTERN}")
     if uses_image_encoder(row):
         files.append(f"models/{IMAGE_ENCODER_SOURCE}/{IMAGE_ENCODER_PATTERN}")
+    title = both(task.title)
+    # The first lines say what most people need to know; a reader of either language finds both together.
     return "\n".join(
         [
-            f"## {task.title}",
+            f"## {title}",
             "",
-            f"{task.what} The settings are those that the authors of {_authors(name, row)} recommend.",
+            f"{task.what} The settings are those that the authors of {_authors(name, row)} recommend. Choose your own "
+            "pictures and clips, write a prompt, and run.",
             "",
-            "**Files** (fetched when `download` is on in a loader, or put them there yourself):",
+            f"{chinese(task.what)}设置采用 {_authors(name, row, zh=True)} 作者推荐的值。"
+            "换上自己的图片和视频，写好提示词，运行即可。",
+            "",
+            "**Files 文件**",
             *(f"- `{file}`" for file in files),
             "",
-            "Files that you already have in ComfyUI's own folders appear in the lists too. The pictures and clips are "
-            "in the pack's folder `workflows/assets`; choose your own. `WanCore/tiny…` models need no file: they draw "
+            "Files in ComfyUI's own folders are listed first in each loader. What is missing: *download* among the "
+            "advanced inputs of a loader fetches it, or put it there yourself. `WanCore/tiny` needs no file: it draws "
             "abstract patterns, to try the graph out.",
+            "",
+            "加载器的列表先列出 ComfyUI 文件夹中已有的文件。缺少的文件：在加载器的高级输入中打开 *下载*，"
+            "或自行放到上述位置。`WanCore/tiny` 不需要任何文件：只画抽象图案，用于试跑工作流。",
         ]
     )

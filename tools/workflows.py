@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pack import NAME, ROOT
 from tools import training_workflows, workflow_texts
 from tools.graph import to_api, to_ui
+from tools.templates import template
 from tools.training_workflows import TITLES as TRAINING_TITLES
 from tools.training_workflows import VALIDATIONS
 from tools.workflow_texts import TASKS, WORKFLOWS
@@ -49,13 +50,17 @@ def files() -> dict[Path, dict[str, Any]]:
     described += [(training_workflows, name) for name in training_workflows.NAMES]
     for module, name in described:
         graph = module.describe(name)
-        built[Path(f"{graph.name}.json")] = to_ui(graph, classes, NAME, version())
+        built[Path(f"{template(graph.name)}.json")] = to_ui(graph, classes, NAME, version())
         built[Path("api", f"{graph.name}.json")] = to_api(graph, classes)
     return built
 
 
 def write(folder: Path) -> None:
-    for path, content in files().items():
+    built = files()
+    for old in folder.glob("*.json"):
+        if Path(old.name) not in built:
+            old.unlink()
+    for path, content in built.items():
         target = folder / path
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -131,7 +136,7 @@ def main() -> None:
     write(FOLDER)
     if options.thumbnails:
         for name in (*workflow_texts.WORKFLOWS, *training_workflows.NAMES):
-            thumbnail(name, FOLDER / f"{name}.jpg")
+            thumbnail(name, FOLDER / f"{template(name)}.jpg")
 
 
 if __name__ == "__main__":

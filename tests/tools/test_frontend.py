@@ -3,11 +3,13 @@
 import json
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from tests.programs import wait_for
 from tools import pages
+from tools.templates import template
 from wan_core import catalog
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
@@ -16,14 +18,15 @@ from wancore.headless.workflow import Workflow
 from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 ROOT = Path(__file__).parents[2]
-NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+NAMES = sorted(path.stem for path in (ROOT / "workflows" / "api").glob("*.json"))
 OF_22 = [name for name in NAMES if any(row.is_22 and name.startswith(row.workflow) for row in catalog.CATALOG)]
-TITLES = {"Load model": "model", "Load text encoder": "text_encoder", "Load VAE": "vae"}
+LOADERS = {"WanCoreModelLoader": "model", "WanCoreTextEncoderLoader": "text_encoder", "WanCoreVAELoader": "vae"}
 pytestmark = pytest.mark.comfyui
 
 
-def load(*parts: str) -> dict:
-    return json.loads(ROOT.joinpath("workflows", *parts).read_text(encoding="utf-8"))
+def load(name: str) -> dict:
+    """The editor's form of the workflow with this short name."""
+    return json.loads((ROOT / "workflows" / f"{template(name)}.json").read_text(encoding="utf-8"))
 
 
 def essence(workflow: dict, like: dict) -> dict:
@@ -36,7 +39,7 @@ def essence(workflow: dict, like: dict) -> dict:
 
     nodes = {
         node["id"]: {
-            **{key: node.get(key) for key in ("type", "title", "mode", "color", "bgcolor", "properties")},
+            **{key: node.get(key) for key in ("type", "mode", "color", "bgcolor", "properties")},
             "place": [*node["pos"], *(node["size"] if not node["type"].startswith("Load") else ())],
             "widgets": node.get("widgets_values") or [],
             "inputs": slots(node, "inputs", ("name", "type", "link", "shape")),
@@ -50,7 +53,7 @@ def essence(workflow: dict, like: dict) -> dict:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_opens_and_is_saved_as_it_is(name, editor):
-    workflow = load(f"{name}.json")
+    workflow = load(name)
     editor.open(workflow)
     missing = editor.page.evaluate(
         "() => window.app.graph.nodes.filter(n => n.has_errors || !(n.type in LiteGraph.registered_node_types))"
@@ -60,8 +63,9 @@ def test_a_workflow_opens_and_is_saved_as_it_is(name, editor):
     prompt = editor.prompt()
     for node in prompt.values():
         node["inputs"].pop("video-preview", None)  # the player that the front end puts into Load Video
-        node["_meta"] = {"title": node["_meta"]["title"]}
-    assert prompt == load("api", f"{name}.json")
+        node.pop("_meta")  # titles are in the user's language
+    shipped = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    assert prompt == {key: {k: v for k, v in node.items() if k != "_meta"} for key, node in shipped.items()}
     saved = editor.saved()
     assert essence(saved, workflow) == essence(workflow, workflow)
     editor.open(saved)
@@ -70,17 +74,17 @@ def test_a_workflow_opens_and_is_saved_as_it_is(name, editor):
 
 
 def test_a_workflow_runs_by_a_click_and_shows_its_video(editor):
-    editor.open(load("t2v.json"))
+    editor.open(load("t2v"))
     small = {"steps": 4, "cfg": 1.5, "width": 96, "height": 64, "num_frames": 17}
     editor.page.evaluate(
         """([loaders, small]) => {
             for (const node of window.app.graph.nodes) {
                 const set = (name, value) => { node.widgets.find(w => w.name === name).value = value }
-                if (node.title in loaders) set(loaders[node.title], 'WanCore/tiny')
-                if (node.title === 'Sampler') for (const [name, value] of Object.entries(small)) set(name, value)
+                if (node.type in loaders) set(loaders[node.type], 'WanCore/tiny')
+                if (node.type === 'WanCoreSampler') for (const [name, value] of Object.entries(small)) set(name, value)
             }
         }""",
-        [TITLES, small],
+        [LOADERS, small],
     )
     editor.page.get_by_role("button", name="Run", exact=True).first.click()
     shown = "[...document.querySelectorAll('video')].find(v => v.src.includes('wancore_t2v') && v.readyState > 1)"
@@ -98,7 +102,7 @@ def test_a_workflow_of_wan_22_runs_in_its_tiny_form(name, editor, comfy_server):
         number: {key: value for key, value in node.inputs.items() if not isinstance(value, list)}
         for number, node in tiny.nodes.items()
     }
-    editor.open(load(f"{name}.json"))
+    editor.open(load(name))
     before = set(comfy_server.base.rglob("output/**/*.mp4"))
     editor.page.evaluate(
         """(values) => {
@@ -152,7 +156,7 @@ def test_texts_are_in_the_users_language(language, editor):
 def test_the_help_page_is_shown_with_its_picture(language, editor):
     editor.language(language)
     try:
-        editor.open(load("t2v.json"))
+        editor.open(load("t2v"))
         editor.page.evaluate(
             "() => window.app.canvas.selectNode(window.app.graph.nodes.find(n => n.type === 'WanCoreSampler'))"
         )
@@ -170,8 +174,9 @@ def test_the_help_page_is_shown_with_its_picture(language, editor):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_template_browser_is_offered_a_workflow_with_its_picture(name, editor):
     with urllib.request.urlopen(f"{editor.url}/api/workflow_templates", timeout=10) as answer:
-        assert name in json.load(answer)["wancore"]
-    with urllib.request.urlopen(f"{editor.url}/api/workflow_templates/wancore/{name}.jpg", timeout=10) as answer:
+        assert template(name) in json.load(answer)["wancore"]
+    picture = f"{editor.url}/api/workflow_templates/wancore/{quote(template(name))}.jpg"
+    with urllib.request.urlopen(picture, timeout=10) as answer:
         assert answer.headers["Content-Type"] == "image/jpeg" and answer.read(2) == b"\xff\xd8"
 
 
@@ -185,6 +190,6 @@ def test_the_template_browser_shows_them(editor):
         ".map(card => card.dataset.testid.replace('template-workflow-', ''))"
     )
     shown = wait_for(lambda: len(names := editor.page.evaluate(drawn)) >= 6 and names)
-    assert set(shown) <= set(NAMES)
+    assert set(shown) <= set(map(template, NAMES))
     editor.picture("templates")
     editor.page.keyboard.press("Escape")

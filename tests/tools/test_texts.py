@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tools import pages
+from tools.templates import TEMPLATES, template
+from wancore.headless.folders import workflow_file
 from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, SEARCH_ALIASES
 
 ROOT = Path(__file__).parents[2]
@@ -130,3 +132,33 @@ def test_signs_of_the_translation_library_are_written_out(text, written):
 def test_a_missing_translation_names_its_place():
     with pytest.raises(ValueError, match=r"WanCoreNew\.width's tooltip has no Chinese: add 'How wide\.' to 'texts'"):
         CATALOGUE.say(pages.slot_text("WanCoreNew", "width", "How wide.")[1])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "wan", "image to video", "text to video", "first last frame", "vace", "control", "lora", "图生视频", "文生视频",
+        "首尾帧", "长视频", "加速", "控制视频", "视频编辑", "训练",
+    ],
+)  # fmt: skip
+def test_templates_or_nodes_are_found_by_what_people_type(words):
+    templates = [name for name in map(template, TEMPLATES) if words in name.lower()]
+    zh = pages.Catalogue.read().sections["nodes"]
+    nodes = [
+        node_id
+        for node_id, title in NODE_DISPLAY_NAME_MAPPINGS.items()
+        if any(words in text.lower() for text in (title, zh[title], *SEARCH_ALIASES.get(node_id, ())))
+    ]
+    assert nodes and (templates or words in ("长视频",))
+
+
+def test_templates_have_names_that_any_system_can_store():
+    names = [template(name) for name in TEMPLATES]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert not set(name) & set('<>:"/\\|?*#%&') and name == name.strip(" .") and len(name.encode()) < 200
+
+
+def test_short_names_of_workflows_keep_working():
+    for text in ("t2v", "workflows/t2v.json"):
+        assert workflow_file(text) == ROOT / "workflows" / "api" / "t2v.json"
