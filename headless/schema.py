@@ -90,7 +90,9 @@ class NodeSchema:
     @classmethod
     def of_class(cls, class_type: str, node: type[Any]) -> "NodeSchema":
         declared = node.INPUT_TYPES()
-        inputs, check = _inputs(declared), getattr(node, "VALIDATE_INPUTS", None)
+        inputs = _inputs(declared)
+        # Of our loaders, which say there what ComfyUI would repeat.
+        check = getattr(node, "CHECK_INPUTS", None) or getattr(node, "VALIDATE_INPUTS", None)
         return cls(
             class_type,
             inputs,

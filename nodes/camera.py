@@ -1,8 +1,9 @@
 """Camera moves and speed to conditioning."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -231,6 +232,7 @@ class SpeedControl(Loader):
     FUNCTION = "apply"
     INPUT, KIND, FOLDER = "adapter", "motion_controller", "diffusion_models"
     ROWS = dict.fromkeys((catalog.SPEED_CONTROL, catalog.TINY), (catalog.MOTION_CONTROLLER_PATTERN,))
+    SIZES: ClassVar[Mapping[str, str]] = {catalog.SPEED_CONTROL: "0.1 GB"}
     DESCRIPTION = "Control how fast things move, with the speed-control adapter for Wan 2.1 T2V 1.3B."
     RETURN_TYPES = (sockets.MODEL, sockets.CONDITIONING)
     RETURN_NAMES = ("model", "conditioning")
@@ -250,7 +252,11 @@ class SpeedControl(Loader):
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, adapter: str, download: bool = False) -> bool | str:
+    def VALIDATE_INPUTS(cls, adapter: str) -> bool | str:
+        return cls.check(adapter, True)
+
+    @classmethod
+    def CHECK_INPUTS(cls, adapter: str, download: bool = False) -> bool | str:
         return cls.check(adapter, download)
 
     @classmethod

@@ -1,6 +1,7 @@
 """ComfyUI as the host. The only file that imports it."""
 
 import contextlib
+import shutil
 import sys
 import threading
 import time
@@ -20,7 +21,8 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import nn
 
-from wan_core.files import names_below
+from wan_core.atomic import creating
+from wan_core.files import known_names_below
 from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
 from wan_core.offload.blocks import weight_bytes
 from wan_core.offload.weights import WeightProvider
@@ -30,6 +32,7 @@ from wan_core.settings import MemorySettings
 
 from . import previews
 from .notices import OnNode
+from .replacements import REPLACEMENTS
 
 SECONDS_BETWEEN_NOTICES = 10
 """Of the time left, on the node and in the log."""
@@ -39,6 +42,8 @@ POLL = 0.25
 
 CACHED = "execution_cached"
 """ComfyUI's message that names the nodes whose results were in its cache when a prompt began."""
+
+ASSETS = Path(__file__).resolve().parents[1] / "workflows" / "assets"
 
 GGUF_FOLDERS = ("diffusion_models", "text_encoders")
 """The models folders whose files may be GGUF."""
@@ -167,37 +172,12 @@ class ComfyUI:
         """ComfyUI's list, and in the folders of `GGUF_FOLDERS` the GGUF files, which it leaves out."""
         with contextlib.suppress(KeyError):
             listed = folder_paths.get_filename_list(folder)
-            return sorted({*listed, *_gguf_names(folder, self.model_folders(folder))})
+            roots = self.model_folders(folder) if folder in GGUF_FOLDERS else []
+            return sorted({*listed, *known_names_below(tuple(roots), (".gguf",))})
         return []
 
     def model_path(self, folder: str, name: str) -> Path:
         return Path(folder_paths.get_full_path(folder, name))
-
-
-_gguf_listed: dict[str, tuple[dict[Path, float], list[str]]] = {}
-
-
-def _gguf_names(folder: str, roots: list[Path]) -> list[str]:
-    """The GGUF files below the roots of a folder of `GGUF_FOLDERS`; walked again only when a folder has changed, as
-    ComfyUI keeps its own list.
-    """
-    if folder not in GGUF_FOLDERS:
-        return []
-    known, names = _gguf_listed.get(folder, ({}, []))
-    if known.keys() >= set(roots) and all(_changed(place) == when for place, when in known.items()):
-        return names
-    places = {place: _changed(place) for root in roots for place in (root, *root.rglob("*/"))}
-    names = names_below(roots, [".gguf"])
-    _gguf_listed[folder] = places, names
-    return names
-
-
-def _changed(place: Path) -> float:
-    """When a folder's entries changed last; 0 where it is gone."""
-    try:
-        return place.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def unreserved_memory(device: torch.device) -> int | None:
@@ -226,6 +206,48 @@ def _show(text: str, node_id: str) -> None:
 
 
 log.addHandler(OnNode(_running, _show))
+
+
+def announce(server: Any) -> None:
+    """Tell ComfyUI which nodes of another pack ours replace; versions before 0.13 do not ask."""
+    manager = getattr(server, "node_replace_manager", None)
+    if manager is None:
+        return
+    from comfy_api.latest import io
+
+    for each in REPLACEMENTS:
+        manager.register(
+            io.NodeReplace(
+                new_node_id=each.new,
+                old_node_id=each.old,
+                old_widget_ids=list(each.widgets),
+                input_mapping=each.input_mapping(),
+                output_mapping=[{"new_idx": 0, "old_idx": 0}],
+            )
+        )
+
+
+def offer_demo_inputs() -> None:
+    """Copy the pictures and clips of the shipped workflows into the input folder, as its lists show nothing else.
+
+    A file of the user's with such a name stays, and a disk that cannot be written is left alone.
+    """
+    for asset in ASSETS.iterdir():
+        target = Path(folder_paths.get_input_directory(), asset.name)
+        if asset.is_file() and not target.exists():
+            # ValueError: another process has just made it.
+            with contextlib.suppress(OSError, ValueError), creating(target) as partial:
+                shutil.copyfile(asset, partial)
+
+
+async def _on_startup(_: Any) -> None:
+    offer_demo_inputs()
+
+
+# Not in a script that uses ComfyUI's parts.
+if (_server := _prompt_server()) is not None:
+    announce(_server)
+    _server.app.on_startup.append(_on_startup)
 
 
 def _run_after(server: Any, prompt_id: str, node_id: str, action: Callable[[], None]) -> None:

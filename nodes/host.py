@@ -2,6 +2,7 @@
 chooses folders and receives the progress.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from PIL import Image
 from wan_core.files import names_below
 from wan_core.loading.download import DEFAULT_FOLDER, models_folder
 from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
-from wan_core.runtime import Runtime, default_device, free_bytes
+from wan_core.runtime import Runtime, default_device, free_bytes, log
 from wan_core.sampling.preview import Previewer, preview_frames
 from wan_core.settings import MemorySettings
 
@@ -253,6 +254,15 @@ class Standalone:
     def model_path(self, folder: str, name: str) -> Path:
         places = [root / name for root in self.model_folders(folder)]
         return next((path for path in places if path.exists()), places[0])
+
+
+def check_folder_name(name: str) -> None:
+    """Warn of a name of the pack's folder that ComfyUI's server cannot make addresses of."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        log.warning(
+            "WanCore is in a folder called %r. ComfyUI cannot serve templates and help pages from a folder whose name "
+            "holds anything but letters, digits, '.', '_' and '-': rename it to 'wancore' and restart.", name,
+        )  # fmt: skip
 
 
 def _find_host() -> Host:

@@ -1,5 +1,6 @@
 """Loaders of models, encoders and VAEs, from a published checkpoint or a file in ComfyUI's folders."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,7 +9,7 @@ import torch
 
 from wan_core import catalog
 from wan_core.loading.detect import Component
-from wan_core.loading.download import OnProgress
+from wan_core.loading.download import OnProgress, local_files, redirect
 from wan_core.loading.names import ModelKind
 from wan_core.model_files import (
     BUNDLED,
@@ -69,13 +70,17 @@ def offload_of(weights: WeightChoice, rest: str) -> Offload:
 
 
 class Loader:
-    """The base of the loaders: a list of catalog rows and local files, checked before a prompt starts.
+    """The base of the loaders: a list of local files and catalog rows, checked before a prompt starts.
+
+    ComfyUI repeats what a VALIDATE_INPUTS answers for each input that it takes, so that takes the name alone, and files
+    that are absent are told when the node runs. CHECK_INPUTS, which the headless command asks, tells them before.
 
     Attributes:
         INPUT: the name of the list.
         KIND: of the models in it.
         FOLDER: the folder below ComfyUI's models folder whose files it lists.
         ROWS: the published models in it, with the pattern of each model's files: two for a pair of experts.
+        SIZES: how large their files are.
     """
 
     CATEGORY = "WanCore/loaders"
@@ -84,19 +89,39 @@ class Loader:
     KIND: ModelKind
     FOLDER: str
     ROWS: ClassVar[Mapping[str, tuple[str, ...]]]
+    SIZES: ClassVar[Mapping[str, str]]
+
+    @classmethod
+    def local(cls) -> list[str]:
+        """The entries for files in ComfyUI's folders."""
+        return host.current.list_files(cls.FOLDER)
 
     @classmethod
     def choices(cls) -> list[str]:
-        return [*cls.ROWS, *host.current.list_files(cls.FOLDER)]
+        """What is on this disk first, then published models to fetch, and the bundled ones last."""
+        absent = cls.labels()
+        here = [name for name in cls.ROWS if name not in absent and name not in BUNDLED]
+        return [*cls.local(), *here, *absent, *(name for name in cls.ROWS if name in BUNDLED)]
+
+    @classmethod
+    def labels(cls) -> dict[str, str]:
+        """What the editor shows for published models that are not on this disk."""
+        root = host.current.models_dir()
+        return {
+            name: f"{name} (download, {cls.SIZES[name]})"
+            for name, patterns in cls.ROWS.items()
+            if name not in BUNDLED and not all(local_files(root, *redirect(name, each, root)) for each in patterns)
+        }
 
     @classmethod
     def shared_inputs(cls, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """The drop-down list, and the widgets that follow the loader's own."""
-        listed = sockets.choice(
+        kind, options = sockets.choice(
             cls.choices(),
             next(iter(cls.ROWS)),
             f"{what}: a published model (looked for under models/<org>/<repo>), or a file in models/{cls.FOLDER}.",
         )
+        listed = kind, {**options, "wancore_labels": cls.labels()}
         dtype = sockets.choice(["auto", *DTYPES], "auto", "Data type to compute in. auto: bf16 where the card has it.")
         download = sockets.flag(False, "Fetch a published model from ModelScope when it is not on this machine.")
         return {cls.INPUT: listed}, {"dtype": dtype, "download": download}
@@ -126,6 +151,27 @@ class Loader:
         return [inspect(files, cls.KIND) for files in found]
 
     @classmethod
+    def fitting(cls, name: str) -> list[str]:
+        """Entries for files in ComfyUI's folders whose models have the structure of the published model `name`."""
+        wanted, found = [component.config for component in cls.published(name)], []
+        for each in cls.local():
+            with contextlib.suppress(ValueError, OSError):
+                if [component.config for component in cls.inspected(cls.files(each, False))] == wanted:
+                    found.append(each)
+        return found
+
+    @classmethod
+    def remedy(cls, name: str) -> str:
+        """What to do where the files of the published model `name` are not on this machine."""
+        fitting = cls.fitting(name)
+        own = f" {fitting[0]} in models/{cls.FOLDER} would fit: choose it in {cls.INPUT}." if fitting else ""
+        tiny = next(row for row in cls.ROWS if row in BUNDLED)
+        return (
+            f"{own} Set download to true, an advanced input of this node, to fetch it; or choose {tiny} in every "
+            "loader to try the graph without files."
+        )
+
+    @classmethod
     def check(cls, name: str, download: bool) -> bool | str:
         """True, or what is wrong with an entry, from its header; files that have to be downloaded are checked later."""
         if name not in cls.choices():
@@ -137,8 +183,7 @@ class Loader:
         except ValueError as error:
             if download and name in cls.ROWS:
                 return True
-            hint = " Set download to true to fetch it." if name in cls.ROWS else ""
-            return f"{error}{hint}"
+            return f"{error}{cls.remedy(name) if name in cls.ROWS else ''}"
         return True
 
     @classmethod
@@ -178,7 +223,14 @@ class Loader:
     def components(self, name: str, download: bool) -> list[Component]:
         """What the models of an entry are; downloads them first when that is allowed."""
         report = host.current.runtime(torch.float32).on_progress
-        found = self.files(name, download, lambda file, done, total: report(f"Downloading {file}", done, total, None))
+        try:
+            found = self.files(
+                name, download, lambda file, done, total: report(f"Downloading {file}", done, total, None)
+            )
+        except ValueError as error:
+            if name not in self.ROWS or download:
+                raise
+            raise ValueError(f"{error}{self.remedy(name)}") from error
         return self.inspected(found)
 
     def component(self, name: str, download: bool) -> Component:
@@ -232,13 +284,18 @@ class TextEncoderLoader(EncoderLoader):
     INPUT, KIND, FOLDER = "text_encoder", "text_encoder", "text_encoders"
     LABEL, OWN_INPUTS = "The text encoder", STORAGE_INPUTS
     ROWS = dict.fromkeys((catalog.T2V_BASE, catalog.TINY), (catalog.TEXT_ENCODER_PATTERN,))
+    SIZES: ClassVar[Mapping[str, str]] = {catalog.T2V_BASE: "11.4 GB"}
     DESCRIPTION = "Load the UMT5-XXL text encoder that all Wan models share."
     RETURN_TYPES = (sockets.TEXT_ENCODER,)
     RETURN_NAMES = ("text_encoder",)
     OUTPUT_TOOLTIPS = ("The text encoder, for the prompt.",)
 
     @classmethod
-    def VALIDATE_INPUTS(cls, text_encoder: str, download: bool = False) -> bool | str:
+    def VALIDATE_INPUTS(cls, text_encoder: str) -> bool | str:
+        return cls.check(text_encoder, True)
+
+    @classmethod
+    def CHECK_INPUTS(cls, text_encoder: str, download: bool = False) -> bool | str:
         return cls.check(text_encoder, download)
 
     def load(
@@ -265,6 +322,7 @@ class VAELoader(EncoderLoader):
         catalog.TINY: (catalog.VAE_PATTERN,),
         catalog.TINY_TI2V: (catalog.VAE_22_PATTERN,),
     }
+    SIZES: ClassVar[Mapping[str, str]] = {catalog.T2V_BASE: "0.5 GB", catalog.TI2V_BASE: "2.8 GB"}
     DESCRIPTION = (
         "Load a video autoencoder: that of Wan 2.1, which the A14B models of Wan 2.2 share, or that of Wan 2.2 for its "
         "5B models."
@@ -280,7 +338,11 @@ class VAELoader(EncoderLoader):
         return {"vae": catalog.TINY_TI2V if is_22 else catalog.TINY, "download": False}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, vae: str, download: bool = False) -> bool | str:
+    def VALIDATE_INPUTS(cls, vae: str) -> bool | str:
+        return cls.check(vae, True)
+
+    @classmethod
+    def CHECK_INPUTS(cls, vae: str, download: bool = False) -> bool | str:
         return cls.check(vae, download)
 
     def load(self, vae: str, dtype: str = "auto", download: bool = False) -> tuple[WanVAE]:
@@ -294,6 +356,7 @@ class ImageEncoderLoader(EncoderLoader):
     INPUT, KIND, FOLDER = "image_encoder", "image_encoder", "clip_vision"
     LABEL, OWN_INPUTS = "The image encoder", STORAGE_INPUTS
     ROWS = dict.fromkeys((catalog.IMAGE_ENCODER_SOURCE, catalog.TINY), (catalog.IMAGE_ENCODER_PATTERN,))
+    SIZES: ClassVar[Mapping[str, str]] = {catalog.IMAGE_ENCODER_SOURCE: "4.8 GB"}
     DESCRIPTION = (
         "Load the CLIP image encoder (ViT-H/14) that image, control and camera models of Wan 2.1 read pictures with. "
         "Models of Wan 2.2 need none."
@@ -303,7 +366,11 @@ class ImageEncoderLoader(EncoderLoader):
     OUTPUT_TOOLTIPS = ("The image encoder, for start, end and reference images.",)
 
     @classmethod
-    def VALIDATE_INPUTS(cls, image_encoder: str, download: bool = False) -> bool | str:
+    def VALIDATE_INPUTS(cls, image_encoder: str) -> bool | str:
+        return cls.check(image_encoder, True)
+
+    @classmethod
+    def CHECK_INPUTS(cls, image_encoder: str, download: bool = False) -> bool | str:
         return cls.check(image_encoder, download)
 
     def load(

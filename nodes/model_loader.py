@@ -20,6 +20,38 @@ from wan_core.variants import match_variant
 from . import host, places, planning, sockets
 from .loaders import AUTO, NONE, STORAGE_INPUTS, Loader, choose_dtype, offload_of
 
+SIZES = {
+    "Wan-AI/Wan2.1-T2V-1.3B": "2.8 GB",
+    "Wan-AI/Wan2.1-T2V-14B": "28.6 GB",
+    "Wan-AI/Wan2.1-I2V-14B-480P": "32.8 GB",
+    "Wan-AI/Wan2.1-I2V-14B-720P": "32.8 GB",
+    "Wan-AI/Wan2.1-FLF2V-14B-720P": "32.8 GB",
+    "PAI/Wan2.1-Fun-1.3B-InP": "3.1 GB",
+    "PAI/Wan2.1-Fun-14B-InP": "32.8 GB",
+    "PAI/Wan2.1-Fun-1.3B-Control": "3.1 GB",
+    "PAI/Wan2.1-Fun-14B-Control": "32.8 GB",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-Control": "3.1 GB",
+    "PAI/Wan2.1-Fun-V1.1-14B-Control": "32.8 GB",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-InP": "3.1 GB",
+    "PAI/Wan2.1-Fun-V1.1-14B-InP": "32.8 GB",
+    "PAI/Wan2.1-Fun-V1.1-1.3B-Control-Camera": "3.2 GB",
+    "PAI/Wan2.1-Fun-V1.1-14B-Control-Camera": "33.8 GB",
+    "iic/VACE-Wan2.1-1.3B-Preview": "4.3 GB",
+    "Wan-AI/Wan2.1-VACE-1.3B": "4.3 GB",
+    "Wan-AI/Wan2.1-VACE-14B": "34.7 GB",
+    "Wan-AI/Wan2.2-T2V-A14B": "2 × 28.6 GB",
+    "Wan-AI/Wan2.2-I2V-A14B": "2 × 28.6 GB",
+    "Wan-AI/Wan2.2-TI2V-5B": "10.0 GB",
+    "PAI/Wan2.2-Fun-A14B-InP": "2 × 28.6 GB",
+    "PAI/Wan2.2-Fun-A14B-Control": "2 × 28.6 GB",
+    "PAI/Wan2.2-Fun-A14B-Control-Camera": "2 × 29.6 GB",
+    "PAI/Wan2.2-VACE-Fun-A14B": "2 × 34.7 GB",
+    "PAI/Wan2.2-Fun-5B-InP": "10.0 GB",
+    "PAI/Wan2.2-Fun-5B-Control": "10.0 GB",
+    "PAI/Wan2.2-Fun-5B-Control-Camera": "10.5 GB",
+}
+"""Of the weights of published models in bf16; some files hold them in float32, twice as large."""
+
 
 class ModelLoader(Loader):
     """A Wan DiT."""
@@ -28,6 +60,7 @@ class ModelLoader(Loader):
     ROWS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         row.model_id: row.files for row in (*catalog.CATALOG, *catalog.TINY_ROWS) if not row.base
     }
+    SIZES = SIZES
     DESCRIPTION = (
         "Load a Wan video model: one file, or both experts of a Wan 2.2 A14B model as one. Its inputs are read from "
         "its tensors; the name only chooses recommended settings."
@@ -86,10 +119,10 @@ class ModelLoader(Loader):
         return {"required": listed, "optional": {**shared, **own}}
 
     @classmethod
-    def choices(cls) -> list[str]:
-        """Published models, pairs of local files under one name, and local files, each of which loads alone too."""
+    def local(cls) -> list[str]:
+        """Pairs of files under one name, and files, each of which loads alone too."""
         files = host.current.list_files(cls.FOLDER)
-        return [*cls.ROWS, *find_pairs(files), *files]
+        return [*find_pairs(files), *files]
 
     @classmethod
     def files(cls, name: str, download: bool, on_download: OnProgress | None = None) -> list[list[Path]]:
@@ -104,7 +137,11 @@ class ModelLoader(Loader):
         return components
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model: str, download: bool = False) -> bool | str:
+    def VALIDATE_INPUTS(cls, model: str) -> bool | str:
+        return cls.check(model, True)
+
+    @classmethod
+    def CHECK_INPUTS(cls, model: str, download: bool = False) -> bool | str:
         return cls.check(model, download)
 
     @classmethod

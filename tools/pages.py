@@ -14,7 +14,7 @@ from pack import ROOT
 from tools import pictures
 from tools import workflows as workflows_build
 from tools.graph import inputs, outputs
-from tools.templates import CATEGORY, FOLDERS, template
+from tools.templates import CATEGORY, FOLDERS, TEMPLATES, template
 from tools.workflow_texts import WORKFLOWS
 from wancore.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, host
 
@@ -237,7 +237,8 @@ def files() -> dict[Path, str]:
     with no_files():
         ours, titles, workflows = node_classes(), display_names(), api_workflows()
         core = workflows_build.core_classes()
-        built: dict[Path, str] = {}
+        order = [template(name) for name in TEMPLATES]
+        built = {Path("web/docs/templates.json"): json.dumps(order, ensure_ascii=False, indent=2) + "\n"}
         for language, say in (("en", english), ("zh", catalogue.say)):
             built[Path("locales", language, "nodeDefs.json")] = _json(node_defs(ours, titles, say))
             built[Path("locales", language, "main.json")] = _json(main_texts(ours, say, language))

@@ -195,3 +195,24 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"{line} is missing"
     return line or type(error).__name__
+
+
+_known: dict[tuple[tuple[Path, ...], tuple[str, ...]], tuple[dict[Path, float], list[str]]] = {}
+
+
+def known_names_below(folders: tuple[Path, ...], suffixes: tuple[str, ...]) -> list[str]:
+    """As `names_below`; the folders are walked again only when one of them, or of those below, has changed."""
+    seen, names = _known.get((folders, suffixes), ({}, []))
+    if not seen or any(_changed(place) != when for place, when in seen.items()):
+        seen = {place: _changed(place) for folder in folders for place in (folder, *folder.rglob("*/"))}
+        names = names_below(folders, suffixes)
+        _known[folders, suffixes] = seen, names
+    return names
+
+
+def _changed(place: Path) -> float:
+    """When the entries of a folder changed last; 0 where it is gone."""
+    try:
+        return place.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -244,7 +244,7 @@ def test_a_wrong_file_is_refused_before_the_prompt_starts(models, name):
     ],
 )
 def test_an_absent_model_is_refused_before_the_prompt_starts(node_id, inputs, words):
-    assert words in NODES[node_id].VALIDATE_INPUTS(**inputs)
+    assert words in NODES[node_id].CHECK_INPUTS(**inputs)
 
 
 def test_a_vae_loader_says_what_it_was_given(models):
