@@ -75,7 +75,8 @@ def test_comfy_cli_reads_the_metadata_as_it_is_written(tmp_path):
 
 def test_the_archive_holds_what_runs_and_what_the_editor_shows(tmp_path):
     pathspec = pytest.importorskip("pathspec", reason="comes with comfy-cli")
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False).stdout
+    tracked = [name.decode() for name in listed.split(b"\0") if name]
     if not tracked:
         pytest.skip("not a git checkout")
     ignored = pathspec.PathSpec.from_lines("gitignore", (ROOT / ".comfyignore").read_text().splitlines())
@@ -85,8 +86,10 @@ def test_the_archive_holds_what_runs_and_what_the_editor_shows(tmp_path):
     needed += ("locales/zh/nodeDefs.json", "workflows/api/t2v.json", "requirements.txt")
     assert kept.issuperset(needed)
     assert not [path for path in kept if path.startswith(("tests/", "tools/", ".ci/", "quickstart"))]
-    assert all((ROOT / path).is_file() for path in includes)
-    assert sum((ROOT / path).stat().st_size for path in kept) < 5_000_000
+    assert all((ROOT / path).exists() for path in includes)
+    named_otherwise = [path for path in kept if not path.isascii()]
+    assert all(path.partition("/")[0] in includes for path in named_otherwise), "comfy-cli does not see them in git"
+    assert sum((ROOT / path).stat().st_size for path in kept if (ROOT / path).is_file()) < 5_000_000
 
 
 def called(path: Path):
