@@ -45,6 +45,9 @@ TEXT = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(5))
 GUIDED = GuidanceSettings(scale=3.0)
 
 
+FUN = ("fun_5b_inp", "fun_5b_inp_text", "fun_5b_control", "fun_5b_control_plain", "fun_5b_camera")
+
+
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -64,6 +67,17 @@ def test_equals_the_published_calls(pipe, name):
     frames = np.stack([np.asarray(frame) for frame in pipe(**call)]).astype(int)
     difference = np.abs(frames - case["frames"].numpy().astype(int))
     assert difference.mean() <= 0.25 and difference.max() <= 6
+
+
+@pytest.mark.parametrize("name", FUN)
+def test_equals_the_published_pipelines_of_fun(pipe, name):
+    """VideoX-Fun's pipelines and transformer with UniPC, on VAE and text embeddings of ours."""
+    case = load_case(name, "e2e")
+    dit = filled(WanDiT, DITS_5B[json.loads(case.metadata["case"])["variant"]])
+    video = VideoModel.of(dit, match_variant(dit.config), None, name)
+    call = materialised(arguments(case)) | {"progress_bar_cmd": None, "output_type": "latent"}
+    fun = dataclasses.replace(pipe, models=dataclasses.replace(pipe.models, video=video))
+    assert relative_error(fun(**call), case["latents"]) < 1e-4
 
 
 def test_a_start_image_comes_back(pipe):
