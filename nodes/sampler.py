@@ -139,10 +139,17 @@ class Sampler:
         shift: float | None = None,
         denoise: float | None = None,
         cfg_low: float | None = None,
+        recommended: str | None = OFF,
+        more_motion: bool | None = False,
     ) -> bool | str:
         """NaN passes the host's check of ranges, so it is refused here. Linked values are None, and checked later."""
         values: dict[str, Any] = {"shift": shift, "denoise": denoise}
         values = {name: value for name, value in values.items() if value is not None}
+        # The host leaves the list to whoever names the input here.
+        if recommended not in (None, *CHOICES):
+            return f"Value not in list: recommended: {recommended!r:.80} is none of {', '.join(CHOICES)}."
+        if more_motion and recommended == OFF:
+            return f"more_motion changes recommended few-step settings; set recommended to {', '.join(CHOICES[1:])}."
         guidance = partial(_guidance, 1.0 if cfg is None else cfg, SAME if cfg_low is None else cfg_low)
         return sockets.true_or_message(lambda: SamplerSettings(guidance=guidance(), **values))
 

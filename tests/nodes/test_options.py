@@ -132,6 +132,8 @@ def test_option_nodes_give_frozen_settings(node, inputs, expected):
         ("Guidance", {"cfg": "4", "skip_blocks": "nine"}, "list of numbers"),
         ("Guidance", {"cfg": "4", "skip_blocks": "1.5"}, "list of whole numbers"),
         ("Guidance", {"cfg": "1", "skip_blocks": "1"}, "set skip_scale"),
+        ("Sampler", {"cfg": 1.0, "more_motion": True}, "set recommended to auto, FusionX"),
+        ("Sampler", {"recommended": "fast"}, "none of off, auto"),
         ("Schedule", {"sigma_list": "0, 1"}, "falling"),
         ("LongRun", {"name": "../mine"}, "plain file name"),
         ("WindowPrompts", {"prompts": " \n "}, "at least one line"),

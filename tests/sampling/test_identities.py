@@ -21,7 +21,7 @@ from wan_core.runtime import Cancelled, OutOfMemoryError, Runtime
 from wan_core.sampling.checkpoint import Checkpoint
 from wan_core.sampling.predictor import NonFiniteError
 from wan_core.sampling.solvers import SOLVERS
-from wan_core.settings import CFG_MODES, GuidanceSettings, SamplerSettings, WindowSettings
+from wan_core.settings import CFG_MODES, GuidanceSettings, NagSettings, SamplerSettings, SkipSettings, WindowSettings
 from wan_core.types import LatentSize
 
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
@@ -80,7 +80,8 @@ def test_caches_windows_and_guidance_go_together(variant, cache, windows):
     # Whatever the order in which branches run, whether all of the time or for a part of it.
     for mode in CFG_MODES[1:]:
         assert relative_error(result(cached, cut, mode), plain) < 1e-5
-    partly = {"start": 0.5, "end": 0.8, "zero_star": True}
+    partly = {"start": 0.5, "end": 0.8, "zero_star": True, "nag": NagSettings(scale=5.0, end=0.6)}
+    partly["skip"] = SkipSettings(blocks=(1,), scale=2.0, start=0.2)
     assert relative_error(result(cached, cut, "batched", **partly), result(cached, cut, **partly)) < 1e-5
     # A feature that has nothing to do changes nothing.
     if cut is not None:
