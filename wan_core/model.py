@@ -1,8 +1,8 @@
 """The handle of a video model, which hides how many transformers it has and where their weights are."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from . import catalog
 from .checks import check_number
 from .distilled import FewSteps, names_of
 from .loading.pairs import EXPERTS, resolve_pair, side_of
+from .loading.tensor_files import read_header
 from .lora.apply import LoraMode, LoraRun, LoraUse, apply_loras
 from .lora.bind import EVERYWHERE, BlockStrengths
 from .lora.read import Lora
@@ -134,7 +135,10 @@ class VideoModel:
         as distilled.
         """
         files = self.experts[0].files[:1]
-        return few_steps_of(self.loras, names_of(files[0].resolve()) if files else [self.name])
+        metadata: Mapping[str, str] = {}
+        with suppress(ValueError):  # the file is gone, but its weights are here
+            metadata = read_header(files).metadata if files else {}
+        return few_steps_of(self.loras, names_of(files[0].resolve()) if files else [self.name], metadata)
 
     def recommended(
         self, choice: str, settings: SamplerSettings, *, more_motion: bool = False

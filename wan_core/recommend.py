@@ -1,6 +1,6 @@
 """What is recommended for a run: the settings of a distilled LoRA or checkpoint, or those of the catalog's row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .catalog import CatalogRow
@@ -15,12 +15,14 @@ OFF, AUTO = "off", "auto"
 CHOICES = (OFF, AUTO, *(row.name for row in FEW_STEPS))
 
 
-def few_steps_of(loras: Sequence[LoraUse], names: Sequence[str]) -> FewSteps | None:
-    """The settings of the last distilled LoRA that is applied, else of a checkpoint of these `names`."""
+def few_steps_of(
+    loras: Sequence[LoraUse], names: Sequence[str], metadata: Mapping[str, str] | None = None
+) -> FewSteps | None:
+    """The settings of the last distilled LoRA that is applied, else of a checkpoint of these `names` and `metadata`."""
     for use in reversed(loras):
         if use.bound.lora.few_steps is not None and any(use.strength.values):
             return use.bound.lora.few_steps
-    return recognise(names)
+    return recognise(names, metadata)
 
 
 def few_steps_for(choice: str, found: FewSteps | None) -> FewSteps | None:

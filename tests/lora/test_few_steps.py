@@ -16,6 +16,7 @@ from wan_core.lora.target import lora_file_report, open_lora
 from wan_core.model import VideoModel
 from wan_core.recommend import CHOICES
 from wan_core.sampling.compose import build_solver
+from wan_core.sampling.experts import Expert
 from wan_core.settings import GuidanceSettings, NagSettings, SamplerSettings
 from wan_core.variants import match_variant
 from wancore.headless.cli import main
@@ -123,6 +124,18 @@ def test_a_model_recommends_what_is_on_it(model, dit, tmp_path):
     strengths = [again.loras[0].strength.at(index, 6) for index in range(6)]
     assert strengths == [0, 1, 1, 1, 1, 1]
     assert with_lora.loras[0].constant
+
+
+def test_a_checkpoint_is_known_by_its_name_or_its_metadata(dit, tmp_path):
+    weights = {name: weight.contiguous() for name, weight in dit.state_dict().items()}
+    for name, metadata in (("FastWan2.1-T2V-1.3B.safetensors", None), ("mine.safetensors", {"title": "FastWan"})):
+        save_file(weights, tmp_path / name, metadata)
+        expert = Expert(dit, files=(tmp_path / name,))
+        model = VideoModel((expert,), match_variant(dit.config), None, name)
+        assert model.recommended("auto", SamplerSettings())[1].total_steps == 3
+        assert "3 steps" in str(inspection.report(tmp_path / name))
+        (tmp_path / name).unlink()
+    assert model.few_steps is None
 
 
 def test_what_cannot_be_recommended_is_refused(model):
