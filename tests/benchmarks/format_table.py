@@ -31,14 +31,20 @@ from wan_core.offload.formats import PACKED, Packed, WeightFormat  # noqa: E402
 from wan_core.offload.quant import QuantisedLinear, big_linears  # noqa: E402
 from wan_core.planning.modules import published_dit  # noqa: E402
 from wan_core.runtime import GIB  # noqa: E402
+from wan_core.types import Conditioning  # noqa: E402
 
 DOCUMENT = Path(pack.ROOT) / "docs" / "memory.md"
 BEGIN, END = "<!-- table: python -m tests.benchmarks.format_table --write -->", "<!-- end of formats -->"
-HEADER = ("weights", "14B, GB", "error of a linear", "error of the tiny DiT", "processor time of a linear, ms")
+HEADER = (
+    "weights", "14B, GB", "error of a linear", "error of the tiny DiT", "processor time of a linear, ms",
+    "of a step of the tiny DiT, ms",
+)  # fmt: skip
 
 WIDTH, TOKENS, REPEATS = 2048, 128, 2
 """The linear layer that is timed, in bf16; the fastest of so many calls counts. Time is that of the processor, which
 other programs on the machine disturb least."""
+STEP = (1, 16, 5, 16, 24)
+"""The latents of the step that is timed: 480 tokens."""
 
 Pair = tuple[Tensor, Tensor | None]
 
@@ -127,18 +133,37 @@ def milliseconds(stored: Stored, width: int = WIDTH, tokens: int = TOKENS) -> fl
     """Of a call of a linear layer in bf16, the unpacking of its weight included."""
     draw = torch.Generator().manual_seed(0)
     weight, x = torch.randn(width, width, generator=draw), torch.randn(tokens, width, generator=draw).bfloat16()
-    layer: nn.Module = nn.Linear(width, width, bias=False, dtype=torch.bfloat16)
+    plain = nn.Linear(width, width, bias=False, dtype=torch.bfloat16)
+    layer = plain if stored.form is formats.PLAIN else _layer(stored, weight)
+    return _fastest(lambda: layer(x))
+
+
+def step_milliseconds(stored: Stored) -> float:
+    """Of a step of the tiny DiT in bf16, for one branch, with the big layers of its blocks stored so."""
+    module, draw = tiny_dit().bfloat16(), torch.Generator().manual_seed(0)
+    for block in module.blocks:
+        block.modulation.data = block.modulation.data.float()
     if stored.form is not formats.PLAIN:
-        numbers, scale = (stored.quantise or _packed(stored.form.name.removeprefix("GGUF ")))(weight)
-        held = (
-            None if scale is None else scale.reshape(stored.form.held_shape(tuple(scale.shape), tuple(numbers.shape)))
-        )
-        layer = QuantisedLinear(numbers, held, None, torch.bfloat16, stored.form)
+        for path, linear in big_linears(module).items():
+            module.set_submodule(path, _layer(stored, linear.weight.detach().float(), linear.bias))
+    latents, text = torch.randn(*STEP, generator=draw), torch.randn(1, 5, 64, generator=draw)
+    cond = Conditioning(text=text)
+    return _fastest(lambda: module(latents.bfloat16(), torch.tensor([500.0]), cond))
+
+
+def _layer(stored: Stored, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    numbers, scale = (stored.quantise or _packed(stored.form.name.removeprefix("GGUF ")))(weight)
+    held = None if scale is None else scale.reshape(stored.form.held_shape(tuple(scale.shape), tuple(numbers.shape)))
+    return QuantisedLinear(numbers, held, bias, torch.bfloat16, stored.form)
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    """Milliseconds of processor time, after a first call that does not count."""
     seconds = []
     with torch.no_grad():
         for _ in range(REPEATS + 1):
             begin = time.process_time()
-            layer(x)
+            call()
             seconds.append(time.process_time() - begin)
     return 1000 * min(seconds[1:])
 
@@ -149,8 +174,12 @@ def table() -> str:
     for stored in ROWS:
         errors = (error_of_a_linear(stored), error_of_the_tiny_dit(stored))
         cells = ["" if error is None else f"{100 * error:.2f}%" for error in errors]
-        lines.append(line([stored.name, f"{gigabytes_of_14b(stored):.1f}", *cells, f"{milliseconds(stored):.0f}"]))
-    where = f"Times: {machine()}, a layer from {WIDTH} to {WIDTH} numbers, {TOKENS} tokens, bf16."
+        times = (f"{took(stored):.0f}" for took in (milliseconds, step_milliseconds))
+        lines.append(line([stored.name, f"{gigabytes_of_14b(stored):.1f}", *cells, *times]))
+    where = (
+        f"Times: {machine()}, bf16; a layer from {WIDTH} to {WIDTH} numbers with {TOKENS} tokens; a step of four "
+        "blocks of width 256 with 480 tokens."
+    )
     return "\n".join([*lines, "", where])
 
 
