@@ -20,5 +20,9 @@ setup(
         "wancore": ".",
         **{f"wancore.{name}": name for name in (*INSIDE, "workflows")},
     },
-    package_data={"wancore.trainer": ["accelerate/*.yaml"], "wancore.workflows": ["api/*.json", "assets/**"]},
+    package_data={
+        "wan_core": ["trained/*"],
+        "wancore.trainer": ["accelerate/*.yaml"],
+        "wancore.workflows": ["api/*.json", "assets/**"],
+    },
 )

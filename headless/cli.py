@@ -76,7 +76,7 @@ RUN_ARGUMENTS: Arguments = {
         "help": "where input images and videos are (default: input)",
     },
     "--server": {"metavar": "URL", "help": "run on this ComfyUI server instead, such as http://127.0.0.1:8188"},
-    "--tiny": {"action": "store_true", "help": "use the bundled tiny models, small sizes and few steps"},
+    "--tiny": {"action": "store_true", "help": "use the bundled models, with their sizes, steps and prompt"},
     "--recommended": {
         "choices": CHOICES,
         "help": "every sampler takes the steps, cfg, shift, solver and noise levels that the authors of its distilled "

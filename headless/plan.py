@@ -39,7 +39,7 @@ PLAN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
         "default": [],
         "help": "override an input, as for run",
     },
-    "--tiny": {"action": "store_true", "help": "plan for the bundled tiny models, small sizes and few steps"},
+    "--tiny": {"action": "store_true", "help": "plan for the bundled models, with their sizes, steps and prompt"},
     "--json": {"action": "store_true", "help": "print JSON, sizes in bytes"},
 }
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from wan_core import catalog
 from wan_core.files import names_below
 from wan_core.loading.download import DEFAULT_FOLDER, models_folder
 from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
@@ -30,8 +31,10 @@ OLD_FOLDERS = {"diffusion_models": "unet", "text_encoders": "clip"}
 
 Action = Callable[[], None]
 
-TINY_SIZE = {"width": 96, "height": 64, "num_frames": 17}
+TINY_SIZE = {name: getattr(catalog.TINY_PRESET, name) for name in ("width", "height", "num_frames")}
 """What `--tiny` makes of every node's size: a second of work on any machine."""
+TINY_PROMPT = "a red ball moves to the right over a green field"
+"""What it makes of prompts: the bundled text encoder has only the words of `trainer.data.synthetic`."""
 
 
 class Host(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wan_core.catalog import NEGATIVE_PROMPT
+from wan_core.catalog import NEGATIVE_PROMPT, TINY_PRESET
 from wan_core.conditioning.text import TextEncoder, text_conditioning
 from wan_core.planning.encoders import text_peak_bytes as text_bytes
 from wan_core.planning.modules import SizedModule
@@ -54,6 +54,11 @@ class TextEncode:
         }
 
     @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A prompt in words that the bundled text encoder knows."""
+        return {"prompt": host.TINY_PROMPT, "negative_prompt": TINY_PRESET.negative_prompt}
+
+    @classmethod
     def plan_outputs(cls, text_encoder: Any, **_: Any) -> tuple[planning.PlannedConditioning]:
         return (planning.PlannedConditioning(planning.require(SizedModule, "text_encoder", text_encoder)),)
 
@@ -88,6 +93,12 @@ class WindowPrompts(Options):
     @classmethod
     def VALIDATE_INPUTS(cls, prompts: str | None = None) -> bool | str:
         return True if prompts is None or prompts.strip() else "prompts needs at least one line."
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Two prompts in words that the bundled text encoder knows."""
+        lines = (host.TINY_PROMPT, host.TINY_PROMPT.replace("red", "blue"))
+        return {"prompts": "\n".join(lines), "negative_prompt": TINY_PRESET.negative_prompt}
 
     @classmethod
     def plan_outputs(cls, **inputs: Any) -> tuple[planning.PlannedConditioning]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wan_core.cache_settings import CacheSettings, TeaCacheSettings
+from wan_core.catalog import TINY_PRESET
 from wan_core.model import VideoModel
 from wan_core.models.config import Geometry
 from wan_core.models.vae import denormalise
@@ -155,8 +156,10 @@ class Sampler:
 
     @classmethod
     def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A size and a number of steps that take a second on any machine."""
-        return {**host.TINY_SIZE, "steps": 4}
+        """The size and the settings of the bundled models."""
+        settings = ("steps", "cfg", "shift", "solver")
+        values = {name: getattr(TINY_PRESET, name) for name in settings}
+        return {**host.TINY_SIZE, **values, "recommended": OFF}
 
     @classmethod
     def plan_outputs(

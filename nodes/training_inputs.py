@@ -173,7 +173,7 @@ CHECK_PATIENCE = 1.0
 EXAMPLE = "training_example"
 """Among the shipped assets."""
 
-TINY = {"width": 64, "height": 48, "num_frames": 5, "dataset_repeat": 1, "fps": 0.0}
+TINY = {**host.TINY_SIZE, "dataset_repeat": 1, "fps": 0.0}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Values that the published implementations computed, and tiny models with the weights that they were computed on."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import safe_open
@@ -87,6 +90,19 @@ def filled(cls: type[nn.Module], config: Any, seed: int = 0) -> nn.Module:
 
 def tiny_dit(variant: str = "t2v", seed: int = 0) -> WanDiT:
     return filled(WanDiT, ALL_DITS[variant], seed)
+
+
+@contextmanager
+def drawn_weights() -> Iterator[None]:
+    """Bundled models that are written inside the block have the weights of the recipe and not trained ones."""
+    with mock.patch.object(bundled, "TRAINED", DATA / "no weights here"):
+        yield
+
+
+def write_drawn(root: Path, model_id: str) -> Path:
+    """A bundled model with the weights that the values in `tests/data` were computed on; its folder."""
+    with drawn_weights():
+        return bundled.write_model(root, model_id)
 
 
 HIGH, LOW = 1, 2

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.loading.test_fp8 import stored
 from tests.lora.fixtures import RANK, factors, linear_paths
-from tests.reference import HIGH, LOW, relative_error, tiny_dit
+from tests.reference import HIGH, LOW, drawn_weights, relative_error, tiny_dit
 from wan_core import ModelConfig, WanVideoPipeline, bundled, catalog
 from wan_core.catalog import tiny_id
 from wan_core.loading.foreign_names import diffusers_name
@@ -34,12 +35,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    """A models folder that holds the bundled text-to-video pair."""
+def models(tmp_path_factory) -> Iterator[Path]:
+    """A models folder that holds the bundled text-to-video pair, with drawn weights: two experts that differ much."""
     root = tmp_path_factory.mktemp("models")
-    bundled.write_model(root, tiny_id("t2v", is_pair=True))
-    bundled.write_model(root, catalog.TINY)
-    return root
+    with drawn_weights():
+        bundled.write_model(root, tiny_id("t2v", is_pair=True))
+        bundled.write_model(root, catalog.TINY)
+        yield root
 
 
 def load(models: Path, *dits: ModelConfig, variant: str = "t2v", **changes) -> WanVideoPipeline:

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.pictures import materialised
-from tests.reference import DITS, arguments, filled, load_case, relative_error, tiny_dit, tiny_pair
+from tests.reference import DITS, arguments, drawn_weights, filled, load_case, relative_error, tiny_dit, tiny_pair
 from wan_core import ModelConfig, WanVideoPipeline, load_video, save_video
 from wan_core.catalog import tiny_id
 from wan_core.loading.download import DownloadError
@@ -32,11 +33,12 @@ WINDOWS = {"sliding_window_size": 2, "sliding_window_stride": 1}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    """A models folder that holds the bundled model."""
+def models(tmp_path_factory) -> Iterator[Path]:
+    """A models folder that holds the bundled model, on whose drawn weights the published calls were made."""
     root = tmp_path_factory.mktemp("models")
-    ModelConfig(model_id="WanCore/tiny", origin_file_pattern=PATTERNS[0], local_model_path=root).files()
-    return root
+    with drawn_weights():
+        ModelConfig(model_id="WanCore/tiny", origin_file_pattern=PATTERNS[0], local_model_path=root).files()
+        yield root
 
 
 def configs(models: Path, **changes) -> list[ModelConfig]:

@@ -12,7 +12,7 @@ DATA_FOLDER = "training_example"
 DATA_SIZE = {"width": 416, "height": 240, "num_frames": 33}
 """Of the example data; small enough to train on a 12 GB card."""
 
-CAPTION = "a red ball moves slowly right over a dark ground"
+CAPTION = "on the sand a red triangle flies to the left slowly"
 """One of the example data's own."""
 
 VALIDATION_PROMPT = "from sunset to night, a small town, light, house, river"

@@ -356,9 +356,9 @@ def _note(name: str, row: CatalogRow) -> str:
             "",
             "Files in ComfyUI's own folders are listed first in each loader. What is missing: *download* among the "
             "advanced inputs of a loader fetches it, or put it there yourself. `WanCore/tiny` needs no file: it draws "
-            "abstract patterns, to try the graph out.",
+            "coloured shapes, to try the graph out.",
             "",
             "加载器的列表先列出 ComfyUI 文件夹中已有的文件。缺少的文件：在加载器的高级输入中打开 *下载*，"
-            "或自行放到上述位置。`WanCore/tiny` 不需要任何文件：只画抽象图案，用于试跑工作流。",
+            "或自行放到上述位置。`WanCore/tiny` 不需要任何文件：只画彩色图形，用于试跑工作流。",
         ]
     )

@@ -1,10 +1,15 @@
-"""The bundled tiny models: real key names and structure, small sizes, weights that follow from the key alone.
+"""The bundled tiny models: real key names and structure, small sizes.
 
-They draw abstract patterns, not films. They exist so that every workflow can run on any machine without a download."""
+Every workflow runs on them on any machine, without a download. Those of which the folder `trained` has weights draw
+films of the world that `tools.family` trained them on, `trainer.data.synthetic`. Weights that nobody trained follow
+from the key alone.
+"""
 
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ from torch import Tensor, nn
 
 from . import catalog
 from .atomic import replacing
-from .loading.tensor_files import write_safetensors
+from .loading.tensor_files import read_whole, write_safetensors
 from .models.config import (
     WAN_22,
     DiTConfig,
@@ -82,8 +87,17 @@ DITS: dict[str, DiTConfig] = {
 }
 """One structure of each kind, by the name of its variant."""
 
-EXPERT_SEEDS = (1, 2)
-"""Of the weights of a pair, the transformer for high noise first."""
+EXPERTS = {"high": 1, "low": 2}
+"""The transformers of a pair, that for high noise first: the name of their trained weights, the seed of drawn ones."""
+
+NEAR = {"fun_control": "fun_v1_1_control", "flf2v": "i2v", "i2v_a14b": "i2v"}
+"""Structures whose weights stand for those of another one as well: it has some inputs more or less."""
+
+TRAINED = Path(__file__).with_name("trained")
+"""The weights that `python -m tools.family pack` has stored."""
+
+STAMP = "made_of"
+"""Beside the files of a bundled model: the `version` of the weights that they were made of."""
 
 
 def state_dict(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
@@ -146,42 +160,122 @@ def write_tokenizer(path: Path, words: Iterable[str] = WORDS.split(), others: It
 
 
 def write_model(root: Path, model_id: str) -> Path:
-    """Write the missing files of the bundled model `model_id` below the models folder `root`, in the original layout.
+    """Write the missing files of the bundled model `model_id` below the models folder `root`, in the original layout,
+    and all of them where they were made of other trained weights than this pack's.
 
     The text-to-video model brings the encoders and the speed-control adapter that all of them share, TI2V-5B the VAE
     of its kind.
     """
     folder = root / model_id
-    for name, (cls, config, seed) in _files(model_id).items():
-        if not (folder / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with on_meta():
-                module = cls(config)
-            with replacing(folder / name) as partial:
-                if name.endswith(".safetensors"):
-                    write_safetensors(partial, state_dict(module, seed))
-                else:
-                    torch.save(dict(state_dict(module, seed)), partial)
-    if model_id == catalog.TINY and not (folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE).exists():
-        with replacing(folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE) as partial:
-            write_tokenizer(partial)
+    stamp = folder / STAMP
+    is_current = stamp.is_file() and stamp.read_text(encoding="utf-8") == version()
+    for name, part in parts(model_id).items():
+        if is_current and (folder / name).exists():
+            continue
+        with replacing(folder / name) as partial:
+            if name.endswith(".safetensors"):
+                write_safetensors(partial, part.weights())
+            else:
+                torch.save(part.weights(), partial)
+    tokenizer = folder / catalog.TOKENIZER_PATTERN / TOKENIZER_FILE
+    if model_id == catalog.TINY and not (is_current and tokenizer.exists()):
+        with replacing(tokenizer) as partial:
+            if (trained := TRAINED / TOKENIZER_FILE).exists():
+                partial.write_bytes(trained.read_bytes())
+            else:
+                write_tokenizer(partial)
+    if not is_current:
+        with replacing(stamp) as partial:
+            partial.write_text(version(), encoding="utf-8")
     return folder
 
 
-def _files(model_id: str) -> dict[str, tuple[type[nn.Module], Any, int]]:
-    """The class, the sizes and the seed of the model in each file of a bundled model, by name."""
+@cache
+def version() -> str:
+    """A number that changes with any of the trained weights."""
+    number = 0
+    for file in sorted(Path(__file__).parent.glob("trained/*")):
+        number = zlib.crc32(file.read_bytes(), zlib.crc32(file.name.encode(), number))
+    return f"{number:08x}"
+
+
+LEVELS, SCALE = ":levels", ":scale"
+"""Ends of the names of what is stored of a weight's difference from that of the base: see `unpack`."""
+
+
+def unpack(levels: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A float32 tensor from levels (rows, bytes) of 2, 4 or 8 bits, the first in the lowest bits of a byte.
+
+    The middle of the levels means zero, and the distance of two of them is the row's `scale` (rows,).
+    """
+    columns = prod(shape[1:])
+    bits = 8 * levels.shape[1] // columns
+    numbers = levels[..., None] >> torch.arange(0, 8, bits, dtype=torch.uint8) & (2**bits - 1)
+    values = (numbers.flatten(1) - (2**bits - 1) / 2) * scale.float()[:, None]
+    return values.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The model in one file: its class, its sizes, the names of its trained weights, of which the first that is stored
+    counts, and the seed of drawn ones.
+    """
+
+    cls: type[nn.Module]
+    config: Any
+    names: tuple[str, ...] = ()
+    seed: int = 0
+
+    @property
+    def base(self) -> str | None:
+        """The name of the transformer that this one was trained from; None of what was trained from nothing."""
+        if not issubclass(self.cls, WanDiT):
+            return None
+        name = "dit_ti2v_5b" if self.config.geometry == WAN_22 else "dit_t2v"
+        return None if self.names == (name,) else name
+
+    def weights(self) -> dict[str, Tensor]:
+        """Trained weights in float32. A transformer without any of its own is its base, which draws what the prompt
+        says and takes no notice of further inputs; what has no base is drawn.
+        """
+        stored = next((_stored(name) for name in self.names if _is_stored(name)), {})
+        if self.base is None or not _is_stored(self.base):
+            with on_meta():
+                module = self.cls(self.config)
+            return {key: tensor.float() for key, tensor in stored.items()} or state_dict(module, self.seed)
+        weights = widened(_stored(self.base), self.config)
+        for key, weight in weights.items():
+            if key + LEVELS in stored:
+                weight += unpack(stored[key + LEVELS], stored[key + SCALE], weight.shape)
+            elif key in stored and stored[key].shape == weight.shape:
+                weight.copy_(stored[key])
+        return weights
+
+
+def _is_stored(name: str) -> bool:
+    return (TRAINED / f"{name}.safetensors").exists()
+
+
+def _stored(name: str) -> dict[str, Tensor]:
+    return read_whole(TRAINED / f"{name}.safetensors")[0]
+
+
+def parts(model_id: str) -> dict[str, Part]:
+    """What each file of a bundled model holds, by name."""
     row = catalog.find_row(model_id)
     assert row is not None, f"{model_id} is not in the catalog"
-    seeds = EXPERT_SEEDS if row.is_pair else (0,)
-    files: dict[str, tuple[type[nn.Module], Any, int]] = {
-        pattern.replace("*", ""): (WanDiT, DITS[row.variant], seed)
-        for pattern, seed in zip(row.files, seeds, strict=True)
-    }
+    config, name = DITS[row.variant], f"dit_{row.variant}"
+    names = (name, f"dit_{NEAR[row.variant]}") if row.variant in NEAR else (name,)
+    if row.is_pair:
+        experts = [Part(WanDiT, config, (f"{name}_{side}", *names), seed) for side, seed in EXPERTS.items()]
+    else:
+        experts = [Part(WanDiT, config, names)]
+    found = {pattern.replace("*", ""): part for pattern, part in zip(row.files, experts, strict=True)}
     if model_id == catalog.TINY:
-        files[catalog.TEXT_ENCODER_PATTERN] = (UMT5Encoder, TEXT_ENCODER, 0)
-        files[catalog.VAE_PATTERN] = (WanVAE, VAE, 0)
-        files[catalog.IMAGE_ENCODER_PATTERN] = (ImageEncoder, IMAGE_ENCODER, 0)
-        files[catalog.MOTION_CONTROLLER_PATTERN] = (MotionController, MOTION_CONTROLLER, 0)
+        found[catalog.TEXT_ENCODER_PATTERN] = Part(UMT5Encoder, TEXT_ENCODER, ("text",))
+        found[catalog.VAE_PATTERN] = Part(WanVAE, VAE, ("vae",))
+        found[catalog.IMAGE_ENCODER_PATTERN] = Part(ImageEncoder, IMAGE_ENCODER)
+        found[catalog.MOTION_CONTROLLER_PATTERN] = Part(MotionController, MOTION_CONTROLLER, ("speed",))
     if row.variant == "ti2v_5b":
-        files[catalog.VAE_22_PATTERN] = (WanVAE, VAE_22, 0)
-    return files
+        found[catalog.VAE_22_PATTERN] = Part(WanVAE, VAE_22, ("vae_22",))
+    return found

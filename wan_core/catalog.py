@@ -309,17 +309,20 @@ def tiny_id(variant: str, is_pair: bool = False) -> str:
     return TINY if name == "t2v" else f"{TINY}-{name}"
 
 
-_TINY = Preset(steps=4, width=96, height=64, num_frames=9, negative_prompt="", teacache="Wan2.1-T2V-1.3B")
+TINY_PRESET = Preset(
+    steps=20, cfg=4.0, width=96, height=64, num_frames=17, negative_prompt="", teacache="Wan2.1-T2V-1.3B"
+)
+"""What the bundled models were trained at, `tools.family`."""
 
 
 def _tiny_rows(rows: Sequence[CatalogRow]) -> tuple[CatalogRow, ...]:
     first = {name: next(row for row in rows if row.tiny_id == name) for name in (row.tiny_id for row in rows)}
-    return tuple(replace(row, model_id=name, size="tiny", preset=_TINY, repacked=None) for name, row in first.items())
+    changes: Mapping[str, Any] = dict(size="tiny", preset=TINY_PRESET, repacked=None)
+    return tuple(replace(row, model_id=name, **changes) for name, row in first.items())
 
 
 TINY_ROWS = _tiny_rows(CATALOG)
-"""Models of random weights that this pack makes by itself, one of each structure, each in place of the first row
-of its variant. They draw abstract patterns, and let every workflow run anywhere."""
+"""The models that this pack brings (`bundled`): of each structure one, in place of the first row of its variant."""
 
 SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B", 256: "tiny"}
 """Model width to size, of the published models and the bundled ones."""

@@ -9,10 +9,11 @@ import torch
 
 import pack
 from tests.benchmarks.peers import Job, Work, filled, training_step
+from tests.reference import write_drawn
 
 pack.register()
 
-from wan_core import ModelConfig, WanVideoPipeline, bundled  # noqa: E402
+from wan_core import ModelConfig, WanVideoPipeline  # noqa: E402
 from wan_core.catalog import DIT_FILE, TEXT_ENCODER_PATTERN, TINY, VAE_PATTERN  # noqa: E402
 from wan_core.models.attention import load_backend  # noqa: E402
 from wan_core.models.config import GEOMETRIES, DiTConfig, TextEncoderConfig, VAEConfig  # noqa: E402
@@ -77,7 +78,7 @@ def text(job: Job) -> Work:
 def run(job: Job) -> Work:
     """The bundled tiny model, its files read and called as a user does; prompts are encoded in every run."""
     root = Path(job.weights).parent / "models"
-    bundled.write_model(root, TINY)
+    write_drawn(root, TINY)
     patterns = (DIT_FILE, TEXT_ENCODER_PATTERN, VAE_PATTERN)
     pipe = WanVideoPipeline.from_pretrained(
         torch_dtype=job.torch_dtype,

@@ -12,6 +12,7 @@ from unittest import mock
 import av
 import numpy as np
 
+from tests.reference import drawn_weights
 from wan_core import bundled, catalog
 from wan_core.catalog import tiny_id
 from wancore.trainer.config import TrainConfig
@@ -55,7 +56,7 @@ SMALL = {
 def _write_models(root: Path) -> None:
     """The bundled models with these transformers."""
     controller = replace(bundled.MOTION_CONTROLLER, dim=SMALL["t2v"].dim)
-    with mock.patch.multiple(bundled, DITS=SMALL, MOTION_CONTROLLER=controller):
+    with drawn_weights(), mock.patch.multiple(bundled, DITS=SMALL, MOTION_CONTROLLER=controller):
         for name in {*map(tiny_id, SMALL), *PAIRS.values()}:
             bundled.write_model(root, name)
 

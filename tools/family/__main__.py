@@ -2,11 +2,13 @@
 
 Each stage is skipped where its file is there already, so a stopped run continues with the stage that it was in.
 `torchrun --nproc-per-node 2 -m tools.family FOLDER` shares the work of a step among processes.
+`python -m tools.family pack FOLDER` stores what was trained in the pack, `judge` says how well it draws.
 """
 
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import pack
 
 pack.register()
 
-from tools.family import denoise, text, vae  # noqa: E402
+from tools.family import denoise, judge, store, text, vae  # noqa: E402
 from tools.family.muon import rank  # noqa: E402
 from wan_core import bundled, catalog  # noqa: E402
 from wan_core.conditioning.text import Tokenizer  # noqa: E402
@@ -36,7 +38,10 @@ T2V = {SMALL: (3000, 2400), LARGE: (2000, 1200)}
 
 
 def main() -> None:
-    """Run the stages whose files are missing."""
+    """Run the stages whose files are missing, or the command that is named."""
+    command = {"pack": store.main, "judge": judge.main}.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    if command is not None:
+        return command(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m tools.family", description=__doc__)
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder

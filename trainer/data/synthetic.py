@@ -317,14 +317,9 @@ COLUMNS = (
 
 
 def write_dataset(
-    folder: str | Path,
-    count: int = 4,
-    width: int = 64,
-    height: int = 48,
-    num_frames: int = 17,
-    fps: float = 16,
+    folder: str | Path, count: int = 4, width: int = 64, height: int = 48, num_frames: int = 17, fps: float = 16,
     scenes: Sequence[Scene] | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write `count` rows into `folder`: metadata.csv and a folder of clips and pictures. Returns the metadata file.
 
     Every other row has a camera that moves; or the rows show `scenes`, one each, whatever `count` is.
@@ -343,9 +338,8 @@ def write_dataset(
             for index in range(count)
         ]
     if not scenes or min(width, height) < 16 or num_frames < 1:
-        raise ValueError(
-            f"A data set needs rows, sides of 16 and frames; got {len(scenes)} of {width}x{height}x{num_frames}."
-        )
+        size = f"{width}x{height}x{num_frames}"
+        raise ValueError(f"A data set needs rows, sides of 16 and frames; got {len(scenes)} of {size}.")
     rows = []
     for index, scene in enumerate(scenes):
         language = LANGUAGES[index % 5 == 4]
