@@ -32,7 +32,7 @@ from .file_commands import (
     lora,
 )
 from .folders import Folders, workflow_file
-from .overrides import apply_sets, apply_tiny, apply_to_samplers, expand_prefixes, typed_values
+from .overrides import apply_measure, apply_sets, apply_tiny, apply_to_samplers, expand_prefixes, typed_values
 from .plan import PLAN_ARGUMENTS, plan
 from .runner import Event, RunResult, run
 from .schema import NodeSchema, schemas_of, validate
@@ -94,6 +94,10 @@ RUN_ARGUMENTS: Arguments = {
         "help": "write a preview into DIR/previews each N steps of a sampler (default: none)",
     },
     "--quiet": {"action": "store_true", "help": "print only the paths of saved files, and errors"},
+    "--measure": {
+        "action": "store_true",
+        "help": "skip no step, and keep beside the model what MagCache needs to know of it, for later runs",
+    },
 }
 
 
@@ -213,6 +217,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.recommended or arguments.more_motion:
         chosen = {"recommended": arguments.recommended or AUTO, "more_motion": arguments.more_motion}
         workflows = [apply_to_samplers(workflow, chosen, nodes) for workflow in workflows]
+    if arguments.measure:
+        workflows = [apply_measure(workflow) for workflow in workflows]
     if arguments.server:
         server = Server(arguments.server)
         schemas = [server.schemas(workflow) for workflow in workflows]

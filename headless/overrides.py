@@ -48,6 +48,22 @@ def apply_to_samplers(workflow: Workflow, values: Mapping[str, Any], nodes: Mapp
     return workflow.with_all({node.id: dict(values) for node in changed})
 
 
+def apply_measure(workflow: Workflow) -> Workflow:
+    """The workflow with a MagCache on every sampler, in place of its cache, that measures the model.
+
+    Raises:
+        WorkflowError: there is no sampler of this pack.
+    """
+    prompt, name = workflow.to_api(), "MagCache that measures"
+    samplers = [node for node in prompt.values() if node["class_type"] == "WanCoreSampler"]
+    if not samplers:
+        raise WorkflowError("--measure: this workflow has no Sampler (WanCore).")
+    for node in samplers:
+        node["inputs"]["cache"] = [name, 0]
+    prompt[name] = {"class_type": "WanCoreMagCache", "inputs": {"preset": "custom", "template": "measure"}}
+    return Workflow.from_api(prompt)
+
+
 def apply_sets(workflow: Workflow, sets: Iterable[str], schemas: Mapping[str, NodeSchema]) -> Workflow:
     """The workflow with each `<node title or id>.<input>=<value>` applied, later ones over earlier ones.
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .caches import EasyCache, FirstBlockCache, MagCache, TeaCache
 from .camera import CameraEncode, MovePath, RowsPath, SpeedControl
 from .conditioning import ControlEncode, ImageEncode, StartFrames, VaceEncode, VaceReferences
 from .loaders import ImageEncoderLoader, TextEncoderLoader, VAELoader
@@ -9,7 +10,7 @@ from .lora import LoraInfo, LoraLoader, LoraSave
 from .memory import CheckpointInfo, Memory, MemoryPlan
 from .model_loader import ModelLoader
 from .native import FromConditioning, ToConditioning
-from .options import EasyCache, Guidance, LongRun, Schedule, TeaCache, Windows
+from .options import Guidance, LongRun, Schedule, Windows
 from .prompts import TextEncode, WindowPrompts
 from .sampler import LoadLatents, Sampler
 from .sockets import guard_sockets, mark_advanced
@@ -39,6 +40,8 @@ NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {
     "WanCoreLoraSave": LoraSave,
     "WanCoreTeaCache": TeaCache,
     "WanCoreEasyCache": EasyCache,
+    "WanCoreMagCache": MagCache,
+    "WanCoreFirstBlockCache": FirstBlockCache,
     "WanCoreWindows": Windows,
     "WanCoreWindowPrompts": WindowPrompts,
     "WanCoreGuidance": Guidance,
@@ -81,6 +84,8 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreLoraSave": "Save LoRA (WanCore)",
     "WanCoreTeaCache": "TeaCache (WanCore)",
     "WanCoreEasyCache": "EasyCache (WanCore)",
+    "WanCoreMagCache": "MagCache (WanCore)",
+    "WanCoreFirstBlockCache": "First-Block Cache (WanCore)",
     "WanCoreWindows": "Windows (WanCore)",
     "WanCoreWindowPrompts": "Window Prompts (WanCore)",
     "WanCoreGuidance": "Guidance (WanCore)",
@@ -145,6 +150,10 @@ SEARCH_ALIASES: dict[str, tuple[str, ...]] = {
         "easy cache", "step cache", "speed up", "faster", "skip steps", "WanVideoEasyCache",
         "加速",
     ),
+    "WanCoreMagCache": ("mag cache", "step cache", "speed up", "faster", "skip steps", "WanVideoMagCache", "加速"),
+    "WanCoreFirstBlockCache": (
+        "first block cache", "FBCache", "DBCache", "step cache", "speed up", "faster", "skip steps", "加速",
+    ),
     "WanCoreWindows": ("sliding window", "context windows", "long video", "WanVideoContextOptions", "长视频"),
     "WanCoreWindowPrompts": ("prompt schedule", "prompt travel", "multi prompt", "storyboard", "长视频", "分镜"),
     "WanCoreGuidance": (
@@ -202,6 +211,8 @@ ADVANCED: dict[str, tuple[str, ...]] = {
     "WanCoreLoraLoader": ("strength_curve", "blocks", "mode", "strength_low"),
     "WanCoreTeaCache": ("template", "start_step", "residual_on_cpu"),
     "WanCoreEasyCache": ("residual_on_cpu",),
+    "WanCoreMagCache": ("threshold", "max_skips", "retention", "residual_on_cpu"),
+    "WanCoreFirstBlockCache": ("threshold", "first_blocks", "start_step", "max_skips", "residual_on_cpu"),
     "WanCoreWindows": ("colour_limit",),
     "WanCoreGuidance": (
         "cfg_low", "nag_tau", "nag_alpha", "nag_end", "skip_blocks", "skip_scale", "skip_start", "skip_end",

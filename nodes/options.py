@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from wan_core.cache_settings import CacheSettings, EasyCacheSettings, TeaCacheSettings
-from wan_core.sampling.cache_tables import TEACACHE_COEFFICIENTS
 from wan_core.settings import (
     WINDOW_MODES,
     GuidanceSettings,
@@ -55,75 +53,6 @@ class Options(planning.Settings):
     CATEGORY = "WanCore/sampling"
     FUNCTION = "build"
     OUTPUT_TOOLTIPS: tuple[str, ...] = ("For the socket of that name on the sampler.",)
-
-
-class TeaCache(Options):
-    """Steps skipped by a plan."""
-
-    CATEGORY = "WanCore/speed and memory"
-    DESCRIPTION = "Skip steps that change little, by a plan made before the first step (TeaCache). About 2x faster."
-    RETURN_TYPES = (sockets.CACHE,)
-    RETURN_NAMES = ("cache",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "threshold": sockets.number(
-                    0.1, 0.0, 10.0, "Higher skips more steps. 1.3B: 0.05 to 0.1; 14B: 0.1 to 0.3. 0 is off.", step=0.01
-                ),
-            },
-            "optional": {
-                "speedup": sockets.number(
-                    0.0,
-                    0.0,
-                    100.0,
-                    "Above 1: the threshold that gives this speed-up is computed and used in place of threshold.",
-                ),
-                "template": sockets.choice(
-                    ["auto", *TEACACHE_COEFFICIENTS],
-                    "auto",
-                    "The model whose coefficients are used; auto: those recommended for this model.",
-                ),
-                "start_step": sockets.whole(0, 0, 1000, "First steps that are never skipped; 5 is safer."),
-                "residual_on_cpu": sockets.flag(False, "Keep the cached residual in RAM: saves memory on the card."),
-            },
-        }
-
-    def build(
-        self,
-        threshold: float,
-        speedup: float = 0.0,
-        template: str = "auto",
-        start_step: int = 0,
-        residual_on_cpu: bool = False,
-    ) -> tuple[CacheSettings]:
-        wanted = {"threshold": None, "speedup": speedup} if speedup else {"threshold": threshold}
-        return (TeaCacheSettings(**wanted, template=template, start_step=start_step, residual_on_cpu=residual_on_cpu),)
-
-
-class EasyCache(Options):
-    """Steps skipped by a measure during the run."""
-
-    CATEGORY = "WanCore/speed and memory"
-    DESCRIPTION = "Skip steps that change little, as measured during the run (EasyCache). Works with any model."
-    RETURN_TYPES = (sockets.CACHE,)
-    RETURN_NAMES = ("cache",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "threshold": sockets.number(0.05, 0.0, 10.0, "Higher skips more steps; 0 is off.", step=0.01),
-                "start_step": sockets.whole(10, 0, 1000, "First steps that are never skipped."),
-            },
-            "optional": {
-                "residual_on_cpu": sockets.flag(False, "Keep the cached residual in RAM: saves memory on the card."),
-            },
-        }
-
-    def build(self, threshold: float, start_step: int, residual_on_cpu: bool = False) -> tuple[CacheSettings]:
-        return (EasyCacheSettings(threshold=threshold, start_step=start_step, residual_on_cpu=residual_on_cpu),)
 
 
 class Windows(Options):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_core.cache_settings import CacheSettings, TeaCacheSettings
+from wan_core.cache_settings import CacheSettings
 from wan_core.catalog import TINY_PRESET
 from wan_core.model import VideoModel
 from wan_core.models.config import Geometry
@@ -110,7 +110,7 @@ class Sampler:
                 "LATENT",
                 "A video to start from when denoise is below 1; its size replaces width, height and num_frames.",
             ),
-            "cache": sockets.socket(sockets.CACHE, "Steps to skip, from TeaCache or EasyCache."),
+            "cache": sockets.socket(sockets.CACHE, "Steps to skip, from a cache node such as TeaCache."),
             "windows": sockets.socket(sockets.WINDOWS, "A long video in pieces."),
             "prompts": sockets.socket(sockets.PROMPTS, "A prompt for each window, in place of the conditioning's."),
             "guidance": sockets.socket(sockets.GUIDANCE, "Guidance that changes over the steps, in place of cfg."),
@@ -219,7 +219,7 @@ class Sampler:
     ) -> tuple[dict[str, Any]]:
         settings = _settings(
             _guidance(cfg, cfg_low), cfg_mode, guidance, schedule, seed=seed, steps=steps, shift=shift, denoise=denoise,
-            solver=solver, cache=_with_template(cache, model), windows=windows,
+            solver=solver, cache=model.resolved(cache), windows=windows,
         )  # fmt: skip
         model, settings = model.recommended(recommended, settings, more_motion=more_motion)
         geometry = model.geometry
@@ -270,13 +270,6 @@ def _settings(
     """The settings of the widgets and of the sockets `guidance` and `schedule`, which replace some of them."""
     guidance = replace(guidance or own, mode=cfg_mode)
     return SamplerSettings(guidance=guidance, **vars(schedule or ScheduleSettings()), **others)
-
-
-def _with_template(cache: CacheSettings | None, model: VideoModel) -> CacheSettings | None:
-    """TeaCache's template "auto" as the one that the catalog recommends for the model."""
-    if isinstance(cache, TeaCacheSettings):
-        return cache.with_template(model.row.preset.teacache if model.row else None)
-    return cache
 
 
 def _earlier_state(latent: dict[str, Any] | None, settings: SamplerSettings, geometry: Geometry) -> RunState | None:

@@ -32,7 +32,7 @@ LIBRARY = {
     "checks": -2, "sampling.cache_tables": -2,
     "files": -1, "offload.packed": -1, "models.config": -1, "sampling.solvers": -1, "cache_settings": -1,
     "types": 0, "settings": 0, "runtime": 0, "atomic": 0, "tiling": 0, "offload.formats": 0,
-    "media": 1, "models": 1, "offload": 1, "distilled": 1,
+    "media": 1, "models": 1, "offload": 1, "distilled": 1, "magnitudes": 1,
     "lora": 2,
     "variants": 3, "catalog": 3, "loading": 3,
     "bundled": 4, "conditioning": 4, "sampling": 4, "call_arguments": 4, "lora.target": 4, "lora.convert": 4,

@@ -182,20 +182,24 @@ def _needed(name: str, value: Any) -> Any:
 
 
 def cache_of_call(
-    tea_cache_l1_thresh: float | None, tea_cache_model_id: str, recommended: str | None
+    tea_cache_l1_thresh: float | None, tea_cache_model_id: str, cache: CacheSettings | None = None
 ) -> CacheSettings | None:
-    """TeaCache, or None without a threshold. An empty `tea_cache_model_id` takes the `recommended` template, that of
-    the model's catalog row.
+    """TeaCache if it has a threshold, or `cache`. With an empty `tea_cache_model_id` the model decides on the template.
 
     Raises:
-        ValueError: the threshold is out of range, there is no such template, or none is recommended.
+        ValueError: the threshold is out of range, there is no such template, both caches are given, or `cache` is not
+            settings of one.
     """
     threshold = check_parameters(tea_cache_l1_thresh=tea_cache_l1_thresh)["tea_cache_l1_thresh"]
     if tea_cache_model_id not in (None, ""):
         check_choice("tea_cache_model_id", tea_cache_model_id, TEACACHE_COEFFICIENTS)
+    if cache is not None and not isinstance(cache, CacheSettings):
+        raise ValueError(f"cache takes settings of wan_core.cache_settings, such as MagCacheSettings(); got {cache!r}.")
     if threshold is None:
-        return None
-    return TeaCacheSettings(threshold=threshold, template=tea_cache_model_id or "auto").with_template(recommended)
+        return cache
+    if cache is not None:
+        raise ValueError("A run has one step cache; give tea_cache_l1_thresh or cache.")
+    return TeaCacheSettings(threshold=threshold, template=tea_cache_model_id or "auto")
 
 
 def windows_of_call(sliding_window_size: int | None, sliding_window_stride: int | None) -> WindowSettings | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import catalog
+from . import catalog, magnitudes
+from .cache_settings import CacheSettings, FirstBlockSettings, MagCacheSettings, TeaCacheSettings
 from .checks import check_number
 from .distilled import FewSteps, names_of
 from .loading.pairs import EXPERTS, resolve_pair, side_of
@@ -31,6 +32,7 @@ from .planning.encoders import limit_memory, memory_for
 from .planning.run import RunPlan, placed_run, plan_run
 from .recommend import after_first_step, few_steps_for, few_steps_of, recommended_settings
 from .runtime import Runtime
+from .sampling.cache_tables import MAGNITUDE_RATIOS
 from .sampling.checkpoint import Checkpoint, RunState
 from .sampling.experts import Active, Expert, RunInputs, RunModel
 from .sampling.run import sample
@@ -349,10 +351,40 @@ class VideoModel:
             if WeightProvider.of(expert.dit).mapped or next(expert.dit.parameters()).is_meta:
                 ahead.start(expert.files)
 
-        inputs = inputs.to(runtime.device)
+        cache = self.resolved(settings.cache)
+        settings, inputs = replace(settings, cache=cache), inputs.to(runtime.device)
         with kernels.run(deterministic=self.deterministic), ReadAhead() as ahead:
             model = RunModel(self.experts, self.motion_controller, activate, announce)
-            return sample(model, inputs, settings, runtime, checkpoint=checkpoint, earlier=earlier)
+            state = sample(model, inputs, settings, runtime, checkpoint=checkpoint, earlier=earlier)
+        if isinstance(cache, MagCacheSettings) and cache.measures:
+            path = magnitudes.check_place(self.experts[0].files, self.name)
+            made_with = {"steps": settings.total_steps, "shift": settings.shift, "solver": settings.solver}
+            magnitudes.save(path, state.memory["magnitudes.ratios"][1:].tolist(), made_with)
+            log.info("MagCache: the magnitude ratios of %s are kept in %s.", self.name, path)
+        return state
+
+    def resolved(self, cache: CacheSettings | None) -> CacheSettings | None:
+        """`cache` with this model's numbers where it says `auto`.
+
+        Raises:
+            ValueError: none are known of this model, it has too few blocks, or what is measured cannot be kept.
+        """
+        row, files = self.row, self.experts[0].files
+        match cache:
+            case TeaCacheSettings():
+                return cache.with_template(row.preset.teacache if row else None)
+            case MagCacheSettings(measures=True):
+                magnitudes.check_place(files, self.name)
+            case MagCacheSettings():
+                names = ((row.base or row.model_id).partition("/")[2], row.size) if row else ()
+                published = next((name for name in names if name in MAGNITUDE_RATIOS), None)
+                return cache.with_ratios(magnitudes.measured(files), published)
+            case FirstBlockSettings(blocks=blocks) if blocks >= self.config.num_layers:
+                raise ValueError(
+                    f"The first-block cache must leave blocks to skip: {self.name} has {self.config.num_layers}, and "
+                    f"{blocks} are to run in every step."
+                )
+        return cache
 
     def _make_room(self, number: int) -> None:
         """Drop the weights of other experts where host memory has no room to read those of this one beside them."""

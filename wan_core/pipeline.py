@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .cache_settings import CacheSettings
 from .call_arguments import (
     cache_of_call,
     check_parameters,
@@ -197,6 +198,7 @@ class WanVideoPipeline(PipelineModels):
         sigmas: Sequence[float] | None = None,
         recommended: str = OFF,
         more_motion: bool = False,
+        cache: CacheSettings | None = None,
     ) -> list[Image.Image] | list[list[Image.Image]] | Iterator[Image.Image] | Tensor:
         """Generate a video.
 
@@ -225,7 +227,8 @@ class WanVideoPipeline(PipelineModels):
                 width). Without `tiled` that happens, in tiles of fitting sizes, only where memory asks for it.
             sliding_window_size, sliding_window_stride: windows over a long video, in latent frames; both or none.
             tea_cache_l1_thresh, tea_cache_model_id: leave out steps (TeaCache); the template is that of the model's
-                catalog row unless one is named.
+                catalog row unless one is named. `cache` takes the settings of any step cache instead
+                (`cache_settings`), such as `MagCacheSettings.preset("balanced")`.
             progress_bar_cmd: wraps the steps, such as `tqdm`; None shows nothing.
             output_type: `quantized` or `pil` for a list of images, `stream` for one after another while the video is
                 decoded (for `save_video`), `floatpoint` or `tensor` for pixels (B, 3, T, H, W) in [-1, 1], `latent`
@@ -276,13 +279,12 @@ class WanVideoPipeline(PipelineModels):
             reference_image=reference_image, vace_video=vace_video, vace_video_mask=vace_video_mask,
             **check_parameters(motion_bucket_id=motion_bucket_id),
         )  # fmt: skip
-        template = model.row.preset.teacache if model.row else None
         settings = settings_of_call(
             seed=seed, rand_device=rand_device, num_inference_steps=num_inference_steps, sigma_shift=sigma_shift,
             denoising_strength=denoising_strength, starts_from_video=input_video is not None, cfg_scale=cfg_scale,
             cfg_scale_low=cfg_scale_low, cfg_merge=cfg_merge, solver=solver,
             windows=windows_of_call(sliding_window_size, sliding_window_stride),
-            cache=cache_of_call(tea_cache_l1_thresh, tea_cache_model_id, template),
+            cache=model.resolved(cache_of_call(tea_cache_l1_thresh, tea_cache_model_id, cache)),
         )  # fmt: skip
         settings = with_own(settings, guidance, sigmas)
         model, settings = model.recommended(recommended, settings, more_motion=truth("more_motion", more_motion))

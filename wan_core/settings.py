@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
-from .cache_settings import CacheSettings
+from .cache_settings import CacheSettings, MagCacheSettings
 from .checks import check_choice, check_number, check_whole
 from .files import check_name
 from .sampling.solvers import SOLVERS
@@ -296,6 +296,8 @@ class SamplerSettings(ScheduleSettings):
         check_whole("start_step", self.start_step, low=0, high=self.last_step - 1)
         if self.is_part and self.windows is not None and self.windows.mode == "chain":
             raise ValueError("A chain of clips cannot be split by start_step: it finishes one clip after the other.")
+        if self.is_part and isinstance(self.cache, MagCacheSettings) and self.cache.measures:
+            raise ValueError("MagCache measures a model in a whole run: leave start_step and end_step out.")
 
     def of_expert(self, number: int) -> "SamplerSettings":
         """The settings as the expert of that number follows them."""

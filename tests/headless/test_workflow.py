@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from wancore.headless.overrides import apply_sets, apply_tiny
+from wancore.headless.overrides import apply_measure, apply_sets, apply_tiny
 from wancore.headless.schema import schemas_of
 from wancore.headless.workflow import Link, Workflow, WorkflowError
 
@@ -119,6 +119,17 @@ def test_tiny_lays_the_nodes_own_small_inputs_over(graph, nodes):
 def test_tiny_refuses_to_run_at_full_size(graph, nodes):
     with pytest.raises(WorkflowError, match="no node of this workflow has a tiny form"):
         apply_tiny(graph(n1=("Number", {"value": 1})), nodes)
+
+
+def test_measure_puts_a_measuring_cache_on_every_sampler(graph):
+    samplers = {"1": {"steps": 4, "cache": ["3", 0]}, "2": {"steps": 8}}
+    nodes = {name: {"class_type": "WanCoreSampler", "inputs": inputs} for name, inputs in samplers.items()}
+    prompt = apply_measure(Workflow.from_api(nodes)).to_api()
+    *_, name = prompt
+    assert prompt[name]["inputs"]["template"] == "measure"
+    assert [prompt[node]["inputs"]["cache"] for node in samplers] == [[name, 0]] * 2
+    with pytest.raises(WorkflowError, match="has no Sampler"):
+        apply_measure(graph(n1=("Number", {"value": 1})))
 
 
 def nested(depth: int) -> str:

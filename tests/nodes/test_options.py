@@ -15,7 +15,7 @@ from tests.disks import full_disk
 from tests.nodes.running import outputs
 from tests.reference import relative_error
 from wan_core import bundled, catalog
-from wan_core.cache_settings import EasyCacheSettings, TeaCacheSettings
+from wan_core.cache_settings import EasyCacheSettings, FirstBlockSettings, MagCacheSettings, TeaCacheSettings
 from wan_core.media import probe
 from wan_core.models.config import WAN_21, PreviewDecoderConfig
 from wan_core.models.preview_decoder import PreviewDecoder
@@ -84,6 +84,20 @@ def sampled(loaded, **changes):
         ("TeaCache", {"threshold": 0.2}, TeaCacheSettings(threshold=0.2)),
         ("TeaCache", {"threshold": 0.2, "speedup": 2.0}, TeaCacheSettings(threshold=None, speedup=2.0)),
         ("EasyCache", {"threshold": 0.1, "start_step": 5}, EasyCacheSettings(threshold=0.1, start_step=5)),
+        ("TeaCache", {"threshold": 0.2, "preset": "fast"}, TeaCacheSettings.preset("fast")),
+        ("EasyCache", {"threshold": 0.1, "start_step": 5, "preset": "careful"}, EasyCacheSettings.preset("careful")),
+        ("MagCache", {"preset": "balanced"}, MagCacheSettings.preset("balanced")),
+        (
+            "MagCache",
+            {"preset": "custom", "threshold": 0.3, "max_skips": 4, "retention": 0.1, "template": "measure"},
+            MagCacheSettings(threshold=0.3, max_skips=4, retention=0.1, template="measure"),
+        ),
+        ("FirstBlockCache", {"preset": "fast"}, FirstBlockSettings.preset("fast")),
+        (
+            "FirstBlockCache",
+            {"preset": "custom", "threshold": 0.3, "first_blocks": 2, "start_step": 1, "max_skips": 3},
+            FirstBlockSettings(threshold=0.3, blocks=2, start_step=1, max_skips=3),
+        ),
         (
             "Windows",
             {"sliding_window_size": 9, "sliding_window_stride": 6, "mode": "chain"},
@@ -157,6 +171,8 @@ def test_nothing_connected_is_the_default(loaded):
     [
         {"cache": TeaCacheSettings(threshold=1000.0, template="Wan2.1-T2V-1.3B")},
         {"cache": EasyCacheSettings(threshold=1000.0, start_step=2)},
+        {"cache": MagCacheSettings(threshold=1000.0, template="Wan2.1-T2V-1.3B")},
+        {"cache": FirstBlockSettings(threshold=1000.0, start_step=2)},
         {"windows": WindowSettings(size=2, stride=1)},
         {"guidance": GuidanceSettings(scale=(8.0, 2.0))},
         {"schedule": ScheduleSettings(sigmas=(1.0, 0.5, 0.0))},
@@ -173,6 +189,10 @@ def test_auto_needs_a_published_model(loaded):
     unknown = dataclasses.replace(loaded["model"], row=None)
     with pytest.raises(ValueError, match="TeaCache has no coefficients for this model"):
         sampled({**loaded, "model": unknown}, cache=TeaCacheSettings())
+    with pytest.raises(ValueError, match="MagCache has no ratios for this model; measure them once"):
+        sampled({**loaded, "model": unknown}, cache=MagCacheSettings())
+    with pytest.raises(ValueError, match=r"must leave blocks to skip: .* has 4, and 4 are"):
+        sampled(loaded, cache=FirstBlockSettings(blocks=4))
 
 
 def test_recommended_settings_take_the_place_of_the_widgets(loaded):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tests.reference import tiny_dit
 from tests.sampling.runs import sample
 from tests.sampling.variants import conditioning
-from wan_core.cache_settings import EasyCacheSettings, TeaCacheSettings
+from wan_core.cache_settings import EasyCacheSettings, FirstBlockSettings, TeaCacheSettings
 from wan_core.runtime import Runtime
 from wan_core.sampling.checkpoint import Checkpoint
 from wan_core.settings import SamplerSettings, WindowSettings
@@ -21,6 +21,7 @@ CACHES = {
     "none": None,
     "teacache": TeaCacheSettings(threshold=1000.0, template="Wan2.1-T2V-14B", start_step=2),
     "easycache": EasyCacheSettings(threshold=0.2, start_step=2),
+    "first block": FirstBlockSettings(threshold=0.2, start_step=2, max_skips=2),
 }
 WINDOWS = {
     "none": None,

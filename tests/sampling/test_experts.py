@@ -14,7 +14,7 @@ from tests.lora.fixtures import WRITERS, factors, linear_paths
 from tests.reference import arguments, load_case, relative_error
 from tests.sampling.test_identities import CACHES, WINDOWS, in_pairs
 from tests.sampling.variants import SMALL, conditioning, small_dit
-from wan_core.cache_settings import TeaCacheSettings
+from wan_core.cache_settings import FirstBlockSettings, MagCacheSettings, TeaCacheSettings
 from wan_core.model import VideoModel
 from wan_core.offload import weights as offload
 from wan_core.offload.blocks import weights_of
@@ -41,6 +41,8 @@ RUNS = {
     "guided dpm++": {"guidance": GUIDED, "solver": "dpm++"},
     "batched": {"guidance": replace(GUIDED, mode="batched")},
     "TeaCache": {"guidance": GUIDED, "cache": TeaCacheSettings(threshold=0.5, template="Wan2.1-T2V-1.3B")},
+    "first block": {"guidance": GUIDED, "cache": FirstBlockSettings(threshold=0.5, start_step=1)},
+    "MagCache": {"guidance": GUIDED, "cache": MagCacheSettings(threshold=0.5, template="Wan2.2-T2V-A14B")},
     "windows": {"guidance": PLAIN, "windows": WindowSettings(size=3, stride=2)},
 }
 CHAIN = WindowSettings(size=3, stride=2, mode="chain")
@@ -84,7 +86,7 @@ def one_after_the_other(first: VideoModel, second: VideoModel, settings, memory=
 
 
 @pytest.mark.parametrize("memory", [ALL, NONE], ids=["whole", "streamed"])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "MagCache"])  # its plan is one for both
 def test_a_pair_gives_what_its_experts_give_one_after_the_other(dits, name, memory):
     settings = settings_of(**RUNS[name])
     got = pair(dits, settings).sample(INPUTS, settings, memory, RUNTIME)
@@ -166,8 +168,9 @@ def test_an_expert_without_a_step_is_never_brought(dits, monkeypatch, split, at_
 
 
 @pytest.mark.parametrize("done", range(1, STEPS))
-def test_a_run_that_was_cut_off_goes_on_with_the_expert_at_work(dits, tmp_path, done):
-    settings = settings_of(**RUNS["TeaCache"], solver="unipc")
+@pytest.mark.parametrize("cache", ["TeaCache", "first block", "MagCache"])
+def test_a_run_that_was_cut_off_goes_on_with_the_expert_at_work(dits, tmp_path, done, cache):
+    settings = settings_of(**RUNS[cache], solver="unipc")
     model = pair(dits, settings)
     whole = model.sample(INPUTS, settings, ALL, RUNTIME)
 
@@ -228,7 +231,7 @@ def test_a_boundary_at_the_end_leaves_one_expert(dits, name):
     assert model.boundary == 1.001
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "TeaCache"])
+@pytest.mark.parametrize("name", [name for name in RUNS if "cache" not in RUNS[name]])
 def test_equal_experts_are_one_model(dits, name):
     settings = settings_of(**RUNS[name])
     twins = pair((dits[0], copy.deepcopy(dits[0])), settings)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.reference import ALL_DITS, relative_error, tiny_dit, tiny_motion_controller
 from tests.sampling.runs import sample, sample_state
 from tests.sampling.variants import SMALL, conditioning, small_dit, small_motion_controller
-from wan_core.cache_settings import EasyCacheSettings, TeaCacheSettings
+from wan_core.cache_settings import EasyCacheSettings, FirstBlockSettings, MagCacheSettings, TeaCacheSettings
 from wan_core.models.dit import WanDiT
 from wan_core.runtime import Cancelled, OutOfMemoryError, Runtime
 from wan_core.sampling.checkpoint import Checkpoint
@@ -27,11 +27,16 @@ from wan_core.types import LatentSize
 RUNTIME = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 SIZE = LatentSize(4, 2, 4)
 SKIP_ALL = TeaCacheSettings(threshold=1000.0, template="Wan2.1-T2V-1.3B", start_step=2)
+MAGCACHE = MagCacheSettings(threshold=1000.0, template="Wan2.1-T2V-1.3B")
 CACHES = {
     "none": (None, None),
     "teacache": (SKIP_ALL, dataclasses.replace(SKIP_ALL, threshold=0.0)),
     "easycache": (
         EasyCacheSettings(threshold=1000.0, start_step=2), EasyCacheSettings(threshold=0.0, start_step=2)
+    ),
+    "magcache": (MAGCACHE, dataclasses.replace(MAGCACHE, threshold=0.0)),
+    "first block": (
+        FirstBlockSettings(threshold=1000.0, start_step=2, max_skips=2), FirstBlockSettings(threshold=0.0, start_step=2)
     ),
 }  # fmt: skip
 WINDOWS = {

@@ -36,7 +36,7 @@ SIZE = LatentSize(3, 2, 4)
 
 @pytest.mark.parametrize(
     ("solver", "cache", "windows"),
-    [("unipc", "teacache", "none"), ("dpm++", "easycache", "blend"), ("lcm", "none", "chain")],
+    [("unipc", "teacache", "none"), ("dpm++", "easycache", "blend"), ("lcm", "first block", "chain")],
 )
 def test_a_killed_run_goes_on_bit_for_bit(solver, cache, windows, tmp_path):
     result = tmp_path / "result.safetensors"

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.reference import ALL_DITS, tiny_dit
 from tests.sampling.runs import sample
-from wan_core.cache_settings import TeaCacheSettings
+from wan_core.cache_settings import MagCacheSettings, TeaCacheSettings
 from wan_core.models.config import MotionControllerConfig
 from wan_core.models.dit import WanDiT
 from wan_core.models.layers import MotionController
@@ -69,7 +69,7 @@ def nothing_is_given_back(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(loop, "window_reports", lambda *_: [])
         patched.setattr(Tensor, "cpu", lambda self: self)
-        patched.setattr(compose.step_cache, "changes", lambda modulations: [0.01] * (len(modulations) - 1))
+        patched.setattr(compose.skip_rules, "changes", lambda modulations: [0.01] * (len(modulations) - 1))
         yield
 
 
@@ -102,6 +102,7 @@ RUNS = {
     "unipc": SamplerSettings(steps=STEPS, solver="unipc"),
     "dpm++": SamplerSettings(steps=STEPS, solver="dpm++"),
     "teacache": SamplerSettings(steps=STEPS, cache=TEACACHE),
+    "magcache": SamplerSettings(steps=STEPS, cache=MagCacheSettings(template="Wan2.1-T2V-14B")),
     "windows": SamplerSettings(steps=STEPS, windows=WindowSettings(size=2, stride=1)),
 }
 
@@ -162,6 +163,6 @@ def test_a_copy_from_the_host_is_seen(monkeypatch):
 
 def test_the_plan_of_teacache_leaves_steps_out():
     changes = [0.01] * (STEPS - 1)
-    rule = compose.step_cache.OnlineRule(TEACACHE_COEFFICIENTS[TEACACHE.template], 0.2, STEPS)
+    rule = compose.skip_rules.OnlineRule(TEACACHE_COEFFICIENTS[TEACACHE.template], 0.2, STEPS)
     plan = SkipPlan(tuple(rule.skips(i, c) for i, c in enumerate([0.0, *changes])), 0.2)
     assert plan.computed_steps < STEPS

@@ -73,10 +73,17 @@ MAGNITUDE_RATIOS: dict[str, tuple[float, ...]] = {
         0.97555, 0.97392, 0.97152, 0.96871, 0.96435, 0.96129, 0.95639, 0.95176, 0.94446, 0.93972, 0.93575, 0.93537,
         0.96655,
     ),
+    "tiny": (
+        1.0, 1.0, 1.0,
+    ),
 }
 # fmt: on
+MAGNITUDE_RATIOS["Wan2.1-VACE-14B"] = MAGNITUDE_RATIOS["Wan2.1-T2V-14B"]
 """How large what the blocks add to the tokens is, over that of the step before, from the second step on: the mean over
 tokens, of the conditional branch. Measured by the authors of MagCache over 50 steps, for I2V and A14B 40
-(Zehong-Ma/MagCache MagCache4Wan2.1 and MagCache4Wan2.2; they use those of T2V-14B for VACE-14B). "image" is TI2V-5B
-with a start image.
+(Zehong-Ma/MagCache MagCache4Wan2.1 and MagCache4Wan2.2; VACE-14B has those of T2V-14B there). "image" is TI2V-5B with a
+start image, "tiny" the bundled model.
 """
+
+WHOLE_FIRST_EXPERT = frozenset({"Wan2.2-I2V-A14B"})
+"""Templates of pairs whose first expert skips nothing (MagCache4Wan2.2, mode "i2v")."""

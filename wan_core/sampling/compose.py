@@ -3,18 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..cache_settings import EasyCacheSettings, TeaCacheSettings
+from ..cache_settings import EasyCacheSettings, FirstBlockSettings, MagCacheSettings, TeaCacheSettings
 from ..models.dit import WanDiT
 from ..models.layers import MotionController
 from ..runtime import Runtime, log
 from ..settings import SamplerSettings
 from ..types import Conditioning
-from . import step_cache
+from . import skip_rules
 from .checkpoint import HasMemory
 from .guidance import Guided, first_steps
 from .predictor import AllBlocks, BlockRunner, ModelPredictor, Predictor, TimeTable, motion_offset
+from .skip_rules import EasyCache, FirstBlock, Magnitudes, MeasuredBlocks
 from .solvers import SOLVERS, Solver, shifted_sigmas
-from .step_cache import CachedBlocks, EasyCache, SkipRule
+from .step_cache import CachedBlocks, SkipRule
 from .windows import Windowed
 
 FEWEST_CACHED_STEPS = 4
@@ -48,18 +49,25 @@ def compose(
     runtime: Runtime,
     motion_controller: MotionController | None = None,
     prompts: Sequence[Conditioning] = (),
+    *,
+    shares: Sequence[range] = (),
+    magnitudes: Magnitudes | None = None,
 ) -> Composed:
     """The predictor of one run: step cache, model, guidance, windows, from the inside out.
 
     Args:
         cond: what the run is conditioned on; `prompts` replace its text, one window after the other.
         frames: latent frames of the video, without reference frames.
+        shares: the steps of each expert of the run, one after the other; all are one model's if there are none.
+        magnitudes: filled with what `MeasuredBlocks` measures, if the settings ask for it.
     """
     time = TimeTable(dit, solver.evaluations, cond)
     blocks: BlockRunner = AllBlocks(dit, runtime)
     memories: dict[str, HasMemory] = {}
     windows = settings.windows_over(frames, "blend")
-    rule = _skip_rule(settings, time, motion_controller, cond)
+    rule = _skip_rule(settings, time, motion_controller, cond, shares)
+    if isinstance(settings.cache, MagCacheSettings) and settings.cache.measures:
+        blocks = MeasuredBlocks(blocks, magnitudes or Magnitudes())
     if rule is not None and settings.cache is not None:
         # There is a residual per window, so with windows they grow with the video and are kept in host memory.
         on_cpu = settings.cache.residual_on_cpu or windows is not None
@@ -75,10 +83,14 @@ def compose(
 
 
 def _skip_rule(
-    settings: SamplerSettings, time: TimeTable, controller: MotionController | None, cond: Conditioning
+    settings: SamplerSettings,
+    time: TimeTable,
+    controller: MotionController | None,
+    cond: Conditioning,
+    shares: Sequence[range],
 ) -> SkipRule | None:
     steps, cache = settings.total_steps, settings.cache
-    if cache is None:
+    if cache is None or (isinstance(cache, MagCacheSettings) and cache.measures):
         return None
     if steps < FEWEST_CACHED_STEPS:
         log.warning("The step cache is off: it needs at least %d steps, this run has %d.", FEWEST_CACHED_STEPS, steps)
@@ -87,10 +99,16 @@ def _skip_rule(
     match cache:
         case EasyCacheSettings():
             return EasyCache(cache, steps, forced)
+        case FirstBlockSettings():
+            return FirstBlock(cache, steps, forced)
+        case MagCacheSettings():
+            plan = skip_rules.magcache_plan(cache, shares or (range(steps),), forced)
+            log.info("MagCache (%s, threshold %.4g) %s.", cache.template, plan.threshold, plan.summary())
+            return plan
         case TeaCacheSettings():
             motion = motion_offset(controller, cond)
             modulations = time.modulations[:, None]  # (N, 1, 6, D), what the blocks get in each step
             modulations = modulations if motion is None else modulations + motion.to(modulations)
-            plan = step_cache.plan(modulations, cache, forced)
+            plan = skip_rules.teacache_plan(modulations, cache, forced)
             log.info("TeaCache (%s, threshold %.4g) %s.", cache.template, plan.threshold, plan.summary())
             return plan

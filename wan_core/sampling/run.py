@@ -7,6 +7,7 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
+from ..cache_settings import MagCacheSettings
 from ..models import kernels
 from ..runtime import OutOfMemoryError, Runtime, is_out_of_memory, log
 from ..settings import SamplerSettings
@@ -16,6 +17,7 @@ from .checkpoint import Checkpoint, HasMemory, RunState, digest, digest_run, dig
 from .compose import Composed, build_solver, compose
 from .experts import Active, RunInputs, RunModel, expert_at
 from .predictor import Predictor, check_latents
+from .skip_rules import Magnitudes
 from .solvers import Solver, add_noise, initial_noise
 from .windows import (
     Anchored,
@@ -118,6 +120,9 @@ class _Run:
         if windows is not None:
             self.spans = plan_spans(frames, windows.size, windows.stride)
         self.start: Tensor | None = None
+        measures = isinstance(settings.cache, MagCacheSettings) and settings.cache.measures
+        # Beside the parts of each expert, because it goes on from one to the next.
+        self.measures = {"magnitudes": Magnitudes()} if measures else {}
 
     def check(self, earlier: RunState | None) -> None:
         """Raise ValueError for what cannot run, before weights are moved."""
@@ -275,6 +280,8 @@ class _Run:
         parts = compose(
             active.dit, solver, cond, frames, active.settings, self.runtime, self.model.motion_controller,
             () if self.chained else self.prompts,
+            shares=[share for _, share in self.model.shares(solver.timesteps, range(self.settings.total_steps))],
+            magnitudes=self.measures.get("magnitudes"),
         )  # fmt: skip
         if cond.clean is not None:
             return dataclasses.replace(parts, predict=CleanFrames(parts.predict, cond, self.prefix))
@@ -296,7 +303,7 @@ class _Run:
         saves checkpoints on the way.
         """
         device, latest = self.runtime.device, (steps.start, x)
-        memories: dict[str, HasMemory] = {"solver": solver}
+        memories: dict[str, HasMemory] = {"solver": solver, **self.measures}
         restore(memories, before.memory, device)
 
         def state_at(step: int, latents: Tensor, *names: str) -> RunState:
@@ -324,7 +331,7 @@ class _Run:
             for (number, share), following in zip(shares, then, strict=False):  # none without a step to do
                 active = self.model.active(number, self.settings)
                 parts = self._composed(active, solver, cond, frames, known)
-                memories = {"solver": solver, **parts.memories}
+                memories = {"solver": solver, **self.measures, **parts.memories}
                 # A cache continues only with the residuals of its own expert.
                 if share.start and expert_at(self.model.experts, solver.timesteps[share.start - 1]) == number:
                     restore(parts.memories, before.memory, device)

@@ -1,20 +1,17 @@
-"""Step caches, which skip the blocks of a step and add again what they changed in an earlier one: TeaCache (Liu et al.
-2024) and EasyCache (Zhou et al. 2025).
+"""Step caches skip the blocks of a step, or all but the first ones, and add again what they changed in an earlier one;
+`skip_rules` says in which steps.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..cache_settings import EasyCacheSettings, TeaCacheSettings
-from ..checks import check_choice
 from ..models.dit import TokenState
 from ..models.ops import add_
 from ..types import StepInfo
-from .cache_tables import TEACACHE_COEFFICIENTS
 from .predictor import BlockRunner, Key, branches_of
 
 
@@ -149,49 +146,6 @@ SKIPPED_STEP_COST = 0.01
 """What a step without blocks costs, as a fraction of one with them: embedding and head only."""
 
 
-def changes(modulations: Tensor) -> list[float]:
-    """The relative L1 distance of each of N time modulations (N, ...) from the one before it: N - 1 numbers.
-
-    Waits for the device, once.
-    """
-    flat = modulations.float().flatten(1)
-    return ((flat[1:] - flat[:-1]).abs().mean(1) / flat[:-1].abs().mean(1)).tolist()
-
-
-@dataclass
-class OnlineRule:
-    """TeaCache's published rule: a step is skipped while the estimated changes since the last computed one add up to
-    less than the threshold.
-
-    Attributes:
-        total: number of steps; the first and the last are always computed, and so are those in `forced`.
-    """
-
-    coefficients: Sequence[float]
-    threshold: float
-    total: int
-    forced: Container[int] = ()
-    accumulated: float = 0.0
-
-    def skips(self, index: int, change: float) -> bool:
-        """Whether to skip step `index`, whose modulation differs by `change` from the one before."""
-        if index in (0, self.total - 1) or index in self.forced or self.threshold == 0:
-            self.accumulated = 0.0
-            return False
-        self.accumulated += _polynomial(self.coefficients, change)
-        if self.accumulated < self.threshold:
-            return True
-        self.accumulated = 0.0
-        return False
-
-
-def _polynomial(coefficients: Sequence[float], x: float) -> float:
-    value = 0.0
-    for coefficient in coefficients:
-        value = value * x + coefficient
-    return value
-
-
 @dataclass(frozen=True)
 class SkipPlan:
     """The steps to skip, decided before the first one: a `SkipRule` that looks at no tokens."""
@@ -222,116 +176,3 @@ class SkipPlan:
 
     def computed(self, tokens: Tensor, info: StepInfo) -> None:
         pass
-
-
-def plan(modulations: Tensor, settings: TeaCacheSettings, forced: Container[int] = ()) -> SkipPlan:
-    """The steps to skip in a run of N steps, whose time modulations are (N, ...).
-
-    Args:
-        forced: steps that are always computed, besides the first, the last and the first `start_step` ones.
-
-    Raises:
-        ValueError: the template is still `auto`, or no threshold reaches the speed-up of the settings.
-    """
-    check_choice("TeaCache template", settings.template, TEACACHE_COEFFICIENTS)
-    coefficients, steps = TEACACHE_COEFFICIENTS[settings.template], len(modulations)
-    differences = [0.0, *changes(modulations)]
-    always = {index for index in range(steps) if index < settings.start_step or index in forced}
-
-    def planned(threshold: float) -> SkipPlan:
-        rule = OnlineRule(coefficients, threshold, steps, always)
-        return SkipPlan(tuple(rule.skips(index, change) for index, change in enumerate(differences)), threshold)
-
-    if settings.threshold is not None:
-        return planned(settings.threshold)
-    assert settings.speedup is not None, "the settings hold a threshold or a speed-up"
-    return _fastest_enough(planned, [_polynomial(coefficients, change) for change in differences], settings.speedup)
-
-
-def _fastest_enough(planned: Callable[[float], SkipPlan], estimates: Sequence[float], speedup: float) -> SkipPlan:
-    """The plan of the lowest threshold that is `speedup` times as fast, by bisection."""
-    # A plan changes only where the threshold passes a sum of consecutive estimates, so these sums are all candidates.
-    sums = {0.0}
-    for start in range(1, len(estimates)):
-        total = 0.0
-        for estimate in estimates[start:]:
-            total += estimate
-            sums.add(max(0.0, total))
-    thresholds = sorted(sums)
-    thresholds = [threshold * (1 + 1e-9) for threshold in thresholds]
-    fastest = planned(thresholds[-1])
-    if fastest.speedup < speedup:
-        raise ValueError(
-            f"TeaCache cannot make this run {speedup:g}x faster; skipping every step that it may, it "
-            f"{fastest.summary()}. Ask for less, or lower start_step."
-        )
-    low, high = 0, len(thresholds) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if planned(thresholds[middle]).speedup < speedup:
-            low = middle + 1
-        else:
-            high = middle
-    return planned(thresholds[low])
-
-
-SAMPLE = 4096
-"""About so many tokens, evenly spread, stand for a sequence when its change is measured."""
-
-
-class EasyCache:
-    """Skips a step while the estimated relative changes of the blocks' output add up to less than the threshold.
-
-    The change of the output is estimated as that of the input times the rate output / input of the last computed steps.
-    The first and the last step, the first `start_step` ones and those in `forced` are always computed. It reads tokens
-    in every step, and therefore waits for the device in every step.
-
-    `memory`, per window: `last_input`, of the last step; `input` and `output`, of the last computed step; `rate` and
-    `change`, as numbers.
-    """
-
-    def __init__(self, settings: EasyCacheSettings, total: int, forced: Container[int] = ()) -> None:
-        self._settings, self._total, self._forced = settings, total, forced
-        self.memory: dict[str, Tensor] = {}
-
-    def may_skip(self, index: int) -> bool:
-        return max(1, self._settings.start_step) <= index < self._total - 1 and index not in self._forced
-
-    def skips(self, lead: Lead, info: StepInfo) -> bool:
-        sample, change, rate = _sample(lead.tokens), self._get("change", info), self._get("rate", info)
-        last_input, output = self._get("last_input", info), self._get("output", info)
-        self._set("last_input", info, sample)
-        if rate is None or last_input is None or output is None or not self.may_skip(info.index):
-            self._set("change", info, torch.zeros((), dtype=torch.float64))
-            return False
-        estimate = rate * _size(sample, last_input) / _size(output)
-        change = estimate if change is None else change + estimate
-        skips = change.item() < self._settings.threshold
-        self._set("change", info, change if skips else torch.zeros((), dtype=torch.float64))
-        return skips
-
-    def computed(self, tokens: Tensor, info: StepInfo) -> None:
-        last_input, output = self._get("last_input", info), _sample(tokens)
-        old_input, old_output = self._get("input", info), self._get("output", info)
-        if last_input is None:
-            raise RuntimeError("`computed` was called before `skips`, which keeps the tokens of the step.")
-        if old_input is not None and old_output is not None:
-            self._set("rate", info, _size(output, old_output) / _size(last_input, old_input))
-        self._set("input", info, last_input)
-        self._set("output", info, output)
-
-    def _get(self, name: str, info: StepInfo) -> Tensor | None:
-        return self.memory.get(f"{name}.{info.window}")
-
-    def _set(self, name: str, info: StepInfo, value: Tensor) -> None:
-        self.memory[f"{name}.{info.window}"] = value
-
-
-def _sample(tokens: Tensor) -> Tensor:
-    return tokens[:, :: max(1, tokens.shape[1] // SAMPLE)].clone()
-
-
-def _size(x: Tensor, other: Tensor | None = None) -> Tensor:
-    """The mean magnitude of `x`, or of its difference from `other`, as a float64 number on the CPU."""
-    difference = x.float() if other is None else x.float() - other.float()
-    return difference.abs().mean().cpu().double()
