@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-HEADER = ("what", "ours", "against", "theirs", "ratio", "goal", "")
 TITLE = "# Results of `python -m tests.benchmarks`\n\nEach section is written by the command in it, with `--write`.\n"
 
 
@@ -31,6 +31,8 @@ class Row:
         at_least: the goal is the smallest wanted instead.
         absolute: the goal is for `ours` although there is a peer.
     """
+
+    HEADER: ClassVar[tuple[str, ...]] = ("what", "ours", "against", "theirs", "ratio", "goal", "")
 
     name: str
     ours: float
@@ -54,6 +56,11 @@ class Row:
             return None
         return value >= self.goal if self.at_least else value <= self.goal
 
+    def as_dict(self) -> dict[str, Any]:
+        """The fields with `ratio` and `met`, for JSON, which has no NaN."""
+        ours = None if math.isnan(self.ours) else self.ours
+        return {**asdict(self), "ours": ours, "ratio": self.ratio, "met": self.met}
+
     def cells(self) -> tuple[str, ...]:
         peer = "" if self.peer is None else f"{_number(self.peer)} {self.unit}"
         ratio = "" if self.ratio is None else f"{self.ratio:.3f}"
@@ -63,6 +70,18 @@ class Row:
         word = {True: "met", False: "**missed**", None: ""}[self.met]
         ours = "-" if math.isnan(self.ours) else f"{_number(self.ours)} {self.unit}"
         return self.name, ours.strip(), self.peer_name, peer.strip(), ratio, goal, word
+
+
+class AnyRow(Protocol):
+    """A line of a table of results; all lines of a table have the same header."""
+
+    HEADER: ClassVar[tuple[str, ...]]
+
+    def cells(self) -> tuple[str, ...]: ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        ...
 
 
 def _number(value: float) -> str:
@@ -90,9 +109,10 @@ def print_or_write(doc: str, document: Path, table: Callable[[], str], filled: C
         sys.stdout.write(table() + "\n")
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
-    return "\n".join([line(HEADER), line(("-",) * len(HEADER)), *(line(row.cells()) for row in rows)])
+def table(rows: Sequence[AnyRow]) -> str:
+    """The rows, of one kind, in Markdown."""
+    header = rows[0].HEADER
+    return "\n".join([line(header), line(("-",) * len(header)), *(line(row.cells()) for row in rows)])
 
 
 def machine(device: str = "cpu") -> str:
@@ -115,7 +135,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def section(mode: str, command: str, device: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
+def section(mode: str, command: str, device: str, rows: Sequence[AnyRow], notes: Sequence[str] = ()) -> str:
     """What `RESULTS.md` says of one mode."""
     when = datetime.now(timezone.utc).date().isoformat()
     parts = [f"## {mode}", f"{when} · `{command}` · {machine(device)}", table(rows), *notes]
@@ -136,10 +156,8 @@ def write(mode: str, text: str, path: Path = RESULTS) -> None:
     path.write_text(with_section(document, mode, text), encoding="utf-8")
 
 
-def as_json(mode: str, device: str, rows: Sequence[Row]) -> str:
+def as_json(mode: str, device: str, rows: Sequence[AnyRow]) -> str:
     """The rows for programs: one object with the machine and a list of figures."""
-    figures = [{**asdict(row), "ratio": row.ratio, "met": row.met} for row in rows]
-    for figure in figures:
-        figure["ours"] = None if math.isnan(figure["ours"]) else figure["ours"]
+    figures = [row.as_dict() for row in rows]
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return json.dumps({"mode": mode, "date": when, "machine": machine(device), "rows": figures}, indent=1)

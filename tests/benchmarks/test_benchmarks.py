@@ -5,12 +5,14 @@ import math
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests import fork_server
 from tests.benchmarks import __main__ as entry
-from tests.benchmarks import counting, gpu, meta, report
+from tests.benchmarks import cache, counting, gpu, meta, report
 from tests.benchmarks.report import Row
 from tests.programs import PATIENCE
 from wan_core.types import LatentSize
@@ -38,7 +40,7 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess:
 )
 def test_a_row_says_whether_its_goal_is_met(row, ratio, met, said):
     assert row.ratio == ratio and row.met is met and row.cells()[-1] == said
-    assert len(row.cells()) == len(report.HEADER)
+    assert len(row.cells()) == len(Row.HEADER)
 
 
 def test_a_section_takes_the_place_of_the_one_before(tmp_path):
@@ -108,6 +110,7 @@ def test_the_goal_of_the_vae_holds(dtype):
     [
         (("gpu", "--device", "cpu"), "add --quick"),
         (("meta", "--device", "cpu"), "for the gpu mode"),
+        (("meta", "--plot", "x.png"), "for the cache mode"),
         (("all",), "choice"),
     ],
 )
@@ -139,6 +142,26 @@ def test_the_gpu_script_runs_at_tiny_shapes(tmp_path):
         assert part in names
     missing = [row["name"] for row in rows if row["name"].startswith("not measured")]
     assert all("diffsynth" in name or "diffusers" in name or "products" in name for name in missing), missing
+
+
+def test_the_caches_are_compared_on_the_bundled_model(tmp_path):
+    done = benchmarks("cache", "--quick", "--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png"))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert {row["cache"] for row in rows} == {"fewer steps", *cache.CANDIDATES}
+    assert all(row["counted"] >= 1 and row["measured"] > 0 and row["ssim"] <= 1 for row in rows)
+    assert done.stdout.count("\n| ") == len(rows) + 2
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.size == (800, 500)
+
+
+def test_likeness_of_frames_is_measured_as_published():
+    frames = np.random.default_rng(0).random((2, 24, 24, 3))
+    assert cache.psnr(frames, frames) == math.inf and cache.ssim(frames, frames) == pytest.approx(1)
+    assert cache.psnr(frames, frames + 0.1) == pytest.approx(20)
+    flat, other = np.full((1, 24, 24, 3), 0.2), np.full((1, 24, 24, 3), 0.6)
+    assert cache.ssim(flat, other) == pytest.approx((2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4))
+    assert cache.ssim(frames, 1 - frames) < 0
 
 
 def test_every_mode_has_its_module():
