@@ -80,6 +80,12 @@ def test_a_target_speedup_is_solved_for(template, speedup):
     assert plan.threshold == 0 or planned(threshold=plan.threshold * 0.999).speedup < plan.speedup
 
 
+def test_a_speedup_is_found_where_coefficients_estimate_less_than_nothing():
+    modulations = torch.arange(12.0)[:, None].add(1000).expand(12, 6)
+    settings = TeaCacheSettings(threshold=None, speedup=2.3, template="Wan2.1-T2V-1.3B")
+    assert skip_rules.teacache_plan(modulations, settings).speedup >= 2.3
+
+
 def test_impossible_wishes_are_refused():
     with pytest.raises(ValueError, match=r"cannot make this run 50x faster; .* computes 2 of 30"):
         template = next(iter(TEACACHE_COEFFICIENTS))

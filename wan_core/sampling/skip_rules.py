@@ -91,7 +91,8 @@ def teacache_plan(modulations: Tensor, settings: TeaCacheSettings, forced: Conta
 def _fastest_enough(planned: Callable[[float], SkipPlan], estimates: Sequence[float], speedup: float) -> SkipPlan:
     """The plan of the lowest threshold that is `speedup` times as fast, by bisection."""
     # A plan changes only where the threshold passes a sum of consecutive estimates, so these sums are all candidates.
-    sums = {0.0}
+    # The smallest one skips where estimates are negative, as coefficients of another model can make them; 0 is off.
+    sums = {0.0, 1e-9}
     for start in range(1, len(estimates)):
         total = 0.0
         for estimate in estimates[start:]:
