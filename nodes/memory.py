@@ -109,6 +109,7 @@ class MemoryPlan:
                 "windows": sockets.socket(sockets.WINDOWS, "As in the sampler."),
                 "vae": sockets.socket(sockets.VAE, "Adds decoding to the plan."),
                 "text_encoder": sockets.socket(sockets.TEXT_ENCODER, "Adds the encoding of prompts to the plan."),
+                "guidance": sockets.socket(sockets.GUIDANCE, "As in the sampler."),
             },
         }
 
@@ -131,6 +132,7 @@ class MemoryPlan:
         windows: WindowSettings | None = None,
         vae: WanVAE | None = None,
         text_encoder: TextEncoder | None = None,
+        guidance: GuidanceSettings | None = None,
     ) -> dict[str, Any]:
         size = VideoSize.rounded(width, height, num_frames, model.geometry)
         cond, controller = model.fit(conditioning, size), model.motion_controller
@@ -138,7 +140,7 @@ class MemoryPlan:
             name=model.name,
             experts=tuple(map(SizedExpert.of, model.experts)),
             size=size,
-            settings=SamplerSettings(guidance=GuidanceSettings(scale=cfg), cache=cache, windows=windows),
+            settings=SamplerSettings(guidance=guidance or GuidanceSettings(scale=cfg), cache=cache, windows=windows),
             memory=memory or host.current.memory_settings(),
             given=InputSizes.of(cond, size.latent.frames),
             cond=cond,

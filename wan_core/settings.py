@@ -148,7 +148,10 @@ class GuidanceSettings:
         """The guidance of a run's expert, numbered from 0."""
         if self.scale_low is None:
             return self
-        return replace(self, scale=self.scale_low if number else self.scale, scale_low=None)
+        scale, skip = self.scale_low if number else self.scale, self.skip
+        if skip.scale is None and all(each == 1 for each in _numbers(scale)):
+            skip = SkipSettings()  # this expert has no negative branch that could leave blocks out
+        return replace(self, scale=scale, scale_low=None, skip=skip)
 
 
 def _numbers(scale: float | tuple[float, ...] | None) -> tuple[float, ...]:

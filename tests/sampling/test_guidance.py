@@ -199,6 +199,23 @@ def test_two_equal_experts_streamed_are_one_resident_model(name):
     assert relative_error(state.video, sample(dits[0], cond, SIZE, settings, RUNTIME)) < 1e-5
 
 
+@torch.no_grad()
+def test_experts_may_have_guidance_of_their_own():
+    dits = small_dit("t2v"), small_dit("t2v")
+    cond = dataclasses.replace(conditioning("t2v", SIZE, models=SMALL), motion_bucket=None)
+    both = GuidanceSettings(scale=1.0, scale_low=3.0, nag=NAG, skip=SkipSettings(blocks=(1,)))
+    assert [both.of_expert(number).has_negative for number in (0, 1)] == [False, True]
+
+    def run_pair(lowest, guidance):
+        pair = VideoModel((Expert(dits[0], lowest), Expert(dits[1])), match_variant(dits[0].config), None, "pair")
+        settings = SamplerSettings(steps=4, guidance=guidance)
+        return pair.sample(RunInputs(cond, SIZE), settings, MemorySettings(), RUNTIME).video
+
+    alone = GuidanceSettings(scale=3.0, nag=NAG, skip=SkipSettings(blocks=(1,)))
+    assert torch.equal(run_pair(1001.0, both), run_pair(1001.0, alone))  # the second expert alone works
+    assert torch.equal(run_pair(0.0, both), run_pair(0.0, GuidanceSettings(scale=1.0, nag=NAG)))
+
+
 @pytest.mark.parametrize("mode", CFG_MODES)
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_the_bytes_of_kept_projections_are_those_that_a_run_keeps(name, mode):
