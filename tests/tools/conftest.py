@@ -48,7 +48,7 @@ class Editor:
 
     def load(self) -> None:
         """Open the editor; errors that it shows before any workflow is opened are its own, or its server's."""
-        self.page.goto(self.url, wait_until="domcontentloaded")
+        self.page.goto(self.url, wait_until="domcontentloaded", timeout=START_MS)
         self.page.wait_for_function(READY, timeout=START_MS)
         time.sleep(2)
         self.page.keyboard.press("Escape")
