@@ -189,7 +189,8 @@ def _recipe(row: CatalogRow, mode: str, expert: str | None) -> Recipe:
         **row.training.get(mode, {}),
         **_range(row, expert),
     }
-    return Recipe(row, mode, expert, flags, LARGE_LAUNCHER if row.size == "14B" and mode == "full" else None)
+    is_sharded = row.size == "14B" and mode == "full" and expert != BOTH
+    return Recipe(row, mode, expert, flags, LARGE_LAUNCHER if is_sharded else None)
 
 
 def _range(row: CatalogRow, expert: str | None) -> Flags:

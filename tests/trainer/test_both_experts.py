@@ -233,14 +233,15 @@ def test_what_is_not_for_both_experts_is_refused(shared, tmp_path, variant, chan
         run(config(shared, tmp_path, variant, **changes))
 
 
-def test_a_shared_lora_is_not_sharded():
+@pytest.mark.parametrize("mode", ["own", "shared"])
+def test_a_pair_is_not_sharded(mode):
     class Sharded:
         distributed_type = next(iter(sharding.SHARDED_MODELS))
         device = CPU
 
-    settings = TrainConfig(lora_base_model="dit", expert_loras="shared")
-    with pytest.raises(ValueError, match="cannot be sharded"):
-        sharding.set_up(Sharded(), pair(expert_loras="shared"), settings)
+    settings = TrainConfig(lora_base_model="dit", expert_loras=mode)
+    with pytest.raises(ValueError, match="not trained with FSDP"):
+        sharding.set_up(Sharded(), pair(**MODES[mode]), settings)
 
 
 def test_samples_of_one_batch_train_one_expert(shared):

@@ -62,8 +62,10 @@ def set_up(accelerator: Accelerator, trainables: Trainables, config: TrainConfig
     # accelerate adds autocast itself only where each process holds the complete model.
     bf16 = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
     trainables.module.forward = bf16(trainables.module.forward)  # type: ignore[method-assign]  # as accelerate does
-    if trainables.module.dit2 is not None and config.expert_loras == "shared":
-        raise ValueError("Weights that experts share cannot be sharded: set --expert_loras own, or launch without it.")
+    if trainables.module.dit2 is not None:
+        raise ValueError(
+            "Both experts of a pair are not trained with FSDP or DeepSpeed: name one of them, or launch without these."
+        )
     if accelerator.distributed_type == DistributedType.FSDP:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
