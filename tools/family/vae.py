@@ -22,12 +22,14 @@ CROP = 48
 LR = 2e-3
 
 
-def training_scene(number: int) -> Scene:
-    """Any scene: a quarter with a camera that moves, some with a dot, none of those that are kept to test with."""
+def training_scene(number: int, dotted: float = 0.0) -> Scene:
+    """Any scene: a quarter with a camera that moves, a share of `dotted` with a dot, none of those that are kept to test
+    with.
+    """
     r = np.random.default_rng([5, number])
     while True:
         seed = int(r.integers(2**31))
-        changes: dict[str, object] = {"dotted": bool(r.random() < 0.1)}
+        changes: dict[str, object] = {"dotted": bool(r.random() < dotted)}
         if r.random() < 0.25:
             changes["camera"] = list(CAMERAS)[r.integers(len(CAMERAS))]
             if r.random() < 0.6:
@@ -106,7 +108,7 @@ def train(config: VAEConfig, steps: int, seed: int = 0) -> Mapping[str, Tensor]:
     """The weights of a VAE of that configuration after so many steps."""
     torch.manual_seed(seed)
     r = np.random.default_rng([seed, rank()])
-    clips = [training_scene(number).drawn(WIDTH, HEIGHT, NUM_FRAMES).video for number in range(CLIPS)]
+    clips = [training_scene(number, dotted=0.1).drawn(WIDTH, HEIGHT, NUM_FRAMES).video for number in range(CLIPS)]
     test = [Scene.random(2**31 + i).drawn(WIDTH, HEIGHT, NUM_FRAMES).video for i in range(8)]
     vae = WanVAE(config)
     initialise(vae)
