@@ -142,7 +142,7 @@ def test_loaders_list_files_of_the_models_folders(models):
     folder.mkdir(parents=True)
     shutil.copy(models / catalog.TINY / "diffusion_pytorch_model.safetensors", folder / "mine.safetensors")
     choices = NODES["WanCoreModelLoader"].INPUT_TYPES()["required"]["model"][0]
-    assert choices[-1] == "wan/mine.safetensors"
+    assert choices[0] == "wan/mine.safetensors"
     assert "Wan-AI/Wan2.1-T2V-14B" in choices
     assert NODES["WanCoreModelLoader"].VALIDATE_INPUTS(model="wan/mine.safetensors") is True
     assert run("WanCoreModelLoader", model="wan/mine.safetensors").variant.name == "t2v"
