@@ -66,9 +66,9 @@ orderTemplates()
 app.registerExtension({
   name: "wancore",
   setup() {
-    colourSockets()
-    // Another palette takes away the colours of types that it does not know.
+    // A palette takes away the colours of types that it does not know, the first one too, which comes after this.
     app.ui?.settings?.addEventListener?.("Comfy.ColorPalette.change", () => setTimeout(colourSockets, 300))
   },
+  afterConfigureGraph: colourSockets,
   nodeCreated: labelModels,
 })

@@ -89,10 +89,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def editor(comfy_server, browser) -> Iterator[Editor]:  # noqa: F811
-    """The editor in the browser, with the shipped pictures and clips in ComfyUI's input folder."""
-    for asset in (ROOT / "workflows" / "assets").iterdir():
-        target = comfy_server.base / "input" / asset.name
-        shutil.copytree(asset, target) if asset.is_dir() else shutil.copy(asset, target)
+    """The editor in the browser."""
     page = browser.new_page(viewport={"width": 1600, "height": 900})
     editor = Editor(page, comfy_server.url)
     page.on("pageerror", lambda error: editor.errors.append(without_chance(str(error), "")))

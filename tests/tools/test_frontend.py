@@ -9,7 +9,7 @@ import pytest
 
 from tests.programs import wait_for
 from tools import pages
-from tools.templates import template
+from tools.templates import TEMPLATES, template
 from wan_core import catalog
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
@@ -193,3 +193,107 @@ def test_the_template_browser_shows_them(editor):
     assert set(shown) <= set(map(template, NAMES))
     editor.picture("templates")
     editor.page.keyboard.press("Escape")
+
+
+@pytest.fixture(params=[False, True], ids=["classic", "new-design"])
+def design(request, editor):
+    """The editor with nodes drawn on the canvas, and with those of the new design."""
+    choose = "async (on) => { await window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on) }"
+    try:
+        editor.page.evaluate(choose, request.param)
+        yield request.param
+    finally:
+        editor.page.evaluate(choose, False)
+
+
+RECTANGLES = """(isNew) => {
+    const { scale, offset } = window.app.canvas.ds
+    if (!isNew) return window.app.graph.nodes.map(n => [n.type, n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30])
+    return [...document.querySelectorAll('[data-node-id]')].map(e => {
+        const r = e.getBoundingClientRect()
+        const type = window.app.graph.getNodeById(Number(e.dataset.nodeId))?.type
+        return [type, r.left / scale - offset[0], r.top / scale - offset[1], r.width / scale, r.height / scale]
+    })
+}"""
+
+
+def overlapping(rectangles: list[list]) -> list[tuple[str, str]]:
+    """The pairs of nodes that share more than a pixel."""
+    return [
+        (a[0], b[0])
+        for i, a in enumerate(rectangles)
+        for b in rectangles[i + 1 :]
+        if min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1]) > 1 and min(a[2] + a[4], b[2] + b[4]) - max(a[2], b[2]) > 1
+    ]
+
+
+def test_no_node_covers_another_in_either_design(design, editor):
+    for name in NAMES:
+        workflow = load(name)
+        editor.open(workflow)
+        if design and not wait_for(lambda: len(editor.page.query_selector_all("[data-node-id]")) > 1):
+            pytest.skip("this front end has one design")
+        # All nodes in sight: the new design draws no others.
+        editor.page.evaluate("() => { Object.assign(window.app.canvas.ds, { scale: 0.3, offset: [900, 300] }) }")
+        editor.page.evaluate("() => window.app.canvas.setDirty(true, true)")
+        count = len(workflow["nodes"])
+        shown = wait_for(lambda n=count: len(found := editor.page.evaluate(RECTANGLES, design)) == n and found)
+        assert not overlapping(shown), name
+
+
+def test_sockets_have_the_packs_colours(design, editor):
+    editor.open(load("t2v"))
+    colour = (
+        "() => getComputedStyle(document.documentElement).getPropertyValue('--color-datatype-WANCORE_VAE')"
+        " && window.app.canvas.default_connection_color_byType.WANCORE_VAE"
+    )
+    assert wait_for(lambda: editor.page.evaluate(colour)) == "#E57373"
+
+
+def test_lists_show_what_a_download_is(editor):
+    editor.open(load("t2v"))
+    label = """() => {
+        const node = window.app.graph.nodes.find(n => n.type === 'WanCoreVAELoader')
+        const widget = node.widgets.find(w => w.name === 'vae')
+        return [widget.value, widget.options.getOptionLabel(widget.value), widget.options.values]
+    }"""
+    value, shown, values = editor.page.evaluate(label)
+    assert shown == f"{value} (download, 0.5 GB)"
+    assert value in values
+
+
+def test_templates_stand_in_the_order_of_their_table(editor):
+    order = editor.page.evaluate(
+        "async () => (await (await import('/scripts/api.js')).api.getWorkflowTemplates()).wancore"
+    )
+    assert order == list(map(template, TEMPLATES))
+
+
+def test_demo_pictures_reach_the_input_list_and_replace_nothing(editor, comfy_server):
+    listed = editor.page.evaluate("async () => (await (await fetch('/object_info/LoadImage')).json()).LoadImage.input")
+    names = str(listed)
+    assert "start.png" in names and "reference.png" in names
+
+
+def test_a_run_says_on_its_nodes_what_the_log_says(editor):
+    editor.open(load("t2v"))
+    said: list = []
+    editor.page.expose_function("wancoreSaid", said.append)
+    editor.page.evaluate(
+        """async () => {
+            const { api } = await import('/scripts/api.js')
+            api.addEventListener('progress_text', event => window.wancoreSaid(event.detail))
+        }"""
+    )
+    editor.page.evaluate(
+        """([loaders, small]) => {
+            for (const node of window.app.graph.nodes) {
+                const set = (name, value) => { node.widgets.find(w => w.name === name).value = value }
+                if (node.type in loaders) set(loaders[node.type], 'WanCore/tiny')
+                if (node.type === 'WanCoreSampler') for (const [name, value] of Object.entries(small)) set(name, value)
+            }
+        }""",
+        [LOADERS, {"steps": 2, "cfg": 1.0, "width": 96, "height": 64, "num_frames": 6, "seed": 77}],
+    )
+    editor.page.get_by_role("button", name="Run", exact=True).first.click()
+    assert wait_for(lambda: "Rounded up to 96x64, 9 frames" in str(said) and said)
