@@ -8,6 +8,8 @@ from pathlib import Path
 from .atomic import replacing
 from .cache_settings import MagCacheSettings
 from .files import check_writable, errors_from, read_json
+from .runtime import log
+from .settings import SamplerSettings
 
 SUFFIX = ".magcache.json"
 DIGITS = 5
@@ -19,7 +21,7 @@ def path_beside(model: Path) -> Path:
     return model.with_name(model.name + SUFFIX)
 
 
-def check_place(files: Sequence[Path], name: str) -> Path:
+def place(files: Sequence[Path], name: str) -> Path:
     """Where to keep the ratios of the model called `name`, which was read from `files`.
 
     Raises:
@@ -32,20 +34,21 @@ def check_place(files: Sequence[Path], name: str) -> Path:
     return path_beside(files[0])
 
 
-def save(path: Path, ratios: Sequence[float], made_with: dict[str, object]) -> None:
-    """Keep the ratios of a run of N steps, N - 1 numbers from its second step on, in place of earlier ones.
-
-    Args:
-        made_with: for readers of the file.
+def save(files: Sequence[Path], name: str, ratios: Sequence[float], settings: SamplerSettings) -> None:
+    """Keep the ratios of a run of N steps with these settings, N - 1 numbers from its second step on, in place of
+    earlier ones.
 
     Raises:
-        ValueError: a step was not measured, because the run was continued from another.
+        ValueError: as of `place`, or a step was not measured, because the run was continued from another.
     """
+    path = place(files, name)
     if not all(map(math.isfinite, ratios)):
         raise ValueError("MagCache could not measure every step; run all steps of one schedule in one go.")
+    made_with = {"steps": settings.total_steps, "shift": settings.shift, "solver": settings.solver}
     content = {"magnitude_ratios": [round(ratio, DIGITS) for ratio in ratios], **made_with}
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    log.info("MagCache: the magnitude ratios of %s are kept in %s.", name, path)
 
 
 def measured(files: Sequence[Path]) -> tuple[float, ...] | None:

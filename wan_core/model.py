@@ -357,10 +357,7 @@ class VideoModel:
             model = RunModel(self.experts, self.motion_controller, activate, announce)
             state = sample(model, inputs, settings, runtime, checkpoint=checkpoint, earlier=earlier)
         if isinstance(cache, MagCacheSettings) and cache.measures:
-            path = magnitudes.check_place(self.experts[0].files, self.name)
-            made_with = {"steps": settings.total_steps, "shift": settings.shift, "solver": settings.solver}
-            magnitudes.save(path, state.memory["magnitudes.ratios"][1:].tolist(), made_with)
-            log.info("MagCache: the magnitude ratios of %s are kept in %s.", self.name, path)
+            magnitudes.save(self.experts[0].files, self.name, state.memory["magnitudes.ratios"][1:].tolist(), settings)
         return state
 
     def resolved(self, cache: CacheSettings | None) -> CacheSettings | None:
@@ -374,7 +371,7 @@ class VideoModel:
             case TeaCacheSettings():
                 return cache.with_template(row.preset.teacache if row else None)
             case MagCacheSettings(measures=True):
-                magnitudes.check_place(files, self.name)
+                magnitudes.place(files, self.name)
             case MagCacheSettings():
                 names = ((row.base or row.model_id).partition("/")[2], row.size) if row else ()
                 published = next((name for name in names if name in MAGNITUDE_RATIOS), None)
