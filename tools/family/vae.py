@@ -23,8 +23,8 @@ LR = 2e-3
 
 
 def training_scene(number: int, dotted: float = 0.0) -> Scene:
-    """Any scene: a quarter with a camera that moves, a share of `dotted` with a dot, none of those that are kept to test
-    with.
+    """Any scene but those that are kept to test with: a quarter with a camera that moves, a share of `dotted` with a
+    dot.
     """
     r = np.random.default_rng([5, number])
     while True:
