@@ -193,6 +193,6 @@ CACHE_PRESETS: dict[str, tuple[CacheSettings, ...]] = {
         FirstBlockSettings(threshold=0.12, max_skips=6),
     ),
 }
-"""Settings of each cache, from the nearest to the full run to the fastest; `docs/performance.md` has the table behind
-them.
+"""Settings of each cache, from the nearest to the full run to the fastest: graded around those that the authors publish
+(MagCache4Wan2.1 and MagCache4Wan2.2, cache-dit, EasyCache). `python -m tests.benchmarks cache` compares them.
 """
