@@ -235,14 +235,13 @@ class Part:
         return None if self.names == (name,) else name
 
     def weights(self) -> dict[str, Tensor]:
-        """Trained weights in float32. A transformer without any of its own is its base, which draws what the prompt
-        says and takes no notice of further inputs; what has no base is drawn.
-        """
+        """Trained weights in float32; where nobody trained any, drawn ones."""
         stored = next((_stored(name) for name in self.names if _is_stored(name)), {})
-        if self.base is None or not _is_stored(self.base):
+        if not stored:
             with on_meta():
-                module = self.cls(self.config)
-            return {key: tensor.float() for key, tensor in stored.items()} or state_dict(module, self.seed)
+                return state_dict(self.cls(self.config), self.seed)
+        if self.base is None:
+            return {key: tensor.float() for key, tensor in stored.items()}
         weights = widened(_stored(self.base), self.config)
         for key, weight in weights.items():
             if key + LEVELS in stored:
