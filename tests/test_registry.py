@@ -135,7 +135,7 @@ DISTRIBUTIONS = {"pillow": "PIL"}
 OPTIONAL = {"websocket", "wandb", "deepspeed", "huggingface_hub"}
 """What is imported only where it is there; what needs it says so where it is not."""
 
-HOST = {"comfy", "comfy_execution", "folder_paths", "latent_preview"}
+HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview"}
 OWN = {"wan_core", "nodes", "headless", "trainer", "tools", "workflows", "pack", "wancore"}
 
 
