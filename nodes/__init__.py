@@ -5,6 +5,8 @@ from typing import Any
 from .caches import EasyCache, FirstBlockCache, MagCache, TeaCache
 from .camera import CameraEncode, MovePath, RowsPath, SpeedControl
 from .conditioning import ControlEncode, ImageEncode, StartFrames, VaceEncode, VaceReferences
+from .films import Extend, Keyframes, Segments
+from .joints import DriftMeter, JoinClips
 from .loaders import ImageEncoderLoader, TextEncoderLoader, VAELoader
 from .lora import LoraInfo, LoraLoader, LoraSave
 from .memory import CheckpointInfo, Memory, MemoryPlan
@@ -61,6 +63,11 @@ NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {
     "WanCoreFromConditioning": FromConditioning,
     "WanCoreToConditioning": ToConditioning,
     "WanCoreFromVAE": FromVAE,
+    "WanCoreExtend": Extend,
+    "WanCoreKeyframes": Keyframes,
+    "WanCoreSegments": Segments,
+    "WanCoreJoinClips": JoinClips,
+    "WanCoreDriftMeter": DriftMeter,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -105,6 +112,11 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreFromConditioning": "Conditioning from ComfyUI (WanCore)",
     "WanCoreToConditioning": "Conditioning to ComfyUI (WanCore)",
     "WanCoreFromVAE": "VAE from ComfyUI (WanCore)",
+    "WanCoreExtend": "Extend Film (WanCore)",
+    "WanCoreKeyframes": "Keyframes (WanCore)",
+    "WanCoreSegments": "Segments (WanCore)",
+    "WanCoreJoinClips": "Join Clips (WanCore)",
+    "WanCoreDriftMeter": "Drift Meter (WanCore)",
 }
 
 SEARCH_ALIASES: dict[str, tuple[str, ...]] = {
@@ -182,6 +194,13 @@ SEARCH_ALIASES: dict[str, tuple[str, ...]] = {
     "WanCoreFromConditioning": ("native conditioning", "bridge", "CLIP Text Encode"),
     "WanCoreToConditioning": ("native conditioning", "bridge", "KSampler"),
     "WanCoreFromVAE": ("native vae", "bridge", "Load VAE"),
+    "WanCoreExtend": (
+        "continue video", "extend video", "long video", "infinite", "loop", "last frame", "svi", "WanVideoExtend",
+    ),
+    "WanCoreKeyframes": ("first last frame", "keyframe", "image at frame", "flf2v", "WanFirstLastFrameToVideo"),
+    "WanCoreSegments": ("first last frame", "morph", "transition", "storyboard", "keyframes"),
+    "WanCoreJoinClips": ("concat video", "merge clips", "combine", "image batch"),
+    "WanCoreDriftMeter": ("colour drift", "color shift", "sharpness", "motion", "joint", "seam"),
 }  # fmt: skip
 """Other words that a node is looked for by: the field's, and the names of nodes of other packs that do the same."""
 
@@ -224,6 +243,9 @@ ADVANCED: dict[str, tuple[str, ...]] = {
     "WanCoreTrainLora": _TRAINING,
     "WanCoreTrainModel": _TRAINING,
     "WanCoreFromVAE": ("dtype",),
+    "WanCoreExtend": ("colour_limit", "width", "height", *_TILES),
+    "WanCoreKeyframes": ("aspect", *_TILES),
+    "WanCoreSegments": ("aspect", *_TILES),
 }  # fmt: skip
 """Widgets that most people never touch: the editor shows them when it is asked for a node's advanced inputs."""
 

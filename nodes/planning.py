@@ -26,7 +26,7 @@ from wan_core.planning.job import InputSizes, Job
 from wan_core.planning.modules import SizedExpert, SizedModule
 from wan_core.recommend import few_steps_for, few_steps_of, recommended_settings
 from wan_core.runtime import DTYPES
-from wan_core.settings import SamplerSettings
+from wan_core.settings import SamplerSettings, WindowSettings
 from wan_core.tiling import Tiles
 from wan_core.types import VideoSize
 from wan_core.variants import Variant
@@ -123,6 +123,7 @@ class PlannedConditioning:
         size: the video that they are for.
         sizes: what they add to a run.
         vae, image_encoder, tiles: the models and tiles that encode them.
+        windows, num_frames: of the clips that continue a film; its size may only be known when it is read.
     """
 
     text_encoder: SizedModule | None
@@ -132,6 +133,8 @@ class PlannedConditioning:
     vae: SizedModule | None = None
     image_encoder: SizedModule | None = None
     tiles: Tiles = "auto"
+    windows: WindowSettings | None = None
+    num_frames: int | None = None
 
     def with_inputs(self, names: Iterable[str], size: VideoSize, **changes: Any) -> "PlannedConditioning":
         """With further inputs for a video of `size`; `changes` are fields of `sizes`.

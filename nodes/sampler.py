@@ -167,7 +167,7 @@ class Sampler:
     ) -> tuple[planning.PlannedRun]:
         handle = planning.require(planning.PlannedModel, "model", model)
         cond = planning.require(planning.PlannedConditioning, "conditioning", conditioning)
-        size = cond.size or VideoSize.rounded(width, height, num_frames, handle.geometry)
+        size = cond.size or VideoSize.rounded(width, height, cond.num_frames or num_frames, handle.geometry)
         latent = inputs.get("latent")
         if isinstance(latent, planning.PlannedLatent) and inputs["denoise"] < 1:
             encoded = replace(cond.sizes, encoded_frames=size.latent.frames)
@@ -179,7 +179,8 @@ class Sampler:
             _guidance(inputs["cfg"], inputs.get("cfg_low", SAME)), inputs["cfg_mode"], known["guidance"],
             known["schedule"],
             seed=0 if isinstance(seed, planning.Unknown) else seed, steps=inputs["steps"], shift=inputs["shift"],
-            denoise=inputs["denoise"], solver=inputs["solver"], cache=known["cache"], windows=known["windows"],
+            denoise=inputs["denoise"], solver=inputs["solver"], cache=known["cache"],
+            windows=cond.windows or known["windows"],
         )  # fmt: skip
         settings = handle.recommended(inputs.get("recommended", OFF), settings, inputs.get("more_motion", False))
         job = Job(
@@ -242,6 +243,10 @@ class Sampler:
             inputs, settings, memory or here.memory_settings(), here.runtime(model.dtype, geometry),
             checkpoint=checkpoint, earlier=_earlier_state(latent, settings, geometry), keep=here.keeps_weights(),
         )  # fmt: skip
+        if (film := conditioning.continues) is not None:
+            latents = torch.cat((state.latents[:, :, : state.prefix], film.joined(state.video)), 2)
+            state = replace(state, latents=latents)
+            size = LatentSize.of(state.video, geometry).video
         # Weights that stayed on the device: ComfyUI counts them from now on, and evicts them when others need memory.
         for module in model.modules:
             here.register_weights(module)

@@ -110,6 +110,9 @@ def guard_sockets(cls: type[Any]) -> type[Any]:
         received = {**dict(zip(names, values, strict=False)), **inputs}
         for name, (kind, needed) in sockets_of().items():
             value = received.get(name)
+            if getattr(cls, "INPUT_IS_LIST", False) and isinstance(value, list):
+                # The values of all calls of the node before; one that is wrong stands for them.
+                value = next((one for one in value if not _is_possible(kind, one)), value[0] if value else None)
             if (name in received and value is None and needed) or (value is not None and not _is_possible(kind, value)):
                 raise ValueError(f"{name} takes a {kind} from another node; got {value!r:.100}.")
         return function(self, *values, **inputs)

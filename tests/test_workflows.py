@@ -13,10 +13,12 @@ from PIL import Image
 from tests import fork_server
 from tests.lora.fixtures import trained_weights
 from tools import workflows
+from tools.film_workflows import FILMS
 from tools.graph import inputs, is_widget
 from tools.templates import TEMPLATES, template
 from tools.training_workflows import VALIDATIONS
 from tools.workflow_texts import WORKFLOWS
+from wan_core.catalog import published
 from wan_core.media import probe
 from wancore.headless.core_nodes import core_nodes
 from wancore.headless.folders import Folders
@@ -206,9 +208,16 @@ def test_the_command_runs_twice_into_numbered_videos(tmp_path):
     assert videos[0].read_bytes() != videos[1].read_bytes()
 
 
-def check_video(path: Path, fps: float = 16.0) -> None:
+def check_video(path: Path, fps: float = 16.0, frames: int = 17) -> None:
     info = probe(path)
-    assert (info.codec, info.fps, info.num_frames, info.width, info.height) == ("h264", fps, 17, 96, 64)
+    assert (info.codec, info.fps, info.num_frames, info.width, info.height) == ("h264", fps, frames, 96, 64)
+
+
+def frames_of_film(name: str) -> int:
+    """Frames of a workflow of several clips: two of 17, which share one frame, or take over five of a film's."""
+    if name.startswith("segments"):
+        return 2 * 17 - 1
+    return probe(FOLDER / "assets" / "source.mp4").num_frames + 2 * (17 - 5)
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +254,7 @@ CHANGES = {
     "fun_control_1.3b": [{"Control video": {"file": "source.mp4"}}],
     "fun_v1.1_control_1.3b": [{"Control video": {"file": "mask.mp4"}}, {"Reference image": {"image": "start.png"}}],
     "fun_v1.1_camera_1.3b": [{"Camera path": {"direction": "In"}}, {"Start image": {"image": "end.png"}}],
+    "extend_vace_1.3b": [{"Film": {"file": "control.mp4"}}, {"Prompts": {"prompts": "rain\nsnow"}}],
     "vace_1.3b": [
         {"Source video": {"file": "control.mp4"}},
         {"Mask video": {"file": "control.mp4"}},
@@ -269,8 +279,9 @@ def latents_of(path: Path) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_to_a_playable_video_which_every_input_changes(name, run_tiny):
-    video, row = run_tiny(name), WORKFLOWS.get(name)
-    check_video(video, row.preset.fps if row else 16.0)
+    film = FILMS.get(name)
+    video, row = run_tiny(name), published(film.model_id) if film else WORKFLOWS.get(name)
+    check_video(video, row.preset.fps if row else 16.0, frames_of_film(name) if film else 17)
     if changes := CHANGES.get(name):
         before = latents_of(video)
         assert latents_of(run_tiny(name)) == before

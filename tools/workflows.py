@@ -10,7 +10,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from pack import NAME, ROOT
-from tools import training_workflows, workflow_texts
+from tools import film_workflows, training_workflows, workflow_texts
+from tools.film_workflows import TITLES as FILM_TITLES
 from tools.graph import to_api, to_ui
 from tools.templates import template
 from tools.training_workflows import TITLES as TRAINING_TITLES
@@ -28,7 +29,7 @@ SIZE = (480, 320)
 BAND = 44
 """Height of the line of text below the frames."""
 SETTINGS = {"seed": 1}
-TITLES = {**{name: TASKS[row.task].title for name, row in WORKFLOWS.items()}, **TRAINING_TITLES}
+TITLES = {**{name: TASKS[row.task].title for name, row in WORKFLOWS.items()}, **TRAINING_TITLES, **FILM_TITLES}
 FOLDER = ROOT / "workflows"
 
 
@@ -48,6 +49,7 @@ def files() -> dict[Path, dict[str, Any]]:
     built = {}
     described = [(workflow_texts, name) for name in workflow_texts.WORKFLOWS]
     described += [(training_workflows, name) for name in training_workflows.NAMES]
+    described += [(film_workflows, name) for name in film_workflows.FILMS]
     for module, name in described:
         graph = module.describe(name)
         built[Path(f"{template(graph.name)}.json")] = to_ui(graph, classes, NAME, version())
@@ -148,7 +150,7 @@ def main() -> None:
     options = parser.parse_args()
     write(FOLDER)
     if options.thumbnails:
-        for name in (*workflow_texts.WORKFLOWS, *training_workflows.NAMES):
+        for name in (*workflow_texts.WORKFLOWS, *training_workflows.NAMES, *film_workflows.FILMS):
             thumbnail(name, FOLDER / f"{template(name)}.jpg")
 
 

@@ -37,6 +37,7 @@ from .sampling.checkpoint import Checkpoint, RunState
 from .sampling.experts import Active, Expert, RunInputs, RunModel
 from .sampling.run import sample
 from .sampling.solvers import NUM_TRAIN_TIMESTEPS
+from .sampling.windows import continuing
 from .settings import MemorySettings, SamplerSettings
 from .types import Conditioning, Curve, VideoSize, tensors_in
 from .variants import Variant, fit
@@ -328,7 +329,7 @@ class VideoModel:
             checkpoint, earlier: as of `sampling.run.sample`, which says what comes back and what is raised.
             keep: leave weights on the device for the next run.
         """
-        runtime = limit_memory(runtime, memory)
+        runtime, settings = limit_memory(runtime, memory), continuing(settings, inputs.cond)
 
         @contextmanager
         def activate(number: int, settings: SamplerSettings) -> Iterator[Active]:
@@ -342,8 +343,7 @@ class VideoModel:
                     WeightProvider.of(other.dit).evict()
             self._make_room(number)
             plan = self.plan(inputs, settings, memory, runtime, number)
-            total, device = settings.total_steps, runtime.device
-            with self.working(total, device, plan.placement, expert=number, keep=keep) as run:
+            with self.working(settings.total_steps, runtime.device, plan.placement, expert=number, keep=keep) as run:
                 yield Active(dit, plan.settings, run.before_step)
 
         def announce(number: int) -> None:

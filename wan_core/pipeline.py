@@ -1,12 +1,8 @@
 """The call surface of the reference README: load with `from_pretrained`, generate with a call."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -14,50 +10,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cache_settings import CacheSettings
-from .call_arguments import (
-    cache_of_call,
-    check_parameters,
-    memory_of_call,
-    plain_number,
-    settings_of_call,
-    strength,
-    tiles_of_call,
-    truth,
-    windows_of_call,
-    with_own,
-)
-from .checks import check_choice
+from .call_arguments import memory_of_call, truth
 from .conditioning.camera import CameraPath
-from .conditioning.image import Fit, LatentEncoder
-from .conditioning.inputs import VideoInputs, condition
+from .conditioning.image import Fit
 from .conditioning.pose_rows import DEFAULT_ORIGIN
-from .conditioning.text import Prompt, as_prompts, text_conditioning
-from .decode import VaeHandle
-from .media import pixels_to_images
-from .media.fitting import Pictures, SizeRule, as_frames
+from .conditioning.text import Prompt
+from .films import Films
+from .media.fitting import Pictures, SizeRule
 from .model_config import TOKENIZER_CONFIG, ModelConfig, compute_dtype
 from .offload.weights import WeightProvider
-from .pipeline_models import LoadedModels, PipelineModels, load_models
-from .planning.encoders import IMAGE_ENCODER_BYTES, checked_size, working_encoder
-from .planning.encoders import text_peak_bytes as text_bytes
+from .pipeline_calls import Call
+from .pipeline_models import LoadedModels, load_models
 from .recommend import OFF
-from .runtime import Runtime, default_device, usable_device
-from .sampling.experts import RunInputs
-from .settings import GuidanceSettings, MemorySettings, SamplerSettings
-from .tiling import AUTO, Tiles, TileSettings
-from .types import Conditioning, Curve, VideoSize
-from .variants import READ_BY_CLIP, check
-
-OUTPUT_TYPES = {"quantized": "pil", "floatpoint": "tensor", "pil": "pil", "stream": "stream", "tensor": "tensor",
-                "latent": "latent"}  # fmt: skip
-"""What a call can return; the first two are the reference's names."""
+from .runtime import default_device, usable_device
+from .settings import GuidanceSettings, MemorySettings
+from .tiling import TileSettings
+from .types import Curve
 
 DEVICE = default_device().type
 """Where pipelines compute unless another device is named."""
 
 
 @dataclass(eq=False)
-class WanVideoPipeline(PipelineModels):
+class WanVideoPipeline(Films):
     """Every Wan model in one object. Build it with `from_pretrained`, then call it.
 
     Models whose `offload_device` differs from `device` are on `device` only while they work; blocks that do not fit are
@@ -199,6 +174,7 @@ class WanVideoPipeline(PipelineModels):
         recommended: str = OFF,
         more_motion: bool = False,
         cache: CacheSettings | None = None,
+        keyframes: Mapping[int, Pictures] | None = None,
     ) -> list[Image.Image] | list[list[Image.Image]] | Iterator[Image.Image] | Tensor:
         """Generate a video.
 
@@ -250,137 +226,16 @@ class WanVideoPipeline(PipelineModels):
             recommended: `auto` takes the steps, shift, cfg, solver and noise levels that the authors of the distilled
                 LoRA or of the model publish; a name of `distilled.FEW_STEPS` takes those.
             more_motion: changes recommended few-step settings against slow motion, see docs/few-steps.md.
+            keyframes: pictures by the frame that each becomes, -1 for the last one: first and last frame of
+                first-last-frame models, any frames of Fun InP, image-to-video and VACE models.
 
         Raises:
             ValueError: an argument is out of range, or is not one that this model can use.
         """
-        check_choice("output_type", output_type, tuple(OUTPUT_TYPES))
-        output_type = OUTPUT_TYPES[output_type]
-        if output_type == "stream" and len(as_prompts(prompt)) > 1:
-            raise ValueError("output_type 'stream' gives the frames of one video; give one prompt, or take 'pil'.")
-        if fit is not None and not isinstance(fit, Fit):
-            raise ValueError(f"fit must be a Fit (wan_core.conditioning.image); got {fit!r}.")
-        if progress_bar_cmd is not None and not callable(progress_bar_cmd):
-            raise ValueError(f"progress_bar_cmd must wrap an iterable, such as tqdm; got {progress_bar_cmd!r}.")
-        model = self.models.video
-        if switch_DiT_boundary is not None:
-            model = model.with_boundary(plain_number(switch_DiT_boundary))
-        if cfg_scale_low is not None and len(model.experts) == 1:
-            raise ValueError(f"cfg_scale_low is for models of two experts; {model.name} has one. Give cfg_scale.")
-        sides = check_parameters(width=width, height=height, num_frames=num_frames)
-        first = None if input_image is None else as_frames(input_image, "input_image")
-        size = checked_size(**sides, geometry=model.geometry, rule=size_rule, start_image=first)
-        inputs = VideoInputs.of_call(
-            num_frames=size.num_frames, camera_control_direction=camera_control_direction,
-            camera_control_speed=camera_control_speed, camera_control_origin=camera_control_origin,
-            camera_path=camera_path, vace_scale=strength("vace_scale", vace_scale),
-            vace_reference_image=vace_reference_image, input_image=first, end_image=end_image,
-            inpaint_video=inpaint_video, inpaint_mask=inpaint_mask, control_video=control_video,
-            reference_image=reference_image, vace_video=vace_video, vace_video_mask=vace_video_mask,
-            **check_parameters(motion_bucket_id=motion_bucket_id),
-        )  # fmt: skip
-        settings = settings_of_call(
-            seed=seed, rand_device=rand_device, num_inference_steps=num_inference_steps, sigma_shift=sigma_shift,
-            denoising_strength=denoising_strength, starts_from_video=input_video is not None, cfg_scale=cfg_scale,
-            cfg_scale_low=cfg_scale_low, cfg_merge=cfg_merge, solver=solver,
-            windows=windows_of_call(sliding_window_size, sliding_window_stride),
-            cache=model.resolved(cache_of_call(tea_cache_l1_thresh, tea_cache_model_id, cache)),
-        )  # fmt: skip
-        settings = with_own(settings, guidance, sigmas)
-        model, settings = model.recommended(recommended, settings, more_motion=truth("more_motion", more_motion))
-        tile_settings = tiles_of_call(tile_size, tile_stride)
-        tiles: Tiles = tile_settings if truth("tiled", tiled) else AUTO
-        start = None if input_video is None else as_frames(input_video, "input_video")
-        # All that can be refused is refused before the first model works.
-        self._check(inputs, prompt, negative_prompt)
-        window_texts = _prompts_of_windows(window_prompts, prompt, settings)
-        encoder = self.models.text.kept_in(self.text_cache_dir)
-        at_work = partial(self._at_work, encoder.model, text_bytes(encoder.model.config, encoder.dtype))
-        cond = text_conditioning(encoder, prompt, negative_prompt, at_work)
-        prompts = [text_conditioning(encoder, text, negative_prompt, at_work) for text in window_texts]
-        cond, latents = self._encode(cond, inputs, start, size, tiles, fit)
-        cond = model.fit(cond.to(self.device), size)
-        runtime = self._runtime(progress_bar_cmd, settings.total_steps)
-        run_inputs = RunInputs(cond, size.latent, latents, tuple(prompts))
-        state = model.sample(run_inputs, settings, self.memory, runtime)
-        return self._output(state.video, self._vae(tiles, runtime), output_type)
-
-    def _check(self, inputs: VideoInputs, prompt: Prompt, negative_prompt: Prompt) -> None:
-        as_prompts(prompt), as_prompts(negative_prompt, "negative_prompt")
-        model = self.models.video
-        check(model.variant, inputs.names(), model.name, model.motion_controller is not None)
-        pictures = [name for name in READ_BY_CLIP if getattr(inputs, name) is not None]
-        if pictures and self.models.image is None and model.variant.reads_images:
-            raise ValueError(
-                f"{model.name} reads {' and '.join(pictures)} through the CLIP image encoder too; add "
-                "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth to model_configs."
-            )
-
-    def _encode(
-        self,
-        cond: Conditioning,
-        inputs: VideoInputs,
-        start: Tensor | None,
-        size: VideoSize,
-        tiles: Tiles,
-        fit: Fit | None,
-    ) -> tuple[Conditioning, Tensor | None]:
-        """Conditioning with all inputs, and the latents of the video to start from."""
-        if not inputs.names() and start is None:
-            return cond, None
-        with ExitStack() as stack:
-            vae = stack.enter_context(self._vae(tiles, self._runtime()).working())
-            if self.models.image is not None and self.models.video.config.has_image_input:
-                stack.enter_context(self._at_work(self.models.image, IMAGE_ENCODER_BYTES))
-            encoder = LatentEncoder(vae=vae.vae, encode=vae.encode)
-            cond = condition(cond, inputs, self.models.video.variant, size, encoder, self.models.image, fit)
-            latents = None if start is None else encoder.frames((fit or Fit()).clip(start, size, "input_video"))
-        if latents is not None:
-            # One video to start from, for every prompt.
-            latents = latents.expand(len(cond.encoded_text), -1, -1, -1, -1)
-        return cond, latents
-
-    def _output(self, latents: Tensor, vae: VaeHandle, output_type: str) -> Any:
-        def frames(video: Tensor) -> Iterator[Image.Image]:
-            return chain.from_iterable(map(pixels_to_images, vae.decode_pieces(video)))
-
-        if output_type == "latent":
-            return latents.to(self.device)
-        if output_type == "stream":
-            return frames(latents)
-        if output_type == "tensor":
-            return vae.decode(latents)
-        videos = [list(frames(video)) for video in latents.split(1)]
-        return videos[0] if len(videos) == 1 else videos
-
-    def _vae(self, tiles: Tiles, runtime: Runtime) -> VaeHandle:
-        return VaeHandle(vae=self.models.vae, runtime=runtime, tiles=tiles, memory=self.memory)
-
-    def _at_work(self, module: torch.nn.Module, activations: int) -> AbstractContextManager[torch.nn.Module]:
-        return working_encoder(module, self._runtime(), self.memory, activations)
-
-    def _runtime(
-        self, progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = None, steps: int = 0
-    ) -> Runtime:
-        # A bar counts an item when the next one is asked for, so the first is taken before the first step.
-        bar = iter(progress_bar_cmd(range(steps))) if progress_bar_cmd else iter(())
-        next(bar, None)
-
-        def advance(phase: str, done: int, total: int, latents: Tensor | None) -> None:
-            next(bar, None)
-
-        return Runtime(device=self.device, dtype=self.torch_dtype, on_progress=advance)
-
-
-def _prompts_of_windows(window_prompts: Sequence[Prompt], prompt: Prompt, settings: SamplerSettings) -> list[list[str]]:
-    """The prompts of each window, one for each video."""
-    if isinstance(window_prompts, str) or not isinstance(window_prompts, Sequence):
-        raise ValueError(f"window_prompts must be a list with a prompt for each window; got {window_prompts!r}.")
-    if window_prompts and settings.windows is None:
-        raise ValueError("window_prompts needs windows: give sliding_window_size and sliding_window_stride.")
-    videos, found = len(as_prompts(prompt)), []
-    for texts in (as_prompts(text, "window_prompts") for text in window_prompts):
-        if len(texts) not in (1, videos):
-            raise ValueError(f"window_prompts must hold one prompt or {videos}, as in prompt, for each; got {texts!r}.")
-        found.append(texts * (videos // len(texts)))
-    return found
+        call = Call.of(locals(), self.models.video)
+        self._check(call)
+        cond = self._with_text(call.prompt, call)
+        prompts = [self._with_text(text, call) for text in call.window_prompts]
+        cond, latents = self._encode(cond, call)
+        state = self._sampled(cond, latents, prompts, call)
+        return self._output(state.video, call)

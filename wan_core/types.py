@@ -189,6 +189,32 @@ class VaceInput:
     strength: Curve = Curve((1.0,))
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """A film that a run continues, in a chain of clips.
+
+    Attributes:
+        film: its normalised latents (B, z, L, h, w), or those of its last frames.
+        keep: the latent frames with which each clip begins: the last ones of what is before it.
+        clip: latent frames of a clip, kept ones included.
+        colour_limit: as of `WindowSettings`.
+    """
+
+    film: Tensor
+    keep: int
+    clip: int
+    colour_limit: float = 0.05
+
+    @property
+    def before(self) -> int:
+        """Frames of the film before those that the first clip begins with. A run has all others."""
+        return self.film.shape[2] - self.keep
+
+    def joined(self, video: Tensor) -> Tensor:
+        """The film with a run's result (B, z, keep + new, h, w), which begins with frames of it."""
+        return torch.cat((self.film[:, :, : self.before].to(video), video), 2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
     """All inputs of one sampling run besides noise. Frozen: functions return a changed copy.
@@ -227,6 +253,8 @@ class Conditioning:
     """(B, U), from 0 to 1: the fractions of a step's timestep that tokens have; without them all have the whole."""
     timestep_index: Tensor | None = read_by_host(1)
     """(B, F, 1, 1) or (B, F, rows, columns of tokens): the factor that each frame or token has, the same in a batch."""
+    continues: Continuation | None = whole()
+    """A film whose last frames are the first ones of this video; its size is that of both in cells."""
     size: VideoSize | None = whole()
     """The size of the video that the inputs were made for; None for text alone."""
     inputs: tuple[str, ...] | None = whole()

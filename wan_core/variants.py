@@ -5,6 +5,7 @@ and conditioning fitted to it.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +43,16 @@ class Variant:
     accepts: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     reads_images: bool = False
+
+    @property
+    def keyframes(self) -> Literal["any", "ends", "first", "none"]:
+        """At which frames of a video it takes pictures."""
+        accepts = set(self.accepts)
+        if accepts & {"vace_video", "inpaint_video"}:
+            return "any"
+        if "end_image" in accepts:
+            return "ends"
+        return "first" if "input_image" in accepts else "none"
 
     def channels(self, geometry: Geometry) -> int:
         """How many channels there are beside the noise."""

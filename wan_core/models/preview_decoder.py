@@ -5,6 +5,8 @@ Attribute names are the keys of the published file. Frames pass one after the ot
 that it saw.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -44,25 +46,25 @@ class MemBlock(nn.Module):
 
 
 class TimeGrowth(nn.Module):
-    """Each frame as `stride` frames; with `only_last` only the last of all frames is computed."""
+    """Each frame as `stride` frames; with `only_last` only the last of all is computed, unless all are asked for."""
 
     def __init__(self, width: int, stride: int, *, only_last: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
         self._only_last = only_last
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, whole: bool = False) -> Tensor:
         width = x.shape[1]
-        if self._only_last:
+        if self._only_last and not whole:
             return F.conv2d(x[-1:], self.conv.weight[-width:])
         return rearrange(self.conv(x), "b (stride c) h w -> (b stride) c h w", c=width)
 
 
 class PreviewDecoder(nn.Module):
-    """One picture per latent frame: the last of the four frames that it stands for.
+    """The published decoder. A preview is one picture per latent frame: the last of the four frames that it stands for.
 
-    That is every fourth frame of the published decoder. Nothing after the last growth in time remembers a frame, so the
-    other three are not computed there, and change nothing.
+    Nothing after the last growth in time remembers a frame, so for a preview the other three are not computed there,
+    and change nothing.
     """
 
     def __init__(self, config: PreviewDecoderConfig) -> None:
@@ -91,3 +93,19 @@ class PreviewDecoder(nn.Module):
                 x = layer(x, memory) if isinstance(layer, MemBlock) else layer(x)
             pictures.append(x)
         return F.pixel_shuffle(torch.cat(pictures[context:]), self.config.patch).clamp_(0, 1)
+
+    @torch.no_grad()
+    def video(self, latents: Tensor) -> Iterator[Tensor]:
+        """All frames of normalised latents (z, F, h, w), as pixels (t, 3, 8h, 8w) in [0, 1], `patch` times as large:
+        one of the first latent frame, as of the VAE, and four of each after it.
+        """
+        memory: Memory = {}
+        for number, x in enumerate(latents.transpose(0, 1).split(1)):
+            for layer in self.decoder:
+                if isinstance(layer, MemBlock):
+                    x = layer(x, memory)
+                else:
+                    x = layer(x, whole=True) if isinstance(layer, TimeGrowth) else layer(x)
+            # The published code drops what comes before the last frame of the first group.
+            frames = x if number else x[-1:]
+            yield F.pixel_shuffle(frames, self.config.patch).clamp_(0, 1)

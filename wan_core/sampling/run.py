@@ -115,7 +115,8 @@ class _Run:
         self.shape = (len(self.cond.encoded_text), model.first.config.out_channels, *self.size.shape)
         self.prefix = self.cond.prefix_frames(self.size.frames)
         frames, windows = self.size.frames, settings.windows_over(self.size.frames)
-        self.chained = windows is not None and windows.mode == "chain"
+        self.film = self.cond.continues
+        self.chained = self.film is not None or (windows is not None and windows.mode == "chain")
         self.spans = [Span(0, frames, True, True)]
         if windows is not None:
             self.spans = plan_spans(frames, windows.size, windows.stride)
@@ -176,9 +177,7 @@ class _Run:
             kernels.current().used.update(before.kernels)
         if saved is not None:
             log.info("Resuming an unfinished run after %d of its steps.", self._steps_done(saved))
-        noise = initial_noise(
-            self.shape, self.settings.seed, self.settings.rand_device, self.runtime.device, self.prefix
-        )
+        noise = self._noise()
         clean = self._with_references(start.to(noise), noise) if start is not None and self.uses_start else None
         state = self._chain(clean, noise, saved) if self.chained else self._whole(clean, noise, before)
         if state.step == self.settings.total_steps:
@@ -187,6 +186,13 @@ class _Run:
             for report in window_reports(state.video, self.spans, self.size.geometry):
                 log.info("Window, latent %s", report)
         return state
+
+    def _noise(self) -> Tensor:
+        """Noise (B, z, R + F, h, w); of a film that is continued it is cut from that of the whole film."""
+        before = 0 if self.film is None else self.film.before
+        shape, settings = (*self.shape[:2], before + self.shape[2], *self.shape[3:]), self.settings
+        noise = initial_noise(shape, settings.seed, settings.rand_device, self.runtime.device, self.prefix)
+        return cut(noise, Span(before, shape[2], True, True), self.prefix, 2) if before else noise
 
     @property
     def _is_saved(self) -> bool:
@@ -240,6 +246,8 @@ class _Run:
         windows, done = self.settings.windows, None if saved is None else saved.done
         assert windows is not None, "a chain is made of windows"
         overlap, device = windows.size - windows.stride, self.runtime.device
+        first = None if self.film is None else self.film.film[:, :, self.film.before :]
+        done = first if done is None else done
         done = None if done is None else done.to(device)
         state = saved
         for number in range(0 if saved is None else saved.clip, len(self.spans)):
@@ -268,7 +276,8 @@ class _Run:
             if done is None:
                 done = clip
             else:
-                new = colour_corrected(clip[:, :, overlap:], done[:, :, : windows.size], overlap, windows.colour_limit)
+                like = done[:, :, : windows.size] if self.film is None else self.film.film[:, :, -windows.size :]
+                new = colour_corrected(clip[:, :, overlap:], like.to(clip), overlap, windows.colour_limit)
                 done = torch.cat((done, new), 2)
         assert state is not None and done is not None, "a chain has at least one clip"
         latents = torch.cat((state.latents[:, :, : self.prefix], done.cpu()), 2)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..models.config import Geometry
-from ..settings import WindowSettings
+from ..settings import SamplerSettings, WindowSettings
 from ..tiling import Span, blend_weights, plan_spans
-from ..types import Conditioning, StepInfo
+from ..types import Conditioning, StepInfo, VaceInput
 from .predictor import Predictor
 from .preview import latents_to_rgb
 from .solvers import Solver
@@ -71,6 +71,24 @@ def window_of(cond: Conditioning, span: Span, prefix: int) -> Conditioning:
     return cond.map(piece)
 
 
+def continuing(settings: SamplerSettings, cond: Conditioning) -> SamplerSettings:
+    """`settings` with the chain of clips in which `cond` continues a film; unchanged where it continues none.
+
+    Raises:
+        ValueError: they start from a video too, hold other windows, or select a part of the steps.
+    """
+    film = cond.continues
+    if film is None:
+        return settings
+    clips = film.clip, film.clip - film.keep
+    chain = WindowSettings(size=clips[0], stride=clips[1], mode="chain", colour_limit=film.colour_limit)
+    if settings.windows not in (None, chain):
+        raise ValueError("A film is continued in clips of its own; leave the windows out.")
+    if settings.starts_clean:
+        raise ValueError("The new frames of a film start from noise; set denoise to 1.")
+    return dataclasses.replace(settings, windows=chain)
+
+
 def with_text(cond: Conditioning, prompts: Sequence[Conditioning], number: int) -> Conditioning:
     """`cond` with the text of window `number`, if there are prompts; the last prompt serves all further windows."""
     if not prompts:
@@ -124,11 +142,14 @@ def with_known_frames(cond: Conditioning, known: Tensor, frames: int, geometry: 
     """`cond` for a clip of `frames` latent frames whose first ones are `known` (B, z, n, h, w).
 
     Models that take clean frames get them so. In the channels beside the noise image-to-video models read known frames
-    from a mask and their latents, control and camera models from the latent of the first frame. Image tokens and VACE
-    inputs stay as they are: both are made from pixels, and a chain of clips has only latents.
+    from a mask and their latents, control and camera models from the latent of the first frame. VACE models read them
+    as the part of each input that is kept. Image tokens stay as they are: they are made from pixels, and a chain of
+    clips has only latents.
     """
     if geometry.frame_times:
         cond = cond.with_clean_frames(known, frames)
+    if cond.vace:
+        cond = dataclasses.replace(cond, vace=tuple(_keeping(vace, known, frames) for vace in cond.vace))
     if cond.concat is None or cond.layout is None:
         return cond
     concat, count, start = cond.concat.clone(), known.shape[2], 0
@@ -144,6 +165,25 @@ def with_known_frames(cond: Conditioning, known: Tensor, frames: int, geometry: 
                 place[:, :, :1] = known[:, :, :1]
         start += channels
     return dataclasses.replace(cond, concat=concat)
+
+
+def _keeping(vace: VaceInput, known: Tensor, frames: int) -> VaceInput:
+    """A VACE input of `frames` frames whose first ones are `known` (B, z, n, h, w): they are what it keeps, and nothing
+    of them is generated.
+
+    Where all of a frame was to be generated, what it kept is encoded grey, which now stands for what it generates.
+    """
+    context, (channels, count) = vace.context.clone(), known.shape[1:3]
+    first = context.shape[2] - frames
+    kept, drawn, mask = (
+        context[:, part, first : first + count]
+        for part in (slice(channels), slice(channels, 2 * channels), slice(2 * channels, None))
+    )
+    whole = (mask == 1).all((1, 3, 4), keepdim=True)
+    drawn.copy_(torch.where(whole, kept, drawn))
+    kept.copy_(known)
+    mask.zero_()
+    return dataclasses.replace(vace, context=context)
 
 
 def colour_corrected(clip: Tensor, like: Tensor, overlap: int, limit: float) -> Tensor:
