@@ -26,8 +26,8 @@ from .training_run import files_mark, load_settings
 
 ALLOWED = frozenset({
     "batch_size", "cache", "caption_dropout", "clip_norm", "condition_dropout", "data_file_keys", "dataset_repeat",
-    "extra_inputs", "find_unused_parameters", "fp8_base", "fps", "frame_pick", "gradient_accumulation_steps",
-    "gradient_checkpointing_keeps", "height",
+    "expert_loras", "extra_inputs", "find_unused_parameters", "fp8_base", "fps", "frame_pick",
+    "gradient_accumulation_steps", "gradient_checkpointing_keeps", "height",
     "keep_last", "learning_rate", "log_with", "lora_alpha", "lora_base_model", "lora_dropout", "lora_format",
     "lora_rank", "lora_target_modules", "loss_weighting", "lr_scheduler", "max_pixels", "max_steps",
     "max_timestep_boundary", "min_free_gb", "min_timestep_boundary", "mixed_precision", "num_epochs", "num_frames",

@@ -13,7 +13,7 @@ import pytest
 import wan_core.lora.apply as lora_apply
 from tools.family import judge
 from tools.family.judge import Family
-from wan_core import pipeline
+from wan_core import pipeline_calls
 from wan_core.conditioning import camera, inputs, vace
 
 LEAST: dict[str, tuple[int, dict[tuple[str, str], float]]] = {
@@ -53,12 +53,12 @@ def test_films_show_what_was_asked_for(name, family):
 
 @contextmanager
 def _other_prompt() -> Iterator[None]:
-    encode = pipeline.text_conditioning
+    encode = pipeline_calls.text_conditioning
 
     def other(encoder, prompt, *others):
         return encode(encoder, [*prompt[1:], prompt[0]] if len(prompt) > 1 else "a white box grows", *others)
 
-    with mock.patch.object(pipeline, "text_conditioning", other):
+    with mock.patch.object(pipeline_calls, "text_conditioning", other):
         yield
 
 

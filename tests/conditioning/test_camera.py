@@ -91,6 +91,7 @@ def test_folding_repeats_the_first_frame_and_interleaves_groups_of_four():
 
 
 def test_a_path_of_another_length_is_stretched_with_a_notice(caplog):
+    caplog.set_level("INFO", "wancore")
     size = VideoSize(32, 16, 9)
     stretched = camera_embedding(move("Left", 5), size)
     assert "5 frames over the video's 9" in caplog.text

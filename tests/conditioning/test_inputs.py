@@ -347,6 +347,7 @@ def test_a_start_image_of_control_models_is_not_lost_on_others(encoder, clip, va
 
 @pytest.mark.parametrize(("policy", "order"), [("repeat last", [0, 1, 2, 2, 2]), ("loop", [0, 1, 2, 0, 1])])
 def test_short_clips_are_filled_and_long_ones_cut(policy, order, caplog):
+    caplog.set_level("INFO", "wancore")
     frames = torch.arange(3.0)[:, None]
     assert fitting.fit_length(frames, 5, policy, "clip").flatten().tolist() == order
     assert fitting.fit_length(frames, 2, policy, "clip").flatten().tolist() == [0, 1]

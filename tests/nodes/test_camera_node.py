@@ -116,6 +116,7 @@ def test_a_changed_pose_file_is_read_again(inputs):
 
 
 def test_encoding_gives_the_sampler_rays(caplog):
+    caplog.set_level("INFO", "wancore")
     cond = Conditioning(text=torch.zeros(1, 4, 8), size=VideoSize(48, 32, 5))
     path = CameraPath.from_direction("Left", 5)
     (encoded,) = ENCODE().encode(cond, path, width=33, height=32, num_frames=5)

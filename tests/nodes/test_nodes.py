@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from tests.loading import ggufs
 from tests.nodes.running import outputs
-from tests.reference import arguments, load_case, relative_error
+from tests.reference import arguments, load_case, relative_error, write_drawn
 from wan_core import bundled, catalog
 from wan_core.media.fitting import fit_size
 from wan_core.models.config import WAN_21
@@ -23,7 +23,7 @@ NODES = NODE_CLASS_MAPPINGS
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    bundled.write_model(root, catalog.TINY)
+    write_drawn(root, catalog.TINY)
     return root
 
 

@@ -80,7 +80,7 @@ def inference(root: Path, variant: str, monkeypatch: pytest.MonkeyPatch):
     pipe = WanVideoPipeline.from_pretrained(torch.float32, "cpu", configs, local_model_path=root / "models")
     seen = []
 
-    def sample(self, inputs: RunInputs, *_: object) -> RunState:
+    def sample(self, inputs: RunInputs, *_: object, **__: object) -> RunState:
         seen.append(inputs.cond)
         return RunState(latents=torch.zeros(1, 16, 2, 4, 4), prefix=0, step=0)
 
@@ -452,8 +452,10 @@ def test_clips_of_one_batch_have_the_same_timesteps(root):
 def test_an_expert_is_trained_alone_and_on_its_own_timesteps(root, caplog):
     high, *others = model_names("i2v_a14b")
     low = high.replace("high_noise", "low_noise")
-    with pytest.raises(ConfigError, match=r"high noise with --max_timestep_boundary 0\.358, .* low noise with --min"):
-        find(material.config(root, "i2v_a14b", model_id_with_origin_paths=(high, low, *others)))
+    both = (high, low, *others)
+    find(material.config(root, "i2v_a14b", model_id_with_origin_paths=both))
+    with pytest.raises(ConfigError, match=r"split at 0\.358 of the schedule.* leave one of them out"):
+        find(material.config(root, "i2v_a14b", model_id_with_origin_paths=both, max_timestep_boundary=0.2))
     for name, flag in ((high, {"max_timestep_boundary": 0.358}), (low, {"min_timestep_boundary": 0.358})):
         caplog.clear()
         find(material.config(root, "i2v_a14b", model_id_with_origin_paths=(name, *others)))
