@@ -214,6 +214,13 @@ class _Pictures(_Film):
             "image_encoder": sockets.socket(sockets.IMAGE_ENCODER, "For image-to-video models of Wan 2.1."),
         }
 
+    @classmethod
+    def plan_outputs(cls, **inputs: Any) -> tuple[planning.PlannedConditioning]:
+        model = planning.require(planning.PlannedModel, "model", inputs["model"])
+        size = VideoSize.rounded(inputs["width"], inputs["height"], inputs["num_frames"], model.geometry)
+        cond = cls.planned(inputs, _names(model.variant), size.latent.frames, pictures=2)
+        return (replace(cond, size=size),)
+
 
 def _each(images: Tensor | None, references: Sequence[Tensor]) -> list[Tensor]:
     """Every picture as frames of one."""
@@ -254,13 +261,6 @@ class Keyframes(_Pictures):
         if known is not True:
             return known
         return super().VALIDATE_INPUTS(tiled, tile_height, tile_width, stride_height, stride_width)
-
-    @classmethod
-    def plan_outputs(cls, **inputs: Any) -> tuple[planning.PlannedConditioning]:
-        model = planning.require(planning.PlannedModel, "model", inputs["model"])
-        size = VideoSize.rounded(inputs["width"], inputs["height"], inputs["num_frames"], model.geometry)
-        cond = cls.planned(inputs, _names(model.variant), size.latent.frames, pictures=2)
-        return (replace(cond, size=size),)
 
     def encode(
         self,
@@ -328,13 +328,6 @@ class Segments(_Pictures):
                 **sockets.tile_inputs(),
             },
         }
-
-    @classmethod
-    def plan_outputs(cls, **inputs: Any) -> tuple[planning.PlannedConditioning]:
-        model = planning.require(planning.PlannedModel, "model", inputs["model"])
-        size = VideoSize.rounded(inputs["width"], inputs["height"], inputs["num_frames"], model.geometry)
-        cond = cls.planned(inputs, _names(model.variant), size.latent.frames, pictures=2)
-        return (replace(cond, size=size),)
 
     def encode(
         self,
