@@ -31,9 +31,9 @@ from wan_core.runtime import log  # noqa: E402
 
 STEPS = {"text": 3000, "vae": 1500}
 """Of training, by stage."""
-SMALL, LARGE = (64, 48), (96, 64)
+SMALL, LARGE = (64, 48), (vae.WIDTH, vae.HEIGHT)
 """Width and height of the clips that the denoiser learns from: first small ones, whose steps cost half as much."""
-T2V = {SMALL: (3000, 2400), LARGE: (2000, 1200)}
+T2V = {SMALL: (2000, 2150), LARGE: (1200, 750)}
 """How many clips of each size, and how many steps on them."""
 
 

@@ -1,7 +1,7 @@
 """Train the bundled text-to-video model on latents of the drawn world."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,19 +130,14 @@ def train(
     stages: Sequence[tuple[Data, int]],
     empty: tuple[Tensor, Tensor],
     seed: int = 0,
-    begin: Mapping[str, Tensor] | None = None,
-    save: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> Mapping[str, Tensor]:
     """The weights of a text-to-video model that learns from each of `stages`, data for so many steps, in turn.
 
-    Small pictures come first: a step on them costs half as much. `empty` are the rows and length of the empty caption;
-    `begin` are weights to start from; `save` gets the weights on the way, every 500 steps.
+    Small pictures come first: a step on them costs half as much. `empty` are the rows and length of the empty caption.
     """
     torch.manual_seed(seed)
     dit = WanDiT(config)
     initialise(dit)
-    if begin is not None:
-        dit.load_state_dict(begin)
     torch.manual_seed(seed + rank())
     r = np.random.default_rng([seed, rank()])
     optimizer = Both(dit, LR, by_adam=("text_embedding", "time_", "patch_embedding", "head"))
@@ -168,6 +163,4 @@ def train(
             if step % 100 == 0 and rank() == 0:
                 log.info("Text to video: step %d of %d, loss %.4f", step, steps, total / 100)
                 total = 0.0
-            if step % 500 == 0 and rank() == 0 and save is not None:
-                save(optimizer.averaged(dit))
     return optimizer.averaged(dit)
