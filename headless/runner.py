@@ -1,11 +1,9 @@
 """Run a workflow in this process, by the rules ComfyUI runs it by."""
 
-import dataclasses
-import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +12,10 @@ import torch
 from wan_core.runtime import Cancelled
 
 from ..nodes import host
+from .execution_plan import ExecutionPlan, call_arguments, map_calls
 from .folders import Folders
-from .schema import NodeSchema, dependency_order, schemas_of, validate
-from .workflow import Link, NodeSpec, Workflow, needed_nodes
-
-log = logging.getLogger("wancore")
+from .schema import NodeSchema, schemas_of, validate
+from .workflow import NodeSpec, Workflow
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,21 @@ class DynamicPrompt:
         return set(self.prompt)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Results that several runs share, so that a model is loaded once for all of them.
+
+    A run drops from `results` what no node of it has, before it computes anything, and adds those of the nodes that it
+    is told to keep.
+
+    Attributes:
+        results: the outputs of nodes by a digest of what they were made from: class, constants, and the same of every
+            node before.
+    """
+
+    results: dict[str, list[list[Any]]] = field(default_factory=dict)
+
+
 def run(
     workflow: Workflow,
     nodes: Mapping[str, type[Any]],
@@ -86,6 +98,9 @@ def run(
     on_event: OnEvent = lambda _: None,
     folders: Folders | None = None,
     extra_pnginfo: Mapping[str, Any] | None = None,
+    kept: Kept | None = None,
+    keep: Collection[str] = (),
+    written: Workflow | None = None,
 ) -> RunResult:
     """Validate, then execute what the output nodes need, each node after its inputs, under `torch.inference_mode`.
 
@@ -96,6 +111,10 @@ def run(
         nodes: node classes by class_type, in ComfyUI's class-attribute form.
         folders: where the files that nodes report lie; without it the result names no files.
         extra_pnginfo: the hidden input EXTRA_PNGINFO, which nodes write into files and may add to.
+        kept: results of earlier runs, which are used here.
+        keep: ids of the nodes whose results go into `kept`. Nodes that save files, or add to what is written into
+            files, are never kept.
+        written: the workflow that is written into files, where that is not this one.
 
     Raises:
         ValidationError: the workflow cannot run; nothing has run.
@@ -106,16 +125,16 @@ def run(
     workflow = validate(workflow, schemas)
     prompt = workflow.to_api()
     hidden = {
-        "PROMPT": _without_folders(prompt, folders),
+        "PROMPT": _without_folders((written or workflow).to_api(), folders),
         "DYNPROMPT": DynamicPrompt(prompt),
         "EXTRA_PNGINFO": dict(extra_pnginfo or {}),
     }
     with torch.inference_mode(), host.current.workflow():
         plan = ExecutionPlan.of(workflow, nodes, schemas)
-        for node_id, kept in plan.same_as.items():
-            if node_id != kept:
+        for node_id, same in plan.same_as.items():
+            if node_id != same:
                 on_event(Event("cached", workflow.nodes[node_id]))
-        ui = _Execution(plan, nodes, schemas, hidden, on_event).run()
+        ui = _Execution(plan, nodes, schemas, hidden, on_event, kept or Kept(), keep).run()
     return RunResult(ui, tuple(folders.reported_files(ui)) if folders else ())
 
 
@@ -133,64 +152,6 @@ def _without_folders(prompt: Mapping[str, Any], folders: Folders | None) -> dict
     }
 
 
-@dataclass(frozen=True)
-class ExecutionPlan:
-    """`nodes` by id, their links rewritten to nodes of the plan; `same_as` maps every needed id to one of them."""
-
-    nodes: Mapping[str, NodeSpec]
-    same_as: Mapping[str, str]
-    outputs: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls, workflow: Workflow, nodes: Mapping[str, type[Any]], schemas: Mapping[str, NodeSchema]
-    ) -> "ExecutionPlan":
-        """Merge nodes of one class with the same inputs and the same IS_CHANGED, as the host's cache does.
-
-        Classes that say NOT_IDEMPOTENT or ask for their UNIQUE_ID are never merged.
-        """
-        outputs = tuple(node.id for node in workflow.nodes.values() if schemas[node.class_type].is_output)
-        first: dict[Any, str] = {}
-        kept: dict[str, NodeSpec] = {}
-        same_as: dict[str, str] = {}
-        for node_id in dependency_order(workflow, needed_nodes(workflow, outputs)):
-            node = workflow.nodes[node_id]
-            links = {name: Link(same_as[link.node_id], link.slot) for name, link in node.links.items()}
-            node = dataclasses.replace(node, inputs={**node.inputs, **links})
-            node_class, schema = nodes[node.class_type], schemas[node.class_type]
-            unique = getattr(node_class, "NOT_IDEMPOTENT", False) or "UNIQUE_ID" in schema.hidden.values()
-            inputs = frozenset((name, _hashable(value)) for name, value in node.inputs.items())
-            changed = _hashable(_is_changed(node, node_class, schema))
-            signature = node.class_type, node_id if unique else None, inputs, changed
-            same_as[node_id] = first.setdefault(signature, node_id)
-            if same_as[node_id] == node_id:
-                kept[node_id] = node
-        return cls(kept, same_as, outputs)
-
-
-def _is_changed(node: NodeSpec, cls: type[Any], schema: NodeSchema) -> Any:
-    check = getattr(cls, "IS_CHANGED", None)
-    if check is None:
-        return False
-    values = call_arguments(node, schema, {}, {"PROMPT": {}, "UNIQUE_ID": node.id})
-    try:
-        return list(map_calls(check, values, getattr(cls, "INPUT_IS_LIST", False)))
-    except Exception as error:
-        log.warning("IS_CHANGED of %s failed, so its results are not shared: %s", node, error)
-        return float("nan")
-
-
-def _hashable(value: Any) -> Any:
-    """A hashable form of a value, equal for equal values of the same type; NaN and unknown objects equal nothing."""
-    if isinstance(value, Mapping):
-        return frozenset((key, _hashable(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(_hashable(item) for item in value)
-    if isinstance(value, (str, int, float, bool, bytes, type(None), Link)) and value == value:
-        return type(value).__name__, value
-    return object()
-
-
 class _Execution:
     """The state of one run: finished nodes, results that are still needed, lazy inputs that were requested."""
 
@@ -201,8 +162,11 @@ class _Execution:
         schemas: Mapping[str, NodeSchema],
         hidden: Mapping[str, Any],
         on_event: OnEvent,
+        kept: Kept,
+        keep: Collection[str],
     ):
         self.plan, self.nodes, self.schemas, self.hidden, self.on_event = plan, nodes, schemas, hidden, on_event
+        self.kept, self.keep = kept, keep
         self.waiting: dict[str, set[str]] = defaultdict(set)
         for node in plan.nodes.values():
             for link in node.links.values():
@@ -212,6 +176,18 @@ class _Execution:
         self.objects: dict[str, Any] = {}
         self.results: dict[str, list[list[Any]]] = {}
         self.ui: dict[str, dict[str, list]] = {}
+        self._take_kept()
+
+    def _take_kept(self) -> None:
+        """Begin with the results of earlier runs, and let go of those that are of no use here."""
+        present = set(self.plan.keys.values())
+        for useless in self.kept.results.keys() - present:
+            del self.kept.results[useless]
+        for node_id, key in self.plan.keys.items():
+            if found := self.kept.results.get(key or ""):
+                self.results[node_id] = found
+                self.on_event(Event("cached", self.plan.nodes[node_id]))
+                self._release(self.plan.nodes[node_id])
 
     def run(self) -> dict[str, dict[str, list]]:
         kept = {output: self.plan.same_as[output] for output in self.plan.outputs}
@@ -258,6 +234,9 @@ class _Execution:
             if self.waiting[node.id]:
                 is_list = getattr(cls, "OUTPUT_IS_LIST", [False] * len(schema.outputs))
                 self.results[node.id] = merge_outputs(calls, is_list)
+                key = self.plan.keys[node.id] if node.id in self.keep else None
+                if key and "EXTRA_PNGINFO" not in schema.hidden.values():
+                    self.kept.results[key] = self.results[node.id]
 
     def _call(self, node: NodeSpec, function: Any) -> Iterator[Any]:
         cls, hidden = self.nodes[node.class_type], {**self.hidden, "UNIQUE_ID": node.id}
@@ -288,42 +267,6 @@ def _as_node_error(node: NodeSpec) -> Iterator[None]:
         # The message of any subclass of ValueError is for the user, too.
         kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
         raise NodeError(node, kind, str(error)) from error
-
-
-Results = Mapping[str, Sequence[list[Any]]]
-"""By node id: for each output the list of its values, one per call of the node."""
-
-
-def call_arguments(
-    node: NodeSpec, schema: NodeSchema, results: Results, hidden: Mapping[str, Any]
-) -> dict[str, list[Any]]:
-    """Each argument as the list of values to map over; a linked input that is not computed is `[None]`.
-
-    Optional inputs that the workflow leaves out are left out here: the function's own defaults hold, as on the host.
-    """
-    values = {}
-    for name, value in node.inputs.items():
-        if isinstance(value, Link):
-            values[name] = results[value.node_id][value.slot] if value.node_id in results else [None]
-        elif name in schema.inputs:
-            values[name] = [value]
-    return values | {name: [hidden.get(kind)] for name, kind in schema.hidden.items()}
-
-
-def map_calls(function: Callable[..., Any], values: Mapping[str, list[Any]], takes_lists: bool) -> Iterator[Any]:
-    """Call `function` once with the lists, or once per item; a shorter list repeats its last item.
-
-    Raises:
-        ValueError: an input received an empty list.
-    """
-    if takes_lists:
-        yield function(**values)
-        return
-    for name, items in values.items():
-        if not items:
-            raise ValueError(f"input {name} received an empty list")
-    for index in range(max(map(len, values.values()), default=1)):
-        yield function(**{name: items[min(index, len(items) - 1)] for name, items in values.items()})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from wan_core.runtime import Cancelled
-from wancore.headless.runner import NodeError, run
+from wancore.headless.runner import Kept, NodeError, run
 from wancore.headless.schema import ValidationError
 
 
@@ -130,6 +130,27 @@ def test_sharing_goes_down_the_graph_but_not_through_unique_ids(graph, nodes, ca
     result = run(workflow, nodes)
     assert [name for name, _ in calls] == ["Number", "Add", "Show", "Show"]
     assert (result.ui["8"]["ids"], result.ui["9"]["ids"]) == (["8"], ["9"])
+
+
+def test_later_runs_use_what_was_kept_and_only_that(graph, nodes, calls):
+    def workflow(first, second):
+        return graph(n1=number(first), n2=number(second), n3=("Add", {"a": ["1", 0], "b": ["2", 0]}), n9=show("3"))
+
+    kept, keep = Kept(), ("1", "3", "9")
+    ran = []
+    for first, second in ((1, 2), (1, 3), (1, 3), (2, 3), (1, 3)):
+        calls.clear()
+        events = []
+        result = run(workflow(first, second), nodes, kept=kept, keep=keep, on_event=events.append)
+        assert values(result) == [first + second]
+        cached = "".join(event.node.id for event in events if event.kind == "cached")
+        ran.append((cached, [name for name, _ in calls]))
+        assert len(kept.results) == 2, "what a run has no use for is dropped, and what saves files is never kept"
+    add = ["Number", "Add", "Show"]
+    assert ran == [("", ["Number", *add]), ("1", add), ("13", ["Show"]), ("", ["Number", *add]), ("", ["Number", *add])]
+    never = graph(n1=("Always", {"value": 1}), n3=("Add", {"a": ["1", 0], "b": ["1", 0]}), n9=show("3"))
+    run(never, nodes, kept=kept, keep=keep)
+    assert not kept.results, "IS_CHANGED is NaN, so nothing below is the same in another run"
 
 
 def test_results_are_released_after_their_last_use(graph, nodes):
