@@ -2,6 +2,8 @@
 
 import contextlib
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +13,16 @@ from safetensors.torch import load_file, save_file
 from tests.reference import tiny_text_encoder
 from wan_core import ModelConfig, WanVideoPipeline, bundled, catalog, model_files
 from wan_core.conditioning import text
-from wan_core.conditioning.text import MemoryStore, TextCache, TextEncoder, Tokenizer, fingerprint, text_conditioning
+from wan_core.conditioning.text import (
+    LOCK,
+    MemoryStore,
+    TextCache,
+    TextEncoder,
+    Tokenizer,
+    fingerprint,
+    text_conditioning,
+)
+from wan_core.models.text_encoder import UMT5Encoder
 from wancore.nodes import host
 from wancore.nodes.prompts import TextEncode, WindowPrompts
 
@@ -124,16 +135,40 @@ def on_disk(encoder, directory):
     return TextEncoder(encoder.model, encoder.tokenizer, TextCache.in_memory("these weights")).kept_in(directory)
 
 
+def stored(directory):
+    """The files of embeddings, beside the lock of who encodes."""
+    assert {path.name for path in directory.iterdir()} - {LOCK} == {
+        path.name for path in directory.glob("*.safetensors")
+    }
+    return sorted(directory.glob("*.safetensors"))
+
+
+def test_several_processes_encode_each_prompt_once(kept, tmp_path, monkeypatch):
+    """As threads: each has its own cache in memory, and its own open file to lock."""
+    encoded, encode = [], UMT5Encoder.encode
+
+    def slow(self, ids):
+        encoded.extend(ids)
+        time.sleep(0.1)
+        return encode(self, ids)
+
+    monkeypatch.setattr(UMT5Encoder, "encode", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: on_disk(kept, tmp_path).encode(PROMPTS), range(4)))
+    assert len(encoded) == len(PROMPTS) == len(stored(tmp_path))
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
 def test_files_serve_the_next_process(kept, tmp_path):
     folder = tmp_path / "deep" / "prompts"
     expected = kept.kept_in(folder).encode(PROMPTS)
-    files = sorted(folder.iterdir())
+    files = stored(folder)
     assert len(files) == len(PROMPTS)
     assert {file.suffix for file in files} == {".safetensors"}
     lengths = set()
     for file in files:
-        with safe_open(file, "pt") as stored:
-            lengths.add(stored.get_tensor("embedding").shape[0])
+        with safe_open(file, "pt") as opened:
+            lengths.add(opened.get_tensor("embedding").shape[0])
     assert lengths == {len(ids) for ids in kept._ids(PROMPTS).values()}
     later = asleep(on_disk(kept, folder))
     assert torch.equal(later.encode(PROMPTS, never), expected)
@@ -155,12 +190,12 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_broken_file_is_a_miss(kept, tmp_path, damage, caplog):
     expected = kept.kept_in(tmp_path).encode(PROMPTS[:1])
-    (file,) = tmp_path.iterdir()
+    (file,) = stored(tmp_path)
     DAMAGE[damage](file)
     later = on_disk(kept, tmp_path)
     assert later.missing(PROMPTS[:1]) == PROMPTS[:1]
     assert torch.equal(later.encode(PROMPTS[:1]), expected)
-    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert stored(tmp_path) == [file]
     if file.is_file():
         assert on_disk(kept, tmp_path).missing(PROMPTS[:1]) == []
     else:
@@ -238,7 +273,7 @@ def test_a_pipeline_keeps_prompts_across_processes(models, tmp_path):
     pipe = load(models)
     pipe.text_cache_dir = tmp_path
     pipe(**call)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(stored(tmp_path)) == 2
     pipe = load(models)
     pipe.text_cache_dir = tmp_path
     pipe.models.text.model.to("meta")
@@ -262,7 +297,7 @@ def test_the_nodes_bring_the_encoder_only_for_new_prompts(kept, tmp_path, monkey
         assert torch.equal(windows[1].text, again.text)
         assert [tuple(cond.negative_text.shape) for cond in windows] == [(1, 512, 64)] * 2
         TextEncode().encode(kept, "a tree", "a cat", cache_on_disk=True)
-        assert len(list(host.current.prompts_dir().iterdir())) == 1
+        assert len(stored(host.current.prompts_dir())) == 1
         assert host.current.prompts_dir().is_relative_to(tmp_path)
     finally:
         host.configure()

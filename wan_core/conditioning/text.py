@@ -2,9 +2,10 @@
 
 import hashlib
 import html
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from ftfy import fix_text
 from torch import Tensor, nn
 
-from ..atomic import replacing
+from ..atomic import replacing, try_lock
 from ..files import errors_from
 from ..loading.tensor_files import CheckpointError, file_kind, read_whole, write_safetensors
 from ..models.config import TEXT_TOKENS
@@ -97,7 +98,10 @@ DIRECTORY_BYTES = 2**20
 tensors.
 """
 
-NAME = "embedding"
+NAME, LOCK = "embedding", ".lock"
+
+LOOK_SECONDS = 0.05
+"""Pause between two looks at whether another process has finished encoding."""
 
 
 class Store(Protocol):
@@ -152,6 +156,20 @@ class DiskStore:
         except OSError as error:
             _warn(self.directory, error.strerror or str(error))
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the block no other process encodes prompts for this folder, where its file system has locks."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = (self.directory / LOCK).open("ab")
+        except OSError:
+            yield  # `put` warns of it
+            return
+        with lock:
+            while try_lock(lock) is False:
+                time.sleep(LOOK_SECONDS)
+            yield
+
     def _file(self, key: str) -> Path:
         return self.directory / f"{key}.safetensors"
 
@@ -198,6 +216,15 @@ class TextCache:
                     earlier.put(key, rows)
                 return rows
         return None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the block no other process encodes prompts for the same folders."""
+        with ExitStack() as held:
+            for store in self.stores:
+                if isinstance(store, DiskStore):
+                    held.enter_context(store.alone())
+            yield
 
     def put(self, key: str, rows: Tensor) -> None:
         """Add the embedding (tokens, dim) of a prompt to all stores."""
@@ -297,15 +324,24 @@ class TextEncoder:
             raise ValueError("The prompt list is empty; give at least one prompt (it may be the empty string).")
         tokens = self._ids(prompts)
         rows = {prompt: found for prompt, ids in tokens.items() if (found := self._cached(ids)) is not None}
-        missing = [prompt for prompt in tokens if prompt not in rows]
-        if missing:
-            with ready():
-                encoded = self.model.encode([tokens[prompt] for prompt in missing])
-                rows |= {prompt: row.cpu() for prompt, row in zip(missing, encoded, strict=True)}
-            if cache := self.cache:
-                for prompt in missing:
-                    cache.put(cache.key(tokens[prompt], self.dtype), rows[prompt])
+        if len(rows) < len(tokens):
+            with self.cache.alone() if self.cache else nullcontext():
+                # Another process may have encoded some meanwhile.
+                rows |= {
+                    p: found for p, ids in tokens.items() if p not in rows and (found := self._cached(ids)) is not None
+                }
+                if missing := [prompt for prompt in tokens if prompt not in rows]:
+                    rows |= self._encoded({prompt: tokens[prompt] for prompt in missing}, ready)
         return torch.stack([F.pad(rows[p], (0, 0, 0, TEXT_TOKENS - len(rows[p]))) for p in prompts])
+
+    def _encoded(self, tokens: Mapping[str, Tensor], ready: Ready) -> dict[str, Tensor]:
+        """The embeddings (tokens, text_dim) of prompts by the model, which go into the cache."""
+        with ready():
+            rows = dict(zip(tokens, (row.cpu() for row in self.model.encode(list(tokens.values()))), strict=True))
+        if self.cache is not None:
+            for prompt, ids in tokens.items():
+                self.cache.put(self.cache.key(ids, self.dtype), rows[prompt])
+        return rows
 
     def _ids(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         return {prompt: self.tokenizer.ids(clean_prompt(prompt), TEXT_TOKENS) for prompt in dict.fromkeys(prompts)}
