@@ -5,7 +5,6 @@ import logging
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,9 +15,10 @@ from types import FrameType
 from wan_core import catalog
 from wan_core.media import FPS
 from wan_core.recommend import AUTO, CHOICES
-from wan_core.runtime import Cancelled, Pace
+from wan_core.runtime import Cancelled
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
+from .batch.command import BATCH_ARGUMENTS, LIKE_RUN, batch
 from .client import run_all_on_server
 from .core_nodes import core_nodes
 from .file_commands import (
@@ -34,6 +34,7 @@ from .file_commands import (
 from .folders import Folders, workflow_file
 from .overrides import apply_measure, apply_sets, apply_tiny, apply_to_samplers, expand_prefixes, typed_values
 from .plan import PLAN_ARGUMENTS, plan
+from .progress import Progress
 from .runner import Event, RunResult, run
 from .schema import NodeSchema, schemas_of, validate
 from .server import Server, ServerUnreachableError
@@ -42,9 +43,6 @@ from .workflow import Workflow
 OK, FAILED, BAD_USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 SIGNALLED = 128
 """Exit codes; a signal's number is added to the last. 130 is what shells give to a program that Ctrl-C ended."""
-
-STEP_INTERVAL = 0.5
-"""Seconds between two progress lines of one node."""
 
 
 def _folder(text: str) -> Path:
@@ -308,39 +306,6 @@ def _configure_host(arguments: argparse.Namespace, on_event: Callable[[Event], N
     )
 
 
-class Progress:
-    """Prints events to stderr; of a node's steps at most one per `STEP_INTERVAL`, and always the last."""
-
-    def __init__(self) -> None:
-        self.shown = 0.0
-        self.pace = Pace()
-
-    def show(self, event: Event) -> None:
-        now = time.monotonic()
-        left = ""
-        if event.kind == "progress":
-            left = self.pace.left(event.text, event.done, event.total)
-            if event.done < event.total and now - self.shown < STEP_INTERVAL:
-                return
-            self.shown = now
-        # Progress that cannot be written, as to a full disk, must not stop the run.
-        with suppress(OSError):
-            print(self._line(event) + left, file=sys.stderr, flush=True)
-
-    @staticmethod
-    def _line(event: Event) -> str:
-        match event.kind:
-            case "start":
-                return f"[{event.done}/{event.total}] {event.node}"
-            case "cached":
-                return f"{event.node}: reused"
-            case "queued":
-                return f"Waiting: {event.done} run{'s' if event.done > 1 else ''} on the server first."
-            case "progress":
-                return f"    {event.text or 'step'} {event.done}/{event.total}"
-        return event.text
-
-
 def _print_text(answer: Callable[[argparse.Namespace], str]) -> Callable[[argparse.Namespace], int]:
     """What a command executes that prints the text of `answer`."""
 
@@ -351,17 +316,29 @@ def _print_text(answer: Callable[[argparse.Namespace], str]) -> Callable[[argpar
     return execute
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    text, fits = plan(arguments)
-    print(text)
-    return OK if fits else FAILED
+def _print_verdict(answer: Callable[[argparse.Namespace], tuple[str, bool]]) -> Callable[[argparse.Namespace], int]:
+    """The same of a command whose `answer` is a text, and whether all is well."""
+
+    def execute(arguments: argparse.Namespace) -> int:
+        text, fine = answer(arguments)
+        print(text)
+        return OK if fine else FAILED
+
+    return execute
 
 
 COMMANDS: Mapping[str, Command] = {
     "run": Command("Run a workflow in this process or on a ComfyUI server.", RUN_ARGUMENTS, _run),
+    "batch": Command(
+        "Make many films from a list of jobs, again and again until all are finished.",
+        {**BATCH_ARGUMENTS, **{flag: RUN_ARGUMENTS[flag] for flag in LIKE_RUN}},
+        _print_verdict(batch),
+    ),
     "decode": Command("Decode latents that a run saved into a video.", DECODE_ARGUMENTS, _decode),
     "plan": Command(
-        "Say what a workflow will take of the card and of host memory, from headers alone.", PLAN_ARGUMENTS, _plan
+        "Say what a workflow will take of the card and of host memory, from headers alone.",
+        PLAN_ARGUMENTS,
+        _print_verdict(plan),
     ),
     "info": Command(
         "Say what model files are, what they need and which settings are recommended, from their headers.",

@@ -132,6 +132,7 @@ class Standalone:
         models_dir: Path | None = None,
         input_dir: Path | None = None,
         output_dir: Path | None = None,
+        prompts_dir: Path | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
         preview_every: int = 0,
         typed: Iterable[str] = (),
@@ -141,6 +142,7 @@ class Standalone:
             device: None or "auto" is the fastest of this machine.
             input_dir: None is `input` where the process runs.
             output_dir: None is `output` where the process runs.
+            prompts_dir: None is `wancore_prompts` of the models folder.
             preview_every: steps of a sampler between two previews in `previews` of the output folder; 0 makes none.
             typed: names that the person who started the process typed. They may be any path, unlike those in a
                 workflow, which may be a stranger's.
@@ -148,6 +150,7 @@ class Standalone:
         self._device = torch.device(device) if device and device != "auto" else None
         self._models_dir = models_dir
         self._input_dir, self._output_dir = input_dir or Path("input"), output_dir or Path("output")
+        self._prompts_dir = prompts_dir
         self._on_progress, self._preview_every = on_progress, preview_every
         self._typed = frozenset(typed)
         self._when_saved: list[Action] | None = None
@@ -237,7 +240,7 @@ class Standalone:
         return folder
 
     def prompts_dir(self) -> Path:
-        return self.models_dir() / "wancore_prompts"
+        return self._prompts_dir or self.models_dir() / "wancore_prompts"
 
     def trainer_folders(self) -> list[Path]:
         return [DEFAULT_FOLDER]

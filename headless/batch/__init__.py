@@ -1,0 +1,1 @@
+"""Many films from one list of jobs: `python -m headless batch`."""
