@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from wan_core import catalog
+from wan_core.decode import DECODERS
 from wan_core.media import FPS
 from wan_core.recommend import AUTO, CHOICES
 from wan_core.runtime import Cancelled
@@ -257,6 +258,11 @@ DECODE_ARGUMENTS: Arguments = {
     "--vae": {"default": catalog.T2V_BASE, "help": f"as the VAE loader lists it (default: {catalog.T2V_BASE})"},
     "--fps": {"type": float, "default": float(FPS), "help": f"frames per second (default: {FPS})"},
     "--tiled": {"action": "store_true", "help": "decode in tiles from the beginning"},
+    "--decoder": {
+        "choices": DECODERS,
+        "default": DECODERS[0],
+        "help": "taew2: by the tiny autoencoder in models/vae_approx, an approximation (default: vae)",
+    },
     "--name": {"default": "video/wancore", "help": "name of the video below DIR (default: video/wancore)"},
     **{flag: RUN_ARGUMENTS[flag] for flag in ("--out", "--input", "--tiny", "--device", "--quiet")},
 }
@@ -267,13 +273,11 @@ def _decode(arguments: argparse.Namespace) -> int:
     folders = Folders(arguments.input, arguments.out, frozenset([latents]))
     on_event = (lambda _: None) if arguments.quiet else Progress().show
     nodes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
+    chosen = {"tiled": arguments.tiled, "decoder": arguments.decoder}
     steps = {
         "Load latents": ("WanCoreLoadLatents", {"file": latents}),
         "Load VAE": ("WanCoreVAELoader", {"vae": catalog.TINY if arguments.tiny else arguments.vae}),
-        "Decode": (
-            "WanCoreVAEDecode",
-            {"vae": ["Load VAE", 0], "latent": ["Load latents", 0], "tiled": arguments.tiled},
-        ),
+        "Decode": ("WanCoreVAEDecode", {"vae": ["Load VAE", 0], "latent": ["Load latents", 0], **chosen}),
         "Create video": ("CreateVideo", {"images": ["Decode", 0], "fps": arguments.fps}),
         "Save video": (
             "SaveVideo",

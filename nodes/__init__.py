@@ -238,7 +238,7 @@ ADVANCED: dict[str, tuple[str, ...]] = {
     ),
     "WanCoreSampler": ("solver", "denoise", "cfg_mode", "cfg_low", "recommended", "more_motion"),
     "WanCoreVAEEncode": _TILES,
-    "WanCoreVAEDecode": _TILES,
+    "WanCoreVAEDecode": (*_TILES, "decoder"),
     "WanCoreTrainingData": ("frame_pick", "short_clip", "on_bad_sample", "dataset_repeat"),
     "WanCoreTrainLora": _TRAINING,
     "WanCoreTrainModel": _TRAINING,

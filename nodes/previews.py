@@ -12,13 +12,11 @@ from torch import Tensor
 from wan_core.atomic import replacing
 from wan_core.model_files import load_preview_decoder
 from wan_core.models.config import DEFAULT_GEOMETRY
-from wan_core.models.preview_decoder import PreviewDecoder
+from wan_core.models.preview_decoder import NAMES, PreviewDecoder
 from wan_core.runtime import log
 from wan_core.sampling.preview import Previewer, middle_frame
 
 FOLDER = "vae_approx"
-NAMES = {16: "taew2_1", 48: "taew2_2"}
-"""The published names of the tiny autoencoders, without the ending, by the channels of a latent."""
 ENDINGS = (".safetensors", ".pth")
 """In order of preference."""
 
@@ -55,17 +53,22 @@ def find_decoder(files: ModelFiles, channels: int = DEFAULT_GEOMETRY.channels) -
     """The tiny autoencoder for latents of so many channels among the model files; None when there is none that can be
     used.
     """
-    names = files.list_files(FOLDER)
-    wanted = [NAMES.get(channels, "") + ending for ending in ENDINGS]
-    name = next((name for each in wanted for name in names if Path(name).name == each), None)
-    if name is None:
+    path = decoder_path(files, channels)
+    if path is None:
         return None
-    path = files.model_path(FOLDER, name)
     decoder = _load_decoder(path, path.stat().st_mtime_ns)
     if decoder is not None and decoder.config.latent_channels != channels:
         _warn(f"{path} is for latents of {decoder.config.latent_channels} channels, not of {channels}")
         return None
     return decoder
+
+
+def decoder_path(files: ModelFiles, channels: int) -> Path | None:
+    """The file of the tiny autoencoder for latents of so many channels; None when there is none."""
+    names = files.list_files(FOLDER)
+    wanted = [NAMES.get(channels, "") + ending for ending in ENDINGS]
+    name = next((name for each in wanted for name in names if Path(name).name == each), None)
+    return None if name is None else files.model_path(FOLDER, name)
 
 
 def for_editor(previewer: Any, comfyuis_own: bool, tiny: Previewer, latents: Tensor, side: int) -> tuple | None:

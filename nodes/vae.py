@@ -5,21 +5,26 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wan_core import catalog
-from wan_core.decode import VaeHandle
-from wan_core.loading.load import adopt, describe_weights
+from wan_core.decode import DECODERS, VaeHandle
+from wan_core.loading.detect import Component
+from wan_core.loading.load import adopt, describe_weights, inspect
 from wan_core.media import frames_to_pixels, pixels_to_frames
-from wan_core.models.config import Geometry
+from wan_core.model_files import load_preview_decoder
+from wan_core.models.config import Geometry, PreviewDecoderConfig
+from wan_core.models.preview_decoder import NAMES
 from wan_core.models.vae import WanVAE, denormalise, normalise
-from wan_core.planning.modules import SizedModule, published_component
+from wan_core.planning.modules import SizedModule, published_component, published_tiny
 from wan_core.runtime import DTYPES, log
 from wan_core.tiling import AUTO, Tiles, TileSettings
 from wan_core.types import Conditioning, LatentSize
 
 from . import host, planning, sockets
 from .loaders import choose_dtype
+from .previews import FOLDER, decoder_path
 
 
 def _crop(frames: Tensor, geometry: Geometry) -> Tensor:
@@ -100,6 +105,49 @@ def working_vae(vae: WanVAE, tiles: Tiles) -> Iterator[VaeHandle]:
     here.register_weights(vae)
 
 
+def decoding_component(channels: int) -> tuple[Component, str]:
+    """The tiny autoencoder for latents of so many channels as its header says, and nothing; or as published, and its
+    name, where it is not among the model files.
+
+    Raises:
+        ValueError: the file is broken, or for other latents.
+    """
+    path = decoder_path(host.current, channels)
+    if path is None:
+        return published_tiny(channels), f"{FOLDER}/{NAMES[channels]}.safetensors"
+    component = inspect(path, "preview_decoder")
+    given = component.config_of(PreviewDecoderConfig).latent_channels
+    if given != channels:
+        raise ValueError(f"{path} decodes latents of {given} channels, not of {channels}; replace it by the file that "
+                         f"madebyollin/taehv calls so.")  # fmt: skip
+    return component, ""
+
+
+@contextmanager
+def working_decoder(vae: WanVAE, decoder: str, tiles: Tiles) -> Iterator[VaeHandle]:
+    """As `working_vae`, with the tiny autoencoder in place of the VAE where `decoder` says so.
+
+    Raises:
+        ValueError: its file is missing or cannot be used.
+    """
+    if decoder == DECODERS[0]:
+        with working_vae(vae, tiles) as handle:
+            yield handle
+        return
+    component, absent = decoding_component(vae.config.latent_channels)
+    if absent:
+        raise ValueError(NO_TINY.format(absent))
+    tiny, here = load_preview_decoder(component.header.files[0]), host.current
+    log.info("Decoded by %s: an approximation.", component.name)
+    yield VaeHandle(vae=tiny, runtime=here.runtime(tiny.dtype), tiles=tiles, memory=here.memory_settings())
+
+
+NO_TINY = (
+    "decoder taew2 needs {} in the models folder, from madebyollin/taehv (or Kijai/WanVideo_comfy); put it there, or "
+    "set decoder to vae."
+)
+
+
 class VAEDecode(Tiled):
     """Latents to frames."""
 
@@ -117,26 +165,62 @@ class VAEDecode(Tiled):
                 "vae": sockets.socket(sockets.VAE, "From the VAE loader."),
                 "latent": sockets.socket("LATENT", "Raw Wan latents, from the sampler or ComfyUI's own nodes."),
             },
-            "optional": sockets.tile_inputs(),
+            "optional": {
+                **sockets.tile_inputs(),
+                "decoder": sockets.choice(
+                    list(DECODERS),
+                    DECODERS[0],
+                    "taew2: by the tiny autoencoder (taew2_1, or taew2_2 for the 5B models) in models/vae_approx, in a "
+                    "fraction of the time and memory. An approximation: fine textures are lost.",
+                ),
+            },
         }
 
     @classmethod
-    def plan_outputs(cls, vae: Any, latent: Any, **tiles: Any) -> tuple[Any]:
+    def VALIDATE_INPUTS(
+        cls,
+        tiled: bool | None = False,
+        tile_height: int | None = TileSettings.size[0],
+        tile_width: int | None = TileSettings.size[1],
+        stride_height: int | None = TileSettings.stride[0],
+        stride_width: int | None = TileSettings.stride[1],
+        decoder: str | None = None,
+    ) -> bool | str:
+        # The host leaves the list to whoever names the input here.
+        if decoder not in (None, *DECODERS):
+            return f"Value not in list: decoder: {decoder!r:.80} is none of {', '.join(DECODERS)}."
+        # Which of them is only known with the VAE; without any, it is told before the sampler works.
+        if decoder == "taew2" and not any(decoder_path(host.current, channels) for channels in NAMES):
+            return NO_TINY.format(" or ".join(f"{FOLDER}/{name}.safetensors" for name in NAMES.values()))
+        return super().VALIDATE_INPUTS(tiled, tile_height, tile_width, stride_height, stride_width)
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The tiny autoencoders know the latents of the published VAEs, and not those of the bundled ones."""
+        return {"decoder": DECODERS[0]} if "decoder" in inputs else {}
+
+    @classmethod
+    def plan_outputs(cls, vae: Any, latent: Any, decoder: Any = DECODERS[0], **tiles: Any) -> tuple[Any]:
         if not isinstance(vae, SizedModule) or not isinstance(latent, planning.PlannedRun):
             return (planning.Unknown("VAE Decode"),)
         chosen = {**latent.job.tiles, "decode": tile_settings(**tiles)}
-        return (planning.PlannedRun(replace(latent.job, vae=vae, decodes=True, tiles=chosen), sampled=latent),)
+        job = replace(latent.job, vae=vae, decodes=True, tiles=chosen)
+        if decoder == "taew2":
+            component, absent = decoding_component(vae.module.config.latent_channels)
+            job = replace(job, tiny_autoencoder=SizedModule.planned(component, torch.float32, absent=absent))
+        return (planning.PlannedRun(job, sampled=latent),)
 
     def decode(
         self,
         vae: WanVAE,
         latent: dict[str, Tensor],
+        decoder: str = DECODERS[0],
         **tiles: Any,
     ) -> tuple[Tensor]:
         settings = tile_settings(**tiles)
         geometry = vae.config.geometry
         latents = normalised_latents(latent, geometry)
-        with working_vae(vae, settings) as handle:
+        with working_decoder(vae, decoder, settings) as handle:
             return (pixels_to_frames(handle.decode_pieces(latents), geometry.video_frames(latents.shape[2])),)
 
 

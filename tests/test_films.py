@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests import fork_server
 from tests.reference import ALL_DITS, filled, tiny_vae_22
@@ -19,7 +20,9 @@ from wan_core.conditioning.film import Extension, extend_conditioning, keyframe_
 from wan_core.conditioning.image import Fit, LatentEncoder
 from wan_core.conditioning.inputs import VideoInputs
 from wan_core.model import VideoModel
+from wan_core.models.config import PreviewDecoderConfig
 from wan_core.models.dit import WanDiT
+from wan_core.models.preview_decoder import PreviewDecoder
 from wan_core.sampling.checkpoint import save_latents
 from wan_core.sampling.experts import Expert
 from wan_core.types import Conditioning, VideoSize
@@ -36,9 +39,9 @@ def pictures(count: int, side: int = 32, seed: int = 0) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in noise]
 
 
-def loaded(folder: Path) -> WanVideoPipeline:
+def loaded(folder: Path, *further: ModelConfig) -> WanVideoPipeline:
     configs = [ModelConfig(model_id="WanCore/tiny", origin_file_pattern=pattern) for pattern in PATTERNS]
-    return WanVideoPipeline.from_pretrained(torch.float32, "cpu", configs, local_model_path=folder)
+    return WanVideoPipeline.from_pretrained(torch.float32, "cpu", [*configs, *further], local_model_path=folder)
 
 
 def of_variant(pipeline: WanVideoPipeline, variant: str) -> WanVideoPipeline:
@@ -222,6 +225,41 @@ def test_a_film_is_a_file_too(pipe, tmp_path):
     path = save_latents(tmp_path, "film", raw, {})
     longer = pipe("t2v").extend(path, "a dog", output_type="latent", **FAST)
     assert longer.shape == (1, 16, 4, 4, 4)
+
+
+@pytest.mark.parametrize("variant", ["t2v", "ti2v_5b"])
+def test_the_tiny_autoencoder_decodes_what_is_made(pipe, variant):
+    """Calls and films take its frames in place of the VAE's; latents stay the same, and kept frames are the VAE's."""
+    pipeline = pipe(variant)
+    z, patch = (48, 2) if variant == "ti2v_5b" else (16, 1)
+    tiny = filled(PreviewDecoder, PreviewDecoderConfig(latent_channels=z, widths=(8, 6, 4, 4), patch=patch))
+    pipeline = dataclasses.replace(pipeline, models=dataclasses.replace(pipeline.models, tiny_autoencoder=tiny))
+    call = {**FAST, "height": 32, "width": 32}
+    latents = pipeline("a dog", **call, output_type="latent")
+    assert torch.equal(pipeline("a dog", **call, output_type="latent", decoder="taew2"), latents)
+    video = pipeline("a dog", **call, output_type="tensor", decoder="taew2")
+    assert torch.equal(video, tiny.decode(latents))
+    film = pictures(6)
+    plain, fast = (pipeline.extend(film, "a dog", **FAST, decoder=name) for name in ("vae", "taew2"))
+    assert len(plain) == len(fast)
+    assert all(np.array_equal(old, new) for old, new in zip(film, fast, strict=False))
+    assert not np.array_equal(plain[-1], fast[-1])
+
+
+def test_a_tiny_autoencoder_is_one_of_the_models(models, tmp_path):
+    """Loaded from its file; without it, or with the one for other latents, the choice is refused before a run."""
+    for name, channels, patch in (("taew2_1", 16, 1), ("taew2_2", 48, 2)):
+        config = PreviewDecoderConfig(latent_channels=channels, widths=(8, 6, 4, 4), patch=patch)
+        save_file(filled(PreviewDecoder, config).state_dict(), tmp_path / f"{name}.safetensors")
+    loaded_with = loaded(models, ModelConfig(path=tmp_path / "taew2_1.safetensors"))
+    call = {**FAST, "height": 32, "width": 32}
+    assert len(loaded_with("a dog", decoder="taew2", **call)) == 9
+    with pytest.raises(ValueError, match="add taew2_1 to model_configs"):
+        loaded(models)("a dog", decoder="taew2", **call)
+    with pytest.raises(ValueError, match="decoder must be one of vae, taew2"):
+        loaded_with("a dog", decoder="tiny", **call)
+    with pytest.raises(ValueError, match="latents of 48 channels, but"):
+        loaded(models, ModelConfig(path=tmp_path / "taew2_2.safetensors"))
 
 
 REFUSED = {

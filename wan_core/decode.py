@@ -9,7 +9,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .models.vae import WanVAE, fill
+from .models.pixel_decoder import PixelDecoder, fill
+from .models.vae import WanVAE
 from .planning.encoders import VaePass, choose_tiles, limit_memory, smallest_tiles, vae_peak_bytes, working_encoder
 from .runtime import OutOfMemoryError, Runtime, gigabytes, is_out_of_memory, log
 from .sampling.predictor import check_latents, check_pixels
@@ -17,20 +18,23 @@ from .settings import MemorySettings
 from .tiling import AUTO, Tiles, TileSettings
 from .types import LatentSize, VideoSize
 
+DECODERS = ("vae", "taew2")
+"""What may make frames of latents: the VAE, or a tiny autoencoder, many times as fast and an approximation."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VaeHandle:
     """A VAE with everything that a pass of it needs; a pass brings the weights to the device and releases them.
 
     Attributes:
-        vae: the autoencoder, its weights wherever they are.
+        vae: the autoencoder, its weights wherever they are; a tiny one only decodes.
         runtime: device, progress, cancellation and memory of the host.
         tiles: of the latent frame; "auto" cuts only where memory asks for it.
         memory: what may be used of the device.
         keep: leave the weights on the device for the next use.
     """
 
-    vae: WanVAE
+    vae: PixelDecoder
     runtime: Runtime
     tiles: Tiles = AUTO
     memory: MemorySettings = MemorySettings()
@@ -54,12 +58,13 @@ class VaeHandle:
             return decode(self.vae, latents, self.tiles, limit_memory(self.runtime, self.memory))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """As `encode`."""
+        """As `encode`, by a VAE."""
+        assert isinstance(self.vae, WanVAE), "a tiny autoencoder is given latents only"
         with self.working():
             return encode(self.vae, pixels, self.tiles, limit_memory(self.runtime, self.memory))
 
 
-def decode(vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None) -> Tensor:
+def decode(vae: PixelDecoder, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None) -> Tensor:
     """Normalised latents (B, z, F, h, w) to pixels (B, 3, T, H, W) in [-1, 1], float32, on the CPU: `decode_pieces` as
     one tensor. Sides are `config.upscale` times as long as those that the VAE encodes.
     """
@@ -74,7 +79,7 @@ def decode(vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget:
 
 
 def decode_pieces(
-    vae: WanVAE, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None
+    vae: PixelDecoder, latents: Tensor, tiles: Tiles, runtime: Runtime, budget: int | None = None
 ) -> Iterator[Tensor]:
     """Pixels (B, 3, t, H, W) in [-1, 1], float32, on the CPU, a few frames at a time: each piece can be written to a
     file before the next is computed, so that a long video is never in memory as a whole.
@@ -102,7 +107,7 @@ def decode_pieces(
 
 @torch.no_grad()
 def _decode_pieces(
-    vae: WanVAE, latents: Tensor, tiles: TileSettings | None, size: LatentSize, runtime: Runtime
+    vae: PixelDecoder, latents: Tensor, tiles: TileSettings | None, size: LatentSize, runtime: Runtime
 ) -> Iterator[Tensor]:
     def work(tiles: TileSettings | None) -> Iterator[Tensor]:
         return vae.decode_pieces(latents, tiles, runtime.chunks("Decoding"))
@@ -136,7 +141,7 @@ def encode(vae: WanVAE, pixels: Tensor, tiles: Tiles, runtime: Runtime, budget: 
 
 
 def _auto_tiles(
-    vae: WanVAE, size: LatentSize, batch: int, what: VaePass, runtime: Runtime, budget: int | None
+    vae: PixelDecoder, size: LatentSize, batch: int, what: VaePass, runtime: Runtime, budget: int | None
 ) -> TileSettings | None:
     """The tiles with which a pass fits in memory, after the host was asked to free some; None where the whole fits.
 

@@ -227,12 +227,13 @@ class Films(PipelineCalls):
             raise ValueError(f"A film of several clips does not take {', '.join(strange)}.")
         if resume is not None and given.get("seed") is None:
             raise ValueError("resume continues a run of the same seed; give a seed.")
-        return Call.of({**defaults, **given, **own}, self.models.video)
+        return Call.of({**defaults, **given, **own}, self.models)
 
     def _decoded(self, latents: Tensor, call: Call) -> Tensor:
         """Frames (T, H, W, 3) in [0, 1] of normalised latents."""
         vae = self._vae(call.tiles, self._runtime())
-        return pixels_to_frames(vae.decode_pieces(latents), vae.vae.config.geometry.video_frames(latents.shape[2]))
+        frames = self.models.vae.config.geometry.video_frames(latents.shape[2])
+        return pixels_to_frames(vae.decode_pieces(latents), frames)
 
     def _joined(
         self,
@@ -244,7 +245,7 @@ class Films(PipelineCalls):
         """What the call asks for of the frames `before` and of all clips, each without its first frames as numbered;
         `removed` is called at the end.
         """
-        vae = self._vae(call.tiles, self._runtime())
+        vae = self._decoder(call)
 
         def pieces() -> Iterator[Tensor]:
             for latents, dropped in clips:

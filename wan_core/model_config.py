@@ -16,7 +16,8 @@ from .loading.pairs import check_pair, with_pairs
 from .loading.paths import resolve_files
 from .loading.tensor_files import read_header
 from .model_files import DISK, Offload, find_files, has_tokenizer
-from .models.config import DiTConfig, VAEConfig
+from .models.config import DiTConfig, PreviewDecoderConfig, VAEConfig
+from .models.preview_decoder import NAMES
 from .offload.formats import choice_for_dtype
 from .runtime import usable_device
 
@@ -28,7 +29,7 @@ NEEDED = {"dit": "a DiT", "text_encoder": "a text encoder", "vae": "a VAE"}
 SECOND = {"dit": "dit2", "vace": "vace2"}
 """What the second model of a kind is called: the expert for low noise of a pair, and its VACE branch."""
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-OPTIONAL = ("image_encoder", "motion_controller", "vace", *SECOND.values())
+OPTIONAL = ("image_encoder", "motion_controller", "preview_decoder", "vace", *SECOND.values())
 
 
 @dataclass
@@ -223,7 +224,7 @@ def find_models(
 
     Raises:
         ValueError: one is missing, given twice, unknown, broken, or of no use to a pipeline, two DiTs are no pair, or
-            the VAE is another model's.
+            the VAE or the tiny autoencoder is another model's.
     """
     found: dict[str, FoundModel] = {}
     if isinstance(configs, (str, ModelConfig)) or not isinstance(configs, Sequence):
@@ -248,7 +249,18 @@ def find_models(
             raise ValueError(f"{model.component.name} ({kind}) is not one of a pipeline's models; load it afterwards.")
     _check_experts({kind: model.component for kind, model in found.items()})
     require_same_latents(found["dit"].component, found["vae"].component)
+    if "preview_decoder" in found:
+        _check_preview_decoder(found["preview_decoder"].component, found["dit"].component)
     return found
+
+
+def _check_preview_decoder(tiny: Component, dit: Component) -> None:
+    wanted, given = dit.config_of(DiTConfig).geometry, tiny.config_of(PreviewDecoderConfig).latent_channels
+    if wanted.channels != given:
+        raise ValueError(
+            f"{tiny.name} decodes latents of {given} channels, but {dit.name} makes those of {wanted.channels}. Give "
+            f"{NAMES[wanted.channels]}."
+        )
 
 
 def _check_experts(components: Mapping[str, Component]) -> None:

@@ -175,6 +175,7 @@ class WanVideoPipeline(Films):
         more_motion: bool = False,
         cache: CacheSettings | None = None,
         keyframes: Mapping[int, Pictures] | None = None,
+        decoder: str = "vae",
     ) -> list[Image.Image] | list[list[Image.Image]] | Iterator[Image.Image] | Tensor:
         """Generate a video.
 
@@ -228,11 +229,13 @@ class WanVideoPipeline(Films):
             more_motion: changes recommended few-step settings against slow motion, see docs/few-steps.md.
             keyframes: pictures by the frame that each becomes, -1 for the last one: first and last frame of
                 first-last-frame models, any frames of Fun InP, image-to-video and VACE models.
+            decoder: what makes the frames: `vae`, or `taew2`, the tiny autoencoder (taew2_1 or taew2_2 in
+                `model_configs`), in a fraction of the time and memory, as an approximation.
 
         Raises:
             ValueError: an argument is out of range, or is not one that this model can use.
         """
-        call = Call.of(locals(), self.models.video)
+        call = Call.of(locals(), self.models)
         self._check(call)
         cond = self._with_text(call.prompt, call)
         prompts = [self._with_text(text, call) for text in call.window_prompts]

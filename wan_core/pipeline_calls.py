@@ -28,14 +28,15 @@ from .conditioning.film import keyframe_inputs
 from .conditioning.image import Fit, LatentEncoder
 from .conditioning.inputs import VideoInputs, condition
 from .conditioning.text import Prompt, as_prompts, text_conditioning
-from .decode import VaeHandle
+from .decode import DECODERS, VaeHandle
 from .media import pixels_to_images
 from .media.fitting import as_frames
 from .model import VideoModel
-from .pipeline_models import PipelineModels
+from .models.preview_decoder import NAMES
+from .pipeline_models import LoadedModels, PipelineModels
 from .planning.encoders import IMAGE_ENCODER_BYTES, checked_size, working_encoder
 from .planning.encoders import text_peak_bytes as text_bytes
-from .runtime import Runtime
+from .runtime import Runtime, log
 from .sampling.checkpoint import Checkpoint, RunState
 from .sampling.experts import RunInputs
 from .settings import MemorySettings, SamplerSettings
@@ -59,6 +60,7 @@ class Call:
         start: the video to start from (T, H, W, 3).
         window_prompts: the prompts of each window, one for each video.
         progress: wraps the steps.
+        decoder: of `decode.DECODERS`.
     """
 
     model: VideoModel
@@ -73,19 +75,24 @@ class Call:
     fit: Fit | None
     output_type: str
     progress: ProgressBar | None
+    decoder: str
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any], model: VideoModel) -> "Call":
+    def of(cls, arguments: Mapping[str, Any], models: LoadedModels) -> "Call":
         """From the call's arguments by name; others, such as `self`, are ignored.
 
         Raises:
             ValueError: an argument is out of range or excludes another.
         """
-        a = dict(arguments)
+        a, model = dict(arguments), models.video
         check_choice("output_type", a["output_type"], tuple(OUTPUT_TYPES))
         output_type = OUTPUT_TYPES[a["output_type"]]
         if output_type == "stream" and len(as_prompts(a["prompt"])) > 1:
             raise ValueError("output_type 'stream' gives the frames of one video; give one prompt, or take 'pil'.")
+        check_choice("decoder", a["decoder"], DECODERS)
+        if a["decoder"] != DECODERS[0] and models.tiny_autoencoder is None:
+            name = NAMES[model.geometry.channels]
+            raise ValueError(f"decoder {a['decoder']!r} needs the tiny autoencoder: add {name} to model_configs.")
         fit, progress = a["fit"], a["progress_bar_cmd"]
         if fit is not None and not isinstance(fit, Fit):
             raise ValueError(f"fit must be a Fit (wan_core.conditioning.image); got {fit!r}.")
@@ -122,7 +129,7 @@ class Call:
             window_prompts=_prompts_of_windows(a["window_prompts"], a["prompt"], settings), inputs=inputs,
             start=None if a["input_video"] is None else as_frames(a["input_video"], "input_video"), size=size,
             settings=settings, tiles=tile_settings if truth("tiled", a["tiled"]) else AUTO, fit=fit,
-            output_type=output_type, progress=progress,
+            output_type=output_type, progress=progress, decoder=a["decoder"],
         )  # fmt: skip
 
 
@@ -189,7 +196,7 @@ class PipelineCalls(PipelineModels):
             vae = stack.enter_context(self._vae(call.tiles, self._runtime()).working())
             if self.models.image is not None and self.models.video.config.has_image_input:
                 stack.enter_context(self._at_work(self.models.image, IMAGE_ENCODER_BYTES))
-            yield LatentEncoder(vae=vae.vae, encode=vae.encode)
+            yield LatentEncoder(vae=self.models.vae, encode=vae.encode)
 
     def _sampled(
         self,
@@ -210,7 +217,7 @@ class PipelineCalls(PipelineModels):
 
     def _output(self, latents: Tensor, call: Call) -> Any:
         """Normalised latents as what the call asks for."""
-        vae = self._vae(call.tiles, self._runtime())
+        vae = self._decoder(call)
 
         def frames(video: Tensor) -> Iterator[Image.Image]:
             return chain.from_iterable(map(pixels_to_images, vae.decode_pieces(video)))
@@ -223,6 +230,15 @@ class PipelineCalls(PipelineModels):
             return vae.decode(latents)
         videos = [list(frames(video)) for video in latents.split(1)]
         return videos[0] if len(videos) == 1 else videos
+
+    def _decoder(self, call: Call) -> VaeHandle:
+        """What makes the frames that the call returns."""
+        vae = self._vae(call.tiles, self._runtime())
+        if call.decoder == DECODERS[0]:
+            return vae
+        assert self.models.tiny_autoencoder is not None, "checked by `Call.of`"
+        log.info("Decoded by the tiny autoencoder: an approximation.")
+        return replace(vae, vae=self.models.tiny_autoencoder)
 
     def _vae(self, tiles: Tiles, runtime: Runtime) -> VaeHandle:
         return VaeHandle(vae=self.models.vae, runtime=runtime, tiles=tiles, memory=self.memory)

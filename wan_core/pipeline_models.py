@@ -22,11 +22,13 @@ from .model_files import (
     experts_of,
     load_dit,
     load_image_encoder,
+    load_preview_decoder,
     load_text_encoder,
     load_vae,
     with_speed_control,
 )
 from .models.image_encoder import ImageEncoder
+from .models.preview_decoder import PreviewDecoder
 from .models.vae import WanVAE
 from .offload.weights import WeightProvider
 from .runtime import log
@@ -53,9 +55,10 @@ class LoadedModels:
     text: TextEncoder
     vae: WanVAE
     image: ImageEncoder | None = None
+    tiny_autoencoder: PreviewDecoder | None = None
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(filter(None, (*self.video.modules, self.text.model, self.vae, self.image)))
+        return iter(filter(None, (*self.video.modules, self.text.model, self.vae, self.image, self.tiny_autoencoder)))
 
     def with_new_text_weights(self) -> "LoadedModels":
         """The same models with no prompt encoded yet, for after the text encoder's weights were replaced."""
@@ -113,7 +116,8 @@ def load_models(
     if "image_encoder" in found:
         image = load_image_encoder(component["image_encoder"], dtype["image_encoder"], offload["image_encoder"])
     text = load_text_encoder(component["text_encoder"], tokenizer, dtype["text_encoder"], offload["text_encoder"])
-    models = LoadedModels(video, text, load_vae(component["vae"], dtype["vae"], offload["vae"]), image)
+    tiny = load_preview_decoder(component["preview_decoder"].header.files[0]) if "preview_decoder" in found else None
+    models = LoadedModels(video, text, load_vae(component["vae"], dtype["vae"], offload["vae"]), image, tiny)
     return _with_given_weights(models, found)
 
 

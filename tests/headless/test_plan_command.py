@@ -67,6 +67,18 @@ def test_published_models_are_planned_without_their_files(capsys):
     assert "  - Wan-AI/Wan2.1-T2V-14B/diffusion_pytorch_model*.safetensors" in out
 
 
+@pytest.mark.parametrize("name", ["t2v_14b", "ti2v_5b"])
+def test_the_tiny_autoencoder_is_planned_in_place_of_the_vae(capsys, name):
+    """It takes a part of the memory, and its file is named where it is not on this machine."""
+    file = ROOT / "workflows" / "api" / f"{name}.json"
+    whole, tiny = (planned(capsys, file, "--vram", 80, *sets) for sets in ((), ("--set", "Decode.decoder=taew2")))
+    before, after = (plans["plans"][0]["phases"][-1] for plans in (whole, tiny))
+    assert (before["name"], after["name"]) == ("VAE decoding", "decoding by the tiny autoencoder")
+    assert after["peak_bytes"] < before["peak_bytes"] / 2
+    channels = {"t2v_14b": 1, "ti2v_5b": 2}[name]
+    assert f"vae_approx/taew2_{channels}.safetensors" in tiny["absent"]
+
+
 def test_a_training_is_planned_by_count_with_what_makes_it_fit(capsys):
     file = ROOT / "workflows" / "api" / "train_lora_t2v.json"
     (train,) = (k for k, v in json.loads(file.read_text()).items() if v["class_type"] == "WanCoreTrainLora")

@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from tests.reference import filled, load_case
+from wan_core.decode import VaeHandle
 from wan_core.loading.tensor_files import CheckpointError
 from wan_core.model_files import load_preview_decoder
 from wan_core.models.config import PreviewDecoderConfig
 from wan_core.models.preview_decoder import PreviewDecoder
+from wan_core.runtime import Runtime
+from wan_core.tiling import TileSettings
 
 SMALL = PreviewDecoderConfig(widths=(8, 6, 4, 4))
 PUBLISHED = "WANCORE_TAEHV"
@@ -37,6 +40,29 @@ def test_equals_the_published_code():
     assert pictures.shape == (4, 3, 32, 48)
     assert ((pictures > 0) & (pictures < 1)).float().mean() > 0.3
     assert torch.allclose(pictures, case["pictures"], atol=1e-5)
+    video = decoder.decode(case["latents"][None])
+    assert video.shape == (1, 3, 13, 32, 48)
+    frames = (video[0].movedim(0, 1) + 1) / 2
+    assert torch.allclose(frames[:5], case["frames"], atol=1e-5)
+    assert torch.allclose(frames[::4], case["pictures"], atol=1e-5)
+
+
+def test_a_whole_video_comes_in_pieces_batches_and_tiles():
+    """As that of a VAE: one frame and then four, every video as if alone, and tiles that cover it as the whole."""
+    decoder, batch = filled(PreviewDecoder, SMALL), torch.stack((latents(3), latents(3).flip(1)))
+    pieces = list(decoder.decode_pieces(batch))
+    whole = torch.cat(pieces, 2)
+    assert [piece.shape[2] for piece in pieces] == [1, 4, 4]
+    assert whole.min() >= -1
+    assert whole.max() <= 1
+    assert torch.allclose(torch.cat([decoder.decode(video[None]) for video in batch]), whole, atol=1e-6)
+    tiles = TileSettings(size=(3, 6), stride=(2, 6))
+    runtime = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+    handle = VaeHandle(vae=decoder, runtime=runtime, tiles=tiles)
+    assert handle.decode(batch).shape == whole.shape
+    assert not torch.equal(handle.decode(batch), whole)
+    covering = dataclasses.replace(handle, tiles=TileSettings(size=(4, 6), stride=(4, 6)))
+    assert torch.equal(covering.decode(batch), whole)
 
 
 def test_equals_the_published_code_with_its_own_weights():

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tests import fork_server
 from tests.disks import full_disk
 from tests.nodes.running import outputs
-from tests.reference import relative_error
+from tests.reference import relative_error, tiny_vae, tiny_vae_22
 from wan_core import bundled, catalog
 from wan_core.cache_settings import EasyCacheSettings, FirstBlockSettings, MagCacheSettings, TeaCacheSettings
 from wan_core.media import probe
@@ -378,6 +378,23 @@ def test_latents_of_48_channels_have_a_tiny_autoencoder_of_their_own(red, caplog
     assert picture.size == (48, 32) and find_decoder(host.current, 16).config.latent_channels == 16
     red.file.replace(red.file.with_name("taew2_2.safetensors"))
     assert find_decoder(host.current, 48) is None and "is for latents of 16 channels, not of 48" in caplog.text
+
+
+def test_the_tiny_autoencoder_decodes_in_the_graph(loaded, red, caplog):
+    """In place of the VAE, told as approximate; without its file the graph is refused before it runs."""
+    decode = NODE_CLASS_MAPPINGS["WanCoreVAEDecode"]
+    host.configure(device="cpu", models_dir=red.models)
+    vae, latent = tiny_vae(), {"samples": torch.randn(1, 16, 3, 4, 4)}
+    assert decode.VALIDATE_INPUTS(decoder="taew2") is True
+    with caplog.at_level("INFO", "wancore"):
+        (frames,) = outputs("WanCoreVAEDecode", vae=vae, latent=latent, decoder="taew2")
+    assert torch.equal(frames, torch.tensor([1.0, 0, 0]).expand(9, 32, 32, 3))
+    assert "taew2_1.safetensors: an approximation" in caplog.text
+    with pytest.raises(ValueError, match="vae_approx/taew2_2"):
+        outputs("WanCoreVAEDecode", vae=tiny_vae_22(), latent={"samples": torch.randn(1, 48, 1, 2, 2)}, decoder="taew2")
+    red.file.unlink()
+    assert "taew2_1.safetensors or" in decode.VALIDATE_INPUTS(decoder="taew2")
+    assert "Value not in list" in decode.VALIDATE_INPUTS(decoder="fast")
 
 
 def test_the_command_decodes_kept_latents(loaded, tmp_path):

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 
-from tests.reference import tiny_vae, tiny_vae_22
-from wan_core.models.config import WAN_22, VAEConfig
+from tests.reference import filled, tiny_vae, tiny_vae_22
+from wan_core.models.config import WAN_22, PreviewDecoderConfig, VAEConfig
+from wan_core.models.preview_decoder import PreviewDecoder
+from wan_core.models.vae import WanVAE
 from wan_core.planning import encoders
 from wan_core.planning.encoders import (
     LEAST_STRIP,
@@ -63,10 +65,17 @@ def test_the_numbers_of_the_published_size_of_wan_22():
     assert in_8_gb is None and choose_tiles(REAL_22, BF16, size, 4e9).size == (44, 44)
 
 
-@pytest.mark.parametrize("what", PASSES)
-@pytest.mark.parametrize("make", [tiny_vae, tiny_vae_22])
-def test_the_count_is_what_a_real_pass_allocates(what, make):
-    model = make().use_channels_last()
+def tiny_autoencoder() -> PreviewDecoder:
+    return filled(PreviewDecoder, PreviewDecoderConfig(widths=(16, 12, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [*((make, what) for make in (tiny_vae, tiny_vae_22) for what in PASSES), (tiny_autoencoder, "decode")],
+)
+def test_the_count_is_what_a_real_pass_allocates(make, what):
+    model = make()
+    model = model.use_channels_last() if isinstance(model, WanVAE) else model
     size = LatentSize(3, 8, 12, model.config.geometry)
     stride = model.config.pixel_stride(what)
     source = torch.randn(1, model.config.latent_channels, *size.shape)

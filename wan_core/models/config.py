@@ -4,7 +4,7 @@ field of which can be read from tensor names and shapes alone.
 
 from dataclasses import dataclass, field, replace
 from math import lcm
-from typing import Literal
+from typing import ClassVar, Literal
 
 HEAD_DIM = 128
 """Attention head width of every published Wan DiT; the head count is not stored in the file, so it follows from this.
@@ -259,6 +259,15 @@ class PreviewDecoderConfig:
     latent_channels: int = WAN_21.channels
     widths: tuple[int, int, int, int] = (256, 128, 64, 64)
     patch: int = 1
+    upscale: ClassVar[int] = 1
+
+    @property
+    def geometry(self) -> Geometry:
+        return GEOMETRIES[self.latent_channels]
+
+    def pixel_stride(self, what: Literal["encode", "decode"]) -> int:
+        """Pixels per latent cell and side: three stages double them, and `patch` unfolds them."""
+        return 8 * self.patch
 
 
 @dataclass(frozen=True, kw_only=True)

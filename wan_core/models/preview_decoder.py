@@ -13,6 +13,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import PreviewDecoderConfig
+from .pixel_decoder import PixelDecoder
+
+NAMES = {16: "taew2_1", 48: "taew2_2"}
+"""The published files, without the ending, by the channels of a latent."""
 
 Memory = dict[nn.Module, Tensor]
 """The last input frame of each block, for one pass over one video."""
@@ -60,12 +64,14 @@ class TimeGrowth(nn.Module):
         return rearrange(self.conv(x), "b (stride c) h w -> (b stride) c h w", c=width)
 
 
-class PreviewDecoder(nn.Module):
+class PreviewDecoder(PixelDecoder):
     """The published decoder. A preview is one picture per latent frame: the last of the four frames that it stands for.
 
     Nothing after the last growth in time remembers a frame, so for a preview the other three are not computed there,
-    and change nothing.
+    and change nothing. `decode` and `decode_pieces` give the whole video in place of the VAE, as an approximation.
     """
+
+    config: PreviewDecoderConfig
 
     def __init__(self, config: PreviewDecoderConfig) -> None:
         super().__init__()
@@ -94,11 +100,27 @@ class PreviewDecoder(nn.Module):
             pictures.append(x)
         return F.pixel_shuffle(torch.cat(pictures[context:]), self.config.patch).clamp_(0, 1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        weight = self.decoder[1].weight
+        assert isinstance(weight, Tensor), "of the first convolution"
+        return weight
+
     @torch.no_grad()
-    def video(self, latents: Tensor) -> Iterator[Tensor]:
-        """All frames of normalised latents (z, F, h, w), as pixels (t, 3, 8h, 8w) in [0, 1], `patch` times as large:
-        one of the first latent frame, as of the VAE, and four of each after it.
+    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+        """All frames of normalised latents (B, z, F, h, w), as pixels (B, 3, t, 8h, 8w) in [-1, 1], `patch` times as
+        large, on the decoder's device: one of the first latent frame, as of the VAE, and four of each after it.
         """
+        latents = latents.to(self._weight)
+        for chunks in zip(*map(self._frames, latents), strict=True):
+            yield torch.stack([chunk.movedim(0, 1) for chunk in chunks]).clamp_(0, 1).mul_(2).sub_(1)
+
+    def _frames(self, latents: Tensor) -> Iterator[Tensor]:
+        """The frames (t, 3, H, W) of each latent frame of one video (z, F, h, w)."""
         memory: Memory = {}
         for number, x in enumerate(latents.transpose(0, 1).split(1)):
             for layer in self.decoder:
@@ -107,5 +129,4 @@ class PreviewDecoder(nn.Module):
                 else:
                     x = layer(x, whole=True) if isinstance(layer, TimeGrowth) else layer(x)
             # The published code drops what comes before the last frame of the first group.
-            frames = x if number else x[-1:]
-            yield F.pixel_shuffle(frames, self.config.patch).clamp_(0, 1)
+            yield F.pixel_shuffle(x if number else x[-1:], self.config.patch)

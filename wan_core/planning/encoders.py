@@ -4,14 +4,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..media.fitting import SIZE_RULES, SizeRule, size_by_rule
-from ..models.config import Geometry, TextEncoderConfig, VAEConfig
+from ..models.config import Geometry, PreviewDecoderConfig, TextEncoderConfig, VAEConfig
 from ..models.ops import on_meta
+from ..models.preview_decoder import PreviewDecoder
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..offload.blocks import installed_ram, used_bytes
@@ -41,6 +42,9 @@ def text_peak_bytes(config: TextEncoderConfig, dtype: torch.dtype, tokens: int =
 
 VaePass = Literal["decode", "encode"]
 
+DecoderConfig = VAEConfig | PreviewDecoderConfig
+"""Of what decodes: a VAE, or the tiny autoencoder in its place."""
+
 WORKSPACE_BYTES = 256 * 2**20
 """Allowance beside the counted tensors, of any size: cuBLAS keeps up to 32 MiB for itself, cuDNN's implicit-GEMM
 convolutions of channels-last tensors ask for some tens, and the caching allocator rounds blocks of this size up to
@@ -69,7 +73,7 @@ _SAMPLE_SIDE = 32
 
 
 def vae_peak_bytes(
-    config: VAEConfig,
+    config: DecoderConfig,
     dtype: torch.dtype,
     size: LatentSize,
     tiles: TileSettings | None = None,
@@ -90,18 +94,21 @@ def vae_peak_bytes(
 
 
 @cache
-def _bytes_per_cell(config: VAEConfig, dtype: torch.dtype, frames: int, what: VaePass) -> float:
+def _bytes_per_cell(config: DecoderConfig, dtype: torch.dtype, frames: int, what: VaePass) -> float:
     size = LatentSize(frames, _SAMPLE_SIDE, _SAMPLE_SIDE, config.geometry)
     return count_vae_bytes(config, dtype, size, what) / _SAMPLE_SIDE**2
 
 
-def count_vae_bytes(config: VAEConfig, dtype: torch.dtype, size: LatentSize, what: VaePass) -> int:
+def count_vae_bytes(config: DecoderConfig, dtype: torch.dtype, size: LatentSize, what: VaePass) -> int:
     """Peak bytes of the tensors of one untiled pass, by running it on the meta device."""
     frames, height, width = size.shape
     geometry = config.geometry
     stride = geometry.spatial_stride
     with on_meta():
-        vae = WanVAE(config).requires_grad_(False).to(dtype).use_channels_last()
+        vae: Any = (
+            PreviewDecoder(config) if isinstance(config, PreviewDecoderConfig) else WanVAE(config).use_channels_last()
+        )
+        vae.requires_grad_(False).to(dtype)
         latents = torch.empty(1, config.latent_channels, frames, height, width)
         video = torch.empty(1, 3, geometry.video_frames(frames), stride * height, stride * width)
     passes: dict[VaePass, Callable[[], Iterator[Tensor]]] = {
@@ -115,7 +122,7 @@ def count_vae_bytes(config: VAEConfig, dtype: torch.dtype, size: LatentSize, wha
 
 
 def choose_tiles(
-    config: VAEConfig,
+    config: DecoderConfig,
     dtype: torch.dtype,
     size: LatentSize,
     budget_bytes: float,

@@ -12,6 +12,8 @@ from torch import nn
 from ..models.config import TEXT_TOKENS, DiTConfig
 from ..models.image_encoder import ImageEncoder
 from ..models.layers import MotionController
+from ..models.pixel_decoder import PixelDecoder
+from ..models.preview_decoder import PreviewDecoder
 from ..models.text_encoder import UMT5Encoder
 from ..models.vae import WanVAE
 from ..offload.blocks import weight_bytes
@@ -62,7 +64,7 @@ class Job:
         cond: conditioning of the run; None stands for tensors of the sizes that `given` says.
         text_encoder, image_encoder, vae: None where a phase is not part of the run.
         tiles: how the VAE encodes and decodes.
-        decodes: whether the VAE decodes the result.
+        decodes: whether the VAE decodes the result, or the tiny autoencoder where there is one.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Job:
     vae: SizedModule[WanVAE] | None = None
     tiles: Mapping[VaePass, Tiles] = field(default_factory=lambda: {"encode": "auto", "decode": "auto"})
     decodes: bool = True
+    tiny_autoencoder: SizedModule[PreviewDecoder] | None = None
 
     @property
     def config(self) -> DiTConfig:
@@ -92,6 +95,11 @@ class Job:
         shares = model.shares(build_solver(settings).timesteps, range(settings.start_step, settings.last_step))
         return tuple(sorted({number for number, _ in shares}))
 
+    @property
+    def decoder(self) -> SizedModule[PixelDecoder] | None:
+        """What decodes the result; None where nothing does."""
+        return (self.tiny_autoencoder or self.vae) if self.decodes else None
+
     def named(self, what: str, expert: int) -> str:
         """`what` with the number of the expert, counted from 1, where there are several."""
         return what if len(self.experts) == 1 else f"{what}, expert {expert + 1}"
@@ -105,6 +113,7 @@ class Job:
             "text encoder": self.text_encoder,
             "image encoder": self.image_encoder,
             "VAE": self.vae,
+            "tiny autoencoder": self.tiny_autoencoder,
         }
         return {role: module for role, module in modules.items() if module is not None}
 
@@ -193,9 +202,10 @@ def plan_whole(job: Job, limit: float | None) -> WholePlan:
         *_encoding(job, limit),
         *(_sampling_phase(job.named("sampling", number), plan, limit) for number, plan in sampling.items()),
     ]
-    if job.vae is not None and job.decodes:
-        resident = weight_bytes(job.vae.module)
-        phases.append(_vae_phase("VAE decoding", job, job.vae, "decode", job.size.latent, resident, limit))
+    if job.decoder is not None:
+        name = "VAE decoding" if job.decoder is job.vae else "decoding by the tiny autoencoder"
+        resident = weight_bytes(job.decoder.module)
+        phases.append(_vae_phase(name, job, job.decoder, "decode", job.size.latent, resident, limit))
     unused = {job.named("video model", number) for number in range(len(job.experts)) if number not in sampling}
     files = {role: each.file_bytes for role, each in job.modules.items() if each.file_bytes and role not in unused}
     ram = {role: size for role, size in _ram(job, cond).items() if role not in unused}
@@ -300,7 +310,13 @@ def _phase(
 
 
 def _vae_phase(
-    name: str, job: Job, part: SizedModule[WanVAE], what: VaePass, size: LatentSize, resident: int, limit: float | None
+    name: str,
+    job: Job,
+    part: SizedModule[PixelDecoder],
+    what: VaePass,
+    size: LatentSize,
+    resident: int,
+    limit: float | None,
 ) -> Phase:
     """A pass of the VAE beside `resident` bytes of weights; "auto" tiles are chosen as `decode` chooses them."""
     vae, tiles = part.module, job.tiles[what]
@@ -329,9 +345,9 @@ def _ram(job: Job, cond: Conditioning) -> dict[str, int]:
     """Bytes of host memory by what they hold: weights between uses, frames of the video, tensors of a step cache."""
     ram = {role: module.ram_bytes for role, module in job.modules.items()}
     pixels = 3 * job.size.num_frames * job.size.height * job.size.width * torch.float32.itemsize
-    if job.vae is not None and job.decodes:
-        # The VAE's output, and a copy of it as frames of an IMAGE.
-        ram["frames of the video"] = 2 * pixels * job.vae.module.config.upscale**2
+    if job.decoder is not None:
+        # The decoder's output, and a copy of it as frames of an IMAGE.
+        ram["frames of the video"] = 2 * pixels * job.decoder.module.config.upscale**2
     if job.settings.cache is not None and job.settings.cache.residual_on_cpu:
         per_token = job.config.dim * job.experts[0].module.dtype.itemsize
         ram["step cache"] = job.settings.guidance.branches * job.size.latent.tokens * per_token

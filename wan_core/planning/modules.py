@@ -14,9 +14,18 @@ from ..loading.load import CLASSES, build
 from ..loading.names import ModelKind
 from ..loading.tensor_files import Header, TensorInfo
 from ..lora.apply import LoraUse
-from ..models.config import WAN_22, ImageEncoderConfig, MotionControllerConfig, TextEncoderConfig, VAEConfig
+from ..models.config import (
+    GEOMETRIES,
+    WAN_22,
+    ImageEncoderConfig,
+    MotionControllerConfig,
+    PreviewDecoderConfig,
+    TextEncoderConfig,
+    VAEConfig,
+)
 from ..models.dit import WanDiT
 from ..models.ops import on_meta
+from ..models.preview_decoder import NAMES
 from ..offload.blocks import weights_of
 from ..offload.formats import WeightChoice
 from ..offload.quant import QuantisedLinear, big_linears, quantise
@@ -150,6 +159,12 @@ def published_component(kind: ModelKind, model_id: str) -> Component:
     if model_id in (catalog.TINY, catalog.TINY_TI2V):
         return _unread(kind, tiny, Path(model_id, file), torch.float32)
     return _unread(kind, config, Path(model_id, file))
+
+
+def published_tiny(channels: int) -> Component:
+    """The tiny autoencoder of that name as published, for latents of so many channels."""
+    config = PreviewDecoderConfig(latent_channels=channels, patch=GEOMETRIES[channels].spatial_stride // 8)
+    return _unread("preview_decoder", config, Path(f"{NAMES[channels]}.safetensors"), torch.float32)
 
 
 def _unread(kind: ModelKind, config: Any, file: Path, dtype: torch.dtype = torch.bfloat16) -> Component:
