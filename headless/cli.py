@@ -15,7 +15,6 @@ from types import FrameType
 from wan_core import catalog
 from wan_core.decode import DECODERS
 from wan_core.media import FPS
-from wan_core.recommend import AUTO, CHOICES
 from wan_core.runtime import Cancelled
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
@@ -33,7 +32,15 @@ from .file_commands import (
     lora,
 )
 from .folders import Folders, workflow_file
-from .overrides import apply_measure, apply_sets, apply_tiny, apply_to_samplers, expand_prefixes, typed_values
+from .overrides import (
+    RECOMMENDED_ARGUMENTS,
+    apply_measure,
+    apply_recommended,
+    apply_sets,
+    apply_tiny,
+    expand_prefixes,
+    typed_values,
+)
 from .plan import PLAN_ARGUMENTS, plan
 from .progress import Progress
 from .runner import Event, RunResult, run
@@ -76,12 +83,7 @@ RUN_ARGUMENTS: Arguments = {
     },
     "--server": {"metavar": "URL", "help": "run on this ComfyUI server instead, such as http://127.0.0.1:8188"},
     "--tiny": {"action": "store_true", "help": "use the bundled models, with their sizes, steps and prompt"},
-    "--recommended": {
-        "choices": CHOICES,
-        "help": "every sampler takes the steps, cfg, shift, solver and noise levels that the authors of its distilled "
-        "LoRA or its model publish (auto), or those of the named few-step weights",
-    },
-    "--more-motion": {"action": "store_true", "help": "with --recommended, against the slow motion of few steps"},
+    **RECOMMENDED_ARGUMENTS,
     "--device": {
         "choices": ("auto", "cpu", "cuda", "mps"),
         "help": "where models compute in this process (default: auto)",
@@ -213,9 +215,8 @@ def _run(arguments: argparse.Namespace) -> int:
     nodes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
     if arguments.tiny:
         workflows = [apply_tiny(workflow, nodes) for workflow in workflows]
-    if arguments.recommended or arguments.more_motion:
-        chosen = {"recommended": arguments.recommended or AUTO, "more_motion": arguments.more_motion}
-        workflows = [apply_to_samplers(workflow, chosen, nodes) for workflow in workflows]
+    chosen = (arguments.recommended, arguments.more_motion)
+    workflows = [apply_recommended(workflow, *chosen, nodes) for workflow in workflows]
     if arguments.measure:
         workflows = [apply_measure(workflow) for workflow in workflows]
     if arguments.server:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
+from wan_core.recommend import AUTO, CHOICES
+
 from .schema import InputSpec, NodeSchema, finite_float
 from .workflow import Link, NodeSpec, Workflow, WorkflowError, nearest
 
@@ -29,6 +31,29 @@ def apply_tiny(workflow: Workflow, nodes: Mapping[str, type[Any]]) -> Workflow:
     if not changed:
         raise WorkflowError("--tiny: no node of this workflow has a tiny form; leave --tiny out.")
     return workflow.with_all({node.id: nodes[node.class_type].tiny(prompt[node.id]["inputs"]) for node in changed})
+
+
+RECOMMENDED_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "--recommended": {
+        "choices": CHOICES,
+        "help": "every sampler takes the steps, cfg, shift, solver and noise levels that the authors of its distilled "
+        "LoRA or its model publish (auto), or those of the named few-step weights",
+    },
+    "--more-motion": {"action": "store_true", "help": "with --recommended, against the slow motion of few steps"},
+}
+
+
+def apply_recommended(
+    workflow: Workflow, recommended: str | None, more_motion: bool, nodes: Mapping[str, type[Any]]
+) -> Workflow:
+    """The workflow as `RECOMMENDED_ARGUMENTS` ask for.
+
+    Raises:
+        WorkflowError: it has no sampler.
+    """
+    if not recommended and not more_motion:
+        return workflow
+    return apply_to_samplers(workflow, {"recommended": recommended or AUTO, "more_motion": more_motion}, nodes)
 
 
 def apply_to_samplers(workflow: Workflow, values: Mapping[str, Any], nodes: Mapping[str, type[Any]]) -> Workflow:

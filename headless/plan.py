@@ -16,7 +16,7 @@ from ..nodes import NODE_CLASS_MAPPINGS, host
 from ..nodes.planning import PlanError, PlannedRun, PlannedTraining, Unknown
 from .core_nodes import core_nodes
 from .folders import Folders, workflow_file
-from .overrides import apply_sets, apply_tiny
+from .overrides import RECOMMENDED_ARGUMENTS, apply_recommended, apply_sets, apply_tiny
 from .schema import NodeSchema, dependency_order, schemas_of
 from .workflow import Link, NodeSpec, Workflow, WorkflowError, needed_nodes
 
@@ -39,6 +39,7 @@ PLAN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
         "default": [],
         "help": "override an input, as for run",
     },
+    **RECOMMENDED_ARGUMENTS,
     "--tiny": {"action": "store_true", "help": "plan for the bundled models, with their sizes, steps and prompt"},
     "--json": {"action": "store_true", "help": "print JSON, sizes in bytes"},
 }
@@ -57,6 +58,7 @@ def plan(arguments: argparse.Namespace) -> tuple[str, bool]:
     workflow = Workflow.load(arguments.file)
     if arguments.tiny:
         workflow = apply_tiny(workflow, nodes)
+    workflow = apply_recommended(workflow, arguments.recommended, arguments.more_motion, nodes)
     schemas = schemas_of(nodes)
     jobs, trainings = planned_runs(apply_sets(workflow, arguments.sets, schemas), nodes, schemas)
     absent = list(dict.fromkeys(part.absent for job in jobs for part in job.modules.values() if part.absent))

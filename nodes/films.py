@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wan_core.conditioning.film import KEPT_FRAMES, Extension, extend_conditioning, keyframe_inputs
+from wan_core.conditioning.film import KEPT_FRAMES, Extension, extend_conditioning, film_sides, keyframe_inputs
 from wan_core.conditioning.image import Fit
 from wan_core.conditioning.inputs import VideoInputs, condition
 from wan_core.media import pixels_to_frames
@@ -197,8 +197,7 @@ def _sides(images: Tensor | None, film: Tensor | None, width: int, height: int, 
         stride = geometry.spatial_stride
         return film.shape[4] * stride, film.shape[3] * stride
     assert images is not None, "a film is images or latents"
-    multiple = geometry.side_multiple
-    down, across = (max(1, side // multiple) * multiple for side in images.shape[1:3])
+    across, down = (width, height) if width and height else film_sides(images, geometry)
     return width or across, height or down
 
 

@@ -267,6 +267,7 @@ REFUSED = {
     "no clip": ("t2v", {"clips": 0}, "clips must be a whole number"),
     "nothing new": ("t2v", {"keep_frames": 9}, "leaves nothing of a clip of 9"),
     "too short": ("t2v", {"film": pictures(3)}, "has 3 frames, and each clip takes over 5"),
+    "tiny": ("t2v", {"film": pictures(6, 15)}, "sides of at least 16 pixels; got 15x15"),
     "few latents": ("t2v", {"film": torch.zeros(1, 16, 1, 4, 4)}, "has 1 latent frames"),
     "windows": ("t2v", {"sliding_window_size": 3}, "does not take sliding_window_size"),
     "no seed": ("t2v", {"seed": None, "resume": "here"}, "give a seed"),

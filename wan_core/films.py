@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .conditioning.film import Extension, extend_conditioning
+from .conditioning.film import Extension, extend_conditioning, film_sides
 from .conditioning.image import Fit
 from .media import VideoData, frames_to_pixels, pixels_to_frames, pixels_to_images
 from .media.fitting import Pictures, as_frames, fit_size
@@ -56,11 +56,7 @@ class _Source:
         frames: Any = VideoData(film) if isinstance(film, (str, Path)) else film
         if not isinstance(frames, VideoData):
             frames = as_frames(frames, "film")
-        first = as_frames(frames[0], "film")
-        multiple = geometry.side_multiple
-        height, width = (side // multiple * multiple for side in first.shape[1:3])
-        if not width or not height:
-            raise ValueError(f"A film has sides of at least {multiple} pixels; got {first.shape[2]}x{first.shape[1]}.")
+        width, height = film_sides(as_frames(frames[0], "film"), geometry)
         return cls(frames=frames, latents=None, width=width, height=height)
 
     @property

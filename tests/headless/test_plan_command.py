@@ -67,6 +67,17 @@ def test_published_models_are_planned_without_their_files(capsys):
     assert "  - Wan-AI/Wan2.1-T2V-14B/diffusion_pytorch_model*.safetensors" in out
 
 
+def test_a_plan_takes_recommended_settings_as_a_run_does(capsys):
+    """Without guidance there is one branch, and nothing is kept of the other."""
+    file = ROOT / "workflows" / "api" / "t2v_14b.json"
+    whole, fast = (planned(capsys, file, "--vram", 80, *flags) for flags in ((), ("--recommended", "LightX2V 2.1")))
+    peaks = [next(p["peak_bytes"] for p in plans["plans"][0]["phases"] if p["name"] == "sampling")
+             for plans in (whole, fast)]  # fmt: skip
+    assert peaks[1] < peaks[0]
+    assert plan(file, "--more-motion", "--set", "Sampler.solver=euler") == 2
+    assert "more_motion changes the recommended settings of few-step weights" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["t2v_14b", "ti2v_5b"])
 def test_the_tiny_autoencoder_is_planned_in_place_of_the_vae(capsys, name):
     """It takes a part of the memory, and its file is named where it is not on this machine."""

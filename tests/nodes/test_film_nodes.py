@@ -70,6 +70,8 @@ def test_a_film_comes_as_images_or_as_latents():
             "keep_frames": 5}  # fmt: skip
     with pytest.raises(ValueError, match="as images or as latent, and not both"):
         outputs("WanCoreExtend", **call)
+    with pytest.raises(ValueError, match="sides of at least 16 pixels; got 40x15"):
+        outputs("WanCoreExtend", images=torch.rand(9, 15, 40, 3), **call)
     latent = {"samples": denormalise(torch.randn(1, 16, 3, 4, 4), SMALL["t2v"].geometry)}
     with pytest.raises(ValueError, match="not both"):
         outputs("WanCoreExtend", images=torch.rand(9, 32, 32, 3), latent=latent, **call)

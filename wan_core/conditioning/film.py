@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..media.fitting import fit_size
+from ..models.config import Geometry
 from ..models.image_encoder import ImageEncoder
 from ..types import Conditioning, Continuation, VideoSize, map_tensors, tensors_in
 from ..variants import IMAGE, Variant
@@ -135,6 +136,18 @@ class Extension:
                 f"The film has {len(frames)} frames, and each clip takes over {self.kept_frames}; lower keep_frames."
             )
         return fit_size(frames[-self.kept_frames :], self.clip.width, self.clip.height, fit.aspect)
+
+
+def film_sides(frames: Tensor, geometry: Geometry) -> tuple[int, int]:
+    """Width and height of clips that continue frames (T, H, W, 3): theirs, cropped to what the model can make.
+
+    Raises:
+        ValueError: they are smaller than the smallest video.
+    """
+    multiple, (height, width) = geometry.side_multiple, frames.shape[1:3]
+    if width < multiple or height < multiple:
+        raise ValueError(f"A film has sides of at least {multiple} pixels; got {width}x{height}.")
+    return width // multiple * multiple, height // multiple * multiple
 
 
 def extend_conditioning(
