@@ -14,8 +14,10 @@ PATIENCE = 600.0
 """Seconds after which something counts as hanging."""
 
 
-def wait_for(look: Callable[[], T], process: subprocess.Popen[str] | None = None) -> T:
-    """What `look` gives, as soon as that is true; `process` is what it waits for, and must not end before."""
+def wait_for(look: Callable[[], T], process: subprocess.Popen[str] | None = None, every: float = 0.02) -> T:
+    """What `look` gives, as soon as that is true; `process` is what it waits for, and must not end before. `every` is
+    the pause between two looks, in seconds.
+    """
     end = time.monotonic() + PATIENCE
     while True:
         ended = process is not None and process.poll() is not None
@@ -25,7 +27,7 @@ def wait_for(look: Callable[[], T], process: subprocess.Popen[str] | None = None
             raise AssertionError(f"the program ended with {process.returncode}: {_output(process)}")
         if time.monotonic() > end:
             raise AssertionError(f"did not happen in {PATIENCE:.0f} s: {look}")
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 def _output(process: subprocess.Popen[str]) -> str:

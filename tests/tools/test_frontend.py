@@ -116,9 +116,9 @@ def test_a_workflow_of_wan_22_runs_in_its_tiny_form(name, editor, comfy_server):
         values,
     )
     editor.page.get_by_role("button", name="Run", exact=True).first.click()
-    wait_for(lambda: set(comfy_server.base.rglob("output/**/*.mp4")) - before)
+    wait_for(lambda: set(comfy_server.base.rglob("output/**/*.mp4")) - before, every=0.5)
     running = "async () => (await (await fetch('/queue')).json()).queue_running.length"
-    wait_for(lambda: editor.page.evaluate(running) == 0)
+    wait_for(lambda: editor.page.evaluate(running) == 0, every=0.5)
     assert editor.new_errors() == []
 
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .kernels import Operation
-from .ops import has_fused_rms_norm, may_overwrite, onednn_has, rms_norm
+from .convolution import conv2d, conv3d, enlarge
+from .ops import has_fused_rms_norm, may_overwrite, rms_norm
 
 FeatureCache = dict[nn.Module, Tensor]
 """The state of one pass over one video: the last input frames of each causal convolution, and the summed kernels of
-`_enlarge_transposed`.
+`enlarge`.
 """
 
 PIECE = {"cpu": 2**18, "meta": 2**18}
@@ -73,32 +73,12 @@ class ChannelNorm(nn.Module):
                     return  # Each piece takes as much memory as the first, and counting them all takes seconds.
 
 
-def conv3d(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    """The convolution of x (B, C, T, H, W) by the weights of `conv`."""
-    if x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32 and onednn_has(torch.float32):
-        if may_overwrite(x, conv.weight):
-            return _CONV3D(x, conv, sizes=(*x.shape, *conv.weight.shape))
-        return _conv3d_onednn(x, conv)
-    return _conv3d_pytorch(x, conv)
-
-
-def _conv3d_onednn(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    assert not isinstance(conv.padding, str)
-    return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
-
-
-def _conv3d_pytorch(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    return F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-# For small float32 tensors PyTorch's own kernel takes 2 to 10 times as long, and its result is not channels-last.
-_CONV3D = Operation("conv3d", {"oneDNN": _conv3d_onednn, "PyTorch": _conv3d_pytorch})
-
-
 class CausalConv3d(nn.Conv3d):
     """A convolution that reads the frames before its input and none after it; before the first frame of a video are
     zeros.
     """
+
+    padding: tuple[int, int, int]
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], stride: int = 1) -> None:
         padding = (0, kernel[1] // 2, kernel[2] // 2)
@@ -147,8 +127,9 @@ class CausalConv3d(nn.Conv3d):
     def convolve(self, joined: Tensor) -> Tensor:
         """The convolution of a tensor that `joined` returned."""
         if joined.shape[2] >= self.kernel_size[0]:
-            return conv3d(joined, self)
-        return F.conv2d(joined[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:]).unsqueeze(2)
+            return conv3d(joined, self.weight, self.bias, self.padding, self.stride)
+        first = conv2d(joined[:, :, 0], self.weight[:, :, -1], self.bias, self.padding[1:], self.stride[1:])
+        return first.unsqueeze(2)
 
 
 class ResidualBlock(nn.Module):
@@ -210,7 +191,9 @@ class Downsample(nn.Module):
         self.temporal = temporal
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        x = from_frames(self.resample(to_frames(x)), x.shape[0])
+        pad, conv = self.resample
+        assert isinstance(conv, nn.Conv2d)
+        x = from_frames(conv2d(pad(to_frames(x)), conv.weight, conv.bias, (0, 0), (2, 2)), x.shape[0])
         if not self.temporal:
             return x
         # The time convolution has a stride of 2 and reaches 3 frames: of the past it needs one. A first frame passes.
@@ -218,7 +201,7 @@ class Downsample(nn.Module):
         cache[self] = x[:, :, -1:].clone()
         if past is None:
             return x
-        return conv3d(torch.cat((past, x), 2), self.time_conv)
+        return conv3d(torch.cat((past, x), 2), self.time_conv.weight, self.time_conv.bias, (0, 0, 0), (2, 1, 1))
 
 
 class Upsample(nn.Module):
@@ -237,17 +220,10 @@ class Upsample(nn.Module):
         """`shortcut` (B, C', T, H, W) is added by `add_duplicated`."""
         if self.temporal:
             x = self._double_frames(x, cache)
-        out = from_frames(self._enlarged(to_frames(x), cache), x.shape[0])
+        conv = self.resample[1]
+        assert isinstance(conv, nn.Conv2d)
+        out = from_frames(enlarge(to_frames(x), conv, cache), x.shape[0])
         return out if shortcut is None else add_duplicated(out, shortcut, 1 + self.temporal)
-
-    def _enlarged(self, frames: Tensor, cache: FeatureCache) -> Tensor:
-        """Nearest-neighbour enlargement by 2, then a 3 x 3 convolution."""
-        if frames.device.type != "cpu" or not may_overwrite(frames, *self.resample.parameters()):
-            # The two steps would hold the enlarged frames, which the memory plan of a card does not count.
-            return _enlarge_transposed(frames, self.resample, cache)
-        return _ENLARGE(
-            frames, self.resample, cache, sizes=(*frames.shape, len(self.resample.get_parameter("1.weight")))
-        )
 
     def _double_frames(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """The first frame of a video passes unchanged and is not cached: zeros stand before the second one."""
@@ -256,28 +232,6 @@ class Upsample(nn.Module):
             return x
         pairs = rearrange(self.time_conv(x, cache), "b (pair c) t h w -> b c (t pair) h w", pair=2)
         return pairs.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _enlarge_transposed(frames: Tensor, resample: nn.Sequential, cache: FeatureCache) -> Tensor:
-    """Both steps as one transposed convolution, which reads each pixel once instead of four times.
-
-    Its 4 x 4 kernel holds, for each output pixel, the sum of the taps of the 3 x 3 kernel that read the same source
-    pixel.
-    """
-    conv = resample[1]
-    assert isinstance(conv, nn.Conv2d)
-    kernel = cache.get(conv)
-    if kernel is None:
-        taps = conv.weight.float().transpose(0, 1).flip(2, 3)
-        rows = F.pad(taps, (0, 0, 0, 1)) + F.pad(taps, (0, 0, 1, 0))
-        kernel = (F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))).to(conv.weight.dtype)
-        cache[conv] = kernel = kernel.contiguous(memory_format=torch.channels_last)
-    return F.conv_transpose2d(frames, kernel, conv.bias, stride=2, padding=1)
-
-
-_ENLARGE = Operation(
-    "enlarge", {"transposed": _enlarge_transposed, "steps": lambda frames, resample, cache: resample(frames)}
-)
 
 
 def averaged(x: Tensor, time: int, space: int) -> Tensor:
