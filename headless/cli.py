@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from wan_core import catalog
-from wan_core.decode import DECODERS
-from wan_core.media import FPS
 from wan_core.runtime import Cancelled
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
@@ -31,6 +28,15 @@ from .file_commands import (
     info,
     lora,
 )
+from .film_commands import (
+    DECODE_ARGUMENTS,
+    DECODES_LIKE_RUN,
+    EXTEND_ARGUMENTS,
+    SEGMENTS_ARGUMENTS,
+    decode,
+    extend,
+    segments,
+)
 from .folders import Folders, workflow_file
 from .overrides import (
     RECOMMENDED_ARGUMENTS,
@@ -43,7 +49,7 @@ from .overrides import (
 )
 from .plan import PLAN_ARGUMENTS, plan
 from .progress import Progress
-from .runner import Event, RunResult, run
+from .runner import Event, run
 from .schema import NodeSchema, schemas_of, validate
 from .server import Server, ServerUnreachableError
 from .workflow import Workflow
@@ -100,6 +106,20 @@ RUN_ARGUMENTS: Arguments = {
         "help": "skip no step, and keep beside the model what MagCache needs to know of it, for later runs",
     },
 }
+
+
+FILM_ARGUMENTS: Arguments = {name: RUN_ARGUMENTS[name] for name in RUN_ARGUMENTS if name not in ("files", "--measure")}
+"""Those of `extend` and `segments` that are as of `run`."""
+
+NOT_CHOSEN = {
+    "sets": (),
+    "server": None,
+    "recommended": None,
+    "more_motion": False,
+    "preview_every": 0,
+    "measure": False,
+}
+"""Arguments of `run` that other commands do not have."""
 
 
 @dataclass(frozen=True)
@@ -204,11 +224,27 @@ def _fail(code: int, message: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    return _run_workflows([Workflow.load(file) for file in arguments.files], arguments)
+
+
+def _run_film(
+    build: Callable[[argparse.Namespace], tuple[Workflow, list[str]]],
+) -> Callable[[argparse.Namespace], int]:
+    """What a command executes that runs the workflow of `build`, with what was typed for it."""
+
+    def execute(arguments: argparse.Namespace) -> int:
+        workflow, typed = build(arguments)
+        chosen = {**NOT_CHOSEN, **vars(arguments)}
+        return _run_workflows([workflow], argparse.Namespace(**{**chosen, "sets": [*typed, *chosen["sets"]]}))
+
+    return execute
+
+
+def _run_workflows(workflows: list[Workflow], arguments: argparse.Namespace) -> int:
     if arguments.preview_every < 0:
         raise ValueError(f"--preview-every is a number of steps, or 0 for none; got {arguments.preview_every}.")
     if arguments.server and arguments.device:
         raise ValueError("--device holds for runs in this process; a server computes on its own device.")
-    workflows = [Workflow.load(file) for file in arguments.files]
     typed = typed_values(arguments.sets)
     folders = Folders(arguments.input, arguments.out, typed)
     on_event = (lambda _: None) if arguments.quiet else Progress().show
@@ -233,7 +269,8 @@ def _run(arguments: argparse.Namespace) -> int:
         workflows = _validate_all(workflows, known)
         results = (run(workflow, nodes, on_event=on_event, folders=folders) for workflow in workflows)
     for result in results:
-        _print_files(result)
+        for path in result.files:
+            print(path, flush=True)
     return OK
 
 
@@ -252,49 +289,6 @@ def _validate_all(workflows: Sequence[Workflow], schemas: Mapping[str, NodeSchem
     if wrong:
         raise ValueError("\n".join(dict.fromkeys(wrong)))
     return valid
-
-
-DECODE_ARGUMENTS: Arguments = {
-    "file": {"metavar": "FILE", "type": Path, "help": "a .latent file that a sampler saved"},
-    "--vae": {"default": catalog.T2V_BASE, "help": f"as the VAE loader lists it (default: {catalog.T2V_BASE})"},
-    "--fps": {"type": float, "default": float(FPS), "help": f"frames per second (default: {FPS})"},
-    "--tiled": {"action": "store_true", "help": "decode in tiles from the beginning"},
-    "--decoder": {
-        "choices": DECODERS,
-        "default": DECODERS[0],
-        "help": "taew2: by the tiny autoencoder in models/vae_approx, an approximation (default: vae)",
-    },
-    "--name": {"default": "video/wancore", "help": "name of the video below DIR (default: video/wancore)"},
-    **{flag: RUN_ARGUMENTS[flag] for flag in ("--out", "--input", "--tiny", "--device", "--quiet")},
-}
-
-
-def _decode(arguments: argparse.Namespace) -> int:
-    latents = str(arguments.file.absolute())
-    folders = Folders(arguments.input, arguments.out, frozenset([latents]))
-    on_event = (lambda _: None) if arguments.quiet else Progress().show
-    nodes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
-    chosen = {"tiled": arguments.tiled, "decoder": arguments.decoder}
-    steps = {
-        "Load latents": ("WanCoreLoadLatents", {"file": latents}),
-        "Load VAE": ("WanCoreVAELoader", {"vae": catalog.TINY if arguments.tiny else arguments.vae}),
-        "Decode": ("WanCoreVAEDecode", {"vae": ["Load VAE", 0], "latent": ["Load latents", 0], **chosen}),
-        "Create video": ("CreateVideo", {"images": ["Decode", 0], "fps": arguments.fps}),
-        "Save video": (
-            "SaveVideo",
-            {"video": ["Create video", 0], "filename_prefix": arguments.name, "format": "mp4", "codec": "h264"},
-        ),
-    }
-    prompt = {title: {"class_type": cls, "inputs": inputs} for title, (cls, inputs) in steps.items()}
-    _configure_host(arguments, on_event, [latents])
-    workflow = Workflow.from_api(prompt)
-    return _print_files(run(workflow, nodes, on_event=on_event, folders=folders))
-
-
-def _print_files(result: RunResult) -> int:
-    for path in result.files:
-        print(path, flush=True)
-    return OK
 
 
 def _configure_host(arguments: argparse.Namespace, on_event: Callable[[Event], None], typed: Iterable[str]) -> None:
@@ -339,7 +333,21 @@ COMMANDS: Mapping[str, Command] = {
         {**BATCH_ARGUMENTS, **{flag: RUN_ARGUMENTS[flag] for flag in LIKE_RUN}},
         _print_verdict(batch),
     ),
-    "decode": Command("Decode latents that a run saved into a video.", DECODE_ARGUMENTS, _decode),
+    "extend": Command(
+        "Continue a film by clips, each of which begins with the last frames of what is before it.",
+        {**EXTEND_ARGUMENTS, **FILM_ARGUMENTS},
+        _run_film(extend),
+    ),
+    "segments": Command(
+        "Make a film through a list of pictures, with a clip from each to the next.",
+        {**SEGMENTS_ARGUMENTS, **FILM_ARGUMENTS},
+        _run_film(segments),
+    ),
+    "decode": Command(
+        "Decode latents that a run saved into a video.",
+        {**DECODE_ARGUMENTS, **{flag: RUN_ARGUMENTS[flag] for flag in DECODES_LIKE_RUN}},
+        _run_film(decode),
+    ),
     "plan": Command(
         "Say what a workflow will take of the card and of host memory, from headers alone.",
         PLAN_ARGUMENTS,

@@ -87,11 +87,12 @@ class Extend(_Film):
         "Continue a film by clips, each of which begins with the last frames of what is before it, in the way that the "
         "model takes them. The sampler makes all of them, one after the other; Window Prompts gives each its prompt."
     )
-    RETURN_TYPES = (sockets.CONDITIONING, "INT")
-    RETURN_NAMES = ("conditioning", "kept_frames")
+    RETURN_TYPES = (sockets.CONDITIONING, "INT", "INT")
+    RETURN_NAMES = ("conditioning", "kept_frames", "new_frames")
     OUTPUT_TOOLTIPS = (
         "For the sampler, which gives the film's latents with the new ones; of images those of kept and new frames.",
         "How many first frames of the decoded clips are the film's own, for Join Clips. 0 where it came as latents.",
+        "New frames of each clip, for Drift Meter.",
     )
 
     @classmethod
@@ -131,7 +132,7 @@ class Extend(_Film):
         return {**sides, "clip_frames": host.TINY_SIZE["num_frames"], "keep_frames": 1 + sockets.FRAMES}
 
     @classmethod
-    def plan_outputs(cls, **inputs: Any) -> tuple[planning.PlannedConditioning, int]:
+    def plan_outputs(cls, **inputs: Any) -> tuple[planning.PlannedConditioning, int, int]:
         model = planning.require(planning.PlannedModel, "model", inputs["model"])
         width, height = inputs.get("width") or 64, inputs.get("height") or 64
         clip = VideoSize.rounded(width, height, inputs["clip_frames"], model.geometry)
@@ -144,7 +145,8 @@ class Extend(_Film):
         windows = WindowSettings(
             size=latent, stride=latent - extension.keep, mode="chain", colour_limit=extension.colour_limit
         )
-        return replace(cond, windows=windows, num_frames=extension.size.num_frames, size=size), extension.kept_frames
+        cond = replace(cond, windows=windows, num_frames=extension.size.num_frames, size=size)
+        return cond, extension.kept_frames, extension.new_frames
 
     def encode(
         self,
@@ -164,7 +166,7 @@ class Extend(_Film):
         width: int = 0,
         height: int = 0,
         **tiles: Any,
-    ) -> tuple[Conditioning, int]:
+    ) -> tuple[Conditioning, int, int]:
         if (images is None) == (latent is None):
             raise ValueError("Connect the film as images or as latent, and not both.")
         if loop and end_image is not None:
@@ -186,7 +188,8 @@ class Extend(_Film):
                 conditioning, VideoInputs(vace_reference_image=references), extension, model.variant, encoder, reader,
                 tail=tail, film=film, end=end, loop=loop, decode=decode,
             )  # fmt: skip
-        return cond.to(host.current.offload_device()), 0 if images is None else extension.kept_frames
+        kept = 0 if images is None else extension.kept_frames
+        return cond.to(host.current.offload_device()), kept, extension.new_frames
 
 
 def _sides(images: Tensor | None, film: Tensor | None, width: int, height: int, geometry: Geometry) -> tuple[int, int]:

@@ -20,9 +20,13 @@ class JoinClips:
     CATEGORY = "WanCore/long video"
     FUNCTION = "join"
     DESCRIPTION = "Join clips, or a film and the clips that continue it, without the frames that they share."
-    RETURN_TYPES = ("IMAGE", "INT")
-    RETURN_NAMES = ("images", "first_frames")
-    OUTPUT_TOOLTIPS = ("The film.", "How many frames come before the first joint, for Drift Meter.")
+    RETURN_TYPES = ("IMAGE", "INT", "INT")
+    RETURN_NAMES = ("images", "first_frames", "new_frames")
+    OUTPUT_TOOLTIPS = (
+        "The film.",
+        "How many frames come before the first joint, for Drift Meter.",
+        "New frames of each clip after Segments, for Drift Meter.",
+    )
     INPUT_IS_LIST = True
 
     @classmethod
@@ -38,11 +42,11 @@ class JoinClips:
 
     def join(
         self, images: list[Tensor], shared_frames: list[int], film: list[Tensor] | None = None
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, int, int]:
         height, width = images[0].shape[1:3]
         before = [fit_size(part, width, height, "crop") for part in film or ()]
         parts = [*before, *(clip[shared_frames[0] if number or before else 0 :] for number, clip in enumerate(images))]
-        return torch.cat(parts), len(parts[0])
+        return torch.cat(parts), len(parts[0]), len(parts[-1])
 
 
 class DriftMeter:

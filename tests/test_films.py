@@ -174,6 +174,54 @@ def test_a_film_that_is_killed_between_clips_goes_on_bit_for_bit(models, pipe, t
     assert not list((tmp_path / "kept").iterdir())
 
 
+class Stopped(Exception):
+    """What ends a run between two steps."""
+
+
+def counting(log: list[int], stop: int = 0):
+    """A progress bar that writes down each item, and raises in place of item `stop`, counted from 1 over all bars."""
+
+    def bar(numbers):
+        for number in numbers:
+            if len(log) + 1 == stop:
+                raise Stopped
+            log.append(number)
+            yield number
+
+    return bar
+
+
+UNFINISHED = {
+    "extend, in the second clip": ("vace", "extend", 1, 6, 1 + 2),
+    "extend with two experts": ("i2v_a14b", "extend", 1, 6, 1 + 2),
+    "extend, clean frames": ("ti2v_5b", "extend", 1, 3, 1 + 5),
+    "extend, saved after each clip": ("vace", "extend", None, 6, 1 + 3),
+    "extend, held": ("t2v", "extend", 2, 4, 1 + 4),
+    "segments, in the second clip": ("flf2v", "segments", 1, 6, 1 + 1 + 2),
+    "segments, saved after each clip": ("vace", "segments", None, 6, 1 + 3),
+}
+"""Variant, call, steps between saved states, the item of the progress bars that raises, and those of another call."""
+
+
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_a_film_that_ends_between_steps_goes_on_bit_for_bit(pipe, tmp_path, name):
+    """Only what was not saved is made again; what was kept is removed with the last frame."""
+    variant, what, every, stop, left = UNFINISHED[name]
+    frames = {"extend": pictures(6), "segments": pictures(3)}[what]
+    sides = {"height": 32, "width": 32} if what == "segments" else {}
+    make = functools.partial(getattr(pipe(variant), what), frames, ["a dog", "a cat"], output_type="latent",
+                             **{**FAST, "num_inference_steps": 3, **sides})  # fmt: skip
+    kept = functools.partial(make, resume=tmp_path / "kept", checkpoint_every=every)
+    with pytest.raises(Stopped):
+        kept(progress_bar_cmd=counting([], stop))
+    seen: list[int] = []
+    again, whole = kept(progress_bar_cmd=counting(seen)), make()
+    assert len(seen) == left
+    pairs = zip(again, whole, strict=True) if what == "segments" else [(again, whole)]
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert not list((tmp_path / "kept").iterdir())
+
+
 @pytest.mark.parametrize("variant", ["flf2v", "i2v", "i2v_a14b"])
 def test_keyframes_at_both_ends_are_a_start_and_an_end_image(pipe, variant):
     first, last = pictures(2)

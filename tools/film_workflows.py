@@ -101,7 +101,7 @@ def _pictures(row: CatalogRow) -> list[Step]:
 
 def _video(name: str, row: CatalogRow, *, extends: bool) -> list[Step]:
     shared = {"film": ("Film frames", 0), "shared_frames": ("Extend film", 1)} if extends else {}
-    new = row.preset.num_frames - (KEPT_FRAMES if extends else 1)
+    new = ("Extend film", 2) if extends else ("Join clips", 2)
     file = {"filename_prefix": f"video/wancore_{name}", "format": "mp4", "codec": "h264"}
     return [
         Step("Decode", "WanCoreVAEDecode", {"vae": ("Load VAE", 0), "latent": ("Sampler", 0)}),

@@ -52,13 +52,13 @@ def test_a_film_goes_on_through_the_sampler(variant):
     """From images to images: the film, and the new frames of both clips; the sampler takes size and clips from it."""
     film, vae, dit = torch.rand(7, 40, 33, 3), tiny_vae(), model(variant)
     extend = {"model": dit, "vae": vae, "clips": 2, "clip_frames": 9, "keep_frames": 5}
-    cond, kept = outputs("WanCoreExtend", conditioning=text(), images=film, **extend)
+    cond, kept, new = outputs("WanCoreExtend", conditioning=text(), images=film, **extend)
     (latent,) = outputs("WanCoreSampler", model=dit, conditioning=cond, **SAMPLER)
     (clips,) = outputs("WanCoreVAEDecode", vae=vae, latent=latent)
-    joined, first = outputs("WanCoreJoinClips", images=[clips], shared_frames=[kept], film=[film])
-    assert (kept, first) == (5, 7)
+    joined, first, _ = outputs("WanCoreJoinClips", images=[clips], shared_frames=[kept], film=[film])
+    assert (kept, new, first) == (5, 4, 7)
     assert joined.shape == (7 + 2 * 4, 32, 32, 3)
-    more, kept = outputs("WanCoreExtend", conditioning=text(), latent=latent, **extend)
+    more, kept, _ = outputs("WanCoreExtend", conditioning=text(), latent=latent, **extend)
     (longer,) = outputs("WanCoreSampler", model=dit, conditioning=more, **SAMPLER)
     assert kept == 0
     assert longer["samples"].shape[2] == latent["samples"].shape[2] + 2
@@ -107,8 +107,8 @@ def test_frames_are_numbers(words):
 
 def test_clips_join_without_what_they_share():
     clips = [torch.full((n, 8, 8, 3), n / 10) for n in (3, 4, 5)]
-    joined, first = outputs("WanCoreJoinClips", images=clips, shared_frames=[1])
-    assert (len(joined), first) == (3 + 3 + 4, 3)
+    joined, first, new = outputs("WanCoreJoinClips", images=clips, shared_frames=[1])
+    assert (len(joined), first, new) == (3 + 3 + 4, 3, 4)
 
 
 def test_the_drift_meter_shows_its_chart(tmp_path):

@@ -120,6 +120,11 @@ class Extension:
         return self.clip.geometry.video_frames(self.keep)
 
     @property
+    def new_frames(self) -> int:
+        """Frames in pixels that each clip adds."""
+        return self.clip.num_frames - self.kept_frames
+
+    @property
     def size(self) -> VideoSize:
         """Of all clips with the frames that the first one takes over."""
         latent = self.keep + self.clips * (self.clip.latent.frames - self.keep)
