@@ -6,7 +6,7 @@ progress and wakes the wait early. Without the optional package websocket-client
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import PurePosixPath
 from typing import Any
@@ -42,6 +42,10 @@ PATIENCE_SECONDS = 60.0
 """How long a server may be unreachable during a run before the run is given up."""
 
 
+class RunLostError(RuntimeError):
+    """The server is there, but no longer has the run."""
+
+
 def run_on_server(
     workflow: Workflow,
     server: Server,
@@ -49,6 +53,8 @@ def run_on_server(
     *,
     schemas: Mapping[str, NodeSchema] | None = None,
     on_event: OnEvent = lambda _: None,
+    check_cancelled: Callable[[], None] = lambda: None,
+    patience: float | None = None,
 ) -> RunResult:
     """Run a workflow on a server and fetch the files it saved into the output folder, under their names there.
 
@@ -57,14 +63,22 @@ def run_on_server(
     shipped assets, and typed paths (`Folders.typed`) from anywhere; the server stores equal files once. An interruption
     here stops the run there.
 
+    Args:
+        check_cancelled: called about once a second; what it raises ends the run.
+        patience: seconds for which the server may be unreachable while it runs the workflow; None is a minute.
+
     Raises:
         ValidationError: the workflow cannot run there; nothing has run.
         NodeError: a node failed.
         Cancelled: the run was interrupted on the server.
+        RunLostError: it was taken out of the server's queue, or the server was restarted.
         ServerUnreachableError: no server, or none any more.
     """
     known = None if schemas is None else [schemas]
-    (result,) = run_all_on_server([workflow], server, folders, schemas=known, on_event=on_event)
+    (result,) = run_all_on_server(
+        [workflow], server, folders, schemas=known, on_event=on_event, check_cancelled=check_cancelled,
+        patience=patience,
+    )  # fmt: skip
     return result
 
 
@@ -75,13 +89,15 @@ def run_all_on_server(
     *,
     schemas: Sequence[Mapping[str, NodeSchema]] | None = None,
     on_event: OnEvent = lambda _: None,
+    check_cancelled: Callable[[], None] = lambda: None,
+    patience: float | None = None,
 ) -> Iterator[RunResult]:
     """Queue several workflows at once, and yield the result of each as soon as it has finished, in their order.
 
     All are checked before the first is queued. A run that fails takes those after it out of the queue.
 
     Raises:
-        ValidationError, NodeError, Cancelled, ServerUnreachableError: as `run_on_server`.
+        ValidationError, NodeError, Cancelled, RunLostError, ServerUnreachableError: as `run_on_server`.
     """
     schemas = [server.schemas(workflow) for workflow in workflows] if schemas is None else schemas
     pairs = zip([validate(*pair) for pair in zip(workflows, schemas, strict=True)], schemas, strict=True)
@@ -92,7 +108,8 @@ def run_all_on_server(
         for workflow in ready:
             queued.ids.append(_submit(workflow, server, client_id))
         for workflow in ready:
-            record = _wait(workflow, server, socket, queued.ids[0], on_event)
+            follow = _Follower(workflow, queued.ids[0], on_event)
+            record = _wait(follow, server, socket, check_cancelled, PATIENCE_SECONDS if patience is None else patience)
             queued.ids.pop(0)
             _raise_failure(workflow, record)
             ui = record.get("outputs") or {}
@@ -222,20 +239,22 @@ class _Socket:
             self.connection = None
 
 
-def _wait(workflow: Workflow, server: Server, socket: _Socket, prompt_id: str, on_event: OnEvent) -> dict[str, Any]:
+def _wait(
+    follow: "_Follower", server: Server, socket: _Socket, check_cancelled: Callable[[], None], patience: float
+) -> dict[str, Any]:
     """The history record of the run, once it has finished."""
-    follow = _Follower(workflow, prompt_id, on_event)
     last_answer, is_over = time.monotonic(), False
     while True:
+        check_cancelled()
         try:
-            if record := server.history(prompt_id):
+            if record := server.history(follow.prompt_id):
                 if not is_over:
                     follow.until_over(socket, LATE_SECONDS)
                 return record
-            follow.place(_runs_before(server, prompt_id))
+            follow.place(_runs_before(server, follow.prompt_id))
             last_answer = time.monotonic()
         except ServerUnreachableError:
-            if time.monotonic() - last_answer > PATIENCE_SECONDS:
+            if time.monotonic() - last_answer > patience:
                 raise
         is_over = follow.until_over(socket, POLL_SECONDS)
 
@@ -244,7 +263,7 @@ def _runs_before(server: Server, prompt_id: str) -> int:
     """How many runs the server finishes before it begins this one.
 
     Raises:
-        RuntimeError: the server does not know this run.
+        RunLostError: the server does not know this run.
     """
     queue = server.queue()
     if prompt_id in queue["pending"]:
@@ -252,7 +271,7 @@ def _runs_before(server: Server, prompt_id: str) -> int:
     # It may have finished between the two requests.
     if prompt_id in queue["running"] or server.history(prompt_id):
         return 0
-    raise RuntimeError("The server no longer knows this run: it was restarted, or the run was taken out of its queue.")
+    raise RunLostError("The server no longer knows this run: it was restarted, or the run was taken out of its queue.")
 
 
 class _Follower:

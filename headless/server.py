@@ -71,6 +71,14 @@ class Server:
         """`outputs` and `status` of a finished run, None before it has finished."""
         return self._json("GET", f"history/{prompt_id}").get(prompt_id)
 
+    def versions(self) -> dict[str, str]:
+        """Of ComfyUI, Python and PyTorch there, and its first device."""
+        answer = self._json("GET", "system_stats")
+        system, devices = answer.get("system", {}), answer.get("devices") or [{}]
+        names = {"comfyui": "comfyui_version", "python": "python_version", "torch": "pytorch_version"}
+        found = {name: str(system.get(key, "unknown")) for name, key in names.items()}
+        return {**found, "device": str(devices[0].get("name", "unknown"))}
+
     def queue(self) -> dict[str, list[str]]:
         """The ids of what is `running` and what is `pending`, in the order in which it will run."""
         answer = self._json("GET", "queue")

@@ -2,21 +2,28 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from wan_core.checks import check_whole
 from wan_core.recommend import AUTO
+from wan_core.runtime import log
 
 from ...nodes import NODE_CLASS_MAPPINGS, host
 from ..core_nodes import core_nodes
 from ..folders import Folders
 from ..overrides import apply_tiny, apply_to_samplers, typed_values
 from ..schema import schemas_of
+from ..server import Server
 from ..workflow import Workflow
+from .cluster import ray_crew
 from .drive import Alone, Crew, drive
+from .fleet import fleet_crew, schemas_of_fleet
 from .jobs import Job, check_all, make_jobs, read_rows, with_shared
 from .report import Progress, lines, write_sheet, write_summary
 from .results import Results
@@ -44,6 +51,21 @@ BATCH_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
         "default": 5,
         "help": "save the state of a film every N steps, where another worker can go on (default: 5; 0: never)",
     },
+    "--workers": {
+        "metavar": "N",
+        "type": int,
+        "help": "make N films at once, with Ray (default: one for each card, or one in this process)",
+    },
+    "--address": {
+        "metavar": "ADDRESS",
+        "help": "of a Ray cluster: auto, or such as 10.0.0.1:6379; every machine sees --out and --input by these paths",
+    },
+    "--servers": {
+        "metavar": "URL",
+        "nargs": "+",
+        "default": [],
+        "help": "make the films on these ComfyUI servers, the least busy first",
+    },
     "--check": {"action": "store_true", "help": "check all jobs and say how many there are; make nothing"},
 }
 
@@ -59,16 +81,23 @@ def batch(arguments: argparse.Namespace) -> tuple[str, bool]:
         DiskFullError: there is no room for the results.
     """
     check_whole("--checkpoint-every", arguments.checkpoint_every, low=0, high=1000)
+    if arguments.servers and (arguments.workers or arguments.address or arguments.device):
+        raise ValueError("--servers compute by themselves: leave --workers, --address and --device out.")
+    if arguments.workers is not None:
+        check_whole("--workers", arguments.workers, low=1, high=10000)
     results = Results(arguments.out.absolute())
     typed = typed_values(arguments.sets)
     folders = Folders(arguments.input.absolute(), results.root, typed)
     folders.check("batch")
     host.configure(device=arguments.device, input_dir=folders.input, output_dir=results.root, typed=typed)
     nodes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
-    known = schemas_of(nodes)
+    servers, known = [Server(url) for url in arguments.servers], schemas_of(nodes)
     rows = read_rows(arguments.jobs, arguments.workflow)
     jobs, wrong = make_jobs(
-        rows, lambda workflow: _prepared(workflow, arguments, nodes), lambda _: known, arguments.sets
+        rows,
+        prepare=lambda workflow: _prepared(workflow, arguments, nodes),
+        schemas=lambda workflow: schemas_of_fleet(servers, workflow) if servers else known,
+        sets=arguments.sets,
     )
     if not arguments.skip_invalid:
         check_all(wrong)
@@ -86,7 +115,7 @@ def batch(arguments: argparse.Namespace) -> tuple[str, bool]:
     progress = Progress(left, before, {row.id: problem for row, problem in wrong}, arguments.quiet)
     settings = WorkerSettings(results.root, folders.input, arguments.device, arguments.checkpoint_every, typed)
     try:
-        with _crew(settings, progress) as crew:
+        with _crew(arguments, settings, progress) as crew:
             drive(left, crew, progress.finished)
     finally:
         # Also when the batch is interrupted, or the disk is full.
@@ -108,6 +137,14 @@ def _prepared(workflow: Workflow, arguments: argparse.Namespace, nodes: Mapping[
     return workflow
 
 
-@contextmanager
-def _crew(settings: WorkerSettings, progress: Progress) -> Iterator[Crew]:
-    yield Alone(Worker(settings, NODE_CLASS_MAPPINGS, progress.step))
+def _crew(arguments: argparse.Namespace, settings: WorkerSettings, progress: Progress) -> AbstractContextManager[Crew]:
+    """Servers, or Ray's actors where several are asked for or there are several cards and Ray; else this process."""
+    if arguments.servers:
+        return fleet_crew([Server(url) for url in arguments.servers], settings)
+    cards = 0 if arguments.device == "cpu" else torch.cuda.device_count()
+    workers = arguments.workers or (cards if find_spec("ray") else 1)
+    if cards > 1 and workers == 1 and not arguments.workers:
+        log.warning("One of %d cards is used: pip install .[batch] to use all of them.", cards)
+    if arguments.address or workers > 1:
+        return ray_crew(settings, arguments.address, arguments.workers, gpus=0 if arguments.device == "cpu" else 1)
+    return nullcontext(Alone(Worker(settings, NODE_CLASS_MAPPINGS, progress.step)))

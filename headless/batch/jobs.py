@@ -176,14 +176,14 @@ def make_jobs(
     """
 
     @cache
-    def load(name: str) -> Workflow:
-        return prepare(Workflow.load(_workflow(name)))
+    def load(name: str) -> tuple[Workflow, Mapping[str, NodeSchema]]:
+        workflow = prepare(Workflow.load(_workflow(name)))
+        return workflow, schemas(workflow)
 
     jobs, wrong = [], []
     for row in rows:
         try:
-            workflow = load(row.workflow)
-            known = schemas(workflow)
+            workflow, known = load(row.workflow)
             workflow = apply_sets(workflow, [*sets, *_sets(row, workflow)], known)
             checked = validate(workflow, known)
             jobs.append(Job(row.id, row.workflow, dict(row.values), checked.to_api(), _group(checked)))

@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from wan_core.media.pixels import to_eight_bit
 from wan_core.runtime import Cancelled
 
 from ...nodes import NODE_CLASS_MAPPINGS, host, sockets
+from ..client import RunLostError
 from ..core_nodes import core_nodes
 from ..folders import Folders
 from ..overrides import expand_prefixes
@@ -38,6 +40,9 @@ CHECKPOINTS = "Long Run of the batch"
 """The id of the node that is added to a workflow, so that a lost worker costs a few steps and not a film."""
 
 STILL = (320, 320)
+
+LONGEST_REASON = 400
+"""Letters of an error in tables."""
 
 Status = Literal["done", "before", "elsewhere", "failed", "full"]
 
@@ -75,7 +80,7 @@ def attempt(job: Job, results: Results, make: Make, worker: str) -> Outcome:
     """Claim a job, make it unless it is finished, and publish it.
 
     Raises:
-        ServerUnreachableError, Cancelled, KeyboardInterrupt: the job is as it was, and unclaimed.
+        ServerUnreachableError, RunLostError, Cancelled, KeyboardInterrupt: the job is as it was, and unclaimed.
     """
     begun, clock = time.time(), time.monotonic()
     with results.claimed(job.id) as ours:
@@ -97,10 +102,11 @@ def attempt(job: Job, results: Results, make: Make, worker: str) -> Outcome:
                     "continued": continued, "begun": _stamp(begun), "ended": _stamp(time.time()), "worker": worker,
                     "versions": made.versions, "digest": job.digest, "prompt": job.prompt,
                 })  # fmt: skip
-        except (ServerUnreachableError, Cancelled):
+        except (ServerUnreachableError, RunLostError, Cancelled):
             raise
         except Exception as error:
-            seconds, reason = time.monotonic() - clock, (str(error).strip().splitlines() or [type(error).__name__])[0]
+            seconds = time.monotonic() - clock
+            reason = shorten(str(error), LONGEST_REASON) or type(error).__name__
             if is_full(error):
                 return Outcome("full", seconds, reason)
             trace = "".join(traceback.format_exception(error))

@@ -8,7 +8,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,16 @@ def fake_comfy(nodes):
     module = _load("headless_fake_comfy", HERE / "fake_comfy.py")
     with module.served(module.FakeComfy(nodes)) as fake:
         yield fake
+
+
+@pytest.fixture
+def fake_comfies():
+    """Three such servers for the core nodes, each with the stack that closes it."""
+    module = _load("headless_fake_comfy", HERE / "fake_comfy.py")
+    stacks = [ExitStack() for _ in range(3)]
+    yield [(stack.enter_context(module.served(module.FakeComfy(core_nodes(Folders())))), stack) for stack in stacks]
+    for stack in stacks:
+        stack.close()
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "object_info": lambda: self.fake.info(urllib.parse.unquote(rest)),
                 "history": lambda: self.fake.history(rest),
                 "queue": self.fake.queue,
+                "system_stats": lambda: {"system": {"comfyui_version": "0.0"}, "devices": [{"name": "none"}]},
             }
             self._answer(200, json.dumps(answers[head]()).encode())
 
