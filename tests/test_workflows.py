@@ -277,7 +277,11 @@ def latents_of(path: Path) -> str:
         return json.loads(container.metadata["wancore"])[0]["latents"]["sha256"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+# With a LoRA that is not there a workflow is the one without it, on bundled models: one of one file and one of a pair.
+RUN = [name for name in NAMES if not name.endswith("_4step") or name in ("t2v_1.3b_4step", "t2v_a14b_4step")]
+
+
+@pytest.mark.parametrize("name", RUN)
 def test_it_runs_to_a_playable_video_which_every_input_changes(name, run_tiny):
     film = FILMS.get(name)
     video, row = run_tiny(name), published(film.model_id) if film else WORKFLOWS.get(name)

@@ -24,8 +24,9 @@ from wan_core.catalog import (
     Task,
     published,
 )
-from wan_core.distilled import recognise
+from wan_core.distilled import FewSteps, recognise
 from wan_core.loading.pairs import expand
+from wan_core.recommend import AUTO
 
 PROMPTS = {
     "t2v": "A small town at sunset, warm lights along a river, gentle camera movement, cinematic",
@@ -213,12 +214,23 @@ LIGHTX2V_T2V = link("lightx2v/Wan2.1-Distill-Loras", "wan2.1_t2v_14b_lora_rank64
 LIGHTX2V_I2V = link(
     "Kijai/WanVideo_comfy", "Lightx2v/lightx2v_I2V_14B_480p_cfg_step_distill_rank128_bf16.safetensors", "loras"
 )
+CAUSVID = link("Kijai/WanVideo_comfy", "Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32.safetensors", "loras")
+TURBO = link("Kijai/WanVideo_comfy", "LoRAs/Wan22-Turbo/Wan22_TI2V_5B_Turbo_lora_rank_64_fp16.safetensors", "loras")
 FOUR_STEP = {
+    "t2v_1.3b": CAUSVID,
+    "vace_1.3b": CAUSVID,
     "t2v_14b": LIGHTX2V_T2V,
     "i2v_480p": LIGHTX2V_I2V,
+    "i2v_720p": LIGHTX2V_I2V,
+    "flf2v_720p": LIGHTX2V_I2V,
+    "fun_v1.1_inp_14b": LIGHTX2V_I2V,
+    "fun_v1.1_control_14b": LIGHTX2V_I2V,
+    "fun_v1.1_camera_14b": LIGHTX2V_I2V,
     "vace_14b": LIGHTX2V_T2V,
+    "ti2v_5b": TURBO,
     "t2v_a14b": LIGHTNING_T2V,
     "i2v_a14b": LIGHTNING_I2V,
+    "vace_fun_a14b": LIGHTNING_T2V,
     "fun_a14b_inp": LIGHTNING_I2V,
     "fun_a14b_control": LIGHTNING_I2V,
     "fun_a14b_camera": LIGHTNING_I2V,
@@ -228,10 +240,15 @@ FOUR_STEP = {
 
 def _four_step(row: CatalogRow, lora: str) -> CatalogRow:
     """A row with the settings of its distilled LoRA."""
-    few = recognise([lora])
-    assert few is not None, f"{lora} is a row of `distilled.FEW_STEPS`"
+    few = _few_steps(lora)
     preset = replace(row.preset, steps=few.steps, cfg=few.cfg, cfg_low=None, shift=few.shift, solver=few.solver)
     return replace(row, workflow=f"{row.workflow}_4step", preset=preset)
+
+
+def _few_steps(lora: str) -> FewSteps:
+    few = recognise([lora])
+    assert few is not None, f"{lora} is a row of `distilled.FEW_STEPS`"
+    return few
 
 
 _BY_WORKFLOW = {row.workflow: row for row in CATALOG}
@@ -261,6 +278,9 @@ def describe(name: str) -> Graph:
     model = "Speed control" if controlled else "Load LoRA" if name in LORAS else "Load model"
     links = {"model": (model, 0), "conditioning": source}
     settings = {**recommended(row), **size}
+    if name in LORAS and _few_steps(FOUR_STEP[name.removesuffix("_4step")]["url"]).sigmas is not None:
+        # No widget holds a list of noise levels.
+        settings["recommended"] = AUTO
     stages = [
         Stage("Models", [*loaders(row), *_lora(name)]),
         Stage("Prompt", [encode]),

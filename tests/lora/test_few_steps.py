@@ -38,6 +38,7 @@ PUBLISHED = {
     "Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16.safetensors": "FastWan",
     "FastWan2.1-T2V-1.3B-Diffusers/diffusion_pytorch_model.safetensors": "FastWan",
     "Wan2_2-TI2V-5B-Turbo_fp16.safetensors": "5B Turbo",
+    "Wan22_TI2V_5B_Turbo_lora_rank_64_fp16.safetensors": "5B Turbo",
     "self_forcing_dmd.pt": "Self-Forcing",
     "Wan2.1-T2V-14B-Q4_K_M.gguf": None,
     "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": None,
