@@ -168,9 +168,9 @@ def test_both_forms_are_the_same_workflow(name):
     assert len(set(titles.values())) == len(titles), "a shell names nodes by them"
 
 
-def loaded(name: str, classes: dict[str, type], weights: Path) -> Workflow:
-    """A workflow in its tiny form; one that shows what the shell has trained gets `weights`."""
-    workflow = apply_tiny(Workflow.load(FOLDER / "api" / f"{name}.json"), classes)
+def loaded(name: str, classes: dict[str, type], weights: Path, file: Path | None = None) -> Workflow:
+    """A workflow in its tiny form, or that in `file`; one that shows what the shell has trained gets `weights`."""
+    workflow = apply_tiny(Workflow.load(file or FOLDER / "api" / f"{name}.json"), classes)
     return with_inputs(workflow, "Trained weights", {"weights": str(weights)}) if name in VALIDATIONS else workflow
 
 
@@ -230,11 +230,11 @@ def run_tiny(models, weights, tmp_path, monkeypatch):
     """Runs a shipped workflow on tiny models with changes {title: {input: value}}; returns the video's path."""
     monkeypatch.setattr(sys, "executable", fork_server.python())  # which trains
 
-    def execute(name: str, changes: dict[str, dict] | None = None) -> Path:
+    def execute(name: str, changes: dict[str, dict] | None = None, file: Path | None = None) -> Path:
         host.configure(device="cpu", models_dir=models, output_dir=tmp_path / "out")
         folders = Folders(tmp_path / "in", tmp_path / "out")
         nodes = {**core_nodes(folders), **NODE_CLASS_MAPPINGS}
-        workflow = loaded(name, nodes, weights.get(name))
+        workflow = loaded(name, nodes, weights.get(name), file)
         for title, given in {"Sampler": {"steps": 2, "cfg": 1.5}, **(changes or {})}.items():
             workflow = with_inputs(workflow, title, given)
         return run(workflow, nodes, folders=folders, on_event=lambda _: None).files[-1]
@@ -296,7 +296,15 @@ def test_it_runs_to_a_playable_video_which_every_input_changes(name, run_tiny):
 FIRST_RELEASE = ROOT / "tests" / "data" / "first_release"
 
 
-@pytest.mark.parametrize("name", ["t2v", "i2v_480p", "vace_1.3b"])
+KEPT = ["t2v", "i2v_480p", "vace_1.3b"]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_workflow_of_the_first_release_gives_the_same_latents(name, run_tiny):
+    assert latents_of(run_tiny(name, file=FIRST_RELEASE / f"{name}.api.json")) == latents_of(run_tiny(name))
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_a_workflow_of_the_first_release_is_valid_and_means_the_same(name):
     """Its saved values land in the widgets that they were saved from, and its links in the inputs of those names."""
     old = json.loads((FIRST_RELEASE / f"{name}.json").read_text(encoding="utf-8"))
