@@ -114,6 +114,16 @@ class Loader:
         }
 
     @classmethod
+    def stand_ins(cls) -> dict[str, str]:
+        """The bundled model in place of each published one; the editor lists that of the chosen model only."""
+        return {name: cls.tiny({cls.INPUT: name})[cls.INPUT] for name in cls.ROWS if name not in BUNDLED}
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of the bundled model that takes the place of `inputs`."""
+        return {cls.INPUT: catalog.TINY, "download": False}
+
+    @classmethod
     def shared_inputs(cls, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """The drop-down list, and the widgets that follow the loader's own."""
         kind, options = sockets.choice(
@@ -121,7 +131,7 @@ class Loader:
             next(iter(cls.ROWS)),
             f"{what}: a published model (looked for under models/<org>/<repo>), or a file in models/{cls.FOLDER}.",
         )
-        listed = kind, {**options, "wancore_labels": cls.labels()}
+        listed = kind, {**options, "wancore_labels": cls.labels(), "wancore_tiny": cls.stand_ins()}
         dtype = sockets.choice(["auto", *DTYPES], "auto", "Data type to compute in. auto: bf16 where the card has it.")
         download = sockets.flag(False, "Fetch a published model from ModelScope when it is not on this machine.")
         return {cls.INPUT: listed}, {"dtype": dtype, "download": download}
@@ -165,10 +175,10 @@ class Loader:
         """What to do where the files of the published model `name` are not on this machine."""
         fitting = cls.fitting(name)
         own = f" {fitting[0]} in models/{cls.FOLDER} would fit: choose it in {cls.INPUT}." if fitting else ""
-        tiny = next(row for row in cls.ROWS if row in BUNDLED)
+        tiny = cls.stand_ins()[name]
         return (
-            f"{own} Set download to true, an advanced input of this node, to fetch it; or choose {tiny} in every "
-            "loader to try the graph without files."
+            f"{own} Set download to true, an advanced input of this node, to fetch it; or choose {tiny} here, and "
+            "the WanCore/tiny model in the other loaders, to try the graph without files."
         )
 
     @classmethod
@@ -258,11 +268,6 @@ class EncoderLoader(Loader):
     @classmethod
     def IS_CHANGED(cls, download: bool = False, **inputs: Any) -> str:
         return cls.fingerprint(inputs[cls.INPUT], download)
-
-    @classmethod
-    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The bundled model."""
-        return {cls.INPUT: catalog.TINY, "download": False}
 
 
 def tokenizer_folder(text_encoder: Component, download: bool) -> Path | None:

@@ -82,7 +82,13 @@ class Sampler:
                 "shift": sockets.number(
                     5.0, 0.01, 100.0, "Moves the schedule towards high noise: 3 for image to video at 480p, 5 usually."
                 ),
-                "solver": sockets.choice(list(SOLVERS), "euler", "How a step is taken."),
+                "solver": sockets.choice(
+                    list(SOLVERS),
+                    "euler",
+                    "How a step is taken. unipc or dpm++: the authors' choice for 20 steps and more; euler: simple, and "
+                    "right for Lightning; lcm: for LightX2V 2.1, Self-Forcing and FastWan; res_multistep: from 6 steps "
+                    "on; heun: two evaluations a step. euler_ancestral, dpm++_sde and er_sde add fresh noise.",
+                ),
                 "width": sockets.whole(832, sockets.SIDE, sockets.MAX_SIDE, rounded, step=sockets.SIDE),
                 "height": sockets.whole(480, sockets.SIDE, sockets.MAX_SIDE, rounded, step=sockets.SIDE),
                 "num_frames": sockets.whole(

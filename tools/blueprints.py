@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pack import NAME, ROOT
-from tools import workflow_texts
+from tools import film_workflows, workflow_texts
 from tools.graph import to_ui
 from tools.workflows import core_classes, version
 from wancore.nodes import NODE_CLASS_MAPPINGS
@@ -22,6 +22,7 @@ BLUEPRINTS: dict[str, tuple[str, str]] = {
     "flf2v_720p": ("First last frame to video (Wan)", "首尾帧生视频"),
     "fun_a14b_control": ("Control video (Wan)", "控制视频"),
     "vace_14b": ("VACE (Wan)", "视频编辑"),
+    "extend_ti2v_5b": ("Extend a clip (Wan)", "续写影片"),
 }
 """Workflow to the name of its blueprint, in English and in Chinese."""
 
@@ -30,7 +31,13 @@ CATEGORY = "Video generation and editing/WanCore"
 OUTSIDE = ("prompt", "width", "height", "num_frames")
 """Widgets that become inputs of the blueprint; several of one name become one."""
 
+OF_FILMS = ("prompts", "clips", "clip_frames")
+"""The same of a film that goes on: its frames have their size."""
+
 SOURCES, SINKS = ("LoadImage", "LoadVideo", "GetVideoComponents"), ("SaveVideo", "MarkdownNote")
+LEFT_OUT = ("WanCoreDriftMeter",)
+"""Nodes whose charts a user of one node does not see."""
+
 INPUT, OUTPUT = -10, -20
 """The ids of the places in a subgraph where its inputs begin and its outputs end."""
 
@@ -41,24 +48,26 @@ SLOT = 20
 def blueprint(name: str) -> dict[str, Any]:
     """The blueprint of the workflow called `name`, in the editor's format."""
     title = " ".join(BLUEPRINTS[name])
-    graph = workflow_texts.describe(name)
+    is_film = name in film_workflows.FILMS
+    graph = (film_workflows if is_film else workflow_texts).describe(name)
     whole = to_ui(graph, {**core_classes(), **NODE_CLASS_MAPPINGS}, NAME, version())
-    return _Inside(title, whole).wrapped()
+    return _Inside(title, whole, OF_FILMS if is_film else OUTSIDE).wrapped()
 
 
 class _Inside:
     """A workflow while its sources and sinks become inputs and outputs."""
 
-    def __init__(self, title: str, whole: dict[str, Any]) -> None:
-        self.title, self.whole = title, whole
-        self.nodes = {n["id"]: n for n in whole["nodes"] if n["type"] not in (*SOURCES, *SINKS)}
+    def __init__(self, title: str, whole: dict[str, Any], outside: tuple[str, ...]) -> None:
+        self.title, self.whole, self.outside = title, whole, outside
+        left_out = {n["id"] for n in whole["nodes"] if n["type"] in LEFT_OUT}
+        self.nodes = {n["id"]: n for n in whole["nodes"] if n["type"] not in (*SOURCES, *SINKS, *LEFT_OUT)}
         outer = {n["id"]: n for n in whole["nodes"] if n["type"] in SOURCES}
         self.links: list[dict[str, Any]] = []
         self.inputs: dict[str, dict[str, Any]] = {}
         self.outputs: list[dict[str, Any]] = []
         for link_id, source, output, target, slot, kind in whole["links"]:
             if target not in self.nodes:
-                if source in self.nodes:
+                if target not in left_out and source in self.nodes:
                     self._give(self.nodes[source]["outputs"][output], source, output, kind)
                 continue
             into = self.nodes[target]["inputs"][slot]
@@ -68,7 +77,7 @@ class _Inside:
                 self._take(self._source_name(outer, source), kind, target, slot, into)
         for node in self.nodes.values():
             for slot, entry in enumerate(node["inputs"]):
-                if entry["name"] in OUTSIDE and entry.get("widget") and entry["link"] is None:
+                if entry["name"] in self.outside and entry.get("widget") and entry["link"] is None:
                     self._take(entry["name"], entry["type"], node["id"], slot, entry)
 
     def _source_name(self, outer: Mapping[int, dict[str, Any]], source: int) -> str:
@@ -131,7 +140,7 @@ class _Inside:
             for number, each in enumerate(slots):
                 each["pos"] = [x + 100, number * SLOT]
         sampler = next(node for node in self.nodes.values() if node["type"] == "WanCoreSampler")
-        widgets = [name for name in self.inputs if name in OUTSIDE]
+        widgets = [name for name in self.inputs if name in self.outside]
         own_id = self._uuid("subgraph")
         seed = [[str(sampler["id"]), "seed"], [str(sampler["id"]), "control_after_generate"]]
         node = {

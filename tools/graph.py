@@ -31,7 +31,9 @@ COLOURS = {
     "Video": ("#222", "#444"),
 }
 """Title bar and body of a stage's nodes, from the editor's own palette; the body's colour is also the group's."""
-COLUMN_STEP, ROW_GAP, GROUP_MARGIN, GROUP_TITLE = 380, 40, 20, 50
+COLUMN_GAP, ROW_GAP, GROUP_MARGIN, GROUP_TITLE = 60, 40, 20, 50
+WIDTHS = {"Models": 480}
+"""Width of the nodes of a stage whose choices are longer than `NODE_WIDTH`: names of models with what a download is."""
 TITLED = ("LoadImage", "LoadVideo", "PreviewImage")
 """Nodes whose title says what they load or show, as there may be several."""
 TOP_BAR = 190
@@ -131,7 +133,11 @@ class _Layout:
 
     def workflow(self) -> dict[str, Any]:
         note = self._note(len(self.ids) + 1)
-        groups = [self._column(i, stage) for i, stage in enumerate(self.graph.stages)]
+        groups, left = [], 0
+        for number, stage in enumerate(self.graph.stages, 1):
+            width = WIDTHS.get(stage.title, NODE_WIDTH)
+            groups.append(self._column(number, stage, left, width))
+            left += width + COLUMN_GAP
         self._connect()
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.pack}/{self.graph.name}")),
@@ -142,7 +148,7 @@ class _Layout:
             "links": self.links,
             "groups": groups,
             "config": {},
-            "extra": {"ds": {"scale": 0.8, "offset": [COLUMN_STEP + 80, TOP_BAR]}},
+            "extra": {"ds": {"scale": 0.8, "offset": [NODE_WIDTH + COLUMN_GAP + 80, TOP_BAR]}},
             "version": 0.4,
         }
 
@@ -151,7 +157,7 @@ class _Layout:
             "id": node_id,
             "type": "MarkdownNote",
             "title": both("About this workflow"),
-            "pos": [-COLUMN_STEP, 0],
+            "pos": [-NODE_WIDTH - COLUMN_GAP, 0],
             "size": [NODE_WIDTH, 320],
             "flags": {},
             "order": 0,
@@ -164,22 +170,22 @@ class _Layout:
             "bgcolor": "#653",
         }
 
-    def _column(self, index: int, stage: Stage) -> dict[str, Any]:
-        x, y = index * COLUMN_STEP, 0
+    def _column(self, number: int, stage: Stage, left: int, width: int) -> dict[str, Any]:
+        y = 0
         for step in stage.steps:
-            node = self._node(step, [x, y], *COLOURS[stage.title])
+            node = self._node(step, [left, y], width, *COLOURS[stage.title])
             self.nodes[step.title] = node
             y += node["size"][1] + TITLE_HEIGHT + ROW_GAP
-        top, width = -GROUP_TITLE - TITLE_HEIGHT, NODE_WIDTH + 2 * GROUP_MARGIN
+        top = -GROUP_TITLE - TITLE_HEIGHT
         return {
-            "id": index + 1,
+            "id": number,
             "title": both(stage.title),
-            "bounding": [x - GROUP_MARGIN, top, width, y - top],
+            "bounding": [left - GROUP_MARGIN, top, width + 2 * GROUP_MARGIN, y - top],
             "color": COLOURS[stage.title][1],
             "flags": {},
         }
 
-    def _node(self, step: Step, position: list[int], color: str, bgcolor: str) -> dict[str, Any]:
+    def _node(self, step: Step, position: list[int], width: int, color: str, bgcolor: str) -> dict[str, Any]:
         cls = self.classes[step.class_type]
         sockets, widgets, values = [], [], []
         height = PADDING + PREVIEW_HEIGHTS.get(step.class_type, 0)
@@ -213,7 +219,7 @@ class _Layout:
             # A node without a title of its own has its name in the user's language.
             **({"title": both(step.title)} if step.class_type in TITLED else {}),
             "pos": position,
-            "size": [NODE_WIDTH, height],
+            "size": [width, height],
             "flags": {},
             "order": self.ids[step.title],
             "mode": 0,

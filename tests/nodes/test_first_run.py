@@ -31,6 +31,7 @@ def test_lists_begin_with_what_is_on_this_disk(models):
     kind, options = loader.INPUT_TYPES()["required"]["vae"]
     assert kind == [catalog.T2V_BASE, catalog.TI2V_BASE, catalog.TINY, catalog.TINY_TI2V]
     assert options["wancore_labels"][catalog.T2V_BASE] == f"{catalog.T2V_BASE} (download, 0.5 GB)"
+    assert options["wancore_tiny"] == {catalog.T2V_BASE: catalog.TINY, catalog.TI2V_BASE: catalog.TINY_TI2V}
     published = models / catalog.TI2V_BASE / catalog.VAE_22_PATTERN
     published.parent.mkdir(parents=True)
     own = models / "vae" / "my_vae.safetensors"

@@ -1,5 +1,6 @@
 """A browser on a real ComfyUI with this pack."""
 
+import contextlib
 import os
 import shutil
 import time
@@ -50,6 +51,8 @@ class Editor:
         """Open the editor; errors that it shows before any workflow is opened are its own, or its server's."""
         self.page.goto(self.url, wait_until="domcontentloaded", timeout=START_MS)
         self.page.wait_for_function(READY, timeout=START_MS)
+        with contextlib.suppress(Exception):  # a page that goes on loading is used as it is
+            self.page.wait_for_load_state("networkidle", timeout=START_MS)
         time.sleep(2)
         self.page.keyboard.press("Escape")
         self.known |= set(self.errors)

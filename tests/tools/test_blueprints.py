@@ -17,6 +17,7 @@ PICTURES = {
     "i2v_a14b": {"Start image 首帧"},
     "flf2v_720p": {"Start image 首帧", "End image 尾帧"},
     "fun_a14b_control": {"Control video 控制视频", "Reference image 参考图"},
+    "extend_ti2v_5b": {"Film 影片"},
     "vace_14b": {"Source video 源视频", "Mask video 遮罩视频", "Reference image 参考图"},
 }
 
@@ -32,7 +33,8 @@ def test_only_what_most_people_change_is_outside(name):
     (outer,), (inner,) = whole["nodes"], whole["definitions"]["subgraphs"]
     assert outer["type"] == inner["id"]
     given = {entry["name"] for entry in outer["inputs"]}
-    assert given == {"prompt", "width", "height", "num_frames"} | PICTURES[name]
+    outside = blueprints.OF_FILMS if name.startswith("extend") else blueprints.OUTSIDE
+    assert given == {*outside} | PICTURES[name]
     assert [entry["type"] for entry in outer["outputs"]] == ["VIDEO"]
     assert [widget for _, widget in outer["properties"]["proxyWidgets"][-2:]] == ["seed", "control_after_generate"]
 

@@ -89,19 +89,21 @@ def test_a_workflow_runs_by_a_click_and_shows_its_video(editor):
     editor.page.get_by_role("button", name="Run", exact=True).first.click()
     shown = "[...document.querySelectorAll('video')].find(v => v.src.includes('wancore_t2v') && v.readyState > 1)"
     size = f"() => {{ const video = {shown}; return video && [video.videoWidth, video.videoHeight] }}"
-    assert wait_for(lambda: editor.page.evaluate(size)) == [96, 64]
+    assert wait_for(lambda: editor.page.evaluate(size), every=0.2) == [96, 64]
     editor.picture("t2v_graph")
 
 
 @pytest.mark.parametrize("name", OF_22)
 def test_a_workflow_of_wan_22_runs_in_its_tiny_form(name, editor, comfy_server):
-    """The graph as it is shipped, with the values of `--tiny` in its widgets, run by a click."""
+    """The graph as it is shipped, with the values of `--tiny` in its widgets and two steps, run by a click."""
     classes = {**core_nodes(Folders()), **NODE_CLASS_MAPPINGS}
     tiny = apply_tiny(Workflow.load(ROOT / "workflows" / "api" / f"{name}.json"), classes)
     values = {
         number: {key: value for key, value in node.inputs.items() if isinstance(value, (str, float, int))}
         for number, node in tiny.nodes.items()
     }
+    for inputs in values.values():
+        inputs.update({"steps": 2, "num_frames": 9} if "steps" in inputs else {})
     editor.open(load(name))
     before = set(comfy_server.base.rglob("output/**/*.mp4"))
     editor.page.evaluate(
@@ -227,18 +229,70 @@ def overlapping(rectangles: list[list]) -> list[tuple[str, str]]:
     ]
 
 
+def layouts() -> list[str]:
+    """A workflow of each layout: many differ in their values only."""
+    found = {
+        json.dumps([[node[key] for key in ("type", "pos", "size")] for node in load(n)["nodes"]]): n for n in NAMES
+    }
+    return list(found.values())
+
+
 def test_no_node_covers_another_in_either_design(design, editor):
-    for name in NAMES:
+    for name in layouts():
         workflow = load(name)
         editor.open(workflow)
-        if design and not wait_for(lambda: len(editor.page.query_selector_all("[data-node-id]")) > 1):
+        if design and not wait_for(lambda: len(editor.page.query_selector_all("[data-node-id]")) > 1, every=0.2):
             pytest.skip("this front end has one design")
         # All nodes in sight: the new design draws no others.
         editor.page.evaluate("() => { Object.assign(window.app.canvas.ds, { scale: 0.3, offset: [900, 300] }) }")
         editor.page.evaluate("() => window.app.canvas.setDirty(true, true)")
         count = len(workflow["nodes"])
-        shown = wait_for(lambda n=count: len(found := editor.page.evaluate(RECTANGLES, design)) == n and found)
+        shown = wait_for(
+            lambda n=count: len(found := editor.page.evaluate(RECTANGLES, design)) == n and found, every=0.2
+        )
         assert not overlapping(shown), name
+
+
+SHOWN = """() => window.app.graph.nodes.filter(node => node.type !== 'MarkdownNote').flatMap(node =>
+    (node.widgets ?? [])
+        .filter(w => !w.hidden && !(w.advanced ?? w.options?.advanced) && w.serialize !== false)
+        .filter(w => !['button', 'hidden'].includes(w.type) && !w.name.includes('preview'))
+        .map(w => `${node.type}.${w.name}`))"""
+"""The widgets that a graph shows before anyone asks for the advanced ones."""
+
+
+@pytest.mark.parametrize(("name", "most"), [("t2v", 20), ("i2v_480p", 22), ("i2v_480p_4step", 22)])
+def test_a_graph_shows_few_widgets(name, most, editor):
+    editor.open(load(name))
+    shown = editor.page.evaluate(SHOWN)
+    assert "WanCoreTextEncode.prompt" in shown and len(shown) <= most, shown
+
+
+def test_the_size_of_a_video_has_one_place(design, editor):
+    """A sampler behind pictures shows none, and shows it again when they are unlinked."""
+    size = ("width", "height", "num_frames")
+    sampler = """(design) => {
+        const node = window.app.graph.nodes.find(n => n.type === 'WanCoreSampler')
+        if (!design) return node.widgets.filter(w => !w.hidden).map(w => w.name)
+        return document.querySelector(`[data-node-id="${node.id}"]`)?.innerText.split('\\n')
+    }"""
+    names = [f"WanCoreSampler.{name}" for name in size]
+
+    def placed(name: str) -> bool:
+        editor.open(load(name))
+        wait_for(lambda: "steps" in (editor.page.evaluate(sampler, design) or []), every=0.2)
+        return [name in editor.page.evaluate(sampler, design) for name in size]
+
+    assert placed("t2v") == [True] * 3
+    assert placed("i2v_480p") == [False] * 3
+    assert not {*names} & {*editor.page.evaluate(SHOWN)}
+    values = {node["class_type"]: node["inputs"] for node in editor.prompt().values()}["WanCoreSampler"]
+    assert [values[name] for name in size] == [832, 480, 81], "a hidden widget keeps its value"
+    editor.page.evaluate(
+        "() => { const n = window.app.graph.nodes.find(n => n.type === 'WanCoreSampler');"
+        " n.disconnectInput(n.inputs.findIndex(i => i.name === 'conditioning')) }"
+    )
+    assert wait_for(lambda: {*names} <= {*editor.page.evaluate(SHOWN)}, every=0.2)
 
 
 def test_sockets_have_the_packs_colours(design, editor):
@@ -247,7 +301,7 @@ def test_sockets_have_the_packs_colours(design, editor):
         "() => getComputedStyle(document.documentElement).getPropertyValue('--color-datatype-WANCORE_VAE')"
         " && window.app.canvas.default_connection_color_byType.WANCORE_VAE"
     )
-    assert wait_for(lambda: editor.page.evaluate(colour)) == "#E57373"
+    assert wait_for(lambda: editor.page.evaluate(colour), every=0.2) == "#E57373"
 
 
 def test_lists_show_what_a_download_is(editor):
@@ -260,6 +314,16 @@ def test_lists_show_what_a_download_is(editor):
     value, shown, values = editor.page.evaluate(label)
     assert shown == f"{value} (download, 0.5 GB)"
     assert value in values
+
+
+@pytest.mark.parametrize(("name", "tiny"), [("t2v", "WanCore/tiny"), ("vace_1.3b", "WanCore/tiny-vace")])
+def test_a_list_shows_the_bundled_model_that_fits(name, tiny, editor):
+    editor.open(load(name))
+    values = editor.page.evaluate(
+        "() => window.app.graph.nodes.find(n => n.type === 'WanCoreModelLoader').widgets"
+        ".find(w => w.name === 'model').options.values"
+    )
+    assert [value for value in values if value.startswith("WanCore/")] == [tiny]
 
 
 def test_templates_stand_in_the_order_of_their_table(editor):
@@ -296,4 +360,4 @@ def test_a_run_says_on_its_nodes_what_the_log_says(editor):
         [LOADERS, {"steps": 2, "cfg": 1.0, "width": 96, "height": 64, "num_frames": 6, "seed": 77}],
     )
     editor.page.get_by_role("button", name="Run", exact=True).first.click()
-    assert wait_for(lambda: "Rounded up to 96x64, 9 frames" in str(said) and said)
+    assert wait_for(lambda: "Rounded up to 96x64, 9 frames" in str(said) and said, every=0.2)
