@@ -96,10 +96,14 @@ def _actors(ray: Any, settings: WorkerSettings, token: Path, workers: int | None
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cards = sum(int(machine.get("GPU", 0)) for machine in machines)
     gpus = gpus if cards else 0
+    # A head that only directs has none.
+    machines = [machine for machine in machines if machine.get("GPU" if gpus else "CPU")]
+    if not machines:
+        raise ValueError("The cluster has no machine with a core that is free for work: start one with ray start.")
     count = workers or (cards // gpus if gpus else len(machines))
     if gpus and count * gpus > cards:
         raise ValueError(f"{count} workers of {gpus} cards need {count * gpus}; the cluster has {cards}.")
-    cores = min(int(machine.get("CPU", 1)) for machine in machines)
+    cores = min(int(machine.get("CPU", 0)) for machine in machines)
     cpus = max(1, cores // -(-count // len(machines)))
 
     class FilmWorker:
