@@ -74,9 +74,18 @@ class Results:
             yield locked
 
     def finished(self, job_id: str) -> dict[str, Any] | None:
-        """The sidecar of a finished job, else None."""
+        """The sidecar of a finished job, else None.
+
+        Raises:
+            ValueError: another file has its name.
+        """
         path = self.sidecar(job_id)
-        return read_json(path, "is no sidecar of a batch") if path.is_file() else None
+        if not path.is_file():
+            return None
+        record = read_json(path, "is no sidecar of a batch", advice="Move it away.")
+        if not isinstance(record, dict):
+            raise ValueError(f"{path} is no sidecar of a batch: expected an object. Move it away.")
+        return record
 
     def failure(self, job_id: str) -> dict[str, Any] | None:
         """What is known of a job whose last attempt failed, else None."""

@@ -56,7 +56,7 @@ class Outcome:
             another driver since this batch began; `full`: there is no room for the results.
         seconds: of the attempt.
         error: why it failed, in one line.
-        continued: whether the attempt continued one that was lost.
+        continued: whether there were saved steps of an attempt that was cut off.
     """
 
     status: Status
@@ -91,7 +91,7 @@ def attempt(job: Job, results: Results, make: Make, worker: str) -> Outcome:
         work, failure = results.work(job.id), results.failure(job.id) or {}
         if failure.get("attempts", 0) > job.tried:
             return Outcome("failed", error=failure["error"])
-        continued = work.is_dir()
+        continued = any(work.rglob("unfinished_*"))
         try:
             record = results.publish_made(job.id)
             if record is None:

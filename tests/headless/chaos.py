@@ -1,7 +1,7 @@
 """`python -m tests.headless.chaos FOLDER`: a long batch on a Ray cluster of two nodes, with whatever can die dying.
 
 Cut into pieces of some minutes, each of which a driver begins and does not end: it is killed when its time is over.
-`--plain` makes the same films undisturbed in one process, and both are compared at the end of every piece.
+`--plain` makes the same films undisturbed, by several drivers of one worker each. Every piece ends with a comparison.
 """
 
 import argparse
@@ -138,8 +138,11 @@ def main() -> None:
     options = parser.parse_args()
     write_jobs(options.folder, options.jobs)
     if options.plain:
-        words = ["timeout", str(options.seconds), *command(options.folder, "plain")]
-        subprocess.run(words, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
+        words = ["timeout", str(options.seconds), *command(options.folder, "plain", "--workers", "1")]
+        with (options.folder / "plain.txt").open("a") as log:
+            drivers = [subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log) for _ in range(options.workers)]
+            for driver in drivers:
+                driver.wait()
     else:
         told = Counter()
         piece(options.folder, options.workers, options.seconds, random.Random(options.seed), told)

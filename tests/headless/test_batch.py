@@ -231,6 +231,9 @@ def test_nothing_is_overwritten_not_by_other_settings_either(place, capsys):
     assert main(words(place, [{"id": "x", "image": "b.png"}, {"id": "mine"}, {"id": "y"}])) == 2
     err = capsys.readouterr().err
     assert "x.json is of a job with other settings" in err and "mine.png exists and is no result of a batch" in err
+    (place / "out" / "y.json").write_text("[1, 2]")
+    assert main(words(place, [{"id": "y"}])) == 2
+    assert "y.json is no sidecar of a batch: expected an object. Move it away." in capsys.readouterr().err
     assert (place / "out" / "mine.png").read_bytes() == b"a picture of my own" and not (
         place / "out" / "y.png"
     ).exists()
