@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from tests import fork_server
 from tests.reference import ALL_DITS, filled, tiny_vae_22
 from tests.sampling.variants import SMALL
-from wan_core import ModelConfig, WanVideoPipeline, save_video
+from wan_core import ModelConfig, WanVideoPipeline, bundled, save_video
 from wan_core.conditioning.film import Extension, extend_conditioning, keyframe_inputs
 from wan_core.conditioning.image import Fit, LatentEncoder
 from wan_core.conditioning.inputs import VideoInputs
+from wan_core.drift import measure_drift
 from wan_core.model import VideoModel
 from wan_core.models.config import PreviewDecoderConfig
 from wan_core.models.dit import WanDiT
@@ -27,6 +28,7 @@ from wan_core.sampling.checkpoint import save_latents
 from wan_core.sampling.experts import Expert
 from wan_core.types import Conditioning, VideoSize
 from wan_core.variants import VARIANTS, match_variant
+from wancore.trainer.data.synthetic import Scene
 
 PATTERNS = (
     "diffusion_pytorch_model*.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "models_clip*.pth"
@@ -39,8 +41,8 @@ def pictures(count: int, side: int = 32, seed: int = 0) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in noise]
 
 
-def loaded(folder: Path, *further: ModelConfig) -> WanVideoPipeline:
-    configs = [ModelConfig(model_id="WanCore/tiny", origin_file_pattern=pattern) for pattern in PATTERNS]
+def loaded(folder: Path, *further: ModelConfig, model_id: str = "WanCore/tiny") -> WanVideoPipeline:
+    configs = [ModelConfig(model_id=model_id, origin_file_pattern=pattern) for pattern in PATTERNS]
     return WanVideoPipeline.from_pretrained(torch.float32, "cpu", [*configs, *further], local_model_path=folder)
 
 
@@ -308,6 +310,29 @@ def test_a_tiny_autoencoder_is_one_of_the_models(models, tmp_path):
         loaded_with("a dog", decoder="tiny", **call)
     with pytest.raises(ValueError, match="latents of 48 channels, but"):
         loaded(models, ModelConfig(path=tmp_path / "taew2_2.safetensors"))
+
+
+TRAINED = {"WanCore/tiny": "dit_t2v", "WanCore/tiny-i2v": "dit_i2v", "WanCore/tiny-vace": "dit_vace"}
+"""Bundled models that a film can go on with, and their weights, where they are shipped."""
+
+
+@pytest.mark.parametrize("model_id", TRAINED)
+@pytest.mark.parametrize("seed", [0, 2])
+def test_joints_of_a_trained_model_are_not_seen(models, model_id, seed):
+    """By the drift meter, which sees a cut to the same clip in a mirror."""
+    if not (bundled.TRAINED / f"{TRAINED[model_id]}.safetensors").exists():
+        pytest.skip(f"no weights of {TRAINED[model_id]} are shipped")
+    pipeline, scene = loaded(models, model_id=model_id), Scene.random(seed)
+    drawn = torch.from_numpy(scene.drawn(96, 64, 17).video).movedim(3, 0)[None] / 127.5 - 1
+    call = {**FAST, "num_frames": 17, "num_inference_steps": 8, "output_type": "tensor"}
+    longer = pipeline.extend(pipeline.models.vae.encode(drawn), scene.caption(), **call)
+    frames = (longer[0].movedim(0, 3) + 1) / 2
+    joint, cut = (
+        measure_drift(torch.cat((frames[:17], after)), (17,)).joints[0] for after in (frames[17:], frames[17:].flip(2))
+    )
+    assert joint.motion < 2.5
+    assert joint.colour < 2.5
+    assert cut.motion > 2 * joint.motion
 
 
 REFUSED = {
