@@ -1,6 +1,8 @@
 """GGUF files that are written: what is in them, that they load as they were made, that nothing is overwritten."""
 
 import io
+import os
+import subprocess
 
 import gguf
 import pytest
@@ -9,6 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
+from tests.comfyui import comfyui
 from tests.loading import ggufs
 from tests.loading.test_formats import velocity
 from tests.reference import relative_error, tiny_dit, tiny_text_encoder, tiny_vae
@@ -17,6 +20,7 @@ from wan_core.loading.load import build, inspect, spiece_model
 from wan_core.loading.names import SPIECE_MODEL
 from wan_core.loading.save import save_plain
 from wan_core.loading.save_gguf import MADE_TYPES, save_gguf
+from wan_core.loading.state_dict import load_state_dict
 from wan_core.loading.tensor_files import CheckpointError
 from wan_core.loading.vocabulary import Vocabulary
 from wan_core.model_files import has_tokenizer, load_text_encoder
@@ -62,6 +66,45 @@ def test_a_file_holds_what_the_package_makes_of_the_weights(dit, kind, tmp_path)
     plain = build(dit, dtype=torch.float32)
     # Each step's error is uniform; the layers' errors are independent and none is amplified.
     assert relative_error(velocity(held), velocity(plain)) < 4.2 / STEPS[kind] / 12**0.5 * len(linears) ** 0.5
+
+
+CITY96 = "WANCORE_COMFYUI_GGUF"
+"""Names a clone of city96/ComfyUI-GGUF."""
+
+READER = """
+import sys, types
+
+comfyui, clone, *files = sys.argv[1:]
+sys.path.insert(0, comfyui)
+import comfy.cli_args
+comfy.cli_args.args.cpu = True
+sys.modules["city96"] = types.ModuleType("city96")
+sys.modules["city96"].__path__ = [clone]
+import torch
+from city96.dequant import dequantize_tensor
+from city96.loader import gguf_sd_loader
+from safetensors.torch import save_file
+
+for file in files:
+    tensors, architecture = gguf_sd_loader(file, return_arch=True)
+    assert architecture == "wan"
+    plain = {name: dequantize_tensor(tensor, torch.float32, torch.float32) for name, tensor in tensors.items()}
+    save_file({name: tensor.as_subclass(torch.Tensor).contiguous() for name, tensor in plain.items()}, file + ".read")
+"""
+
+
+def test_city96s_own_code_reads_the_same_numbers(dit, tmp_path):
+    """Every weight of every type, bit for bit what we make of the file."""
+    if not os.environ.get(CITY96):
+        pytest.skip(f"{CITY96} names no clone of city96/ComfyUI-GGUF")
+    host, files = comfyui(), [save_gguf(dit, tmp_path / f"{kind}.gguf", kind) for kind in MADE_TYPES]
+    command = [host.python, "-c", READER, str(host.folder), os.environ[CITY96], *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for file in files:
+        theirs, ours = load_file(f"{file}.read"), load_state_dict(file)
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[name].view(tensor.shape), tensor.float()) for name, tensor in ours.items())
 
 
 def test_a_file_of_the_same_type_keeps_its_bytes_and_others_are_rounded_anew(dit, tmp_path):
