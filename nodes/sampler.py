@@ -86,8 +86,8 @@ class Sampler:
                     list(SOLVERS),
                     "euler",
                     "How a step is taken. unipc or dpm++: the authors' choice for 20 steps and more; euler: simple, "
-                    "and right for Lightning; lcm: for LightX2V 2.1, Self-Forcing and FastWan; res_multistep: from 6 steps "
-                    "on; heun: two evaluations a step. euler_ancestral, dpm++_sde and er_sde add fresh noise.",
+                    "and right for Lightning; lcm: for LightX2V 2.1, Self-Forcing and FastWan; res_multistep: from 6 "
+                    "steps on; heun: two evaluations a step. euler_ancestral, dpm++_sde and er_sde add fresh noise.",
                 ),
                 "width": sockets.whole(832, sockets.SIDE, sockets.MAX_SIDE, rounded, step=sockets.SIDE),
                 "height": sockets.whole(480, sockets.SIDE, sockets.MAX_SIDE, rounded, step=sockets.SIDE),
