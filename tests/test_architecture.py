@@ -29,14 +29,14 @@ SHOWN = {"config", "flags", "data.clips", "run.events", "run.chart"}
 
 # Inside wan_core a room imports from itself and from rooms of lower levels; rooms of one level do not know each other.
 LIBRARY = {
-    "checks": -2, "sampling.cache_tables": -2,
+    "checks": -2, "sampling.cache_tables": -2, "parallel": -2,
     "files": -1, "offload.packed": -1, "models.config": -1, "sampling.solvers": -1, "cache_settings": -1,
     "types": 0, "settings": 0, "drift": 0, "runtime": 0, "atomic": 0, "tiling": 0, "offload.formats": 0,
     "media": 1, "models": 1, "offload": 1, "distilled": 1, "magnitudes": 1,
     "lora": 2,
     "variants": 3, "catalog": 3, "loading": 3,
     "bundled": 4, "conditioning": 4, "sampling": 4, "call_arguments": 4, "lora.target": 4, "lora.convert": 4,
-    "planning": 5, "recommend": 5,
+    "planning": 5, "recommend": 5, "parallel.tasks": 5, "parallel.cards": 5,
     "model": 6, "decode": 6,
     "model_files": 7,
     "model_config": 8, "inspection": 8,

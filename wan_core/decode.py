@@ -3,16 +3,32 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 from torch import Tensor
 
+from .models import kernels
 from .models.pixel_decoder import PixelDecoder, fill
 from .models.vae import WanVAE
-from .planning.encoders import VaePass, choose_tiles, limit_memory, smallest_tiles, vae_peak_bytes, working_encoder
+from .parallel.layout import Layout, shares
+from .parallel.mesh import Ranks, Step
+from .parallel.source import Source
+from .parallel.strips import Strip
+from .parallel.tasks import Desk
+from .planning.encoders import (
+    VaePass,
+    choose_tiles,
+    limit_memory,
+    smallest_tiles,
+    strip_of,
+    vae_peak_bytes,
+    working_encoder,
+)
 from .runtime import OutOfMemoryError, Runtime, gigabytes, is_out_of_memory, log
+from .sampling.checkpoint import digest_weights
+from .sampling.parallel import EndRun, leading
 from .sampling.predictor import check_latents, check_pixels
 from .settings import MemorySettings
 from .tiling import AUTO, Tiles, TileSettings
@@ -43,24 +59,32 @@ class VaeHandle:
     @contextmanager
     def working(self) -> Iterator["VaeHandle"]:
         """Around several passes: the weights come once, and blocks that do not fit beside the others are streamed."""
+        if self.vae.cards is not None:  # they have weights of their own
+            yield self
+            return
         # The activations depend on the tiles, which are chosen by what the weights leave free.
         with working_encoder(self.vae, self.runtime, self.memory, 0, keep=self.keep):
             yield self
 
     def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
         """As `decode_pieces`; errors come with the first piece."""
+        if self.vae.cards is not None:
+            yield from self.vae.cards.pieces(DecodeRequest.of(self, latents), self.runtime)
+            return
         with self.working():
             yield from decode_pieces(self.vae, latents, self.tiles, limit_memory(self.runtime, self.memory))
 
     def decode(self, latents: Tensor) -> Tensor:
         """As `decode`."""
+        if self.vae.cards is not None:
+            return torch.cat(list(self.decode_pieces(latents)), 2)
         with self.working():
             return decode(self.vae, latents, self.tiles, limit_memory(self.runtime, self.memory))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """As `encode`, by a VAE."""
         assert isinstance(self.vae, WanVAE), "a tiny autoencoder is given latents only"
-        with self.working():
+        with working_encoder(self.vae, self.runtime, self.memory, 0, keep=self.keep):
             return encode(self.vae, pixels, self.tiles, limit_memory(self.runtime, self.memory))
 
 
@@ -109,8 +133,11 @@ def decode_pieces(
 def _decode_pieces(
     vae: PixelDecoder, latents: Tensor, tiles: TileSettings | None, size: LatentSize, runtime: Runtime
 ) -> Iterator[Tensor]:
-    def work(tiles: TileSettings | None) -> Iterator[Tensor]:
-        return vae.decode_pieces(latents, tiles, runtime.chunks("Decoding"))
+    ranks = None if tiles else _ranks_for(vae, runtime)
+    decoder = vae if ranks is None else StripDecoder(vae, ranks)
+
+    def work(choice: TileSettings | None) -> Iterator[Tensor]:
+        return (decoder if choice == tiles else vae).decode_pieces(latents, choice, runtime.chunks("Decoding"))
 
     try:
         for piece in _retry_smaller(work, tiles, size, "decode"):
@@ -118,6 +145,82 @@ def _decode_pieces(
             yield piece
     except OutOfMemoryError as error:
         raise OutOfMemoryError(str(error), latents) from error
+
+
+def _ranks_for(vae: PixelDecoder, runtime: Runtime) -> Ranks | None:
+    """Those that decode by `vae` in strips, if there are any that can load it."""
+    return None if vae.source is None else runtime.ranks
+
+
+class StripDecoder(PixelDecoder):
+    """A VAE on several ranks, of which each decodes some rows of the picture."""
+
+    def __init__(self, vae: PixelDecoder, ranks: Ranks) -> None:
+        super().__init__()
+        self.config, self._vae, self._ranks = vae.config, vae, ranks
+
+    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+        source, ranks = self._vae.source, self._ranks
+        assert source is not None and isinstance(self._vae, WanVAE), "asked for where it is"
+        with leading(ranks, FollowDecode(source, digest_weights(self._vae), latents)):
+            pieces = _strips(self._vae, latents, ranks)
+            for index in range(latents.shape[2]):
+                with ranks.together():
+                    ranks.tell(Step(index, 0))
+                    piece = next(pieces)
+                assert piece is not None, "the first rank has the picture"
+                yield piece
+
+
+@dataclass(frozen=True, eq=False)
+class FollowDecode:
+    """Take part in decoding normalised latents (B, z, F, h, w) by a VAE; `digest` is that of its weights at rank 0."""
+
+    source: Source
+    digest: str
+    latents: Tensor
+
+    def __call__(self, desk: Desk) -> None:
+        vae, ranks = desk.model("vae", self.source), desk.runtime.ranks
+        assert ranks is not None, "a rank follows others"
+        if digest_weights(vae) != self.digest:
+            raise ValueError("The file of the VAE has changed since it was loaded; load it again.")
+        with torch.no_grad(), kernels.run(), working_encoder(vae, desk.runtime, MemorySettings(), 0):
+            pieces = _strips(vae, self.latents, ranks)
+            while not isinstance(ranks.hear(), EndRun):
+                next(pieces)
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeRequest:
+    """`VaeHandle.decode_pieces` for another process."""
+
+    source: Source
+    latents: Tensor
+    dtype: torch.dtype
+    tiles: Tiles
+    memory: MemorySettings
+
+    @classmethod
+    def of(cls, handle: VaeHandle, latents: Tensor) -> "DecodeRequest":
+        assert handle.vae.source is not None, "cards are given to what they can load"
+        return cls(handle.vae.source, latents.cpu(), handle.vae.dtype, handle.tiles, handle.memory)
+
+    def __call__(self, desk: Desk) -> Iterator[Tensor]:
+        runtime = replace(desk.runtime, dtype=self.dtype)
+        vae = desk.model("vae", self.source)
+        return VaeHandle(vae=vae, runtime=runtime, tiles=self.tiles, memory=self.memory).decode_pieces(self.latents)
+
+
+def _strips(vae: WanVAE, latents: Tensor, ranks: Ranks) -> Iterator[Tensor | None]:
+    """The whole picture of one latent frame after another at the first rank, nothing at the others."""
+    count = min(ranks.count, latents.shape[3])
+    mesh = ranks.arranged(Layout(1, count))
+    if ranks.rank >= count:
+        yield from [None] * latents.shape[2]
+        return
+    strip = Strip(mesh, shares(latents.shape[3], count))
+    yield from map(strip.at_first, vae.decode_chunks(latents[..., strip.place, :], strip))
 
 
 @torch.no_grad()
@@ -150,8 +253,10 @@ def _auto_tiles(
     """
     if budget is None and runtime.unbounded:
         return None
-    plan = (vae.config, vae.dtype, size)
-    needed = vae_peak_bytes(*plan, None, what, batch)
+    plan, whole = (vae.config, vae.dtype, size), size
+    if what == "decode" and (ranks := _ranks_for(vae, runtime)) is not None:
+        whole = strip_of(size, ranks.count)
+    needed = vae_peak_bytes(*plan[:2], whole, None, what, batch)
     available = runtime.request_memory(needed) if budget is None else budget
     if available is None or needed <= available:
         return None

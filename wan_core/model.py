@@ -1,19 +1,19 @@
 """The handle of a video model, which hides how many transformers it has and where their weights are."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from . import catalog, magnitudes
-from .cache_settings import CacheSettings, FirstBlockSettings, MagCacheSettings, TeaCacheSettings
+from .cache_settings import CacheSettings, MagCacheSettings
 from .checks import check_number
 from .distilled import FewSteps, names_of
-from .loading.pairs import EXPERTS, resolve_pair, side_of
+from .loading.pairs import resolve_pair, side_notes
 from .loading.tensor_files import read_header
 from .lora.apply import LoraMode, LoraRun, LoraUse, apply_loras
 from .lora.bind import EVERYWHERE, BlockStrengths
@@ -24,22 +24,25 @@ from .models import kernels
 from .models.config import DiTConfig, Geometry
 from .models.dit import WanDiT
 from .models.layers import MotionController
-from .offload.blocks import available_ram, used_bytes, weight_bytes
+from .offload.blocks import available_ram, weight_bytes
 from .offload.read_ahead import ReadAhead
 from .offload.streaming import Placement
 from .offload.weights import WeightProvider
-from .planning.encoders import limit_memory, memory_for
-from .planning.run import RunPlan, placed_run, plan_run
-from .recommend import after_first_step, few_steps_for, few_steps_of, recommended_settings
+from .parallel.cards import Cards, FilmRequest
+from .parallel.source import Source
+from .parallel.tasks import FollowFilm
+from .planning.encoders import limit_memory
+from .planning.run import RunPlan, plan_on
+from .recommend import after_first_step, few_steps_for, few_steps_of, recommended_settings, resolved_cache
 from .runtime import Runtime
-from .sampling.cache_tables import MAGNITUDE_RATIOS
 from .sampling.checkpoint import Checkpoint, RunState
-from .sampling.experts import Active, Expert, RunInputs, RunModel
+from .sampling.experts import Activate, Active, Expert, RunInputs, RunModel
+from .sampling.parallel import follow, sharing
 from .sampling.run import sample
 from .sampling.solvers import NUM_TRAIN_TIMESTEPS
 from .sampling.windows import continuing
 from .settings import MemorySettings, SamplerSettings
-from .types import Conditioning, Curve, VideoSize, tensors_in
+from .types import Conditioning, Curve, VideoSize
 from .variants import Variant, fit
 
 log = logging.getLogger("wancore")
@@ -59,6 +62,8 @@ class VideoModel:
         name: what to call the model in messages.
         motion_controller: the speed-control adapter that was loaded beside them.
         deterministic: runs use the default kernels.
+        source: how other processes load it.
+        cards: the group of processes that runs it in place of this one.
     """
 
     experts: tuple[Expert, ...]
@@ -67,6 +72,8 @@ class VideoModel:
     name: str
     motion_controller: MotionController | None = None
     deterministic: bool = False
+    source: Source | None = field(default=None, repr=False, compare=False)
+    cards: Cards | None = None
 
     @classmethod
     def of(
@@ -192,7 +199,8 @@ class VideoModel:
         target = self.target(expert or 0)
         use = use_lora(source, target, strength=strength, blocks=blocks, mode=mode)
         report = lora_report(use, target, self.experts[expert or 0].loras)
-        report = replace(report, notes=(*report.notes, *self._side_notes(source, expert)))
+        name = source.name if isinstance(source, Lora) else source
+        report = replace(report, notes=(*report.notes, *side_notes(name, expert, len(self.experts))))
         changed = tuple(
             replace(each, loras=(*each.loras, use)) if expert in (None, number) else each
             for number, each in enumerate(self.experts)
@@ -224,15 +232,6 @@ class VideoModel:
         model, second = model.with_lora(low, strength=strengths[1], blocks=blocks, mode=mode, expert=1)
         return model, (first, second)
 
-    def _side_notes(self, source: PathLike | Lora, expert: int | None) -> list[str]:
-        """What the user may have mixed up, by the name of a LoRA."""
-        side = side_of(source.name if isinstance(source, Lora) else source)
-        own = None if expert is None else EXPERTS[expert]
-        if len(self.experts) != 2 or side in (None, own):
-            return []
-        used = "both experts" if own is None else f"the expert for {own} noise"
-        return [f"Its name says that it is for {side} noise, but it is applied to {used}."]
-
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside the block the weights count as at work where they are, as a trainer has them; runs use them there."""
@@ -263,19 +262,7 @@ class VideoModel:
             runtime: with `memory.vram_limit` applied (`limit_memory`).
         """
         dit, loras, cond = self.experts[expert].dit, self.experts[expert].loras, inputs.cond
-        if memory.vram_limit == 0:
-            memory = replace(memory, vram_limit=None, persistent_params=0)
-        if memory.persistent_params is not None or runtime.unbounded:
-            return placed_run(dit, cond, inputs.size, settings, memory, loras)
-        # The plan counts all conditioning, also what is on the device already and so is no longer free there.
-        there = sum(tensor.nbytes for tensor in tensors_in(cond) if tensor.device == runtime.device)
-        there = there if used_bytes(runtime.device) else 0
-
-        def request_memory(wanted: float) -> float | None:
-            left = memory_for(dit, runtime, memory, wanted - there)
-            return None if left is None else left + there
-
-        plan = plan_run(dit, cond, inputs.size, settings, memory, request_memory, self.motion_controller, loras)
+        plan = plan_on(runtime, dit, cond, inputs.size, settings, memory, self.motion_controller, loras)
         log.log(logging.WARNING if plan.missing else logging.INFO, "%s: %s.", self.name, plan.summary())
         return plan
 
@@ -329,22 +316,13 @@ class VideoModel:
             checkpoint, earlier: as of `sampling.run.sample`, which says what comes back and what is raised.
             keep: leave weights on the device for the next run.
         """
-        runtime, settings = limit_memory(runtime, memory), continuing(settings, inputs.cond)
+        if self.cards is not None:
+            task = FollowFilm.of(self.source, self.name, self.experts, runtime.dtype, keep)
+            return self.cards.sample(FilmRequest(task, inputs, settings, memory, earlier), runtime, checkpoint)
+        runtime, settings = limit_memory(sharing(runtime), memory), continuing(settings, inputs.cond)
 
-        @contextmanager
-        def activate(number: int, settings: SamplerSettings) -> Iterator[Active]:
-            dit = self.experts[number].dit
-            if WeightProvider.of(dit).at_work:
-                yield Active(dit, settings)
-                return
-            # Two experts rarely fit together; what the other one left on the device would force this one to stream.
-            for other in self.experts:
-                if other.dit is not dit:
-                    WeightProvider.of(other.dit).evict()
-            self._make_room(number)
-            plan = self.plan(inputs, settings, memory, runtime, number)
-            with self.working(settings.total_steps, runtime.device, plan.placement, expert=number, keep=keep) as run:
-                yield Active(dit, plan.settings, run.before_step)
+        def place(number: int, settings: SamplerSettings) -> RunPlan:
+            return self.plan(inputs, settings, memory, runtime, number)
 
         def announce(number: int) -> None:
             expert = self.experts[number]
@@ -354,11 +332,42 @@ class VideoModel:
         cache = self.resolved(settings.cache)
         settings, inputs = replace(settings, cache=cache), inputs.to(runtime.device)
         with kernels.run(deterministic=self.deterministic), ReadAhead() as ahead:
-            model = RunModel(self.experts, self.motion_controller, activate, announce)
+            followed = runtime.ranks and FollowFilm.of(self.source, self.name, self.experts, runtime.dtype, keep)
+            activate = self._activation(runtime, keep, place)
+            model = RunModel(self.experts, self.motion_controller, activate, announce, followed)
             state = sample(model, inputs, settings, runtime, checkpoint=checkpoint, earlier=earlier)
         if isinstance(cache, MagCacheSettings) and cache.measures:
             magnitudes.save(self.experts[0].files, self.name, state.memory["magnitudes.ratios"][1:].tolist(), settings)
         return state
+
+    def follow(self, runtime: Runtime, *, keep: bool = False) -> None:
+        """Take part in a run of this model that rank 0 leads, until it ends."""
+        model = RunModel(self.experts, self.motion_controller, self._activation(runtime, keep))
+        follow(model, runtime, deterministic=self.deterministic)
+
+    def _activation(
+        self, runtime: Runtime, keep: bool, place: Callable[[int, SamplerSettings], RunPlan] | None = None
+    ) -> Activate:
+        """How an expert's weights are brought; `place` plans where to, for what another rank has not placed."""
+
+        @contextmanager
+        def activate(number: int, settings: SamplerSettings, placement: Placement | None) -> Iterator[Active]:
+            dit = self.experts[number].dit
+            if WeightProvider.of(dit).at_work:
+                yield Active(dit, settings)
+                return
+            # Two experts rarely fit together; what the other one left on the device would force this one to stream.
+            for other in self.experts:
+                if other.dit is not dit:
+                    WeightProvider.of(other.dit).evict()
+            self._make_room(number)
+            if placement is None and place is not None:
+                plan = place(number, settings)
+                placement, settings = plan.placement, plan.settings
+            with self.working(settings.total_steps, runtime.device, placement, expert=number, keep=keep) as run:
+                yield Active(dit, settings, run.before_step, placement)
+
+        return activate
 
     def resolved(self, cache: CacheSettings | None) -> CacheSettings | None:
         """`cache` with this model's numbers where it says `auto`.
@@ -366,22 +375,7 @@ class VideoModel:
         Raises:
             ValueError: none are known of this model, it has too few blocks, or what is measured cannot be kept.
         """
-        row, files = self.row, self.experts[0].files
-        match cache:
-            case TeaCacheSettings():
-                return cache.with_template(row.preset.teacache if row else None)
-            case MagCacheSettings(measures=True):
-                magnitudes.place(files, self.name)
-            case MagCacheSettings():
-                names = ((row.base or row.model_id).partition("/")[2], row.size) if row else ()
-                published = next((name for name in names if name in MAGNITUDE_RATIOS), None)
-                return cache.with_ratios(magnitudes.measured(files), published)
-            case FirstBlockSettings(blocks=blocks) if blocks >= self.config.num_layers:
-                raise ValueError(
-                    f"The first-block cache must leave blocks to skip: {self.name} has {self.config.num_layers}, and "
-                    f"{blocks} are to run in every step."
-                )
-        return cache
+        return resolved_cache(cache, self.row, self.experts[0].files, self.name, self.config.num_layers)
 
     def _make_room(self, number: int) -> None:
         """Drop the weights of other experts where host memory has no room to read those of this one beside them."""

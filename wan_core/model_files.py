@@ -16,8 +16,7 @@ from .conditioning.text import TextCache, TextEncoder, Tokenizer, fingerprint
 from .loading import load
 from .loading.detect import Component, require_kind
 from .loading.download import OnProgress, fetch, redirect
-from .loading.load import build, can_map_all, has_spiece_model, spiece_model
-from .loading.names import ModelKind
+from .loading.load import build, can_map_all, has_spiece_model, inspect, spiece_model
 from .loading.pairs import check_pair, check_same_structure, pair_name, resolve_experts, stored_boundary, with_branches
 from .model import VideoModel
 from .models.attention import load_backend
@@ -33,6 +32,7 @@ from .offload.blocks import available_ram, weight_bytes
 from .offload.formats import WEIGHT_CHOICES, WeightChoice, choice_for_dtype
 from .offload.quant import require_fp8_matmul, use_fp8_matmul
 from .offload.weights import WeightProvider
+from .parallel.source import Source
 from .runtime import gigabytes
 from .sampling.experts import Expert
 from .sampling.solvers import NUM_TRAIN_TIMESTEPS
@@ -165,15 +165,6 @@ def find_files(
     )
 
 
-def inspect(path: PathLike | Sequence[PathLike], kind: ModelKind) -> Component:
-    """The model in the file or files at `path`, by their headers; of an all-in-one file the one of `kind`.
-
-    Raises:
-        ValueError: they are not a model of that kind, or not readable, or not complete.
-    """
-    return load.inspect(path, kind)
-
-
 def _loaded(component: Component, cls: type[Module], dtype: torch.dtype, offload: OffloadPlace) -> Module:
     """The model of `component`, which has to be one of `cls`."""
     require_kind(component, next(kind for kind, made in load.CLASSES.items() if made is cls))
@@ -269,8 +260,7 @@ def load_dit(
     variant = match_variant(component.config_of(DiTConfig))
     rests = Offload.on(offload)
     computes_on = torch.device(compute_device or rests.device)
-    if len(experts) > 1:
-        rests = rests.for_several(parts, settings.dtype)
+    rests = rests.for_several(parts, settings.dtype) if len(experts) > 1 else rests
     # Before any weight is read: a missing kernel should not cost minutes of loading.
     attend = load_backend(settings.attention, computes_on, settings.dtype)
     fused = load_fused(settings.torch_compile, computes_on, settings.dtype)
@@ -296,7 +286,8 @@ def load_dit(
     own_name = component.name if len(experts) == 1 else pair_name(component, experts[-1].component)
     name = row.model_id if row is not None and row.model_id.lower() in _place(component).lower() else own_name
     log.info("%s: %s; recommended settings of %s.", name, variant.label, row.model_id if row else "no published model")
-    return VideoModel(tuple(loaded), variant, row, name, deterministic=settings.deterministic)
+    source = Source.of(load_dit, files, settings, offload, vace=vace, preset=preset, compute_device=compute_device)
+    return VideoModel(tuple(loaded), variant, row, name, deterministic=settings.deterministic, source=source)
 
 
 def _check_experts(experts: Sequence[ExpertFile]) -> None:
@@ -340,7 +331,8 @@ def with_speed_control(model: VideoModel, component: Component, offload: Offload
             f"{component.name} controls models of width {width}, but {model.name} has width {own}. The published "
             f"adapter is for {catalog.T2V_BASE}."
         )
-    return replace(model, motion_controller=_loaded(component, MotionController, model.dtype, offload))
+    source = model.source and model.source.then(with_speed_control, component, offload)
+    return replace(model, motion_controller=_loaded(component, MotionController, model.dtype, offload), source=source)
 
 
 def load_text_encoder(
@@ -385,7 +377,9 @@ def _tokenizer_beside(component: Component) -> Path:
 
 def load_vae(component: Component, dtype: torch.dtype, offload: OffloadPlace) -> WanVAE:
     """The video autoencoder of `component`."""
-    return _loaded(component, WanVAE, dtype, offload).use_channels_last()
+    vae = _loaded(component, WanVAE, dtype, offload).use_channels_last()
+    vae.source = Source.of(load_vae, component, dtype, offload)
+    return vae
 
 
 def load_preview_decoder(path: PathLike) -> PreviewDecoder:
@@ -394,7 +388,7 @@ def load_preview_decoder(path: PathLike) -> PreviewDecoder:
     Raises:
         CheckpointError: the file is broken, or is something else.
     """
-    component = load.inspect(path, "preview_decoder")
+    component = inspect(path, "preview_decoder")
     # Channels-last halves the time of its convolutions on a CPU.
     decoder = _loaded(component, PreviewDecoder, torch.float32, "cpu")
     return decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types lack it

@@ -1,7 +1,7 @@
 """The call surface of the reference README: load with `from_pretrained`, generate with a call."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from .films import Films
 from .media.fitting import Pictures, SizeRule
 from .model_config import TOKENIZER_CONFIG, ModelConfig, compute_dtype
 from .offload.weights import WeightProvider
+from .parallel.cards import Cards
 from .pipeline_calls import Call
 from .pipeline_models import LoadedModels, load_models
 from .recommend import OFF
@@ -62,6 +63,7 @@ class WanVideoPipeline(Films):
         *,
         torch_compile: bool = False,
         deterministic: bool = False,
+        devices: Sequence[str | torch.device] | None = None,
     ) -> "WanVideoPipeline":
         """Find, check and load the models.
 
@@ -75,27 +77,32 @@ class WanVideoPipeline(Films):
             local_model_path: folder of the downloaded models.
             skip_download: use local files only.
             redirect_common_files: take files that all repositories share from one of them.
-            use_usp: not available; one process computes on one device.
+            use_usp: not available; see `devices`.
             vram_limit: as of `enable_vram_management`.
             torch_compile: fuse the elementwise steps of the video model, see `model_files.DiTSettings`.
             deterministic: use fixed kernels instead of those that are fastest here, see `models.kernels`.
+            devices: two or more, which make each film together, in processes of their own that start with the first
+                film; prompts and pictures are encoded on the first. Weights wait in host memory. Docs: scaling.md.
 
         Raises:
             ValueError: a model is missing, given twice, unknown or broken, or an argument has a value that it cannot
                 have.
         """
         torch_dtype = compute_dtype("torch_dtype", torch_dtype)
-        device = usable_device("device", device)
+        cards = None if devices is None else Cards(tuple(str(usable_device("devices", each)) for each in devices))
+        device = usable_device("device", device if cards is None else cards.devices[0])
         memory = memory_of_call(vram_limit=vram_limit)
         if use_usp is not False:
-            raise ValueError("use_usp is not available: a pipeline computes on one device. Leave it out.")
+            raise ValueError("use_usp is not available; devices=['cuda:0', 'cuda:1'] makes a film on several cards.")
+        if cards is not None:  # the processes copy them to their own devices
+            model_configs = [replace(each, offload_device=each.offload_device or "cpu") for each in model_configs]
         defaults = ModelConfig(local_model_path=local_model_path, skip_download=skip_download)
         models = load_models(
             model_configs, torch_dtype, device, tokenizer_config, defaults,
             redirect_common_files=truth("redirect_common_files", redirect_common_files),
             torch_compile=truth("torch_compile", torch_compile), deterministic=truth("deterministic", deterministic),
         )  # fmt: skip
-        return cls(device, torch_dtype, models, memory=memory)
+        return cls(device, torch_dtype, models.on_cards(cards), memory=memory)
 
     def enable_vram_management(
         self,

@@ -31,6 +31,7 @@ from .models.image_encoder import ImageEncoder
 from .models.preview_decoder import PreviewDecoder
 from .models.vae import WanVAE
 from .offload.weights import WeightProvider
+from .parallel.cards import Cards
 from .runtime import log
 from .sampling.checkpoint import digest_weights
 from .types import Curve
@@ -59,6 +60,11 @@ class LoadedModels:
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(filter(None, (*self.video.modules, self.text.model, self.vae, self.image, self.tiny_autoencoder)))
+
+    def on_cards(self, cards: Cards | None) -> "LoadedModels":
+        """The same models, of which the video model and the decoder work on these cards."""
+        self.vae.cards = cards
+        return replace(self, video=replace(self.video, cards=cards))
 
     def with_new_text_weights(self) -> "LoadedModels":
         """The same models with no prompt encoded yet, for after the text encoder's weights were replaced."""

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from . import magnitudes
+from .cache_settings import CacheSettings, FirstBlockSettings, MagCacheSettings, TeaCacheSettings
 from .catalog import CatalogRow
 from .distilled import FEW_STEPS, FewSteps, applied, named, recognise, with_motion
 from .lora.apply import LoraUse
 from .runtime import log
+from .sampling.cache_tables import MAGNITUDE_RATIOS
 from .sampling.experts import Expert
 from .settings import SamplerSettings
 from .types import Curve
@@ -89,3 +93,28 @@ def after_first_step(expert: Expert, total: int) -> Expert:
         for use in expert.loras
     )
     return replace(expert, loras=loras)
+
+
+def resolved_cache(
+    cache: CacheSettings | None, row: CatalogRow | None, files: Sequence[Path], name: str, layers: int
+) -> CacheSettings | None:
+    """`cache` with the numbers of a model where it says `auto`; arguments as `VideoModel` has them.
+
+    Raises:
+        ValueError: none are known of this model, it has too few blocks, or what is measured cannot be kept.
+    """
+    match cache:
+        case TeaCacheSettings():
+            return cache.with_template(row.preset.teacache if row else None)
+        case MagCacheSettings(measures=True):
+            magnitudes.place(files, name)
+        case MagCacheSettings():
+            names = ((row.base or row.model_id).partition("/")[2], row.size) if row else ()
+            published = next((name for name in names if name in MAGNITUDE_RATIOS), None)
+            return cache.with_ratios(magnitudes.measured(files), published)
+        case FirstBlockSettings(blocks=blocks) if blocks >= layers:
+            raise ValueError(
+                f"The first-block cache must leave blocks to skip: {name} has {layers}, and {blocks} are to run in "
+                "every step."
+            )
+    return cache

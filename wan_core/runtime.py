@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .parallel.mesh import Ranks
+
 log = logging.getLogger("wancore")
 
 GIB = 1024**3
@@ -130,6 +132,7 @@ class Runtime:
         check_cancelled: raises `Cancelled`, or an exception of the host, when the user wants to stop.
         free_memory: asks the host to have that many bytes of `device` free.
         memory_left: bytes that work may still use on a device; None where no limit is known.
+        ranks: the processes that share the work with this one; None where it works alone.
     """
 
     device: torch.device
@@ -139,6 +142,7 @@ class Runtime:
     check_cancelled: Callable[[], None] = lambda: None
     free_memory: Callable[[int], None] = lambda _: None
     memory_left: Callable[[torch.device], float | None] = free_bytes
+    ranks: Ranks | None = None
 
     @classmethod
     def default(cls, device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16) -> "Runtime":

@@ -252,3 +252,15 @@ def stored_boundary(component: Component) -> float | None:
     found = read_json(index) if is_there(index, Path.is_file) else None
     ratio = found.get("boundary_ratio") if isinstance(found, dict) else None
     return ratio if isinstance(ratio, float) and 0 <= ratio <= 1 else None
+
+
+def side_notes(name: str | Path, expert: int | None, experts: int) -> list[str]:
+    """What the user of a model of so many experts may have mixed up, by the name of a LoRA for the one of that number,
+    or for all.
+    """
+    side = side_of(name)
+    own = None if expert is None else EXPERTS[expert]
+    if experts != 2 or side in (None, own):
+        return []
+    used = "both experts" if own is None else f"the expert for {own} noise"
+    return [f"Its name says that it is for {side} noise, but it is applied to {used}."]

@@ -8,6 +8,7 @@ latent cells. Attribute names are the published keys (Wan-Video/Wan2.1 wan/modul
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..parallel.mesh import Mesh, Part
 from ..settings import NagSettings
 from ..types import Conditioning
 from .attention import AttentionFn, RotaryTable, rotary_table, sdpa
@@ -44,7 +46,8 @@ class Prepared:
     """The inputs of one branch, projected; they do not change from step to step.
 
     `size` is (R + F, h, w); `concat` (B, c, R + F, h, w); `camera` (B, S, D); `reference` (B, S_ref, D); `motion`
-    (B, 6, D); each of `vace` (B, S, D). `rows` are the timesteps of the video's tokens, without those of the reference.
+    (B, 6, D); each of `vace` (B, S, D), of this rank's tokens where it has a part of them. `rows` are the timesteps of
+    the video's tokens, without those of the reference.
     """
 
     context: Context
@@ -147,13 +150,15 @@ class WanDiT(nn.Module):
         *,
         keep: bool = False,
         nag: NagSettings | None = None,
+        mesh: Mesh | None = None,
     ) -> Prepared:
         """Project `cond` once for latents of `size` = (R + F, h, w); `motion` (B, 6, D) is the motion controller's
         output, `rope` the rotation of an earlier preparation of this size, `rows` the timesteps of all tokens and of
         those of the video of an earlier one with this `timestep_index`.
 
         With `keep` the first step leaves the keys and values of cross-attention to the others; weights must not change.
-        With `nag`, attention to the text is led away from that to the negative text, if there is one.
+        With `nag`, attention to the text is led away from that to the negative text, if there is one. With `mesh`, the
+        blocks run on this rank's part of the tokens; what comes before them is computed whole by each rank.
 
         Inputs that the model has a place for and `cond` lacks are zeros: the image tokens and channels of an inpainting
         model without an image, and the reference of a control model without one, were trained that way (VideoX-Fun).
@@ -181,17 +186,16 @@ class WanDiT(nn.Module):
         if config.vace_layers and cond.vace:
             vace = tuple(_patchify(self.vace_patch_embedding, v.context.to(device, dtype)) for v in cond.vace)
         frames, height, width = (n // p for n, p in zip(size, config.patch_size, strict=True))
-        if rope is None:
-            # The reference's tokens take the first frame position, and the video's follow (Fun control models).
-            rope = rotary_table((frames + (reference is not None), height, width), HEAD_DIM, device)
-        if rows is None and cond.timestep_index is not None:
-            index = cond.timestep_index[0].expand(frames, height, width).flatten()
-            # The reference's tokens have the timestep of the last one (VideoX-Fun `Wan2_2Transformer3DModel`).
-            before = 0 if reference is None else reference.shape[1]
-            whole = torch.cat((index[-1:].expand(before), index))
-            rows = TokenRows.of(whole, device), TokenRows.of(index, device)
+        # The reference's tokens take the first frame position, and the video's follow (Fun control models).
+        grid = (frames + (reference is not None), height, width)
+        part = None if mesh is None else mesh.part(math.prod(grid))
+        if part is not None:
+            vace = tuple(map(part.own, vace))
+        rope = rope or _rotations(grid, part, device)
+        rows = rows or _timestep_rows(cond, grid, 0 if reference is None else reference.shape[1], part, device)
         all_rows, video_rows = rows or (None, None)
-        context = Context(text, image, rope, self.attend, self.fused, {} if keep else None, all_rows)
+        kept: dict[tuple[nn.Module, str], tuple[Tensor, ...]] | None = {} if keep else None
+        context = Context(text, image, rope, self.attend, self.fused, kept, all_rows, part=part)
         if nag is not None and cond.negative_text is not None:
             negative = self.text_embedding(cond.negative_text.to(device, dtype))
             context = dataclasses.replace(context, negative=negative, nag=nag)
@@ -212,6 +216,8 @@ class WanDiT(nn.Module):
             tokens = add_(tokens, prepared.camera)
         if prepared.reference is not None:
             tokens = torch.cat((prepared.reference, tokens), 1)
+        if prepared.context.part is not None:
+            tokens = prepared.context.part.own(tokens)
         if self.exact:
             tokens = tokens.float()
         if prepared.motion is not None:
@@ -266,11 +272,16 @@ class WanDiT(nn.Module):
 
     def unembed(self, state: TokenState) -> Tensor:
         """Tokens to velocity (B, z, R + F, h, w) in float32; reference tokens are dropped first."""
-        tokens, prepared = state.tokens, state.prepared
-        if prepared.reference is not None:
-            tokens = tokens[:, prepared.reference.shape[1] :]
-        # (B, S, patch * z)
-        patches = self.head(tokens, state.time.head, prepared.context.text.dtype, prepared.rows).float()
+        tokens, prepared, context = state.tokens, state.prepared, state.prepared.context
+        before, rows = 0 if prepared.reference is None else prepared.reference.shape[1], prepared.rows
+        if context.part is not None:
+            rows = context.rows
+        elif before:
+            tokens = tokens[:, before:]
+        patches = self.head(tokens, state.time.head, context.text.dtype, rows)  # (B, S, patch * z)
+        if context.part is not None:
+            patches = context.part.whole(patches)[:, before:]
+        patches = patches.float()
         (pt, ph, pw), (frames, height, _) = self.config.patch_size, prepared.size
         folds = {"f": frames // pt, "h": height // ph, "pt": pt, "ph": ph, "pw": pw}
         return rearrange(patches, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", **folds)
@@ -354,3 +365,24 @@ def _patchify(conv: nn.Conv3d, x: Tensor) -> Tensor:
     pt, ph, pw = conv.kernel_size
     patches = rearrange(x, "b c (f pt) (h ph) (w pw) -> b (f h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
     return linear(patches, conv.weight.flatten(1), conv.bias)
+
+
+def _rotations(grid: tuple[int, int, int], part: Part | None, device: torch.device) -> RotaryTable:
+    """The rotation of each token of `grid`, or of those of this rank."""
+    table = rotary_table(grid, HEAD_DIM, device)
+    return table if part is None else RotaryTable(table.cos[part.place].clone(), table.sin[part.place].clone())
+
+
+def _timestep_rows(
+    cond: Conditioning, grid: tuple[int, int, int], before: int, part: Part | None, device: torch.device
+) -> tuple[TokenRows, TokenRows] | None:
+    """The timesteps of all tokens of `grid`, or of those of this rank, and of the video's; `before` are the
+    reference's.
+    """
+    if cond.timestep_index is None:
+        return None
+    frames = grid[0] - (before > 0)
+    index = cond.timestep_index[0].expand(frames, *grid[1:]).flatten()
+    # The reference's tokens have the timestep of the last one (VideoX-Fun `Wan2_2Transformer3DModel`).
+    whole = torch.cat((index[-1:].expand(before), index))
+    return TokenRows.of(whole if part is None else whole[part.place], device), TokenRows.of(index, device)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..parallel.mesh import Part
 from ..settings import NagSettings
 from .attention import AttentionFn, RotaryTable
 from .config import HEAD_DIM, MotionControllerConfig
@@ -121,6 +122,7 @@ class Context:
     holds the keys and values of each cross-attention, of the text and of the negative text, filled by the first step
     for the others; None keeps nothing. `rows` says which of several timesteps each token has; None where there is one.
     With attention guidance, `negative` (at most B, L, D) leads the first videos of the batch away, as `nag` says.
+    With a `part`, the tokens, `rope` and `rows` are those of this rank.
     """
 
     text: Tensor
@@ -132,6 +134,7 @@ class Context:
     rows: TokenRows | None = None
     negative: Tensor | None = None
     nag: NagSettings = NagSettings()
+    part: Part | None = None
 
 
 class SelfAttention(nn.Module):
@@ -147,7 +150,9 @@ class SelfAttention(nn.Module):
         # The RMS norm is over all heads together, before they are split: (B, S, D) to (B, S, heads, 128).
         q = norm_rotate(self.q(x), self.norm_q.weight, EPS, context.rope, HEAD_DIM)
         k = norm_rotate(self.k(x), self.norm_k.weight, EPS, context.rope, HEAD_DIM)
-        return self.o(context.attend(q, k, _heads(self.v(x))).flatten(2))
+        v, part = _heads(self.v(x)), context.part
+        out = context.attend(q, k, v) if part is None else part.attention(context.attend, q, k, v)
+        return self.o(out.flatten(2))
 
 
 class CrossAttention(nn.Module):

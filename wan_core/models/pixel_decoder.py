@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..parallel.source import Source
 from ..tiling import TiledSum, TileSettings
 from .config import PreviewDecoderConfig, VAEConfig
 
@@ -16,9 +18,16 @@ FRAMES_IN_RANGE = 4
 
 
 class PixelDecoder(nn.Module):
-    """What makes pixels of latents, whole or in tiles: a VAE, or a tiny autoencoder in its place."""
+    """What makes pixels of latents, whole or in tiles: a VAE, or a tiny autoencoder in its place.
+
+    Attributes:
+        source: how other processes load it, if that is known.
+        cards: the group of processes that decodes in place of this one.
+    """
 
     config: VAEConfig | PreviewDecoderConfig
+    source: Source | None = None
+    cards: Any = None
 
     @property
     def dtype(self) -> torch.dtype:

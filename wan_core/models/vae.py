@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..parallel.strips import Strip
 from ..tiling import TileSettings, chunk_bounds
 from .config import Geometry, VAEConfig
 from .ops import add_
@@ -259,15 +260,18 @@ class WanVAE(PixelDecoder):
     def encode_chunks(self, video: Tensor) -> Iterator[Tensor]:
         """Normalised latents of one latent frame after another, on the VAE's device."""
         # The first latent frame is made of one frame alone, every other of `temporal_stride`.
-        cache: FeatureCache = {}
+        cache = FeatureCache()
         for start, end in chunk_bounds(video.shape[2], 1, self.config.geometry.temporal_stride):
             # (B, 2 z, 1, h, w): the mean of the posterior, which is used, and its logarithmic variance.
             moments = self.conv1(self.encoder(self._enter(video[:, :, start:end]), cache), cache)
             yield normalise(moments[:, : self.config.latent_channels], self.config.geometry)
 
-    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
-        """Pixels of one latent frame after another, 1 frame and then 4 each, on the VAE's device and in its dtype."""
-        cache: FeatureCache = {}
+    def decode_chunks(self, latents: Tensor, strip: Strip | None = None) -> Iterator[Tensor]:
+        """Pixels of one latent frame after another, 1 frame and then 4 each, on the VAE's device and in its dtype. With
+        `strip`, latents and pixels are its rows.
+        """
+        cache = FeatureCache()
+        cache.strip = strip
         for index in range(latents.shape[2]):
             frame = self._enter(denormalise(latents[:, :, index : index + 1], self.config.geometry))
             yield self.decoder(self.conv2(frame, cache), cache)

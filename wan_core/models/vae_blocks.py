@@ -13,13 +13,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..parallel.strips import Strip
 from .convolution import conv2d, conv3d, enlarge
 from .ops import has_fused_rms_norm, may_overwrite, rms_norm
 
-FeatureCache = dict[nn.Module, Tensor]
-"""The state of one pass over one video: the last input frames of each causal convolution, and the summed kernels of
-`enlarge`.
-"""
+
+class FeatureCache(dict[nn.Module, Tensor]):
+    """The state of one pass over one video: the last input frames of each causal convolution, and the summed kernels of
+    `enlarge`.
+
+    Attributes:
+        strip: the rows that this rank computes, where several share the picture.
+    """
+
+    strip: Strip | None = None
+
 
 PIECE = {"cpu": 2**18, "meta": 2**18}
 """Elements that are normalised at a time. On a CPU their float32 copies stay in its cache, which is several times as
@@ -89,7 +97,7 @@ class CausalConv3d(nn.Conv3d):
         self, x: Tensor, cache: FeatureCache, norm: ChannelNorm | None = None
     ) -> Tensor:
         """The convolution of `x`, or with a norm of `silu(norm(x))`."""
-        return self.convolve(self.joined(x, cache, norm))
+        return self.convolve(self.joined(x, cache, norm), cache.strip)
 
     def joined(self, x: Tensor, cache: FeatureCache, norm: ChannelNorm | None = None) -> Tensor:
         """`x`, or `silu(norm(x))`, behind the frames before it. The last frames of the result are left in `cache`.
@@ -124,11 +132,15 @@ class CausalConv3d(nn.Conv3d):
             past.copy_(joined[:, :, -self.reach :])
         return joined
 
-    def convolve(self, joined: Tensor) -> Tensor:
-        """The convolution of a tensor that `joined` returned."""
+    def convolve(self, joined: Tensor, strip: Strip | None = None) -> Tensor:
+        """The convolution of a tensor that `joined` returned, of all rows or of those of a strip."""
+        assert not isinstance(self.padding, str)
+        padding = self.padding
+        if strip is not None and padding[1]:
+            joined, padding = strip.extended(joined), (0, 0, padding[2])
         if joined.shape[2] >= self.kernel_size[0]:
-            return conv3d(joined, self.weight, self.bias, self.padding, self.stride)
-        first = conv2d(joined[:, :, 0], self.weight[:, :, -1], self.bias, self.padding[1:], self.stride[1:])
+            return conv3d(joined, self.weight, self.bias, padding, self.stride)
+        first = conv2d(joined[:, :, 0], self.weight[:, :, -1], self.bias, padding[1:], self.stride[1:])
         return first.unsqueeze(2)
 
 
@@ -155,7 +167,7 @@ class ResidualBlock(nn.Module):
         # Two calls instead of one, so that `hidden` is freed before the result is allocated.
         joined = conv2.joined(hidden, cache, norm2)
         del hidden
-        out = conv2.convolve(joined)
+        out = conv2.convolve(joined, cache.strip)
         del joined
         shortcut = x if self.shortcut is None else self.shortcut(x, cache)
         return out.add_(shortcut) if may_overwrite(out, shortcut) else out + shortcut
@@ -171,11 +183,15 @@ class SpatialAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        frames = to_frames(x)
+        frames, strip = to_frames(x), cache.strip
         pixels = rearrange(self.norm(frames), "n c h w -> n (h w) c")
+        if strip is not None:
+            pixels = strip.all_pixels(pixels, x.shape[4])
         qkv = F.linear(pixels, self.to_qkv.weight.flatten(1), self.to_qkv.bias)
         q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, -1))
         out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B * T, H * W, C), one head
+        if strip is not None:
+            out = strip.own_pixels(out, x.shape[4], x.shape[3])
         out = F.linear(out, self.proj.weight.flatten(1), self.proj.bias)
         return x + rearrange(out, "(b t) (h w) c -> b c t h w", b=x.shape[0], h=x.shape[3])
 
@@ -222,7 +238,12 @@ class Upsample(nn.Module):
             x = self._double_frames(x, cache)
         conv = self.resample[1]
         assert isinstance(conv, nn.Conv2d)
-        out = from_frames(enlarge(to_frames(x), conv, cache), x.shape[0])
+        frames, strip = to_frames(x), cache.strip
+        if strip is None:
+            frames = enlarge(frames, conv, cache)
+        else:  # what the rows of the neighbours become is theirs
+            frames = enlarge(strip.extended(frames), conv, cache)[:, :, 2:-2]
+        out = from_frames(frames, x.shape[0])
         return out if shortcut is None else add_duplicated(out, shortcut, 1 + self.temporal)
 
     def _double_frames(self, x: Tensor, cache: FeatureCache) -> Tensor:

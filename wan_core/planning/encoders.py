@@ -226,6 +226,11 @@ def checked_size(
     return size
 
 
+def strip_of(size: LatentSize, ranks: int) -> LatentSize:
+    """The largest strip of latents that one of so many ranks decodes, with a row of each neighbour."""
+    return replace(size, height=min(size.height, -(-size.height // ranks) + 2))
+
+
 def limit_memory(runtime: Runtime, memory: MemorySettings) -> Runtime:
     """`runtime` on a device of which `memory.vram_limit` may be in use. 0 limits weights alone, see `memory_for`."""
     if not memory.vram_limit:

@@ -19,11 +19,13 @@ from ..models.dit import TokenState, WanDiT
 from ..models.fused import EAGER
 from ..models.layers import MotionController
 from ..offload.blocks import weights_of
+from ..parallel.layout import ALONE, Layout
+from ..parallel.mesh import Mesh
 from ..runtime import Runtime
 from ..sampling.guidance import Guided
 from ..sampling.predictor import AllBlocks, BlockRunner, Key, ModelPredictor, TimeTable
 from ..sampling.step_cache import CachedBlocks, Lead
-from ..settings import GuidanceSettings
+from ..settings import GuidanceSettings, SkipSettings
 from ..types import Conditioning, StepInfo, map_tensors, tensors_in
 
 
@@ -214,6 +216,7 @@ def step_bytes(
     guidance: GuidanceSettings,
     residuals: Residuals = "none",
     motion_controller: MotionController | None = None,
+    layout: Layout = ALONE,
 ) -> int:
     """Peak bytes on the device of a step with all its branches, beside weights and conditioning.
 
@@ -223,12 +226,13 @@ def step_bytes(
     Args:
         size: latent frames with those in front, rows and columns, of the video or of one window of it.
         residuals: where a step cache keeps its tensors.
+        layout: of the ranks that share the step; counted is one of them.
     """
     twin = _short_twin(dit)
     controller = None if motion_controller is None else meta_twin(motion_controller)
-    key = _described(twin, controller, cond, size, guidance, residuals)
+    key = _described(twin, controller, cond, size, guidance, residuals, layout)
     if key not in _COUNTED:
-        _COUNTED[key] = _counted_bytes(twin, controller, cond, size, guidance, residuals)
+        _COUNTED[key] = _counted_bytes(twin, controller, cond, size, guidance, residuals, layout)
     return _COUNTED[key]
 
 
@@ -254,8 +258,15 @@ def _counted_bytes(
     size: tuple[int, int, int],
     guidance: GuidanceSettings,
     residuals: Residuals,
+    layout: Layout,
 ) -> int:
     cond = cond.on_meta()
+    if layout.cfg > 1:
+        # A row has a branch to itself, or shares it with that of skip-layer guidance.
+        alone = guidance.branches == 2
+        guidance = dataclasses.replace(
+            guidance, skip=SkipSettings(), scale=1.0 if alone else guidance.scale, scale_low=None, mode="interleaved"
+        )
     x = torch.empty(len(cond.encoded_text), twin.config.out_channels, *size, device=META)
     weights = [*weights_of(twin).values(), *([] if controller is None else weights_of(controller).values())]
     with count_bytes(*weights, *tensors_in(cond), x) as counter:
@@ -271,7 +282,7 @@ def _counted_bytes(
         if guidance.skip.blocks:
             # One of the two blocks: a branch that leaves blocks out keeps as much as any other.
             always = dataclasses.replace(always, skip=dataclasses.replace(guidance.skip, blocks=(1,), start=0, end=1))
-        predict = Guided(ModelPredictor(twin, time, blocks, controller, guidance=always), always)
+        predict = Guided(ModelPredictor(twin, time, blocks, controller, guidance=always, mesh=Mesh(layout)), always)
         # The second step has what a cache kept of the first.
         for index in (1, 2):
             predict(x, 0.0, cond, StepInfo(index, 4))
@@ -290,7 +301,7 @@ class _ComputesEveryStep:
     def skips(self, lead: Lead, info: StepInfo) -> bool:
         return False
 
-    def computed(self, tokens: Tensor, info: StepInfo) -> None: ...
+    def computed(self, lead: Lead, info: StepInfo) -> None: ...
 
 
 class _Comparing:

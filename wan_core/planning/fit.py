@@ -10,6 +10,7 @@ from ..settings import WindowSettings
 from ..tiling import Tiles
 from .encoders import VaePass
 from .job import Job, Phase, WholePlan, plan_whole
+from .run import RunPlan
 
 WINDOW = WindowSettings()
 SMALLER = (832, 480)
@@ -179,6 +180,7 @@ def text_of(fit: FittedPlan) -> str:
             f"Stays in files: {_listed(plan.files)}. A block is read when its turn comes; free memory serves as the "
             "system's cache of it."
         )
+    memory += [_shared(run) for run in plan.sampling if run.layout.ranks > 1]
     title = f"{plan.job.name}, {plan.job.size}: {verdict}"
     return "\n".join([title, "", *table, "", *memory, *_settings(fit)])
 
@@ -196,12 +198,28 @@ def data_of(fit: FittedPlan) -> dict[str, Any]:
         "missing": plan.missing,
         "peak_vram": plan.peak_bytes,
         "peak_ram": plan.ram_bytes,
+        "ranks": plan.job.ranks,
+        "layouts": [str(run.layout) for run in plan.sampling],
+        "sent_per_step": [run.sent for run in plan.sampling],
         "phases": [vars(phase) for phase in plan.phases],
         "ram": dict(plan.ram),
         "files": dict(plan.files),
         "changes": list(fit.changes),
         "helps": list(fit.suggestions),
     }
+
+
+LINKS = {"NVLink": 200e9, "PCIe 4": 25e9}
+"""Bytes that a card sends in a second over each, as a rule."""
+
+
+def _shared(run: RunPlan) -> str:
+    """How ranks share the steps of a run, and what that costs."""
+    times = [f"{run.sent / speed:.2g} s over {name}" for name, speed in LINKS.items()]
+    return (
+        f"Shared by {run.layout.ranks} cards, {run.layout}: each computes {1 / run.layout.ranks:.0%} of a step and "
+        f"sends {gigabytes(run.sent)}, {', '.join(times)}. Sizes are those of the first card."
+    )
 
 
 def _row(phase: Phase) -> tuple[str, ...]:

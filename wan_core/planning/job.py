@@ -24,7 +24,15 @@ from ..sampling.experts import RunModel
 from ..settings import MemorySettings, SamplerSettings
 from ..tiling import Tiles
 from ..types import Conditioning, LatentSize, VaceInput, VideoSize, tensors_in
-from .encoders import IMAGE_ENCODER_BYTES, WORKSPACE_BYTES, VaePass, choose_tiles, smallest_tiles, vae_peak_bytes
+from .encoders import (
+    IMAGE_ENCODER_BYTES,
+    WORKSPACE_BYTES,
+    VaePass,
+    choose_tiles,
+    smallest_tiles,
+    strip_of,
+    vae_peak_bytes,
+)
 from .encoders import text_peak_bytes as text_bytes
 from .estimate import META
 from .modules import SizedExpert, SizedModule
@@ -65,6 +73,7 @@ class Job:
         text_encoder, image_encoder, vae: None where a phase is not part of the run.
         tiles: how the VAE encodes and decodes.
         decodes: whether the VAE decodes the result, or the tiny autoencoder where there is one.
+        ranks: how many cards share the run. What is planned is what the first one takes.
     """
 
     name: str
@@ -81,6 +90,7 @@ class Job:
     tiles: Mapping[VaePass, Tiles] = field(default_factory=lambda: {"encode": "auto", "decode": "auto"})
     decodes: bool = True
     tiny_autoencoder: SizedModule[PreviewDecoder] | None = None
+    ranks: int = 1
 
     @property
     def config(self) -> DiTConfig:
@@ -195,7 +205,7 @@ def plan_whole(job: Job, limit: float | None) -> WholePlan:
     sampling = {
         number: plan_run(
             job.experts[number].module, cond, job.size.latent, job.settings.of_expert(number), memory,
-            lambda _: limit, controller, job.experts[number].loras,
+            lambda _: limit, controller, job.experts[number].loras, job.ranks,
         ) for number in job.working_experts
     }  # fmt: skip
     phases = [
@@ -320,6 +330,9 @@ def _vae_phase(
 ) -> Phase:
     """A pass of the VAE beside `resident` bytes of weights; "auto" tiles are chosen as `decode` chooses them."""
     vae, tiles = part.module, job.tiles[what]
+    strips = what == "decode" and job.ranks > 1 and tiles == "auto" and part is job.vae
+    if strips:
+        size = strip_of(size, job.ranks)
     plan = (vae.config, vae.dtype, size)
     if tiles == "auto":
         tiles = None
@@ -329,7 +342,7 @@ def _vae_phase(
             except ValueError:
                 tiles = smallest_tiles(size)
     peak = resident + vae_peak_bytes(*plan, tiles, what)
-    note = "at once"
+    note = f"a strip on each of {min(job.ranks, size.height)} cards" if strips else "at once"
     if tiles is not None:
         stride = vae.config.pixel_stride(what)
         height, width = (min(side, of) * stride for side, of in zip(tiles.size, (size.height, size.width), strict=True))

@@ -8,18 +8,21 @@ from math import prod
 import torch
 
 from ..lora.apply import LoraUse
+from ..models.config import HEAD_DIM, DiTConfig
 from ..models.dit import WanDiT
 from ..models.layers import MotionController
-from ..offload.blocks import weight_bytes
+from ..offload.blocks import used_bytes, weight_bytes
 from ..offload.streaming import Inventory, Placement, place
 from ..offload.weights import WeightProvider
-from ..runtime import GIB, gigabytes
+from ..parallel.layout import ALONE, Exchange, Layout
+from ..runtime import GIB, Runtime, gigabytes
 from ..sampling.compose import build_solver
+from ..sampling.split import layout_of
 from ..sampling.windows import window_of
 from ..settings import MemorySettings, SamplerSettings
-from ..tiling import Span
+from ..tiling import Span, plan_spans
 from ..types import Conditioning, LatentSize, tensors_in
-from .encoders import WORKSPACE_BYTES
+from .encoders import WORKSPACE_BYTES, memory_for
 from .estimate import Residuals, kept_bytes, kept_share, pass_flops, step_bytes
 
 FRAGMENTATION = 0.03
@@ -47,6 +50,8 @@ class RunPlan:
         available: bytes that the run may use, None without a limit.
         flops: of one step, of all its evaluations and branches.
         evaluations: how often a step evaluates the model; the last step may do so less often.
+        layout: of the ranks that share the run. What is counted is that of one of them, the first.
+        sent: bytes that it sends to the others in one step.
     """
 
     settings: SamplerSettings
@@ -56,6 +61,8 @@ class RunPlan:
     available: float | None
     flops: float
     evaluations: int = 1
+    layout: Layout = ALONE
+    sent: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -106,6 +113,7 @@ def plan_run(
     request_memory: Callable[[float], float | None],
     motion_controller: MotionController | None = None,
     loras: Sequence[LoraUse] = (),
+    ranks: int = 1,
 ) -> RunPlan:
     """The plan that copies the fewest bytes for a run of `settings`.
 
@@ -114,17 +122,49 @@ def plan_run(
     Args:
         cond: fitted to the model; its tensors may lie anywhere, also on the meta device.
         request_memory: from the bytes that a run wants to those of the device that it may use; None without a limit.
+        ranks: how many share the run, each with such a device.
     """
     inventory, uses = dit_inventory(dit, cond), tuple(loras)
-    plan = _counted(dit, inventory, cond, size, settings, motion_controller, uses)
+    plan = _counted(dit, inventory, cond, size, settings, motion_controller, uses, ranks)
     available = request_memory(plan.peak_bytes)
     plan = plan.within(available, memory)
     if not plan.placement.streamed:
         return _keeping(plan, dit, cond, size, memory, uses)
     if settings.guidance.mode != "sequential" or settings.guidance.branches == 1:
         return plan
-    other = _counted(dit, inventory, cond, size, interleaved(settings), motion_controller, uses)
+    other = _counted(dit, inventory, cond, size, interleaved(settings), motion_controller, uses, ranks)
     return min(plan, other.within(available, memory), key=lambda plan: (plan.missing, plan.copied_per_step))
+
+
+def plan_on(
+    runtime: Runtime,
+    dit: WanDiT,
+    cond: Conditioning,
+    size: LatentSize,
+    settings: SamplerSettings,
+    memory: MemorySettings,
+    motion_controller: MotionController | None = None,
+    loras: Sequence[LoraUse] = (),
+) -> RunPlan:
+    """The plan of a run on the device of `runtime`, by what is free there; arguments as of `plan_run`.
+
+    Args:
+        runtime: with `memory.vram_limit` applied (`limit_memory`).
+    """
+    if memory.vram_limit == 0:
+        memory = dataclasses.replace(memory, vram_limit=None, persistent_params=0)
+    if memory.persistent_params is not None or runtime.unbounded:
+        return placed_run(dit, cond, size, settings, memory, loras)
+    # The plan counts all conditioning, also what is on the device already and so is no longer free there.
+    there = sum(tensor.nbytes for tensor in tensors_in(cond) if tensor.device == runtime.device)
+    there = there if used_bytes(runtime.device) else 0
+
+    def request_memory(wanted: float) -> float | None:
+        left = memory_for(dit, runtime, memory, wanted - there)
+        return None if left is None else left + there
+
+    ranks = 1 if runtime.ranks is None else runtime.ranks.count
+    return plan_run(dit, cond, size, settings, memory, request_memory, motion_controller, loras, ranks)
 
 
 def interleaved(settings: SamplerSettings) -> SamplerSettings:
@@ -187,6 +227,7 @@ def _counted(
     settings: SamplerSettings,
     motion_controller: MotionController | None,
     loras: Sequence[LoraUse],
+    ranks: int,
 ) -> RunPlan:
     """The plan with all weights on the device."""
     cond = cond.on_meta()
@@ -195,7 +236,8 @@ def _counted(
     if frames < size.frames:
         cond = window_of(cond, Span(0, frames, True, False), prefix)
     window = (prefix + frames, size.height, size.width)
-    activations = step_bytes(dit, cond, window, settings.guidance, _residuals(settings, size), motion_controller)
+    layout, residuals = layout_of(settings.guidance, ranks), _residuals(settings, size)
+    activations = step_bytes(dit, cond, window, settings.guidance, residuals, motion_controller, layout)
     beside += 0 if motion_controller is None else weight_bytes(motion_controller)
     evaluations = max(map(len, build_solver(settings).evaluations))
     # Between its evaluations a solver holds the first velocity and the latents that it led to, in float32.
@@ -205,8 +247,27 @@ def _counted(
     led = guidance.branches - guidance.has_negative if guidance.nag.is_on else 0
     flops = (guidance.branches - led) * pass_flops(dit.config, window, vace_inputs=vace_inputs)
     flops += led * pass_flops(dit.config, window, vace_inputs=vace_inputs, texts=2)
-    flops *= evaluations
-    return RunPlan(settings, Placement(inventory), activations, allowance_for(activations), None, flops, evaluations)
+    flops *= evaluations / layout.ranks
+    windows = settings.windows_over(size.frames, "blend")
+    calls = evaluations * (1 if windows is None else len(plan_spans(size.frames, windows.size, windows.stride)))
+    exchange = exchange_of(dit.config, window, dit.dtype, len(cond.encoded_text), vace_inputs)
+    found = exchange.sent(layout, guidance.branches)
+    latents = found.pop("latents", 0) * (prefix + size.frames) // window[0]
+    sent = sum(found.values()) * calls + latents * evaluations
+    return RunPlan(
+        settings, Placement(inventory), activations, allowance_for(activations), None, flops, evaluations, layout, sent
+    )
+
+
+def exchange_of(
+    config: DiTConfig, window: tuple[int, int, int], dtype: torch.dtype, batch: int = 1, vace_inputs: int = 0
+) -> Exchange:
+    """What ranks exchange about latents of `window` = (frames with those in front, rows, columns)."""
+    frames, rows, columns = (side // patch for side, patch in zip(window, config.patch_size, strict=True))
+    tokens = (frames + config.has_reference) * rows * columns
+    blocks = config.num_layers + vace_inputs * len(config.vace_layers)
+    outputs, latents = config.out_channels * prod(config.patch_size), batch * config.out_channels * prod(window)
+    return Exchange(tokens, config.dim // HEAD_DIM, blocks, latents, outputs, dtype.itemsize, batch)
 
 
 def allowance_for(activations: int) -> int:

@@ -141,16 +141,16 @@ class Checkpoint:
 
     def __init__(self, folder: Path, every: int = 0) -> None:
         """A run is saved `every` so many steps and after its last one; with 0 only when it runs out of memory."""
-        self._folder, self.every = folder, every
+        self.folder, self.every = folder, every
         self.resumed, self._warned = False, False
 
     @property
     def in_use(self) -> bool:
         """Whether runs are saved regularly, or one is left from before."""
-        return bool(self.every) or any(self._folder.glob("unfinished_*.safetensors"))
+        return bool(self.every) or any(self.folder.glob("unfinished_*.safetensors"))
 
     def path(self, run: str) -> Path:
-        return self._folder / f"unfinished_{run[:16]}.safetensors"
+        return self.folder / f"unfinished_{run[:16]}.safetensors"
 
     def save(self, state: RunState) -> Path | None:
         """Save `state` in place of an earlier one of the same run; None when it cannot be written."""
@@ -197,7 +197,7 @@ class Checkpoint:
             self.path(run).unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s is not needed any more, but cannot be removed (%s).", self.path(run), error)
-        clean(self._folder)
+        clean(self.folder)
 
 
 def _state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> RunState:

@@ -1,20 +1,30 @@
 """From settings to a predictor: the only place where the nesting of features is decided."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..cache_settings import EasyCacheSettings, FirstBlockSettings, MagCacheSettings, TeaCacheSettings
 from ..models.dit import WanDiT
 from ..models.layers import MotionController
+from ..parallel.mesh import Mesh
 from ..runtime import Runtime, log
 from ..settings import SamplerSettings
 from ..types import Conditioning
 from . import skip_rules
 from .checkpoint import HasMemory
 from .guidance import Guided, first_steps
-from .predictor import AllBlocks, BlockRunner, ModelPredictor, Predictor, TimeTable, motion_offset
+from .predictor import (
+    AllBlocks,
+    BlockRunner,
+    BranchPredictor,
+    ModelPredictor,
+    Predictor,
+    TimeTable,
+    motion_offset,
+)
 from .skip_rules import EasyCache, FirstBlock, Magnitudes, MeasuredBlocks
 from .solvers import SOLVERS, Solver, shifted_sigmas
+from .split import SplitBranches, mesh_of
 from .step_cache import CachedBlocks, SkipRule
 from .windows import Windowed
 
@@ -34,10 +44,11 @@ def build_solver(settings: SamplerSettings) -> Solver:
 
 @dataclass(frozen=True)
 class Composed:
-    """A predictor, and those of its parts that remember tensors from step to step."""
+    """A predictor, those of its parts that remember tensors from step to step, and the mesh that it runs on."""
 
     predict: Predictor
     memories: Mapping[str, HasMemory]
+    mesh: Mesh | None = None
 
 
 def compose(
@@ -61,7 +72,7 @@ def compose(
         shares: the steps of each expert of the run, one after the other; all are one model's if there are none.
         magnitudes: filled with what `MeasuredBlocks` measures, if the settings ask for it.
     """
-    time = TimeTable(dit, solver.evaluations, cond)
+    time, mesh = TimeTable(dit, solver.evaluations, cond), mesh_of(runtime, settings)
     blocks: BlockRunner = AllBlocks(dit, runtime)
     memories: dict[str, HasMemory] = {}
     windows = settings.windows_over(frames, "blend")
@@ -71,15 +82,21 @@ def compose(
     if rule is not None and settings.cache is not None:
         # There is a residual per window, so with windows they grow with the video and are kept in host memory.
         on_cpu = settings.cache.residual_on_cpu or windows is not None
-        blocks = memories["cache"] = CachedBlocks(blocks, rule, dit.dtype, on_cpu=on_cpu)
+        blocks = memories["cache"] = CachedBlocks(blocks, rule, dit.dtype, on_cpu=on_cpu, mesh=mesh)
     # A projection is kept for one window only, so with several windows none would ever be used again.
     keep = settings.keep_projections and windows is None
-    model = ModelPredictor(dit, time, blocks, motion_controller, guidance=settings.guidance, keep=keep)
+    guidance = settings.guidance
+    model: BranchPredictor = ModelPredictor(
+        dit, time, blocks, motion_controller, guidance=guidance, keep=keep, mesh=mesh
+    )
+    if mesh is not None and mesh.layout.cfg > 1:
+        # All branches in one call, whatever the mode: each row takes its own.
+        model, guidance = SplitBranches(model, mesh), replace(guidance, mode="interleaved")
     # Guidance is the innermost wrapper because it needs the branches apart; it commutes with the mean over windows.
-    predict: Predictor = Guided(model, settings.guidance)
+    predict: Predictor = Guided(model, guidance)
     if windows is not None:
         predict = Windowed(predict, windows, frames, prompts)
-    return Composed(predict, memories)
+    return Composed(predict, memories, mesh)
 
 
 def _skip_rule(

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..lora.apply import LoraUse
 from ..models.dit import WanDiT
 from ..models.layers import MotionController
+from ..offload.streaming import Placement
 from ..settings import SamplerSettings
 from ..types import Conditioning, LatentSize
 
@@ -76,15 +78,19 @@ class Active:
         dit: its transformer.
         settings: those of the run, as the plan for this expert has them.
         before_step: called as (index, total) before every step that it takes.
+        placement: of its weights, as the plan has it.
     """
 
     dit: WanDiT
     settings: SamplerSettings
     before_step: Callable[[int, int], None] = lambda index, total: None
+    placement: Placement | None = None
 
 
-Activate = Callable[[int, SamplerSettings], AbstractContextManager[Active]]
-"""Brings the weights of the expert of that number to the device, for the length of the context."""
+Activate = Callable[[int, SamplerSettings, Placement | None], AbstractContextManager[Active]]
+"""Brings the weights of the expert of that number to the device, for the length of the context; placed as another rank
+has planned, if there is a placement.
+"""
 
 
 class RunModel:
@@ -96,13 +102,15 @@ class RunModel:
         motion_controller: MotionController | None = None,
         activate: Activate | None = None,
         announce: Callable[[int], None] = lambda number: None,
+        task: Any = None,
     ) -> None:
         """Without `activate`, the weights must be on the run's device already.
 
         Args:
             announce: called before the last step of an expert with the number of the one that follows.
+            task: what other ranks are told at the start of the run, if they do not follow it already.
         """
-        self.announce = announce
+        self.announce, self.task = announce, task
         self.experts, self.motion_controller = tuple(experts), motion_controller
         self._activate = activate or self._in_place
         self._stack, self._current = ExitStack(), -1
@@ -113,19 +121,24 @@ class RunModel:
         """The transformer whose structure and dtype all experts share."""
         return self.experts[0].dit
 
+    @property
+    def number(self) -> int:
+        """That of the active expert."""
+        return self._current
+
     def shares(self, timesteps: Sequence[float], steps: range) -> list[tuple[int, range]]:
         """`steps` by the expert that takes them: its number, and consecutive steps."""
         groups = groupby(steps, lambda index: expert_at(self.experts, timesteps[index]))
         found = [(number, list(group)) for number, group in groups]
         return [(number, range(group[0], group[-1] + 1)) for number, group in found]
 
-    def active(self, number: int, settings: SamplerSettings) -> Active:
+    def active(self, number: int, settings: SamplerSettings, placement: Placement | None = None) -> Active:
         """The expert of that number, ready until another one is asked for or the run ends; `settings` are those of the
-        run.
+        run, `placement` is that of another rank.
         """
         if self._active is None or self._current != number:
             self.release()
-            self._active = self._stack.enter_context(self._activate(number, settings.of_expert(number)))
+            self._active = self._stack.enter_context(self._activate(number, settings.of_expert(number), placement))
             self._current = number
         return self._active
 
@@ -144,5 +157,5 @@ class RunModel:
         self.release(error)
 
     @contextmanager
-    def _in_place(self, number: int, settings: SamplerSettings) -> Iterator[Active]:
+    def _in_place(self, number: int, settings: SamplerSettings, placement: Placement | None) -> Iterator[Active]:
         yield Active(self.experts[number].dit, settings)

@@ -12,6 +12,7 @@ from ..models.attention import RotaryTable
 from ..models.dit import Prepared, TimeEmbedding, TokenState, WanDiT, check_shapes, vace_strengths
 from ..models.fused import TokenRows
 from ..models.layers import MotionController
+from ..parallel.mesh import Mesh
 from ..runtime import Runtime
 from ..settings import GuidanceSettings
 from ..types import Conditioning, Curve, StepInfo, tensors_in
@@ -146,7 +147,7 @@ def branches_of(name: str) -> list[str]:
 
 
 class AllBlocks:
-    """The plain block runner; checks for cancellation before every block."""
+    """The plain block runner; checks for cancellation before every block, where no other rank waits for it."""
 
     def __init__(self, dit: WanDiT, runtime: Runtime) -> None:
         self._dit, self._runtime = dit, runtime
@@ -155,7 +156,8 @@ class AllBlocks:
     def __call__(
         self, states: Sequence[TokenState], keys: Sequence[Key], info: StepInfo, blocks: range | None = None
     ) -> None:
-        self._dit.run_blocks(states, lambda _: self._runtime.check_cancelled(), blocks)
+        alone = self._runtime.ranks is None
+        self._dit.run_blocks(states, (lambda _: self._runtime.check_cancelled()) if alone else None, blocks)
 
 
 class TimeTable:
@@ -202,11 +204,13 @@ class ModelPredictor:
         *,
         guidance: GuidanceSettings | None = None,
         keep: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
         """With `keep`, the keys and values of cross-attention are kept between steps too. Of `guidance`, what happens
-        inside of a branch is done here: attention guidance, and the blocks that a branch leaves out.
+        inside of a branch is done here: attention guidance, and the blocks that a branch leaves out. On a `mesh` the
+        rank that leads checks the velocities.
         """
-        self._dit, self._keep = dit, keep
+        self._dit, self._keep, self._mesh = dit, keep, mesh
         self._guidance = guidance or GuidanceSettings()
         self._time = time
         self._run_blocks = run_blocks
@@ -227,7 +231,7 @@ class ModelPredictor:
         states = self._embedded(x, branches, info)
         self._run_blocks(states, [(name, info.window) for name in branches], info)
         velocities = [self._dit.unembed(state) for state in states]
-        if info.index == self._checked and not info.evaluation:
+        if info.index == self._checked and not info.evaluation and self._mesh is None:
             for (name, cond), velocity in zip(branches.items(), velocities, strict=True):
                 if not is_finite(velocity):
                     # The blocks overwrote the tokens, so they are embedded again.
@@ -257,7 +261,7 @@ class ModelPredictor:
             motion = None if motion is None else motion.to(x.device)
             known = self._rotations.get(size), self._rows.get(window)
             nag = self._guidance.nag if self._guidance.nag.is_on else None
-            prepared = self._dit.prepare(cond, size, motion, *known, keep=self._keep, nag=nag)
+            prepared = self._dit.prepare(cond, size, motion, *known, keep=self._keep, nag=nag, mesh=self._mesh)
             self._prepared[branch] = prepared
             if prepared.context.rows is not None and prepared.rows is not None:
                 self._rows[window] = prepared.context.rows, prepared.rows

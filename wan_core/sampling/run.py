@@ -14,8 +14,9 @@ from ..settings import SamplerSettings
 from ..tiling import Span, plan_spans
 from ..types import Conditioning, StepInfo
 from .checkpoint import Checkpoint, HasMemory, RunState, digest, digest_run, digest_weights, memory_of, restore
-from .compose import Composed, build_solver, compose
+from .compose import Composed, build_solver
 from .experts import Active, RunInputs, RunModel, expert_at
+from .parallel import composed, leading
 from .predictor import Predictor, check_latents
 from .skip_rules import Magnitudes
 from .solvers import Solver, add_noise, initial_noise
@@ -95,7 +96,7 @@ def sample(
     if settings.sigmas is None and settings.denoise == 0:
         assert inputs.start is not None, "`check` refuses a run from nothing to nothing"
         return RunState(latents=inputs.start.float().cpu(), prefix=0, step=settings.total_steps)
-    with kernels.run(), model:
+    with kernels.run(), model, leading(runtime.ranks, model.task):
         return run.execute(earlier)
 
 
@@ -286,11 +287,10 @@ class _Run:
     def _composed(
         self, active: Active, solver: Solver, cond: Conditioning, frames: int, known: Tensor | None
     ) -> Composed:
-        parts = compose(
-            active.dit, solver, cond, frames, active.settings, self.runtime, self.model.motion_controller,
-            () if self.chained else self.prompts,
-            shares=[share for _, share in self.model.shares(solver.timesteps, range(self.settings.total_steps))],
-            magnitudes=self.measures.get("magnitudes"),
+        shape, prompts = (*self.shape[:2], self.prefix + frames, *self.shape[3:]), () if self.chained else self.prompts
+        parts = composed(
+            self.model, active, solver, cond, shape, frames, self.settings, self.runtime, prompts,
+            self.measures.get("magnitudes"),
         )  # fmt: skip
         if cond.clean is not None:
             return dataclasses.replace(parts, predict=CleanFrames(parts.predict, cond, self.prefix))

@@ -15,10 +15,7 @@ from ..models.dit import TokenState
 from ..types import StepInfo
 from .cache_tables import MAGNITUDE_RATIOS, TEACACHE_COEFFICIENTS, WHOLE_FIRST_EXPERT
 from .predictor import BlockRunner, Key, branches_of
-from .step_cache import Lead, SkipPlan
-
-SAMPLE = 4096
-"""About so many tokens, evenly spread, stand for a sequence when its change is measured."""
+from .step_cache import SAMPLE, Lead, SkipPlan
 
 
 def changes(modulations: Tensor) -> list[float]:
@@ -193,7 +190,7 @@ class MeasuredBlocks:
     def __call__(
         self, states: Sequence[TokenState], keys: Sequence[Key], info: StepInfo, blocks: range | None = None
     ) -> None:
-        if info.window or info.evaluation or self._measured == info.index:
+        if not states or info.window or info.evaluation or self._measured == info.index:
             self._run(states, keys, info, blocks)
             return
         self._measured = info.index
@@ -203,6 +200,8 @@ class MeasuredBlocks:
         pieces = zip(states[0].tokens.chunk(branches)[0].split(SAMPLE, 1), before.split(SAMPLE, 1), strict=True)
         memory = self._magnitudes.memory
         norms = torch.cat([(after.float() - old.float()).norm(dim=-1) for after, old in pieces], 1)
+        part = states[0].prepared.context.part
+        norms = norms if part is None else part.whole(norms, "samples")
         ratios = memory.setdefault("ratios", torch.full((info.total,), torch.nan, dtype=torch.float64))
         if info.index and "norms" in memory:
             ratios[info.index] = (norms / memory["norms"]).mean().cpu()
@@ -228,7 +227,7 @@ class EasyCache:
         return max(1, self._settings.start_step) <= index < self._total - 1 and index not in self._forced
 
     def skips(self, lead: Lead, info: StepInfo) -> bool:
-        sample, change, rate = _sample(lead.tokens), self._get("change", info), self._get("rate", info)
+        sample, change, rate = lead.sample(), self._get("change", info), self._get("rate", info)
         last_input, output = self._get("last_input", info), self._get("output", info)
         self._set("last_input", info, sample)
         if rate is None or last_input is None or output is None or not self.may_skip(info.index):
@@ -240,8 +239,8 @@ class EasyCache:
         self._set("change", info, change if skips else torch.zeros((), dtype=torch.float64))
         return skips
 
-    def computed(self, tokens: Tensor, info: StepInfo) -> None:
-        last_input, output = self._get("last_input", info), _sample(tokens)
+    def computed(self, lead: Lead, info: StepInfo) -> None:
+        last_input, output = self._get("last_input", info), lead.sample()
         old_input, old_output = self._get("input", info), self._get("output", info)
         if last_input is None:
             raise RuntimeError("`computed` was called before `skips`, which keeps the tokens of the step.")
@@ -276,9 +275,9 @@ class FirstBlock:
         return max(1, self._settings.start_step) <= index < self._total and index not in self._forced
 
     def skips(self, lead: Lead, info: StepInfo) -> bool:
-        before = _sample(lead.tokens)
+        before = lead.sample()
         lead.run(self._settings.blocks)
-        change, most = _sample(lead.tokens) - before, self._settings.max_skips
+        change, most = lead.sample() - before, self._settings.max_skips
         last = self.memory.get(f"change.{info.window}")
         row = int(self.memory.get(f"skipped.{info.window}", 0))
         may = self.may_skip(info.index) and (most == 0 or row < most)
@@ -288,12 +287,8 @@ class FirstBlock:
         self.memory[f"skipped.{info.window}"] = torch.tensor(row + 1 if skips else 0)
         return skips
 
-    def computed(self, tokens: Tensor, info: StepInfo) -> None:
+    def computed(self, lead: Lead, info: StepInfo) -> None:
         pass
-
-
-def _sample(tokens: Tensor) -> Tensor:
-    return tokens[:, :: max(1, tokens.shape[1] // SAMPLE)].clone()
 
 
 def _size(x: Tensor, other: Tensor | None = None) -> Tensor:

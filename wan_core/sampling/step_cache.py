@@ -11,8 +11,12 @@ from torch import Tensor
 
 from ..models.dit import TokenState
 from ..models.ops import add_
+from ..parallel.mesh import Mesh
 from ..types import StepInfo
 from .predictor import BlockRunner, Key, branches_of
+
+SAMPLE = 4096
+"""About so many tokens, evenly spread, stand for a sequence when its change is measured."""
 
 
 class Lead:
@@ -29,10 +33,14 @@ class Lead:
         self._run, self._states, self._keys, self._info, self._branches = run, states, keys, info, branches
         self.done = 0
 
-    @property
-    def tokens(self) -> Tensor:
-        """(B, S, D), as they are now. Blocks write into them, so clone them to compare them later."""
-        return self._states[0].tokens.chunk(self._branches)[0]
+    def sample(self) -> Tensor:
+        """A copy of some tokens (B, n, D) of the whole sequence, evenly spread, as they are now: enough to measure how
+        the sequence changes.
+        """
+        tokens, part = self._states[0].tokens.chunk(self._branches)[0], self._states[0].prepared.context.part
+        count = tokens.shape[1] if part is None else sum(part.sizes)
+        stride = max(1, count // SAMPLE)
+        return tokens[:, ::stride].clone() if part is None else part.every(tokens, stride)
 
     def run(self, count: int) -> None:
         """Run the first `count` blocks, but those that have run already."""
@@ -62,8 +70,8 @@ class SkipRule(Protocol):
         """
         ...
 
-    def computed(self, tokens: Tensor, info: StepInfo) -> None:
-        """Called with the lead's tokens after the blocks of a step that is not skipped."""
+    def computed(self, lead: Lead, info: StepInfo) -> None:
+        """Called with the lead after the blocks of a step that is not skipped."""
         ...
 
 
@@ -81,11 +89,14 @@ class CachedBlocks:
 
     The residual of a step is what the blocks, after those that the rule ran, added to the tokens. It is kept per
     (branch, window) and evaluation in `dtype`, with `on_cpu` in host memory, and belongs to this object, that is to one
-    run. VACE blocks run within the others and are skipped with them.
+    run. VACE blocks run within the others and are skipped with them. On a mesh each rank keeps the residual of its own
+    tokens, and a rule that looks at tokens decides in the first row, for all.
     """
 
-    def __init__(self, run: BlockRunner, rule: SkipRule, dtype: torch.dtype, *, on_cpu: bool = False) -> None:
-        self._run, self._rule = run, rule
+    def __init__(
+        self, run: BlockRunner, rule: SkipRule, dtype: torch.dtype, *, on_cpu: bool = False, mesh: Mesh | None = None
+    ) -> None:
+        self._run, self._rule, self._mesh = run, rule, None if isinstance(rule, SkipPlan) else mesh
         self._dtype, self._on_cpu = dtype, on_cpu
         self.count = run.count
         self._residuals: dict[str, Tensor] = {}
@@ -113,14 +124,12 @@ class CachedBlocks:
         assert blocks is None, "a cache decides about all blocks"
         further = f".{info.evaluation}" if info.evaluation else ""
         names = [[f"{branch}.{window}{further}" for branch in branches_of(name)] for name, window in keys]
-        lead = Lead(self._run, states, keys, info, len(names[0]))
+        lead = Lead(self._run, states, keys, info, len(names[0]) if names else 0)
         decision = self._decisions.get(info.window)
         # The first call of a step and window decides; calls for further branches and evaluations find the decision.
         is_lead = decision is None or decision.step != info.index
         if decision is None or is_lead:
-            known = all(name in self._residuals for name in names[0])
-            skips = self._rule.skips(lead, info) and known
-            decision = self._decisions[info.window] = _Decision(info.index, skips, lead.done)
+            decision = self._decisions[info.window] = self._decided(lead, names, info)
         lead.run(decision.looked_at)
         if decision.skips and all(name in self._residuals for group in names for name in group):
             for state, group in zip(states, names, strict=True):
@@ -133,13 +142,27 @@ class CachedBlocks:
         keep = info.index + 1 < info.total and self._rule.may_skip(info.index + 1)
         before = [state.tokens.clone() if keep else None for state in states]
         self._run(states, keys, info, range(lead.done, self.count))
-        if is_lead:
-            self._rule.computed(lead.tokens, info)
+        if is_lead and self._decides:
+            self._rule.computed(lead, info)
         for state, group, old in zip(states, names, before, strict=True):
             if old is not None:
                 residual = torch.sub(state.tokens, old, out=old)
                 residual = residual.to("cpu" if self._on_cpu else residual.device, self._dtype)
                 self._residuals.update(zip(group, residual.chunk(len(group)), strict=True))
+
+    @property
+    def _decides(self) -> bool:
+        return self._mesh is None or self._mesh.row == 0
+
+    def _decided(self, lead: Lead, names: Sequence[Sequence[str]], info: StepInfo) -> _Decision:
+        skips = False
+        if self._decides:
+            known = all(name in self._residuals for group in names[:1] for name in group)
+            skips = self._rule.skips(lead, info) and known
+        if self._mesh is None:
+            return _Decision(info.index, skips, lead.done)
+        agreed, looked_at = self._mesh.agreed(skips, lead.done)
+        return _Decision(info.index, bool(agreed), looked_at)
 
 
 SKIPPED_STEP_COST = 0.01
@@ -174,5 +197,5 @@ class SkipPlan:
     def skips(self, lead: Lead, info: StepInfo) -> bool:
         return self.skipped[info.index]
 
-    def computed(self, tokens: Tensor, info: StepInfo) -> None:
+    def computed(self, lead: Lead, info: StepInfo) -> None:
         pass
