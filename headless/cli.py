@@ -16,6 +16,7 @@ from wan_core.runtime import Cancelled
 
 from ..nodes import NODE_CLASS_MAPPINGS, host
 from .batch.command import BATCH_ARGUMENTS, LIKE_RUN, batch
+from .cards import GPUS, on_cards
 from .client import run_all_on_server
 from .core_nodes import core_nodes
 from .file_commands import (
@@ -160,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in TRAINING_COMMANDS.items():
         subparsers.add_parser(name, help=text)
     arguments = parser.parse_args(words)
+    arguments.words = words
     level = logging.ERROR if getattr(arguments, "quiet", False) else logging.INFO
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s")
     # Its writer tells of every file.
@@ -297,6 +299,7 @@ def _configure_host(arguments: argparse.Namespace, on_event: Callable[[Event], N
 
     host.configure(
         device=arguments.device,
+        ranks=getattr(arguments, "ranks", None),
         input_dir=arguments.input,
         output_dir=arguments.out,
         on_progress=on_progress,
@@ -327,7 +330,7 @@ def _print_verdict(answer: Callable[[argparse.Namespace], tuple[str, bool]]) -> 
 
 
 COMMANDS: Mapping[str, Command] = {
-    "run": Command("Run a workflow in this process or on a ComfyUI server.", RUN_ARGUMENTS, _run),
+    "run": Command("Run a workflow in this process or on a ComfyUI server.", {**RUN_ARGUMENTS, **GPUS}, on_cards(_run)),
     "batch": Command(
         "Make many films from a list of jobs, again and again until all are finished.",
         {**BATCH_ARGUMENTS, **{flag: RUN_ARGUMENTS[flag] for flag in LIKE_RUN}},

@@ -3,9 +3,10 @@
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from wan_core.checks import check_number
+from wan_core.checks import check_number, check_whole
 from wan_core.model import VideoModel
 from wan_core.planning.fit import FittedPlan, data_of, fit_plan, suggestions, text_of
 from wan_core.planning.job import Job, plan_whole
@@ -40,6 +41,12 @@ PLAN_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
         "help": "override an input, as for run",
     },
     **RECOMMENDED_ARGUMENTS,
+    "--gpus": {
+        "metavar": "N",
+        "type": int,
+        "default": 1,
+        "help": "plan for N cards that share each film; --vram is that of one card",
+    },
     "--tiny": {"action": "store_true", "help": "plan for the bundled models, with their sizes, steps and prompt"},
     "--json": {"action": "store_true", "help": "print JSON, sizes in bytes"},
 }
@@ -53,6 +60,7 @@ def plan(arguments: argparse.Namespace) -> tuple[str, bool]:
     """
     if arguments.vram is not None:
         check_number("--vram", arguments.vram, low=0.1, high=100000)
+    check_whole("--gpus", arguments.gpus, low=1, high=64)
     limit = free_bytes(host.current.device()) if arguments.vram is None else arguments.vram * GIB
     nodes = {**core_nodes(Folders()), **NODE_CLASS_MAPPINGS}
     workflow = Workflow.load(arguments.file)
@@ -61,6 +69,7 @@ def plan(arguments: argparse.Namespace) -> tuple[str, bool]:
     workflow = apply_recommended(workflow, arguments.recommended, arguments.more_motion, nodes)
     schemas = schemas_of(nodes)
     jobs, trainings = planned_runs(apply_sets(workflow, arguments.sets, schemas), nodes, schemas)
+    jobs = [replace(job, ranks=max(job.ranks, arguments.gpus)) for job in jobs]
     absent = list(dict.fromkeys(part.absent for job in jobs for part in job.modules.values() if part.absent))
     fits = [fit_plan(job, limit) if arguments.fit else _unchanged(job, limit) for job in jobs]
     counted = [_training(training, limit) for training in trainings]

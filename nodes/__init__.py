@@ -9,7 +9,7 @@ from .films import Extend, Keyframes, Segments
 from .joints import DriftMeter, JoinClips
 from .loaders import ImageEncoderLoader, TextEncoderLoader, VAELoader
 from .lora import LoraInfo, LoraLoader, LoraSave
-from .memory import CheckpointInfo, Memory, MemoryPlan
+from .memory import CheckpointInfo, Memory, MemoryPlan, Parallel
 from .model_loader import ModelLoader
 from .native import FromConditioning, ToConditioning
 from .options import Guidance, LongRun, Schedule, Windows
@@ -51,6 +51,7 @@ NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {
     "WanCoreLongRun": LongRun,
     "WanCoreMemory": Memory,
     "WanCoreMemoryPlan": MemoryPlan,
+    "WanCoreParallel": Parallel,
     "WanCoreSampler": Sampler,
     "WanCoreLoadLatents": LoadLatents,
     "WanCoreVAEEncode": VAEEncode,
@@ -100,6 +101,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "WanCoreLongRun": "Long Run (WanCore)",
     "WanCoreMemory": "Memory (WanCore)",
     "WanCoreMemoryPlan": "Memory Plan (WanCore)",
+    "WanCoreParallel": "Parallel (WanCore)",
     "WanCoreSampler": "Sampler (WanCore)",
     "WanCoreLoadLatents": "Load Latents (WanCore)",
     "WanCoreVAEEncode": "VAE Encode (WanCore)",
@@ -186,6 +188,7 @@ SEARCH_ALIASES: dict[str, tuple[str, ...]] = {
     "WanCoreVAEEncode": ("video to latent", "vae encode tiled", "WanVideoEncode", "编码"),
     "WanCoreVAEDecode": ("latent to video", "vae decode tiled", "WanVideoDecode", "解码"),
     "WanCoreMemoryPlan": ("vram estimate", "will it fit", "out of memory", "budget", "显存估算"),
+    "WanCoreParallel": ("multi gpu", "several cards", "two gpus", "xfuser", "ulysses", "cfg split", "多卡", "多显卡"),
     "WanCoreTrainingData": ("dataset", "captions", "metadata.csv", "finetune", "数据集"),
     "WanCoreTrainLora": ("lora training", "finetune", "trainer", "peft", "训练 LoRA"),
     "WanCoreTrainModel": ("full finetune", "training", "motion controller", "全量训练"),

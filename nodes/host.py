@@ -17,6 +17,7 @@ from wan_core import catalog
 from wan_core.files import names_below
 from wan_core.loading.download import DEFAULT_FOLDER, models_folder
 from wan_core.models.config import DEFAULT_GEOMETRY, Geometry
+from wan_core.parallel.mesh import Ranks
 from wan_core.runtime import Runtime, default_device, free_bytes, log
 from wan_core.sampling.preview import Previewer, preview_frames
 from wan_core.settings import MemorySettings
@@ -136,6 +137,7 @@ class Standalone:
         on_progress: Callable[[str, int, int], None] | None = None,
         preview_every: int = 0,
         typed: Iterable[str] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
@@ -146,8 +148,10 @@ class Standalone:
             preview_every: steps of a sampler between two previews in `previews` of the output folder; 0 makes none.
             typed: names that the person who started the process typed. They may be any path, unlike those in a
                 workflow, which may be a stranger's.
+            ranks: of which this process is the first, if several share the work.
         """
         self._device = torch.device(device) if device and device != "auto" else None
+        self._ranks = ranks
         self._models_dir = models_dir
         self._input_dir, self._output_dir = input_dir or Path("input"), output_dir or Path("output")
         self._prompts_dir = prompts_dir
@@ -156,7 +160,7 @@ class Standalone:
         self._when_saved: list[Action] | None = None
 
     def device(self) -> torch.device:
-        return self._device or default_device()
+        return self._ranks.device if self._ranks else self._device or default_device()
 
     def offload_device(self) -> torch.device:
         return torch.device("cpu")
@@ -174,7 +178,7 @@ class Standalone:
                     pictures = tiny.strip(latents) or preview_frames(latents, geometry)
                     previews.write(pictures, self._output_dir / "previews", done)
 
-        return Runtime(device=self.device(), dtype=dtype, on_progress=report)
+        return Runtime(device=self.device(), dtype=dtype, on_progress=report, ranks=self._ranks)
 
     def check_cancelled(self) -> None:
         """Nothing: Ctrl-C raises by itself."""

@@ -1,12 +1,17 @@
 """Nodes about memory and files: what a checkpoint is, a limit for a run, and the plan of a run."""
 
+from copy import copy
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from wan_core.cache_settings import CacheSettings
 from wan_core.conditioning.text import TextEncoder
 from wan_core.inspection import report
 from wan_core.model import VideoModel
 from wan_core.models.vae import WanVAE
+from wan_core.parallel.cards import Cards
 from wan_core.planning.fit import fit_plan, text_of
 from wan_core.planning.job import InputSizes, Job
 from wan_core.planning.modules import SizedExpert, SizedModule
@@ -79,6 +84,76 @@ class Memory(planning.Settings):
         return (MemorySettings(vram_limit=limit, vram_buffer=vram_buffer or None),)
 
 
+CARDS = "all"
+
+
+class Parallel:
+    """One film on several cards."""
+
+    CATEGORY = "WanCore/speed and memory"
+    FUNCTION = "apply"
+    DESCRIPTION = (
+        "Make each film on several cards of this machine. Two share the branches of guidance, more share the video's "
+        "tokens too; a linked VAE decodes in strips. Processes of their own do the work, so an error there leaves "
+        "ComfyUI running. Link it behind the LoRA nodes. For many films, one card for each is faster."
+    )
+    RETURN_TYPES = (sockets.MODEL, sockets.VAE)
+    RETURN_NAMES = ("model", "vae")
+    OUTPUT_TOOLTIPS = ("The model, whose runs are shared.", "The VAE for VAE Decode, where one is linked.")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": sockets.socket(sockets.MODEL, "From the model loader or a LoRA node."),
+                "cards": sockets.line(
+                    CARDS, "Numbers of cards such as 0, 1; all of this machine; or cpu, cpu to try it without cards."
+                ),
+            },
+            "optional": {"vae": sockets.socket(sockets.VAE, "From the VAE loader, to decode on all cards.")},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, cards: str | None = None) -> bool | str:
+        return True if cards is None else sockets.true_or_message(lambda: named_cards(cards))
+
+    @classmethod
+    def tiny(cls, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Two processes, on any machine."""
+        return {"cards": "cpu, cpu"}
+
+    @classmethod
+    def plan_outputs(cls, model: Any, cards: Any, vae: Any = None) -> tuple[Any, Any]:
+        handle = planning.require(planning.PlannedModel, "model", model)
+        count = 2 if isinstance(cards, planning.Unknown) else len(named_cards(cards).devices)
+        return replace(handle, ranks=count), vae
+
+    def apply(self, model: VideoModel, cards: str, vae: WanVAE | None = None) -> tuple[VideoModel, WanVAE | None]:
+        group = named_cards(cards)
+        if vae is not None:
+            vae = copy(vae)  # the same weights; the one that came in stays as it is
+            vae.cards = group
+        return replace(model, cards=group), vae
+
+
+def named_cards(text: str) -> Cards:
+    """The cards that a text names.
+
+    Raises:
+        ValueError: it names none, too few, or one that this machine lacks.
+    """
+    count = torch.cuda.device_count()
+    words = text.replace(",", " ").split()
+    if words == [CARDS]:
+        if count < 2:
+            raise ValueError(f"cards: a shared film needs two cards, and this machine has {count}. Bypass the node.")
+        words = [str(number) for number in range(count)]
+    for word in words:
+        if word != "cpu" and not (word.isdecimal() and int(word) < count):
+            raise ValueError(f"cards: numbers from 0 to {count - 1}, {CARDS} or cpu are expected; got {word!r}.")
+    return Cards(tuple("cpu" if word == "cpu" else f"cuda:{int(word)}" for word in words))
+
+
 class MemoryPlan:
     """The memory that a run will use."""
 
@@ -147,6 +222,7 @@ class MemoryPlan:
             motion_controller=None if controller is None else SizedModule(controller),
             text_encoder=None if text_encoder is None else SizedModule(text_encoder.model),
             vae=None if vae is None else SizedModule(vae),
+            ranks=1 if model.cards is None else len(model.cards.devices),
         )
         limit = vram * GIB if vram else host.current.free_bytes()
         text = text_of(fit_plan(job, limit))

@@ -81,13 +81,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A MODEL."""
+    """A MODEL; so many `ranks` share its runs."""
 
     name: str
     variant: Variant
     experts: tuple[SizedExpert, ...]
     motion_controller: SizedModule | None = None
     row: CatalogRow | None = None
+    ranks: int = 1
 
     @property
     def geometry(self) -> Geometry:

@@ -194,6 +194,7 @@ class Sampler:
             motion_controller=handle.motion_controller, text_encoder=cond.text_encoder,
             image_encoder=cond.image_encoder, vae=cond.vae, decodes=False,
             tiles={"encode": cond.tiles, "decode": AUTO}, memory=known["memory"] or MemorySettings(),
+            ranks=handle.ranks,
         )  # fmt: skip
         return (planning.PlannedRun(job),)
 
