@@ -33,7 +33,7 @@ LOOK_SECONDS = 2.0
 """Pause before a lost actor is asked again whether it is back."""
 
 MOST_STARTS = 3
-"""Failed starts of every actor, without one that succeeded, after which a batch is given up."""
+"""Failed starts of Ray here, or of every actor without one that succeeded, after which a batch is given up."""
 
 
 @contextmanager
@@ -60,16 +60,7 @@ def ray_crew(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = not ray.is_initialized()
     if own:
-        local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
-        if workers:
-            local["num_cpus"] = max(workers, os.cpu_count() or 1)
-        if address:
-            _check_address(address)
-        # Its own handler of SIGTERM would end the process with another exit code.
-        before = signal.getsignal(signal.SIGTERM)
-        ray.init(logging_level=logging.WARNING, log_to_driver=False, **({"address": address} if address else local))
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        _connect(ray, address, workers)
     token = settings.results / STATE / f"seen_{uuid.uuid4().hex}"
     try:
         token.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +70,32 @@ def ray_crew(
         token.unlink(missing_ok=True)
         if own:
             ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None, workers: int | None) -> None:
+    """Start Ray on this machine, or join the cluster at `address`.
+
+    Raises:
+        ConnectionError: it does not start, or does not answer.
+    """
+    if address:
+        _check_address(address)
+    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+    if workers:
+        local["num_cpus"] = max(workers, os.cpu_count() or 1)
+    # Its own handler of SIGTERM would end the process with another exit code.
+    before = signal.getsignal(signal.SIGTERM)
+    for left in reversed(range(MOST_STARTS)):
+        try:
+            ray.init(logging_level=logging.WARNING, log_to_driver=False, **({"address": address} if address else local))
+            break
+        except Exception as error:
+            # It gives its own processes 30 seconds, too few on a busy machine.
+            ray.shutdown()
+            if address or not left:
+                raise ConnectionError(f"Ray does not start: {error}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_address(address: str) -> None:

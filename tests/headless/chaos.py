@@ -7,15 +7,17 @@ Cut into pieces of some minutes, each of which a driver begins and does not end:
 import argparse
 import hashlib
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 from PIL import Image
@@ -29,6 +31,8 @@ from wancore.headless.overrides import apply_sets, apply_tiny  # noqa: E402
 from wancore.headless.schema import schemas_of  # noqa: E402
 from wancore.headless.workflow import Workflow  # noqa: E402
 from wancore.nodes import NODE_CLASS_MAPPINGS  # noqa: E402
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,14 +87,23 @@ def made(folder: Path) -> dict[str, str]:
     return found
 
 
+def patiently(start: Callable[[], T]) -> T:
+    """What `start` gives: Ray waits 30 seconds for its own processes, which may be too few on a busy machine."""
+    for _ in range(5):
+        with suppress(Exception):
+            return start()
+    return start()
+
+
 @contextmanager
 def cluster(workers: int) -> Iterator[object]:
     """Two nodes with half of the workers each."""
+    os.environ.update({"RAY_worker_register_timeout_seconds": "600"})
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": workers // 2, "object_store_memory": 100 << 20, "include_dashboard": False}
-    found = Cluster(initialize_head=True, head_node_args=node)
-    found.node = found.add_node(num_cpus=workers // 2, object_store_memory=100 << 20)
+    found = patiently(lambda: Cluster(initialize_head=True, head_node_args=node))
+    found.node = patiently(lambda: found.add_node(num_cpus=workers // 2, object_store_memory=100 << 20))
     try:
         yield found
     finally:

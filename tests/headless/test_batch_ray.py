@@ -27,6 +27,8 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "in" / "broken.png").write_bytes(b"\x89PNG but not for long")
     # Sockets below it must have short names, which pytest's folders may not leave room for.
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    # A busy machine may start Ray's own processes slowly.
+    monkeypatch.setenv("RAY_worker_register_timeout_seconds", "600")
     return tmp_path
 
 
