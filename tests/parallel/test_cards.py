@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from tests import fork_server
+from tests.nodes.running import outputs
 from tests.parallel import matrix
 from tests.parallel.cases import Film, full_at, inputs, loaded, written_vae
 from tests.parallel.failures import RUNTIME, run
+from wan_core import ModelConfig, WanVideoPipeline, catalog
 from wan_core.decode import VaeHandle
 from wan_core.parallel import cards as cards_module
 from wan_core.parallel.cards import Cards, CardsError
@@ -110,3 +112,30 @@ def test_cards_are_checked():
     for devices in [(), ("cuda:0",), ("cuda:0", "cuda:0")]:
         with pytest.raises(ValueError, match=r"cards needs at least two|named once"):
             Cards(devices)
+
+
+def test_a_pipeline_on_several_devices_gives_the_same_frames(cards, tmp_path):
+    patterns = ("diffusion_pytorch_model*.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth")
+    files = [
+        ModelConfig(model_id=catalog.TINY, origin_file_pattern=each, local_model_path=tmp_path) for each in patterns
+    ]
+    call = {"prompt": "a dog", "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
+    alone, together = (
+        WanVideoPipeline.from_pretrained(torch.float32, "cpu", files, local_model_path=tmp_path, **more)
+        for more in ({}, {"devices": ["cpu", "cpu"]})
+    )
+    expected = alone(**call, output_type="tensor", progress_bar_cmd=None)
+    assert together(**call, output_type="tensor", progress_bar_cmd=None).equal(expected)
+    assert together.models.video.cards == cards
+
+
+def test_the_node_names_cards_and_leaves_what_it_gets_alone(film, tmp_path):
+    model, vae = loaded(film), written_vae(tmp_path)
+    shared, decoder = outputs("WanCoreParallel", model=model, cards="cpu, cpu", vae=vae)
+    assert shared.cards == decoder.cards == Cards(("cpu", "cpu"))
+    assert model.cards is None and vae.cards is None
+    assert outputs("WanCoreParallel", model=model, cards="cpu cpu cpu")[1] is None
+    count = torch.cuda.device_count()
+    for text in ("", "cpu", f"0, {count}", "first"):
+        with pytest.raises(ValueError, match="cards"):
+            outputs("WanCoreParallel", model=model, cards=text)
