@@ -10,6 +10,8 @@ from wan_core.catalog import CatalogRow
 from wan_core.conditioning.film import KEPT_FRAMES
 from wan_core.decode import DECODERS
 from wan_core.media import FPS
+from wan_core.models.config import GEOMETRIES
+from wan_core.sampling.checkpoint import load_latents
 from wan_core.variants import VARIANTS
 
 from .file_commands import Arguments
@@ -37,7 +39,7 @@ _SHARED: Arguments = {
     "--name": {"default": "video/wancore_film", "help": "name of the film below DIR (default: video/wancore_film)"},
 }
 EXTEND_ARGUMENTS: Arguments = {
-    "film": {"metavar": "FILM", "help": "the video that is to go on"},
+    "film": {"metavar": "FILM", "help": "what is to go on: a video, or a .latent file that a sampler saved"},
     **_SHARED,
     "--model": {"default": catalog.TI2V_BASE, "help": f"as the model loader lists it (default: {catalog.TI2V_BASE})"},
     "--clips": {"metavar": "N", "type": int, "help": "how many clips follow (default: one for each prompt)"},
@@ -85,28 +87,34 @@ def extend(arguments: argparse.Namespace) -> tuple[Workflow, list[str]]:
     """The workflow that continues a film, and what was typed for it, as texts of `--set`.
 
     Raises:
-        ValueError: no prompt was typed, or the model is unknown.
+        ValueError: no prompt was typed, the model is unknown, or the latents cannot be read.
     """
-    row = _row(arguments.model)
+    row, film = _row(arguments.model), Path(arguments.film)
     keep = 1 if _keyframes(row) == "ends" else KEPT_FRAMES
     clips = max(1, len(arguments.prompts)) if arguments.clips is None else arguments.clips
-    source: Steps = {
-        "Film": ("LoadVideo", {"file": "source.mp4"}),
-        "Film frames": ("GetVideoComponents", {"video": ["Film", 0]}),
-        "Clips": (
-            "WanCoreExtend",
-            {
-                **_inputs(row), "images": ["Film frames", 0], "clips": clips, "clip_frames": row.preset.num_frames,
-                "keep_frames": keep, "loop": arguments.loop,
-            },
-        ),
-    }  # fmt: skip
+    how = {"clips": clips, "clip_frames": row.preset.num_frames, "keep_frames": keep, "loop": arguments.loop}
+    fps: Any = ["Film frames", 2]
+    first: Any = ["Join clips", 1]
+    if film.suffix.lower() == ".latent":
+        # Decoded with the new clips, in one piece: where they begin is known from the file.
+        latents, _ = load_latents(film)
+        first = GEOMETRIES[latents.shape[1]].video_frames(latents.shape[2]) if latents.shape[1] in GEOMETRIES else 0
+        fps, film = row.preset.fps, film.absolute()
+        source: Steps = {"Film": ("WanCoreLoadLatents", {"file": ""})}
+        given, before = {"latent": ["Film", 0]}, {}
+    else:
+        source = {
+            "Film": ("LoadVideo", {"file": "source.mp4"}),
+            "Film frames": ("GetVideoComponents", {"video": ["Film", 0]}),
+        }
+        given, before = {"images": ["Film frames", 0]}, {"film": ["Film frames", 0]}
+    source["Clips"] = ("WanCoreExtend", {**_inputs(row), **given, **how})
     steps = {
         **_models(arguments, row), **source, **_sampler(arguments, row, {"prompts": ["Prompts", 0]}),
-        **_film(arguments, ["Film frames", 2], ["Clips", 2], film=["Film frames", 0], shared_frames=["Clips", 1]),
+        **_film(arguments, fps, first, ["Clips", 2], shared_frames=["Clips", 1], **before),
     }  # fmt: skip
     numbers = {"Clips.clip_frames": arguments.clip_frames, "Clips.keep_frames": arguments.keep_frames}
-    return _workflow(steps), _typed(arguments, {"Film.file": arguments.film, **numbers})
+    return _workflow(steps), _typed(arguments, {"Film.file": film, **numbers})
 
 
 def segments(arguments: argparse.Namespace) -> tuple[Workflow, list[str]]:
@@ -130,7 +138,7 @@ def segments(arguments: argparse.Namespace) -> tuple[Workflow, list[str]]:
     steps["Clips"] = ("WanCoreSegments", {**_inputs(row), **size, **shown})
     steps = {
         **_models(arguments, row), **steps, **_sampler(arguments, row, {}),
-        **_film(arguments, row.preset.fps, ["Join clips", 2]),
+        **_film(arguments, row.preset.fps, ["Join clips", 1], ["Join clips", 2]),
     }  # fmt: skip
     files = {f"{title}.image": file for title, file in zip(titles, arguments.pictures, strict=True)}
     return _workflow(steps), _typed(arguments, {**files, "Clips.num_frames": arguments.clip_frames})
@@ -188,9 +196,9 @@ def _sampler(arguments: argparse.Namespace, row: CatalogRow, links: Mapping[str,
     }
 
 
-def _film(arguments: argparse.Namespace, fps: Any, new_frames: Any, **joined: Any) -> Steps:
+def _film(arguments: argparse.Namespace, fps: Any, first_frames: Any, new_frames: Any, **joined: Any) -> Steps:
     """From latents to the film, and the chart of its drift."""
-    meter = {"images": ["Join clips", 0], "clip_frames": new_frames, "first_frames": ["Join clips", 1]}
+    meter = {"images": ["Join clips", 0], "clip_frames": new_frames, "first_frames": first_frames}
     return {
         "Decode": ("WanCoreVAEDecode", {"vae": ["Load VAE", 0], "latent": ["Sampler", 0]}),
         "Join clips": ("WanCoreJoinClips", {"images": ["Decode", 0], "shared_frames": 1, **joined}),

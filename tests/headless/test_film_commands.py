@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from wan_core import catalog, load_video, save_video
+from wan_core.media import probe
+from wan_core.sampling.checkpoint import save_latents
 from wancore.headless import film_commands
 from wancore.headless.cli import BAD_USAGE, main
 from wancore.headless.core_nodes import core_nodes
@@ -52,6 +55,15 @@ def test_a_film_goes_on_with_one_command(here, capsys):
     assert Image.open(chart).size == (960, 720)
 
 
+def test_latents_go_on_with_one_command(here, capsys):
+    """They are decoded with the new clip; the chart knows where it begins."""
+    path = save_latents(here, "film", torch.randn(1, 48, 3, 4, 6), {})
+    assert main(["extend", str(path), "--prompt", "a red ball", "--clip-frames", "9", *FAST]) == 0
+    video, *_ = made(capsys)
+    assert len(load_video(video)) == 9 + 4
+    assert probe(video).fps == catalog.published(catalog.TI2V_BASE).preset.fps
+
+
 def test_a_list_of_pictures_becomes_a_film_with_one_command(here, capsys):
     names = []
     for number, picture in enumerate(pictures(3)):
@@ -88,6 +100,7 @@ REFUSED = {
     "one picture": (["segments", "one.png", "--prompt", "a"], "name two or more"),
     "unknown": (["extend", "film.mp4", "--prompt", "a", "--model", "mine"], "'mine' is no model of the catalog"),
     "no film": (["extend", "film.mp4", "--tiny"], "Invalid video file: film.mp4"),
+    "broken latents": (["extend", __file__[:-2] + "latent", "--tiny"], "latent"),
     "no clip": (["extend", "film.mp4", "--tiny", "--clips", "0"], "clips"),
 }
 
