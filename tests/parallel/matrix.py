@@ -59,13 +59,14 @@ def structures() -> dict[str, Film]:
     return {name: Film(name, RUN, speed=name == "t2v") for name in bundled.DITS}
 
 
-def heads() -> dict[str, Film]:
-    """The widths of the published models."""
-    widths = {"12 heads": 1536, "40 heads": 5120}
-    return {
-        name: Film("t2v", RUN, UNEVEN, replace(SMALL, dim=dim, ffn_dim=256, num_layers=1))
-        for name, dim in widths.items()
-    }
+def heads(folder: Path) -> dict[str, Film]:
+    """The widths of the published models, from files, whose pages the ranks share."""
+    films = {}
+    for name, dim in {"12 heads": 1536, "40 heads": 5120}.items():
+        config, place = replace(SMALL, dim=dim, ffn_dim=256, num_layers=1), folder / name
+        place.mkdir(exist_ok=True)
+        films[name] = Film("t2v", RUN, UNEVEN, config, memory=MemorySettings(), folder=place)
+    return films
 
 
 def features() -> dict[str, Film]:
@@ -125,7 +126,7 @@ def stored(folder: Path) -> dict[str, Film]:
 
 
 def everything(folder: Path) -> dict[str, Film]:
-    return features() | stored(folder) | structures() | heads()
+    return features() | stored(folder) | structures() | heads(folder)
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:

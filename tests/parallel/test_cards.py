@@ -58,6 +58,11 @@ def test_films_and_pictures_are_those_of_one_process(cards, film, expected, tmp_
     pixels = VaeHandle(vae=vae, runtime=RUNTIME).decode(state.video)
     vae.cards = cards
     assert VaeHandle(vae=vae, runtime=RUNTIME).decode(state.video).equal(pixels)
+    pieces = VaeHandle(vae=vae, runtime=RUNTIME).decode_pieces(state.video)
+    next(pieces)
+    with pytest.raises(CardsError, match="take all of its frames"):
+        run(film, cards)
+    pieces.close()
     # The processes stay, and with them the models.
     assert run(film, cards).latents.equal(expected)
     assert pids(cards) == first

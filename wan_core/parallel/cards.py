@@ -155,28 +155,33 @@ class _Group:
     def ask(self, request: Request, runtime: Runtime) -> Iterator[Any]:
         """What the group yields for a request. An exception of the caller, of `check_cancelled` or of `on_progress`
         stops it at the end of its step.
+
+        Raises:
+            CardsError: an earlier request is still at work, or a rank has ended.
         """
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            raise CardsError("The cards are at work on an earlier film: take all of its frames first, or close it.")
+        answered = False
+        try:
             if self._timer is not None:
                 self._timer.cancel()
             self._send("do", request)
-            answered = False
-            try:
-                for kind, value in self._until_end(runtime):
-                    if kind == "piece":
-                        yield value
-                    answered = kind in ("end", "error")
-                    if kind == "error":
-                        raise self._failure(lost=isinstance(value, RankLostError)) or value
-            except BaseException:
-                if not answered and self.processes.alive:
-                    self._stop()
-                raise
-            finally:
-                if self.processes.alive:
-                    self._timer = threading.Timer(IDLE, self._cards.end)
-                    self._timer.daemon = True
-                    self._timer.start()
+            for kind, value in self._until_end(runtime):
+                if kind == "piece":
+                    yield value
+                answered = kind in ("end", "error")
+                if kind == "error":
+                    raise self._failure(lost=isinstance(value, RankLostError)) or value
+        except BaseException:
+            if not answered and self.processes.alive:
+                self._stop()
+            raise
+        finally:
+            if self.processes.alive:
+                self._timer = threading.Timer(IDLE, self._cards.end)
+                self._timer.daemon = True
+                self._timer.start()
+            self._lock.release()
 
     def _until_end(self, runtime: Runtime) -> Iterator[tuple[str, Any]]:
         while True:
@@ -207,7 +212,7 @@ class _Group:
             return None
         self._cards.end()
         return CardsError(
-            f"{failure} The group has ended; queue the film again, and it goes on from its last saved step."
+            f"{failure} The group has ended; run again. A long run goes on from its last saved step."
         )
 
     def _stop(self) -> None:

@@ -77,7 +77,7 @@ class Processes:
             with contextlib.suppress(ValueError):
                 return f"was ended by {signal.Signals(-code).name}."
         lines = self.log(rank).read_text("utf-8", "replace").strip().splitlines()
-        return f"failed: {lines[-1]}" if lines else f"ended with code {code}."
+        return f"failed: {lines[-1].rstrip('.')}." if lines else f"ended with code {code}."
 
     @property
     def alive(self) -> bool:
