@@ -1,6 +1,7 @@
 """A command on several ranks, started by `--gpus` and by torchrun, writes the film of one process."""
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -38,6 +39,7 @@ def test_torchrun(tmp_path, expected):
     assert films(tmp_path) == expected
 
 
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds the processes by pgrep")
 def test_a_killed_rank_ends_the_command_with_a_sentence(tmp_path):
     many = ["t2v", "--tiny", "--device", "cpu", "--set", "Sampler.steps=1000", "--out", tmp_path, "--gpus", 2]
     process = fork_server.start(["-m", "headless", "run", *many], stderr=subprocess.STDOUT, stdout=subprocess.PIPE)
