@@ -15,6 +15,7 @@ from tools.family import judge
 from tools.family.judge import Family
 from wan_core import pipeline_calls
 from wan_core.conditioning import camera, inputs, vace
+from wan_core.sampling import compose
 
 LEAST: dict[str, tuple[int, dict[tuple[str, str], float]]] = {
     "vae": (4, {("VAE", "PSNR, dB"): 29.5, ("VAE", "the same in tiles, dB"): 28.5}),
@@ -99,8 +100,20 @@ def _ignored_strength() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _reversed_shift() -> Iterator[None]:
+    sigmas = compose.shifted_sigmas
+
+    def reversed_shift(steps, shift, *others, **settings):
+        return sigmas(steps, 1 / shift, *others, **settings)
+
+    with mock.patch.object(compose, "shifted_sigmas", reversed_shift):
+        yield
+
+
 FAULTS: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
     "the text is that of another prompt": ("text", _other_prompt),
+    "the time shift is reversed": ("text", _reversed_shift),
     "the mask is inverted": ("vace", _inverted_mask),
     "the camera's axes are swapped": ("camera", _swapped_axes),
     "control and reference are exchanged": ("reference", _exchanged_clips),

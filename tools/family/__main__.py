@@ -31,10 +31,12 @@ from wan_core.runtime import log  # noqa: E402
 
 STEPS = {"text": 3000, "vae": 1500}
 """Of training, by stage."""
-SMALL, LARGE = (64, 48), (vae.WIDTH, vae.HEIGHT)
-"""Width and height of the clips that the denoiser learns from: first small ones, whose steps cost half as much."""
-T2V = {SMALL: (2000, 2150), LARGE: (1200, 750)}
-"""How many clips of each size, and how many steps on them."""
+T2V = (
+    denoise.Stage(64, 48, clips=2400, steps=3050, shift=5.0),
+    denoise.Stage(vae.WIDTH, vae.HEIGHT, clips=2800, steps=2250, shift=5.0),
+    denoise.Stage(vae.WIDTH, vae.HEIGHT, clips=2800, steps=1050, shift=3.0),
+)
+"""What text to video learns from: first small clips, whose steps cost half as much."""
 
 
 def main() -> None:
@@ -65,9 +67,13 @@ def main() -> None:
 
     def train_t2v() -> Mapping[str, Tensor]:
         stages = []
-        for place, ((width, height), (clips, steps)) in enumerate(T2V.items()):
-            data = denoise.prepare(autoencoder, encoder, tokenizer, width, height, clips, 100000 * place)
-            stages.append((data, steps))
+        drawn: dict[tuple[int, int], denoise.Data] = {}
+        for stage in T2V:
+            size = stage.width, stage.height
+            if size not in drawn:
+                first = 100_000 * len(drawn)
+                drawn[size] = denoise.prepare(autoencoder, encoder, tokenizer, *size, stage.clips, first)
+            stages.append((stage, drawn[size]))
         return denoise.train(bundled.DIT, stages, denoise.text_rows(encoder, tokenizer, [""]))
 
     _stage(folder / "dit_t2v.safetensors", train_t2v)

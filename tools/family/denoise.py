@@ -32,13 +32,33 @@ DROPPED = 0.12
 """The share of captions that are replaced by the empty one, for guidance."""
 
 
+HARD = {"box": 1.8, "triangle": 1.1, "ball": 0.8, "spins": 2.2}
+"""How often clips with these are drawn, beside others: what a small model is slow to learn."""
+
+
 @dataclass(frozen=True)
 class Data:
-    """Normalised latents (N, z, F, h, w), text rows (N, captions, L, D), and how many of these count (N, captions)."""
+    """Normalised latents (N, z, F, h, w), text rows (N, captions, L, D), how many of these count (N, captions), and how
+    often each clip is drawn (N,).
+    """
 
     latents: Tensor
     text: Tensor
     lengths: Tensor
+    shares: Tensor
+
+
+@dataclass(frozen=True)
+class Stage:
+    """So many steps on so many clips of a size, with timesteps by `shift`: a low one says more of edges, a high one of
+    places and ways.
+    """
+
+    width: int
+    height: int
+    clips: int
+    steps: int
+    shift: float
 
 
 @torch.no_grad()
@@ -58,7 +78,8 @@ def prepare(
     texts = [captions(scene, r) for scene in scenes]
     rows, lengths = text_rows(encoder, tokenizer, [text for several in texts for text in several])
     shape = (len(scenes), CAPTIONS)
-    return Data(torch.cat(latents), rows.unflatten(0, shape), lengths.view(shape))
+    shares = torch.tensor([HARD[scene.shape] * HARD.get(scene.motion, 1.0) for scene in scenes])
+    return Data(torch.cat(latents), rows.unflatten(0, shape), lengths.view(shape), shares / shares.sum())
 
 
 def captions(scene: Scene, r: random.Random) -> list[str]:
@@ -127,11 +148,11 @@ def velocity(dit: WanDiT, x: Tensor, timesteps: Tensor, text: Tensor, lengths: T
 
 def train(
     config: DiTConfig,
-    stages: Sequence[tuple[Data, int]],
+    stages: Sequence[tuple[Stage, Data]],
     empty: tuple[Tensor, Tensor],
     seed: int = 0,
 ) -> Mapping[str, Tensor]:
-    """The weights of a text-to-video model that learns from each of `stages`, data for so many steps, in turn.
+    """The weights of a text-to-video model that learns from the data of each of `stages` in turn.
 
     Small pictures come first: a step on them costs half as much. `empty` are the rows and length of the empty caption.
     """
@@ -141,13 +162,13 @@ def train(
     torch.manual_seed(seed + rank())
     r = np.random.default_rng([seed, rank()])
     optimizer = Both(dit, LR, by_adam=("text_embedding", "time_", "patch_embedding", "head"))
-    # Where a shape is and how it moves is decided in the most noise, which the reference's weights leave out.
-    objective = Objective(weighting="none")
-    steps, step, total = sum(steps for _, steps in stages), 0, 0.0
-    for data, count in stages:
-        for _ in range(count):
+    steps, step, total = sum(stage.steps for stage, _ in stages), 0, 0.0
+    for stage, data in stages:
+        # Where a shape is and how it moves is decided in the most noise, which the reference's weights leave out.
+        objective = Objective(weighting="none", shift=stage.shift)
+        for _ in range(stage.steps):
             step += 1
-            pick = torch.from_numpy(r.integers(len(data.latents), size=BATCH))
+            pick = data.shares.multinomial(BATCH, replacement=True)
             which = torch.from_numpy(r.integers(CAPTIONS, size=BATCH))
             text, lengths = data.text[pick, which].clone(), data.lengths[pick, which].clone()
             dropped = torch.from_numpy(r.random(BATCH) < DROPPED)

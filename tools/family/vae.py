@@ -23,14 +23,14 @@ LR = 2e-3
 
 
 def training_scene(number: int, dotted: float = 0.0) -> Scene:
-    """Any scene but those that are kept to test with: a quarter with a camera that moves, a share of `dotted` with a
+    """Any scene but those that are kept to test with: a tenth with a camera that moves, a share of `dotted` with a
     dot.
     """
     r = np.random.default_rng([5, number])
     while True:
         seed = int(r.integers(2**31))
         changes: dict[str, object] = {"dotted": bool(r.random() < dotted)}
-        if r.random() < 0.25:
+        if r.random() < 0.1:
             changes["camera"] = list(CAMERAS)[r.integers(len(CAMERAS))]
             if r.random() < 0.6:
                 changes["motion"] = "still"

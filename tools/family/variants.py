@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from wan_core.models.image_encoder import ImageEncoder
 from wan_core.models.layers import MotionController
 from wan_core.models.ops import on_meta
 from wan_core.runtime import log
-from wancore.trainer.data.synthetic import CAMERAS, Scene, write_dataset
+from wancore.trainer.data.synthetic import CAMERAS, TRAVEL, Scene, write_dataset
 from wancore.trainer.recipe import command, recipes
 
 from .vae import HEIGHT, NUM_FRAMES, WIDTH, training_scene
@@ -61,13 +62,13 @@ TRAININGS: Mapping[str, Training] = {
             "condition_dropout": 0.3,
         },
     ),
-    "speed": Training(structure="t2v", recipe="Wan2.1-1.3b-speedcontrol-v1"),
+    "speed": Training(structure="t2v", recipe="Wan2.1-1.3b-speedcontrol-v1", data="speeds"),
     "dotted": Training(structure="t2v", recipe="Wan2.1-T2V-1.3B", mode="lora", data="dotted", flags={"lora_rank": 8}),
 }
 """By the name of what is made, `<name>.safetensors`."""
 
 SHARED: Mapping[str, object] = {
-    "height": HEIGHT, "width": WIDTH, "num_frames": NUM_FRAMES, "dataset_repeat": 1000, "batch_size": 16,
+    "height": HEIGHT, "width": WIDTH, "num_frames": NUM_FRAMES, "dataset_repeat": 20, "batch_size": 16,
     "learning_rate": 1e-3, "lr_scheduler": "cosine", "warmup_steps": 10, "weight_decay": 0.0,
     "mixed_precision": "no", "caption_dropout": 0.1, "model_id_with_origin_paths": "",
 }  # fmt: skip
@@ -75,13 +76,17 @@ SHARED: Mapping[str, object] = {
 
 
 def scenes(data: str) -> list[Scene]:
-    """The scenes of a data set: any, with a dot each, or with a camera that moves each."""
+    """The scenes of a data set: any, or each with a dot, a moving camera, or a speed that its caption does not say."""
     found = []
+    speeds = np.random.default_rng(1).uniform(0.05, 1.0, ROWS)
     for number in range(ROWS):
         scene = training_scene(200_000 + number)
         changes: dict[str, object] = {"dotted": data == "dotted"}
         if data == "cameras":
             changes |= {"camera": list(CAMERAS)[number % len(CAMERAS)], "motion": "still", "pace": None}
+        elif data == "speeds":
+            motion = list(TRAVEL)[number % len(TRAVEL)]
+            changes |= {"motion": motion, "pace": None, "speed": float(speeds[number]), "camera": "None"}
         found.append(Scene(**{**vars(scene), **changes}))
     return found
 
@@ -116,6 +121,7 @@ def train(name: str, folder: Path) -> Path:
         "max_steps": training.steps,
         "save_steps": training.steps,
         "output_path": folder / "runs" / name,
+        "cache_dir": folder / "cache",
         **training.flags,
     }
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]

@@ -139,7 +139,10 @@ class Scene:
 
     @classmethod
     def random(cls, seed: int, **fixed: Any) -> "Scene":
-        """The scene of a seed; `fixed` are attributes that are chosen and not drawn. The camera stands still."""
+        """The scene of a seed; `fixed` are attributes that are chosen and not drawn. The camera stands still.
+
+        The shape's way is about the middle of the picture: a small model that has to guess where a shape is draws two.
+        """
         r = np.random.default_rng([77, seed])
         # Every value is drawn, also where it is fixed: one that is fixed must not change the others.
         colour, shape, ground = (list(table)[r.integers(len(table))] for table in (COLOURS, SHAPES, GROUNDS))
@@ -147,11 +150,11 @@ class Scene:
         motions = [motion for motion in MOTIONS if motion != "still" and (motion, shape) != ("spins", "ball")]
         motion = motions[int(r.random() * len(motions))]
         pace = fixed.get("pace", (None, None, *PACES)[r.integers(2 + len(PACES))])
-        low, high = PACES[pace][0] if pace else (0.25, 1.0)
+        low, high = PACES[pace][0] if pace else (0.45, 0.75)
         u = r.random(7).tolist()
         drawn = dict(
             colour=colour, shape=shape, ground=ground, motion=motion, pace=pace, speed=low + (high - low) * u[0],
-            place=(0.8 * (u[1] - 0.5), 0.8 * (u[2] - 0.5)), radius=0.18 + 0.07 * u[3], shade=0.94 + 0.12 * u[4],
+            place=(0.3 * (u[1] - 0.5), 0.3 * (u[2] - 0.5)), radius=0.21 + 0.04 * u[3], shade=0.94 + 0.12 * u[4],
             phases=(u[5], u[6]),
         )  # fmt: skip
         return cls(**{**drawn, **fixed})
