@@ -221,7 +221,7 @@ def reference(family: Family, count: int) -> Iterator[Score]:
     """The colour of the reference picture, which the prompt does not name."""
 
     def inputs(scene: Scene) -> dict[str, Any]:
-        words = scene.caption(0).replace(f"{scene.colour} ", "")
+        words = scene.caption(0, names_colour=False)
         picture = drawn(scene).reference()
         return {"control_video": pictures(drawn(scene).edges), "reference_image": picture, "prompt": words}
 

@@ -17,7 +17,7 @@ from tools.family.variants import TRAININGS
 from wan_core import bundled, catalog
 from wan_core.loading.tensor_files import write_safetensors
 
-BITS = 2
+BITS = 4
 """Of a number in a difference."""
 
 SMALL = 4096

@@ -98,7 +98,10 @@ def train(name: str, folder: Path) -> Path:
         return out
     data = folder / "data" / training.data
     if not (data / "metadata.csv").exists():
-        write_dataset(data, width=WIDTH, height=HEIGHT, num_frames=NUM_FRAMES, scenes=scenes(training.data))
+        # Where half of the captions say no colour, the reference picture is the one that does.
+        unnamed = 2 if training.data == "unnamed" else None
+        shown = scenes(training.data)
+        write_dataset(data, width=WIDTH, height=HEIGHT, num_frames=NUM_FRAMES, scenes=shown, unnamed=unnamed)
     begin = folder / f"begin_{name}.safetensors"
     base = load_file(folder / "dit_t2v.safetensors")
     save_file(bundled.widened(base, bundled.DITS[training.structure]), begin)

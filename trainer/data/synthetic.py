@@ -165,7 +165,7 @@ class Scene:
         key = "/".join((self.colour, self.shape, self.ground, self.motion))
         return zlib.crc32(key.encode()) % 10 == 0
 
-    def caption(self, seed: int = 0, language: str = "english") -> str:
+    def caption(self, seed: int = 0, language: str = "english", names_colour: bool = True) -> str:
         """A sentence that says what the clip shows, in words that vary with the seed."""
         r = random.Random(f"{seed} {language}")
         ground = r.choice(getattr(GROUNDS[self.ground].words, language))
@@ -174,13 +174,14 @@ class Scene:
             pace = r.choice(getattr(PACES[self.pace][1], language))
         names = (COLOURS[self.colour][1], SHAPES[self.shape], MOTIONS[self.motion])
         colour, shape, motion = (r.choice(getattr(word, language)) for word in names)
+        colour = colour if names_colour else ""
         camera = r.choice(getattr(CAMERAS[self.camera], language)) if self.camera in CAMERAS else ""
         if language == "chinese":
             text = f"{colour}{shape}在{ground}{r.choice(('上', '前'))}{pace}{motion}"
             return f"{text}，镜头{camera}" if camera else text
         verb = " ".join(filter(None, (pace, motion) if r.random() < 0.3 else (motion, pace)))
         where = f"{r.choice(('over', 'over', 'on', 'in front of'))} {ground}"
-        one = f"{r.choice(('a', 'a', 'the'))} {colour} {shape}"
+        one = " ".join(filter(None, (r.choice(("a", "a", "the")), colour, shape)))
         text = f"{where} {one} {verb}" if r.random() < 0.2 else f"{one} {verb} {where}"
         return f"{text}, the camera {camera}" if camera else text
 
@@ -321,11 +322,12 @@ COLUMNS = (
 
 def write_dataset(
     folder: str | Path, count: int = 4, width: int = 64, height: int = 48, num_frames: int = 17, fps: float = 16,
-    scenes: Sequence[Scene] | None = None,
+    scenes: Sequence[Scene] | None = None, unnamed: int | None = None,
 ) -> Path:  # fmt: skip
     """Write `count` rows into `folder`: metadata.csv and a folder of clips and pictures. Returns the metadata file.
 
-    Every other row has a camera that moves; or the rows show `scenes`, one each, whatever `count` is.
+    Every other row has a camera that moves; or the rows show `scenes`, one each, whatever `count` is. The captions of
+    every so many rows as `unnamed` says do not name the colour, which a reference picture shows.
 
     Raises:
         ValueError: `folder` holds metadata.csv already, or a size is too small to draw on.
@@ -347,7 +349,8 @@ def write_dataset(
     for index, scene in enumerate(scenes):
         language = LANGUAGES[index % 5 == 4]
         files = _write_files(scene.drawn(width, height, num_frames), folder, f"media/{index:03d}", fps)
-        rows.append({"prompt": scene.caption(index, language), **files, **_numbers(scene)})
+        caption = scene.caption(index, language, names_colour=not unnamed or index % unnamed > 0)
+        rows.append({"prompt": caption, **files, **_numbers(scene)})
     with metadata.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
