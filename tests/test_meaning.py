@@ -6,6 +6,7 @@ which deliberate fault each of them catches.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -15,16 +16,15 @@ from tools.family import judge
 from tools.family.judge import Family
 from wan_core import pipeline_calls
 from wan_core.conditioning import camera, inputs, vace
-from wan_core.sampling import compose
 
 LEAST: dict[str, tuple[int, dict[tuple[str, str], float]]] = {
     "vae": (4, {("VAE", "PSNR, dB"): 29.5, ("VAE", "the same in tiles, dB"): 28.5}),
-    "text": (10, {("T2V", "colour"): 0.6, ("T2V", "ground"): 0.8, ("T2V", "motion"): 0.2}),
-    "image": (4, {("I2V", "first frame, dB"): 24.0}),
-    "control": (4, {("Control", "overlap with the shape"): 0.5}),
-    "reference": (4, {("Reference", "its colour"): 0.5}),
+    "text": (10, {("T2V", "colour"): 0.8, ("T2V", "ground"): 0.9, ("T2V", "shape"): 0.4, ("T2V", "motion"): 0.6}),
+    "image": (4, {("I2V", "first frame, dB"): 17.0, ("I2V", "motion"): 0.4}),
+    "control": (4, {("Control", "overlap with the shape"): 0.5, ("Control", "colour"): 0.4}),
+    "reference": (4, {("Reference", "overlap with the control"): 0.55}),
     "camera": (8, {("Camera", "direction"): 0.7}),
-    "vace": (4, {("VACE", "outside of the mask, dB"): 22.0, ("VACE", "colour inside"): 0.5}),
+    "vace": (4, {("VACE", "outside of the mask, dB"): 27.0, ("VACE", "colour inside"): 0.5}),
     "speed": (4, {("Speed 10, 50, 90", "farther each time"): 0.5}),
     "style": (4, {("Style LoRA", "dots at 1"): 0.5, ("Style LoRA", "no dots at 0"): 0.75}),
 }
@@ -80,7 +80,8 @@ def _swapped_axes() -> Iterator[None]:
 @contextmanager
 def _exchanged_clips() -> Iterator[None]:
     def control(cond, size, encoder, clip, fit):
-        return reference_of(cond, size, encoder, None, clip[:1], fit)
+        # The other function gives what the picture says to the image encoder; that is not what is exchanged.
+        return replace(reference_of(cond, size, encoder, None, clip[:1], fit), without_tokens=None)
 
     def reference(cond, size, encoder, image_encoder, picture, fit):
         return control_of(cond, size, encoder, picture, fit)
@@ -100,20 +101,8 @@ def _ignored_strength() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _reversed_shift() -> Iterator[None]:
-    sigmas = compose.shifted_sigmas
-
-    def reversed_shift(steps, shift, *others, **settings):
-        return sigmas(steps, 1 / shift, *others, **settings)
-
-    with mock.patch.object(compose, "shifted_sigmas", reversed_shift):
-        yield
-
-
 FAULTS: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
     "the text is that of another prompt": ("text", _other_prompt),
-    "the time shift is reversed": ("text", _reversed_shift),
     "the mask is inverted": ("vace", _inverted_mask),
     "the camera's axes are swapped": ("camera", _swapped_axes),
     "control and reference are exchanged": ("reference", _exchanged_clips),

@@ -1,5 +1,5 @@
 """`python -m tools.films`, from the pack's folder: the animated picture at the top of the README, drawn by the bundled
-models: what a prompt gives, and what the same prompt gives with a control clip.
+models: what a prompt gives, and what another gives in the masked part of a clip.
 """
 
 import tempfile
@@ -14,10 +14,10 @@ from wan_core.catalog import TINY_PRESET
 from wancore.trainer.data.synthetic import Frames, Scene
 
 FILE = ROOT / "docs" / "images" / "films.gif"
-PROMPTS = ("a red ball moves to the right over a green field", "a yellow triangle gets bigger over the blue sky")
-CONTROL = Scene(colour="red", shape="ball", ground="field", motion="up", speed=0.9, radius=0.2)
-"""What the control clip shows: another way of the shape than that of the prompt."""
-SEED = 0
+PROMPTS = ("a red ball moves to the right over a green field", "a yellow box gets bigger over the blue sky")
+CLIP = Scene(colour="white", shape="box", ground="sky", motion="grows", speed=0.6, radius=0.23)
+"""The clip in which VACE draws the second prompt."""
+SEED = 6
 SCALE, BAND = 3, 36
 
 
@@ -36,13 +36,12 @@ def panel(frames: Frames, title: str) -> list[Image.Image]:
 
 def panels(family: Family) -> list[list[Image.Image]]:
     """The films side by side."""
-    found = [panel(family.film(family.pipe(), [text], seed=SEED)[0], f"“{text}”") for text in PROMPTS]
-    if family.has("dit_fun_v1_1_control"):
-        edges = drawn(CONTROL).edges
-        given = {"control_video": pictures(edges), "seed": SEED}
-        film = family.film(family.pipe("fun_v1_1_control"), PROMPTS[:1], **given)[0]
-        found[1:] = [panel(edges, "a control clip"), panel(film, "the same prompt with the control clip")]
-    return found
+    film = family.film(family.pipe(), PROMPTS[:1], seed=SEED)[0]
+    clip = drawn(CLIP)
+    given = {"vace_video": pictures(clip.masked), "vace_video_mask": pictures(clip.mask_video)}
+    edited = family.film(family.pipe("vace"), PROMPTS[1:], seed=SEED, **given)[0]
+    shown = {f"“{PROMPTS[0]}”": film, "a clip with a mask": clip.masked, f"“{PROMPTS[1]}”": edited}
+    return [panel(frames, title) for title, frames in shown.items()]
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import pack
 
 pack.register()
 
-from tools.family import denoise, judge, store, text, vae  # noqa: E402
+from tools.family import denoise, judge, store, text, vae, variants  # noqa: E402
 from tools.family.muon import rank  # noqa: E402
 from wan_core import bundled, catalog  # noqa: E402
 from wan_core.conditioning.text import Tokenizer  # noqa: E402
@@ -77,6 +77,9 @@ def main() -> None:
         return denoise.train(bundled.DIT, stages, denoise.text_rows(encoder, tokenizer, [""]))
 
     _stage(folder / "dit_t2v.safetensors", train_t2v)
+    if rank() == 0:
+        for name in variants.TRAININGS:
+            variants.train(name, folder)
 
 
 def _stage(file: Path, work: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:

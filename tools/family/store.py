@@ -1,7 +1,7 @@
 """Store trained weights in the pack: `python -m tools.family pack FOLDER`.
 
 The folder holds whole state dicts. One text-to-video model is stored whole, in bfloat16, and the models that were
-trained from it as differences of two bits a number; `wan_core.bundled` puts ordinary checkpoints together again.
+trained from it as differences of four bits a number; `wan_core.bundled` puts ordinary checkpoints together again.
 """
 
 import argparse

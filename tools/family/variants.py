@@ -46,10 +46,12 @@ class Training:
 
 
 TRAININGS: Mapping[str, Training] = {
-    "image": Training(structure="i2v", recipe="Wan2.1-Fun-1.3B-InP", flags={"condition_dropout": 0.3}),
+    "image": Training(structure="i2v", recipe="Wan2.1-Fun-1.3B-InP", steps=380, flags={"condition_dropout": 0.3}),
     "control": Training(
         structure="fun_v1_1_control",
         recipe="Wan2.1-Fun-V1.1-1.3B-Control",
+        steps=380,
+        data="unnamed",
         flags={"condition_dropout": 0.3},
     ),
     "camera": Training(structure="fun_camera", recipe="Wan2.1-Fun-V1.1-1.3B-Control-Camera", data="cameras"),
