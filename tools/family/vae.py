@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wan_core.models.config import VAEConfig
 from wan_core.models.vae import WanVAE
-from wan_core.models.vae_blocks import CausalConv3d, ResidualBlock, SpatialAttention
+from wan_core.models.vae_blocks import CausalConv3d, FeatureCache, ResidualBlock, SpatialAttention
 from wan_core.runtime import log
 from wancore.trainer.data.judge import psnr
 from wancore.trainer.data.synthetic import CAMERAS, Scene
@@ -47,14 +47,14 @@ def pixels_of(clips: list[np.ndarray]) -> Tensor:
 
 def encode(vae: WanVAE, pixels: Tensor) -> Tensor:
     """Raw latents, before mean and standard deviation, with gradients: the first frame, then all others at once."""
-    cache: dict[nn.Module, Tensor] = {}
+    cache = FeatureCache()
     moments = [vae.conv1(vae.encoder(part, cache), cache) for part in _parts(pixels)]
     return torch.cat(moments, 2)[:, : vae.config.latent_channels]
 
 
 def decode(vae: WanVAE, latents: Tensor) -> Tensor:
     """Pixels of raw latents, with gradients, not clamped."""
-    cache: dict[nn.Module, Tensor] = {}
+    cache = FeatureCache()
     return torch.cat([vae.decoder(vae.conv2(part, cache), cache) for part in _parts(latents)], 2)
 
 

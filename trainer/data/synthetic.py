@@ -307,17 +307,9 @@ def _grey(planes: Planes) -> Frames:
 
 
 COLUMNS = (
-    "prompt",
-    "video",
-    "control_video",
-    "reference_image",
-    "vace_video",
-    "vace_video_mask",
-    "vace_reference_image",
-    "motion_bucket_id",
-    "camera_control_direction",
-    "camera_control_speed",
-)
+    "prompt", "video", "control_video", "reference_image", "vace_video", "vace_video_mask", "vace_reference_image",
+    "motion_bucket_id", "camera_control_direction", "camera_control_speed",
+)  # fmt: skip
 
 
 def write_dataset(
