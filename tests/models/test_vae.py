@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.reference import load_case, relative_error, tiny_vae
 from wan_core.models.config import WAN_21
 from wan_core.models.vae import denormalise, normalise
-from wan_core.models.vae_blocks import CausalConv3d, Downsample, Upsample
+from wan_core.models.vae_blocks import CausalConv3d, Downsample, FeatureCache, Upsample
 from wan_core.tiling import TileSettings
 
 
@@ -33,7 +33,7 @@ def test_equals_the_published_code(name, channels_last):
 
 def stream(module, x, first, rest):
     """`module` over `x` in chunks of frames, as the encoder and decoder feed it."""
-    cache, out, start = {}, [], 0
+    cache, out, start = FeatureCache(), [], 0
     while start < x.shape[2]:
         end = start + (rest if start else first)
         out.append(module(x[:, :, start:end], cache))

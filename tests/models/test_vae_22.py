@@ -8,7 +8,7 @@ from tests.reference import load_case, relative_error, tiny_vae_22
 from wan_core import bundled
 from wan_core.models.config import WAN_22
 from wan_core.models.vae import PATCHES, UNFOLDED, Decoder, Encoder
-from wan_core.models.vae_blocks import add_duplicated, averaged
+from wan_core.models.vae_blocks import FeatureCache, add_duplicated, averaged
 from wan_core.tiling import TileSettings
 
 CASES = ["vae22_1f", "vae22_5f", "vae22_9f"]
@@ -97,7 +97,7 @@ def test_chunks_of_any_length_give_the_same(cls, channels, shape):
     module = getattr(tiny_vae_22(), cls.__name__.lower())
     x = torch.randn(1, channels, 1 + 2 * shape[0], *shape[1:], generator=torch.Generator().manual_seed(0))
     step = 4 if cls is Encoder else 1
-    streamed, whole = {}, {}
+    streamed, whole = FeatureCache(), FeatureCache()
     first = [module(x[:, :, :1], cache) for cache in (streamed, whole)]
     pieces = [module(piece, streamed) for piece in x[:, :, 1:].split(step, 2)]
     rest = module(x[:, :, 1:], whole)

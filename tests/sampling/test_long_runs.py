@@ -196,7 +196,7 @@ class Small:
 
     def __init__(self, cells: int) -> None:
         self.vae, self.cells, self.tried = tiny_vae(), cells, []
-        self.config = self.vae.config
+        self.config, self.source = self.vae.config, None
 
     def decode_pieces(self, latents, tiles, on_chunk):
         size = latents.shape[-2:] if tiles is None else tiles.size

@@ -6,6 +6,7 @@ B batch, S video tokens, D = heads x 128 model width, L text tokens, N image tok
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -150,9 +151,9 @@ class SelfAttention(nn.Module):
         # The RMS norm is over all heads together, before they are split: (B, S, D) to (B, S, heads, 128).
         q = norm_rotate(self.q(x), self.norm_q.weight, EPS, context.rope, HEAD_DIM)
         k = norm_rotate(self.k(x), self.norm_k.weight, EPS, context.rope, HEAD_DIM)
-        v, part = _heads(self.v(x)), context.part
-        out = context.attend(q, k, v) if part is None else part.attention(context.attend, q, k, v)
-        return self.o(out.flatten(2))
+        attend = context.attend if context.part is None else partial(context.part.attention, context.attend)
+        # Values have no name here: they are gone before the last projection, as large as the sequence.
+        return self.o(attend(q, k, _heads(self.v(x))).flatten(2))
 
 
 class CrossAttention(nn.Module):
