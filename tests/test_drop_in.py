@@ -130,7 +130,7 @@ def test_given_weights_take_the_place_of_a_model_s_however_it_is_held(load, root
     save_file(other, path)
     expected = load([ModelConfig(path=path), *configs()[1:]])("a dog", **SMALL)
     got = pipe("a dog", **SMALL)
-    assert relative_error(got, expected) < {"as FP8": 0.05, "at rest in half": 0.02}.get(held, 1e-6)
+    assert relative_error(got, expected) < {"as FP8": 0.15, "at rest in half": 0.02}.get(held, 1e-6)
     name = "blocks.0.self_attn.q.lora_{}.weight"
     pipe.load_lora(pipe.dit, state_dict={name.format("A"): torch.ones(4, 256), name.format("B"): torch.ones(256, 4)})
     assert not torch.equal(pipe("a dog", **SMALL), got)

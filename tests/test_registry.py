@@ -132,7 +132,7 @@ def test_importing_the_pack_writes_prints_and_fetches_nothing(tmp_path):
 DISTRIBUTIONS = {"pillow": "PIL"}
 """Packages whose import has another name."""
 
-OPTIONAL = {"websocket", "wandb", "deepspeed", "huggingface_hub"}
+OPTIONAL = {"websocket", "wandb", "deepspeed", "huggingface_hub", "ray"}
 """What is imported only where it is there; what needs it says so where it is not."""
 
 HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview"}
