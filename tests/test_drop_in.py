@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from tests import reference_scripts
-from tests.reference import relative_error
+from tests.reference import relative_error, write_drawn
 from wan_core import ModelConfig, WanVideoPipeline, load_state_dict
 from wan_core.catalog import tiny_id
 from wan_core.loading.download import download_source
@@ -87,7 +87,10 @@ def configs(variant: str = "t2v", **changes) -> list[ModelConfig]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
+    """With drawn weights: what a trained model loses as FP8 changes with every training."""
+    folder = tmp_path_factory.mktemp("models")
+    write_drawn(folder, "WanCore/tiny")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +133,7 @@ def test_given_weights_take_the_place_of_a_model_s_however_it_is_held(load, root
     save_file(other, path)
     expected = load([ModelConfig(path=path), *configs()[1:]])("a dog", **SMALL)
     got = pipe("a dog", **SMALL)
-    assert relative_error(got, expected) < {"as FP8": 0.15, "at rest in half": 0.02}.get(held, 1e-6)
+    assert relative_error(got, expected) < {"as FP8": 0.05, "at rest in half": 0.02}.get(held, 1e-6)
     name = "blocks.0.self_attn.q.lora_{}.weight"
     pipe.load_lora(pipe.dit, state_dict={name.format("A"): torch.ones(4, 256), name.format("B"): torch.ones(256, 4)})
     assert not torch.equal(pipe("a dog", **SMALL), got)

@@ -42,7 +42,8 @@ def load(folder: Path) -> tuple[float, int]:
 
 def test_import_is_quick_once_torch_is_there():
     load(ROOT)  # writes the bytecode files
-    assert load(ROOT)[0] < 0.75
+    # What else the machine does at the time makes a share larger or smaller by a tenth.
+    assert min(load(ROOT)[0] for _ in range(2)) < 0.5
 
 
 COMFYUI = """

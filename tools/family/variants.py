@@ -101,8 +101,7 @@ def train(name: str, folder: Path) -> Path:
     data = folder / "data" / training.data
     if not (data / "metadata.csv").exists():
         # Where half of the captions say no colour, the reference picture is the one that does.
-        unnamed = 2 if training.data == "unnamed" else None
-        shown = scenes(training.data)
+        shown, unnamed = scenes(training.data), training.data == "unnamed"
         write_dataset(data, width=WIDTH, height=HEIGHT, num_frames=NUM_FRAMES, scenes=shown, unnamed=unnamed)
     begin = folder / f"begin_{name}.safetensors"
     base = load_file(folder / "dit_t2v.safetensors")

@@ -314,12 +314,12 @@ COLUMNS = (
 
 def write_dataset(
     folder: str | Path, count: int = 4, width: int = 64, height: int = 48, num_frames: int = 17, fps: float = 16,
-    scenes: Sequence[Scene] | None = None, unnamed: int | None = None,
+    scenes: Sequence[Scene] | None = None, unnamed: bool = False,
 ) -> Path:  # fmt: skip
     """Write `count` rows into `folder`: metadata.csv and a folder of clips and pictures. Returns the metadata file.
 
-    Every other row has a camera that moves; or the rows show `scenes`, one each, whatever `count` is. The captions of
-    every so many rows as `unnamed` says do not name the colour, which a reference picture shows.
+    Every other row has a camera that moves; or the rows show `scenes`, one each, whatever `count` is. With
+    `unnamed` every other caption does not name the colour, which a reference picture shows.
 
     Raises:
         ValueError: `folder` holds metadata.csv already, or a size is too small to draw on.
@@ -341,7 +341,7 @@ def write_dataset(
     for index, scene in enumerate(scenes):
         language = LANGUAGES[index % 5 == 4]
         files = _write_files(scene.drawn(width, height, num_frames), folder, f"media/{index:03d}", fps)
-        caption = scene.caption(index, language, names_colour=not unnamed or index % unnamed > 0)
+        caption = scene.caption(index, language, names_colour=not unnamed or index % 2 > 0)
         rows.append({"prompt": caption, **files, **_numbers(scene)})
     with metadata.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

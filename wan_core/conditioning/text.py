@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from ftfy import fix_text
 from torch import Tensor, nn
 
 from ..atomic import replacing, try_lock
@@ -274,6 +273,9 @@ def clean_prompt(prompt: str) -> str:
     The models were trained on such text. ftfy's defaults also turn full-width punctuation, of which the authors'
     negative prompt is full, into ASCII (Wan-Video/Wan2.1 wan/modules/tokenizers.py).
     """
+    # Its tables would take a twentieth of the time in which the pack is imported.
+    from ftfy import fix_text
+
     return " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
 
 
