@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from wan_core.atomic import try_lock
 from wan_core.files import is_special
+from wan_core.parallel.processes import OWN_GROUP
 
 POLL = 0.25
 """Seconds between two looks at the process."""
@@ -159,13 +160,10 @@ def _start(launch: Launch, log: BinaryIO) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **launch.environment}
     # An allocator that ComfyUI chose for itself can make training run out of memory sooner.
     environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    # Its own group: Ctrl-C in ComfyUI's terminal must not kill it before it has saved.
-    group: dict[str, Any] = {"start_new_session": True}
-    if sys.platform == "win32":
-        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    # Nothing is written to the pipe: when this process dies, it closes, and the trainer saves and ends.
+    # Ctrl-C in ComfyUI's terminal must not kill it before it has saved. Nothing is written to the pipe: when this
+    # process dies, it closes, and the trainer saves and ends.
     return subprocess.Popen(
-        launch.command, cwd=launch.folder, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, **group
+        launch.command, cwd=launch.folder, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, **OWN_GROUP
     )
 
 

@@ -17,6 +17,11 @@ POLL = 0.05
 GRACE = 5.0
 """Seconds that a process has to end by itself, or after SIGTERM, before SIGKILL."""
 
+OWN_GROUP: dict[str, Any] = {"start_new_session": True}
+if sys.platform == "win32":
+    OWN_GROUP = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+"""Settings of `subprocess.Popen` for a process that Ctrl-C in this one's terminal does not reach."""
+
 LOST = 4
 """The exit code of a rank that ends because another one has."""
 
@@ -51,15 +56,14 @@ class Processes:
             **os.environ, **{name: str(number) for name, number in numbers.items()},
             MEETING: str(self.folder / "meeting"), DEVICE: device, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1",
         }  # fmt: skip
-        # A group of its own: Ctrl-C reaches this process, which tells rank 0.
-        own: dict[str, Any] = {"start_new_session": True}
-        if sys.platform == "win32":
-            own = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         inherited = rank == 0 and not piped
         with self.log(rank).open("wb") as log:
             out: Any = subprocess.PIPE if piped and rank == 0 else None if inherited else log
             errors = None if inherited else log
-            return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=out, stderr=errors, **own)
+            # Ctrl-C reaches this process, which tells rank 0.
+            return subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=out, stderr=errors, **OWN_GROUP
+            )
 
     def log(self, rank: int) -> Path:
         return self.folder / f"rank_{rank}.txt"
