@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.digests import one_thread
 from tests.fork_server import CAN_FORK
 from tests.parallel.pool import Pool
 
@@ -15,6 +16,8 @@ def pool(tmp_path_factory):
     pool.close()
 
 
-@pytest.fixture(autouse=True)
-def without_threads(one_thread):
-    """As the ranks compute."""
+@pytest.fixture(autouse=True, scope="module")
+def without_threads():
+    """As the ranks compute; so are films of a module's fixtures, which those of ranks are compared with."""
+    with one_thread():
+        yield

@@ -171,7 +171,11 @@ class _Group:
                     yield value
                 answered = kind in ("end", "error")
                 if kind == "error":
-                    raise self._failure(lost=isinstance(value, RankLostError)) or value
+                    error, ends = value
+                    failure = self._failure(lost=isinstance(error, RankLostError))
+                    if ends:
+                        self._cards.end()  # it may look alive for a moment, and the next film would get it
+                    raise failure or error
         except BaseException:
             if not answered and self.processes.alive:
                 self._stop()
@@ -312,7 +316,7 @@ def main() -> int:
                 leader.answer("piece", piece)
             leader.answer("end")
         except Exception as error:
-            leader.answer("error", portable(error))
+            leader.answer("error", (portable(error), ranks.broken))
             if ranks.broken:
                 return exit_code_of(error)
 
