@@ -6,7 +6,6 @@ B batch, S video tokens, D = heads x 128 model width, L text tokens, N image tok
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -149,11 +148,17 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         norm_rotate = context.fused.norm_rotate
         # The RMS norm is over all heads together, before they are split: (B, S, D) to (B, S, heads, 128).
-        q = norm_rotate(self.q(x), self.norm_q.weight, EPS, context.rope, HEAD_DIM)
-        k = norm_rotate(self.k(x), self.norm_k.weight, EPS, context.rope, HEAD_DIM)
-        attend = context.attend if context.part is None else partial(context.part.attention, context.attend)
-        # Values have no name here: they are gone before the last projection, as large as the sequence.
-        return self.o(attend(q, k, _heads(self.v(x))).flatten(2))
+        def turned(layer: nn.Module, norm: nn.Module) -> Tensor:
+            return norm_rotate(layer(x), norm.weight, EPS, context.rope, HEAD_DIM)
+
+        # None of them has a name here, so that each is gone as soon as it has been used: they are as large as `x`.
+        if context.part is not None:
+            out = context.part.attention(
+                context.attend, turned(self.q, self.norm_q), turned(self.k, self.norm_k), _heads(self.v(x))
+            )
+        else:
+            out = context.attend(turned(self.q, self.norm_q), turned(self.k, self.norm_k), _heads(self.v(x)))
+        return self.o(out.flatten(2))
 
 
 class CrossAttention(nn.Module):

@@ -279,6 +279,7 @@ class Part:
             shaped = piece.view(3, batch, own, each, width)
             for target, x in zip(shaped, (q, k, v), strict=True):
                 target.copy_(x[:, :, place])
+        del q, k, v
         back = [3 * batch * tokens * mine * width for tokens in self.sizes]
         found = mesh.swapped(send, sizes, back, "heads").split(back)
         del send
